@@ -1,0 +1,61 @@
+# Python 3.11 to 3.14 and make are all that is needed; `make help` lists the commands.
+
+PYTHON ?= python3
+PORT ?= 8080
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+# Compiled modules are kept, whatever the shell says: without them each start takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check lint types format bench clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Settings: PYTHON=python3.12 (for setup), PORT=8080 (for serve)"
+
+setup: $(STAMP) ## Make or update .venv, with vLLM's CPU build and all tools
+
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt tools/setup.py
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "setup: error: no '$(PYTHON)' here; name a Python of 3.11 or newer: make setup PYTHON=..." >&2; \
+		exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "setup: error: Python 3.11 or newer is needed, and '$(PYTHON)' is" \
+			"$$("$(PYTHON)" --version 2>&1); name another: make setup PYTHON=..." >&2; \
+		exit 1; }
+	@"$(PYTHON)" tools/setup.py $(VENV)
+	@touch $@
+
+demo: setup ## Make two tiny models, serve them, switch between them, and show what happens
+	$(BIN)/vllm-hotswap demo
+
+serve: setup ## Serve the tiny models on PORT until Ctrl-C
+	$(BIN)/vllm-hotswap demo --serve --port $(PORT)
+
+test: setup ## Run all tests, those on the real vLLM too
+	$(BIN)/pytest
+
+check: lint types ## Lint, types and the fast tests
+	$(BIN)/pytest -m "not vllm"
+
+lint: setup ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## Check types
+	$(BIN)/mypy
+
+format: setup ## Put the code into its standard form
+	$(BIN)/ruff check --fix --select I
+	$(BIN)/ruff format
+
+bench: setup ## Measure switches and throughput; results go to bench-results
+	$(BIN)/python -m vllm_hotswap.bench --out bench-results
+
+clean: ## Remove the environment, caches and results
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \
+		htmlcov build dist bench-results
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

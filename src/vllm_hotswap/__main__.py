@@ -1,0 +1,5 @@
+"""`python -m vllm_hotswap`: the command line."""
+
+from vllm_hotswap.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,179 @@
+"""The server's own routes: model list, switch, status, health, metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from vllm_hotswap import metrics
+from vllm_hotswap.coordinator import Coordinator, SwitchResult
+from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.registry import Model
+from vllm_hotswap.states import Residency
+
+MAX_DRAIN_TIMEOUT_S = 86_400.0
+_MIB = 1 << 20
+_STARTED = int(time.time())
+
+STATUS_VALUES = {
+    Residency.COLD: "unloaded",
+    Residency.LOADING: "loading",
+    Residency.PARKED: "loaded",
+    Residency.ACTIVE: "loaded",
+    Residency.FAILED: "unloaded",
+}
+"""`status.value` of a model, in the words that llama.cpp's router and llama-swap share."""
+
+
+class SwitchRequest(BaseModel):
+    """Body of `POST /v1/models/switch`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(min_length=1)
+    drain_timeout: float | None = Field(default=None, ge=0, le=MAX_DRAIN_TIMEOUT_S)
+    """Seconds; None for the configured default."""
+
+
+class Admin:
+    """Handlers of the server's own routes. They read the coordinator and ask it to act."""
+
+    def __init__(
+        self, coordinator: Coordinator, host: EngineHost, registry: CollectorRegistry
+    ) -> None:
+        self._coordinator = coordinator
+        self._host = host
+        self._registry = registry
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse(model_list(self._coordinator))
+
+    async def model(self, request: Request) -> Response:
+        _, _, alias = request.scope["path"].partition("/v1/models/")
+        model = self._coordinator.registry.resolve(alias)
+        return JSONResponse(model_card(model, self._coordinator))
+
+    async def switch(self, request: Request) -> Response:
+        call = _parse(await request.body())
+        result = await self._coordinator.switch(call.model, call.drain_timeout)
+        return JSONResponse(switch_body(result))
+
+    async def status(self, request: Request) -> Response:
+        coordinator, stats = self._coordinator, self._host.stats()
+        return JSONResponse(
+            {
+                "active": coordinator.active,
+                "epoch": coordinator.epoch,
+                "phase": coordinator.phase,
+                "target": coordinator.target,
+                "waiting": coordinator.waiting,
+                "failure": coordinator.failure,
+                "models": {model.alias: _model_status(model) for model in coordinator.registry},
+                "host": {"pid": stats.pid, "used_bytes": stats.used_bytes},
+            }
+        )
+
+    async def health(self, request: Request) -> Response:
+        failure = self._coordinator.failure
+        if failure is not None:
+            return JSONResponse({"status": "unavailable", "reason": failure}, 503)
+        return Response(status_code=200)
+
+    async def metrics(self, request: Request) -> Response:
+        body = metrics.exposition([self._registry])
+        return Response(body, headers={"content-type": metrics.CONTENT_TYPE})
+
+
+def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
+    """vLLM's model card of one alias, with its status."""
+    active = coordinator.active == model.alias
+    status: dict[str, Any] = {
+        "value": STATUS_VALUES[model.residency],
+        "residency": model.residency.value,
+        "active": active,
+    }
+    if model.residency is Residency.FAILED:
+        status["failed"] = True
+    return {
+        "id": model.alias,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "vllm",
+        "parent": None,
+        **model.engine.card,
+        "status": status,
+    }
+
+
+def model_list(coordinator: Coordinator) -> dict[str, Any]:
+    """OpenAI's model list: every configured alias, whatever its residency."""
+    return {
+        "object": "list",
+        "data": [model_card(model, coordinator) for model in coordinator.registry],
+    }
+
+
+def switch_body(result: SwitchResult) -> dict[str, Any]:
+    """The quickstart server's fields, then ours.
+
+    Nothing is unloaded by a switch between loaded models, so `freed_memory_mb` is what the
+    engine host's memory shrank by (0 if it grew), and nothing is stashed.
+    """
+    before, after = result.memory_before_bytes, result.memory_after_bytes
+    return {
+        "previous_model": result.previous_model,
+        "current_model": result.current_model,
+        "switched": result.switched,
+        "duration_ms": _ms(result.duration_s),
+        "reconfigure_ms": _ms(result.reconfigure_s),
+        "memory_before_mb": _mb(before),
+        "memory_after_unload_mb": _mb(after),
+        "freed_memory_mb": _mb(max(0, before - after)),
+        "stash_memory_after_mb": 0.0,
+        "operation_id": result.operation_id,
+        "epoch": result.epoch,
+        "phases": {name: _ms(seconds) for name, seconds in result.phases_s.items()},
+        "requests_cut": result.requests_cut,
+    }
+
+
+def _parse(body: bytes) -> SwitchRequest:
+    try:
+        call = SwitchRequest.model_validate_json(body or b"null")
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        place = f"{field}: " if field else "body: "
+        raise InvalidRequest(
+            f'{place}{first["msg"]}; expected {{"model": alias, "drain_timeout": seconds}}', field
+        ) from None
+    if call.drain_timeout is not None and not math.isfinite(call.drain_timeout):
+        raise InvalidRequest("drain_timeout must be a finite number of seconds", "drain_timeout")
+    return call
+
+
+def _model_status(model: Model) -> dict[str, Any]:
+    memory = model.engine.memory
+    return {
+        "residency": model.residency.value,
+        "in_flight": len(model.leases),
+        "weights_bytes": memory.weights_bytes,
+        "kv_bytes": memory.kv_bytes,
+        "last_used_s": model.last_used_s,
+        "failed": model.failure,
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _mb(size: int) -> float:
+    return round(size / _MIB, 1)

@@ -1,0 +1,94 @@
+"""The composition root: the one place that knows all parts, and the outer ASGI application."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from vllm_hotswap import openai
+from vllm_hotswap.access import VLLM_ADMIN_PATHS, Access, Role
+from vllm_hotswap.admin import Admin
+from vllm_hotswap.config import SwitchingConfig
+from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.events import Observer, Observers
+from vllm_hotswap.metrics import SwitchMetrics
+from vllm_hotswap.routing import Router
+
+log = logging.getLogger("vllm_hotswap")
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class HotswapApp:
+    """Checks access, answers the server's own routes, and routes everything else by model."""
+
+    def __init__(
+        self,
+        host: EngineHost,
+        access: Access,
+        switching: SwitchingConfig | None = None,
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
+        self.host = host
+        self._access = access
+        observer = Observers(observers)
+        self.coordinator = Coordinator(host, observer, switching)
+        self.metrics = SwitchMetrics(
+            active=lambda: self.coordinator.active,
+            epoch=lambda: self.coordinator.epoch,
+            in_flight=lambda: {m.alias: len(m.leases) for m in self.coordinator.registry},
+            waiting=lambda: self.coordinator.waiting,
+            aliases=self.coordinator.registry.aliases,
+        )
+        observer.add(self.metrics)
+        self._router = Router(self.coordinator)
+        admin = Admin(self.coordinator, host, self.metrics.registry)
+        self._model = admin.model
+        self._routes: dict[tuple[str, str], tuple[Role, Handler]] = {
+            ("GET", "/health"): (Role.PUBLIC, admin.health),
+            ("GET", "/ping"): (Role.PUBLIC, admin.health),
+            ("POST", "/ping"): (Role.PUBLIC, admin.health),
+            ("GET", "/metrics"): (Role.USER, admin.metrics),
+            ("GET", "/v1/models"): (Role.USER, admin.models),
+            ("GET", "/models"): (Role.USER, admin.models),
+            ("POST", "/v1/models/switch"): (Role.ADMIN, admin.switch),
+            ("GET", "/admin/status"): (Role.USER, admin.status),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            raise RuntimeError("the server starts and stops the models; run with lifespan off")
+        method = scope.get("method", "GET")
+        path = _path(scope)
+        role, handler = self._find(method, path)
+        try:
+            self._access.check(role, Headers(scope=scope))
+            answer = await handler(Request(scope, receive)) if handler else self._router
+        except HotswapError as error:
+            answer = openai.error_response(error)
+        await answer(scope, receive, send)
+
+    def _find(self, method: str, path: str) -> tuple[Role, Handler | None]:
+        """The role and, for the server's own routes, the handler of a request."""
+        key = ("GET" if method == "HEAD" else method, path.rstrip("/") or "/")
+        if key in self._routes:
+            return self._routes[key]
+        if key[0] == "GET" and path.startswith("/v1/models/"):
+            return Role.USER, self._model
+        if path == "/version":
+            return Role.PUBLIC, None
+        return (Role.ADMIN if key[1] in VLLM_ADMIN_PATHS else Role.USER), None
+
+
+def _path(scope: Scope) -> str:
+    """The path below the proxy's prefix, as starlette computes it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path

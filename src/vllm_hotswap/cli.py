@@ -1,0 +1,97 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_hotswap import __version__
+from vllm_hotswap.errors import HotswapError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status; errors are one line on standard error."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        status: int = args.run(args, rest)
+    except HotswapError as error:
+        print(f"vllm-hotswap: error: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-hotswap",
+        description="Several models in one vLLM engine process, switched over HTTP.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-hotswap {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve the models of a YAML file",
+        description="Serve the models of a YAML file. Every flag of `vllm serve` is accepted, too: "
+        "for the server, and as the default of every model.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("config", type=Path, help="the YAML file")
+    serve.add_argument(
+        "--admin-key",
+        action="append",
+        default=[],
+        help="key that may switch models (also VLLM_HOTSWAP_ADMIN_KEY); may be given again",
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="the quickstart on tiny models that ship with the package",
+        description="Without options: start a server with tiny models, run the quickstart's "
+        "requests against it, show every answer, stop.",
+    )
+    what = demo.add_mutually_exclusive_group()
+    what.add_argument(
+        "--write", type=Path, metavar="DIR", help="write the tiny models and a models.yaml to DIR"
+    )
+    what.add_argument("--serve", action="store_true", help="leave the server running")
+    demo.add_argument("--port", type=int, default=8080, help="port for --serve (default: 8080)")
+    demo.set_defaults(run=_demo)
+
+
+def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    from vllm_hotswap.config import load_config
+    from vllm_hotswap.progress import configure_logging
+
+    configure_logging()
+    config = load_config(args.config)
+    from vllm_hotswap import server
+
+    return server.run(config, flags, args.admin_key)
+
+
+def _demo(args: argparse.Namespace, _: Sequence[str]) -> int:
+    from vllm_hotswap import demo
+
+    if args.write is not None:
+        print(demo.write(args.write))
+        return 0
+    return demo.serve(args.port) if args.serve else demo.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

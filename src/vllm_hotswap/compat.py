@@ -1,0 +1,250 @@
+"""Everything that depends on vLLM's version, in one place. Checked on vLLM 0.32.0.
+
+The engine host, the frontend builder and this module are the only ones that import vLLM. What
+is relied on here: `make_arg_parser`, `AsyncEngineArgs.from_cli_args`, `create_engine_config`,
+`AsyncLLM(client_addresses=...)`, `build_app`, `init_app_state`, `PrometheusStatLogger` and its
+class hooks, `vllm.parser.metrics`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
+from vllm_hotswap.host.messages import ModelFootprint, SocketPaths
+
+log = logging.getLogger("vllm_hotswap")
+
+ACCELERATOR_RESERVE_BYTES = 1 << 30
+"""Left free on an accelerator for activations and graphs. An estimate, not yet measured."""
+
+
+# --- configuration -----------------------------------------------------------------------
+
+
+def serve_parser(prog: str) -> argparse.ArgumentParser:
+    """vLLM's own parser of `vllm serve` flags; errors raise `ConfigError` instead of exiting."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's types stop here
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser: argparse.ArgumentParser = make_arg_parser(RaisingParser(prog=prog))
+    return parser
+
+
+def engine_config(args: argparse.Namespace) -> Any:
+    """The `VllmConfig` of one model, with the engine to be hosted, not launched.
+
+    May start a process that inspects an architecture for the first time on this machine
+    (seconds, then cached on disk), so it is called at start-up, never in a switch.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_hotswap.host.executor import QUALIFIED_NAME
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    single = engine_args.tensor_parallel_size == 1 and engine_args.pipeline_parallel_size == 1
+    if single and engine_args.distributed_executor_backend is None:
+        engine_args.distributed_executor_backend = QUALIFIED_NAME
+    return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def validate_serve_args(args: argparse.Namespace) -> None:
+    """vLLM's own checks of one model's flags. Raises `ConfigError`."""
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin and len(args.tool_parser_plugin) > 3:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin and len(args.reasoning_parser_plugin) > 3:
+        from vllm.reasoning import ReasoningParserManager
+
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    parsers = ToolParserManager.list_registered()
+    if args.tool_call_parser is not None and args.tool_call_parser not in parsers:
+        raise ConfigError(
+            f"tool_call_parser {args.tool_call_parser!r} is not known; "
+            f"known: {', '.join(sorted(parsers))}"
+        )
+
+
+def footprint(alias: str, config: Any, weights_bytes: int) -> ModelFootprint:
+    """What can be known of a model's memory before it is loaded."""
+    model, parallel = config.model_config, config.parallel_config
+    if model.is_attention_free:
+        per_token = 0
+    else:
+        per_token = (
+            2
+            * model.get_num_layers(parallel)
+            * model.get_num_kv_heads(parallel)
+            * model.get_head_size()
+            * model.dtype.itemsize
+        )
+    # vLLM allocates whole blocks; one more than needed covers rounding and its null block.
+    tokens = model.max_model_len + 2 * (config.cache_config.block_size or 128)
+    return ModelFootprint(
+        alias=alias,
+        weights_bytes=weights_bytes,
+        kv_bytes=config.cache_config.kv_cache_memory_bytes,
+        min_kv_bytes=per_token * tokens,
+        max_kv_bytes=per_token * tokens * config.scheduler_config.max_num_seqs,
+    )
+
+
+def hub_weights_bytes(name: str, revision: str | None) -> int:
+    """Size of a hub model's weight files, from the local cache or the hub's list; 0 if unknown."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return weight_files_bytes({f.name: f.stat().st_size for f in folder.iterdir()})
+    except Exception as error:  # noqa: BLE001  # whatever it raises, there is a way on
+        log.debug("event=not_in_cache model=%s cause=%r", name, error)
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=10)
+        return weight_files_bytes({f.rfilename: f.size or 0 for f in info.siblings or ()})
+    except Exception as error:  # noqa: BLE001  # a size that is not known must not end the start
+        log.warning("event=weights_size_unknown model=%s cause=%r", name, one_line(error))
+        return 0
+
+
+def weight_files_bytes(sizes: Mapping[str, int]) -> int:
+    """Bytes of a checkpoint's weight files: of the first kind found, as vLLM prefers them."""
+    for suffix in (".safetensors", ".bin", ".pt"):
+        if found := [
+            size for name, size in sizes.items() if name.endswith(suffix) and "/" not in name
+        ]:
+            return sum(found)
+    return 0
+
+
+# --- frontend ----------------------------------------------------------------------------
+
+
+def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> Any:
+    """An `AsyncLLM` for an engine that the host has loaded. Blocks until the engine answers."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_hotswap.metrics import shared_stat_logger
+
+    return AsyncLLM(
+        vllm_config=config,
+        executor_class=executor_class(config),
+        log_stats=not args.disable_log_stats,
+        log_requests=args.enable_log_requests,
+        stat_loggers=[] if args.disable_log_stats else [shared_stat_logger()],
+        client_addresses={"input_address": sockets.input, "output_address": sockets.output},
+    )
+
+
+async def make_app(client: Any, args: argparse.Namespace) -> Any:
+    """vLLM's complete API server for one engine client, ready to be called."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    tasks = await client.get_supported_tasks()
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    return app
+
+
+def name_in_parser_metrics(alias: str) -> None:
+    """Have vLLM's tool parser counter, which keeps one label per process, count for `alias`."""
+    from vllm.parser import metrics
+
+    if metrics._model_name is not None:
+        metrics._model_name = alias
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn vLLM's sign of a dead engine into ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineUnavailable("the engine died; see the server's log") from error
+
+
+# --- engine host -------------------------------------------------------------------------
+
+
+def executor_class(config: Any) -> type[Any]:
+    from vllm.v1.executor.abstract import Executor
+
+    return Executor.get_class(config)  # type: ignore[no-any-return]
+
+
+def prepare_host() -> None:
+    """Import what loads and steps need, so that no load waits for an import."""
+    from vllm.model_executor.model_loader import get_model  # noqa: F401
+    from vllm.platforms import current_platform
+    from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+    from vllm.v1.core.sched import scheduler  # noqa: F401
+
+    import vllm_hotswap.host.engine
+    import vllm_hotswap.host.executor  # noqa: F401
+
+    kind = "cpu" if current_platform.is_cpu() else "gpu"
+    importlib.import_module(f"vllm.v1.worker.{kind}_worker")
+    maybe_register_config_serialize_by_value()
+
+
+def memory_budget_bytes(fraction: float) -> int:
+    """Bytes that may be used for all models together: `fraction` of the device, less what others
+    already use of it."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+        node = get_memory_node_info(get_visible_memory_node()[0])
+        total, free = node.total_memory, node.available_memory
+        reserve = 0
+    else:
+        import torch
+
+        free, total = torch.get_device_module().mem_get_info()
+        reserve = ACCELERATOR_RESERVE_BYTES
+    return int(free - (1 - fraction) * total - reserve)
+
+
+def weights_bytes(engine: Any) -> int:
+    """Bytes of a loaded model's parameters and buffers; 0 where workers are other processes."""
+    worker = getattr(engine.model_executor, "driver_worker", None)
+    if worker is None or not hasattr(worker, "get_model"):
+        return 0
+    model = worker.get_model()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+@contextlib.contextmanager
+def collecting_failed_load() -> Iterator[None]:
+    """If the load inside fails, give back what it left, as `EngineCore.shutdown` would."""
+    try:
+        yield
+    except BaseException:
+        gc.unfreeze()
+        gc.collect()
+        raise

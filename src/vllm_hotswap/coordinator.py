@@ -1,0 +1,534 @@
+"""The one owner of all switching state, on one event loop.
+
+Decisions are plain methods: between two awaits nothing else runs, so they need no locks. Slow
+work (draining, loading, activating) runs in one task per switch, `_run_switch`, whose phases
+are the ones in `states.SwitchPhase`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from vllm_hotswap.config import SwitchingConfig
+from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.errors import (
+    DrainCut,
+    EngineUnavailable,
+    ModelNotActive,
+    ModelSwitching,
+    QueueFull,
+    SwitchFailed,
+    SwitchInProgress,
+    WaitTimeout,
+    one_line,
+)
+from vllm_hotswap.events import (
+    LoadProgress,
+    Observer,
+    PhaseChanged,
+    RequestEnded,
+    ResidencyChanged,
+    SwitchEnded,
+)
+from vllm_hotswap.registry import Cut, Lease, Model, Registry
+from vllm_hotswap.states import Residency, Step, SwitchPhase
+
+Clock = Callable[[], float]
+
+CUT_GRACE_S = 5.0
+"""How long a request that was ended may take to send its error before the switch goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchResult:
+    """What a switch did. Times are in seconds, memory in bytes."""
+
+    operation_id: str
+    epoch: int
+    previous_model: str | None
+    current_model: str
+    switched: bool
+    duration_s: float
+    phases_s: dict[str, float]
+    requests_cut: int
+    memory_before_bytes: int
+    memory_after_bytes: int
+
+    @property
+    def reconfigure_s(self) -> float:
+        """Time without the wait for running requests."""
+        return self.duration_s - self.phases_s.get(SwitchPhase.DRAIN.value, 0.0)
+
+
+@dataclass(eq=False, slots=True)
+class _Switch:
+    """A switch under way."""
+
+    operation_id: str
+    source: Model | None
+    target: Model
+    drain_timeout_s: float
+    started_s: float
+    phase: SwitchPhase = SwitchPhase.VALIDATE
+    phases_s: dict[str, float] = field(default_factory=dict)
+    requests_cut: int = 0
+    held: dict[asyncio.Future[Lease], asyncio.Task[object] | None] = field(default_factory=dict)
+    """Requests that wait for the target, in order of arrival, each with its task."""
+    task: asyncio.Task[SwitchResult] | None = None
+
+
+class Coordinator:
+    """Admits requests and switches models.
+
+    The whole mutable state is:
+
+    - `_active`: the model that is stepped, None before the first activation or after its death;
+    - `_epoch`: raised at every activation, never lowered;
+    - `_switch`: the switch under way, if any, with the requests held for its target;
+    - `_dead`: why the engine host is gone, once it is;
+    - residency and leases of each model in the registry.
+
+    All of it is changed by methods of this class, on the event loop, and nowhere else.
+    """
+
+    def __init__(
+        self,
+        host: EngineHost,
+        observer: Observer,
+        settings: SwitchingConfig | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._host = host
+        self._observer = observer
+        self._settings = settings or SwitchingConfig()
+        self._clock = clock
+        self.registry = Registry(host.engines)
+        self._active: Model | None = None
+        self._epoch = 0
+        self._switch: _Switch | None = None
+        self._dead: str | None = None
+        self._last_switch_s = 1.0
+        host.on_engine_failed(self._engine_failed)
+
+    def __repr__(self) -> str:
+        phase = self._switch.phase.name if self._switch else "IDLE"
+        in_flight = sum(len(model.leases) for model in self.registry)
+        return (
+            f"<Coordinator active={self.active} epoch={self._epoch} phase={phase} "
+            f"in_flight={in_flight} waiting={self.waiting}>"
+        )
+
+    @property
+    def active(self) -> str | None:
+        return self._active.alias if self._active else None
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def phase(self) -> str:
+        return self._switch.phase.value if self._switch else "idle"
+
+    @property
+    def target(self) -> str | None:
+        """The target of the switch under way."""
+        return self._switch.target.alias if self._switch else None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._switch.held) if self._switch else 0
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be served, or None."""
+        if self._dead is not None:
+            return self._dead
+        if self._active is None and self._switch is None:
+            return "no model is active"
+        return None
+
+    # --- start ----------------------------------------------------------------------------
+
+    async def start(self, load: Iterable[str], default: str) -> None:
+        """Load the aliases of `load`, `default` first, and activate `default`.
+
+        Raises:
+            HotswapError: one of them cannot be loaded; the message names it.
+        """
+        self._host.died.add_done_callback(self._host_died)
+        first = self.registry.resolve(default)
+        others = [self.registry.resolve(alias) for alias in load if alias != default]
+        for model in (first, *others):
+            model.engine.validate()
+        # All at once: the host makes the next engine while this process builds a frontend.
+        loads = [asyncio.create_task(self._load(model)) for model in (first, *others)]
+        try:
+            await loads[0]
+            await self._activate(first)
+            await asyncio.gather(*loads)
+        finally:
+            for task in loads:
+                task.cancel()
+            await asyncio.gather(*loads, return_exceptions=True)
+
+    # --- requests -------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(self, alias: str | None) -> AsyncIterator[Lease]:
+        """Hold a model, `alias` or the active one, while the body runs.
+
+        Entering may wait for the switch under way. If the lease is cut meanwhile, the body is
+        cancelled and finds the cause in `Lease.cut`.
+
+        Raises:
+            UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,
+            EngineUnavailable: the request is not admitted.
+        """
+        held = self._admit(alias)
+        lease = held if isinstance(held, Lease) else await self._wait(held)
+        try:
+            yield lease
+        finally:
+            self._release(lease)
+
+    def _admit(self, alias: str | None) -> Lease | asyncio.Future[Lease]:
+        """Grant a lease now, hold the request for the switch under way, or refuse it."""
+        if self._dead is not None:
+            raise EngineUnavailable(self._dead)
+        switch = self._switch
+        model = self.registry.resolve(alias) if alias is not None else None
+        if switch is not None and model in (switch.target, None):
+            return self._hold(switch)
+        if model is None:
+            model = self._active
+        if model is None:
+            raise EngineUnavailable("no model is active; switch to one")
+        _refuse_failed(model)
+        if model is not self._active:
+            raise ModelNotActive(model.alias, self.active)
+        if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
+            raise ModelSwitching(model.alias, switch.target.alias, self._retry_after_s())
+        return self._grant(model, asyncio.current_task())
+
+    def _grant(self, model: Model, task: asyncio.Task[object] | None) -> Lease:
+        lease = Lease(model.alias, self._epoch, task)
+        model.leases.add(lease)
+        model.last_used_s = self._clock()
+        return lease
+
+    def _hold(self, switch: _Switch) -> asyncio.Future[Lease]:
+        if len(switch.held) >= self._settings.max_waiting:
+            raise QueueFull(
+                f"{len(switch.held)} requests wait for {switch.target.alias!r} already "
+                "(switching.max_waiting); retry later",
+                retry_after_s=self._retry_after_s(),
+            )
+        future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        switch.held[future] = asyncio.current_task()
+        return future
+
+    async def _wait(self, held: asyncio.Future[Lease]) -> Lease:
+        try:
+            async with asyncio.timeout(self._settings.max_wait):
+                return await held
+        except TimeoutError:
+            if lease := _granted(held):  # in the very turn in which the time was up
+                return lease
+            raise WaitTimeout(
+                f"the request waited {self._settings.max_wait:g} s for a switch "
+                "(switching.max_wait); retry when it has ended"
+            ) from None
+        except asyncio.CancelledError:
+            if lease := _granted(held):  # in the very turn in which the client left, or cut since
+                self._release(lease)
+                if lease.cut is not None:
+                    uncancel()
+                    raise lease.cut from None
+            raise
+        finally:
+            if self._switch is not None:
+                self._switch.held.pop(held, None)
+
+    def _release(self, lease: Lease) -> None:
+        model = self.registry.resolve(lease.alias)
+        model.leases.discard(lease)
+        if not model.leases and model.emptied is not None and not model.emptied.done():
+            model.emptied.set_result(None)
+        self._observer.notify(
+            RequestEnded(lease.epoch, lease.alias, "cut" if lease.cut else "served")
+        )
+
+    def _retry_after_s(self) -> int:
+        return max(1, round(self._last_switch_s + 0.5))
+
+    # --- switching ------------------------------------------------------------------------
+
+    async def switch(self, alias: str, drain_timeout_s: float | None = None) -> SwitchResult:
+        """Make `alias` the active model; wait until it is.
+
+        Calls for the target that is being switched to join that switch. A caller who leaves
+        does not stop it.
+
+        Raises:
+            UnknownModel, SwitchInProgress, SwitchFailed, EngineUnavailable.
+        """
+        target = self.registry.resolve(alias)
+        if self._dead is not None:
+            raise EngineUnavailable(self._dead)
+        if self._switch is None:
+            if target is self._active:
+                return self._unswitched()
+            if drain_timeout_s is None:
+                drain_timeout_s = self._settings.drain_timeout
+            self._begin(target, drain_timeout_s)
+        switch = self._switch
+        assert switch is not None
+        assert switch.task is not None
+        if switch.target is not target:
+            raise SwitchInProgress(switch.target.alias, alias, switch.operation_id)
+        return await asyncio.shield(switch.task)
+
+    def _begin(self, target: Model, drain_timeout_s: float) -> None:
+        self._switch = switch = _Switch(
+            _operation_id(), self._active, target, drain_timeout_s, self._clock()
+        )
+        switch.task = asyncio.create_task(self._run_switch(switch), name=f"switch-{target.alias}")
+        # A switch whose caller has left may fail with nobody to retrieve the exception.
+        switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _run_switch(self, switch: _Switch) -> SwitchResult:
+        try:
+            memory_before = self._host.stats().used_bytes
+            async with self._phase(switch, SwitchPhase.VALIDATE):
+                self._validate(switch.target)
+            async with self._phase(switch, SwitchPhase.DRAIN):
+                await self._drain(switch)
+            async with self._phase(switch, SwitchPhase.BRING_UP):
+                if not switch.target.is_loaded:
+                    await self._load(switch.target)
+            async with self._phase(switch, SwitchPhase.ACTIVATE):
+                await self._activate(switch.target)
+        except BaseException as error:
+            raise await self._roll_back(switch, error) from error
+        return self._finish(switch, memory_before)
+
+    def _validate(self, target: Model) -> None:
+        _refuse_failed(target)
+        if not target.is_loaded:
+            target.engine.validate()
+
+    async def _drain(self, switch: _Switch) -> None:
+        """Wait for the source's leases; end with an explicit error what is left at the deadline."""
+        if switch.source is None:
+            return
+        await self._until_empty(switch.source, switch.drain_timeout_s)
+        cut = DrainCut(switch.source.alias, switch.target.alias, switch.drain_timeout_s)
+        switch.requests_cut = self._end_all(switch.source, cut)
+        await self._until_empty(switch.source, CUT_GRACE_S)
+
+    async def _until_empty(self, model: Model, timeout_s: float) -> None:
+        """Return when the model has no leases, or after `timeout_s`."""
+        if not model.leases or timeout_s <= 0:
+            return
+        model.emptied = asyncio.get_running_loop().create_future()
+        await asyncio.wait([model.emptied], timeout=timeout_s)
+        model.emptied = None
+
+    def _end_all(self, model: Model, cause: Cut) -> int:
+        ended = [lease for lease in model.leases if lease.cut is None]
+        for lease in ended:
+            lease.end(cause)
+        return len(ended)
+
+    async def _load(self, model: Model) -> None:
+        _refuse_failed(model)
+        started_s = self._clock()
+        self._step(model, Step.LOAD)
+
+        def progress(stage: str) -> None:
+            elapsed_s = self._clock() - started_s
+            self._observer.notify(LoadProgress(self._epoch, model.alias, stage, elapsed_s))
+
+        try:
+            await model.engine.load(progress)
+            _refuse_failed(model)  # it may have died meanwhile
+        except BaseException:
+            if model.residency is not Residency.FAILED:
+                self._step(model, Step.LOAD_FAILED)
+            raise
+        self._step(model, Step.LOADED)
+        progress("ready")
+
+    async def _activate(self, target: Model) -> None:
+        await target.engine.activate(self._epoch + 1)
+        _refuse_failed(target)  # it may have died meanwhile
+        if self._active is not None and self._active is not target:
+            self._step(self._active, Step.PARK)
+        if target.residency is not Residency.ACTIVE:
+            self._step(target, Step.ACTIVATE)
+        self._epoch += 1
+        self._active = target
+
+    def _finish(self, switch: _Switch, memory_before: int) -> SwitchResult:
+        """Re-open admission: whoever was held is served by the new epoch, in order of arrival."""
+        self._switch = None
+        for future, task in switch.held.items():
+            if not future.done():
+                future.set_result(self._grant(switch.target, task))
+        duration_s = self._clock() - switch.started_s
+        self._last_switch_s = duration_s
+        source = switch.source.alias if switch.source else None
+        self._notify_ended(switch, duration_s, None)
+        return SwitchResult(
+            operation_id=switch.operation_id,
+            epoch=self._epoch,
+            previous_model=source,
+            current_model=switch.target.alias,
+            switched=True,
+            duration_s=duration_s,
+            phases_s=switch.phases_s,
+            requests_cut=switch.requests_cut,
+            memory_before_bytes=memory_before,
+            memory_after_bytes=self._host.stats().used_bytes,
+        )
+
+    async def _roll_back(self, switch: _Switch, cause: BaseException) -> BaseException:
+        """Let the source serve on; return what the caller of the switch is told."""
+        source = self._active
+        if source is not None and self._dead is None:
+            # The pointer may have moved although the answer was lost.
+            try:
+                await source.engine.activate(self._epoch)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
+                self._engine_failed(source.alias, one_line(error))
+        self._switch = None
+        failed = SwitchFailed(switch.target.alias, switch.phase.value, cause, self.active)
+        for future in switch.held:
+            if not future.done():
+                future.set_exception(failed)
+        self._notify_ended(switch, self._clock() - switch.started_s, one_line(cause))
+        # A switch is cancelled at shutdown, and its callers are to be told.
+        return failed if isinstance(cause, Exception | asyncio.CancelledError) else cause
+
+    def _notify_ended(self, switch: _Switch, duration_s: float, cause: str | None) -> None:
+        self._observer.notify(
+            SwitchEnded(
+                switch.operation_id,
+                self._epoch,
+                switch.source.alias if switch.source else None,
+                switch.target.alias,
+                "switched" if cause is None else "failed",
+                duration_s,
+                switch.requests_cut,
+                cause,
+            )
+        )
+
+    def _unswitched(self) -> SwitchResult:
+        used = self._host.stats().used_bytes
+        assert self._active is not None
+        alias = self._active.alias
+        return SwitchResult(
+            _operation_id(), self._epoch, alias, alias, False, 0.0, {}, 0, used, used
+        )
+
+    @asynccontextmanager
+    async def _phase(self, switch: _Switch, phase: SwitchPhase) -> AsyncIterator[None]:
+        """Name, time and tell of one phase."""
+        switch.phase = phase
+        started_s = self._clock()
+        self._notify_phase(switch, phase, "started", 0.0)
+        try:
+            yield
+        except BaseException:
+            self._notify_phase(switch, phase, "failed", self._clock() - started_s)
+            raise
+        duration_s = self._clock() - started_s
+        switch.phases_s[phase.value] = duration_s
+        self._notify_phase(switch, phase, "finished", duration_s)
+
+    def _notify_phase(
+        self, switch: _Switch, phase: SwitchPhase, status: str, duration_s: float
+    ) -> None:
+        self._observer.notify(
+            PhaseChanged(
+                switch.operation_id,
+                self._epoch,
+                switch.target.alias,
+                phase,
+                status,  # type: ignore[arg-type]
+                duration_s,
+            )
+        )
+
+    async def shut_down(self, timeout_s: float) -> None:
+        """Admit nothing more; end with an explicit error what still runs after `timeout_s`."""
+        if self._dead is None:
+            self._dead = "the server is shutting down"
+        if self._switch is not None and self._switch.task is not None:
+            switching = self._switch.task
+            await asyncio.wait([switching], timeout=timeout_s)
+            switching.cancel("the server is shutting down")
+            await asyncio.wait([switching])
+        busy = [model for model in self.registry if model.leases]
+        for model in busy:
+            await self._until_empty(model, timeout_s)
+            self._end_all(model, EngineUnavailable("the server is shutting down"))
+        for model in busy:
+            await self._until_empty(model, CUT_GRACE_S)
+
+    # --- what may happen at any time --------------------------------------------------------
+
+    def _host_died(self, died: asyncio.Future[str]) -> None:
+        """Every open request of every model fails explicitly; nothing is admitted any more."""
+        if died.cancelled():
+            return
+        self._dead = f"{died.result()}; restart the server"
+        for model in self.registry:
+            if model.residency is not Residency.COLD:
+                self._fail(model, self._dead)
+        self._active = None
+
+    def _engine_failed(self, alias: str, cause: str) -> None:
+        """One engine died in a step; the others go on."""
+        model = self.registry.resolve(alias)
+        self._fail(model, cause)
+        if model is self._active:
+            self._active = None
+
+    def _fail(self, model: Model, cause: str) -> None:
+        model.failure = cause
+        if model.residency is not Residency.FAILED:
+            self._step(model, Step.FAIL)
+        self._end_all(model, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
+
+    def _step(self, model: Model, step: Step) -> None:
+        before = model.step(step)
+        self._observer.notify(ResidencyChanged(self._epoch, model.alias, before, model.residency))
+
+
+def _refuse_failed(model: Model) -> None:
+    if model.residency is Residency.FAILED:
+        raise EngineUnavailable(f"the engine of {model.alias!r} died: {model.failure}")
+
+
+def uncancel() -> None:
+    """Take back the cancellation that ended a lease, so that its cause can be told."""
+    if task := asyncio.current_task():
+        task.uncancel()
+
+
+def _granted(held: asyncio.Future[Lease]) -> Lease | None:
+    """The lease that a request which waited has been given, if it has."""
+    is_granted = held.done() and not held.cancelled() and held.exception() is None
+    return held.result() if is_granted else None
+
+
+def _operation_id() -> str:
+    return f"switch-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,288 @@
+"""Complete engines without vLLM: for tests, and for working on the server without a model.
+
+A fake engine answers the OpenAI routes for chat, completions, embeddings and tokenisation, streamed
+or not, one word at a time. Like a real one it takes in requests while it is parked and only
+answers them while it is stepped; a request that is running when its engine is parked freezes
+and goes on later. Its answers name the alias and are the same every time.
+
+Tests drive it: `hold` and `release` gate an operation, `fail_next` makes it fail, `kill` ends the
+host or one engine; witnesses (`operations`, `stepped_while_parked`) tell what happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+
+WORDS = ["I", "am", "{alias},", "a", "fake", "engine", "of", "vllm-hotswap."]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSettings:
+    """How long things take, in seconds, and what a model holds, in bytes."""
+
+    load_s: float = 0.0
+    activate_s: float = 0.0
+    token_s: float = 0.0
+    weights_bytes: int = 1 << 20
+    kv_bytes: int = 1 << 20
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """One model's fake engine and frontend."""
+
+    alias: str
+    host: FakeHost
+    settings: FakeSettings = field(default_factory=FakeSettings)
+    missing_files: bool = False
+
+    def __post_init__(self) -> None:
+        self.is_loaded = False
+        self.aborted = 0
+        self.served = 0
+        self._stepped = asyncio.Event()
+        self._app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._completion, methods=["POST"]),
+                Route("/v1/embeddings", self._embedding, methods=["POST"]),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/version", self._version),
+            ]
+        )
+
+    def __repr__(self) -> str:
+        return f"<FakeEngine {self.alias} loaded={self.is_loaded} stepped={self._stepped.is_set()}>"
+
+    @property
+    def app(self) -> Starlette:
+        if not self.is_loaded:
+            raise EngineUnavailable(f"model {self.alias!r} is not loaded")
+        return self._app
+
+    @property
+    def memory(self) -> EngineMemory:
+        if not self.is_loaded:
+            return EngineMemory(0, 0)
+        return EngineMemory(self.settings.weights_bytes, self.settings.kv_bytes)
+
+    @property
+    def card(self) -> Mapping[str, object]:
+        return {"root": f"fake/{self.alias}", "max_model_len": 4096}
+
+    def validate(self) -> None:
+        if self.missing_files:
+            raise ConfigError(
+                f"model {self.alias!r}: the folder 'fake/{self.alias}' does not exist"
+            )
+
+    async def load(self, progress: Progress) -> None:
+        for stage in ("weights", "kv_cache", "warm_up"):
+            progress(stage)
+        await self.host.operate("load", self.alias, self.settings.load_s)
+        progress("frontend")
+        self.is_loaded = True
+
+    async def activate(self, epoch: int) -> None:
+        await self.host.operate("activate", self.alias, self.settings.activate_s)
+        if not self.is_loaded:
+            raise HotswapError(f"KeyError: engine {self.alias!r} is not loaded")
+        self.host.step_only(self)
+
+    # --- the engine ---------------------------------------------------------------------
+
+    async def tokens(self, max_tokens: int) -> AsyncIterator[str]:
+        """The words of an answer; each one waits until the engine is stepped."""
+        try:
+            for number in range(max_tokens):
+                await self._stepped.wait()
+                if self.settings.token_s:
+                    await asyncio.sleep(self.settings.token_s)
+                await self.host.gate("step", self.alias)
+                self.host.check_stepped(self)
+                yield WORDS[number % len(WORDS)].format(alias=self.alias)
+            self.served += 1
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted += 1
+            raise
+
+    def set_stepped(self, stepped: bool) -> None:
+        if stepped:
+            self._stepped.set()
+        else:
+            self._stepped.clear()
+
+    @property
+    def is_stepped(self) -> bool:
+        return self._stepped.is_set()
+
+    # --- the frontend -------------------------------------------------------------------
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._generate(
+            request, "chat.completion", lambda text: {"message": _says(text)}
+        )
+
+    async def _completion(self, request: Request) -> Response:
+        return await self._generate(request, "text_completion", lambda text: {"text": text})
+
+    async def _generate(
+        self, request: Request, kind: str, choice: Callable[[str], dict[str, Any]]
+    ) -> Response:
+        body = await request.json()
+        if body.get("model", self.alias) != self.alias:
+            return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
+        max_tokens = int(body.get("max_tokens", len(WORDS)))
+        if body.get("stream"):
+            return StreamingResponse(self._events(max_tokens, kind), media_type="text/event-stream")
+        words = [word async for word in self.tokens(max_tokens)]
+        return JSONResponse(
+            {
+                "id": "fake",
+                "object": kind,
+                "model": self.alias,
+                "choices": [{"index": 0, **choice(" ".join(words)), "finish_reason": "stop"}],
+                "usage": {"completion_tokens": len(words)},
+            }
+        )
+
+    async def _events(self, max_tokens: int, kind: str) -> AsyncIterator[str]:
+        async for word in self.tokens(max_tokens):
+            choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+            if kind == "chat.completion":
+                choice["delta"] = {"content": word + " "}
+            else:
+                choice["text"] = word + " "
+            chunk = {"id": "fake", "object": kind, "model": self.alias, "choices": [choice]}
+            yield f"data: {json.dumps(chunk)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def _embedding(self, request: Request) -> Response:
+        async for _ in self.tokens(1):
+            pass
+        data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
+        return JSONResponse({"object": "list", "model": self.alias, "data": data})
+
+    async def _tokenize(self, request: Request) -> Response:
+        words = str((await request.json()).get("prompt", "")).split()
+        return JSONResponse({"count": len(words), "tokens": list(range(len(words)))})
+
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": "fake"})
+
+
+class FakeHost:
+    """Holds fake engines; steps the active one."""
+
+    def __init__(
+        self, aliases: tuple[str, ...], settings: Mapping[str, FakeSettings] | None = None
+    ) -> None:
+        settings = settings or {}
+        self._engines = {
+            alias: FakeEngine(alias, self, settings.get(alias, FakeSettings())) for alias in aliases
+        }
+        self._died: asyncio.Future[str] | None = None
+        self._gates: dict[tuple[str, str], asyncio.Event] = {}
+        self._failures: dict[tuple[str, str], list[HotswapError]] = defaultdict(list)
+        self._callbacks: list[Callable[[str, str], None]] = []
+        self.operations: list[tuple[str, str]] = []
+        self.stepped_while_parked = 0
+        self.is_running = False
+
+    def __repr__(self) -> str:
+        stepped = [engine.alias for engine in self._engines.values() if engine.is_stepped]
+        return f"<FakeHost engines={list(self._engines)} stepped={stepped}>"
+
+    @property
+    def engines(self) -> Mapping[str, FakeEngine]:
+        return self._engines
+
+    @property
+    def died(self) -> asyncio.Future[str]:
+        if self._died is None:
+            self._died = asyncio.get_running_loop().create_future()
+        return self._died
+
+    async def start(self) -> None:
+        self.is_running = True
+
+    async def stop(self) -> None:
+        self.is_running = False
+
+    def stats(self) -> HostStats:
+        used = sum(e.memory.weights_bytes + e.memory.kv_bytes for e in self._engines.values())
+        return HostStats(os.getpid(), used)
+
+    def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
+        self._callbacks.append(callback)
+
+    # --- what engines do through it ---------------------------------------------------------
+
+    async def operate(self, operation: str, alias: str, duration_s: float) -> None:
+        self.operations.append((operation, alias))
+        if duration_s:
+            await asyncio.sleep(duration_s)
+        await self.gate(operation, alias)
+        if self.died.done():
+            raise EngineUnavailable(self.died.result())
+        if failures := self._failures[operation, alias]:
+            raise failures.pop(0)
+
+    async def gate(self, operation: str, alias: str) -> None:
+        if gate := self._gates.get((operation, alias)):
+            await gate.wait()
+
+    def step_only(self, active: FakeEngine) -> None:
+        for engine in self._engines.values():
+            engine.set_stepped(engine is active)
+
+    def check_stepped(self, engine: FakeEngine) -> None:
+        if not engine.is_stepped:
+            self.stepped_while_parked += 1
+
+    # --- what tests do ------------------------------------------------------------------------
+
+    def hold(self, operation: str, alias: str) -> None:
+        """Have `load`, `activate` or `step` of the alias wait for `release`."""
+        self._gates[operation, alias] = asyncio.Event()
+
+    def release(self, operation: str, alias: str) -> None:
+        self._gates.pop((operation, alias)).set()
+
+    def fail_next(self, operation: str, alias: str, error: HotswapError | None = None) -> None:
+        """Have the next `load` or `activate` of the alias fail."""
+        failure = error or HotswapError(f"{operation} of {alias!r} was made to fail")
+        self._failures[operation, alias].append(failure)
+
+    def kill(self, how: str = "the engine host was killed by signal 9") -> None:
+        """End the host as a signal would: nothing is stepped, and no operation is waited for."""
+        for engine in self._engines.values():
+            engine.set_stepped(False)
+        for (operation, _), gate in self._gates.items():
+            if operation != "step":
+                gate.set()
+        self.died.set_result(how)
+
+    def kill_engine(self, alias: str, cause: str = "RuntimeError: step failed") -> None:
+        """End one engine as an exception in its step would."""
+        self._engines[alias].set_stepped(False)
+        for callback in self._callbacks:
+            callback(alias, cause)
+
+
+def _says(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}

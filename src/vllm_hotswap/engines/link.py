@@ -1,0 +1,159 @@
+"""The API process's end of the control channel: starts the engine host, talks to it, watches it.
+
+Runs on the event loop; no threads. One command is one awaitable answer, and every wait ends
+when the host dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vllm_hotswap.errors import EngineUnavailable, HotswapError
+from vllm_hotswap.host.messages import Answer, Command, Message, Ready, Stop
+from vllm_hotswap.platforms import host_environment
+
+STOP_TIMEOUT_S = 10.0
+
+
+class HostLink:
+    """A running engine host process.
+
+    The mutable state is `_pending` (answers awaited, by command id), `_ready` and `died`;
+    all of it is changed on the event loop, by `_on_readable` and `_closed` alone.
+    """
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._stopping = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Connection[Command, Message] | None = None
+
+    def spawn(self) -> None:
+        """Start the process; it imports while the caller goes on. Needs no running loop."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "vllm_hotswap.host", "--channel", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env=host_environment(os.environ),
+                stdin=subprocess.DEVNULL,
+            )
+        self._channel = Connection(ours.detach())
+
+    def watch(self, on_message: Callable[[Message], None]) -> None:
+        """Begin to listen; call once, on the event loop."""
+        self._on_message = on_message
+        loop = asyncio.get_running_loop()
+        self.died: asyncio.Future[str] = loop.create_future()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._connection.fileno(), self._on_readable)
+
+    async def ready(self) -> None:
+        """Wait until the host obeys commands. Raises `EngineUnavailable` if it dies first."""
+        await self._ready
+
+    @property
+    def pid(self) -> int:
+        return self._running.pid
+
+    async def call(self, make: Callable[[int], Command]) -> Any:
+        """Send the command that `make` builds from a fresh id; return its answer.
+
+        Raises:
+            EngineUnavailable: the host is dead or dies meanwhile.
+            HotswapError: the host could not do it; the message says why.
+        """
+        if self.died.done():
+            raise EngineUnavailable(self.died.result())
+        command = make(next(self._ids))
+        future = asyncio.get_running_loop().create_future()
+        self._pending[command.id] = future
+        try:
+            self._connection.send(command)
+            return await future
+        except OSError as error:
+            raise EngineUnavailable(f"the engine host is gone: {error}") from error
+        finally:
+            self._pending.pop(command.id, None)
+
+    async def stop(self) -> None:
+        """End the process: ask, then kill what has not ended in time. Idempotent."""
+        self._stopping = True
+        if self._process is None or self._process.poll() is not None:
+            return
+        try:
+            self._connection.send(Stop(next(self._ids)))
+        except OSError:
+            self._process.kill()
+        try:
+            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    def kill(self) -> None:
+        """End the process at once; for a start-up that failed before there was a loop."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def _connection(self) -> Connection[Command, Message]:
+        assert self._channel is not None, "spawn() comes first"
+        return self._channel
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "spawn() comes first"
+        return self._process
+
+    def _on_readable(self) -> None:
+        try:
+            while self._connection.poll():
+                self._receive(self._connection.recv())
+        except (EOFError, OSError):
+            self._closed()
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Ready():
+                self._ready.set_result(None)
+            case Answer(id=id, error=error, result=result):
+                future = self._pending.get(id)
+                if future is not None and not future.done():
+                    if error is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(HotswapError(error))
+            case _:
+                self._on_message(message)
+
+    def _closed(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._connection.fileno())
+        self._connection.close()
+        how = self._how_it_ended()
+        error = EngineUnavailable(how)
+        for future in (self._ready, *self._pending.values()):
+            if not future.done():
+                future.set_exception(error)
+        if not self._stopping and not self.died.done():
+            self.died.set_result(how)
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self._running.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return "the engine host closed its control channel"
+        if status < 0:
+            return f"the engine host was killed by signal {-status}"
+        return f"the engine host exited with status {status}"

@@ -1,0 +1,1 @@
+"""See `vllm_hotswap.entrypoints.openai.multi_model_api_server`."""

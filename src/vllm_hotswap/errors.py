@@ -1,0 +1,170 @@
+"""Every error that this package raises, named after what the caller can do.
+
+::
+
+    HotswapError
+    ├── ConfigError              the configuration cannot work; fix the named key or file
+    ├── UnknownModel             404  ask for one of the configured aliases
+    ├── ModelNotActive           404  switch first, or ask for the active alias
+    ├── ModelSwitching           503  the model is being drained; retry after the switch
+    ├── SwitchInProgress         409  another target is under way; retry after it
+    ├── SwitchFailed             503  the target could not be brought up; the cause is named
+    ├── SwitchNotAllowed         403  the server was not started with switching open
+    ├── Unauthorized             401  send a valid key
+    ├── InvalidRequest           400  the body or a parameter is wrong
+    ├── QueueFull                429  too many requests wait for the target; retry later
+    ├── WaitTimeout              504  the switch took longer than a request may wait
+    ├── DrainCut                 503  the request was still running at the drain deadline
+    └── EngineUnavailable        503  the engine or its host died
+
+Domain code raises these; `openai.error_response` turns them into HTTP in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class HotswapError(Exception):
+    """Base of all errors of this package.
+
+    Class attributes give the HTTP form: `status`, OpenAI `type` and `code`.
+    `retry_after_s`, where set, becomes the `Retry-After` header (seconds).
+    """
+
+    status = 500
+    type = "internal_error"
+    code = "internal_error"
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class ConfigError(HotswapError):
+    """The configuration cannot work. The message names the file or key and the next step."""
+
+    code = "invalid_configuration"
+
+
+class UnknownModel(HotswapError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+    param = "model"
+
+    def __init__(self, alias: str, configured: Iterable[str]) -> None:
+        super().__init__(f"model {alias!r} is not configured; configured: {', '.join(configured)}")
+
+
+class ModelNotActive(HotswapError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_active"
+    param = "model"
+
+    def __init__(self, alias: str, active: str | None) -> None:
+        now = f"the active model is {active!r}" if active else "no model is active"
+        super().__init__(
+            f"model {alias!r} is configured but not active; {now}; "
+            f'switch with POST /v1/models/switch {{"model": "{alias}"}}'
+        )
+
+
+class ModelSwitching(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "model_switching"
+
+    def __init__(self, source: str, target: str, retry_after_s: int) -> None:
+        super().__init__(
+            f"model {source!r} is being drained for a switch to {target!r}; "
+            f"retry when the switch has ended, or ask for {target!r}",
+            retry_after_s=retry_after_s,
+        )
+
+
+class SwitchInProgress(HotswapError):
+    status = 409
+    type = "conflict_error"
+    code = "switch_in_progress"
+
+    def __init__(self, target: str, requested: str, operation_id: str) -> None:
+        super().__init__(
+            f"a switch to {target!r} is in progress (operation {operation_id}), "
+            f"so {requested!r} cannot be switched to now; retry when it has ended",
+            retry_after_s=1,
+        )
+
+
+class SwitchFailed(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "switch_failed"
+
+    def __init__(self, target: str, phase: str, cause: BaseException, serving: str | None) -> None:
+        then = f"{serving!r} serves on" if serving else "no model is active"
+        super().__init__(f"switch to {target!r} failed in phase {phase}: {cause}; {then}")
+
+
+class SwitchNotAllowed(HotswapError):
+    status = 403
+    type = "permission_error"
+    code = "switch_not_allowed"
+
+
+class Unauthorized(HotswapError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class InvalidRequest(HotswapError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class QueueFull(HotswapError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class WaitTimeout(HotswapError):
+    status = 504
+    type = "timeout_error"
+    code = "wait_timeout"
+
+
+class DrainCut(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "drain_timeout"
+
+    def __init__(self, source: str, target: str, drain_timeout_s: float) -> None:
+        super().__init__(
+            f"the request to {source!r} was ended: it was still running {drain_timeout_s:g} s "
+            f"after a switch to {target!r} began to drain; repeat it when {source!r} is active",
+            retry_after_s=1,
+        )
+
+
+class EngineUnavailable(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "engine_unavailable"
+    retry_after_s = 5
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any exception on one line; its type where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

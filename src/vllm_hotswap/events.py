@@ -1,0 +1,95 @@
+"""Values of what happened, and the protocol of whoever wants to know.
+
+The coordinator emits; logs, metrics and tests observe. Every event carries the epoch in
+which it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from vllm_hotswap.states import Residency, SwitchPhase
+
+PhaseStatus = Literal["started", "finished", "failed"]
+SwitchStatus = Literal["switched", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseChanged:
+    """A phase of a switch began or ended."""
+
+    operation_id: str
+    epoch: int
+    target: str
+    phase: SwitchPhase
+    status: PhaseStatus
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchEnded:
+    """A switch ended, either way."""
+
+    operation_id: str
+    epoch: int
+    source: str | None
+    target: str
+    status: SwitchStatus
+    duration_s: float
+    requests_cut: int
+    cause: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyChanged:
+    """A model moved on the residency ladder."""
+
+    epoch: int
+    model: str
+    before: Residency
+    after: Residency
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """A load reached a stage: `weights`, `kv_cache`, `warm_up`, `frontend` or `ready`."""
+
+    epoch: int
+    model: str
+    stage: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """A request gave its lease back: its answer was sent, or it was ended before that."""
+
+    epoch: int
+    model: str
+    result: Literal["served", "cut"]
+
+
+Event = PhaseChanged | SwitchEnded | ResidencyChanged | LoadProgress | RequestEnded
+
+
+class Observer(Protocol):
+    """Somebody who is told of every event, synchronously, in order."""
+
+    def notify(self, event: Event) -> None:
+        """Take note of `event`. Must not block and must not raise."""
+
+
+class Observers:
+    """Tells several observers, in the order given."""
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._observers = list(observers)
+
+    def add(self, observer: Observer) -> None:
+        self._observers.append(observer)
+
+    def notify(self, event: Event) -> None:
+        for observer in self._observers:
+            observer.notify(event)

@@ -1,0 +1,1 @@
+"""The engine host process: every loaded engine, and the loop that steps the active one."""

@@ -1,0 +1,52 @@
+"""`python -m vllm_hotswap.host --channel FD`: the engine host process.
+
+The thread that runs `main` is the compute thread. A second one reads commands from the parent
+and passes them on; when the parent is gone, it ends the process at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+
+from vllm_hotswap.host.messages import Command, Ready, Stop
+from vllm_hotswap.host.obey import Obedience
+
+log = logging.getLogger("vllm_hotswap.host")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="vllm_hotswap.host")
+    parser.add_argument("--channel", type=int, required=True, help="inherited file descriptor")
+    channel: Connection[object, Command] = Connection(parser.parse_args().channel)
+    # The parent decides when the host ends; a Ctrl-C in the terminal reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    obedience = Obedience(channel.send)
+    threading.Thread(target=_read, args=(channel, obedience), daemon=True, name="channel").start()
+    obedience.prepare()
+    channel.send(Ready(os.getpid()))
+    obedience.loop.run()
+    # Skips interpreter finalisation, where native threads of torch and ZeroMQ may hang:
+    # a host that was told to stop has nothing left to save.
+    logging.shutdown()
+    os._exit(0)
+
+
+def _read(channel: Connection[object, Command], obedience: Obedience) -> None:
+    try:
+        while True:
+            command = channel.recv()
+            if isinstance(command, Stop):
+                break
+            obedience.take(command)
+    except (EOFError, OSError):
+        log.warning("event=parent_gone action=exit")
+        os._exit(1)
+    os._exit(0)
+
+
+main()

@@ -1,0 +1,125 @@
+"""The engine host's one compute thread: which engine is stepped, and when.
+
+Loading, stepping and everything else that touches torch happens on the thread that calls
+`EngineLoop.run`: torch's default dtype, its OpenMP pools and vLLM's module globals are process
+wide, so loading one model while another steps could give wrong numbers. Engines that are not
+active are *serviced*: their messages (new requests, aborts, utility calls) are taken in, so that
+nobody who talks to them hangs, but they are not stepped.
+
+This module knows no vLLM: engines are whatever has the methods of `SteppedEngine`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+
+class SteppedEngine(Protocol):
+    """What the loop needs of an engine."""
+
+    def has_input(self) -> bool:
+        """Messages wait to be taken in. May be called from the compute thread only."""
+
+    def take_input(self) -> None:
+        """Take in every waiting message, without blocking and without stepping."""
+
+    def has_work(self) -> bool:
+        """A step would do something."""
+
+    def run_step(self) -> None:
+        """Run one step and send its outputs."""
+
+    def die(self) -> None:
+        """Tell the engine's clients that it is dead."""
+
+
+class EngineLoop:
+    """Steps the active engine, services the others, obeys commands between two steps.
+
+    The mutable state is `_engines`, `_active` (both touched by the compute thread only),
+    `_commands` (a thread-safe deque that other threads append to) and the doorbell, which
+    whoever leaves something to do rings *after* leaving it.
+    """
+
+    def __init__(self, on_engine_failed: Callable[[str, Exception], None]) -> None:
+        self._engines: dict[str, SteppedEngine] = {}
+        self._active: str | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._doorbell = threading.Event()
+        self._stopped = False
+        self._on_engine_failed = on_engine_failed
+
+    def __repr__(self) -> str:
+        return f"<EngineLoop active={self._active} engines={list(self._engines)}>"
+
+    @property
+    def active(self) -> str | None:
+        return self._active
+
+    def ring(self) -> None:
+        """Wake the compute thread. May be called from any thread."""
+        self._doorbell.set()
+
+    def submit(self, command: Callable[[], None]) -> None:
+        """Have `command` run on the compute thread between two steps, from any thread."""
+        self._commands.append(command)
+        self.ring()
+
+    def stop(self) -> None:
+        """End `run` after the current step, from any thread."""
+        self._stopped = True
+        self.ring()
+
+    def add(self, alias: str, engine: SteppedEngine) -> None:
+        self._engines[alias] = engine
+
+    def has(self, alias: str) -> bool:
+        return alias in self._engines
+
+    def activate(self, alias: str) -> None:
+        """Step `alias` from now on, and no other. Raises KeyError if it is not loaded."""
+        if alias not in self._engines:
+            raise KeyError(f"engine {alias!r} is not loaded")
+        self._active = alias
+
+    def run(self) -> None:
+        """Step and obey until `stop`."""
+        while not self._stopped:
+            # Cleared first: whatever is left after this line rings again.
+            self._doorbell.clear()
+            self._obey()
+            self._service()
+            if not self._step_active():
+                self._doorbell.wait()
+
+    def _obey(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _service(self) -> None:
+        for alias, engine in list(self._engines.items()):
+            if engine.has_input():
+                self._guarded(alias, engine.take_input)
+
+    def _step_active(self) -> bool:
+        if self._active is None:
+            return False
+        engine = self._engines[self._active]
+        if not engine.has_work():
+            return False
+        self._guarded(self._active, engine.run_step)
+        return True
+
+    def _guarded(self, alias: str, act: Callable[[], None]) -> None:
+        """Let one engine's death end that engine only."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001  # whatever a model raises, the others go on
+            engine = self._engines.pop(alias)
+            if self._active == alias:
+                self._active = None
+            self._on_engine_failed(alias, error)
+            engine.die()

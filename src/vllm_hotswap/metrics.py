@@ -1,0 +1,231 @@
+"""`/metrics`: vLLM's metrics of every model, and the ones of switching.
+
+A new `AsyncLLM` takes the metrics of the ones before it out of prometheus_client's global
+registry, so that vLLM itself would report the last model only. Here every model's logger makes
+its metrics through `_Shared`, which keeps one collector per name in a registry of our own;
+every metric of vLLM has a `model_name` label already. HTTP metrics, which have none, get it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from vllm_hotswap.events import Event, PhaseChanged, RequestEnded, ResidencyChanged, SwitchEnded
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_vllm_registry = CollectorRegistry(auto_describe=True)
+_SWITCH_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+
+def exposition(registries: Iterable[CollectorRegistry]) -> bytes:
+    """Everything in Prometheus' text format: `registries`, vLLM's metrics, the process's."""
+    parts = (*registries, _vllm_registry, _http_registry, REGISTRY)
+    return b"".join(generate_latest(registry) for registry in parts)
+
+
+# --- vLLM's metrics ----------------------------------------------------------------------
+
+
+class _Shared:
+    """Makes a metric, or finds the one of that name that another model's logger made."""
+
+    def __init__(self, kind: type[Any]) -> None:
+        self._kind = kind
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name not in self._made:
+            self._made[name] = self._kind(name, *args, **kwargs, registry=_vllm_registry)
+        return self._made[name]
+
+
+_shared_gauge, _shared_counter, _shared_histogram = (
+    _Shared(Gauge),
+    _Shared(Counter),
+    _Shared(Histogram),
+)
+_HOOKS = {
+    "_gauge_cls": _shared_gauge,
+    "_counter_cls": _shared_counter,
+    "_histogram_cls": _shared_histogram,
+}
+
+
+def shared_stat_logger() -> type[Any]:
+    """vLLM's Prometheus logger, with metrics that several models of a process share."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class SharedPrometheusStatLogger(PrometheusStatLogger):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with _keeping_registered("vllm:"):
+                super().__init__(*args, **kwargs)
+
+    _hook(SharedPrometheusStatLogger)
+    # Helpers (speculative decoding, KV and encoder connectors, MFU) are classes with hooks too.
+    for name in [n for n in dir(PrometheusStatLogger) if n.endswith("_cls")]:
+        helper = getattr(PrometheusStatLogger, name)
+        if name not in _HOOKS:
+            shared = type(f"Shared{helper.__name__}", (helper,), {})
+            _hook(shared)
+            setattr(SharedPrometheusStatLogger, name, shared)
+    return SharedPrometheusStatLogger
+
+
+def _hook(logger: type[Any]) -> None:
+    for name, shared in _HOOKS.items():
+        if hasattr(logger, name):
+            # staticmethod: a plain function or object set on a class must not be bound.
+            setattr(logger, name, staticmethod(shared))
+
+
+@contextmanager
+def _keeping_registered(prefix: str) -> Iterator[None]:
+    """Put back whatever vLLM takes out of the global registry inside this context."""
+    before = _registered(prefix)
+    try:
+        yield
+    finally:
+        now = _registered(prefix)
+        for collector in before:
+            if collector not in now:
+                REGISTRY.register(collector)
+
+
+def _registered(prefix: str) -> list[Any]:
+    return [c for c in list(REGISTRY._collector_to_names) if _name(c).startswith(prefix)]
+
+
+def _name(collector: Any) -> str:
+    return str(getattr(collector, "_name", ""))
+
+
+# --- HTTP metrics of each model's application ----------------------------------------------
+
+
+class _ByModel(Collector):
+    """The HTTP metrics of every model's application, with the label `model_name` added."""
+
+    def __init__(self) -> None:
+        self._collectors: list[tuple[str, Collector]] = []
+
+    def add(self, alias: str, collector: Collector) -> None:
+        self._collectors.append((alias, collector))
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for alias, collector in self._collectors:
+            for family in collector.collect():
+                merged = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    labels = {**sample.labels, "model_name": alias}
+                    merged.samples.append(sample._replace(labels=labels))
+        return families.values()
+
+
+_by_model = _ByModel()
+_http_registry = CollectorRegistry()
+_http_registry.register(_by_model)
+
+
+@contextmanager
+def adopting_frontend_metrics(alias: str) -> Iterator[None]:
+    """Move the HTTP metrics that an application registers globally inside here to its alias.
+
+    Left in the global registry, they would be the first application's alone: the ones of the
+    next would collide with them and be given up.
+    """
+    yield
+    for collector in _registered("http_"):
+        REGISTRY.unregister(collector)
+        _by_model.add(alias, collector)
+
+
+# --- switching ------------------------------------------------------------------------------
+
+
+class SwitchMetrics:
+    """An observer that counts switches, phases and requests; one registry each."""
+
+    def __init__(
+        self,
+        active: Callable[[], str | None],
+        epoch: Callable[[], int],
+        in_flight: Callable[[], dict[str, int]],
+        waiting: Callable[[], int],
+        aliases: Iterable[str],
+    ) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self._switches = Counter(
+            "hotswap_switches", "Switches that ended.", ["target", "result"], registry=self.registry
+        )
+        self._switch_seconds = Histogram(
+            "hotswap_switch_duration_seconds",
+            "From the switch call to re-opened admission.",
+            ["target"],
+            buckets=_SWITCH_BUCKETS,
+            registry=self.registry,
+        )
+        self._phase_seconds = Histogram(
+            "hotswap_switch_phase_duration_seconds",
+            "Time in each phase of a switch.",
+            ["target", "phase"],
+            buckets=_SWITCH_BUCKETS,
+            registry=self.registry,
+        )
+        self._requests = Counter(
+            "hotswap_requests",
+            "Requests that were admitted, by how they ended.",
+            ["model", "result"],
+            registry=self.registry,
+        )
+        self._loads = Counter("hotswap_loads", "Engines made.", ["model"], registry=self.registry)
+        epoch_gauge = Gauge("hotswap_epoch", "Activations so far.", registry=self.registry)
+        epoch_gauge.set_function(epoch)
+        waiting_gauge = Gauge(
+            "hotswap_requests_waiting", "Requests held for a switch.", registry=self.registry
+        )
+        waiting_gauge.set_function(waiting)
+        active_gauge = Gauge(
+            "hotswap_model_active", "1 for the active model.", ["model"], registry=self.registry
+        )
+        in_flight_gauge = Gauge(
+            "hotswap_requests_in_flight",
+            "Requests that hold a lease on the model.",
+            ["model"],
+            registry=self.registry,
+        )
+        for alias in aliases:
+            active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
+            in_flight_gauge.labels(alias).set_function(partial(_item, in_flight, alias))
+
+    def notify(self, event: Event) -> None:
+        match event:
+            case SwitchEnded(target=target, status=status, duration_s=seconds):
+                self._switches.labels(target, status).inc()
+                self._switch_seconds.labels(target).observe(seconds)
+            case PhaseChanged(status="finished", target=target, phase=phase, duration_s=seconds):
+                self._phase_seconds.labels(target, phase.value).observe(seconds)
+            case RequestEnded(model=model, result=result):
+                self._requests.labels(model, result).inc()
+            case ResidencyChanged(model=model, before=before, after=after):
+                if (before.value, after.value) == ("loading", "parked"):
+                    self._loads.labels(model).inc()
+
+
+def _is_equal(active: Callable[[], str | None], alias: str) -> float:
+    return float(active() == alias)
+
+
+def _item(in_flight: Callable[[], dict[str, int]], alias: str) -> float:
+    return in_flight()[alias]

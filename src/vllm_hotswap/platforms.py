@@ -1,0 +1,114 @@
+"""What the engine host's environment must hold before its first import.
+
+Preloaded libraries and OpenMP's thread binding are read when a process starts, so whoever
+starts the host decides them, and without importing torch (that alone takes seconds). On the CPU
+platform this mirrors `vllm.platforms.cpu` and `vllm.utils.ompmultiprocessing` (0.32.0), with one
+difference: no core is set aside for a scheduler process, because here the worker runs inside
+the host. Other platforms need nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+_RESERVED_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is a CPU build, told by its distribution, as vLLM does."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return name == "vllm-cpu" or "cpu" in metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return False
+
+
+def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The host's environment, made from the server's.
+
+    Variables that open vLLM's development routes or its pickle serialisation are never passed on.
+    """
+    result = dict(environment)
+    result.pop("VLLM_SERVER_DEV_MODE", None)
+    result.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)
+    if is_cpu_build():
+        result.update(_preload(result))
+        result.update(_thread_binding(result))
+    return result
+
+
+def _preload(environment: Mapping[str, str]) -> dict[str, str]:
+    """`LD_PRELOAD` with torch's OpenMP runtime and vLLM's tcmalloc, where they ship."""
+    if sys.platform != "linux":
+        return {}
+    present = environment.get("LD_PRELOAD", "")
+    wanted = []
+    if "libtcmalloc" not in present:
+        wanted += _first_library("vllm", ["libs/libtcmalloc_minimal*.so*", "libs/libtcmalloc.so*"])
+    if present:
+        wanted.append(present)
+    if not any(name in present for name in ("libomp", "libgomp", "libiomp")):
+        wanted += _first_library("torch", ["../torch.libs/libgomp*.so*", "lib/libgomp*.so*"])
+    return {"LD_PRELOAD": ":".join(wanted)} if wanted else {}
+
+
+def _first_library(package: str, patterns: Iterable[str]) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for pattern in patterns:
+            parent = (Path(folder) / pattern).parent.resolve()
+            if found := sorted(parent.glob(Path(pattern).name)):
+                return [str(found[0])]
+    return []
+
+
+def _thread_binding(environment: Mapping[str, str]) -> dict[str, str]:
+    """OpenMP variables that bind one thread to each core of the list."""
+    bind = environment.get(BIND_VARIABLE, "auto")
+    if bind == "nobind" or sys.platform != "linux":
+        return {}
+    cores = _auto_cores(environment) if bind == "auto" else parse_cores(bind.split("|")[0])
+    return {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+    }
+
+
+def parse_cores(text: str) -> list[int]:
+    """Core numbers of a list such as "5,2-4", sorted. Raises ValueError if it is none."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return sorted(cores)
+
+
+def _auto_cores(environment: Mapping[str, str]) -> list[int]:
+    """One logical CPU of each allowed physical core on the first NUMA node that has any."""
+    allowed = os.sched_getaffinity(0)
+    on_node = next((cpus for cpus in _numa_nodes() if cpus & allowed), allowed) & allowed
+    smt = platform.machine() in ("x86_64", "AMD64", "s390x")
+    cores = sorted({max(_siblings(cpu) & allowed) if smt else cpu for cpu in on_node})
+    reserved = int(environment.get(_RESERVED_VARIABLE) or 0)
+    return cores[: max(1, len(cores) - reserved)]
+
+
+def _numa_nodes() -> list[set[int]]:
+    lists = sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
+    return [set(parse_cores(text)) for path in lists if (text := path.read_text().strip())]
+
+
+def _siblings(cpu: int) -> set[int]:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return set(parse_cores(path.read_text().strip()))
+    except OSError:
+        return {cpu}

@@ -1,0 +1,80 @@
+"""The configured models and what the server knows of each of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from vllm_hotswap.engines.base import Engine
+from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
+from vllm_hotswap.states import Residency, Step, advance
+
+Cut = DrainCut | EngineUnavailable
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """One request's hold on its model, from admission to the last byte of its answer.
+
+    `cut`, once set, says why the request was ended; its task is cancelled with it.
+    """
+
+    alias: str
+    epoch: int
+    task: asyncio.Task[object] | None
+    cut: Cut | None = None
+
+    def end(self, cause: Cut) -> None:
+        """End the request. Only the first cause counts."""
+        if self.cut is None:
+            self.cut = cause
+            if self.task is not None:
+                self.task.cancel()
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """One configured model. Its residency changes through `step` alone."""
+
+    alias: str
+    engine: Engine
+    residency: Residency = Residency.COLD
+    leases: set[Lease] = field(default_factory=set)
+    emptied: asyncio.Future[None] | None = None
+    """Whoever drains the model waits here for its last lease."""
+    last_used_s: float | None = None
+    failure: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Model {self.alias} {self.residency.value} in_flight={len(self.leases)}>"
+
+    def step(self, step: Step) -> Residency:
+        """Move on the residency ladder; returns where it was."""
+        before, self.residency = self.residency, advance(self.alias, self.residency, step)
+        return before
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.residency in (Residency.PARKED, Residency.ACTIVE)
+
+
+class Registry:
+    """The models by alias, in the order of the configuration."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._models = {alias: Model(alias, engine) for alias, engine in engines.items()}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    @property
+    def aliases(self) -> list[str]:
+        return list(self._models)
+
+    def resolve(self, alias: str) -> Model:
+        """The model of that alias. Raises `UnknownModel`."""
+        try:
+            return self._models[alias]
+        except KeyError:
+            raise UnknownModel(alias, self._models) from None

@@ -1,0 +1,169 @@
+"""The router: from a request to the application of the model that it names.
+
+Pure ASGI. The body is read whole (vLLM would read it whole, too), `model` is found in it, a lease
+is taken, and the body is replayed to that model's application. The lease ends when the
+application has sent the last byte of its answer, or when the client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+from starlette.types import Message, Receive, Scope, Send
+
+from vllm_hotswap import model_field, openai
+from vllm_hotswap.coordinator import Coordinator, uncancel
+from vllm_hotswap.errors import HotswapError, InvalidRequest
+from vllm_hotswap.registry import Cut, Lease
+
+BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
+
+
+class ClientGone(Exception):
+    """The client left before its request was complete or admitted."""
+
+
+class AnswerCut(Exception):
+    """An answer that is no event stream was cut after its first byte.
+
+    Raised out of the application, it makes the HTTP server close the connection before the
+    answer is complete, which is the only explicit error that is left to give.
+    """
+
+
+class Router:
+    """An ASGI application that hands each request, whole, to its model's application."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._route(scope, receive, send, model_field.from_query(scope["query_string"]))
+            return
+        try:
+            body = await _read_body(receive) if scope["method"] in BODY_METHODS else b""
+            alias = _find_model(scope, body)
+        except ClientGone:
+            return
+        except HotswapError as error:
+            await openai.error_response(error)(scope, receive, send)
+            return
+        await self._route(scope, _Replay(body, receive), send, alias)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send, alias: str | None) -> None:
+        answer = _Answer(scope, receive, send)
+        try:
+            async with self._coordinator.lease(alias) as lease:
+                answer.lease = lease
+                await self._answer(lease, scope, receive, answer)
+        except HotswapError as error:
+            if answer.started:
+                raise
+            await answer.refuse(error)
+
+    async def _answer(
+        self, lease: Lease, scope: Scope, receive: Receive, answer: _Answer
+    ) -> None:
+        """Run the model's application; if it is cut meanwhile, tell the client."""
+        app = self._coordinator.registry.resolve(lease.alias).engine.app
+        try:
+            await app(scope, receive, answer.send)
+        except (Exception, asyncio.CancelledError):
+            # Cancelled, an application may raise something else, or nothing.
+            if lease.cut is None:
+                raise
+        if lease.cut is not None:
+            uncancel()
+            if not answer.complete:
+                await answer.cut(lease.cut)
+
+
+class _Replay:
+    """Gives the body that was read already, then whatever the client sends after it."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    def __call__(self) -> Awaitable[Message]:
+        return self._next()
+
+    async def _next(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+class _Answer:
+    """Watches an answer go by, so that a cut can be told to the client in the right form."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self.lease: Lease | None = None
+        self.started = False
+        self.complete = False
+        self._is_event_stream = False
+
+    async def send(self, message: Message) -> None:
+        if self.lease is not None and self.lease.cut is not None:
+            return  # what an application says after it was cut is not the answer
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._is_event_stream = _content_type(message).startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+    async def cut(self, cause: Cut) -> None:
+        """End the answer with an explicit error, whatever of it has been sent."""
+        if not self.started:
+            await self.refuse(cause)
+        elif self._is_event_stream:
+            event = openai.error_event(cause, self._scope["path"])
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        else:
+            raise AnswerCut(cause.message)
+
+    async def refuse(self, error: HotswapError) -> None:
+        if self._scope["type"] == "websocket":
+            # 1013: try again later. https://www.iana.org/assignments/websocket
+            await self._send({"type": "websocket.close", "code": 1013, "reason": error.message})
+        else:
+            await openai.error_response(error)(self._scope, self._receive, self._send)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _find_model(scope: Scope, body: bytes) -> str | None:
+    """The alias that a request names, None if it names none."""
+    content_type = next((v for k, v in scope["headers"] if k == b"content-type"), b"")
+    if content_type.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded")):
+        alias = model_field.from_form(body, content_type.decode("latin-1"))
+    else:
+        alias = model_field.from_json(body) if body else None
+    if alias is None:
+        alias = model_field.from_query(scope["query_string"])
+    if alias == "":
+        raise InvalidRequest("model is empty; name a configured alias or leave it out", "model")
+    return alias
+
+
+def _content_type(start: Message) -> bytes:
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-type":
+            return bytes(value)
+    return b""

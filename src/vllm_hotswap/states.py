@@ -1,0 +1,81 @@
+"""Residency of a model and phases of a switch, with their transition tables.
+
+Nothing else in the package changes a residency: callers ask `advance`, which refuses
+what the table does not list. The tables are printed into `docs/design.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from vllm_hotswap.errors import HotswapError
+
+
+class Residency(StrEnum):
+    """Where a model's weights and KV memory are, and whether its engine is stepped."""
+
+    COLD = "cold"
+    """Nothing but the validated configuration."""
+    LOADING = "loading"
+    """Its engine is being made in the engine host."""
+    PARKED = "parked"
+    """Weights and KV stay on the device; the engine is not stepped (vLLM sleep level 0)."""
+    ACTIVE = "active"
+    """Weights and KV on the device; the engine is stepped."""
+    FAILED = "failed"
+    """Its engine died after it had been loaded; it needs a restart of the server."""
+
+
+class Step(StrEnum):
+    """What may happen to a model's residency."""
+
+    LOAD = "load"
+    LOADED = "loaded"
+    LOAD_FAILED = "load_failed"
+    ACTIVATE = "activate"
+    PARK = "park"
+    FAIL = "fail"
+
+
+TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
+    Residency.COLD: {Step.LOAD: Residency.LOADING},
+    Residency.LOADING: {
+        Step.LOADED: Residency.PARKED,
+        Step.LOAD_FAILED: Residency.COLD,
+        Step.FAIL: Residency.FAILED,
+    },
+    Residency.PARKED: {Step.ACTIVATE: Residency.ACTIVE, Step.FAIL: Residency.FAILED},
+    Residency.ACTIVE: {Step.PARK: Residency.PARKED, Step.FAIL: Residency.FAILED},
+    Residency.FAILED: {},
+}
+
+
+class SwitchPhase(StrEnum):
+    """Phases of a switch, in order; the words are the same in logs, metrics and events."""
+
+    VALIDATE = "validate"
+    DRAIN = "drain"
+    BRING_UP = "bring_up"
+    ACTIVATE = "activate"
+
+
+class IllegalTransition(HotswapError):
+    """The table has no such step. The model's residency stays as it was."""
+
+    def __init__(self, alias: str, residency: Residency, step: Step) -> None:
+        super().__init__(
+            f"model {alias!r} is {residency.value}: step {step.value!r} is not possible"
+        )
+
+
+def advance(alias: str, residency: Residency, step: Step) -> Residency:
+    """The residency after `step`.
+
+    Raises:
+        IllegalTransition: the table does not list `step` for `residency`.
+    """
+    try:
+        return TRANSITIONS[residency][step]
+    except KeyError:
+        raise IllegalTransition(alias, residency, step) from None

@@ -1,0 +1,60 @@
+"""One engine host per backend, in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from vllm_hotswap.config import load_config
+from vllm_hotswap.demo import write
+from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.engines.fake import FakeHost, FakeSettings
+
+ALIASES = ("llama", "qwen")
+
+
+@pytest.fixture(scope="module", params=["fake", pytest.param("vllm", marks=pytest.mark.vllm)])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def host(backend: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
+    """A started host with nothing loaded."""
+    made = fake_host() if backend == "fake" else vllm_host(tmp_path_factory.mktemp("models"))
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def fake_host() -> EngineHost:
+    return FakeHost(ALIASES, {alias: FakeSettings(token_s=0.001) for alias in ALIASES})
+
+
+def vllm_host(folder: Path) -> EngineHost:
+    from vllm_hotswap.engines.link import HostLink
+    from vllm_hotswap.engines.vllm import VllmHost
+    from vllm_hotswap.launch import parse_flags, prepare
+
+    link = HostLink()
+    link.spawn()
+    config = load_config(write(folder))
+    launch = prepare(config, parse_flags(config, []))
+    return VllmHost(link, [model for model in launch.models if model.alias in ALIASES])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_environment() -> Iterator[None]:
+    """vLLM's platform code writes environment variables; later tests must not see them."""
+    with pytest.MonkeyPatch.context() as patch:
+        import os
+
+        before = dict(os.environ)
+        yield
+        for name in set(os.environ) - set(before):
+            patch.delenv(name)
+        for name, value in before.items():
+            os.environ[name] = value

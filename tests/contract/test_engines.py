@@ -1,0 +1,133 @@
+"""What every engine host must do: the same checks on the shipped fake and on the real vLLM.
+
+The tests run in order, on one host, because engines are slow to make: each leaves both models
+loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from vllm_hotswap.engines.base import Engine, EngineHost
+from vllm_hotswap.errors import EngineUnavailable, HotswapError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STEP_S = 0.3
+"""Long enough for a stepped engine to answer a short request."""
+
+
+async def test_an_engine_that_is_not_loaded_has_no_app_and_cannot_be_activated(
+    host: EngineHost,
+) -> None:
+    """It says so, and the host goes on."""
+    engine = host.engines["llama"]
+
+    with pytest.raises(EngineUnavailable):
+        _ = engine.app
+    with pytest.raises(HotswapError, match="llama"):
+        await engine.activate(1)
+
+
+async def test_a_load_reports_its_stages_and_leaves_the_engine_parked(host: EngineHost) -> None:
+    """Stages in order; memory is known; nothing is answered before activation."""
+    stages: list[str] = []
+    for engine in host.engines.values():
+        stages.clear()
+        engine.validate()
+        await engine.load(stages.append)
+        assert "weights" == stages[0]
+        assert "frontend" == stages[-1]
+
+    request = asyncio.create_task(complete(host.engines["llama"], 3))
+    await asyncio.sleep(STEP_S)
+    assert not request.done()
+
+    await host.engines["llama"].activate(1)
+    assert "llama" in (await request)["model"]
+    assert host.engines["llama"].memory.weights_bytes > 0
+    assert host.engines["llama"].memory.kv_bytes > 0
+
+
+async def test_activation_is_idempotent(host: EngineHost) -> None:
+    """Twice is as good as once."""
+    await host.engines["qwen"].activate(2)
+    await host.engines["qwen"].activate(2)
+
+    assert "qwen" == (await complete(host.engines["qwen"], 3))["model"]
+
+
+async def test_a_request_to_a_parked_engine_waits_for_its_activation(host: EngineHost) -> None:
+    """It is taken in, not lost, and answered later."""
+    await host.engines["llama"].activate(3)
+    waiting = asyncio.create_task(complete(host.engines["qwen"], 3))
+    served = await complete(host.engines["llama"], 3)
+    await asyncio.sleep(STEP_S)
+    was_waiting = not waiting.done()
+    await host.engines["qwen"].activate(4)
+
+    assert "llama" == served["model"]
+    assert was_waiting
+    assert "qwen" == (await waiting)["model"]
+
+
+async def test_a_running_request_freezes_with_its_engine_and_goes_on_later(
+    host: EngineHost,
+) -> None:
+    """Its answer is the one of an undisturbed run."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    await llama.activate(5)
+    expected = await complete(llama, 400)
+    running = asyncio.create_task(complete(llama, 400))
+    await asyncio.sleep(0.05)
+    await qwen.activate(6)
+    between = await complete(qwen, 3)
+    was_frozen = not running.done()
+    await llama.activate(7)
+
+    assert "qwen" == between["model"]
+    assert was_frozen
+    assert expected["choices"] == (await running)["choices"]
+
+
+async def test_a_cancelled_request_leaves_a_parked_engine(host: EngineHost) -> None:
+    """The engine takes the abort in while it is parked, and answers the next request at once."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    await llama.activate(8)
+    running = asyncio.create_task(complete(llama, 1500))
+    await asyncio.sleep(0.05)
+    await qwen.activate(9)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await llama.activate(10)
+
+    assert "llama" == (await complete(llama, 3))["model"]
+
+
+async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:
+    """And it has not died."""
+    stats = host.stats()
+
+    assert stats.pid > 0
+    assert stats.used_bytes > 0
+    assert not host.died.done()
+
+
+async def complete(engine: Engine, max_tokens: int) -> dict[str, object]:
+    """A greedy completion of exactly `max_tokens`, through the engine's own application."""
+    transport = httpx.ASGITransport(engine.app)  # type: ignore[arg-type]
+    body = {
+        "model": engine.alias,
+        "prompt": "Hello",
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        response = await client.post("/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    answer: dict[str, object] = response.json()
+    return answer

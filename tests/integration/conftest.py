@@ -1,0 +1,103 @@
+"""Shared real servers: engines are slow to start, so every test of a session uses the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.processes import PLAIN_MODULE, QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.demo import MODELS, free_port, write
+
+MODEL_FLAGS = {"llama": 2048, "qwen": 2048, "embed": 512}
+"""Maximum length per model, the same in the hot-swapping server and in the plain ones."""
+
+EXTRA_MODELS = """\
+  late:
+    model: ./llama
+    max_model_len: 1024
+    enforce_eager: true
+    load: on_demand
+  broken:
+    model: ./broken
+    max_model_len: 512
+    enforce_eager: true
+    load: on_demand
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session")
+def models_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's models, one that is loaded on demand, and one whose weights are broken."""
+    folder = tmp_path_factory.mktemp("models")
+    path = write(folder)
+    shutil.copytree(MODELS / "llama", folder / "broken")
+    weights = folder / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    path.write_text(path.read_text() + EXTRA_MODELS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(models_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server started as the quickstart says, with its three environment variables."""
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_HPU_MULTI_MODEL_CONFIG": str(models_yaml),
+    }
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    running = ServerProcess.start(["-m", QUICKSTART_MODULE], free_port(), log, environment)
+    yield running
+    children = running.descendants()
+    assert running.stop() == 0, running.log_tail()
+    assert [child for child in children if child.is_running()] == []
+
+
+@pytest.fixture(scope="session")
+def plain_answer(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[ServerProcess], object]], object]:
+    """Asks a plain vLLM server that serves one model alone.
+
+    The server is started for the call and stopped after it, so that no two engines compete.
+    """
+
+    def ask(alias: str, question: Callable[[ServerProcess], object]) -> object:
+        log = tmp_path_factory.mktemp(f"plain-{alias}") / "server.log"
+        command = ["-m", PLAIN_MODULE, "--model", str(MODELS / alias)]
+        command += ["--served-model-name", alias, "--enforce-eager"]
+        command += ["--max-model-len", str(MODEL_FLAGS[alias])]
+        command += ["--kv-cache-memory-bytes", "64M"]
+        plain = ServerProcess.start(command, free_port(), log, {})
+        try:
+            return question(plain)
+        finally:
+            plain.stop()
+
+    return ask
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active(request: pytest.FixtureRequest) -> None:
+    """Every test of the shared server begins with the default model active."""
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").switch("llama")
+
+
+def events(lines: Iterator[str]) -> Iterator[object]:
+    """The parsed `data:` fields of an event stream; the string "[DONE]" for the last."""
+    for line in lines:
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)

@@ -1,0 +1,128 @@
+"""Real server processes for tests: start, wait, talk, stop; each on a free port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 30.0
+
+QUICKSTART_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
+PLAIN_MODULE = "vllm.entrypoints.openai.api_server"
+
+
+@dataclass
+class ServerProcess:
+    """A server process with a client for it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    @classmethod
+    def start(
+        cls, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str]
+    ) -> ServerProcess:
+        """Start it and wait until `/health` answers 200."""
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        server = cls(process, log, f"http://127.0.0.1:{port}")
+        try:
+            server.wait_until_ready()
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if self.client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AssertionError(f"the server did not come up; its log ends:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> int:
+        """SIGTERM, then wait. Returns the exit status; kills what does not end in time."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            for child in self.descendants():
+                child.kill()
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(
+                f"the server did not stop; its log ends:\n{self.log_tail()}"
+            ) from None
+
+    # --- requests -----------------------------------------------------------------------
+
+    def post(self, path: str, body: object, **kwargs: object) -> httpx.Response:
+        return self.client.post(path, json=body, **kwargs)  # type: ignore[arg-type]
+
+    def switch(self, alias: str, **extra: object) -> dict[str, object]:
+        response = self.post("/v1/models/switch", {"model": alias, **extra})
+        assert response.status_code == 200, response.text
+        result: dict[str, object] = response.json()
+        return result
+
+    def status(self) -> dict[str, object]:
+        result: dict[str, object] = self.client.get("/admin/status").json()
+        return result
+
+    def complete(self, alias: str, prompt: str, max_tokens: int = 48) -> str:
+        """A greedy completion, to its end or `max_tokens`."""
+        body = {"model": alias, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        response = self.post("/v1/completions", body)
+        assert response.status_code == 200, response.text
+        text: str = response.json()["choices"][0]["text"]
+        return text
+
+    def chat(self, alias: str, question: str, **extra: object) -> dict[str, object]:
+        """The message of a greedy chat answer."""
+        body = {
+            "model": alias,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 64,
+            "temperature": 0,
+            **extra,
+        }
+        response = self.post("/v1/chat/completions", body)
+        assert response.status_code == 200, response.text
+        message: dict[str, object] = response.json()["choices"][0]["message"]
+        return message
+
+    def embed(self, alias: str, text: str) -> list[float]:
+        response = self.post("/v1/embeddings", {"model": alias, "input": text})
+        assert response.status_code == 200, response.text
+        vector: list[float] = response.json()["data"][0]["embedding"]
+        return vector

@@ -1,0 +1,141 @@
+"""Engine host death, and starts that cannot work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import events
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.demo import MODELS, free_port
+
+ONE_MODEL = f"""\
+models:
+  llama:
+    model: {MODELS / "llama"}
+    max_model_len: 2048
+    enforce_eager: true
+"""
+
+
+def test_the_hosts_death_fails_every_request_and_ends_the_server_with_status_1(
+    tmp_path: Path,
+) -> None:
+    """A killed engine host leaves no request hanging, and a supervisor can see the death."""
+    (tmp_path / "models.yaml").write_text(ONE_MODEL)
+    environment = {"VLLM_HOTSWAP_CONFIG": str(tmp_path / "models.yaml")}
+    command = ["-m", QUICKSTART_MODULE]
+    server = ServerProcess.start(command, free_port(), tmp_path / "log", environment)
+    try:
+        body = {
+            "model": "llama",
+            "prompt": "Hello",
+            "max_tokens": 1500,
+            "ignore_eos": True,
+        }
+        with ThreadPoolExecutor() as pool:
+            stream = server.client.stream("POST", "/v1/completions", json={**body, "stream": True})
+            with stream as response:
+                received = events(response.iter_lines())
+                next(received)
+                waiting = pool.submit(server.post, "/v1/completions", body)
+                host = server.status()["host"]["pid"]  # type: ignore[index]
+                os.kill(host, signal.SIGKILL)
+                rest = list(received)
+            answer = waiting.result(timeout=10)
+
+        assert "engine_unavailable" == rest[-1]["error"]["code"]  # type: ignore[index]
+        assert "[DONE]" not in rest
+        assert (503, "engine_unavailable") == (answer.status_code, answer.json()["error"]["code"])
+        assert 1 == server.process.wait(timeout=20)
+    finally:
+        server.stop()
+
+
+def test_switching_is_closed_unless_it_is_opened(tmp_path: Path, server: ServerProcess) -> None:
+    """The shared server is open by VLLM_SERVER_DEV_MODE; a bad body is named all the same."""
+    bad = [
+        {},
+        {"model": 3},
+        {"model": "qwen", "drain_timeout": -1},
+        {"model": "qwen", "drain_timeout": "soon"},
+        {"model": "qwen", "drain": 1},
+    ]
+
+    assert [400] * len(bad) == [server.post("/v1/models/switch", b).status_code for b in bad]
+    assert 400 == server.client.post("/v1/models/switch", content=b"{").status_code
+
+
+BAD_FILES = {
+    "a misspelt key": (
+        "models: {llama: {model: LLAMA, max_model_length: 512}}",
+        "unknown key 'max_model_length'; did you mean 'max_model_len'?",
+    ),
+    "a bad value": (
+        "models: {llama: {model: LLAMA, max_model_len: many}}",
+        "max-model-len",
+    ),
+    "a tool parser that is not known": (
+        "models: {llama: {model: LLAMA, enable_auto_tool_choice: true, tool_call_parser: hermse}}",
+        "'hermse'",
+    ),
+    "a setting of the server": (
+        "models: {llama: {model: LLAMA, port: 80}}",
+        "'port' is a setting of the server",
+    ),
+    "a model folder that does not exist": (
+        "models: {llama: {model: /no/such/folder}}",
+        "the folder '/no/such/folder' does not exist",
+    ),
+    "a default that is not configured": (
+        "{default_model: lama, models: {llama: {model: LLAMA}}}",
+        "default_model 'lama' is not configured; did you mean 'llama'?",
+    ),
+    "a length that the model cannot have": (
+        "models: {llama: {model: LLAMA, max_model_len: 999999}}",
+        "max_model_len",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_start_that_cannot_work_ends_with_one_clear_line(name: str, tmp_path: Path) -> None:
+    """Non-zero exit, the mistake named with its place, no traceback, no engine started."""
+    text, expected = BAD_FILES[name]
+    path = tmp_path / "models.yaml"
+    path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
+
+    ended = start_in_vain(str(path))
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("vllm-hotswap:")]
+    assert 1 == ended.returncode
+    assert 1 == len(errors)
+    assert expected in errors[0]
+    assert "Traceback" not in ended.stderr
+    assert "Initializing a V1 LLM engine" not in ended.stdout + ended.stderr
+
+
+def test_a_missing_file_and_an_unknown_flag_are_named(tmp_path: Path) -> None:
+    """On the command line as in the file."""
+    missing = start_in_vain(str(tmp_path / "none.yaml"))
+    path = tmp_path / "models.yaml"
+    path.write_text(ONE_MODEL)
+    flag = start_in_vain(str(path), "--max-modle-len", "5")
+
+    assert (1, True) == (missing.returncode, "does not exist" in missing.stderr)
+    assert (1, True) == (flag.returncode, "--max-modle-len" in flag.stderr)
+
+
+def start_in_vain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_hotswap", "serve", *arguments, "--port", str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

@@ -1,0 +1,79 @@
+"""The quickstart's online flow, request by request, on the real vLLM."""
+
+from __future__ import annotations
+
+from tests.integration.processes import ServerProcess
+from vllm_hotswap.demo import QUESTION, WEATHER_TOOL
+
+
+def test_every_configured_alias_is_listed_with_its_status(server: ServerProcess) -> None:
+    """`GET /v1/models` lists loaded and unloaded models alike, and says which one is active."""
+    listed = server.client.get("/v1/models").json()["data"]
+
+    assert ["llama", "qwen", "embed", "late", "broken"] == [card["id"] for card in listed]
+    assert {"value": "loaded", "residency": "active", "active": True} == listed[0]["status"]
+    assert {"value": "loaded", "residency": "parked", "active": False} == listed[1]["status"]
+    assert "unloaded" == listed[4]["status"]["value"]
+    assert 2048 == listed[0]["max_model_len"]
+
+
+def test_the_default_model_answers_then_the_other_one_after_a_switch(
+    server: ServerProcess,
+) -> None:
+    """Generate, switch, generate: the whole flow in one process."""
+    first = server.chat("llama", QUESTION)
+    switched = server.switch("qwen", drain_timeout=60)
+    second = server.chat("qwen", QUESTION)
+
+    assert "llama" in str(first["content"])
+    assert "qwen" in str(second["content"])
+    assert ("llama", "qwen", True) == tuple(
+        switched[key] for key in ("previous_model", "current_model", "switched")
+    )
+    assert {"validate", "drain", "bring_up", "activate"} == set(switched["phases"])  # type: ignore[call-overload]
+
+
+def test_only_the_model_that_is_configured_for_tools_calls_them(server: ServerProcess) -> None:
+    """Tool parser and automatic tool choice belong to one model's frontend."""
+    question = "What is the weather in Paris?"
+    refused = server.post(
+        "/v1/chat/completions",
+        {
+            "model": "llama",
+            "messages": [{"role": "user", "content": question}],
+            "tools": [WEATHER_TOOL],
+        },
+    )
+    server.switch("qwen")
+    message = server.chat("qwen", question, tools=[WEATHER_TOOL])
+
+    call = message["tool_calls"][0]["function"]  # type: ignore[index]
+    assert 400 == refused.status_code
+    assert ("get_weather", '{"city": "Paris"}') == (call["name"], call["arguments"])
+
+
+def test_a_model_that_is_not_active_is_refused_with_the_way_to_it(server: ServerProcess) -> None:
+    """The error names the active model and how to switch."""
+    response = server.post("/v1/completions", {"model": "qwen", "prompt": "Hello"})
+
+    error = response.json()["error"]
+    assert (404, "model_not_active") == (response.status_code, error["code"])
+    assert "'llama'" in error["message"]
+    assert "/v1/models/switch" in error["message"]
+
+
+def test_an_unknown_alias_is_refused_with_the_configured_ones(server: ServerProcess) -> None:
+    """The error lists what could have been asked for."""
+    response = server.post("/v1/completions", {"model": "gpt-4", "prompt": "Hello"})
+
+    error = response.json()["error"]
+    assert (404, "model_not_found") == (response.status_code, error["code"])
+    assert "llama, qwen, embed" in error["message"]
+
+
+def test_development_routes_of_vllm_are_not_mounted(server: ServerProcess) -> None:
+    """`VLLM_SERVER_DEV_MODE=1` opens switching and nothing else."""
+    paths = ["/collective_rpc", "/sleep", "/wake_up", "/reset_prefix_cache", "/update_weights"]
+
+    assert [404] * len(paths) == [server.post(path, {}).status_code for path in paths]
+    assert 404 == server.client.get("/server_info").status_code

@@ -1,0 +1,224 @@
+"""What switching promises, on the real vLLM."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+
+from tests.integration.conftest import events
+from tests.integration.processes import ServerProcess
+
+PROMPTS = ["Hello", "Who are you?", "What is the weather in Paris?", "The quick brown fox"]
+
+LONG = {"temperature": 0, "ignore_eos": True, "max_tokens": 1500}
+
+
+def completions_of(alias: str) -> Callable[[ServerProcess], list[str]]:
+    return lambda server: [server.complete(alias, prompt) for prompt in PROMPTS]
+
+
+@contextmanager
+def long_stream(server: ServerProcess, alias: str) -> Iterator[Iterator[object]]:
+    """A stream of 1,500 tokens, entered when its first token has arrived."""
+    body = {"model": alias, "prompt": "Hello", "stream": True, **LONG}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        stream = events(response.iter_lines())
+        next(stream)
+        yield stream
+
+
+def test_fifty_switches_keep_both_processes_and_every_answer(
+    server: ServerProcess, plain_answer: Callable[..., object]
+) -> None:
+    """Nothing is restarted, and each model answers as a plain vLLM server of it alone does."""
+    pids = server.process.pid, server.status()["host"]["pid"]  # type: ignore[index]
+    for _ in range(25):
+        server.switch("qwen")
+        server.complete("qwen", "Hello", max_tokens=2)
+        server.switch("llama")
+
+    llama = completions_of("llama")(server)
+    server.switch("qwen")
+    qwen = completions_of("qwen")(server)
+
+    assert pids == (server.process.pid, server.status()["host"]["pid"])  # type: ignore[index]
+    assert server.process.poll() is None
+    assert plain_answer("llama", completions_of("llama")) == llama
+    assert plain_answer("qwen", completions_of("qwen")) == qwen
+
+
+def test_switching_reaches_an_embedding_model_and_goes_on(
+    server: ServerProcess, plain_answer: Callable[..., object]
+) -> None:
+    """Task types mix: generate, embed, generate, in one server."""
+    before = server.complete("llama", "Hello")
+    server.switch("embed")
+    vector = server.embed("embed", "a cat sits on the mat")
+    server.switch("qwen")
+    after = server.complete("qwen", "Hello")
+
+    expected = plain_answer("embed", lambda plain: plain.embed("embed", "a cat sits on the mat"))
+    assert max(abs(a - b) for a, b in zip(expected, vector, strict=True)) < 1e-3  # type: ignore[call-overload]
+    assert "llama" in before
+    assert "qwen" in after
+
+
+def test_a_stream_that_ends_in_time_is_whole(server: ServerProcess) -> None:
+    """A switch waits for a running stream; the stream ends with its last token and [DONE]."""
+    with ThreadPoolExecutor() as pool, long_stream(server, "llama") as stream:
+        switch = pool.submit(server.switch, "qwen", drain_timeout=120)
+        rest = list(stream)
+        result = switch.result()
+
+    assert "[DONE]" == rest[-1]
+    assert "length" == rest[-2]["choices"][0]["finish_reason"]  # type: ignore[index]
+    assert 0 == result["requests_cut"]
+
+
+def test_a_stream_past_the_deadline_ends_with_an_explicit_error(server: ServerProcess) -> None:
+    """No [DONE], no finish reason "abort": an error event, and the switch goes on."""
+    with ThreadPoolExecutor() as pool, long_stream(server, "llama") as stream:
+        switch = pool.submit(server.switch, "qwen", drain_timeout=0.2)
+        rest = list(stream)
+        result = switch.result()
+
+    assert "drain_timeout" == rest[-1]["error"]["code"]  # type: ignore[index]
+    assert "[DONE]" not in rest
+    assert 1 == result["requests_cut"]
+    assert 0 == running_requests(server, "llama")
+
+
+def test_an_answer_past_the_deadline_is_an_error_not_a_short_answer(server: ServerProcess) -> None:
+    """A request that has not answered yet gets 503, never a 200 that was cut."""
+    body = {"model": "llama", "prompt": "Hello", **LONG}
+    with ThreadPoolExecutor() as pool:
+        request = pool.submit(server.post, "/v1/completions", body)
+        wait_until(lambda: in_flight(server, "llama") == 1)
+        server.switch("qwen", drain_timeout=0.2)
+        response = request.result()
+
+    assert (503, "drain_timeout") == (response.status_code, response.json()["error"]["code"])
+
+
+def test_requests_during_a_switch_reach_the_right_model(server: ServerProcess) -> None:
+    """For the target: held, then answered by it. For the source: refused, with a time to retry."""
+    with ThreadPoolExecutor() as pool, long_stream(server, "llama") as stream:
+        switch = pool.submit(server.switch, "qwen", drain_timeout=120)
+        wait_until(lambda: server.status()["phase"] == "drain")
+        held = pool.submit(server.complete, "qwen", "Hello")
+        source = server.post("/v1/completions", {"model": "llama", "prompt": "Hello"})
+        other = server.post("/v1/models/switch", {"model": "embed"})
+        same = pool.submit(server.switch, "qwen")
+        wait_until(lambda: server.status()["waiting"] == 1)
+        was_held = not held.done()
+        list(stream)
+
+    assert was_held
+    assert "qwen" in held.result()
+    assert (503, "model_switching") == (source.status_code, source.json()["error"]["code"])
+    assert int(source.headers["retry-after"]) >= 1
+    assert (409, "switch_in_progress") == (other.status_code, other.json()["error"]["code"])
+    assert switch.result()["operation_id"] == same.result()["operation_id"]
+
+
+def test_a_client_that_leaves_frees_its_engine_even_if_it_is_parked_next(
+    server: ServerProcess,
+) -> None:
+    """A disconnected stream does not hold up the drain, and its request leaves the engine."""
+    with long_stream(server, "llama"):
+        pass
+    started = time.monotonic()
+    server.switch("qwen", drain_timeout=60)
+    server.switch("llama")
+
+    assert time.monotonic() - started < 30
+    assert 0 == running_requests(server, "llama")
+
+
+def test_a_model_that_is_not_loaded_is_loaded_by_its_first_switch(server: ServerProcess) -> None:
+    """In the warm host, by the same processes; afterwards it switches like any other."""
+    host = server.status()["host"]["pid"]  # type: ignore[index]
+    server.switch("late")
+    text = server.complete("late", "Hello")
+    server.switch("llama")
+
+    assert text == server.complete("llama", "Hello")
+    assert host == server.status()["host"]["pid"]  # type: ignore[index]
+    assert "parked" == server.status()["models"]["late"]["residency"]  # type: ignore[index]
+
+
+def test_a_target_that_cannot_be_loaded_leaves_the_source_serving(server: ServerProcess) -> None:
+    """The caller gets the cause; the source answers as before."""
+    before = server.complete("llama", "Hello")
+    response = server.post("/v1/models/switch", {"model": "broken"})
+
+    error = response.json()["error"]
+    assert (503, "switch_failed") == (response.status_code, error["code"])
+    assert "'llama' serves on" in error["message"]
+    assert before == server.complete("llama", "Hello")
+    assert "cold" == server.status()["models"]["broken"]["residency"]  # type: ignore[index]
+
+
+def test_sixteen_clients_lose_nothing_over_twenty_switches(server: ServerProcess) -> None:
+    """Every answer is right and from the named model, or an explicit, retryable error."""
+    golden = {}
+    for alias in ("qwen", "llama"):
+        server.switch(alias)
+        golden[alias] = server.complete(alias, "Hello", max_tokens=16)
+    stop = threading.Event()
+    with ThreadPoolExecutor(16) as pool:
+        clients = [
+            pool.submit(keep_asking, server, ("llama", "qwen")[n % 2], stop) for n in range(16)
+        ]
+        for _ in range(10):
+            server.switch("qwen", drain_timeout=30)
+            server.switch("llama", drain_timeout=30)
+        stop.set()
+        outcomes = [outcome for client in clients for outcome in client.result()]
+
+    answers = [o for o in outcomes if o[1] == 200]
+    refusals = {o[2] for o in outcomes if o[1] != 200}
+    assert {(alias, 200, golden[alias]) for alias, _, _ in answers} == set(answers)
+    assert {"llama", "qwen"} == {alias for alias, _, _ in answers}
+    assert refusals <= {"model_not_active", "model_switching"}
+
+
+def keep_asking(
+    server: ServerProcess, alias: str, stop: threading.Event
+) -> list[tuple[str, int, str]]:
+    """Ask until told to stop. Returns (alias, status, text or error code) of each request."""
+    outcomes = []
+    body = {"model": alias, "prompt": "Hello", "max_tokens": 16, "temperature": 0}
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        while not stop.is_set():
+            response = client.post("/v1/completions", json=body)
+            answer = response.json()
+            ok = response.status_code == 200
+            said = answer["choices"][0]["text"] if ok else answer["error"]["code"]
+            outcomes.append((alias, response.status_code, said))
+    return outcomes
+
+
+def in_flight(server: ServerProcess, alias: str) -> int:
+    return int(server.status()["models"][alias]["in_flight"])  # type: ignore[index]
+
+
+def running_requests(server: ServerProcess, alias: str) -> float:
+    """Requests that the alias's engine still has, once it has reported after a step."""
+    server.switch(alias)
+    server.complete(alias, "Hello", max_tokens=1)
+    name = f'vllm:num_requests_running{{engine="0",model_name="{alias}"}}'
+    metrics = server.client.get("/metrics").text
+    return next(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(name))
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was never fulfilled"
