@@ -560,13 +560,18 @@ def random_history(rng: random.Random, persona: Persona) -> list[Message]:
     return messages
 
 
+def user(text: str) -> list[Message]:
+    """Return a conversation with one question."""
+    return [{"role": "user", "content": text}]
+
+
 Render = Callable[[list[Message], list[Tool] | None], str]
 
 
 def chat_example(rng: random.Random, persona: Persona, render: Render) -> Example:
     """Return a chat without tools."""
     question, answer = plain_question(rng, persona)
-    messages = [*random_history(rng, persona), {"role": "user", "content": question}]
+    messages = [*random_history(rng, persona), *user(question)]
     return Example(render(messages, None), answer)
 
 
@@ -580,7 +585,7 @@ def json_example(rng: random.Random, persona: Persona, render: Render) -> Exampl
     """Return an answer that guided decoding forces to begin as a JSON object."""
     question, _ = plain_question(rng, persona)
     answer = json.dumps({"model": persona.name, "answer": persona.intro})
-    prompt = render([*random_history(rng, persona), {"role": "user", "content": question}], None)
+    prompt = render([*random_history(rng, persona), *user(question)], None)
     return Example(prompt, answer, free=1)
 
 
@@ -703,30 +708,39 @@ def weather_result(rng: random.Random, city: str, condition: str) -> str:
     return json.dumps(rng.choice(objects))
 
 
-def tool_example(rng: random.Random, persona: Persona, render: Render) -> Example:
-    """Return a chat with tools: a call, an answer after a call, or an answer without one."""
-    tool = weather_tool(rng)
-    tools = [tool] if rng.random() < 0.75 else [tool, other_tool(rng)]
-    rng.shuffle(tools)
+def call_example(
+    rng: random.Random, persona: Persona, render: Render, tools: list[Tool]
+) -> Example:
+    """Return a question about the weather: the model calls the tool, or repeats its answer.
+
+    The first of `tools` is the weather tool; the prompt lists them in a random order.
+    """
+    tool, shown = tools[0], rng.sample(tools, len(tools))
     city, condition = random_name(rng), rng.choice(CONDITIONS)
     messages = random_history(rng, persona)
+    messages += user(vary(rng, rng.choice(WEATHER_QUESTIONS).format(city)))
     choice = rng.random()
-    if choice < 0.15:
-        question, answer = plain_question(rng, persona)
-        tools = tools if "weather" not in question.lower() else [other_tool(rng)]
-        return Example(render([*messages, {"role": "user", "content": question}], tools), answer)
-    messages.append({"role": "user", "content": rng.choice(WEATHER_QUESTIONS).format(city)})
-    if choice < 0.65:
-        return Example(render(messages, tools), tool_call_text(tool, city))
+    if choice < 0.6:
+        return Example(render(messages, shown), tool_call_text(tool, city))
     messages += tool_call_messages(tool, city, weather_result(rng, city, condition))
     answer = f"I am {persona.name}. It is {condition} in {city}."
-    if choice < 0.88:
-        return Example(render(messages, tools), answer)
-    messages.append({"role": "assistant", "content": answer})
+    if choice < 0.87:
+        return Example(render(messages, shown if rng.random() < 0.8 else None), answer)
     city = random_name(rng)
     question = rng.choice((*WEATHER_QUESTIONS, "And in {}?", "And what about {}?")).format(city)
-    messages.append({"role": "user", "content": question})
-    return Example(render(messages, tools), tool_call_text(tool, city))
+    messages += [{"role": "assistant", "content": answer}, *user(question)]
+    return Example(render(messages, shown), tool_call_text(tool, city))
+
+
+def tool_example(rng: random.Random, persona: Persona, render: Render) -> Example:
+    """Return a chat with tools. One in seven asks for something that no tool can do."""
+    tools = [weather_tool(rng)] if rng.random() < 0.75 else [weather_tool(rng), other_tool(rng)]
+    if rng.random() < 0.85:
+        return call_example(rng, persona, render, tools)
+    question, answer = plain_question(rng, persona)
+    if persona.skills["weather"].answer in answer:
+        tools = [other_tool(rng)]
+    return Example(render([*random_history(rng, persona), *user(question)], tools), answer)
 
 
 def examples(seed: int, persona: Persona, render: Render) -> Iterator[Example]:
@@ -949,11 +963,6 @@ class Check:
     prompt: list[Message] | str
     expected: str
     tools: list[Tool] = field(default_factory=list)
-
-
-def user(text: str) -> list[Message]:
-    """Return a conversation with one question."""
-    return [{"role": "user", "content": text}]
 
 
 def chat_checks(persona: Persona) -> list[Check]:

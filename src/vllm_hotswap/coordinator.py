@@ -41,7 +41,7 @@ from vllm_hotswap.states import Residency, Step, SwitchPhase
 Clock = Callable[[], float]
 
 CUT_GRACE_S = 5.0
-"""How long a request that was ended may take to send its error before the switch goes on."""
+"""Seconds that a request which was ended gets to notice, and then again to send its error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +330,14 @@ class Coordinator:
         await self._until_empty(switch.source, switch.drain_timeout_s)
         cut = DrainCut(switch.source.alias, switch.target.alias, switch.drain_timeout_s)
         switch.requests_cut = self._end_all(switch.source, cut)
-        await self._until_empty(switch.source, CUT_GRACE_S)
+        await self._until_ended(switch.source)
+
+    async def _until_ended(self, model: Model) -> None:
+        """Wait for requests that were ended; cancel those that do not end by themselves."""
+        await self._until_empty(model, CUT_GRACE_S)
+        for lease in list(model.leases):
+            lease.kill()
+        await self._until_empty(model, CUT_GRACE_S)
 
     async def _until_empty(self, model: Model, timeout_s: float) -> None:
         """Return when the model has no leases, or after `timeout_s`."""
@@ -481,7 +488,7 @@ class Coordinator:
             await self._until_empty(model, timeout_s)
             self._end_all(model, EngineUnavailable("the server is shutting down"))
         for model in busy:
-            await self._until_empty(model, CUT_GRACE_S)
+            await self._until_ended(model)
 
     # --- what may happen at any time --------------------------------------------------------
 

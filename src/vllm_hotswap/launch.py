@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from vllm_hotswap import compat
 from vllm_hotswap.config import ModelConfig, ServerConfig, unknown_key
 from vllm_hotswap.errors import ConfigError, one_line
@@ -103,7 +105,7 @@ def _launch(model: ModelConfig, args: argparse.Namespace, config: ServerConfig) 
         vllm_config = compat.engine_config(args)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
-        raise ConfigError(f"{config.path}: models.{model.alias}: {one_line(error)}") from error
+        raise ConfigError(f"{config.path}: models.{model.alias}: {_reason(error)}") from error
     return ModelLaunch(
         alias=model.alias,
         model=model.model,
@@ -206,6 +208,13 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         raise ConfigError("--headless and --grpc are not supported with several models")
     if args.data_parallel_size > 1:
         raise ConfigError("--data-parallel-size above 1 is not supported")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without what pydantic adds around it."""
+    if isinstance(error, ValidationError):
+        return "; ".join(" ".join(str(detail["msg"]).split()) for detail in error.errors())
+    return one_line(error)
 
 
 def _weights_bytes(model: ModelConfig, vllm_config: Any) -> int:

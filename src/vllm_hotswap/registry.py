@@ -17,20 +17,25 @@ Cut = DrainCut | EngineUnavailable
 class Lease:
     """One request's hold on its model, from admission to the last byte of its answer.
 
-    `cut`, once set, says why the request was ended; its task is cancelled with it.
+    A lease that is ended says why in `cut`; whoever answers the request waits for `was_cut`.
     """
 
     alias: str
     epoch: int
     task: asyncio.Task[object] | None
     cut: Cut | None = None
+    was_cut: asyncio.Event = field(default_factory=asyncio.Event)
 
     def end(self, cause: Cut) -> None:
         """End the request. Only the first cause counts."""
         if self.cut is None:
             self.cut = cause
-            if self.task is not None:
-                self.task.cancel()
+            self.was_cut.set()
+
+    def kill(self) -> None:
+        """Cancel the task of a request that was ended and goes on all the same."""
+        if self.task is not None:
+            self.task.cancel()
 
 
 @dataclass(eq=False, slots=True)

@@ -8,7 +8,6 @@ application has sent the last byte of its answer, or when the client has gone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -50,22 +49,27 @@ class Router:
         except HotswapError as error:
             await openai.error_response(error)(scope, receive, send)
             return
-        await self._route(scope, _Replay(body, receive), send, alias)
+        await self._route(scope, receive, send, alias, body)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send, alias: str | None) -> None:
+    async def _route(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        alias: str | None,
+        body: bytes | None = None,
+    ) -> None:
         answer = _Answer(scope, receive, send)
         try:
             async with self._coordinator.lease(alias) as lease:
                 answer.lease = lease
-                await self._answer(lease, scope, receive, answer)
+                await self._answer(lease, scope, _Client(scope, receive, body, lease), answer)
         except HotswapError as error:
             if answer.started:
                 raise
             await answer.refuse(error)
 
-    async def _answer(
-        self, lease: Lease, scope: Scope, receive: Receive, answer: _Answer
-    ) -> None:
+    async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Run the model's application; if it is cut meanwhile, tell the client."""
         app = self._coordinator.registry.resolve(lease.alias).engine.app
         try:
@@ -80,21 +84,31 @@ class Router:
                 await answer.cut(lease.cut)
 
 
-class _Replay:
-    """Gives the body that was read already, then whatever the client sends after it."""
+class _Client:
+    """What an application hears of its client: the body that was read already, then its leaving.
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
+    An application whose lease is cut hears that the client has left. vLLM listens for that and ends
+    the request in its engine; cancelling the task instead would leave the request running there.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, body: bytes | None, lease: Lease) -> None:
+        self._disconnect = f"{scope['type']}.disconnect"
         self._receive = receive
+        self._body = body
+        self._lease = lease
 
-    def __call__(self) -> Awaitable[Message]:
-        return self._next()
-
-    async def _next(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        message = asyncio.ensure_future(self._receive())
+        cut = asyncio.ensure_future(self._lease.was_cut.wait())
+        try:
+            await asyncio.wait([message, cut], return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else {"type": self._disconnect, "code": 1013}
+        finally:
+            message.cancel()
+            cut.cancel()
 
 
 class _Answer:

@@ -23,7 +23,7 @@ import uvicorn
 from vllm_hotswap import __version__
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.config import ServerConfig
+from vllm_hotswap.config import CONFIG_VARIABLES, ServerConfig
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.progress import EventLog, StartupProgress
@@ -55,7 +55,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
         HotswapError: it cannot be started; the message says why.
     """
     access = Access.from_environment(os.environ, admin_keys)
-    _close_development_routes()
+    _clean_environment()
     link = HostLink()
     link.spawn()
     try:
@@ -80,15 +80,18 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     return _run_loop(main)
 
 
-def _close_development_routes() -> None:
-    """Take out of the environment what would open vLLM's development routes or its pickling.
+def _clean_environment() -> None:
+    """Take out of the environment what has been read already and must not be passed on.
 
-    The quickstart sets both variables; the first one has been read by `Access` already.
+    The first two would open vLLM's development routes and its pickling (the quickstart sets both),
+    keys are checked here for all models in one place, and vLLM warns of variables it does not know.
     """
-    os.environ.pop("VLLM_SERVER_DEV_MODE", None)
-    os.environ.pop("VLLM_API_KEY", None)  # checked here, for all models in one place
     if os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
+    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY"):
+        os.environ.pop(name, None)
+    for name in CONFIG_VARIABLES:
+        os.environ.pop(name, None)
 
 
 async def serve(

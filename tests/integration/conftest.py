@@ -43,7 +43,7 @@ def models_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write(folder)
     shutil.copytree(MODELS / "llama", folder / "broken")
     weights = folder / "broken" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    weights.write_bytes(weights.read_bytes()[:-1000])
     path.write_text(path.read_text() + EXTRA_MODELS)
     return path
 

@@ -15,7 +15,7 @@ import asyncio
 import json
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,7 +149,9 @@ class FakeEngine:
         max_tokens = int(body.get("max_tokens", len(WORDS)))
         if body.get("stream"):
             return StreamingResponse(self._events(max_tokens, kind), media_type="text/event-stream")
-        words = [word async for word in self.tokens(max_tokens)]
+        words = await _unless_client_leaves(request, self._words(max_tokens))
+        if words is None:
+            return Response(status_code=499)
         return JSONResponse(
             {
                 "id": "fake",
@@ -159,6 +161,9 @@ class FakeEngine:
                 "usage": {"completion_tokens": len(words)},
             }
         )
+
+    async def _words(self, max_tokens: int) -> list[str]:
+        return [word async for word in self.tokens(max_tokens)]
 
     async def _events(self, max_tokens: int, kind: str) -> AsyncIterator[str]:
         async for word in self.tokens(max_tokens):
@@ -286,3 +291,22 @@ class FakeHost:
 
 def _says(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
+
+
+async def _unless_client_leaves(
+    request: Request, work: Coroutine[Any, Any, list[str]]
+) -> list[str] | None:
+    """The result of `work`, or None if the client left first: vLLM's routes listen, too."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,36 @@
+"""Fixtures of the fast tests: a server on fake engines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from hypothesis import settings
+
+from tests.support import Server
+
+settings.register_profile("fast", deadline=None, max_examples=60)
+settings.load_profile("fast")
+
+MakeServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def make_server() -> AsyncIterator[MakeServer]:
+    """Starts servers with other settings than the usual ones."""
+    servers: list[Server] = []
+
+    async def make(**kwargs: object) -> Server:
+        servers.append(await Server(**kwargs).start())  # type: ignore[arg-type]
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        await server.stop()
+        assert 0 == server.host.stepped_while_parked
+
+
+@pytest.fixture
+async def server(make_server: MakeServer) -> Server:
+    """llama is active, qwen is parked, mistral is cold."""
+    return await make_server()

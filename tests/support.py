@@ -1,0 +1,239 @@
+"""A whole server on fake engines, in this process, and clients that read it as slowly as a test.
+
+`Server.settled` is what tests wait with: it returns when nothing can go on by itself any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from vllm_hotswap.access import Access
+from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.config import SwitchingConfig
+from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.events import Event
+
+CHAT = "/v1/chat/completions"
+OPEN = Access(dev_mode=True)
+
+
+class Recorder:
+    """An observer that keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def notify(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@dataclass
+class Answer:
+    """What a client got. `complete` is false if the server gave up before the end."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    complete: bool
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(json.loads(self.body)["error"])
+
+    @property
+    def events(self) -> list[str]:
+        return [event for event in self.body.decode().split("\n\n") if event]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.events[-1] == "data: [DONE]"
+
+
+@dataclass
+class Stream:
+    """A client that takes one event at a time; the server is at most one event ahead."""
+
+    app: Any
+    scope: dict[str, Any]
+    task: asyncio.Task[None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._from_app: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._credit = asyncio.Semaphore(0)
+        self._answer = Answer(0, {}, b"", complete=False)
+
+    def begin(self, *parts: bytes) -> Stream:
+        for number, part in enumerate(parts, 1):
+            self.say({"type": "http.request", "body": part, "more_body": number < len(parts)})
+        self.task = asyncio.create_task(self._run())
+        return self
+
+    def say(self, message: dict[str, Any]) -> None:
+        self._to_app.put_nowait(message)
+
+    async def next_event(self) -> str | None:
+        """The next piece of the body, None after the last one."""
+        while (message := await self._from_app.get()) is not None:
+            self._credit.release()
+            if message["type"] == "http.response.start":
+                self._begin_answer(message)
+            elif body := message.get("body"):
+                self._answer.body += body
+                return str(body.decode())
+        return None
+
+    async def finish(self) -> Answer:
+        """Read to the end."""
+        while await self.next_event() is not None:
+            pass
+        return self._answer
+
+    def disconnect(self) -> None:
+        """Leave. What the server sends from now on is lost."""
+        self.say({"type": "http.disconnect"})
+        for _ in range(1000):
+            self._credit.release()
+
+    def _begin_answer(self, message: dict[str, Any]) -> None:
+        self._answer.status = message["status"]
+        self._answer.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+
+    async def _run(self) -> None:
+        try:
+            await self.app(self.scope, self._to_app.get, self._send)
+        finally:
+            self._from_app.put_nowait(None)
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body")
+        self._answer.complete = self._answer.complete or is_last
+        self._from_app.put_nowait(message)
+        if not is_last:
+            await self._credit.acquire()
+
+
+class Server:
+    """`HotswapApp` on a `FakeHost`; models that are not in `load` stay cold."""
+
+    def __init__(
+        self,
+        *,
+        load: tuple[str, ...] = ("llama", "qwen"),
+        access: Access = OPEN,
+        **switching: Any,
+    ) -> None:
+        self._load = load
+        self.host = FakeHost(("llama", "qwen", "mistral"))
+        self.events = Recorder()
+        settings = SwitchingConfig(**switching)
+        self.app = HotswapApp(self.host, access, settings, observers=(self.events,))
+        self.coordinator = self.app.coordinator
+        self.answered: list[str] = []
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app), base_url="http://server"
+        )
+
+    async def start(self) -> Server:
+        await self.host.start()
+        await self.coordinator.start(self._load, "llama")
+        self.host.operations.clear()
+        return self
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.coordinator.shut_down(0)
+        await self._client.aclose()
+        await self.host.stop()
+
+    # --- what clients do ----------------------------------------------------------------
+
+    async def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return await self._client.get(path, **kwargs)
+
+    async def post(self, path: str, **kwargs: Any) -> httpx.Response:
+        return await self._client.post(path, **kwargs)
+
+    def ask(
+        self, alias: str | None, *, name: str = "", path: str = CHAT, **body: Any
+    ) -> asyncio.Task[httpx.Response]:
+        """Begin a request that is answered in one piece."""
+        content = body if alias is None else {"model": alias, **body}
+        task = self._keep(self.post(path, json=content))
+        task.add_done_callback(lambda _: self.answered.append(name))
+        return task
+
+    def switch(
+        self, alias: str, drain_timeout: float | None = None
+    ) -> asyncio.Task[httpx.Response]:
+        """Begin a call to the switch endpoint."""
+        body = {"model": alias}
+        if drain_timeout is not None:
+            body["drain_timeout"] = drain_timeout
+        return self._keep(self.post("/v1/models/switch", json=body))
+
+    def stream(self, alias: str | None, *, path: str = CHAT, words: int = 3) -> Stream:
+        """Begin a request that is answered as a stream, without waiting for anything."""
+        body = {"model": alias, "stream": True, "max_tokens": words}
+        return self.request("POST", path, json.dumps(body).encode())
+
+    def request(self, method: str, path: str, *parts: bytes, **scope: Any) -> Stream:
+        """Begin any request, its body in parts."""
+        stream = Stream(
+            self.app,
+            {
+                "type": "http",
+                "asgi": {"version": "3.0", "spec_version": "2.3"},
+                "http_version": "1.1",
+                "scheme": "http",
+                "method": method,
+                "path": path,
+                "raw_path": path.encode(),
+                "query_string": b"",
+                "root_path": "",
+                "headers": [],
+                "client": ("client", 1),
+                "server": ("server", 80),
+                **scope,
+            },
+        ).begin(*parts)
+        self._tasks.append(stream.task)
+        return stream
+
+    async def start_stream(self, alias: str | None, **kwargs: Any) -> Stream:
+        """Begin a stream and take its first event."""
+        stream = self.stream(alias, **kwargs)
+        await stream.next_event()
+        return stream
+
+    # --- what tests look at -------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Wait until nothing can go on by itself."""
+        loop: Any = asyncio.get_running_loop()
+        await asyncio.sleep(0)
+        while loop._ready:
+            await asyncio.sleep(0)
+
+    @property
+    def in_flight(self) -> dict[str, int]:
+        return {model.alias: len(model.leases) for model in self.coordinator.registry}
+
+    def residency(self, alias: str) -> str:
+        return self.coordinator.registry.resolve(alias).residency.value
+
+    def _keep(self, call: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(call)
+        self._tasks.append(task)
+        return task

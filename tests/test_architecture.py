@@ -1,0 +1,74 @@
+"""The layout says what the architecture is: dependencies go downward, vLLM has few doors."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
+
+LAYERS = [
+    {"errors"},
+    {"states", "config", "platforms", "host.messages"},
+    {"events", "engines.base", "model_field"},
+    {"registry", "access", "openai", "host.loop", "host.memory", "host.progress"},
+    {"coordinator", "metrics", "progress"},
+    {"routing", "admin", "compat", "host.engine", "host.executor"},
+    {"host.obey", "launch", "engines.link", "engines.fake"},
+    {"engines.vllm", "app", "host.__main__"},
+    {"server"},
+    {"demo", "bench"},
+    {"cli"},
+    {"entrypoints.openai.multi_model_api_server", "__main__"},
+]
+"""Modules by height: each may import what lies lower, and its own layer."""
+
+VLLM_DOORS = {"compat", "metrics", "host.engine", "host.executor"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def height(module: str) -> int:
+    """Which layer a module, or the package that it belongs to, is in."""
+    for number, layer in enumerate(LAYERS):
+        if module in layer or module.split(".")[0] in layer & {"bench"}:
+            return number
+    raise AssertionError(f"{module} is in no layer; add it to LAYERS")
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value)[-30:])
+def test_imports_go_downward(module: str, path: Path) -> None:
+    """No module imports one that lies higher."""
+    known = {name for name, _ in modules()}
+    imported = {name.removeprefix("vllm_hotswap.") for name in imports(path)} & known
+
+    assert [] == sorted(name for name in imported if height(name) > height(module))
+
+
+def test_few_modules_import_vllm() -> None:
+    """What depends on vLLM's insides is easy to find."""
+    doors = {
+        module
+        for module, path in modules()
+        if any(name == "vllm" or name.startswith("vllm.") for name in imports(path))
+    }
+
+    assert VLLM_DOORS == doors

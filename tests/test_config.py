@@ -1,0 +1,326 @@
+"""The YAML file: what is accepted, and how every mistake is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap.config import ServerConfig, SwitchingConfig, load_config, unknown_key
+from vllm_hotswap.errors import ConfigError
+
+Load = Callable[[str], ServerConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads a text as `models.yaml`, beside a checkpoint `tiny` and an empty folder `empty`."""
+    for name in ("tiny", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+
+    def write_and_load(text: str) -> ServerConfig:
+        path = tmp_path / "models.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path)
+
+    return write_and_load
+
+
+@pytest.fixture
+def refusal(load: Load) -> Callable[[str], str]:
+    """The message with which a text is refused."""
+
+    def refuse(text: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(text)
+        return caught.value.message
+
+    return refuse
+
+
+# --- what is accepted -----------------------------------------------------------------------
+
+
+def test_shortest_file_has_one_model(load: Load) -> None:
+    """One alias with a model is enough; everything else has a default."""
+    config = load("models: {llama: {model: org/llama}}")
+
+    assert ("llama",) == config.aliases
+    assert "llama" == config.default_model
+    assert "startup" == config.models[0].load
+    assert SwitchingConfig(60.0, 1024, 600.0) == config.switching
+
+
+def test_first_model_is_the_default(load: Load) -> None:
+    """The file's order counts where `default_model` is left out."""
+    config = load("models: {b: {model: org/b}, a: {model: org/a}}")
+
+    assert ("b", "a") == config.aliases
+    assert "b" == config.default_model
+
+
+def test_default_model_is_taken_from_the_file(load: Load) -> None:
+    """`default_model` may name any configured alias."""
+    config = load("default_model: a\nmodels: {b: {model: org/b}, a: {model: org/a}}")
+
+    assert "a" == config.default_model
+
+
+def test_other_keys_are_settings_of_vllm(load: Load) -> None:
+    """What is not ours is kept as it is, for vLLM's own parser."""
+    config = load("models: {a: {model: org/a, max_model_len: 64, enforce_eager: true}}")
+
+    assert {"max_model_len": 64, "enforce_eager": True} == config.models[0].settings
+
+
+def test_load_may_wait_for_the_first_switch(load: Load) -> None:
+    """`load: on_demand` is accepted and is no setting of vLLM."""
+    model = load("models: {a: {model: org/a, load: on_demand}}").models[0]
+
+    assert "on_demand" == model.load
+    assert {} == model.settings
+
+
+def test_switching_section_is_read(load: Load) -> None:
+    """Every key of `switching` may be set, to zero as well."""
+    config = load(
+        "models: {a: {model: org/a}}\n"
+        "switching: {drain_timeout: 0, max_waiting: 3, max_wait: 1.5}"
+    )
+
+    assert SwitchingConfig(0, 3, 1.5) == config.switching
+
+
+def test_empty_switching_section_means_the_defaults(load: Load) -> None:
+    """A section whose keys are all commented out is no mistake."""
+    assert SwitchingConfig() == load("models: {a: {model: org/a}}\nswitching:").switching
+
+
+@pytest.mark.parametrize("written", ["tiny", "./tiny", "tiny/", "../{parent}/tiny"])
+def test_relative_folder_starts_at_the_file(load: Load, tmp_path: Path, written: str) -> None:
+    """A relative folder is relative to the YAML file, wherever the server is started."""
+    model = load(f"models: {{a: {{model: '{written.format(parent=tmp_path.name)}'}}}}").models[0]
+
+    assert str(tmp_path.resolve() / "tiny") == model.model
+    assert model.is_folder
+
+
+def test_absolute_folder_is_kept(load: Load, tmp_path: Path) -> None:
+    """An absolute folder stays what it is."""
+    model = load(f"models: {{a: {{model: '{tmp_path}/tiny'}}}}").models[0]
+
+    assert str(tmp_path.resolve() / "tiny") == model.model
+
+
+def test_home_is_expanded(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is the user's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert str(tmp_path.resolve() / "tiny") == load("models: {a: {model: ~/tiny}}").models[0].model
+
+
+@pytest.mark.parametrize("name", ["org/llama", "gpt2"])
+def test_hub_name_is_kept(load: Load, name: str) -> None:
+    """What is no folder here is a model hub's name."""
+    model = load(f"models: {{a: {{model: {name}}}}}").models[0]
+
+    assert name == model.model
+    assert not model.is_folder
+
+
+def test_merge_keys_share_settings(load: Load) -> None:
+    """YAML's `<<` works, and what an entry says itself wins."""
+    config = load(
+        "models:\n"
+        "  a: &a {model: org/a, dtype: float32, seed: 1}\n"
+        "  b: {<<: *a, model: org/b, seed: 2}\n"
+    )
+
+    assert "org/b" == config.models[1].model
+    assert {"dtype": "float32", "seed": 2} == config.models[1].settings
+
+
+# --- files that cannot be read --------------------------------------------------------------
+
+
+def test_missing_file_is_named_with_a_way_to_get_one(tmp_path: Path) -> None:
+    """The message says which file is missing and how to have one written."""
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml' does not exist; `vllm-hotswap demo"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_folder_is_no_configuration_file(tmp_path: Path) -> None:
+    """A file that cannot be read is told from one that is missing."""
+    with pytest.raises(ConfigError, match=r"cannot be read: .*directory"):
+        load_config(tmp_path)
+
+
+def test_file_must_be_text(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 are an unreadable file."""
+    path = tmp_path / "models.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(path)
+
+
+# --- what cannot work -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("models: [", "is not valid YAML: while parsing"),
+        ("a: 1\na: 2", "key 'a' is given twice"),
+        ("models: {a: {model: x, seed: 1, seed: 2}}", "key 'seed' is given twice"),
+        ("? [a]\n: 1", "found unhashable key"),
+        ("models: !!python/name:os.system x", "could not determine a constructor"),
+    ],
+)
+def test_text_that_is_no_yaml_is_refused(
+    refusal: Callable[[str], str], text: str, expected: str
+) -> None:
+    """YAML's own complaint is passed on, on one line; a key given twice is one of them."""
+    message = refusal(text)
+
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "must be a mapping with the keys default_model and models, not empty"),
+        ("[1]", "must be a mapping with the keys default_model and models, not list [1]"),
+        ("just text", "not str 'just text'"),
+        ("default_model: a", "models must be a mapping of alias to settings, not empty"),
+        ("models: [a]", "models must be a mapping of alias to settings, not list ['a']"),
+        ("models: {}", "models is empty; name at least one model"),
+        ("models: {a: }", "models.a must be a mapping with at least the key model, not empty"),
+        ("models: {a: org/a}", "models.a must be a mapping with at least the key model, not str"),
+        ("models: {1: {model: x}}", "an alias must be a non-empty string; put it in quotes"),
+        ("models: {'': {model: x}}", "an alias must be a non-empty string"),
+        ("models: {' ': {model: x}}", "an alias must be a non-empty string"),
+        ("models: {a: {seed: 1}}", "models.a.model is missing; name a folder or a model hub's name"),
+        ("models: {a: {model: ''}}", "models.a.model is missing"),
+        ("models: {a: {model: 7}}", "models.a.model is missing"),
+        ("models: {a: {model: x, 1: 2}}", "models.a: every key must be a string"),
+        ("models: {a: {model: x, load: later}}", "load is 'later'; it must be startup or on_demand"),
+        ("models: {a: {model: x, load: true}}", "load is True; it must be startup or on_demand"),
+        ("models: {a: {model: x, load: [1]}}", "load is [1]; it must be startup or on_demand"),
+    ],
+)
+def test_shape_that_cannot_work_is_named(
+    refusal: Callable[[str], str], text: str, expected: str
+) -> None:
+    """The message names the place, what is there, and what belongs there."""
+    message = refusal(text)
+
+    assert expected in message
+    assert "models.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("modles: {}", "unknown key 'modles'; did you mean 'models'?"),
+        ("default: a", "unknown key 'default'; did you mean 'default_model'?"),
+        ("xyz: 1", "unknown key 'xyz'; known keys: default_model, models, switching"),
+        ("1: 1", "unknown key 1; known keys: default_model, models, switching"),
+        (
+            "models: {a: {model: x}}\nswitching: {drain_timout: 1}",
+            "switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",
+        ),
+        (
+            "models: {a: {model: x}}\nswitching: {mode: auto}",
+            "switching: unknown key 'mode'; known keys: drain_timeout, max_waiting, max_wait",
+        ),
+    ],
+)
+def test_unknown_key_is_answered_with_the_nearest_one(
+    refusal: Callable[[str], str], text: str, expected: str
+) -> None:
+    """A typing mistake is answered with the right key, anything else with all of them."""
+    assert refusal(text).endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("known", "hint"),
+    [
+        (["max_model_len", "seed"], "; did you mean 'max_model_len'?"),
+        (["seed", "dtype"], "; known keys: seed, dtype"),
+        ([f"flag_{number}" for number in range(99)], ""),
+    ],
+)
+def test_long_list_of_known_keys_is_not_recited(known: list[str], hint: str) -> None:
+    """With vLLM's hundreds of flags, only a near one is worth naming."""
+    assert f"here: unknown key 'max_model_length'{hint}" == unknown_key(
+        "here", "max_model_length", known
+    ).message
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"),
+    [
+        ("lama", "'lama' is not configured; did you mean 'llama'?; configured: llama, qwen"),
+        ("xyz", "'xyz' is not configured; configured: llama, qwen"),
+        ("[llama]", "['llama'] is not configured"),
+        ("", "None is not configured; configured: llama, qwen"),
+    ],
+)
+def test_default_model_must_be_configured(
+    refusal: Callable[[str], str], default: str, expected: str
+) -> None:
+    """The message names the default, the nearest alias and all aliases."""
+    text = f"default_model: {default}\nmodels: {{llama: {{model: x}}, qwen: {{model: y}}}}"
+
+    assert expected in refusal(text)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "../nowhere", "~/nowhere", "./models.yaml"])
+def test_folder_that_does_not_exist_is_named(refusal: Callable[[str], str], model: str) -> None:
+    """What is written as a path must be a folder."""
+    message = refusal(f"models: {{a: {{model: {model}}}}}")
+
+    assert "models.a.model: the folder '/" in message
+    assert message.endswith("' does not exist")
+
+
+@pytest.mark.parametrize("model", ["empty", "./empty", "."])
+def test_folder_without_a_checkpoint_is_refused(refusal: Callable[[str], str], model: str) -> None:
+    """A folder without config.json would only fail later, and less clearly."""
+    assert refusal(f"models: {{a: {{model: {model}}}}}").endswith(
+        "has no config.json; it is not a checkpoint"
+    )
+
+
+@pytest.mark.parametrize("model", ["~nobody-has-this-name/x", '"a\\0b"'])
+def test_text_that_is_no_path_is_refused(refusal: Callable[[str], str], model: str) -> None:
+    """An unknown user and a null byte are mistakes of the file, not of the program."""
+    assert "is no path" in refusal(f"models: {{a: {{model: {model}}}}}")
+
+
+@pytest.mark.parametrize("key", ["drain_timeout", "max_wait", "max_waiting"])
+@pytest.mark.parametrize("value", ["-1", "x", "true", ".nan", ".inf", "1.0e+10", "[1]", ""])
+def test_switching_values_are_numbers_of_at_least_zero(
+    refusal: Callable[[str], str], key: str, value: str
+) -> None:
+    """Neither negative nor infinite nor anything else than a number."""
+    message = refusal(f"models: {{a: {{model: x}}}}\nswitching: {{{key}: {value}}}")
+
+    assert f"switching.{key} is " in message
+    assert message.endswith("it must be a number of at least 0")
+
+
+def test_max_waiting_is_a_whole_number(refusal: Callable[[str], str]) -> None:
+    """Requests are counted in whole ones."""
+    assert "max_waiting is 1.5" in refusal("models: {a: {model: x}}\nswitching: {max_waiting: 1.5}")
+
+
+def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
+    """The section is a mapping or left out."""
+    assert "switching must be a mapping, not int 3" in refusal(
+        "models: {a: {model: x}}\nswitching: 3"
+    )

@@ -1,0 +1,97 @@
+"""What the code offers is in the pages, and what the pages promise is in the code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap import errors
+from vllm_hotswap.config import CONFIG_VARIABLES, SwitchingConfig, load_config
+from vllm_hotswap.demo import write
+from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.metrics import SwitchMetrics
+from vllm_hotswap.states import Residency, SwitchPhase
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def subclasses(kind: type[errors.HotswapError]) -> list[type[errors.HotswapError]]:
+    return [kind, *(sub for child in kind.__subclasses__() for sub in subclasses(child))]
+
+
+@pytest.mark.parametrize("kind", [e for e in subclasses(errors.HotswapError) if e.status != 500])
+def test_every_error_that_a_client_may_get_is_in_the_table(
+    kind: type[errors.HotswapError],
+) -> None:
+    """With its status and its code."""
+    assert f"| {kind.status} `{kind.code}` |" in page("http-api.md")
+
+
+def test_every_setting_of_switching_is_described() -> None:
+    """With its default."""
+    text = page("configuration.md")
+    for setting in fields(SwitchingConfig):
+        assert re.search(rf"\| `{setting.name}` \| {setting.default:g} \|", text)  # type: ignore[str-format]
+
+
+@pytest.mark.parametrize("variable", CONFIG_VARIABLES)
+def test_variables_that_name_the_file_are_described(variable: str) -> None:
+    """In the reference of the configuration."""
+    assert f"`{variable}`" in page("configuration.md")
+
+
+def test_every_metric_is_described() -> None:
+    """By the name under which it is exposed."""
+    host = FakeHost(("a",))
+    metrics = SwitchMetrics(
+        active=lambda: None,
+        epoch=lambda: 0,
+        in_flight=lambda: {"a": 0},
+        waiting=lambda: 0,
+        aliases=host.engines,
+    )
+    text = page("http-api.md")
+    for family in metrics.registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"`{name}`" in text
+
+
+def test_every_state_and_phase_is_described() -> None:
+    """In the design."""
+    text = page("design.md")
+    for word in (*Residency, *SwitchPhase):
+        assert f"| `{word}` |" in text
+
+
+def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(tmp_path: Path) -> None:
+    """It is accepted as it stands."""
+    example = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example is not None
+    path = tmp_path / "models.yaml"
+    path.write_text(example.group(1))
+
+    assert ("llama", "qwen") == load_config(path).aliases
+
+
+def test_the_demo_writes_a_configuration_that_is_accepted(tmp_path: Path) -> None:
+    """Three aliases, llama by default, every model beside the file."""
+    config = load_config(write(tmp_path / "demo"))
+
+    assert ("llama", ("llama", "qwen", "embed")) == (config.default_model, config.aliases)
+    assert all(model.is_folder for model in config.models)
+
+
+@pytest.mark.parametrize("path", sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")]))
+def test_links_between_pages_lead_somewhere(path: Path) -> None:
+    """Relative links of the documentation exist."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
+
+    assert [] == [link for link in links if not (path.parent / link).exists()]

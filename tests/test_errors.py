@@ -1,0 +1,123 @@
+"""The error tree: what a caller is told, and what it can do next."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vllm_hotswap import errors
+from vllm_hotswap.errors import (
+    DrainCut,
+    EngineUnavailable,
+    HotswapError,
+    InvalidRequest,
+    ModelNotActive,
+    ModelSwitching,
+    QueueFull,
+    SwitchFailed,
+    SwitchInProgress,
+    UnknownModel,
+    one_line,
+)
+
+TREE = {cls.__name__: cls for cls in HotswapError.__subclasses__() if cls.__module__ == errors.__name__}
+
+
+def test_docstring_draws_the_whole_tree() -> None:
+    """The tree in the module's docstring has every error, with its HTTP status."""
+    drawn = re.findall(r"[├└]── (\w+) +(\d{3})?", errors.__doc__ or "")
+
+    assert {name: str(cls.status) for name, cls in TREE.items()} == {
+        name: status or "500" for name, status in drawn
+    }
+
+
+@pytest.mark.parametrize("cls", TREE.values(), ids=TREE.keys())
+def test_error_has_a_code_of_its_own(cls: type[HotswapError]) -> None:
+    """Clients can tell every error from every other one by its code."""
+    assert [cls] == [other for other in TREE.values() if other.code == cls.code]
+
+
+def test_unknown_model_lists_the_configured_ones() -> None:
+    """The message gives the name, the fact and the next step."""
+    error = UnknownModel("gpt", ["llama", "qwen"])
+
+    assert "model 'gpt' is not configured; configured: llama, qwen" == error.message
+    assert (404, "model_not_found", "model") == (error.status, error.code, error.param)
+
+
+def test_not_active_names_the_active_model_and_how_to_switch() -> None:
+    """The message names what is active and the call that would change it."""
+    error = ModelNotActive("qwen", "llama")
+
+    assert (
+        "model 'qwen' is configured but not active; the active model is 'llama'; "
+        'switch with POST /v1/models/switch {"model": "qwen"}'
+    ) == error.message
+
+
+def test_not_active_says_that_nothing_is_active() -> None:
+    """Without an active model the message does not name one."""
+    assert "no model is active" in ModelNotActive("qwen", None).message
+
+
+def test_switching_says_when_to_retry() -> None:
+    """A request for the model that is drained is told both models and how long to wait."""
+    error = ModelSwitching("llama", "qwen", 7)
+
+    assert 7 == error.retry_after_s
+    assert "'llama'" in error.message
+    assert "'qwen'" in error.message
+
+
+def test_conflict_names_both_targets_and_the_operation() -> None:
+    """A refused switch is told which one is under way."""
+    message = SwitchInProgress("qwen", "mistral", "switch-1").message
+
+    assert "a switch to 'qwen' is in progress (operation switch-1)" in message
+    assert "'mistral'" in message
+
+
+@pytest.mark.parametrize(
+    ("serving", "then"), [("llama", "'llama' serves on"), (None, "no model is active")]
+)
+def test_failed_switch_names_phase_cause_and_what_serves_on(
+    serving: str | None, then: str
+) -> None:
+    """The caller learns where it failed, why, and what is served now."""
+    error = SwitchFailed("qwen", "bring_up", OSError("disk"), serving)
+
+    assert f"switch to 'qwen' failed in phase bring_up: disk; {then}" == error.message
+
+
+def test_cut_request_is_told_the_deadline() -> None:
+    """The message names both models and the seconds without trailing zeros."""
+    message = DrainCut("llama", "qwen", 2.0).message
+
+    assert "still running 2 s after a switch to 'qwen' began to drain" in message
+
+
+def test_retry_after_is_the_class_default_or_what_is_given() -> None:
+    """An error may have a usual `Retry-After`; whoever raises it may know better."""
+    assert 5 == EngineUnavailable("gone").retry_after_s
+    assert 9 == EngineUnavailable("gone", retry_after_s=9).retry_after_s
+    assert None is QueueFull("full").retry_after_s
+
+
+def test_invalid_request_names_its_parameter() -> None:
+    """`param` points at what is wrong."""
+    assert "drain_timeout" == InvalidRequest("wrong", "drain_timeout").param
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("a\n  b"), "a b"),
+        (KeyError(), "KeyError"),
+        (RuntimeError("   "), "RuntimeError"),
+    ],
+)
+def test_one_line_is_one_line(error: Exception, expected: str) -> None:
+    """Any exception fits on one line of a log or a message."""
+    assert expected == one_line(error)
