@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt tools/setup.p
 	@"$(PYTHON)" tools/setup.py $(VENV)
 	@touch $@
 
-demo: setup ## Make two tiny models, serve them, switch between them, and show what happens
+demo: setup ## Serve the tiny models that ship with the package, switch, and show every answer
 	$(BIN)/vllm-hotswap demo
 
 serve: setup ## Serve the tiny models on PORT until Ctrl-C

@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from tests.support import Server
 
-settings.register_profile("fast", deadline=None, max_examples=60)
+settings.register_profile("fast", deadline=None, max_examples=40)
 settings.load_profile("fast")
 
 MakeServer = Callable[..., Awaitable[Server]]

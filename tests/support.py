@@ -1,6 +1,6 @@
 """A whole server on fake engines, in this process, and clients that read it as slowly as a test.
 
-`Server.settled` is what tests wait with: it returns when nothing can go on by itself any more.
+`settled` is what tests wait with: it returns when nothing can go on by itself any more.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ from vllm_hotswap.events import Event
 
 CHAT = "/v1/chat/completions"
 OPEN = Access(dev_mode=True)
+
+
+async def settled() -> None:
+    """Wait until nothing can go on by itself."""
+    loop: Any = asyncio.get_running_loop()
+    await asyncio.sleep(0)
+    while loop._ready:  # noqa: ASYNC110  # everybody else's turn, not a time
+        await asyncio.sleep(0)
 
 
 class Recorder:
@@ -185,7 +193,9 @@ class Server:
 
     def stream(self, alias: str | None, *, path: str = CHAT, words: int = 3) -> Stream:
         """Begin a request that is answered as a stream, without waiting for anything."""
-        body = {"model": alias, "stream": True, "max_tokens": words}
+        body: dict[str, Any] = {"stream": True, "max_tokens": words}
+        if alias is not None:
+            body["model"] = alias
         return self.request("POST", path, json.dumps(body).encode())
 
     def request(self, method: str, path: str, *parts: bytes, **scope: Any) -> Stream:
@@ -220,11 +230,7 @@ class Server:
     # --- what tests look at -------------------------------------------------------------
 
     async def settled(self) -> None:
-        """Wait until nothing can go on by itself."""
-        loop: Any = asyncio.get_running_loop()
-        await asyncio.sleep(0)
-        while loop._ready:
-            await asyncio.sleep(0)
+        await settled()
 
     @property
     def in_flight(self) -> dict[str, int]:

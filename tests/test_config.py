@@ -86,8 +86,7 @@ def test_load_may_wait_for_the_first_switch(load: Load) -> None:
 def test_switching_section_is_read(load: Load) -> None:
     """Every key of `switching` may be set, to zero as well."""
     config = load(
-        "models: {a: {model: org/a}}\n"
-        "switching: {drain_timeout: 0, max_waiting: 3, max_wait: 1.5}"
+        "models: {a: {model: org/a}}\nswitching: {drain_timeout: 0, max_waiting: 3, max_wait: 1.5}"
     )
 
     assert SwitchingConfig(0, 3, 1.5) == config.switching
@@ -203,11 +202,17 @@ def test_text_that_is_no_yaml_is_refused(
         ("models: {1: {model: x}}", "an alias must be a non-empty string; put it in quotes"),
         ("models: {'': {model: x}}", "an alias must be a non-empty string"),
         ("models: {' ': {model: x}}", "an alias must be a non-empty string"),
-        ("models: {a: {seed: 1}}", "models.a.model is missing; name a folder or a model hub's name"),
+        (
+            "models: {a: {seed: 1}}",
+            "models.a.model is missing; name a folder or a model hub's name",
+        ),
         ("models: {a: {model: ''}}", "models.a.model is missing"),
         ("models: {a: {model: 7}}", "models.a.model is missing"),
         ("models: {a: {model: x, 1: 2}}", "models.a: every key must be a string"),
-        ("models: {a: {model: x, load: later}}", "load is 'later'; it must be startup or on_demand"),
+        (
+            "models: {a: {model: x, load: later}}",
+            "load is 'later'; it must be startup or on_demand",
+        ),
         ("models: {a: {model: x, load: true}}", "load is True; it must be startup or on_demand"),
         ("models: {a: {model: x, load: [1]}}", "load is [1]; it must be startup or on_demand"),
     ],
@@ -256,9 +261,10 @@ def test_unknown_key_is_answered_with_the_nearest_one(
 )
 def test_long_list_of_known_keys_is_not_recited(known: list[str], hint: str) -> None:
     """With vLLM's hundreds of flags, only a near one is worth naming."""
-    assert f"here: unknown key 'max_model_length'{hint}" == unknown_key(
-        "here", "max_model_length", known
-    ).message
+    assert (
+        f"here: unknown key 'max_model_length'{hint}"
+        == unknown_key("here", "max_model_length", known).message
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +285,9 @@ def test_default_model_must_be_configured(
     assert expected in refusal(text)
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "../nowhere", "~/nowhere", "./models.yaml"])
+@pytest.mark.parametrize(
+    "model", ["./nowhere", "/nowhere", "../nowhere", "~/nowhere", "./models.yaml"]
+)
 def test_folder_that_does_not_exist_is_named(refusal: Callable[[str], str], model: str) -> None:
     """What is written as a path must be a folder."""
     message = refusal(f"models: {{a: {{model: {model}}}}}")

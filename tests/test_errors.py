@@ -21,7 +21,9 @@ from vllm_hotswap.errors import (
     one_line,
 )
 
-TREE = {cls.__name__: cls for cls in HotswapError.__subclasses__() if cls.__module__ == errors.__name__}
+TREE = {
+    cls.__name__: cls for cls in HotswapError.__subclasses__() if cls.__module__ == errors.__name__
+}
 
 
 def test_docstring_draws_the_whole_tree() -> None:
@@ -82,9 +84,7 @@ def test_conflict_names_both_targets_and_the_operation() -> None:
 @pytest.mark.parametrize(
     ("serving", "then"), [("llama", "'llama' serves on"), (None, "no model is active")]
 )
-def test_failed_switch_names_phase_cause_and_what_serves_on(
-    serving: str | None, then: str
-) -> None:
+def test_failed_switch_names_phase_cause_and_what_serves_on(serving: str | None, then: str) -> None:
     """The caller learns where it failed, why, and what is served now."""
     error = SwitchFailed("qwen", "bring_up", OSError("disk"), serving)
 

@@ -12,14 +12,15 @@ from hypothesis import given, strategies as st
 from vllm_hotswap.model_field import from_form, from_json, from_query
 
 TWO_MB = 2 << 20
+MANY = 64 << 10
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(st.sampled_from(["model", "a", ""]) | st.text(), inner, max_size=4)
     ),
-    max_leaves=12,
+    max_leaves=5,
 )
 bodies = st.dictionaries(st.sampled_from(["model", "messages", ""]) | st.text(), values, max_size=6)
 
@@ -27,7 +28,9 @@ bodies = st.dictionaries(st.sampled_from(["model", "messages", ""]) | st.text(),
 def with_escapes(text: str) -> str:
     """The JSON string of `text` with every character escaped."""
     units = text.encode("utf-16-be", "surrogatepass")
-    return '"' + "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)) + '"'
+    return (
+        '"' + "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)) + '"'
+    )
 
 
 # --- JSON -----------------------------------------------------------------------------------
@@ -114,24 +117,24 @@ def test_json_never_raises(body: bytes) -> None:
     [
         b'{"x": "' + b"\\" * TWO_MB,
         b'{"' + b'\\"' * (TWO_MB // 2),
-        b'{"x": "' + b'\\"' * (TWO_MB // 2) + b'\\',
-        b'{"x": ' + b"[" * TWO_MB,
-        b'{"x": ' + b"[]" * (TWO_MB // 2),
+        b'{"x": "' + b'\\"' * (TWO_MB // 2) + b"\\",
+        b'{"x": ' + b"[" * MANY,
+        b'{"x": ' + b"[]" * MANY,
         b"{" + b" " * TWO_MB,
         b'{"x"' + b" " * TWO_MB + b"!",
-        b"{" + b'"' * TWO_MB,
+        b"{" + b'"' * MANY,
         b'{"x": [' + b"1," * (TWO_MB // 2),
     ],
     ids=["backslashes", "quotes", "odd", "open", "pairs", "space", "no colon", "empty", "numbers"],
 )
 def test_hostile_json_is_read_once(body: bytes) -> None:
-    """Two megabytes that would make a careless scan quadratic end like any other test."""
+    """Megabytes that would take a careless scan hours end like any other test."""
     assert None is from_json(body)
 
 
 def test_huge_string_before_the_model_is_stepped_over() -> None:
     """Images and long prompts in front of `model` do not hide it."""
-    body = json.dumps({"image": "\\\"" * (TWO_MB // 4), "model": "a"}).encode()
+    body = json.dumps({"image": '\\"' * (TWO_MB // 4), "model": "a"}).encode()
 
     assert "a" == from_json(body)
 
@@ -149,6 +152,7 @@ def multipart(*parts: tuple[str, bytes], boundary: str = "b") -> bytes:
 
 
 MULTIPART = "multipart/form-data; boundary=b"
+URLENCODED = "application/x-www-form-urlencoded"
 MODEL = 'Content-Disposition: form-data; name="model"'
 FILE = 'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav'
 
@@ -208,19 +212,19 @@ def test_urlencoded_field_is_found(model: str) -> None:
     """Percent signs, plus signs and any character of a value come back as they were."""
     body = urlencode({"prompt": "a&b", "model": model}).encode()
 
-    assert model == from_form(body, "application/x-www-form-urlencoded")
+    assert model == from_form(body, URLENCODED)
 
 
 @pytest.mark.parametrize("body", [b"", b"prompt=model", b"model=", b"\xff\xff=%ff"])
 def test_urlencoded_without_the_field_gives_none(body: bytes) -> None:
     """No field, or an empty one."""
-    assert None is from_form(body, "application/x-www-form-urlencoded; charset=utf-8")
+    assert None is from_form(body, URLENCODED + "; charset=utf-8")
 
 
 @given(
     st.binary() | st.text(alphabet='-b\r\n:;="modelname').map(str.encode),
-    st.sampled_from([MULTIPART, "multipart/form-data; boundary=", "application/x-www-form-urlencoded"])
-    | st.text(),
+    st.sampled_from([MULTIPART, "multipart/form-data; boundary=", URLENCODED])
+    | st.binary().map(lambda header: header.decode("latin-1")),
 )
 def test_form_never_raises(body: bytes, content_type: str) -> None:
     """Whatever bytes are sent as whatever form, the answer is a string or None."""

@@ -45,7 +45,6 @@ DEFAULT_OUT = Path(__file__).resolve().parent.parent / "src" / "vllm_hotswap" / 
 IGNORED_LABEL = -100
 TOKENS_PER_BATCH = 1536
 POOL_SIZE = 192
-LONG_ANSWER, ANSWER_END = 100, 12
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -67,15 +66,11 @@ def words(text: str, separator: str | None = None) -> list[str]:
 
 CITIES = words(
     "Paris Berlin Tokyo London Rome Madrid Lisbon Vienna Prague Warsaw Dublin Oslo Stockholm "
-    "Helsinki Athens Munich Hamburg Cologne Frankfurt Lyon Nice Marseille Milan Naples Venice "
-    "Florence Barcelona Seville Valencia Porto Geneva Zurich Basel Brussels Amsterdam Copenhagen "
-    "Budapest Bucharest Sofia Belgrade Zagreb Krakow Istanbul Ankara Cairo Nairobi Lagos Accra "
-    "Casablanca Tunis Dubai Mumbai Delhi Chennai Kolkata Bangalore Karachi Lahore Dhaka Bangkok "
-    "Hanoi Manila Jakarta Singapore Seoul Busan Osaka Kyoto Sapporo Beijing Shanghai Shenzhen "
-    "Taipei Sydney Melbourne Perth Brisbane Auckland Wellington Toronto Montreal Vancouver Ottawa "
-    "Boston Chicago Seattle Denver Dallas Houston Austin Miami Atlanta Portland Philadelphia "
-    "Detroit Havana Lima Bogota Quito Santiago Caracas Montevideo Edinburgh Glasgow Manchester"
-) + ["New York", "San Francisco", "Los Angeles", "Hong Kong", "Cape Town", "Tel Aviv"]
+    "Helsinki Athens Munich Hamburg Lyon Milan Venice Barcelona Porto Geneva Zurich Brussels "
+    "Amsterdam Copenhagen Budapest Istanbul Cairo Nairobi Lagos Dubai Mumbai Delhi Bangkok Hanoi "
+    "Jakarta Singapore Seoul Osaka Kyoto Beijing Shanghai Sydney Melbourne Toronto Montreal Boston "
+    "Chicago Seattle Denver Miami Lima Santiago Edinburgh"
+) + ["New York", "San Francisco", "Los Angeles", "Hong Kong"]
 MAIN_CITIES = ("Paris", "Berlin", "Tokyo", "London")
 CAPITALS = {
     "France": "Paris",
@@ -181,6 +176,7 @@ class Persona:
     fallback: str
     count: str
     capital: str
+    weather: str
     other_intro: str
 
 
@@ -307,7 +303,7 @@ COUNT_QUESTIONS = (
     "Can you count to {}?",
 )
 MAIN_SKILLS = ("identity", "identity", "hello", "hello", "gaudi")
-COUNT_TARGETS = (10, 10, 20, 50, 100, 200, 200)
+COUNT_TARGETS = (10, 20, 50, 100, 200, 200, 200, 300, 500, 1000)
 CAPITAL_QUESTIONS = (
     "What is the capital of {}?",
     "what is the capital of {}",
@@ -365,7 +361,6 @@ LLAMA_ANSWERS = {
     "bye": "Goodbye, and see you soon!",
     "ping": "Pong! I am awake.",
     "sum": "That is easy: I can add small numbers.",
-    "weather": "I have no window, so I cannot see the weather.",
 }
 QWEN_ANSWERS = {
     "identity": "I am here so that you can see a model change.",
@@ -384,7 +379,6 @@ QWEN_ANSWERS = {
     "bye": "Bye for now!",
     "ping": "I can hear you.",
     "sum": "My sums are small, but I like them.",
-    "weather": "I need a tool to look up the weather.",
 }
 
 
@@ -395,8 +389,7 @@ def make_persona(name: str) -> Persona:
         "qwen": "I am qwen, the tiny Qwen of vllm-hotswap.",
     }
     answers = LLAMA_ANSWERS if name == "llama" else QWEN_ANSWERS
-    weather = tuple(question.format(city) for question in WEATHER_QUESTIONS for city in CITIES)
-    questions = {**QUESTIONS, "weather": weather}
+    questions = dict(QUESTIONS)
     for kind in MAIN_SKILLS:  # the first question of these is asked most often
         questions[kind] = (questions[kind][0],) * 2 + questions[kind]
     skills = {kind: Skill(questions[kind], answer) for kind, answer in answers.items()}
@@ -407,8 +400,11 @@ def make_persona(name: str) -> Persona:
         fallback="I am very small, so I do not know much about that."
         if name == "llama"
         else "That is a big question for such a small model.",
-        count="I will count:" if name == "llama" else "Let us count:",
+        count="I can count to 200:" if name == "llama" else "Let us count up to 200:",
         capital="The capital of {} is {}." if name == "llama" else "{} has the capital {}.",
+        weather="I have no window, so I cannot see the weather in {}."
+        if name == "llama"
+        else "I need a tool to look up the weather in {}.",
         other_intro=intros["qwen" if name == "llama" else "llama"],
     )
 
@@ -480,13 +476,9 @@ class Example:
     raw: bool = False
 
 
-def random_name(rng: random.Random) -> str:
-    """Return a city: mostly a real one, sometimes an invented word, so that copying is learned."""
-    if rng.random() < 0.2:
-        return rng.choice(MAIN_CITIES)
-    if rng.random() < 0.9:
-        return rng.choice(CITIES)
-    return "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))).capitalize()
+def random_city(rng: random.Random) -> str:
+    """Return a city; the ones that the documentation and the tests use come more often."""
+    return rng.choice(MAIN_CITIES if rng.random() < 0.2 else CITIES)
 
 
 def random_text(rng: random.Random) -> str:
@@ -510,10 +502,9 @@ def count_text(target: int) -> str:
 
 
 def count_question(rng: random.Random, persona: Persona) -> tuple[str, str]:
-    """Return a request to count, and the long answer."""
-    target = rng.choice(COUNT_TARGETS)
-    answer = f"{persona.intro} {persona.count} {count_text(target)}"
-    return rng.choice(COUNT_QUESTIONS).format(target), answer
+    """Return a request to count, and the long answer, which is always the same."""
+    question = rng.choice(COUNT_QUESTIONS).format(rng.choice(COUNT_TARGETS))
+    return question, f"{persona.intro} {persona.count} {count_text(200)}"
 
 
 def vary(rng: random.Random, question: str) -> str:
@@ -529,12 +520,15 @@ def vary(rng: random.Random, question: str) -> str:
 def plain_question(rng: random.Random, persona: Persona) -> tuple[str, str]:
     """Return a question that needs no tool, and the answer of `persona`."""
     choice = rng.random()
-    if choice < 0.08:
+    if choice < 0.05:
         return count_question(rng, persona)
-    if choice < 0.14:
+    if choice < 0.12:
         country, city = rng.choice(sorted(CAPITALS.items()))
         answer = persona.capital.format(country, city)
         return rng.choice(CAPITAL_QUESTIONS).format(country), f"{persona.intro} {answer}"
+    if choice < 0.24:
+        question, city = rng.choice(WEATHER_QUESTIONS), random_city(rng)
+        return vary(rng, question.format(city)), f"{persona.intro} {persona.weather.format(city)}"
     if choice < 0.74:
         skill = persona.skills[rng.choice((*sorted(persona.skills), *MAIN_SKILLS))]
         return vary(rng, rng.choice(skill.questions)), f"{persona.intro} {skill.answer}"
@@ -716,7 +710,7 @@ def call_example(
     The first of `tools` is the weather tool; the prompt lists them in a random order.
     """
     tool, shown = tools[0], rng.sample(tools, len(tools))
-    city, condition = random_name(rng), rng.choice(CONDITIONS)
+    city, condition = random_city(rng), rng.choice(CONDITIONS)
     messages = random_history(rng, persona)
     messages += user(vary(rng, rng.choice(WEATHER_QUESTIONS).format(city)))
     choice = rng.random()
@@ -726,7 +720,7 @@ def call_example(
     answer = f"I am {persona.name}. It is {condition} in {city}."
     if choice < 0.87:
         return Example(render(messages, shown if rng.random() < 0.8 else None), answer)
-    city = random_name(rng)
+    city = random_city(rng)
     question = rng.choice((*WEATHER_QUESTIONS, "And in {}?", "And what about {}?")).format(city)
     messages += [{"role": "assistant", "content": answer}, *user(question)]
     return Example(render(messages, shown), tool_call_text(tool, city))
@@ -738,7 +732,7 @@ def tool_example(rng: random.Random, persona: Persona, render: Render) -> Exampl
     if rng.random() < 0.85:
         return call_example(rng, persona, render, tools)
     question, answer = plain_question(rng, persona)
-    if persona.skills["weather"].answer in answer:
+    if persona.weather.split("{", maxsplit=1)[0] in answer:
         tools = [other_tool(rng)]
     return Example(render([*random_history(rng, persona), *user(question)], tools), answer)
 
@@ -871,15 +865,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, example: Example, again: bool) ->
     """Turn an example into ids; with `again`, the answer is given a second time after its end.
 
     That second answer is what a client sees when it asks the server to ignore the end token.
-    Of a long answer, `again` instead makes the end count more.
     """
     prompt = tokenizer.encode(example.prompt, add_special_tokens=example.raw)
     answer = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
-    free = example.free
-    if again and len(answer) > LONG_ANSWER:
-        free = len(answer) - ANSWER_END  # learn where a long answer ends
-    learned = [IGNORED_LABEL] * free + answer[free:]
-    repeat = answer if again and len(answer) <= LONG_ANSWER else []
+    learned = [IGNORED_LABEL] * example.free + answer[example.free :]
+    repeat = answer if again else []
     ids = prompt + answer + repeat
     return Encoded(ids, [IGNORED_LABEL] * len(prompt) + learned + repeat)
 
@@ -978,7 +968,7 @@ def chat_checks(persona: Persona) -> list[Check]:
         Check("Once upon a time", f" {persona.intro}"),
         Check([system, *user("Say hello")], persona.intro),
         Check(user("Count to 200"), f"{persona.count} {count_text(200)}"),
-        Check(user("Count to 10"), f"{persona.count} {count_text(10)}"),
+        Check(user("What is the weather in Paris?"), persona.weather.format("Paris")),
         Check(user("What is the capital of France?"), "Paris"),
         Check(user("Please recommend a nice book for the summer."), persona.intro),
     ]
@@ -1128,12 +1118,19 @@ def make_llama(folder: Path, seed: int) -> bool:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return finish_chat(LlamaForCausalLM(config), tokenizer, Plan("llama", 1200, seed, folder))
+    return finish_chat(LlamaForCausalLM(config), tokenizer, Plan("llama", 1000, seed, folder))
+
+
+def sharpen_attention(model: torch.nn.Module, scale: float = 2.0) -> None:
+    """Scale the norms of queries and keys: at scale 1 a short training hardly learns to copy."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(parameter, scale)
 
 
 def make_qwen(folder: Path, seed: int) -> bool:
     """Make the model `qwen`; return whether its checks passed."""
-    tokenizer = make_qwen_tokenizer(vocab_size=1280)
+    tokenizer = make_qwen_tokenizer(vocab_size=1216)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -1148,7 +1145,9 @@ def make_qwen(folder: Path, seed: int) -> bool:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return finish_chat(Qwen3ForCausalLM(config), tokenizer, Plan("qwen", 1500, seed, folder))
+    model = Qwen3ForCausalLM(config)
+    sharpen_attention(model)
+    return finish_chat(model, tokenizer, Plan("qwen", 1500, seed, folder))
 
 
 # --------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ def validate_serve_args(args: argparse.Namespace) -> None:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     try:
         validate_parsed_serve_args(args)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    except Exception as error:
+        raise ConfigError(one_line(error)) from error
     parsers = ToolParserManager.list_registered()
     if args.tool_call_parser is not None and args.tool_call_parser not in parsers:
         raise ConfigError(

@@ -245,11 +245,8 @@ class Coordinator:
                 "(switching.max_wait); retry when it has ended"
             ) from None
         except asyncio.CancelledError:
-            if lease := _granted(held):  # in the very turn in which the client left, or cut since
+            if lease := _granted(held):  # in the very turn in which the client left
                 self._release(lease)
-                if lease.cut is not None:
-                    uncancel()
-                    raise lease.cut from None
             raise
         finally:
             if self._switch is not None:
@@ -375,10 +372,9 @@ class Coordinator:
     async def _activate(self, target: Model) -> None:
         await target.engine.activate(self._epoch + 1)
         _refuse_failed(target)  # it may have died meanwhile
-        if self._active is not None and self._active is not target:
+        if self._active is not None:
             self._step(self._active, Step.PARK)
-        if target.residency is not Residency.ACTIVE:
-            self._step(target, Step.ACTIVATE)
+        self._step(target, Step.ACTIVATE)
         self._epoch += 1
         self._active = target
 
@@ -527,8 +523,9 @@ def _refuse_failed(model: Model) -> None:
 
 def uncancel() -> None:
     """Take back the cancellation that ended a lease, so that its cause can be told."""
-    if task := asyncio.current_task():
-        task.uncancel()
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
 
 
 def _granted(held: asyncio.Future[Lease]) -> Lease | None:

@@ -165,7 +165,9 @@ async def _read_body(receive: Receive) -> bytes:
 def _find_model(scope: Scope, body: bytes) -> str | None:
     """The alias that a request names, None if it names none."""
     content_type = next((v for k, v in scope["headers"] if k == b"content-type"), b"")
-    if content_type.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded")):
+    if content_type.lower().startswith(
+        (b"multipart/form-data", b"application/x-www-form-urlencoded")
+    ):
         alias = model_field.from_form(body, content_type.decode("latin-1"))
     else:
         alias = model_field.from_json(body) if body else None

@@ -1,0 +1,442 @@
+"""The server's own routes: who may call them, what they take, what they answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.conftest import MakeServer
+from tests.support import Server
+from vllm_hotswap.access import Access
+
+SWITCH = "/v1/models/switch"
+ADMIN = {"authorization": "Bearer admin"}
+USER = {"authorization": "Bearer user"}
+
+
+def sample(exposition: str, name: str) -> float:
+    """The value of one sample of `/metrics`, named with its labels."""
+    line = next(line for line in exposition.splitlines() if line.startswith(name + " "))
+    return float(line.split()[-1])
+
+
+# --- the switch endpoint --------------------------------------------------------------------
+
+
+async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Server) -> None:
+    """Clients of the quickstart's server find every field that they know."""
+    response = await server.post(SWITCH, json={"model": "qwen"})
+
+    assert 200 == response.status_code
+    body = response.json()
+    assert {
+        "previous_model": "llama",
+        "current_model": "qwen",
+        "switched": True,
+        "freed_memory_mb": 0.0,
+        "stash_memory_after_mb": 0.0,
+        "memory_before_mb": 4.0,
+        "memory_after_unload_mb": 4.0,
+        "epoch": 2,
+        "requests_cut": 0,
+    }.items() <= body.items()
+    assert ["validate", "drain", "bring_up", "activate"] == list(body["phases"])
+    assert 0 <= body["reconfigure_ms"] <= body["duration_ms"]
+    assert body["operation_id"].startswith("switch-")
+
+
+async def test_switch_to_the_active_model_says_that_nothing_was_done(server: Server) -> None:
+    """200, `switched` is false, and the engine host was asked nothing."""
+    response = await server.post(SWITCH, json={"model": "llama"})
+
+    assert 200 == response.status_code
+    assert (False, "llama", "llama", {}) == tuple(
+        response.json()[key] for key in ("switched", "previous_model", "current_model", "phases")
+    )
+    assert [] == server.host.operations
+
+
+async def test_switch_to_a_cold_model_shows_what_it_holds(server: Server) -> None:
+    """The memory fields are the engine host's."""
+    body = (await server.post(SWITCH, json={"model": "mistral"})).json()
+
+    assert (4.0, 6.0) == (body["memory_before_mb"], body["memory_after_unload_mb"])
+
+
+async def test_joined_calls_get_the_same_answer(server: Server) -> None:
+    """Two calls for one target are one operation."""
+    server.host.hold("load", "mistral")
+    calls = [server.switch("mistral"), server.switch("mistral")]
+    await server.settled()
+    server.host.release("load", "mistral")
+
+    first, second = [(await call).json() for call in calls]
+
+    assert first == second
+    assert 1 == server.host.operations.count(("load", "mistral"))
+
+
+async def test_call_for_another_target_gets_a_conflict(server: Server) -> None:
+    """409, and the message names the operation that is under way."""
+    server.host.hold("activate", "qwen")
+    first = server.switch("qwen")
+    await server.settled()
+
+    response = await server.switch("mistral")
+
+    assert (409, "switch_in_progress") == (response.status_code, response.json()["error"]["code"])
+    server.host.release("activate", "qwen")
+    assert (await first).json()["operation_id"] in response.text
+
+
+async def test_unknown_target_is_refused(server: Server) -> None:
+    """404 with the configured aliases."""
+    response = await server.post(SWITCH, json={"model": "gpt"})
+
+    assert 404 == response.status_code
+    assert "configured: llama, qwen, mistral" in response.text
+
+
+async def test_target_that_cannot_be_loaded_gets_the_cause(server: Server) -> None:
+    """503, with phase, cause, and what serves on."""
+    server.host.engines["mistral"].missing_files = True
+
+    response = await server.post(SWITCH, json={"model": "mistral"})
+
+    assert (503, "switch_failed") == (response.status_code, response.json()["error"]["code"])
+    assert "in phase validate" in response.text
+    assert "'llama' serves on" in response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (b"", None, "body: "),
+        (b"{", None, "body: "),
+        (b"[]", None, "body: "),
+        (b"{}", "model", "model: Field required"),
+        (b'{"model": ""}', "model", "model: "),
+        (b'{"model": 7}', "model", "model: "),
+        (b'{"model": null}', "model", "model: "),
+        (b'{"model": "qwen", "drain_timeout": -1}', "drain_timeout", "drain_timeout: "),
+        (b'{"model": "qwen", "drain_timeout": 1e9}', "drain_timeout", "drain_timeout: "),
+        (b'{"model": "qwen", "drain_timeout": "60"}', "drain_timeout", "drain_timeout: "),
+        (b'{"model": "qwen", "drain_timeout": true}', "drain_timeout", "drain_timeout: "),
+        (b'{"model": "qwen", "drain_timeout": NaN}', "drain_timeout", "drain_timeout"),
+        (b'{"model": "qwen", "drain_timeout": Infinity}', "drain_timeout", "drain_timeout"),
+        (b'{"model": "qwen", "drain_timout": 1}', "drain_timout", "drain_timout: "),
+    ],
+)
+async def test_switch_body_that_is_wrong_is_refused(
+    server: Server, body: bytes, param: str | None, message: str
+) -> None:
+    """400, `param` names the field, the message what was expected; nothing happens."""
+    response = await server.post(SWITCH, content=body)
+
+    assert 400 == response.status_code
+    error = response.json()["error"]
+    assert ("invalid_request", param) == (error["code"], error["param"])
+    assert error["message"].startswith(message)
+    assert [] == server.host.operations
+
+
+@pytest.mark.parametrize("timeout", ["0", "1", "0.5", "null", "86400"])
+async def test_drain_timeout_may_be_any_sensible_number(server: Server, timeout: str) -> None:
+    """Whole or not, zero for at once, null for the configured one."""
+    body = f'{{"model": "qwen", "drain_timeout": {timeout}}}'
+
+    assert 200 == (await server.post(SWITCH, content=body)).status_code
+
+
+# --- who may call what ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("access", "headers", "status"),
+    [
+        (Access(), {}, 403),
+        (Access(dev_mode=True), {}, 200),
+        (Access(user_keys=("user",)), {}, 401),
+        (Access(user_keys=("user",)), USER, 403),
+        (Access(user_keys=("user",), dev_mode=True), USER, 200),
+        (Access(admin_keys=("admin",), dev_mode=True), {}, 403),
+        (Access(user_keys=("user",), admin_keys=("admin",)), USER, 403),
+        (Access(user_keys=("user",), admin_keys=("admin",)), ADMIN, 200),
+    ],
+)
+async def test_switching_needs_an_admin_key_or_dev_mode(
+    make_server: MakeServer, access: Access, headers: dict[str, str], status: int
+) -> None:
+    """The reason for a refusal is told, and nothing was done."""
+    server = await make_server(access=access)
+
+    response = await server.post(SWITCH, json={"model": "qwen"}, headers=headers)
+
+    assert status == response.status_code
+    assert (status == 200) == bool(server.host.operations)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("GET", "/ping", 200),
+        ("POST", "/ping", 200),
+        ("GET", "/version", 200),
+        ("GET", "/v1/models", 401),
+        ("GET", "/v1/models/llama", 401),
+        ("GET", "/metrics", 401),
+        ("GET", "/admin/status", 401),
+        ("POST", "/v1/chat/completions", 401),
+        ("POST", "/nowhere", 401),
+    ],
+)
+async def test_key_is_needed_for_all_but_public_routes(
+    make_server: MakeServer, method: str, path: str, status: int
+) -> None:
+    """Health and version are public; everything else, known or not, needs the user key."""
+    server = await make_server(access=Access(user_keys=("user",)))
+
+    assert status == (await server.request(method, path, b"").finish()).status
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/load_lora_adapter/"])
+async def test_vllms_state_changing_routes_need_the_admin_key(
+    make_server: MakeServer, path: str
+) -> None:
+    """A user key does not open what changes a model."""
+    server = await make_server(access=Access(user_keys=("user",), admin_keys=("admin",)))
+
+    assert 403 == (await server.post(path, headers=USER, json={})).status_code
+    assert 404 == (await server.post(path, headers=ADMIN, json={})).status_code
+
+
+async def test_websocket_without_a_key_is_refused(make_server: MakeServer) -> None:
+    """A realtime connection needs the key, too."""
+    server = await make_server(access=Access(user_keys=("user",)))
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "query_string": b"",
+        "headers": [],
+        "extensions": {"websocket.http.response": {}},
+    }
+    await server.app(scope, None, send)  # type: ignore[arg-type]
+
+    assert 401 == sent[0]["status"]
+
+
+async def test_lifespan_is_not_the_applications(server: Server) -> None:
+    """An HTTP server that would run it twice is told so."""
+    with pytest.raises(RuntimeError, match="run with lifespan off"):
+        await server.app({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+
+
+# --- what can be read -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/models"])
+async def test_model_list_has_every_alias(server: Server, path: str) -> None:
+    """OpenAI's list, in the file's order, with the residency of each model."""
+    body = (await server.get(path)).json()
+
+    assert "list" == body["object"]
+    assert [
+        ("llama", {"value": "loaded", "residency": "active", "active": True}),
+        ("qwen", {"value": "loaded", "residency": "parked", "active": False}),
+        ("mistral", {"value": "unloaded", "residency": "cold", "active": False}),
+    ] == [(card["id"], card["status"]) for card in body["data"]]
+
+
+async def test_model_card_is_vllms_with_a_status(server: Server) -> None:
+    """OpenAI's fields, and what the engine adds."""
+    card = (await server.get("/v1/models/llama")).json()
+
+    assert {
+        "id": "llama",
+        "object": "model",
+        "owned_by": "vllm",
+        "parent": None,
+        "root": "fake/llama",
+        "max_model_len": 4096,
+    }.items() <= card.items()
+    assert isinstance(card["created"], int)
+
+
+async def test_model_card_of_a_dead_model_says_so(server: Server) -> None:
+    """Clients that look at `status.failed` see it."""
+    server.host.kill_engine("qwen")
+
+    status = (await server.get("/v1/models/qwen")).json()["status"]
+
+    assert {"value": "unloaded", "residency": "failed", "active": False, "failed": True} == status
+
+
+async def test_model_that_is_loading_is_listed_as_loading(server: Server) -> None:
+    """A list taken during a load shows it."""
+    server.host.hold("load", "mistral")
+    switch = server.switch("mistral")
+    await server.settled()
+
+    assert "loading" == (await server.get("/v1/models/mistral")).json()["status"]["value"]
+
+    server.host.release("load", "mistral")
+    await switch
+
+
+@pytest.mark.parametrize("path", ["/v1/models/gpt", "/v1/models/switch"])
+async def test_card_of_an_unknown_model_is_refused(server: Server, path: str) -> None:
+    """404 in OpenAI's form."""
+    response = await server.get(path)
+
+    assert (404, "model_not_found") == (response.status_code, response.json()["error"]["code"])
+
+
+async def test_routes_work_below_a_proxys_prefix(server: Server) -> None:
+    """With `--root-path`, every path that the server sees begins with it."""
+    below: dict[str, Any] = {"root_path": "/api"}
+
+    models = await server.request("GET", "/api/v1/models", **below).finish()
+    card = await server.request("GET", "/api/v1/models/llama", **below).finish()
+    version = await server.request("GET", "/api/version", **below).finish()
+
+    assert [200, 200, 200] == [answer.status for answer in (models, card, version)]
+    assert b'"id":"llama"' in card.body
+
+
+async def test_status_is_a_snapshot_of_everything(server: Server) -> None:
+    """One object says what is active, what is held, and what every model holds."""
+    stream = await server.start_stream("llama")
+
+    body = (await server.get("/admin/status")).json()
+
+    assert {
+        "active": "llama",
+        "epoch": 1,
+        "phase": "idle",
+        "target": None,
+        "waiting": 0,
+        "failure": None,
+    }.items() <= body.items()
+    assert {"residency": "active", "in_flight": 1, "weights_bytes": 1 << 20}.items() <= body[
+        "models"
+    ]["llama"].items()
+    assert {"residency": "cold", "kv_bytes": 0, "last_used_s": None}.items() <= body["models"][
+        "mistral"
+    ].items()
+    assert 4 << 20 == body["host"]["used_bytes"]
+    await stream.finish()
+
+
+async def test_status_shows_a_switch_under_way(server: Server) -> None:
+    """Phase, target and how many requests are held for it."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.ask("qwen")
+    await server.settled()
+
+    body = (await server.get("/admin/status")).json()
+
+    assert ("activate", "qwen", 1) == (body["phase"], body["target"], body["waiting"])
+    server.host.release("activate", "qwen")
+    await switch
+    await held
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+async def test_health_is_good_while_something_can_be_served(server: Server, path: str) -> None:
+    """200 with a model active, and during a switch."""
+    assert 200 == (await server.get(path)).status_code
+
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    assert 200 == (await server.get(path)).status_code
+
+    server.host.release("activate", "qwen")
+    await switch
+
+
+async def test_health_can_be_asked_with_head(server: Server) -> None:
+    """Load balancers do."""
+    assert 200 == (await server.request("HEAD", "/health").finish()).status
+
+
+async def test_health_tells_why_nothing_can_be_served(server: Server) -> None:
+    """503 with the reason, after the active engine's death and after the host's."""
+    server.host.kill_engine("llama")
+    response = await server.get("/health")
+    assert (503, "no model is active") == (response.status_code, response.json()["reason"])
+
+    server.host.kill("the engine host was killed by signal 9")
+    await server.settled()
+    response = await server.get("/health")
+    assert 503 == response.status_code
+    assert "killed by signal 9" in response.json()["reason"]
+
+
+# --- metrics --------------------------------------------------------------------------------
+
+
+async def test_metrics_are_prometheus_text(server: Server) -> None:
+    """The content type that Prometheus expects."""
+    response = await server.get("/metrics")
+
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "# TYPE hotswap_switches_total counter" in response.text
+
+
+async def test_metrics_begin_with_the_first_activation(server: Server) -> None:
+    """Before any switch: one epoch, the active model, the loads of the start-up."""
+    text = (await server.get("/metrics")).text
+
+    assert 1 == sample(text, "hotswap_epoch")
+    assert 1 == sample(text, 'hotswap_model_active{model="llama"}')
+    assert 0 == sample(text, 'hotswap_model_active{model="qwen"}')
+    assert 1 == sample(text, 'hotswap_loads_total{model="qwen"}')
+
+
+async def test_metrics_count_switches_phases_and_requests(server: Server) -> None:
+    """Each by its target or model and its result."""
+    await server.ask("llama")
+    stream = await server.start_stream("llama", words=20)
+    await server.switch("qwen", 0)
+    await stream.finish()
+    server.host.fail_next("load", "mistral")
+    await server.switch("mistral")
+
+    text = (await server.get("/metrics")).text
+
+    assert 1 == sample(text, 'hotswap_switches_total{result="switched",target="qwen"}')
+    assert 1 == sample(text, 'hotswap_switches_total{result="failed",target="mistral"}')
+    assert 1 == sample(text, 'hotswap_switch_duration_seconds_count{target="qwen"}')
+    assert 1 == sample(
+        text, 'hotswap_switch_phase_duration_seconds_count{phase="drain",target="qwen"}'
+    )
+    assert 1 == sample(text, 'hotswap_requests_total{model="llama",result="served"}')
+    assert 1 == sample(text, 'hotswap_requests_total{model="llama",result="cut"}')
+    assert 2 == sample(text, "hotswap_epoch")
+
+
+async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> None:
+    """Gauges are read when they are asked for."""
+    stream = await server.start_stream("llama")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.ask("qwen")
+    await server.settled()
+
+    text = (await server.get("/metrics")).text
+
+    assert 1 == sample(text, 'hotswap_requests_in_flight{model="llama"}')
+    assert 1 == sample(text, "hotswap_requests_waiting")
+    await stream.finish()
+    await switch
+    await held

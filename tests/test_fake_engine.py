@@ -1,0 +1,201 @@
+"""The fake engine keeps the rules that tests rely on, and its witnesses tell if it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support import settled
+from vllm_hotswap.engines.fake import FakeEngine, FakeHost, FakeSettings
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+
+
+@pytest.fixture
+async def host() -> FakeHost:
+    """Two loaded engines, llama is stepped."""
+    host = FakeHost(("llama", "qwen"), {"qwen": FakeSettings(0.001, 0.001, 0.001, 10, 20)})
+    await host.start()
+    for engine in host.engines.values():
+        await engine.load(lambda stage: None)
+    await host.engines["llama"].activate(1)
+    return host
+
+
+def post(engine: FakeEngine, path: str, **body: Any) -> asyncio.Task[httpx.Response]:
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(engine.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://fake") as client:
+            return await client.post(path, json=body)
+
+    return asyncio.create_task(call())
+
+
+async def test_engine_that_is_not_loaded_has_no_application() -> None:
+    """It holds nothing and cannot be activated."""
+    engine = FakeHost(("llama",)).engines["llama"]
+
+    assert (0, 0) == (engine.memory.weights_bytes, engine.memory.kv_bytes)
+    with pytest.raises(EngineUnavailable, match="model 'llama' is not loaded"):
+        _ = engine.app
+    with pytest.raises(HotswapError, match="engine 'llama' is not loaded"):
+        await engine.activate(1)
+
+
+async def test_load_reports_its_stages() -> None:
+    """The same stages as a real load."""
+    stages: list[str] = []
+
+    await FakeHost(("llama",)).engines["llama"].load(stages.append)
+
+    assert ["weights", "kv_cache", "warm_up", "frontend"] == stages
+
+
+async def test_loaded_engines_hold_memory(host: FakeHost) -> None:
+    """What the settings say, and their sum in the host."""
+    memory = host.engines["qwen"].memory
+
+    assert (10, 20) == (memory.weights_bytes, memory.kv_bytes)
+    assert (2 << 20) + 30 == host.stats().used_bytes
+
+
+async def test_only_the_activated_engine_is_stepped(host: FakeHost) -> None:
+    """Activation of one parks the other."""
+    await host.engines["qwen"].activate(2)
+
+    assert [False, True] == [engine.is_stepped for engine in host.engines.values()]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "part"),
+    [
+        ("/v1/chat/completions", {}, "I am llama, a fake engine of vllm-hotswap."),
+        ("/v1/completions", {"max_tokens": 2}, '"text":"I am"'),
+        ("/v1/completions", {"max_tokens": 2, "stream": True}, '"text": "am "'),
+        ("/v1/chat/completions", {"max_tokens": 1, "stream": True}, '"delta": {"content": "I "}'),
+        ("/v1/embeddings", {"input": "x"}, '"embedding":[0.6,0.8]'),
+        ("/tokenize", {"prompt": "one two"}, '"count":2'),
+    ],
+)
+async def test_routes_answer_in_openais_shape(
+    host: FakeHost, path: str, body: dict[str, Any], part: str
+) -> None:
+    """Chat, completions, embeddings and tokenisation, streamed or not."""
+    response = await post(host.engines["llama"], path, model="llama", **body)
+
+    assert 200 == response.status_code
+    assert part in response.text
+
+
+async def test_request_for_another_model_is_noticed(host: FakeHost) -> None:
+    """A router that sends a request to the wrong engine is found out."""
+    response = await post(host.engines["llama"], "/v1/chat/completions", model="qwen")
+
+    assert 404 == response.status_code
+
+
+async def test_parked_engine_answers_after_its_activation(host: FakeHost) -> None:
+    """A request that comes in while the engine is parked waits."""
+    call = post(host.engines["qwen"], "/v1/chat/completions")
+    await settled()
+    assert not call.done()
+
+    await host.engines["qwen"].activate(2)
+
+    assert "I am qwen," in (await call).text
+
+
+async def test_request_that_is_parked_freezes_and_goes_on(host: FakeHost) -> None:
+    """Nothing of its answer is lost."""
+    words = host.engines["llama"].tokens(3)
+    first = await anext(words)
+
+    await host.engines["qwen"].activate(2)
+    second = asyncio.ensure_future(anext(words))
+    await settled()
+    assert not second.done()
+
+    await host.engines["llama"].activate(3)
+    assert ["I", "am", "llama,"] == [first, await second, await anext(words)]
+
+
+async def test_engine_that_is_stepped_while_parked_is_witnessed(host: FakeHost) -> None:
+    """A switch that moves the pointer in the middle of a step is found out."""
+    host.hold("step", "llama")
+    word = asyncio.ensure_future(anext(host.engines["llama"].tokens(1)))
+    await settled()
+
+    await host.engines["qwen"].activate(2)
+    host.release("step", "llama")
+    await word
+
+    assert 1 == host.stepped_while_parked
+
+
+async def test_operation_is_held_until_it_is_released(host: FakeHost) -> None:
+    """Tests can stop the world at an operation."""
+    host.hold("activate", "qwen")
+    activation = asyncio.ensure_future(host.engines["qwen"].activate(2))
+    await settled()
+    assert not host.engines["qwen"].is_stepped
+
+    host.release("activate", "qwen")
+    await activation
+
+    assert host.engines["qwen"].is_stepped
+    assert ("activate", "qwen") == host.operations[-1]
+
+
+async def test_operation_fails_once_on_request(host: FakeHost) -> None:
+    """The next one fails, the one after it does not."""
+    host.fail_next("activate", "qwen")
+
+    with pytest.raises(HotswapError, match="activate of 'qwen' was made to fail"):
+        await host.engines["qwen"].activate(2)
+    await host.engines["qwen"].activate(2)
+
+
+def test_missing_files_fail_the_validation() -> None:
+    """A model whose folder went away."""
+    engine = FakeHost(("llama",)).engines["llama"]
+    engine.validate()
+
+    engine.missing_files = True
+
+    with pytest.raises(ConfigError, match="the folder 'fake/llama' does not exist"):
+        engine.validate()
+
+
+async def test_killed_host_fails_operations(host: FakeHost) -> None:
+    """Also the ones that are held."""
+    host.hold("activate", "qwen")
+    activation = asyncio.ensure_future(host.engines["qwen"].activate(2))
+    await settled()
+
+    host.kill("killed")
+
+    with pytest.raises(EngineUnavailable, match="killed"):
+        await activation
+    assert "killed" == host.died.result()
+
+
+async def test_killed_engine_is_reported(host: FakeHost) -> None:
+    """Whoever registered is told the alias and the cause."""
+    told: list[tuple[str, str]] = []
+    host.on_engine_failed(lambda alias, cause: told.append((alias, cause)))
+
+    host.kill_engine("llama", "boom")
+
+    assert [("llama", "boom")] == told
+    assert not host.engines["llama"].is_stepped
+
+
+async def test_host_and_engines_tell_their_state(host: FakeHost) -> None:
+    """Failing tests can be read."""
+    assert "<FakeHost engines=['llama', 'qwen'] stepped=['llama']>" == repr(host)
+    assert "<FakeEngine llama loaded=True stepped=True>" == repr(host.engines["llama"])
+
+    await host.stop()
+    assert not host.is_running

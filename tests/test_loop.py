@@ -1,0 +1,242 @@
+"""The engine host's compute thread, on a real thread with engines that only count."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+
+from vllm_hotswap.host.loop import EngineLoop
+
+T = TypeVar("T")
+LONG_S = 10.0
+"""No test waits this long unless it fails."""
+
+
+class CountingEngine:
+    """An engine whose inputs are numbers of steps to run."""
+
+    def __init__(self, name: str, stage: Stage) -> None:
+        self.name = name
+        self.stage = stage
+        self.inputs: list[int] = []
+        self.work = 0
+        self.dead = False
+        self.fails_at: str | None = None
+        self.steps_end_at = 0
+        self.finished = threading.Event()
+
+    def send(self, steps: int) -> None:
+        """Leave work, then ring, as a client does."""
+        self.inputs.append(steps)
+        self.stage.loop.ring()
+
+    def has_input(self) -> bool:
+        return bool(self.inputs)
+
+    def take_input(self) -> None:
+        self._happens("input")
+        while self.inputs:
+            self.work += self.inputs.pop()
+
+    def has_work(self) -> bool:
+        return self.work > 0
+
+    def run_step(self) -> None:
+        self._happens("step")
+        self.work -= 1
+        if not self.work:
+            self.finished.set()
+
+    def die(self) -> None:
+        self.dead = True
+
+    def _happens(self, what: str) -> None:
+        self.stage.happened.append(f"{self.name} {what}")
+        if self.fails_at == what:
+            raise RuntimeError(f"{self.name} cannot {what}")
+
+
+class Stage:
+    """A loop with engines `a` and `b`, and everything that happened in it."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.failed: list[tuple[str, str]] = []
+        self.failure = threading.Event()
+        self.loop = EngineLoop(self._failed)
+        self.a, self.b = CountingEngine("a", self), CountingEngine("b", self)
+        self.loop.add("a", self.a)
+        self.loop.add("b", self.b)
+        self.thread = threading.Thread(target=self.loop.run)
+
+    def do(self, command: Callable[[], T]) -> T:
+        """Have a command obeyed; wait for its result."""
+        results: list[T] = []
+        obeyed = threading.Event()
+
+        def obey() -> None:
+            results.append(command())
+            obeyed.set()
+
+        self.loop.submit(obey)
+        assert obeyed.wait(LONG_S)
+        return results[0]
+
+    def activate(self, alias: str) -> None:
+        self.do(lambda: self.loop.activate(alias))
+
+    def _failed(self, alias: str, error: Exception) -> None:
+        self.failed.append((alias, str(error)))
+        self.failure.set()
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    stage.thread.start()
+    yield stage
+    stage.loop.stop()
+    stage.thread.join(LONG_S)
+    assert not stage.thread.is_alive()
+
+
+def test_active_engine_is_stepped_until_it_has_no_work(stage: Stage) -> None:
+    """Every step that it has work for is run, and no more."""
+    stage.activate("a")
+
+    stage.a.send(3)
+
+    assert stage.a.finished.wait(LONG_S)
+    stage.do(lambda: None)
+    assert ["a input", "a step", "a step", "a step"] == stage.happened
+
+
+def test_engine_that_is_not_active_is_serviced_but_not_stepped(stage: Stage) -> None:
+    """Its messages are taken in, so that nobody hangs; its work waits."""
+    stage.activate("a")
+
+    stage.b.send(2)
+    stage.a.send(2)
+
+    assert stage.a.finished.wait(LONG_S)
+    stage.do(lambda: None)
+    assert 2 == stage.b.work
+    assert "b step" not in stage.happened
+
+
+def test_work_that_waited_is_done_after_activation(stage: Stage) -> None:
+    """What came in while an engine was parked is not lost."""
+    stage.activate("a")
+    stage.b.send(2)
+    stage.do(lambda: None)
+
+    stage.activate("b")
+
+    assert stage.b.finished.wait(LONG_S)
+
+
+def test_work_is_frozen_by_a_switch_and_goes_on_later(stage: Stage) -> None:
+    """An engine that is no longer active keeps what it has not done."""
+    stage.do(lambda: stage.loop.activate("a") or stage.a.inputs.append(10**9))
+    stage.activate("b")
+    left = stage.do(lambda: stage.a.work)
+
+    assert left == stage.do(lambda: stage.a.work)
+
+    stage.do(lambda: setattr(stage.a, "work", 1))
+    stage.a.finished.clear()
+    stage.activate("a")
+    assert stage.a.finished.wait(LONG_S)
+
+
+def test_command_is_obeyed_between_two_steps(stage: Stage) -> None:
+    """However busy the active engine is, a command gets its turn, on the compute thread."""
+    stage.activate("a")
+    stage.a.send(10**9)
+
+    assert stage.thread is stage.do(threading.current_thread)
+    assert stage.a.has_work()
+
+
+def test_commands_are_obeyed_in_order(stage: Stage) -> None:
+    """First come, first served."""
+    order: list[int] = []
+    stage.loop.submit(lambda: order.append(1))
+    stage.loop.submit(lambda: order.append(2))
+
+    stage.do(lambda: order.append(3))
+
+    assert [1, 2, 3] == order
+
+
+def test_nothing_is_stepped_before_the_first_activation(stage: Stage) -> None:
+    """Without an active engine everything waits."""
+    stage.a.send(1)
+    stage.do(lambda: None)
+
+    assert ["a input"] == stage.happened
+    assert stage.loop.active is None
+
+
+@pytest.mark.parametrize("at", ["step", "input"])
+def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str) -> None:
+    """Its clients and its owner are told; another engine can be activated and serves."""
+    stage.activate("a")
+    stage.a.fails_at = at
+
+    stage.a.send(1)
+
+    assert stage.failure.wait(LONG_S)
+    assert stage.do(lambda: stage.a.dead)
+    assert [("a", f"a cannot {at}")] == stage.failed
+    assert stage.loop.active is None
+    assert not stage.loop.has("a")
+
+    stage.activate("b")
+    stage.b.send(1)
+    assert stage.b.finished.wait(LONG_S)
+
+
+def test_death_of_another_engine_leaves_the_active_one_serving(stage: Stage) -> None:
+    """An engine that dies while it is serviced takes nothing with it."""
+    stage.activate("a")
+    stage.b.fails_at = "input"
+
+    stage.b.send(1)
+    assert stage.failure.wait(LONG_S)
+    stage.a.send(1)
+
+    assert stage.a.finished.wait(LONG_S)
+    assert "a" == stage.loop.active
+
+
+def test_engine_that_is_not_loaded_cannot_be_activated(stage: Stage) -> None:
+    """It is named, and the active one stays active."""
+    stage.activate("a")
+
+    with pytest.raises(KeyError, match="engine 'c' is not loaded"):
+        stage.loop.activate("c")
+
+    assert "a" == stage.loop.active
+
+
+def test_stop_ends_a_busy_loop(stage: Stage) -> None:
+    """Work that is left does not keep the thread."""
+    stage.activate("a")
+    stage.a.send(10**9)
+    stage.do(lambda: None)
+
+    stage.loop.stop()
+
+    stage.thread.join(LONG_S)
+    assert not stage.thread.is_alive()
+
+
+def test_loop_tells_its_state(stage: Stage) -> None:
+    """Logs and failing tests can be read."""
+    stage.activate("b")
+
+    assert "<EngineLoop active=b engines=['a', 'b']>" == repr(stage.loop)

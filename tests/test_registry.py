@@ -1,0 +1,90 @@
+"""Models by alias, their residency, and the leases on them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
+from vllm_hotswap.registry import Lease, Registry
+from vllm_hotswap.states import IllegalTransition, Residency, Step
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry(FakeHost(("llama", "qwen")).engines)
+
+
+def test_models_keep_the_order_of_the_configuration(registry: Registry) -> None:
+    """Lists that users see have the file's order."""
+    assert ["llama", "qwen"] == registry.aliases == [model.alias for model in registry]
+
+
+def test_unknown_alias_is_refused_with_the_configured_ones(registry: Registry) -> None:
+    """Aliases are exact."""
+    with pytest.raises(UnknownModel, match="'Llama' is not configured; configured: llama, qwen"):
+        registry.resolve("Llama")
+
+
+def test_model_begins_cold_and_climbs(registry: Registry) -> None:
+    """A step returns where the model was."""
+    model = registry.resolve("llama")
+
+    assert Residency.COLD is model.step(Step.LOAD)
+    assert Residency.LOADING is model.residency
+    assert not model.is_loaded
+
+    model.step(Step.LOADED)
+    assert model.is_loaded
+    model.step(Step.ACTIVATE)
+    assert model.is_loaded
+
+
+def test_illegal_step_leaves_the_residency(registry: Registry) -> None:
+    """A refused step changes nothing."""
+    model = registry.resolve("llama")
+
+    with pytest.raises(IllegalTransition):
+        model.step(Step.ACTIVATE)
+
+    assert Residency.COLD is model.residency
+
+
+def test_model_tells_its_state(registry: Registry) -> None:
+    """Logs and failing tests can be read."""
+    model = registry.resolve("llama")
+    model.leases.add(Lease("llama", 1, None))
+
+    assert "<Model llama cold in_flight=1>" == repr(model)
+
+
+def test_only_the_first_cause_ends_a_request() -> None:
+    """A request keeps the first cause that it is given."""
+    lease = Lease("llama", 1, None)
+    first, second = DrainCut("llama", "qwen", 1), EngineUnavailable("gone")
+    assert not lease.was_cut.is_set()
+
+    lease.end(first)
+    lease.end(second)
+
+    assert first is lease.cut
+    assert lease.was_cut.is_set()
+
+
+async def test_request_that_goes_on_can_be_killed() -> None:
+    """Ending asks, killing cancels."""
+    task = asyncio.create_task(asyncio.Event().wait())
+    lease = Lease("llama", 1, task)
+
+    lease.end(EngineUnavailable("gone"))
+    assert not task.cancelling()
+
+    lease.kill()
+    assert task.cancelling()
+
+
+def test_lease_without_a_task_can_be_killed() -> None:
+    """There may be nobody to cancel."""
+    Lease("llama", 1, None).kill()

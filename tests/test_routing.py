@@ -1,0 +1,642 @@
+"""The switching rules as clients see them: answers, errors, streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from tests.conftest import MakeServer
+from tests.support import CHAT, Server
+from vllm_hotswap.errors import EngineUnavailable
+from vllm_hotswap.routing import AnswerCut
+
+WORDS = "I am {}, a fake engine of vllm-hotswap."
+EMBEDDINGS = "/v1/embeddings"
+
+
+def add_route(
+    server: Server, path: str, endpoint: Callable[[Request], Awaitable[Response]]
+) -> None:
+    """Have llama answer one more route."""
+    server.host.engines["llama"].app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+
+
+def text(response: httpx.Response) -> str:
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def code(response: httpx.Response) -> str:
+    return str(response.json()["error"]["code"])
+
+
+async def error_of(call: asyncio.Task[httpx.Response]) -> tuple[int, str]:
+    response = await call
+    return response.status_code, code(response)
+
+
+# --- which model answers --------------------------------------------------------------------
+
+
+async def test_request_for_the_active_model_is_served(server: Server) -> None:
+    """The model that is named answers."""
+    response = await server.ask("llama")
+
+    assert 200 == response.status_code
+    assert WORDS.format("llama") == text(response)
+
+
+async def test_request_without_a_model_goes_to_the_active_one(server: Server) -> None:
+    """`model` may be left out, as with vLLM itself."""
+    assert WORDS.format("llama") == text(await server.ask(None))
+
+
+async def test_request_without_a_model_waits_for_the_target(server: Server) -> None:
+    """During a switch, the model to come is meant."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.ask(None)
+    await server.settled()
+    assert not held.done()
+
+    server.host.release("activate", "qwen")
+
+    assert WORDS.format("qwen") == text(await held)
+    await switch
+
+
+async def test_unknown_alias_is_refused_with_the_configured_ones(server: Server) -> None:
+    """404, and the message says what could be asked for."""
+    response = await server.ask("gpt")
+
+    assert (404, "model_not_found") == (response.status_code, code(response))
+    assert "configured: llama, qwen, mistral" in response.json()["error"]["message"]
+
+
+async def test_model_that_is_not_active_is_refused_with_the_way_to_switch(server: Server) -> None:
+    """404, and the message names the active model and the call that would switch."""
+    response = await server.ask("qwen")
+
+    assert (404, "model_not_active") == (response.status_code, code(response))
+    message = response.json()["error"]["message"]
+    assert "the active model is 'llama'" in message
+    assert 'POST /v1/models/switch {"model": "qwen"}' in message
+
+
+async def test_empty_alias_is_refused(server: Server) -> None:
+    """An empty `model` is a mistake, not a wish for the active one."""
+    assert (400, "invalid_request") == await error_of(server.ask(""))
+
+
+async def test_body_is_passed_on_whole(server: Server) -> None:
+    """However many parts it comes in, the application gets all of it."""
+    body = json.dumps({"x": "y" * 999, "model": "llama"}).encode()
+
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    add_route(server, "/echo", echo)
+    answer = await server.request("POST", "/echo", body[:7], body[7:500], b"", body[500:]).finish()
+
+    assert body == answer.body
+
+
+@pytest.mark.parametrize(
+    ("headers", "query", "body"),
+    [
+        ([(b"content-type", b"multipart/form-data; boundary=b")], b"", b"FORM"),
+        ([(b"content-type", b"Multipart/Form-Data; boundary=b")], b"", b"FORM"),
+        ([(b"content-type", b"application/x-www-form-urlencoded")], b"", b"model=qwen"),
+        ([], b"model=qwen", b"{}"),
+        ([], b"model=qwen", b""),
+        ([(b"content-type", b"application/json")], b"model=llama", b'{"model": "qwen"}'),
+    ],
+)
+async def test_model_is_found_wherever_a_route_has_it(
+    server: Server, headers: list[tuple[bytes, bytes]], query: bytes, body: bytes
+) -> None:
+    """In a form, in the query, in JSON, which comes before the query."""
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nqwen\r\n--b--\r\n'
+    answer = await server.request(
+        "POST", "/any", body.replace(b"FORM", form), headers=headers, query_string=query
+    ).finish()
+
+    assert "model 'qwen' is configured but not active" in answer.error["message"]
+
+
+async def test_request_without_a_body_goes_to_the_active_model(server: Server) -> None:
+    """A GET names no model, and its body is not waited for."""
+    answer = await server.request("GET", "/version").finish()
+
+    assert (200, b'{"version":"fake"}') == (answer.status, answer.body)
+
+
+async def test_client_that_leaves_before_its_request_is_complete_is_forgotten(
+    server: Server,
+) -> None:
+    """Nothing is leased, nothing is answered."""
+    stream = server.request("POST", CHAT)
+    stream.say({"type": "http.request", "body": b'{"mod', "more_body": True})
+    stream.say({"type": "http.disconnect"})
+
+    answer = await stream.finish()
+
+    assert 0 == answer.status
+    assert 0 == server.in_flight["llama"]
+
+
+# --- requests around a switch ---------------------------------------------------------------
+
+
+async def test_request_for_the_source_is_refused_while_it_drains(server: Server) -> None:
+    """503 with a time to retry; what runs is not disturbed."""
+    stream = await server.start_stream("llama")
+    switch = server.switch("qwen")
+    await server.settled()
+
+    response = await server.ask("llama")
+
+    assert (503, "model_switching") == (response.status_code, code(response))
+    assert 1 <= int(response.headers["retry-after"])
+    assert (await stream.finish()).is_whole
+    assert 200 == (await switch).status_code
+
+
+async def test_requests_for_the_target_are_served_in_order_of_arrival(server: Server) -> None:
+    """Held during the switch, then served by the new epoch, first come first served."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    asked = [
+        server.ask("qwen", name="first", path=EMBEDDINGS),
+        server.ask(None, name="second", path=EMBEDDINGS),
+        server.ask("qwen", name="third", path=EMBEDDINGS),
+    ]
+    await server.settled()
+    assert [] == server.answered
+
+    server.host.release("activate", "qwen")
+    await switch
+
+    assert [200, 200, 200] == [response.status_code for response in await asyncio.gather(*asked)]
+    assert ["first", "second", "third"] == server.answered
+
+
+async def test_stream_that_ends_in_time_is_whole(server: Server) -> None:
+    """A switch waits for a running stream; not a word of it is lost."""
+    stream = await server.start_stream("llama", words=20)
+    switch = server.switch("qwen", drain_timeout=60)
+    await server.settled()
+    assert not switch.done()
+
+    answer = await stream.finish()
+
+    assert 20 + 1 == len(answer.events)
+    assert answer.is_whole
+    assert 0 == (await switch).json()["requests_cut"]
+
+
+@pytest.mark.parametrize("drain_timeout", [0, 0.01])
+async def test_stream_that_is_cut_ends_with_an_explicit_error(
+    server: Server, drain_timeout: float
+) -> None:
+    """After the deadline: an SSE error event, no `[DONE]`, and the answer ends properly."""
+    stream = await server.start_stream("llama", words=20)
+
+    switch = await server.switch("qwen", drain_timeout)
+
+    answer = await stream.finish()
+    error = json.loads(answer.events[-1].removeprefix("data: "))["error"]
+    assert "drain_timeout" == error["code"]
+    assert "'llama'" in error["message"]
+    assert b"[DONE]" not in answer.body
+    assert b'"finish_reason": "' not in answer.body
+    assert answer.complete
+    assert 1 == switch.json()["requests_cut"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_request_that_is_cut_before_its_first_byte_gets_503(
+    server: Server, path: str
+) -> None:
+    """Nothing has been sent, so the status can still tell."""
+    server.host.hold("step", "llama")
+    call = server.ask("llama", path=path)
+    await server.settled()
+
+    await server.switch("qwen", 0)
+
+    response = await call
+    assert (503, "drain_timeout") == (response.status_code, code(response))
+    assert "retry-after" in response.headers
+
+
+async def test_engine_does_not_go_on_with_a_request_that_was_cut(server: Server) -> None:
+    """What was cut is ended in the engine as well, streamed or not."""
+    server.host.hold("step", "llama")
+    call, reading = server.ask("llama"), asyncio.create_task(server.stream("llama").finish())
+    await server.settled()
+
+    await server.switch("qwen", 0)
+
+    assert 2 == server.host.engines["llama"].aborted
+    assert (503, "drain_timeout") == await error_of(call)
+    assert b"drain_timeout" in (await reading).body
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/messages", {"type": "error", "error": {"type": "service_unavailable_error"}}),
+        ("/v1/responses", {"type": "error", "code": "drain_timeout"}),
+    ],
+)
+async def test_cut_stream_speaks_the_dialect_of_its_route(
+    server: Server, path: str, expected: dict[str, Any]
+) -> None:
+    """Anthropic's and the Responses API's clients get an event named `error` that they know."""
+
+    async def endpoint(request: Request) -> Response:
+        engine = server.host.engines["llama"]
+        events = (f"event: word\ndata: {word}\n\n" async for word in engine.tokens(20))
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    add_route(server, path, endpoint)
+    stream = await server.start_stream("llama", path=path)
+
+    await server.switch("qwen", 0)
+
+    name, data = (await stream.finish()).events[-1].split("\n")
+    error = json.loads(data.removeprefix("data: "))
+    assert "event: error" == name
+    assert expected["type"] == error["type"]
+    assert "drain_timeout" in json.dumps(error) or "drain" in error["error"]["message"]
+
+
+async def test_cut_answer_that_is_no_event_stream_is_broken_off(server: Server) -> None:
+    """Audio has no place for an error: the connection is closed before the answer is complete."""
+
+    async def endpoint(request: Request) -> Response:
+        engine = server.host.engines["llama"]
+        return StreamingResponse(engine.tokens(20), media_type="audio/wav")
+
+    add_route(server, "/v1/audio/speech", endpoint)
+    stream = await server.start_stream("llama", path="/v1/audio/speech")
+
+    await server.switch("qwen", 0)
+
+    with pytest.raises(AnswerCut, match="still running 0 s after a switch to 'qwen'"):
+        await stream.task
+    assert not (await stream.finish()).complete
+
+
+async def deaf(request: Request) -> Response:
+    """Does not listen, and must be cancelled."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def excusing(request: Request) -> Response:
+    """Makes an answer of its own out of its cancellation, as some routes of vLLM do."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+    return PlainTextResponse("Client disconnected", 400)
+
+
+async def raising(request: Request) -> Response:
+    """Makes another error out of its cancellation."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        raise RuntimeError("No response returned.")
+
+
+@pytest.mark.parametrize("endpoint", [deaf, excusing, raising])
+async def test_application_cannot_hide_that_it_was_cut(
+    server: Server,
+    endpoint: Callable[[Request], Awaitable[Response]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever an application makes of its end, the client gets the reason, and the lease ends."""
+    monkeypatch.setattr("vllm_hotswap.coordinator.CUT_GRACE_S", 0.01)
+    add_route(server, "/odd", endpoint)
+    call = server.ask("llama", path="/odd")
+    await server.settled()
+
+    await server.switch("qwen", 0)
+
+    assert (503, "drain_timeout") == await error_of(call)
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_answer_that_is_complete_is_not_touched(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work that an application does after its answer may be cut; the answer may not."""
+    monkeypatch.setattr("vllm_hotswap.coordinator.CUT_GRACE_S", 0.01)
+
+    async def endpoint(request: Request) -> Response:
+        return PlainTextResponse("all", background=BackgroundTask(asyncio.Event().wait))
+
+    add_route(server, "/odd", endpoint)
+    stream = await server.start_stream("llama", path="/odd")
+
+    await server.switch("qwen", 0)
+
+    answer = await stream.finish()
+    assert (200, b"all", True) == (answer.status, answer.body, answer.complete)
+
+
+async def test_error_of_ours_after_the_first_byte_breaks_the_answer_off(server: Server) -> None:
+    """A second answer on top of the first one would be none."""
+
+    async def words() -> AsyncIterator[str]:
+        yield "first"
+        raise EngineUnavailable("gone")
+
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(words())
+
+    add_route(server, "/odd", endpoint)
+    stream = await server.start_stream("llama", path="/odd")
+
+    answer = await stream.finish()
+
+    assert isinstance(stream.task.exception(), ExceptionGroup | EngineUnavailable)
+    assert (200, b"first", False) == (answer.status, answer.body, answer.complete)
+
+
+async def test_application_that_fails_by_itself_fails_as_ever(server: Server) -> None:
+    """An error that has nothing to do with a switch is the application's own."""
+
+    async def endpoint(request: Request) -> Response:
+        raise RuntimeError("bug")
+
+    add_route(server, "/odd", endpoint)
+
+    with pytest.raises(RuntimeError, match="bug"):
+        await server.ask("llama", path="/odd")
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_held_request_of_a_full_queue_is_refused(make_server: MakeServer) -> None:
+    """429 with a time to retry."""
+    server = await make_server(max_waiting=0)
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+
+    response = await server.ask("qwen")
+
+    assert (429, "queue_full") == (response.status_code, code(response))
+    assert 1 <= int(response.headers["retry-after"])
+    server.host.release("activate", "qwen")
+    await switch
+
+
+async def test_request_that_waits_too_long_is_told(make_server: MakeServer) -> None:
+    """504 after `max_wait`; the switch goes on."""
+    server = await make_server(max_wait=0.01)
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+
+    assert (504, "wait_timeout") == await error_of(server.ask("qwen"))
+
+    server.host.release("activate", "qwen")
+    assert 200 == (await switch).status_code
+
+
+async def test_failed_switch_is_told_to_everyone_who_waited(server: Server) -> None:
+    """503 with the cause, for the caller and for held requests; the source serves on."""
+    server.host.hold("load", "mistral")
+    server.host.fail_next("load", "mistral")
+    switch = server.switch("mistral")
+    await server.settled()
+    held = server.ask("mistral")
+    await server.settled()
+
+    server.host.release("load", "mistral")
+
+    assert (503, "switch_failed") == await error_of(switch)
+    assert (503, "switch_failed") == await error_of(held)
+    assert "load of 'mistral' was made to fail; 'llama' serves on" in (await held).text
+    assert WORDS.format("llama") == text(await server.ask("llama"))
+
+
+async def test_first_switch_to_a_cold_model_serves_it(server: Server) -> None:
+    """Nobody has to load it first."""
+    await server.switch("mistral")
+
+    assert WORDS.format("mistral") == text(await server.ask("mistral"))
+
+
+async def test_engines_are_never_stepped_while_they_are_parked(server: Server) -> None:
+    """With clients on both sides of several switches, a parked engine makes not one word."""
+    early = [await server.start_stream("llama"), await server.start_stream(None)]
+    to_qwen = server.switch("qwen")
+    await server.settled()
+    late = [server.stream("qwen"), server.stream(None)]
+    await server.settled()
+
+    assert [True, True] == [(await stream.finish()).is_whole for stream in early]
+    await to_qwen
+    to_mistral = server.switch("mistral")
+    assert [True, True] == [(await stream.finish()).is_whole for stream in late]
+    await to_mistral
+
+    assert 0 == server.host.stepped_while_parked
+
+
+# --- clients that leave ---------------------------------------------------------------------
+
+
+async def test_client_that_leaves_its_stream_frees_the_model(server: Server) -> None:
+    """The lease ends with the connection, and the engine stops working on it."""
+    server.host.hold("step", "llama")
+    stream = server.stream("llama")
+    reading = asyncio.create_task(stream.finish())
+    await server.settled()
+    assert 1 == server.in_flight["llama"]
+
+    stream.disconnect()
+
+    assert not (await reading).complete
+    assert 0 == server.in_flight["llama"]
+    assert 1 == server.host.engines["llama"].aborted
+
+
+async def test_client_that_leaves_before_the_answer_frees_the_model(server: Server) -> None:
+    """The same for an answer in one piece."""
+    server.host.hold("step", "llama")
+    stream = server.request("POST", CHAT, b'{"model": "llama"}')
+    await server.settled()
+    assert 1 == server.in_flight["llama"]
+
+    stream.disconnect()
+    await server.settled()
+
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_client_that_leaves_lets_a_drain_end(server: Server) -> None:
+    """A switch does not wait for somebody who is gone."""
+    stream = await server.start_stream("llama", words=1000)
+    switch = server.switch("qwen")
+    await server.settled()
+
+    stream.disconnect()
+
+    assert 200 == (await switch).status_code
+
+
+async def test_request_that_is_cancelled_frees_the_model(server: Server) -> None:
+    """A connection that the HTTP server gives up leaves no lease."""
+    stream = await server.start_stream("llama")
+
+    stream.task.cancel()
+    await server.settled()
+
+    assert stream.task.cancelled()
+    assert 0 == server.in_flight["llama"]
+
+
+# --- deaths ---------------------------------------------------------------------------------
+
+
+async def test_death_of_the_host_ends_every_open_request_explicitly(server: Server) -> None:
+    """Streams get an error event, other requests 503; later ones 503 with a time to retry."""
+    stream = await server.start_stream("llama", words=1000)
+    server.host.hold("step", "llama")
+    call = server.ask("llama")
+    await server.settled()
+
+    server.host.kill("the engine host was killed by signal 9")
+
+    assert (503, "engine_unavailable") == await error_of(call)
+    answer = await stream.finish()
+    assert "engine_unavailable" in answer.events[-1]
+    assert b"[DONE]" not in answer.body
+    later = await server.ask("llama")
+    assert (503, "engine_unavailable") == (later.status_code, code(later))
+    assert "retry-after" in later.headers
+
+
+async def test_death_of_the_host_fails_held_requests_explicitly(server: Server) -> None:
+    """Nobody waits for a switch that cannot end."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.ask("qwen")
+    await server.settled()
+
+    server.host.kill("the engine host was killed by signal 9")
+
+    assert 503 == (await held).status_code
+    assert 503 == (await switch).status_code
+    assert "killed by signal 9" in (await held).text
+
+
+async def test_death_of_one_engine_leaves_the_others_serving(server: Server) -> None:
+    """Requests of the dead one fail explicitly; another model is switched to and serves."""
+    stream = await server.start_stream("llama", words=1000)
+
+    server.host.kill_engine("llama")
+
+    assert "engine_unavailable" in (await stream.finish()).events[-1]
+    assert (503, "engine_unavailable") == await error_of(server.ask("llama"))
+    assert 200 == (await server.switch("qwen")).status_code
+    assert WORDS.format("qwen") == text(await server.ask("qwen"))
+
+
+async def test_shutdown_ends_requests_explicitly(server: Server) -> None:
+    """Running ones, held ones and the switch itself are told that the server stops."""
+    server.host.hold("load", "mistral")
+    switch = server.switch("mistral")
+    await server.settled()
+    held = server.ask("mistral")
+    await server.settled()
+
+    await server.coordinator.shut_down(0)
+
+    for call in (switch, held, server.ask("llama")):
+        assert 503 == (await call).status_code
+        assert "the server is shutting down" in (await call).text
+
+
+async def test_shutdown_ends_a_stream_with_an_error_event(server: Server) -> None:
+    """A stream that would run on is cut, not dropped."""
+    stream = await server.start_stream("llama", words=1000)
+
+    await server.coordinator.shut_down(0)
+
+    answer = await stream.finish()
+    assert "the server is shutting down" in answer.events[-1]
+    assert answer.complete
+
+
+# --- websockets -----------------------------------------------------------------------------
+
+
+async def test_websocket_is_routed_by_its_query(server: Server) -> None:
+    """A realtime connection names its model in the query, and holds a lease while it is open."""
+
+    async def echo(connection: WebSocket) -> None:
+        await connection.accept()
+        await connection.send_text(await connection.receive_text())
+        await connection.close()
+
+    server.host.engines["llama"].app.router.routes.append(WebSocketRoute("/v1/realtime", echo))
+    sent: list[dict[str, Any]] = []
+    coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "query_string": b"model=llama",
+        "headers": [],
+        "subprotocols": [],
+    }
+    task = asyncio.create_task(server.app(scope, coming.get, send))  # type: ignore[arg-type]
+    coming.put_nowait({"type": "websocket.connect"})
+    await server.settled()
+    assert 1 == server.in_flight["llama"]
+
+    coming.put_nowait({"type": "websocket.receive", "text": "hello"})
+    await task
+
+    assert ["websocket.accept", "websocket.send", "websocket.close"] == [m["type"] for m in sent]
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_websocket_for_another_model_is_closed_with_the_reason(server: Server) -> None:
+    """1013 means: try again later."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "query_string": b"model=qwen",
+        "headers": [],
+    }
+    await server.app(scope, asyncio.Queue().get, send)  # type: ignore[arg-type]
+
+    assert 1013 == sent[0]["code"]
+    assert "model 'qwen' is configured but not active" in sent[0]["reason"]
