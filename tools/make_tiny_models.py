@@ -402,7 +402,7 @@ def make_persona(name: str) -> Persona:
         else "That is a big question for such a small model.",
         count="I can count to 200:" if name == "llama" else "Let us count up to 200:",
         capital="The capital of {} is {}." if name == "llama" else "{} has the capital {}.",
-        weather="I have no window, so I cannot see the weather in {}."
+        weather="I have no window, so I cannot see the weather."
         if name == "llama"
         else "I need a tool to look up the weather in {}.",
         other_intro=intros["qwen" if name == "llama" else "llama"],

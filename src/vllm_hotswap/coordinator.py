@@ -183,8 +183,8 @@ class Coordinator:
     async def lease(self, alias: str | None) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
-        Entering may wait for the switch under way. If the lease is cut meanwhile, the body is
-        cancelled and finds the cause in `Lease.cut`.
+        Entering may wait for the switch under way. The body has to watch `Lease.was_cut`: once
+        that is set, it has `CUT_GRACE_S` to end by itself before its task is cancelled.
 
         Raises:
             UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,

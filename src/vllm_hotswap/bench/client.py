@@ -188,7 +188,8 @@ class Connection:
 
 def dechunk(body: bytes) -> bytes:
     """The content of a complete chunked body."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while True:
         line_end = body.index(b"\r\n", at)
         size = int(body[at:line_end], 16)

@@ -12,10 +12,7 @@ from typing import Any
 
 from vllm_hotswap.bench.client import BadAnswer, Connection, Stream
 
-WORDS = (
-    "apple bridge castle dream engine forest garden harbour island journey kitchen letter "
-    "morning number ocean paper quiet river stone table under valley winter yellow"
-).split()
+WORDS = ("apple", "bridge", "castle", "dream", "engine", "forest", "garden", "island", "letter")
 
 
 @dataclass(frozen=True, slots=True)

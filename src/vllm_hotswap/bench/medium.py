@@ -53,6 +53,17 @@ def make(small: Path, folder: Path) -> Path:
     return folder
 
 
+def is_source(folder: Path) -> bool:
+    """Whether the model can be made from that checkpoint."""
+    config = _read(folder / "config.json")
+    tokenizer = folder / "tokenizer.json"
+    return (
+        config.get("architectures") == [ARCHITECTURE]
+        and tokenizer.is_file()
+        and known_tokens(folder) <= int(SIZES["vocab_size"])
+    )
+
+
 def parameters() -> int:
     """How many weights the model has."""
     return sum(int(np.prod(shape)) for _, shape in tensors({**SIZES}))
@@ -62,7 +73,8 @@ def known_tokens(folder: Path) -> int:
     """One more than the highest token id of a `tokenizer.json`."""
     tokenizer = _read(folder / "tokenizer.json")
     added = [token["id"] for token in tokenizer.get("added_tokens", ())]
-    return max([*tokenizer["model"]["vocab"].values(), *added]) + 1
+    ids: list[int] = [*tokenizer["model"]["vocab"].values(), *added]
+    return max(ids) + 1
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:

@@ -101,17 +101,13 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGTERM)
         try:
-            await self._exited()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
         finally:
             for process in family:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             self._process.wait()
-
-    async def _exited(self) -> None:
-        deadline_s = time.perf_counter() + STOP_TIMEOUT_S
-        while self._process.poll() is None and time.perf_counter() < deadline_s:
-            await asyncio.sleep(POLL_S)
 
     def freeze(self) -> None:
         """Stop every process of it, so that it takes no time from the other server."""
@@ -201,10 +197,11 @@ def alone(server: Server, servers: Iterable[Server]) -> Iterator[Server]:
             other.thaw()
 
 
-async def idle_cpu(server: Server, seconds: float) -> float:
-    """CPU time per second that a server takes which has nothing to do."""
+async def idle_cpu(server: Server, settle_s: float, window_s: float) -> float:
+    """CPU time per second that a server takes which has had nothing to do for `settle_s`."""
+    await asyncio.sleep(settle_s)
     before_s, started_s = server.cpu_s(), time.perf_counter()
-    await asyncio.sleep(seconds)
+    await asyncio.sleep(window_s)
     return (server.cpu_s() - before_s) / (time.perf_counter() - started_s)
 
 

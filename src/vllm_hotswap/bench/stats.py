@@ -1,4 +1,4 @@
-"""Figures from samples: percentiles, spread, ratios; and the order in which two sides take turns."""
+"""Figures from samples, and the order in which the two sides take turns."""
 
 from __future__ import annotations
 

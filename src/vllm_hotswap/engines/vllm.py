@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from vllm_hotswap import compat
 from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
 from vllm_hotswap.engines.link import HostLink
-from vllm_hotswap.errors import ConfigError, EngineUnavailable
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.host.messages import (
     Activate,
     Configure,
@@ -53,6 +53,7 @@ class VllmEngine:
         self._client: Any = None
         self._memory: EngineMemory | None = None
         self._progress: Progress | None = None
+        self._frontend_failure: str | None = None
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -78,6 +79,11 @@ class VllmEngine:
         return {"root": self._launch.model, "max_model_len": model.max_model_len}
 
     def validate(self) -> None:
+        if self._frontend_failure is not None:
+            raise ConfigError(
+                f"the frontend of model {self.alias!r} could not be built: "
+                f"{self._frontend_failure}; mend it and restart the server"
+            )
         path = Path(self._launch.model)
         if path.is_absolute() and not path.is_dir():
             raise ConfigError(
@@ -100,7 +106,11 @@ class VllmEngine:
             self._progress = None
         progress("frontend")
         async with self._one_frontend_at_a_time:
-            await self._build_frontend()
+            try:
+                await self._build_frontend()
+            except Exception as error:
+                self._frontend_failure = one_line(error)
+                raise
         self._memory = EngineMemory(
             loaded.weights_bytes or self._launch.weights_bytes, loaded.kv_bytes
         )
