@@ -49,7 +49,7 @@ def imports(path: Path) -> Iterator[str]:
 def height(module: str) -> int:
     """Which layer a module, or the package that it belongs to, is in."""
     for number, layer in enumerate(LAYERS):
-        if module in layer or module.split(".")[0] in layer & {"bench"}:
+        if module in layer or module.split(".", maxsplit=1)[0] in layer & {"bench"}:
             return number
     raise AssertionError(f"{module} is in no layer; add it to LAYERS")
 

@@ -50,7 +50,7 @@ class Access:
         """Flags win over the environment; empty keys count as none."""
         user = _given([environment.get("VLLM_API_KEY", "")])
         admin = _given(admin_keys) or _given([environment.get("VLLM_HOTSWAP_ADMIN_KEY", "")])
-        return cls(user, admin, environment.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"))
+        return cls(user, admin, _is_on(environment.get("VLLM_SERVER_DEV_MODE", "")))
 
     def with_user_keys(self, keys: Iterable[str] | None) -> Access:
         """The same with the keys of `--api-key`, where there are any."""
@@ -81,6 +81,10 @@ class Access:
                 "switching is closed: start the server with --admin-key (or "
                 "VLLM_HOTSWAP_ADMIN_KEY), or with VLLM_SERVER_DEV_MODE=1 on a trusted network"
             )
+
+
+def _is_on(value: str) -> bool:
+    return value.strip().lower() in ("1", "true", "yes", "on")
 
 
 def _given(keys: Iterable[str]) -> tuple[str, ...]:

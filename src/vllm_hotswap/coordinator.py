@@ -19,6 +19,7 @@ from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import (
     DrainCut,
     EngineUnavailable,
+    HotswapError,
     ModelNotActive,
     ModelSwitching,
     QueueFull,
@@ -257,9 +258,7 @@ class Coordinator:
         model.leases.discard(lease)
         if not model.leases and model.emptied is not None and not model.emptied.done():
             model.emptied.set_result(None)
-        self._observer.notify(
-            RequestEnded(lease.epoch, lease.alias, "cut" if lease.cut else "served")
-        )
+        self._observer.notify(RequestEnded(lease.epoch, lease.alias, lease.result))
 
     def _retry_after_s(self) -> int:
         return max(1, round(self._last_switch_s + 0.5))
@@ -330,11 +329,8 @@ class Coordinator:
         await self._until_ended(switch.source)
 
     async def _until_ended(self, model: Model) -> None:
-        """Wait for requests that were ended; cancel those that do not end by themselves."""
-        await self._until_empty(model, CUT_GRACE_S)
-        for lease in list(model.leases):
-            lease.kill()
-        await self._until_empty(model, CUT_GRACE_S)
+        """Wait for requests that `_end_all` has ended."""
+        await self._until_empty(model, 2 * CUT_GRACE_S)
 
     async def _until_empty(self, model: Model, timeout_s: float) -> None:
         """Return when the model has no leases, or after `timeout_s`."""
@@ -345,10 +341,18 @@ class Coordinator:
         model.emptied = None
 
     def _end_all(self, model: Model, cause: Cut) -> int:
+        """End the model's requests; cancel, after a grace, those that go on all the same."""
         ended = [lease for lease in model.leases if lease.cut is None]
         for lease in ended:
             lease.end(cause)
+        if ended:
+            asyncio.get_running_loop().call_later(CUT_GRACE_S, self._kill, model, ended)
         return len(ended)
+
+    def _kill(self, model: Model, ended: Iterable[Lease]) -> None:
+        for lease in ended:
+            if lease in model.leases:
+                lease.kill()
 
     async def _load(self, model: Model) -> None:
         _refuse_failed(model)
@@ -411,7 +415,11 @@ class Coordinator:
             except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
                 self._engine_failed(source.alias, one_line(error))
         self._switch = None
-        failed = SwitchFailed(switch.target.alias, switch.phase.value, cause, self.active)
+        failed: HotswapError
+        if self._dead is not None:
+            failed = EngineUnavailable(self._dead)
+        else:
+            failed = SwitchFailed(switch.target.alias, switch.phase.value, cause, self.active)
         for future in switch.held:
             if not future.done():
                 future.set_exception(failed)

@@ -14,6 +14,7 @@ from vllm_hotswap.states import Residency, SwitchPhase
 
 PhaseStatus = Literal["started", "finished", "failed"]
 SwitchStatus = Literal["switched", "failed"]
+RequestResult = Literal["served", "cut", "left"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,11 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """A request gave its lease back: its answer was sent, or it was ended before that."""
+    """A request gave its lease back: answered, ended by the server, or left by its client."""
 
     epoch: int
     model: str
-    result: Literal["served", "cut"]
+    result: RequestResult
 
 
 Event = PhaseChanged | SwitchEnded | ResidencyChanged | LoadProgress | RequestEnded

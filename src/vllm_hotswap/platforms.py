@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from vllm_hotswap.errors import ConfigError
+
 BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 _RESERVED_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
@@ -75,7 +77,13 @@ def _thread_binding(environment: Mapping[str, str]) -> dict[str, str]:
     bind = environment.get(BIND_VARIABLE, "auto")
     if bind == "nobind" or sys.platform != "linux":
         return {}
-    cores = _auto_cores(environment) if bind == "auto" else parse_cores(bind.split("|")[0])
+    try:
+        cores = _auto_cores(environment) if bind == "auto" else parse_cores(bind.split("|")[0])
+    except ValueError as error:
+        raise ConfigError(
+            f"{BIND_VARIABLE}={bind!r} or {_RESERVED_VARIABLE} cannot be used: {error}; "
+            "give auto, nobind, or cores such as 0-3,8"
+        ) from error
     return {
         "OMP_NUM_THREADS": str(len(cores)),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
@@ -87,7 +95,10 @@ def parse_cores(text: str) -> list[int]:
     cores: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        cores.update(range(int(first), int(last or first) + 1))
+        low, high = int(first), int(last or first)
+        if low > high:
+            raise ValueError(f"the range {part!r} is empty")
+        cores.update(range(low, high + 1))
     return sorted(cores)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vllm_hotswap.engines.base import Engine
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
+from vllm_hotswap.events import RequestResult
 from vllm_hotswap.states import Residency, Step, advance
 
 Cut = DrainCut | EngineUnavailable
@@ -25,6 +26,14 @@ class Lease:
     task: asyncio.Task[object] | None
     cut: Cut | None = None
     was_cut: asyncio.Event = field(default_factory=asyncio.Event)
+    client_left: bool = False
+
+    @property
+    def result(self) -> RequestResult:
+        """How the request ended, for whoever counts."""
+        if self.cut is not None:
+            return "cut"
+        return "left" if self.client_left else "served"
 
     def end(self, cause: Cut) -> None:
         """End the request. Only the first cause counts."""

@@ -63,7 +63,8 @@ class Router:
         try:
             async with self._coordinator.lease(alias) as lease:
                 answer.lease = lease
-                await self._answer(lease, scope, _Client(scope, receive, body, lease), answer)
+                client = _Client(scope, receive, body, lease, answer)
+                await self._answer(lease, scope, client, answer)
         except HotswapError as error:
             if answer.started:
                 raise
@@ -91,11 +92,14 @@ class _Client:
     the request in its engine; cancelling the task instead would leave the request running there.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, body: bytes | None, lease: Lease) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, body: bytes | None, lease: Lease, answer: _Answer
+    ) -> None:
         self._disconnect = f"{scope['type']}.disconnect"
         self._receive = receive
         self._body = body
         self._lease = lease
+        self._answer = answer
 
     async def __call__(self) -> Message:
         if self._body is not None:
@@ -105,7 +109,11 @@ class _Client:
         cut = asyncio.ensure_future(self._lease.was_cut.wait())
         try:
             await asyncio.wait([message, cut], return_when=asyncio.FIRST_COMPLETED)
-            return message.result() if message.done() else {"type": self._disconnect, "code": 1013}
+            if not message.done():
+                return {"type": self._disconnect, "code": 1013}
+            if message.result()["type"] == self._disconnect and not self._answer.complete:
+                self._lease.client_left = True
+            return message.result()
         finally:
             message.cancel()
             cut.cancel()

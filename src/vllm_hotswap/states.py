@@ -39,7 +39,8 @@ class Step(StrEnum):
 
 
 TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
-    Residency.COLD: {Step.LOAD: Residency.LOADING},
+    # An engine without a frontend counts as cold, and can die all the same.
+    Residency.COLD: {Step.LOAD: Residency.LOADING, Step.FAIL: Residency.FAILED},
     Residency.LOADING: {
         Step.LOADED: Residency.PARKED,
         Step.LOAD_FAILED: Residency.COLD,

@@ -11,10 +11,14 @@ This module knows no vLLM: engines are whatever has the methods of `SteppedEngin
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
+
+log = logging.getLogger("vllm_hotswap.host")
 
 
 class SteppedEngine(Protocol):
@@ -101,25 +105,44 @@ class EngineLoop:
 
     def _service(self) -> None:
         for alias, engine in list(self._engines.items()):
-            if engine.has_input():
-                self._guarded(alias, engine.take_input)
+            self._guarded(alias, partial(_take_input, engine))
 
     def _step_active(self) -> bool:
         if self._active is None:
             return False
         engine = self._engines[self._active]
-        if not engine.has_work():
-            return False
-        self._guarded(self._active, engine.run_step)
-        return True
+        return self._guarded(self._active, partial(_step, engine))
 
-    def _guarded(self, alias: str, act: Callable[[], None]) -> None:
-        """Let one engine's death end that engine only."""
+    def _guarded(self, alias: str, act: Callable[[], bool]) -> bool:
+        """The result of `act`; its failure ends this engine only."""
         try:
-            act()
+            return act()
         except Exception as error:  # noqa: BLE001  # whatever a model raises, the others go on
-            engine = self._engines.pop(alias)
-            if self._active == alias:
-                self._active = None
-            self._on_engine_failed(alias, error)
+            self._bury(alias, error)
+            return False
+
+    def _bury(self, alias: str, error: Exception) -> None:
+        engine = self._engines.pop(alias)
+        if self._active == alias:
+            self._active = None
+        self._on_engine_failed(alias, error)
+        try:
             engine.die()
+        except Exception:
+            log.exception("event=engine_died_badly model=%s", alias)
+
+
+def _step(engine: SteppedEngine) -> bool:
+    """Step the engine if a step would do something. Returns whether it did."""
+    if not engine.has_work():
+        return False
+    engine.run_step()
+    return True
+
+
+def _take_input(engine: SteppedEngine) -> bool:
+    """Take in what waits. Returns whether there was anything."""
+    if not engine.has_input():
+        return False
+    engine.take_input()
+    return True
