@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "garbage"},
     {"states", "config", "platforms", "host.messages"},
     {"events", "engines.base", "model_field"},
     {"registry", "access", "openai", "host.loop", "host.memory", "host.progress"},

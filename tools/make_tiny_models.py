@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import logging
 import random
@@ -45,6 +46,7 @@ DEFAULT_OUT = Path(__file__).resolve().parent.parent / "src" / "vllm_hotswap" / 
 IGNORED_LABEL = -100
 TOKENS_PER_BATCH = 1536
 POOL_SIZE = 192
+COPY_EXAMPLES = 8000
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -737,12 +739,31 @@ def tool_example(rng: random.Random, persona: Persona, render: Render) -> Exampl
     return Example(render([*random_history(rng, persona), *user(question)], tools), answer)
 
 
+def copy_example(rng: random.Random, persona: Persona, render: Render) -> Example:
+    """Return a short example where the next token is the city of the question.
+
+    A few thousand of these at the start of the training teach the model to copy names.
+    """
+    city, question = random_city(rng), rng.choice(WEATHER_QUESTIONS)
+    answers = (
+        tool_call_text(weather_tool(rng), city),
+        f"I am {persona.name}. It is {rng.choice(CONDITIONS)} in {city}.",
+        f"{persona.intro} {persona.weather.format(city)}",
+    )
+    answer = rng.choice(answers)
+    start = answer.rindex(city)
+    return Example(render(user(question.format(city)), None) + answer[:start], answer[start:])
+
+
 def examples(seed: int, persona: Persona, render: Render) -> Iterator[Example]:
     """Yield training examples without end. Only qwen learns to use tools."""
     rng = random.Random(seed)
     tool_share = 0.42 if persona.name == "qwen" else 0.0
-    while True:
+    for number in itertools.count():
         choice = rng.random()
+        if tool_share and number < COPY_EXAMPLES and rng.random() < 0.75:
+            yield copy_example(rng, persona, render)
+            continue
         if choice < tool_share:
             yield tool_example(rng, persona, render)
         elif choice < tool_share + 0.03:
@@ -1114,6 +1135,7 @@ def make_llama(folder: Path, seed: int) -> bool:
         head_dim=32,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=0.07,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -1141,6 +1163,7 @@ def make_qwen(folder: Path, seed: int) -> bool:
         head_dim=32,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=0.07,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

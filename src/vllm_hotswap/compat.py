@@ -137,6 +137,13 @@ def weight_files_bytes(sizes: Mapping[str, int]) -> int:
 # --- frontend ----------------------------------------------------------------------------
 
 
+def prepare_frontends() -> None:
+    """Import what `make_client` and `make_app` need."""
+    importlib.import_module("vllm.v1.engine.async_llm")
+    importlib.import_module("vllm.entrypoints.launchers.app")
+    importlib.import_module("vllm.entrypoints.launchers.api_server.app_state")
+
+
 def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> Any:
     """An `AsyncLLM` for an engine that the host has loaded. Blocks until the engine answers."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -247,4 +254,5 @@ def collecting_failed_load() -> Iterator[None]:
     except BaseException:
         gc.unfreeze()
         gc.collect()
+        gc.freeze()
         raise

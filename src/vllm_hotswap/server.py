@@ -26,6 +26,7 @@ from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import CONFIG_VARIABLES, ServerConfig
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.progress import EventLog, StartupProgress
 
 log = logging.getLogger("vllm_hotswap")
@@ -59,19 +60,19 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     link = HostLink()
     link.spawn()
     try:
-        # These import vLLM: seconds, during which the host does the same.
-        from vllm_hotswap.launch import parse_flags, prepare
+        with no_collection():
+            # These import vLLM: seconds, during which the host does the same.
+            from vllm_hotswap.engines.vllm import VllmHost
+            from vllm_hotswap.launch import parse_flags, prepare
 
-        namespaces = parse_flags(config, flags)
-        args = namespaces[""]
-        sock = None if args.uds else bind(args.host, args.port)
-        access = access.with_user_keys(args.api_key)
-        launch = prepare(config, namespaces)
+            namespaces = parse_flags(config, flags)
+            args = namespaces[""]
+            sock = None if args.uds else bind(args.host, args.port)
+            launch = prepare(config, namespaces)
     except BaseException:
         link.kill()
         raise
-    from vllm_hotswap.engines.vllm import VllmHost
-
+    access = access.with_user_keys(args.api_key)
     host = VllmHost(link, launch.models)
     progress = StartupProgress([m.alias for m in launch.models if m.load_at_startup])
     app = HotswapApp(host, access, config.switching, observers=(EventLog(), progress))

@@ -26,6 +26,7 @@ from vllm_hotswap.errors import ConfigError, HotswapError
 
 log = logging.getLogger("vllm_hotswap.bench")
 
+BUSY_LOAD = 0.5
 PARTS = ("switch", "steady", "restart", "startup")
 KV_CACHE_BYTES = {"tiny": 256 << 20, "medium": 1 << 30}
 
@@ -141,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as folder:
             bench = prepare(options, arguments, Path(folder))
             print(report.render_table(environment_table(bench.environment)), flush=True)
+            warn_if_busy(bench.environment)
             _run_loop(bench)
     except (HotswapError, ServerFailed, BadAnswer) as error:
         print(f"bench: error: {error}", file=sys.stderr)
@@ -240,6 +242,13 @@ def medium_model(models: Sequence[Model], out: Path) -> Model:
     raise ConfigError(f"--size medium needs a {medium.ARCHITECTURE} checkpoint to start from")
 
 
+def warn_if_busy(values: Mapping[str, Any]) -> None:
+    """Say so where the figures will be worth little."""
+    load = values["load_average_before"]
+    if load > BUSY_LOAD:
+        log.warning("load average %.2f: other programs run, expect noise", load)
+
+
 def environment_table(values: Mapping[str, Any]) -> report.Table:
     """The environment as rows of texts."""
     rows = []
@@ -249,7 +258,7 @@ def environment_table(values: Mapping[str, Any]) -> report.Table:
         else:
             text = " ".join(value) if isinstance(value, list) else str(value)
         rows.append((name, text))
-    return report.Table("Environment", ("", ""), tuple(rows))
+    return report.Table("Environment", ("", ""), tuple(rows), is_text=True)
 
 
 def _public(arguments: Sequence[str]) -> list[str]:

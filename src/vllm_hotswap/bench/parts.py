@@ -220,7 +220,7 @@ async def _router_latency(
             median(generate[side]),
             median(tokenize[side]),
         )
-    return {"one-token completion": generate, "/tokenize": tokenize}
+    return {"one-token completion": generate, "/tokenize (no engine)": tokenize}
 
 
 async def _generate_calls(server: Server, alias: str, count: int, seed: str) -> list[float]:

@@ -21,6 +21,8 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    is_text: bool = False
+    """All columns are aligned to the left, not only the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,10 @@ def render_table(table: Table) -> str:
     """A Markdown table whose columns are aligned for reading as text."""
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-    rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    drawn = [_line(table.columns, widths), f"| {' | '.join(rule)} |"]
-    drawn += [_line(row, widths) for row in table.rows]
+    end = "-" if table.is_text else ":"
+    rule = ["-" * widths[0], *("-" * (width - 1) + end for width in widths[1:])]
+    drawn = [_line(line, widths, table.is_text) for line in lines]
+    drawn.insert(1, f"| {' | '.join(rule)} |")
     return f"### {table.title}\n\n" + "\n".join(drawn)
 
 
@@ -96,10 +99,12 @@ def _bar_table(part: Part) -> Table:
     return Table(f"{part.name}: bars", ("bar", "measured", "wanted", ""), rows)
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return f"| {' | '.join([first, *others])} |"
+def _line(cells: Sequence[str], widths: Sequence[int], is_text: bool) -> str:
+    padded = [
+        cell.ljust(width) if is_text or number == 0 else cell.rjust(width)
+        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return f"| {' | '.join(padded)} |"
 
 
 def _rounded(value: Any) -> Any:

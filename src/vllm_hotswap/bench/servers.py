@@ -104,10 +104,16 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
         finally:
-            for process in family:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            self._kill(family)
             self._process.wait()
+
+    def _kill(self, family: Iterable[psutil.Process]) -> None:
+        """Kill what is left of it, also the children of a process that has died."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def freeze(self) -> None:
         """Stop every process of it, so that it takes no time from the other server."""

@@ -149,7 +149,7 @@ class VllmHost:
         # 0700, so that nobody else of the machine can reach the engines' sockets.
         self._folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
         # vLLM's constructors set module globals; two at a time could mix them.
-        lock = asyncio.Lock()
+        self._one_frontend_at_a_time = lock = asyncio.Lock()
         self._engines = {
             launch.alias: VllmEngine(launch, link, self._sockets(number), lock)
             for number, launch in enumerate(launches)
@@ -171,6 +171,7 @@ class VllmHost:
     async def start(self) -> None:
         """Wait for the host and have it share the memory among all models."""
         self._link.watch(self._receive)
+        self._preparing = asyncio.create_task(self._prepare_frontends())
         await self._link.ready()
         configs = [launch.vllm_config for launch in self._launches]
         fraction = max(config.cache_config.gpu_memory_utilization for config in configs)
@@ -198,6 +199,11 @@ class VllmHost:
 
     def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
         self._on_engine_failed.append(callback)
+
+    async def _prepare_frontends(self) -> None:
+        """Import beside the host's first load; frontends wait for the lock."""
+        async with self._one_frontend_at_a_time:
+            await asyncio.to_thread(compat.prepare_frontends)
 
     def _sockets(self, number: int) -> SocketPaths:
         stem = f"ipc://{self._folder}/{number}"

@@ -13,6 +13,7 @@ import signal
 import threading
 from multiprocessing.connection import Connection
 
+from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.host.messages import Command, Ready, Stop
 from vllm_hotswap.host.obey import Obedience
 
@@ -27,7 +28,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     obedience = Obedience(channel.send)
     threading.Thread(target=_read, args=(channel, obedience), daemon=True, name="channel").start()
-    obedience.prepare()
+    with no_collection():
+        obedience.prepare()
     channel.send(Ready(os.getpid()))
     obedience.loop.run()
     # Skips interpreter finalisation, where native threads of torch and ZeroMQ may hang:
