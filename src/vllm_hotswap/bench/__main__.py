@@ -32,7 +32,8 @@ KV_CACHE_BYTES = {"tiny": 256 << 20, "medium": 1 << 30}
 
 TINY_LOADS = (Load(clients=1, requests=30, output_tokens=64), Load(32, 6, 64))
 MEDIUM_LOADS = (Load(clients=32, requests=1, output_tokens=64, prompt_words=8),)
-QUICK_LOADS = (Load(clients=1, requests=4, output_tokens=32), Load(32, 1, 32))
+QUICK_TINY_LOADS = (Load(clients=1, requests=4, output_tokens=32), Load(32, 1, 32))
+QUICK_MEDIUM_LOADS = (Load(clients=8, requests=1, output_tokens=16, prompt_words=8),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Bench:
             aliases = (self.models[0].alias, self.models[1].alias)
             self._finish(await parts.switch(hotswap, aliases, options.switches))
         if "steady" in options.only and "tiny" in options.sizes:
-            loads, blocks = (QUICK_LOADS, 2) if options.quick else (TINY_LOADS, 8)
+            loads, blocks = (QUICK_TINY_LOADS, 2) if options.quick else (TINY_LOADS, 8)
             plan = parts.Steady("tiny", loads, options.runs, blocks)
             await self._steady(hotswap, self.models[0], plan)
 
@@ -102,7 +103,8 @@ class Bench:
         beside = next(m for m in self.models if m.alias != model.alias)
         log.info("starting hotswap with the medium model")
         async with self.launcher.hotswap(model, beside) as hotswap:
-            plan = parts.Steady("medium", MEDIUM_LOADS, self.options.runs)
+            loads = QUICK_MEDIUM_LOADS if self.options.quick else MEDIUM_LOADS
+            plan = parts.Steady("medium", loads, self.options.runs)
             await self._steady(hotswap, model, plan)
 
     async def _steady(self, hotswap: Server, model: Model, plan: parts.Steady) -> None:
@@ -185,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and logs")
     add("--models", type=Path, metavar="DIR", help="folder with models.yaml (default: the demo's)")
     add("--aliases", nargs=2, metavar="ALIAS", help="two generating models (default: first two)")
-    add("--only", default=",".join(PARTS), metavar="PART,...", help=f"of {','.join(PARTS)}")
+    add("--only", default=",".join(PARTS), metavar="PART[,PART]", help=f"of {','.join(PARTS)}")
     add("--size", choices=("tiny", "medium", "both"), help="model for steady (default: both)")
     add("--runs", type=int, help="repetitions of each side (default: 3; 1 with --quick)")
     add("--quick", action="store_true", help="small loads, to see that everything works")

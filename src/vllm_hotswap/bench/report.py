@@ -46,7 +46,7 @@ def render(part: Part) -> str:
 def render_table(table: Table) -> str:
     """A Markdown table whose columns are aligned for reading as text."""
     lines = [table.columns, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    widths = [max(2, *(len(line[i]) for line in lines)) for i in range(len(table.columns))]
     end = "-" if table.is_text else ":"
     rule = ["-" * widths[0], *("-" * (width - 1) + end for width in widths[1:])]
     drawn = [_line(line, widths, table.is_text) for line in lines]
