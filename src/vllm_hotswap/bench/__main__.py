@@ -31,7 +31,7 @@ PARTS = ("switch", "steady", "restart", "startup")
 KV_CACHE_BYTES = {"tiny": 256 << 20, "medium": 1 << 30}
 
 TINY_LOADS = (Load(clients=1, requests=30, output_tokens=64), Load(32, 6, 64))
-MEDIUM_LOADS = (Load(clients=32, requests=1, output_tokens=64, prompt_words=8),)
+MEDIUM_LOADS = (Load(clients=32, requests=1, output_tokens=16, prompt_words=8),)
 QUICK_TINY_LOADS = (Load(clients=1, requests=4, output_tokens=32), Load(32, 1, 32))
 QUICK_MEDIUM_LOADS = (Load(clients=8, requests=1, output_tokens=16, prompt_words=8),)
 
