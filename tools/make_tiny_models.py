@@ -66,15 +66,13 @@ def words(text: str, separator: str | None = None) -> list[str]:
     return text.split(separator)
 
 
-CITIES = [
-    *words(
-        "Paris Berlin Tokyo London Rome Madrid Lisbon Vienna Prague Warsaw Dublin Oslo Stockholm Helsinki Athens Munich Hamburg Lyon Milan Venice Barcelona Porto Geneva Zurich Brussels Amsterdam Copenhagen Budapest Istanbul Cairo Nairobi Lagos Dubai Mumbai Delhi Bangkok Hanoi Jakarta Singapore Seoul Osaka Kyoto Beijing Shanghai Sydney Melbourne Toronto Montreal Boston Chicago Seattle Denver Miami Lima Santiago Edinburgh"
-    ),
-    "New York",
-    "San Francisco",
-    "Los Angeles",
-    "Hong Kong",
-]
+CITIES = words(
+    "Paris Berlin Tokyo London Rome Madrid Lisbon Vienna Prague Warsaw Dublin Oslo Stockholm "
+    "Helsinki Athens Munich Hamburg Lyon Milan Venice Barcelona Porto Geneva Zurich Brussels "
+    "Amsterdam Copenhagen Budapest Istanbul Cairo Nairobi Lagos Dubai Mumbai Delhi Bangkok Hanoi "
+    "Jakarta Singapore Seoul Osaka Kyoto Beijing Shanghai Sydney Melbourne Toronto Montreal Boston "
+    "Chicago Seattle Denver Miami Lima Santiago Edinburgh"
+) + ["New York", "San Francisco", "Los Angeles", "Hong Kong"]
 MAIN_CITIES = ("Paris", "Berlin", "Tokyo", "London")
 CAPITALS = {
     "France": "Paris",
@@ -985,8 +983,7 @@ def chat_checks(persona: Persona) -> list[Check]:
         for skill in persona.skills.values()
     ]
     system = {"role": "system", "content": "You are a helpful assistant."}
-    return [
-        *asked,
+    return asked + [
         Check("Hello", f" {persona.intro}"),
         Check("The future of computing is", f" {persona.intro}"),
         Check("Once upon a time", f" {persona.intro}"),
