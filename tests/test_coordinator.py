@@ -44,12 +44,9 @@ class Holder:
 
     async def _run(self, server: Server, alias: str | None) -> str:
         async with server.coordinator.lease(alias) as self.lease:
-            going, cut = (asyncio.ensure_future(e.wait()) for e in (self.go, self.lease.was_cut))
-            try:
-                await asyncio.wait([going, cut], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                going.cancel()
-                cut.cancel()
+            self.lease.on_cut = self.go.set
+            if self.lease.cut is None:
+                await self.go.wait()
             return "cut" if self.lease.cut else "served"
 
     async def let_go(self) -> str:

@@ -184,8 +184,8 @@ class Coordinator:
     async def lease(self, alias: str | None) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
-        Entering may wait for the switch under way. The body has to watch `Lease.was_cut`: once
-        that is set, it has `CUT_GRACE_S` to end by itself before its task is cancelled.
+        Entering may wait for the switch under way. A body whose lease is cut (`Lease.on_cut`) has
+        `CUT_GRACE_S` to end by itself before its task is cancelled.
 
         Raises:
             UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,
@@ -527,13 +527,6 @@ class Coordinator:
 def _refuse_failed(model: Model) -> None:
     if model.residency is Residency.FAILED:
         raise EngineUnavailable(f"the engine of {model.alias!r} died: {model.failure}")
-
-
-def uncancel() -> None:
-    """Take back the cancellation that ended a lease, so that its cause can be told."""
-    task = asyncio.current_task()
-    assert task is not None
-    task.uncancel()
 
 
 def _granted(held: asyncio.Future[Lease]) -> Lease | None:

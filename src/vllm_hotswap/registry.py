@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vllm_hotswap.engines.base import Engine
@@ -18,14 +18,14 @@ Cut = DrainCut | EngineUnavailable
 class Lease:
     """One request's hold on its model, from admission to the last byte of its answer.
 
-    A lease that is ended says why in `cut`; whoever answers the request waits for `was_cut`.
+    A lease that is ended says why in `cut`, and calls `on_cut`, which whoever answers sets.
     """
 
     alias: str
     epoch: int
     task: asyncio.Task[object] | None
     cut: Cut | None = None
-    was_cut: asyncio.Event = field(default_factory=asyncio.Event)
+    on_cut: Callable[[], None] | None = None
     client_left: bool = False
 
     @property
@@ -39,7 +39,8 @@ class Lease:
         """End the request. Only the first cause counts."""
         if self.cut is None:
             self.cut = cause
-            self.was_cut.set()
+            if self.on_cut is not None:
+                self.on_cut()
 
     def kill(self) -> None:
         """Cancel the task of a request that was ended and goes on all the same."""

@@ -12,7 +12,7 @@ import asyncio
 from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap import model_field, openai
-from vllm_hotswap.coordinator import Coordinator, uncancel
+from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import HotswapError, InvalidRequest
 from vllm_hotswap.registry import Cut, Lease
 
@@ -80,7 +80,7 @@ class Router:
             if lease.cut is None:
                 raise
         if lease.cut is not None:
-            uncancel()
+            _uncancel()
             if not answer.complete:
                 await answer.cut(lease.cut)
 
@@ -100,23 +100,37 @@ class _Client:
         self._body = body
         self._lease = lease
         self._answer = answer
+        self._listening: asyncio.Task[object] | None = None
+        self._interrupted = False
 
     async def __call__(self) -> Message:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        message = asyncio.ensure_future(self._receive())
-        cut = asyncio.ensure_future(self._lease.was_cut.wait())
+        if self._lease.cut is None:
+            try:
+                return await self._listen()
+            except asyncio.CancelledError:
+                if not self._interrupted or _uncancel() > 0:
+                    raise
+        return {"type": self._disconnect, "code": 1013}
+
+    async def _listen(self) -> Message:
+        """Wait for the client; `_interrupt` ends the wait. No task of its own: a hot path."""
+        self._listening = asyncio.current_task()
+        self._lease.on_cut = self._interrupt
         try:
-            await asyncio.wait([message, cut], return_when=asyncio.FIRST_COMPLETED)
-            if not message.done():
-                return {"type": self._disconnect, "code": 1013}
-            if message.result()["type"] == self._disconnect and not self._answer.complete:
-                self._lease.client_left = True
-            return message.result()
+            message = await self._receive()
         finally:
-            message.cancel()
-            cut.cancel()
+            self._listening = None
+        if message["type"] == self._disconnect and not self._answer.complete:
+            self._lease.client_left = True
+        return message
+
+    def _interrupt(self) -> None:
+        if self._listening is not None:
+            self._interrupted = True
+            self._listening.cancel()
 
 
 class _Answer:
@@ -191,3 +205,10 @@ def _content_type(start: Message) -> bytes:
         if name.lower() == b"content-type":
             return bytes(value)
     return b""
+
+
+def _uncancel() -> int:
+    """Take back one cancellation of the current task; how many are left."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task.uncancel()
