@@ -164,7 +164,7 @@ def parse(arguments: Sequence[str]) -> Options:
         parser.error(f"--only: unknown part {', '.join(sorted(unknown))}; parts: {','.join(PARTS)}")
     if args.runs is not None and args.runs < 1:
         parser.error("--runs must be at least 1")
-    sizes = ("tiny",) if args.quick and args.size is None else _sizes(args.size or "both")
+    sizes = _sizes(args.size or "tiny")
     return Options(
         out=args.out,
         models=args.models,
@@ -188,7 +188,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--models", type=Path, metavar="DIR", help="folder with models.yaml (default: the demo's)")
     add("--aliases", nargs=2, metavar="ALIAS", help="two generating models (default: first two)")
     add("--only", default=",".join(PARTS), metavar="PART[,PART]", help=f"of {','.join(PARTS)}")
-    add("--size", choices=("tiny", "medium", "both"), help="model for steady (default: both)")
+    add(
+        "--size",
+        choices=("tiny", "medium", "both"),
+        help="model for steady (default: tiny; medium takes minutes)",
+    )
     add("--runs", type=int, help="repetitions of each side (default: 3; 1 with --quick)")
     add("--quick", action="store_true", help="small loads, to see that everything works")
     return parser
