@@ -13,6 +13,7 @@ import contextlib
 import gc
 import importlib
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,24 +87,23 @@ def validate_serve_args(args: argparse.Namespace) -> None:
 def footprint(alias: str, config: Any, weights_bytes: int) -> ModelFootprint:
     """What can be known of a model's memory before it is loaded."""
     model, parallel = config.model_config, config.parallel_config
-    if model.is_attention_free:
-        per_token = 0
-    else:
-        per_token = (
-            2
-            * model.get_num_layers(parallel)
-            * model.get_num_kv_heads(parallel)
-            * model.get_head_size()
-            * model.dtype.itemsize
-        )
+    per_token = (
+        2
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+        * model.dtype.itemsize
+    )
     # vLLM allocates whole blocks; one more than needed covers rounding and its null block.
-    tokens = model.max_model_len + 2 * (config.cache_config.block_size or 128)
+    one = per_token * (model.max_model_len + 2 * (config.cache_config.block_size or 128))
+    # Latent attention and state-space layers hold something else than keys and values per token.
+    is_plain = not (model.use_mla or model.is_hybrid or model.is_attention_free)
     return ModelFootprint(
         alias=alias,
         weights_bytes=weights_bytes,
         kv_bytes=config.cache_config.kv_cache_memory_bytes,
-        min_kv_bytes=per_token * tokens,
-        max_kv_bytes=per_token * tokens * config.scheduler_config.max_num_seqs,
+        min_kv_bytes=one if is_plain else 0,
+        max_kv_bytes=one * config.scheduler_config.max_num_seqs if is_plain else sys.maxsize,
     )
 
 

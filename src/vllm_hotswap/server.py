@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -55,6 +56,11 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed in this environment; install the build for your platform "
+            "(in a clone, `make setup` installs the one for CPUs)"
+        )
     access = Access.from_environment(os.environ, admin_keys)
     _clean_environment()
     link = HostLink()
