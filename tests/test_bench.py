@@ -17,7 +17,7 @@ from vllm_hotswap.bench import medium, report
 from vllm_hotswap.bench.__main__ import choose, parse
 from vllm_hotswap.bench.client import BadAnswer, Connection, dechunk, last_event
 from vllm_hotswap.bench.load import prompts
-from vllm_hotswap.bench.servers import Model, Server, ServerFailed, flags, hotswap_config
+from vllm_hotswap.bench.servers import Model, Server, ServerFailed, flags, hotswap_config, log_tail
 from vllm_hotswap.bench.stats import (
     Bar,
     alternate,
@@ -220,6 +220,13 @@ def test_both_servers_get_the_same_settings(tmp_path: Path) -> None:
     )
 
 
+def test_the_end_of_a_log_is_what_the_server_said() -> None:
+    """Not what a library prints while the process ends."""
+    noise = 'nanobind: leaked 2 functions!\n - leaked function "f"\n - ... skipped remainder\n\n'
+
+    assert "    INFO: a\n    error: port taken" == log_tail(f"INFO: a\nerror: port taken\n{noise}")
+
+
 async def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> None:
     """One line that says what happened, then the end of the log."""
     log = tmp_path / "plain-1.log"
@@ -286,12 +293,13 @@ def test_an_alias_that_is_not_configured_is_refused(tmp_path: Path) -> None:
         choose(load_config(demo.write(tmp_path)), ("llama", "gpt"))
 
 
-def test_quick_means_one_run_on_tiny_models() -> None:
+def test_quick_means_one_run_of_small_loads() -> None:
     """Unless it is told otherwise."""
     quick = parse(["--quick"])
 
     assert (1, ("tiny",), 40) == (quick.runs, quick.sizes, quick.switches)
-    assert (3, ("tiny", "medium"), 200) == (parse([]).runs, parse([]).sizes, parse([]).switches)
+    assert (3, ("tiny",), 200) == (parse([]).runs, parse([]).sizes, parse([]).switches)
+    assert ("tiny", "medium") == parse(["--size", "both"]).sizes
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

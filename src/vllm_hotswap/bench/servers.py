@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.02
 LOG_TAIL_LINES = 15
+EXIT_NOISE = re.compile(r"nanobind: | - leaked | - \.\.\. skipped|See https://nanobind|\s*$")
+"""What a library that vLLM uses prints when a process ends, after the line that matters."""
 COMMON_FLAGS = ("--disable-uvicorn-access-log",)
 """Given to both: a line per request is no part of what is compared."""
 
@@ -145,8 +148,7 @@ class Server:
 
     def failure(self, what: str) -> ServerFailed:
         """The error to raise, with the tail of its log."""
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        tail = "\n".join(f"    {line}" for line in lines)
+        tail = log_tail(self.log.read_text(errors="replace"))
         return ServerFailed(f"the {self.name} server {what}; the end of {self.log.name}:\n{tail}")
 
 
@@ -209,6 +211,12 @@ async def idle_cpu(server: Server, settle_s: float, window_s: float) -> float:
     before_s, started_s = server.cpu_s(), time.perf_counter()
     await asyncio.sleep(window_s)
     return (server.cpu_s() - before_s) / (time.perf_counter() - started_s)
+
+
+def log_tail(text: str) -> str:
+    """The last lines that say something, indented."""
+    lines = [line for line in text.splitlines() if not EXIT_NOISE.match(line)]
+    return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
 
 
 def hotswap_config(models: Sequence[Model]) -> dict[str, Any]:
