@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "garbage"},
     {"states", "config", "platforms", "host.messages"},
     {"events", "engines.base", "model_field"},
-    {"registry", "access", "openai", "host.loop", "host.memory", "host.progress"},
+    {"registry", "access", "openai", "host.loop", "host.memory", "host.progress", "host.threads"},
     {"coordinator", "metrics", "progress"},
     {"routing", "admin", "compat", "host.engine", "host.executor"},
     {"host.obey", "launch", "engines.link", "engines.fake"},

@@ -41,6 +41,8 @@ class HostLink:
         """Start the process; it imports while the caller goes on. Needs no running loop."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "vllm_hotswap.host", "--channel", str(theirs.fileno())]
+        if hasattr(os, "sched_getaffinity"):
+            command += ["--cores", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
         with theirs:
             self._process = subprocess.Popen(
                 command,

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.host.messages import Command, Ready, Stop
 from vllm_hotswap.host.obey import Obedience
+from vllm_hotswap.host.threads import remember_cores, use_all_cores
+from vllm_hotswap.platforms import parse_cores
 
 log = logging.getLogger("vllm_hotswap.host")
 
@@ -23,7 +25,11 @@ log = logging.getLogger("vllm_hotswap.host")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="vllm_hotswap.host")
     parser.add_argument("--channel", type=int, required=True, help="inherited file descriptor")
-    channel: Connection[object, Command] = Connection(parser.parse_args().channel)
+    parser.add_argument("--cores", default="", help="cores that threads without a binding may use")
+    args = parser.parse_args()
+    if args.cores:
+        remember_cores(parse_cores(args.cores))
+    channel: Connection[object, Command] = Connection(args.channel)
     # The parent decides when the host ends; a Ctrl-C in the terminal reaches both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     obedience = Obedience(channel.send)
@@ -39,6 +45,7 @@ def main() -> None:
 
 
 def _read(channel: Connection[object, Command], obedience: Obedience) -> None:
+    use_all_cores()
     try:
         while True:
             command = channel.recv()

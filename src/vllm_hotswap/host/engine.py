@@ -10,7 +10,6 @@ Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` 
 
 from __future__ import annotations
 
-import os
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 
 from vllm_hotswap.host.messages import SocketPaths
+from vllm_hotswap.host.threads import use_all_cores
 
 
 class RingingQueue(queue.Queue[Any]):
@@ -63,11 +63,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         yield EngineZmqAddresses(inputs=[self._sockets.input], outputs=[self._sockets.output])
 
     def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
-        _use_all_cores()
+        use_all_cores()
         super().process_input_sockets(*args, **kwargs)
 
     def process_output_sockets(self, *args: Any, **kwargs: Any) -> None:
-        _use_all_cores()
+        use_all_cores()
         super().process_output_sockets(*args, **kwargs)
 
     def has_input(self) -> bool:
@@ -84,16 +84,3 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def kv_bytes(self) -> int:
         return int(self.available_gpu_memory_for_kv_cache)
-
-
-_ALL_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-
-
-def _use_all_cores() -> None:
-    """Undo, for the calling thread, the binding that OpenMP gives the compute thread.
-
-    Threads inherit the binding of whoever starts them; IO threads bound to the compute
-    thread's core would wait for it.
-    """
-    if _ALL_CORES is not None:
-        os.sched_setaffinity(0, _ALL_CORES)
