@@ -66,6 +66,7 @@ def test_an_embedding_model_has_its_own_routes(server: ServerProcess) -> None:
     chat = server.post("/v1/chat/completions", {"model": "embed", **CHAT})
 
     assert dot(cat, same) > dot(cat, other)
+    assert 0 == server.status()["models"]["embed"]["kv_bytes"]  # type: ignore[index]
     assert 400 <= chat.status_code < 500
 
 

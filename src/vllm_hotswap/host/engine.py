@@ -83,4 +83,5 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self._send_engine_dead()
 
     def kv_bytes(self) -> int:
-        return int(self.available_gpu_memory_for_kv_cache)
+        """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""
+        return max(0, int(self.available_gpu_memory_for_kv_cache))
