@@ -6,17 +6,18 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap import openai
-from vllm_hotswap.access import VLLM_ADMIN_PATHS, Access, Role
+from vllm_hotswap.access import Access, Role, vllm_role
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.errors import HotswapError, UnknownRoute
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.routing import Router
@@ -35,9 +36,11 @@ class HotswapApp:
         access: Access,
         switching: SwitchingConfig | None = None,
         observers: tuple[Observer, ...] = (),
+        vllm_version: str = "none",
     ) -> None:
         self.host = host
         self._access = access
+        self._vllm_version = vllm_version
         observer = Observers(observers)
         self.coordinator = Coordinator(host, observer, switching)
         self.metrics = SwitchMetrics(
@@ -55,6 +58,7 @@ class HotswapApp:
             ("GET", "/health"): (Role.PUBLIC, admin.health),
             ("GET", "/ping"): (Role.PUBLIC, admin.health),
             ("POST", "/ping"): (Role.PUBLIC, admin.health),
+            ("GET", "/version"): (Role.PUBLIC, self._version),
             ("GET", "/metrics"): (Role.USER, admin.metrics),
             ("GET", "/v1/models"): (Role.USER, admin.models),
             ("GET", "/models"): (Role.USER, admin.models),
@@ -65,9 +69,7 @@ class HotswapApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             raise RuntimeError("the server starts and stops the models; run with lifespan off")
-        method = scope.get("method", "GET")
-        path = _path(scope)
-        role, handler = self._find(method, path)
+        role, handler = self._find(scope)
         try:
             self._access.check(role, Headers(scope=scope))
             answer = await handler(Request(scope, receive)) if handler else self._router
@@ -75,16 +77,45 @@ class HotswapApp:
             answer = openai.error_response(error)
         await answer(scope, receive, send)
 
-    def _find(self, method: str, path: str) -> tuple[Role, Handler | None]:
-        """The role and, for the server's own routes, the handler of a request."""
+    def _find(self, scope: Scope) -> tuple[Role, Handler | None]:
+        """The role and, for what the router does not get, the handler of a request."""
+        if scope["type"] == "websocket":
+            return Role.USER, None
+        method, path = scope["method"], _path(scope)
         key = ("GET" if method == "HEAD" else method, path.rstrip("/") or "/")
         if key in self._routes:
             return self._routes[key]
         if key[0] == "GET" and path.startswith("/v1/models/"):
             return Role.USER, self._model
-        if path == "/version":
-            return Role.PUBLIC, None
-        return (Role.ADMIN if key[1] in VLLM_ADMIN_PATHS else Role.USER), None
+        role = vllm_role(*key)
+        return (Role.USER, _refuse) if role is None else (role, None)
+
+    async def _version(self, request: Request) -> Response:
+        """vLLM's answer, without a lease: it is the same whatever model is active."""
+        return JSONResponse({"version": self._vllm_version})
+
+
+class CrossOrigin(CORSMiddleware):
+    """Lets web pages of other origins read every answer, errors and our own routes included.
+
+    vLLM puts the same middleware into each model's application. An answer that comes from there
+    names the origin in `Vary` already, and is passed on as it is.
+    """
+
+    async def send(self, message: Message, send: Send, request_headers: Headers) -> None:
+        if message["type"] == "http.response.start" and _varies_by_origin(message):
+            await send(message)
+        else:
+            await super().send(message, send, request_headers)
+
+
+def _varies_by_origin(start: Message) -> bool:
+    values = Headers(raw=start.get("headers", [])).getlist("vary")
+    return any("origin" in value.lower() for value in values)
+
+
+async def _refuse(request: Request) -> Response:
+    raise UnknownRoute(request.method, request.url.path)
 
 
 def _path(scope: Scope) -> str:

@@ -12,6 +12,7 @@
     ├── SwitchNotAllowed         403  the server was not started with switching open
     ├── Unauthorized             401  send a valid key
     ├── InvalidRequest           400  the body or a parameter is wrong
+    ├── UnknownRoute             404  the path takes no such request; see the list of routes
     ├── QueueFull                429  too many requests wait for the target; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
     ├── DrainCut                 503  the request was still running at the drain deadline
@@ -131,6 +132,18 @@ class InvalidRequest(HotswapError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnknownRoute(HotswapError):
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_route"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(
+            f"{method} {path} is not among the routes that this server answers; "
+            "see docs/http-api.md"
+        )
 
 
 class QueueFull(HotswapError):
