@@ -214,6 +214,30 @@ async def test_stream_that_ends_in_time_is_whole(server: Server) -> None:
     assert 0 == (await switch).json()["requests_cut"]
 
 
+async def test_client_that_does_not_read_cannot_keep_its_model(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream is cut; where not even the error can be sent, its connection is dropped."""
+    monkeypatch.setattr("vllm_hotswap.routing.LAST_SEND_S", 0.01)
+    coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    coming.put_nowait({"type": "http.request", "body": b'{"model": "llama", "stream": true}'})
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
+    stream = asyncio.create_task(server.app(scope, coming.get, send))  # type: ignore[arg-type]
+    await server.settled()
+
+    switch = await server.switch("qwen", 0)
+
+    with pytest.raises(AnswerCut, match="still running"):
+        await stream
+    assert 1 == switch.json()["requests_cut"]
+    assert 0 == server.in_flight["llama"]
+
+
 @pytest.mark.parametrize("drain_timeout", [0, 0.01])
 async def test_stream_that_is_cut_ends_with_an_explicit_error(
     server: Server, drain_timeout: float
@@ -519,6 +543,78 @@ async def test_request_that_is_cancelled_frees_the_model(server: Server) -> None
     assert 0 == server.in_flight["llama"]
 
 
+async def test_held_request_whose_client_leaves_is_given_up(make_server: MakeServer) -> None:
+    """It keeps no place in the queue, and no model works for it."""
+    server = await make_server(max_waiting=1)
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    gone = server.stream("qwen")
+    await server.settled()
+    assert 1 == server.coordinator.waiting
+
+    gone.disconnect()
+    await gone.task
+    held = server.ask("qwen")
+    await server.settled()
+    server.host.release("activate", "qwen")
+
+    assert 200 == (await switch).status_code
+    assert 200 == (await held).status_code
+    assert 1 == server.host.engines["qwen"].served
+
+
+async def test_client_that_leaves_in_the_turn_of_its_admission_frees_the_model(
+    server: Server,
+) -> None:
+    """Whichever of the two is noticed first, nothing is left behind."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.stream("qwen")
+    await server.settled()
+
+    server.host.release("activate", "qwen")
+    held.disconnect()
+    await switch
+    await asyncio.wait([held.task])
+
+    assert 0 == server.in_flight["qwen"]
+    assert 0 == server.coordinator.waiting
+
+
+async def test_held_request_that_is_cancelled_is_cancelled(server: Server) -> None:
+    """A connection that the HTTP server gives up is not taken for a client that left."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.stream("qwen")
+    await server.settled()
+
+    held.task.cancel()
+    await server.settled()
+
+    assert held.task.cancelled()
+    assert 0 == server.coordinator.waiting
+    server.host.release("activate", "qwen")
+    await switch
+
+
+async def test_request_that_is_admitted_at_once_makes_no_task(server: Server) -> None:
+    """Only a request that waits is watched for its client's leaving; the others lose no time."""
+    made: list[str] = []
+
+    def factory(loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> asyncio.Task[Any]:
+        made.append(coro.__qualname__)
+        return asyncio.Task(coro, loop=loop, **kwargs)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+    answer = await server.stream("llama").finish()
+
+    assert answer.is_whole
+    assert [] == [name for name in made if name.startswith("_Waiting")]
+
+
 # --- deaths ---------------------------------------------------------------------------------
 
 
@@ -628,6 +724,46 @@ async def test_websocket_is_routed_by_its_query(server: Server) -> None:
 
     assert ["websocket.accept", "websocket.send", "websocket.close"] == [m["type"] for m in sent]
     assert 0 == server.in_flight["llama"]
+
+
+async def test_websocket_that_was_held_hears_its_client_from_the_beginning(
+    server: Server,
+) -> None:
+    """What the client said meanwhile reaches the model's application, in order."""
+
+    async def echo(connection: WebSocket) -> None:
+        await connection.accept()
+        await connection.send_text(await connection.receive_text())
+        await connection.close()
+
+    server.host.engines["qwen"].app.router.routes.append(WebSocketRoute("/v1/realtime", echo))
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await server.settled()
+    sent: list[dict[str, Any]] = []
+    coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "query_string": b"model=qwen",
+        "headers": [],
+        "subprotocols": [],
+    }
+    coming.put_nowait({"type": "websocket.connect"})
+    connection = asyncio.create_task(server.app(scope, coming.get, send))  # type: ignore[arg-type]
+    await server.settled()
+    assert coming.empty()
+
+    server.host.release("activate", "qwen")
+    coming.put_nowait({"type": "websocket.receive", "text": "hello"})
+    await asyncio.gather(switch, connection)
+
+    assert ["websocket.accept", "websocket.send", "websocket.close"] == [m["type"] for m in sent]
+    assert "hello" == sent[1]["text"]
 
 
 async def test_websocket_for_another_model_is_closed_with_the_reason(server: Server) -> None:

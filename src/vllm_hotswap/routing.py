@@ -18,16 +18,20 @@ from vllm_hotswap.registry import Cut, Lease
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
+LAST_SEND_S = 3.0
+"""Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
+
 
 class ClientGone(Exception):
     """The client left before its request was complete or admitted."""
 
 
 class AnswerCut(Exception):
-    """An answer that is no event stream was cut after its first byte.
+    """An answer was cut after its first byte, and there is no way to say so in it.
 
-    Raised out of the application, it makes the HTTP server close the connection before the
-    answer is complete, which is the only explicit error that is left to give.
+    It is no event stream, or its client does not read. Raised out of the application, this makes
+    the HTTP server close the connection before the answer is complete, which is the only explicit
+    error that is left to give.
     """
 
 
@@ -60,15 +64,23 @@ class Router:
         body: bytes | None = None,
     ) -> None:
         answer = _Answer(scope, receive, send)
+        waiting = _Waiting(scope, receive)
         try:
             async with self._coordinator.lease(alias) as lease:
+                await waiting.end()
                 answer.lease = lease
-                client = _Client(scope, receive, body, lease, answer)
+                client = _Client(scope, receive, body, waiting.heard, lease, answer)
                 await self._answer(lease, scope, client, answer)
+        except asyncio.CancelledError:
+            if not waiting.client_left or _uncancel() > 0:
+                raise
         except HotswapError as error:
+            await waiting.end()
             if answer.started:
                 raise
             await answer.refuse(error)
+        finally:
+            waiting.stop()
 
     async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Run the model's application; if it is cut meanwhile, tell the client."""
@@ -85,19 +97,65 @@ class Router:
                 await answer.cut(lease.cut)
 
 
+class _Waiting:
+    """Listens to a client while its request is held, and gives the request up when it leaves.
+
+    A request that is admitted at once is over before its task first gives way, and so before
+    anything is begun here: no task is made for it.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._disconnect = f"{scope['type']}.disconnect"
+        self._receive = receive
+        self._request = asyncio.current_task()
+        self._listening: asyncio.Task[None] | None = None
+        self._begin = asyncio.get_running_loop().call_soon(self._held)
+        self.heard: list[Message] = []
+        """What the client said meanwhile; the application is to hear it."""
+        self.client_left = False
+
+    async def end(self) -> None:
+        """Listen no more: from now on nobody else receives, and the request is not given up."""
+        self.stop()
+        if self._listening is not None:
+            await asyncio.gather(self._listening, return_exceptions=True)
+
+    def stop(self) -> None:
+        self._begin.cancel()
+        if self._listening is not None:
+            self._listening.cancel()
+
+    def _held(self) -> None:
+        self._listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while (message := await self._receive())["type"] != self._disconnect:
+            self.heard.append(message)
+        self.client_left = True
+        if self._request is not None:
+            self._request.cancel()
+
+
 class _Client:
-    """What an application hears of its client: the body that was read already, then its leaving.
+    """What an application hears of its client: what was read already, then its leaving.
 
     An application whose lease is cut hears that the client has left. vLLM listens for that and ends
     the request in its engine; cancelling the task instead would leave the request running there.
     """
 
     def __init__(
-        self, scope: Scope, receive: Receive, body: bytes | None, lease: Lease, answer: _Answer
+        self,
+        scope: Scope,
+        receive: Receive,
+        body: bytes | None,
+        heard: list[Message],
+        lease: Lease,
+        answer: _Answer,
     ) -> None:
         self._disconnect = f"{scope['type']}.disconnect"
         self._receive = receive
         self._body = body
+        self._heard = heard
         self._lease = lease
         self._answer = answer
         self._listening: asyncio.Task[object] | None = None
@@ -107,6 +165,8 @@ class _Client:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
+        if self._heard:
+            return self._heard.pop(0)
         if self._lease.cut is None:
             try:
                 return await self._listen()
@@ -156,7 +216,17 @@ class _Answer:
         await self._send(message)
 
     async def cut(self, cause: Cut) -> None:
-        """End the answer with an explicit error, whatever of it has been sent."""
+        """End the answer with an explicit error, whatever of it has been sent.
+
+        A client that does not read must not keep its lease, for which a drain waits.
+        """
+        try:
+            async with asyncio.timeout(LAST_SEND_S):
+                await self._say(cause)
+        except TimeoutError:
+            raise AnswerCut(cause.message) from None
+
+    async def _say(self, cause: Cut) -> None:
         if not self.started:
             await self.refuse(cause)
         elif self._is_event_stream:
