@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
     {"errors", "garbage"},
-    {"states", "config", "platforms", "host.messages"},
+    {"states", "config", "platforms", "host.messages", "host.arena", "host.heap"},
     {"events", "engines.base", "model_field"},
     {"registry", "access", "openai", "host.loop", "host.memory", "host.progress", "host.threads"},
     {"coordinator", "metrics", "progress"},
-    {"routing", "admin", "compat", "host.engine", "host.executor"},
+    {"routing", "admin", "compat", "host.engine", "host.executor", "host.cpu_worker"},
     {"host.obey", "launch", "engines.link", "engines.fake"},
     {"engines.vllm", "app", "host.__main__"},
     {"server"},
@@ -26,7 +26,14 @@ LAYERS = [
 ]
 """Modules by height: each may import what lies lower, and its own layer."""
 
-VLLM_DOORS = {"compat", "metrics", "host.engine", "host.executor"}
+VLLM_DOORS = {
+    "compat",
+    "launch",
+    "metrics",
+    "host.cpu_worker",
+    "host.engine",
+    "host.executor",
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

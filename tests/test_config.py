@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.config import ServerConfig, SwitchingConfig, load_config, unknown_key
+from vllm_hotswap.config import (
+    ServerConfig,
+    SwitchingConfig,
+    load_config,
+    parse_config,
+    unknown_key,
+)
 from vllm_hotswap.errors import ConfigError
 
 Load = Callable[[str], ServerConfig]
@@ -286,7 +292,7 @@ def test_default_model_must_be_configured(
 
 
 @pytest.mark.parametrize(
-    "model", ["./nowhere", "/nowhere", "../nowhere", "~/nowhere", "./models.yaml"]
+    "model", ["./nowhere", "/nowhere", "../nowhere", "~/nowhere", "./models.yaml", "./no.gguf"]
 )
 def test_folder_that_does_not_exist_is_named(refusal: Callable[[str], str], model: str) -> None:
     """What is written as a path must be a folder."""
@@ -302,6 +308,21 @@ def test_folder_without_a_checkpoint_is_refused(refusal: Callable[[str], str], m
     assert refusal(f"models: {{a: {{model: {model}}}}}").endswith(
         "has no config.json; it is not a checkpoint"
     )
+
+
+@pytest.mark.parametrize("model", ["mistral/params.json", "model.gguf"])
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, prefix: str) -> None:
+    """A folder in Mistral's own format, and a GGUF file, which is a checkpoint by itself."""
+    file = tmp_path / model
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    checkpoint = file if file.suffix == ".gguf" else file.parent
+    name = prefix + str(checkpoint.relative_to(tmp_path))
+
+    config = parse_config({"models": {"a": {"model": name}}}, tmp_path / "models.yaml")
+
+    assert str(checkpoint) == config.models[0].model
 
 
 @pytest.mark.parametrize("model", ["~nobody-has-this-name/x", '"a\\0b"'])

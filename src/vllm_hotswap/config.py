@@ -158,21 +158,24 @@ def _model(alias: object, entry: object, path: Path) -> ModelConfig:
 
 
 def _resolve_model(model: str, place: str, path: Path) -> str:
-    """A folder as an absolute path; a model hub's name as it is."""
+    """A checkpoint's folder or GGUF file as an absolute path; a model hub's name as it is."""
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
     try:
-        folder = (path.parent / Path(model).expanduser()).resolve()
+        local = (path.parent / Path(model).expanduser()).resolve()
     except (RuntimeError, ValueError) as error:  # an unknown user after ~, a null byte
         raise ConfigError(f"{place}.model: {model!r} is no path: {error}") from error
-    if not looks_like_path and not folder.exists():
+    if not looks_like_path and not local.exists():
         return model
-    if not folder.is_dir():
-        raise ConfigError(f"{place}.model: the folder {str(folder)!r} does not exist")
-    if not (folder / "config.json").is_file():
+    if local.suffix == ".gguf" and local.is_file():
+        return str(local)
+    if not local.is_dir():
+        raise ConfigError(f"{place}.model: the folder {str(local)!r} does not exist")
+    # Mistral's own format has the second one instead of the first.
+    if not any((local / name).is_file() for name in ("config.json", "params.json")):
         raise ConfigError(
-            f"{place}.model: the folder {str(folder)!r} has no config.json; it is not a checkpoint"
+            f"{place}.model: the folder {str(local)!r} has no config.json; it is not a checkpoint"
         )
-    return str(folder)
+    return str(local)
 
 
 def _switching(section: object, place: str) -> SwitchingConfig:

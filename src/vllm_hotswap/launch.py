@@ -1,19 +1,20 @@
 """From a configured model to what vLLM needs to run it.
 
-A model's YAML keys become flags behind those of the command line and go through vLLM's own
-parser. So names, types and defaults are vLLM's, and the precedence is: the model's YAML, then
-the command line, then vLLM's default.
+A model's YAML keys become flags and go through vLLM's own parser, apart from those of the command
+line, whose values they then replace. So names, types and defaults are vLLM's, and the precedence
+is: the model's YAML, then the command line, then vLLM's default.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from pydantic import ValidationError
 
 from vllm_hotswap import compat
@@ -41,7 +42,9 @@ SERVER_FLAGS = frozenset(
         "log_config_file",
         "port",
         "root_path",
+        "shutdown_timeout",
         "ssl_ca_certs",
+        "ssl_cert_reqs",
         "ssl_certfile",
         "ssl_ciphers",
         "ssl_keyfile",
@@ -83,6 +86,10 @@ def parse_flags(config: ServerConfig, flags: Sequence[str]) -> dict[str, argpars
     """
     parser = compat.serve_parser("vllm-hotswap serve")
     server = parser.parse_args(list(flags))
+    if server.model_tag is not None:
+        raise ConfigError(
+            f"unexpected argument {server.model_tag!r}; models are named in the YAML file"
+        )
     _refuse_unsupported(server)
     namespaces = {"": server}
     for model in config.models:
@@ -112,7 +119,7 @@ def _launch(model: ModelConfig, args: argparse.Namespace, config: ServerConfig) 
         load_at_startup=model.load == "startup" or model.alias == config.default_model,
         args=args,
         vllm_config=vllm_config,
-        weights_bytes=_weights_bytes(model, vllm_config),
+        weights_bytes=weights_bytes(model, vllm_config),
     )
 
 
@@ -120,24 +127,60 @@ def _model_namespace(
     parser: argparse.ArgumentParser, flags: Sequence[str], model: ModelConfig, path: Path
 ) -> argparse.Namespace:
     place = f"{path}: models.{model.alias}"
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
-    extra = ["--model", model.model]
-    for key, value in model.settings.items():
-        extra += _as_flags(key, value, actions, place, path)
+    settings = _by_action(parser, model, place)
+    extra = [
+        word
+        for action, key in settings.items()
+        for word in _flag(action, _resolved(action, model.settings[key], path), f"{place}.{key}")
+    ]
     try:
-        args = parser.parse_args([*flags, *extra])
+        args = parser.parse_args([*flags, "--model", model.model])
+        _replace(args, parser.parse_args(extra), [action.dest for action in settings])
         args.served_model_name = [model.alias]
+        _refuse_unsupported(args)
         compat.validate_serve_args(args)
+        _check_reasoning_parser(args)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error.message}") from error
+        raise ConfigError(f"{place}: {one_line(error)}") from error
     # The outer application checks keys, for all models in one place.
     args.api_key = None
     return args
 
 
-def _as_flags(
-    key: str, value: Any, actions: Mapping[str, argparse.Action], place: str, path: Path
-) -> list[str]:
+def _replace(args: argparse.Namespace, own: argparse.Namespace, names: Iterable[str]) -> None:
+    """Give `args` the values that `own` has under these names; vLLM's defaults among them."""
+    for name in names:
+        if hasattr(own, name):
+            setattr(args, name, getattr(own, name))
+        elif hasattr(args, name):
+            delattr(args, name)
+
+
+def _by_action(
+    parser: argparse.ArgumentParser, model: ModelConfig, place: str
+) -> dict[argparse.Action, str]:
+    """The model's keys by the flag that each of them sets."""
+    actions = _actions_by_name(parser)
+    keys: dict[argparse.Action, str] = {}
+    for key in model.settings:
+        action = _find_action(key, actions, place)
+        if action in keys:
+            raise ConfigError(f"{place}: {keys[action]!r} and {key!r} are the same; keep one")
+        keys[action] = key
+    return keys
+
+
+def _actions_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Every long name of a flag as a YAML key, without the form that turns a switch off."""
+    return {
+        name.removeprefix("--").replace("-", "_"): action
+        for action in parser._actions
+        for name in action.option_strings
+        if name.startswith("--") and not name.startswith("--no-")
+    }
+
+
+def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -> argparse.Action:
     name = key.replace("-", "_")
     if name in SERVER_FLAGS:
         raise ConfigError(f"{place}: {key!r} is a setting of the server; give it as a flag")
@@ -146,16 +189,20 @@ def _as_flags(
     if name not in actions or name in _OURS:
         known = sorted({"model", "load", *actions} - SERVER_FLAGS - _OURS)
         raise unknown_key(place, key, known)
-    if value is None:
-        return []
-    if name == "chat_template":
-        value = _resolve_template(str(value), path)
-    return list(_flag(actions[name], value, f"{place}.{key}"))
+    return actions[name]
+
+
+def _resolved(action: argparse.Action, value: Any, path: Path) -> Any:
+    if action.dest == "chat_template" and value is not None:
+        return _resolve_template(str(value), path)
+    return value
 
 
 def _flag(action: argparse.Action, value: Any, place: str) -> Iterator[str]:
-    """The command line's form of one YAML value."""
+    """The command line's form of one YAML value; nothing for null, which is vLLM's default."""
     name = action.option_strings[0] if len(action.option_strings) == 1 else _longest(action)
+    if value is None:
+        return
     if isinstance(value, bool):
         yield from _switch_flag(action, name, value, place)
     elif isinstance(value, list) and action.nargs in ("+", "*"):
@@ -198,16 +245,74 @@ def _resolve_template(template: str, path: Path) -> str:
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
-    if args.model_tag is not None:
-        raise ConfigError(
-            f"unexpected argument {args.model_tag!r}; models are named in the YAML file"
-        )
     if (args.api_server_count or 1) > 1:
         raise ConfigError("--api-server-count above 1 is not supported: one process owns a switch")
     if args.headless or getattr(args, "grpc", False):
         raise ConfigError("--headless and --grpc are not supported with several models")
     if args.data_parallel_size > 1:
         raise ConfigError("--data-parallel-size above 1 is not supported")
+    if args.lora_modules:
+        raise ConfigError(
+            "--lora-modules is not supported: adapters cannot be served with several models yet"
+        )
+
+
+def vllm_version() -> str:
+    """As vLLM's own `/version` tells it."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What vLLM's logging flags make of uvicorn's log; None for uvicorn's own configuration.
+
+    Raises:
+        ConfigError: `--log-config-file` cannot be used, which vLLM itself would only warn of.
+    """
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+    given = getattr(args, "logging_config", None)
+    path = given.pylogging_config_file if given else getattr(args, "log_config_file", None)
+    if path:
+        _check_log_config(Path(path))
+    config: dict[str, Any] | None = get_uvicorn_log_config(args)
+    if config is not None:
+        config.setdefault("disable_existing_loggers", False)  # ours is among them
+    return config
+
+
+def _check_log_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--log-config-file cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--log-config-file: {str(path)!r} must hold a JSON object")
+
+
+def certificate_refresher(config: uvicorn.Config) -> Any:
+    """vLLM's watcher of the TLS files for `--enable-ssl-refresh`; it ends with its `stop`."""
+    from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+
+    return SSLCertRefresher(
+        ssl_context=config.ssl,
+        key_path=config.ssl_keyfile,
+        cert_path=config.ssl_certfile,
+        ca_path=config.ssl_ca_certs,
+    )
+
+
+def _check_reasoning_parser(args: argparse.Namespace) -> None:
+    """Refuse a name that vLLM would only look up when the model's frontend is made."""
+    from vllm.reasoning import ReasoningParserManager
+
+    name = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
+    known = ReasoningParserManager.list_registered()
+    if name and name not in known:
+        raise ConfigError(
+            f"reasoning_parser {name!r} is not known; known: {', '.join(sorted(known))}"
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -217,9 +322,12 @@ def _reason(error: Exception) -> str:
     return one_line(error)
 
 
-def _weights_bytes(model: ModelConfig, vllm_config: Any) -> int:
-    """Size of a checkpoint's weight files, in a folder or on the hub; 0 where it is not known."""
+def weights_bytes(model: ModelConfig, vllm_config: Any) -> int:
+    """Size of a checkpoint's weight files, local or on the hub; 0 where it is not known."""
     if not model.is_folder:
         return compat.hub_weights_bytes(model.model, vllm_config.model_config.revision)
-    sizes = {file.name: file.stat().st_size for file in Path(model.model).iterdir()}
+    path = Path(model.model)
+    if path.is_file():
+        return path.stat().st_size
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
     return compat.weight_files_bytes(sizes)

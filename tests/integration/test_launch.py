@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.config import load_config
+from vllm_hotswap.compat import serve_parser
+from vllm_hotswap.config import ModelConfig, load_config
 from vllm_hotswap.demo import MODELS, write
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.launch import Launch, parse_flags, prepare
+from vllm_hotswap.launch import (
+    Launch,
+    parse_flags,
+    prepare,
+    uvicorn_log_config,
+    vllm_version,
+    weights_bytes,
+)
 
 
 def launch(text: str, folder: Path, *flags: str) -> Launch:
@@ -51,6 +60,42 @@ def test_a_models_setting_wins_over_the_command_line_and_that_over_vllms_default
     assert (512, 1000) == (own.model_config.max_model_len, common.model_config.max_model_len)
     assert (False, True) == (own.model_config.enforce_eager, common.model_config.enforce_eager)
     assert 4 == own.scheduler_config.max_num_seqs
+
+
+def test_a_models_setting_undoes_what_the_command_line_gave(tmp_path: Path) -> None:
+    """`false` turns any switch off, null is vLLM's default, a list replaces a list."""
+    text = """
+        models:
+          own:
+            model: LLAMA
+            disable_log_stats: false
+            max_model_len: null
+            enable_prefix_caching: null
+            generation_config: null
+            middleware: [b.c]
+          common: {model: LLAMA}
+    """
+    flags = ["--disable-log-stats", "--max-model-len", "512", "--no-enable-prefix-caching"]
+    flags += ["--generation-config", "vllm", "--middleware", "a.b"]
+    path = tmp_path / "models.yaml"
+    path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
+    parsed = parse_flags(load_config(path), flags)
+    own, common, default = parsed["own"], parsed["common"], parse_flags(load_config(path), [])[""]
+
+    assert (False, True) == (own.disable_log_stats, common.disable_log_stats)
+    assert (default.max_model_len, 512) == (own.max_model_len, common.max_model_len)
+    assert (None, False) == (own.enable_prefix_caching, common.enable_prefix_caching)
+    assert (default.generation_config, "vllm") == (own.generation_config, common.generation_config)
+    assert (["b.c"], ["a.b"]) == (own.middleware, common.middleware)
+
+
+def test_a_key_may_be_any_long_name_of_its_flag(tmp_path: Path) -> None:
+    """With dashes or underscores."""
+    text = "models: {llama: {model: LLAMA, device_memory_utilization: 0.5, max-model-len: 256}}"
+    (model,) = launch(text, tmp_path).models
+
+    assert 0.5 == model.vllm_config.cache_config.gpu_memory_utilization
+    assert 256 == model.vllm_config.model_config.max_model_len
 
 
 def test_structured_values_pass_through(tmp_path: Path) -> None:
@@ -95,13 +140,19 @@ MISTAKES = {
     "chat_template: /no/such/file.jinja": "/no/such/file.jinja",
     "enforce_eager: 3": "enforce-eager",
     "tensor_parallel_size: true": "tensor",
+    "data_parallel_size: 2": "--data-parallel-size above 1 is not supported",
+    "lora_modules: [a=/b]": "--lora-modules is not supported",
+    "reasoning_parser: deepsek": "reasoning_parser 'deepsek' is not known",
+    "{max_model_len: 8, max-model-len: 9}": "'max_model_len' and 'max-model-len' are the same",
+    "shutdown_timeout: 3": "'shutdown_timeout' is a setting of the server",
 }
 
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_names_the_model_and_the_setting(line: str, tmp_path: Path) -> None:
     """On one line."""
-    text = f"models:\n  llama:\n    model: LLAMA\n    {line}\n"
+    settings = line if line.startswith("{") else f"{{{line}}}"
+    text = f"models:\n  llama:\n    <<: {settings}\n    model: LLAMA\n"
     with pytest.raises(ConfigError) as caught:
         launch(text, tmp_path)
 
@@ -117,9 +168,57 @@ def test_a_mistake_names_the_model_and_the_setting(line: str, tmp_path: Path) ->
         (["other.yaml"], "other.yaml"),
         (["--api-server-count", "2"], "--api-server-count"),
         (["--data-parallel-size", "2"], "--data-parallel-size"),
+        (["--lora-modules", "a=/b"], "--lora-modules"),
+        (["--reasoning-parser", "deepsek"], "reasoning_parser 'deepsek' is not known"),
     ],
 )
 def test_a_flag_that_cannot_work_is_named(flags: list[str], expected: str, tmp_path: Path) -> None:
     """Before any engine is made."""
     with pytest.raises(ConfigError, match=expected):
         launch("models: {llama: {model: LLAMA}}", tmp_path, *flags)
+
+
+def test_weights_of_a_gguf_file_are_its_size(tmp_path: Path) -> None:
+    """The file is the whole checkpoint."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"x" * 1000)
+
+    assert 1000 == weights_bytes(ModelConfig("a", str(file)), None)
+
+
+def test_vllms_logging_flags_reach_uvicorn(tmp_path: Path) -> None:
+    """Paths without an access log, and a whole configuration, which leaves our own log alone."""
+    file = tmp_path / "log.json"
+    file.write_text('{"version": 1}')
+    parser = serve_parser("test")
+
+    def made_of(*flags: str) -> dict[str, object] | None:
+        return uvicorn_log_config(parser.parse_args(list(flags)))
+
+    quiet = made_of("--disable-access-log-for-endpoints", "/health,/metrics")
+    whole = made_of("--logging-config.pylogging_config_file", str(file))
+    with pytest.warns(UserWarning, match="log-config-file"):
+        old = made_of("--log-config-file", str(file))
+
+    assert None is made_of()
+    assert ["/health", "/metrics"] == quiet["filters"]["access_log_filter"]["excluded_paths"]  # type: ignore[index]
+    assert {"version": 1, "disable_existing_loggers": False} == whole == old
+
+
+@pytest.mark.parametrize("text", [None, "not JSON", "[]"])
+def test_a_logging_configuration_that_cannot_be_used_is_named(
+    text: str | None, tmp_path: Path
+) -> None:
+    """vLLM itself would go on without it."""
+    file = tmp_path / "log.json"
+    if text is not None:
+        file.write_text(text)
+    flags = ["--logging-config.pylogging_config_file", str(file)]
+
+    with pytest.raises(ConfigError, match="--log-config-file"):
+        uvicorn_log_config(serve_parser("test").parse_args(flags))
+
+
+def test_the_version_is_vllms() -> None:
+    """What `/version` answers."""
+    assert import_module("vllm").__version__ == vllm_version()
