@@ -15,7 +15,7 @@ LAYERS = [
     {"states", "config", "platforms", "host.messages", "host.arena", "host.heap"},
     {"events", "engines.base", "model_field"},
     {"registry", "access", "openai", "host.loop", "host.memory", "host.progress", "host.threads"},
-    {"coordinator", "metrics", "progress"},
+    {"coordinator", "metrics", "progress", "listen"},
     {"routing", "admin", "compat", "host.engine", "host.executor", "host.cpu_worker"},
     {"host.obey", "launch", "engines.link", "engines.fake"},
     {"engines.vllm", "app", "host.__main__"},

@@ -1,35 +1,51 @@
-"""Starts that end before anything slow is done."""
+"""The server's life: starts that fail, serving, the signals that end it, and its exit status."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
-import socket
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
 
+from tests.serving import flags
+from tests.support import settled
 from vllm_hotswap import server
+from vllm_hotswap.access import Access
+from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import parse_config
 from vllm_hotswap.demo import free_port
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.errors import ConfigError, EngineUnavailable
+from vllm_hotswap.listen import Listener
+from vllm_hotswap.progress import StartupProgress
+
+Serving = asyncio.Task[int]
+PAGE = "https://page.example"
 
 
-def test_an_address_in_use_is_named() -> None:
-    """With the flag that chooses another one."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*--port"):
-            server.bind("127.0.0.1", port)
+def serve(host: FakeHost, listener: Listener) -> Serving:
+    """Start a server of the host's models in this process."""
+    app = HotswapApp(host, Access())
+    load = list(host.engines)
+    return asyncio.create_task(server.serve(app, listener, load, load[0], StartupProgress(load)))
 
 
-def test_a_free_address_is_bound() -> None:
-    """Before the models are loaded, so that nobody else takes it meanwhile."""
-    port = free_port()
-    with server.bind("127.0.0.1", port) as sock:
-        assert ("127.0.0.1", port) == sock.getsockname()
+async def answer(path: Path, **kwargs: object) -> httpx.Response:
+    """The answer of a server at a Unix domain socket to `GET /v1/models`, once it gives one."""
+    transport = httpx.AsyncHTTPTransport(uds=str(path))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        while True:
+            try:
+                return await client.get("/v1/models", **kwargs)  # type: ignore[arg-type]
+            except httpx.ConnectError:
+                await asyncio.sleep(0)
 
 
 def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +55,130 @@ def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(ConfigError, match="vLLM is not installed"):
         server.run(config, [])
+
+
+async def test_death_of_the_host_ends_a_start(tmp_path: Path) -> None:
+    """Also while a model's frontend is made, which does not notice it."""
+    host = FakeHost(("llama", "qwen"))
+    host.hold("load", "qwen")
+    serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))))
+    await settled()
+
+    host.died.set_result("the engine host was killed by signal 9")
+
+    with pytest.raises(EngineUnavailable, match="killed by signal 9 while models were loaded"):
+        await serving
+    assert not host.is_running
+
+
+async def test_a_signal_ends_a_start(tmp_path: Path) -> None:
+    """With status 0, without waiting for the load."""
+    host = FakeHost(("llama",))
+    host.hold("load", "llama")
+    serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))))
+    await settled()
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert 0 == await serving
+    assert not host.is_running
+
+
+async def test_the_banner_is_shown_when_requests_are_accepted_and_a_signal_ends_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the address and the active model; told to stop, the server ends with status 0."""
+    listener = Listener.open(flags(uds=str(tmp_path / "s")))
+    serving = serve(FakeHost(("llama", "qwen")), listener)
+
+    response = await answer(tmp_path / "s")
+    shown = capsys.readouterr().out
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert 200 == response.status_code
+    assert f"unix:{tmp_path}/s  active: llama" in shown
+    assert 0 == await serving
+
+
+async def test_a_server_that_cannot_listen_ends_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the reason in the log, and without a banner that says otherwise."""
+    listener = Listener(flags(uds=str(tmp_path / "gone" / "s")), None)
+
+    assert 1 == await serve(FakeHost(("llama",)), listener)
+    assert "" == capsys.readouterr().out
+    assert "event=serving_failed cause=" in caplog.text
+    assert "No such file or directory" in caplog.text
+
+
+async def test_death_of_the_host_ends_the_server_with_status_1(tmp_path: Path) -> None:
+    """A supervisor can see it."""
+    host = FakeHost(("llama",))
+    serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))))
+    await answer(tmp_path / "s")
+
+    host.kill()
+
+    assert 1 == await serving
+
+
+async def test_origins_are_those_of_the_flags(tmp_path: Path) -> None:
+    """A page of an allowed origin may read the answer, one of another origin may not."""
+    listener = Listener.open(flags(uds=str(tmp_path / "s"), allowed_origins=[PAGE]))
+    serving = serve(FakeHost(("llama",)), listener)
+
+    allowed = await answer(tmp_path / "s", headers={"origin": PAGE})
+    other = await answer(tmp_path / "s", headers={"origin": "https://other.example"})
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert PAGE == allowed.headers["access-control-allow-origin"]
+    assert "access-control-allow-origin" not in other.headers
+    assert 0 == await serving
+
+
+async def test_certificates_are_watched_while_the_server_runs(tmp_path: Path) -> None:
+    """The watcher gets the loaded configuration, and is stopped at the end."""
+    told: list[object] = []
+
+    class Watcher:
+        def __init__(self, config: uvicorn.Config) -> None:
+            told.append(config.loaded)
+
+        def stop(self) -> None:
+            told.append("stopped")
+
+    given = flags(uds=str(tmp_path / "s"), enable_ssl_refresh=True)
+    serving = serve(FakeHost(("llama",)), Listener.open(given, None, Watcher))
+    await answer(tmp_path / "s")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert 0 == await serving
+    assert [True, "stopped"] == told
+
+
+def test_a_second_signal_ends_the_server_at_once() -> None:
+    """Whoever does not want to wait for running requests need not look for another signal."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.serving", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            process.stdout.readline()
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            with httpx.stream("POST", url, json={"stream": True}, timeout=60):
+                process.terminate()
+                while "event=shutdown" not in process.stderr.readline():
+                    pass
+                process.terminate()
+                process.stderr.read()
+
+            assert -signal.SIGTERM == process.wait(timeout=10)
+        finally:
+            process.kill()

@@ -1,8 +1,8 @@
 """Start-up, serving and shutdown of the whole server.
 
 Order at start: the configuration is checked as far as that needs no vLLM; the engine host is
-started, so that it imports vLLM while this process does; flags and every model's
-configuration go through vLLM; models are loaded; only then are requests accepted.
+started, so that it imports vLLM while this process does; flags, the address among them, and every
+model's configuration go through vLLM; models are loaded; only then are requests accepted.
 """
 
 from __future__ import annotations
@@ -16,29 +16,41 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from vllm_hotswap import __version__
 from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.config import CONFIG_VARIABLES, ServerConfig
 from vllm_hotswap.engines.link import HostLink
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
+from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
 
 log = logging.getLogger("vllm_hotswap")
 
-KEEP_ALIVE_S = 5
-LAST_ANSWERS_S = 3
-"""Seconds that open connections get, at shutdown, to take in their last answer."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """Uvicorn without signal handlers of its own: `serve` below decides when to stop."""
+    """Uvicorn without signal handlers of its own: `serve` below decides when to stop.
+
+    It calls `on_started` when it accepts requests.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -68,23 +80,28 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     try:
         with no_collection():
             # These import vLLM: seconds, during which the host does the same.
+            from vllm_hotswap import launch
             from vllm_hotswap.engines.vllm import VllmHost
-            from vllm_hotswap.launch import parse_flags, prepare
 
-            namespaces = parse_flags(config, flags)
+            namespaces = launch.parse_flags(config, flags)
             args = namespaces[""]
-            sock = None if args.uds else bind(args.host, args.port)
-            launch = prepare(config, namespaces)
+            log_config = launch.uvicorn_log_config(args)
+            listener = Listener.open(args, log_config, launch.certificate_refresher)
+            models = launch.prepare(config, namespaces).models
     except BaseException:
         link.kill()
         raise
-    access = access.with_user_keys(args.api_key)
-    host = VllmHost(link, launch.models)
-    progress = StartupProgress([m.alias for m in launch.models if m.load_at_startup])
-    app = HotswapApp(host, access, config.switching, observers=(EventLog(), progress))
-    load = [model.alias for model in launch.models if model.load_at_startup]
-    main = serve(app, args, sock, load, config.default_model, progress)
-    return _run_loop(main)
+    host = VllmHost(link, models)
+    load = [model.alias for model in models if model.load_at_startup]
+    progress = StartupProgress(load)
+    app = HotswapApp(
+        host,
+        access.with_user_keys(args.api_key),
+        config.switching,
+        observers=(EventLog(), progress),
+        vllm_version=launch.vllm_version(),
+    )
+    return _run_loop(serve(app, listener, load, config.default_model, progress))
 
 
 def _clean_environment() -> None:
@@ -103,46 +120,64 @@ def _clean_environment() -> None:
 
 async def serve(
     app: HotswapApp,
-    args: argparse.Namespace,
-    sock: socket.socket | None,
+    listener: Listener,
     load: Sequence[str],
     default: str,
     progress: StartupProgress,
 ) -> int:
-    """Load, serve, stop. Returns the exit status: 0 if it was told to stop."""
-    stop = _stop_signal()
-    try:
-        starting = asyncio.create_task(_start(app, load, default))
-        if not await _first(starting, stop):
-            return 0
-        progress.close()
-        server = Server(_uvicorn_config(app, args))
-        serving = asyncio.create_task(server.serve([sock] if sock else None))
-        sys.stdout.write(banner(app, args) + "\n")
-        sys.stdout.flush()
+    """Load, serve, stop. Returns the exit status: 0 if it was told to stop.
+
+    Raises:
+        HotswapError: it cannot be started; the message says why.
+    """
+    with _stop_signal() as stop:
+        try:
+            if not await _start(app, load, default, stop):
+                return 0
+            progress.close()
+            return await _serve(app, listener, stop)
+        finally:
+            progress.close()
+            await app.host.stop()
+
+
+async def _start(
+    app: HotswapApp, load: Sequence[str], default: str, stop: asyncio.Future[None]
+) -> bool:
+    """Load the models; False if the server was told to stop before they were loaded."""
+    if not await _first(app.host.start(), stop):
+        return False
+    died = app.host.died
+    if await _first(app.coordinator.start(load, default), stop, died):
+        return True
+    if died.done():
+        raise EngineUnavailable(f"{died.result()} while models were loaded; see the log above")
+    return False
+
+
+async def _first(work: Coroutine[Any, Any, None], *ends: asyncio.Future[Any]) -> bool:
+    """Do the work; give it up, and return False, if one of `ends` is done before it."""
+    task = asyncio.create_task(work)
+    await asyncio.wait([task, *ends], return_when="FIRST_COMPLETED")
+    if task.done():
+        await task
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
+
+
+async def _serve(app: HotswapApp, listener: Listener, stop: asyncio.Future[None]) -> int:
+    config = listener.uvicorn_config(_with_origins(app, listener.args))
+    server = Server(config, on_started=lambda: _announce(app, listener))
+    serving = asyncio.create_task(server.serve([listener.sock] if listener.sock else None))
+    with contextlib.ExitStack() as exits:
+        if listener.refresher is not None:
+            exits.callback(listener.refresher(config).stop)
         ends: list[asyncio.Future[Any]] = [serving, stop, app.host.died]
         await asyncio.wait(ends, return_when="FIRST_COMPLETED")
-        await _shut_down(app, server, serving, args)
-        return _exit_status(app)
-    finally:
-        progress.close()
-        await app.host.stop()
-
-
-async def _start(app: HotswapApp, load: Sequence[str], default: str) -> None:
-    await app.host.start()
-    await app.coordinator.start(load, default)
-
-
-async def _first(task: asyncio.Task[None], stop: asyncio.Future[None]) -> bool:
-    """Wait for the task; False if the server was told to stop before it had ended."""
-    await asyncio.wait([task, stop], return_when="FIRST_COMPLETED")
-    if not task.done():
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return False
-    await task
-    return True
+        await _shut_down(app, server, serving, listener.args)
+    return _exit_status(app, serving, stop)
 
 
 async def _shut_down(
@@ -158,53 +193,68 @@ async def _shut_down(
     await asyncio.gather(serving, return_exceptions=True)
 
 
-def _exit_status(app: HotswapApp) -> int:
+def _exit_status(app: HotswapApp, serving: asyncio.Task[None], stop: asyncio.Future[None]) -> int:
+    """1 if the server ended by itself, whatever the reason: a supervisor is to restart it."""
     died = app.host.died
     if died.done() and not died.cancelled():
         log.error("event=engine_host_died cause=%r", died.result())
         return 1
-    return 0
+    error = None if serving.cancelled() else serving.exception()
+    if error is not None:
+        log.error("event=serving_failed cause=%r", one_line(error))
+        return 1
+    return 0 if stop.done() else 1
 
 
-def _stop_signal() -> asyncio.Future[None]:
-    """Done at the first SIGINT or SIGTERM."""
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[asyncio.Future[None]]:
+    """Done at the first SIGINT or SIGTERM; a second one ends the process at once.
+
+    The engine host sees its channel close then, and ends, too.
+    """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
 
-    def told() -> None:
-        if not stop.done():
+    def told(number: signal.Signals) -> None:
+        if stop.done():
+            log.warning("event=ended_at_once signal=%s", number.name)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        else:
             stop.set_result(None)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told)
-    return stop
-
-
-def bind(host: str | None, port: int) -> socket.socket:
-    """The listening socket, bound before anything slow is done.
-
-    Raises:
-        ConfigError: the address cannot be bound; the message names it.
-    """
-    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, told, number)
     try:
-        sock.bind((host or "", port))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"cannot listen on {host or '0.0.0.0'}:{port}: {error.strerror}; choose another --port"
-        ) from error
-    sock.set_inheritable(True)
-    return sock
+        yield stop
+    finally:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
 
 
-def banner(app: HotswapApp, args: argparse.Namespace) -> str:
+def _with_origins(app: HotswapApp, args: argparse.Namespace) -> ASGIApp:
+    """The application behind vLLM's flags for web pages of other origins, where any is given."""
+    if not args.allowed_origins:
+        return app
+    return CrossOrigin(
+        app,
+        allow_origins=args.allowed_origins,
+        allow_methods=args.allowed_methods,
+        allow_headers=args.allowed_headers,
+        allow_credentials=args.allow_credentials,
+    )
+
+
+def _announce(app: HotswapApp, listener: Listener) -> None:
+    sys.stdout.write(banner(app, listener.address) + "\n")
+    sys.stdout.flush()
+
+
+def banner(app: HotswapApp, address: str) -> str:
     """What is served, where, and which model is active."""
     coordinator = app.coordinator
     width = max(len(alias) for alias in coordinator.registry.aliases)
-    lines = [f"vllm-hotswap {__version__}  {_address(args)}  active: {coordinator.active}"]
+    lines = [f"vllm-hotswap {__version__}  {address}  active: {coordinator.active}"]
     for model in coordinator.registry:
         memory = model.engine.memory
         held = (
@@ -215,35 +265,6 @@ def banner(app: HotswapApp, args: argparse.Namespace) -> str:
         )
         lines.append(f"  {model.alias:<{width}}  {model.residency.value:<7} {held}")
     return "\n".join(lines)
-
-
-def _address(args: argparse.Namespace) -> str:
-    if args.uds:
-        return f"unix:{args.uds}"
-    scheme = "https" if args.ssl_certfile else "http"
-    host = args.host or "0.0.0.0"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
-
-
-def _uvicorn_config(app: HotswapApp, args: argparse.Namespace) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        uds=args.uds,
-        lifespan="off",
-        log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
-        root_path=args.root_path or "",
-        timeout_keep_alive=int(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", KEEP_ALIVE_S)),
-        timeout_graceful_shutdown=LAST_ANSWERS_S,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
-        ssl_ciphers=args.ssl_ciphers or "TLSv1",
-    )
 
 
 def _run_loop(main: Coroutine[Any, Any, int]) -> int:

@@ -1,0 +1,140 @@
+"""Where the server listens, and what uvicorn is told: every mistake is named before the start."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from tests.serving import flags
+from vllm_hotswap.demo import free_port
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.listen import Listener, bind
+
+
+async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application."""
+
+
+def test_an_address_in_use_is_named() -> None:
+    """With the flag that chooses another one."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*--port"):
+            bind("127.0.0.1", port)
+
+
+def test_a_free_address_is_bound() -> None:
+    """Before the models are loaded, so that nobody else takes it meanwhile."""
+    port = free_port()
+    with bind("127.0.0.1", port) as sock:
+        assert ("127.0.0.1", port) == sock.getsockname()
+
+
+@pytest.mark.parametrize("port", [99999, -1])
+def test_a_number_that_is_no_port_is_named(port: int) -> None:
+    """With those that are."""
+    with pytest.raises(ConfigError, match=f"--port {port} is no port; choose one from 0 to 65535"):
+        bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b"])
+def test_a_host_that_is_not_known_is_named(host: str) -> None:
+    """Another port would not help."""
+    with pytest.raises(ConfigError, match=f"cannot listen on {host}:8000: .*--host"):
+        bind(host, 8000)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("missing/server.sock", "missing' does not exist"),
+        ("file", "exists and is no socket"),
+        ("x" * 120, "is longer than 107 bytes"),
+    ],
+)
+def test_a_socket_that_cannot_be_made_is_named(path: str, expected: str, tmp_path: Path) -> None:
+    """A Unix domain socket is only made when the models are loaded, so it is checked before."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ConfigError, match=expected) as caught:
+        Listener.open(flags(uds=str(tmp_path / path)))
+
+    assert caught.value.message.startswith("--uds: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    """As a socket's place."""
+    with pytest.raises(ConfigError, match="--uds: the folder '/' cannot be written"):
+        Listener.open(flags(uds="/server.sock"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"ssl_certfile": "no.pem"}, "--ssl-certfile: the file 'no.pem' cannot be read"),
+        ({"ssl_keyfile": "no.pem"}, "--ssl-keyfile: the file 'no.pem' cannot be read"),
+        ({"ssl_ca_certs": "no.pem"}, "--ssl-ca-certs: the file 'no.pem' cannot be read"),
+        ({"ssl_keyfile": __file__}, "--ssl-keyfile needs --ssl-certfile"),
+        (
+            {"ssl_certfile": __file__, "ssl_keyfile": __file__},
+            f"TLS cannot be set up with --ssl-certfile {__file__} --ssl-keyfile {__file__}: ",
+        ),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_named(given: dict[str, str], expected: str) -> None:
+    """Before anything slow is done."""
+    with pytest.raises(ConfigError) as caught:
+        Listener.open(flags(**given))
+
+    assert caught.value.message.startswith(expected)
+
+
+def test_a_log_that_cannot_be_configured_is_named() -> None:
+    """With the reason, which `logging.config` hides behind another one."""
+    config = {"version": 1, "handlers": {"file": {"class": "no.such.Handler"}}}
+
+    with pytest.raises(ConfigError, match=r"--log-config-file cannot be used: .*no\.such"):
+        Listener.open(flags(), config)
+
+
+def test_a_time_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of vLLM's that its server reads, too."""
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "soon")
+
+    with pytest.raises(ConfigError, match="VLLM_HTTP_TIMEOUT_KEEP_ALIVE='soon'"):
+        Listener.open(flags())
+
+
+def test_limits_and_log_reach_uvicorn(tmp_path: Path) -> None:
+    """As they reach it from vLLM's own server."""
+    log = {"version": 1, "disable_existing_loggers": False}
+    given = flags(uds=str(tmp_path / "s"), h11_max_header_count=7, h11_max_incomplete_event_size=99)
+    config = Listener.open(given, log).uvicorn_config(nothing)
+
+    assert (7, 99) == (config.h11_max_header_count, config.h11_max_incomplete_event_size)  # type: ignore[attr-defined]
+    assert log == config.log_config
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ({"port": 8000}, "http://127.0.0.1:8000"),
+        ({"host": None, "port": 8000}, "http://0.0.0.0:8000"),
+        ({"host": "::1", "port": 8000}, "http://[::1]:8000"),
+        ({"port": 8000, "ssl_certfile": "c"}, "https://127.0.0.1:8000"),
+        ({"uds": "/run/s"}, "unix:/run/s"),
+    ],
+)
+def test_the_address_is_told_in_the_form_that_clients_use(
+    given: dict[str, object], address: str
+) -> None:
+    """In the banner."""
+    assert address == Listener(flags(**given), None).address
