@@ -8,19 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_hotswap import __version__
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status; errors are one line on standard error."""
     parser = make_parser()
+    try:
+        argv = file_first(sys.argv[1:] if argv is None else argv)
+    except HotswapError as error:
+        parser.error(error.message)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = args.run(args, rest)
     except HotswapError as error:
-        print(f"vllm-hotswap: error: {error.message}", file=sys.stderr)
+        message = one_line(error) if args.command == "serve" else error.message
+        print(f"vllm-hotswap: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -43,8 +48,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve = commands.add_parser(
         "serve",
         help="serve the models of a YAML file",
-        description="Serve the models of a YAML file. Every flag of `vllm serve` is accepted, too: "
-        "for the server, and as the default of every model.",
+        description="Serve the models of a YAML file. Flags of `vllm serve` are accepted, too: for "
+        "the server, and as the default of every model.",
         allow_abbrev=False,
     )
     serve.add_argument("config", type=Path, help="the YAML file")
@@ -71,6 +76,29 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     what.add_argument("--serve", action="store_true", help="leave the server running")
     demo.add_argument("--port", type=int, default=8080, help="port for --serve (default: 8080)")
     demo.set_defaults(run=_demo)
+
+
+def file_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with the YAML file of `serve` in front of the flags, wherever it was given.
+
+    Only vLLM's parser knows which flags take a value, and to import it takes seconds. So a file
+    behind flags is told by its name.
+
+    Raises:
+        ConfigError: there is no such name, or more than one.
+    """
+    command, *words = argv or [""]
+    is_clear = not words or not words[0].startswith("-") or {"-h", "--help"} & set(words)
+    if command != "serve" or is_clear:
+        return list(argv)
+    files = [
+        number
+        for number, (word, before) in enumerate(zip(words, ["", *words], strict=False))
+        if word.endswith((".yaml", ".yml")) and word[0] != "-" and before != "--config"
+    ]
+    if len(files) != 1:
+        raise ConfigError("name the YAML file before the flags: vllm-hotswap serve FILE [FLAGS]")
+    return [command, words.pop(files[0]), *words]
 
 
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:

@@ -38,7 +38,8 @@ WEATHER_TOOL = {
 
 CONFIGURATION = """\
 # Three tiny models that ship with vllm-hotswap. Every key below a model, other than `model` and
-# `load`, is a flag of `vllm serve` with underscores; paths are relative to this file.
+# `load`, is a flag of `vllm serve` with underscores. The paths of `model` and `chat_template` are
+# relative to this file, others to the folder in which the server is started.
 default_model: llama
 models:
   llama:
@@ -70,13 +71,15 @@ def write(folder: Path) -> Path:
     Returns the path of `models.yaml`.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or has another `models.yaml` already.
     """
+    path = folder / "models.yaml"
     try:
+        if path.exists() and path.read_text(encoding="utf-8") != CONFIGURATION:
+            raise ConfigError(f"{str(path)!r} exists and is another; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         for model in sorted(path for path in MODELS.iterdir() if path.is_dir()):
             shutil.copytree(model, folder / model.name, dirs_exist_ok=True)
-        path = folder / "models.yaml"
         path.write_text(CONFIGURATION, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the demo to {str(folder)!r}: {error.strerror}") from error
