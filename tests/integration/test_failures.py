@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.conftest import events
@@ -58,6 +59,33 @@ def test_the_hosts_death_fails_every_request_and_ends_the_server_with_status_1(
         server.stop()
 
 
+def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path: Path) -> None:
+    """Nobody waits for a model that cannot come; one line says why."""
+    path = tmp_path / "models.yaml"
+    path.write_text(ONE_MODEL)
+    command = [sys.executable, "-m", "vllm_hotswap", "serve", str(path)]
+    command += ["--port", str(free_port())]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stderr is not None
+        while "event=load" not in process.stderr.readline():
+            assert process.poll() is None
+        kill_host_of(process.pid)
+        rest = process.stderr.read()
+
+    errors = [line for line in rest.splitlines() if line.startswith("vllm-hotswap:")]
+    assert 1 == process.returncode
+    assert 1 == len(errors)
+    assert "killed by signal 9 while models were loaded" in errors[0]
+    assert "Traceback" not in rest
+
+
+def kill_host_of(pid: int) -> None:
+    for child in psutil.Process(pid).children():
+        if "vllm_hotswap.host" in child.cmdline():
+            child.kill()
+
+
 def test_switching_is_closed_unless_it_is_opened(tmp_path: Path, server: ServerProcess) -> None:
     """The shared server is open by VLLM_SERVER_DEV_MODE; a bad body is named all the same."""
     bad = [
@@ -102,6 +130,28 @@ def test_a_start_that_cannot_work_ends_with_one_clear_line(name: str, tmp_path: 
     assert expected in errors[0]
     assert "Traceback" not in ended.stderr
     assert "Initializing a V1 LLM engine" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ssl-certfile", "/no/cert.pem"], "--ssl-certfile: the file '/no/cert.pem'"),
+        (["--uds", "/no/folder/socket"], "--uds: the folder '/no/folder' does not exist"),
+    ],
+)
+def test_a_server_that_could_not_listen_loads_nothing(
+    flags: list[str], expected: str, tmp_path: Path
+) -> None:
+    """The flag is named, and the file may stand behind the flags."""
+    path = tmp_path / "models.yaml"
+    path.write_text(ONE_MODEL)
+
+    ended = start_in_vain(*flags, str(path))
+
+    assert 1 == ended.returncode
+    assert expected in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "event=load" not in ended.stderr
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
