@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
 
+from tests.serving import flags
 from vllm_hotswap.compat import serve_parser
 from vllm_hotswap.config import ModelConfig, load_config
 from vllm_hotswap.demo import MODELS, write
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.launch import (
     Launch,
+    certificate_refresher,
     parse_flags,
     prepare,
     uvicorn_log_config,
     vllm_version,
     weights_bytes,
 )
+from vllm_hotswap.listen import Listener
 
 
 def launch(text: str, folder: Path, *flags: str) -> Launch:
@@ -217,6 +223,26 @@ def test_a_logging_configuration_that_cannot_be_used_is_named(
 
     with pytest.raises(ConfigError, match="--log-config-file"):
         uvicorn_log_config(serve_parser("test").parse_args(flags))
+
+
+def make_certificate(key: str, certificate: str) -> None:
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -keyout {key}"
+    subprocess.run([*command.split(), "-out", certificate], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+async def test_certificates_are_loaded_and_watched(tmp_path: Path) -> None:
+    """By vLLM's own watcher, which reloads them into the context that the server uses."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    make_certificate(key, certificate)
+    given = flags(ssl_keyfile=key, ssl_certfile=certificate, uds=str(tmp_path / "s"))
+    config = Listener.open(given).uvicorn_config(Starlette())
+
+    watcher = certificate_refresher(config)
+
+    assert config.ssl is watcher.ssl
+    assert [key, certificate] == [watcher.key_path, watcher.cert_path]
+    watcher.stop()
 
 
 def test_the_version_is_vllms() -> None:
