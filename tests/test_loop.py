@@ -66,11 +66,19 @@ class Stage:
         self.happened: list[str] = []
         self.failed: list[tuple[str, str]] = []
         self.failure = threading.Event()
-        self.loop = EngineLoop(self._failed)
+        self.loop = EngineLoop(self._failed, self._idles)
         self.a, self.b = CountingEngine("a", self), CountingEngine("b", self)
         self.loop.add("a", self.a)
         self.loop.add("b", self.b)
-        self.thread = threading.Thread(target=self.loop.run)
+        self.idle = threading.Event()
+        self.is_over = False
+        self.thread = threading.Thread(target=self._run)
+
+    def end(self) -> None:
+        """Let the thread end after its current turn; a real one ends with its process."""
+        self.is_over = True
+        self.loop.ring()
+        self.thread.join(LONG_S)
 
     def do(self, command: Callable[[], T]) -> T:
         """Have a command obeyed; wait for its result."""
@@ -88,6 +96,14 @@ class Stage:
     def activate(self, alias: str) -> None:
         self.do(lambda: self.loop.activate(alias))
 
+    def _run(self) -> None:
+        while not self.is_over:
+            self.loop.turn()
+
+    def _idles(self) -> None:
+        self.happened.append("idle")
+        self.idle.set()
+
     def _failed(self, alias: str, error: Exception) -> None:
         self.failed.append((alias, str(error)))
         self.failure.set()
@@ -98,9 +114,14 @@ def stage() -> Iterator[Stage]:
     stage = Stage()
     stage.thread.start()
     yield stage
-    stage.loop.stop()
-    stage.thread.join(LONG_S)
+    stage.end()
     assert not stage.thread.is_alive()
+
+
+@pytest.fixture
+def soon_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause is over as soon as it has begun."""
+    monkeypatch.setattr("vllm_hotswap.host.loop.IDLE_S", 0.0)
 
 
 def test_active_engine_is_stepped_until_it_has_no_work(stage: Stage) -> None:
@@ -193,7 +214,7 @@ def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str)
     assert stage.do(lambda: stage.a.dead)
     assert [("a", f"a cannot {at}")] == stage.failed
     assert stage.loop.active is None
-    assert not stage.loop.has("a")
+    assert stage.loop.find("a") is None
 
     stage.activate("b")
     stage.b.send(1)
@@ -223,16 +244,61 @@ def test_engine_that_is_not_loaded_cannot_be_activated(stage: Stage) -> None:
     assert "a" == stage.loop.active
 
 
-def test_stop_ends_a_busy_loop(stage: Stage) -> None:
-    """Work that is left does not keep the thread."""
+def test_parked_engine_is_stepped_no_more(stage: Stage) -> None:
+    """Nobody is active afterwards; the engine stays, and can be activated again."""
+    stage.activate("a")
+    stage.do(lambda: stage.loop.park("b"))
+    assert "a" == stage.loop.active
+
+    stage.do(lambda: stage.loop.park("a"))
+    stage.a.send(1)
+    stage.do(lambda: None)
+
+    assert (None, 1) == (stage.loop.active, stage.a.work)
+    stage.activate("a")
+    assert stage.a.finished.wait(LONG_S)
+
+
+def test_removed_engine_is_forgotten(stage: Stage) -> None:
+    """It is neither stepped nor serviced; removing what is not there changes nothing."""
+    stage.activate("a")
+
+    stage.do(lambda: stage.loop.remove("a"))
+    stage.do(lambda: stage.loop.remove("a"))
+    stage.a.send(1)
+    stage.do(lambda: None)
+
+    assert (None, None) == (stage.loop.active, stage.loop.find("a"))
+    assert [] == stage.happened
+    assert stage.b is stage.loop.find("b")
+
+
+@pytest.mark.usefixtures("soon_idle")
+def test_pause_leaves_time_for_what_may_wait(stage: Stage) -> None:
+    """Once per pause, on the compute thread; work that comes later is done as before."""
+    assert stage.idle.wait(LONG_S)
+    assert ["idle"] == stage.happened
+    stage.activate("a")
+
+    stage.a.send(1)
+
+    assert stage.a.finished.wait(LONG_S)
+
+
+def test_work_leaves_no_time_for_what_may_wait(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the active engine has work there is no pause, however short one would be."""
     stage.activate("a")
     stage.a.send(10**9)
     stage.do(lambda: None)
 
-    stage.loop.stop()
+    monkeypatch.setattr("vllm_hotswap.host.loop.IDLE_S", 0.0)
+    stage.do(lambda: None)
+    stage.do(lambda: None)
 
-    stage.thread.join(LONG_S)
-    assert not stage.thread.is_alive()
+    assert "idle" not in stage.happened
+    stage.do(lambda: setattr(stage.a, "work", 1))
 
 
 def test_loop_tells_its_state(stage: Stage) -> None:

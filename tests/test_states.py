@@ -6,7 +6,16 @@ from itertools import product
 
 import pytest
 
-from vllm_hotswap.states import TRANSITIONS, IllegalTransition, Residency, Step, advance
+from vllm_hotswap.states import (
+    DOWN,
+    LADDER,
+    TRANSITIONS,
+    IllegalTransition,
+    Residency,
+    Step,
+    advance,
+    is_below,
+)
 
 LEGAL = [(residency, step) for residency, steps in TRANSITIONS.items() for step in steps]
 ILLEGAL = [pair for pair in product(Residency, Step) if pair not in LEGAL]
@@ -25,20 +34,32 @@ def test_table_uses_every_step() -> None:
     assert set(Step) == {step for _, step in LEGAL}
 
 
-@pytest.mark.parametrize(
-    ("before", "step", "after"),
-    [
-        ("cold", "load", "loading"),
-        ("cold", "fail", "failed"),
-        ("loading", "loaded", "parked"),
-        ("loading", "load_failed", "cold"),
-        ("loading", "fail", "failed"),
-        ("parked", "activate", "active"),
-        ("parked", "fail", "failed"),
-        ("active", "park", "parked"),
-        ("active", "fail", "failed"),
-    ],
-)
+LISTED = [
+    ("cold", "load", "loading"),
+    ("cold", "fail", "failed"),
+    ("loading", "loaded", "parked"),
+    ("loading", "load_failed", "cold"),
+    ("loading", "fail", "failed"),
+    ("parked", "activate", "active"),
+    ("parked", "sleep", "asleep"),
+    ("parked", "discard", "discarded"),
+    ("parked", "unload", "cold"),
+    ("parked", "fail", "failed"),
+    ("active", "park", "parked"),
+    ("active", "fail", "failed"),
+    ("asleep", "wake", "parked"),
+    ("asleep", "wake_failed", "cold"),
+    ("asleep", "discard", "discarded"),
+    ("asleep", "unload", "cold"),
+    ("asleep", "fail", "failed"),
+    ("discarded", "wake", "parked"),
+    ("discarded", "wake_failed", "cold"),
+    ("discarded", "unload", "cold"),
+    ("discarded", "fail", "failed"),
+]
+
+
+@pytest.mark.parametrize(("before", "step", "after"), LISTED)
 def test_step_leads_where_the_table_says(before: str, step: str, after: str) -> None:
     """The ladder, written out; nothing else is legal."""
     assert Residency(after) is advance("llama", Residency(before), Step(step))
@@ -46,7 +67,25 @@ def test_step_leads_where_the_table_says(before: str, step: str, after: str) -> 
 
 def test_nothing_else_is_legal() -> None:
     """The list above is the whole table."""
-    assert 9 == len(LEGAL)
+    assert len(LISTED) == len(LEGAL)
+
+
+def test_ladder_is_in_order() -> None:
+    """Each rung holds less than the one above it; a model that moves is on none."""
+    assert ["active", "parked", "asleep", "discarded", "cold"] == [str(r) for r in LADDER]
+    assert [True, False, False] == [
+        is_below(Residency(lower), Residency.PARKED) for lower in ("asleep", "parked", "active")
+    ]
+
+
+@pytest.mark.parametrize(("to", "step"), DOWN.items())
+def test_step_down_leads_to_where_it_is_said_to_lead(to: Residency, step: Step) -> None:
+    """From whatever lies above and knows the step."""
+    above = [r for r, steps in TRANSITIONS.items() if r in LADDER and step in steps]
+
+    assert above
+    assert all(is_below(to, residency) for residency in above)
+    assert {to} == {TRANSITIONS[residency][step] for residency in above}
 
 
 @pytest.mark.parametrize(("residency", "step"), ILLEGAL)
