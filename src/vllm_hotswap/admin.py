@@ -14,6 +14,8 @@ from vllm_hotswap import metrics
 from vllm_hotswap.coordinator import Coordinator, SwitchResult
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.ladder import up_cost_s
+from vllm_hotswap.operations import move_body, usage_body
 from vllm_hotswap.registry import Model
 from vllm_hotswap.states import Residency
 
@@ -26,6 +28,8 @@ STATUS_VALUES = {
     Residency.LOADING: "loading",
     Residency.PARKED: "loaded",
     Residency.ACTIVE: "loaded",
+    Residency.ASLEEP: "sleeping",
+    Residency.DISCARDED: "sleeping",
     Residency.FAILED: "unloaded",
 }
 """`status.value` of a model, in the words that llama.cpp's router and llama-swap share."""
@@ -65,19 +69,26 @@ class Admin:
         return JSONResponse(switch_body(result))
 
     async def status(self, request: Request) -> Response:
+        return JSONResponse(self.snapshot())
+
+    def snapshot(self) -> dict[str, Any]:
+        """The server now, as JSON. Bytes and seconds."""
         coordinator, stats = self._coordinator, self._host.stats()
-        return JSONResponse(
-            {
-                "active": coordinator.active,
-                "epoch": coordinator.epoch,
-                "phase": coordinator.phase,
-                "target": coordinator.target,
-                "waiting": coordinator.waiting,
-                "failure": coordinator.failure,
-                "models": {model.alias: _model_status(model) for model in coordinator.registry},
-                "host": {"pid": stats.pid, "used_bytes": stats.used_bytes},
-            }
-        )
+        return {
+            "active": coordinator.active,
+            "epoch": coordinator.epoch,
+            "phase": coordinator.phase,
+            "operation_id": coordinator.operation_id,
+            "target": coordinator.target,
+            "waiting": coordinator.waiting,
+            "failure": coordinator.failure,
+            "models": {
+                model.alias: _model_status(model, coordinator) for model in coordinator.registry
+            },
+            "host": {"pid": stats.pid, "used_bytes": stats.used_bytes},
+            "memory": _memory(coordinator, self._host),
+            "switches": {"total": coordinator.switches, "failed": coordinator.switches_failed},
+        }
 
     async def health(self, request: Request) -> Response:
         failure = self._coordinator.failure
@@ -122,10 +133,10 @@ def model_list(coordinator: Coordinator) -> dict[str, Any]:
 def switch_body(result: SwitchResult) -> dict[str, Any]:
     """The quickstart server's fields, then ours.
 
-    Nothing is unloaded by a switch between loaded models, so `freed_memory_mb` is what the
-    engine host's memory shrank by (0 if it grew), and nothing is stashed.
+    A switch gives memory back only where there is no room: `freed_memory_mb` is what the engine
+    host's memory shrank by then (0 if it grew). Nothing is stashed: weights asleep are models' own.
     """
-    before, after = result.memory_before_bytes, result.memory_after_bytes
+    before = result.memory_before_bytes
     return {
         "previous_model": result.previous_model,
         "current_model": result.current_model,
@@ -133,13 +144,15 @@ def switch_body(result: SwitchResult) -> dict[str, Any]:
         "duration_ms": _ms(result.duration_s),
         "reconfigure_ms": _ms(result.reconfigure_s),
         "memory_before_mb": _mb(before),
-        "memory_after_unload_mb": _mb(after),
-        "freed_memory_mb": _mb(max(0, before - after)),
+        "memory_after_unload_mb": _mb(result.memory_unloaded_bytes),
+        "freed_memory_mb": _mb(max(0, before - result.memory_unloaded_bytes)),
         "stash_memory_after_mb": 0.0,
+        "memory_after_mb": _mb(result.memory_after_bytes),
         "operation_id": result.operation_id,
         "epoch": result.epoch,
         "phases": {name: _ms(seconds) for name, seconds in result.phases_s.items()},
         "requests_cut": result.requests_cut,
+        "evicted": [move_body(move) for move in result.evicted],
     }
 
 
@@ -155,15 +168,28 @@ def _parse(body: bytes) -> SwitchRequest:
         ) from None
 
 
-def _model_status(model: Model) -> dict[str, Any]:
-    memory = model.engine.memory
+def _model_status(model: Model, coordinator: Coordinator) -> dict[str, Any]:
+    memory, held = model.engine.memory, model.engine.footprint.at(model.residency)
     return {
         "residency": model.residency.value,
         "in_flight": len(model.leases),
+        "waiting": coordinator.waiting if coordinator.target == model.alias else 0,
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,
-        "last_used_s": model.last_used_s,
+        "held": usage_body(held),
+        "pinned": model.pinned,
+        "idle_s": coordinator.idle_s(model),
+        "switch_cost_s": round(up_cost_s(model, model.residency), 3),
         "failed": model.failure,
+    }
+
+
+def _memory(coordinator: Coordinator, host: EngineHost) -> dict[str, Any]:
+    """Budgets and what models hold of them; the device's with what the host holds itself."""
+    budget, used, base = coordinator.ladder.budget, coordinator.ladder.used, host.base_bytes
+    return {
+        "device": {"budget": budget.device + base, "used": used.device + base, "base": base},
+        "host": {"budget": budget.host, "used": used.host},
     }
 
 

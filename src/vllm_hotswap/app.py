@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from vllm_hotswap import openai
+from vllm_hotswap import openai, operations
 from vllm_hotswap.access import Access, Role, vllm_role
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.config import SwitchingConfig
@@ -19,7 +19,10 @@ from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import HotswapError, UnknownRoute
 from vllm_hotswap.events import Observer, Observers
+from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.metrics import SwitchMetrics
+from vllm_hotswap.operations import Operations
+from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routing import Router
 
 log = logging.getLogger("vllm_hotswap")
@@ -37,12 +40,13 @@ class HotswapApp:
         switching: SwitchingConfig | None = None,
         observers: tuple[Observer, ...] = (),
         vllm_version: str = "none",
+        policies: Mapping[str, ModelPolicy] | None = None,
     ) -> None:
         self.host = host
         self._access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)
-        self.coordinator = Coordinator(host, observer, switching)
+        self.coordinator = Coordinator(host, observer, switching, policies)
         self.metrics = SwitchMetrics(
             active=lambda: self.coordinator.active,
             epoch=lambda: self.coordinator.epoch,
@@ -53,7 +57,11 @@ class HotswapApp:
         observer.add(self.metrics)
         self._router = Router(self.coordinator)
         admin = Admin(self.coordinator, host, self.metrics.registry)
+        moves = Operations(self.coordinator)
+        self.feed = EventFeed(admin.snapshot)
+        observer.add(self.feed)
         self._model = admin.model
+        self._operate = moves.operate
         self._routes: dict[tuple[str, str], tuple[Role, Handler]] = {
             ("GET", "/health"): (Role.PUBLIC, admin.health),
             ("GET", "/ping"): (Role.PUBLIC, admin.health),
@@ -64,6 +72,8 @@ class HotswapApp:
             ("GET", "/models"): (Role.USER, admin.models),
             ("POST", "/v1/models/switch"): (Role.ADMIN, admin.switch),
             ("GET", "/admin/status"): (Role.USER, admin.status),
+            ("GET", "/admin/plan"): (Role.USER, moves.plan),
+            ("GET", "/admin/events"): (Role.USER, self._events),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,8 +97,13 @@ class HotswapApp:
             return self._routes[key]
         if key[0] == "GET" and path.startswith("/v1/models/"):
             return Role.USER, self._model
+        if key[0] == "POST" and path.startswith(operations.PREFIX):
+            return Role.ADMIN, self._operate
         role = vllm_role(*key)
         return (Role.USER, _refuse) if role is None else (role, None)
+
+    async def _events(self, request: Request) -> Response:
+        return StreamingResponse(self.feed.stream(), media_type="text/event-stream")
 
     async def _version(self, request: Request) -> Response:
         """vLLM's answer, without a lease: it is the same whatever model is active."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_hotswap import __version__
+from vllm_hotswap import __version__, remote
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 
 
@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_demo(commands)
+    remote.add_commands(commands)
     return parser
 
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_hotswap.budget import OVERHEAD_BYTES, ModelNeeds
+from vllm_hotswap.checkpoint import weight_files_bytes
+from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
-from vllm_hotswap.host.messages import ModelFootprint, SocketPaths
+from vllm_hotswap.host.messages import SocketPaths
 
 log = logging.getLogger("vllm_hotswap")
 
-ACCELERATOR_RESERVE_BYTES = 1 << 30
-"""Left free on an accelerator for activations and graphs. An estimate, not yet measured."""
+WORKER_PROCESS_BYTES = 600 << 20
+"""What one worker process of a tensor-parallel model holds besides the model, on a CPU."""
 
 
 # --- configuration -----------------------------------------------------------------------
@@ -37,7 +39,7 @@ def serve_parser(prog: str) -> argparse.ArgumentParser:
 
     class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's types stop here
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
+            raise ConfigError(" ".join(message.split()))
 
     parser: argparse.ArgumentParser = make_arg_parser(RaisingParser(prog=prog))
     return parser
@@ -52,13 +54,17 @@ def engine_config(args: argparse.Namespace) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_hotswap.host.executor import QUALIFIED_NAME
+    from vllm_hotswap.host.executor import MULTIPROC_QUALIFIED_NAME, QUALIFIED_NAME
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
     single = engine_args.tensor_parallel_size == 1 and engine_args.pipeline_parallel_size == 1
-    if single and engine_args.distributed_executor_backend is None:
-        engine_args.distributed_executor_backend = QUALIFIED_NAME
-    return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    if engine_args.distributed_executor_backend in (None, "mp"):
+        engine_args.distributed_executor_backend = (
+            QUALIFIED_NAME if single else MULTIPROC_QUALIFIED_NAME
+        )
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    device_of(config).configure(config)
+    return config
 
 
 def validate_serve_args(args: argparse.Namespace) -> None:
@@ -84,54 +90,79 @@ def validate_serve_args(args: argparse.Namespace) -> None:
         )
 
 
-def footprint(alias: str, config: Any, weights_bytes: int) -> ModelFootprint:
-    """What can be known of a model's memory before it is loaded."""
-    model, parallel = config.model_config, config.parallel_config
+def model_needs(alias: str, config: Any, weights_bytes: int, pinned: bool = False) -> ModelNeeds:
+    """What can be known of a model's memory before it is loaded, on one device."""
+    model, parallel, device = config.model_config, config.parallel_config, device_of(config)
     per_token = (
         2
         * model.get_num_layers(parallel)
         * model.get_num_kv_heads(parallel)
         * model.get_head_size()
-        * model.dtype.itemsize
+        * _kv_dtype_bytes(config)
     )
     # vLLM allocates whole blocks; one more than needed covers rounding and its null block.
     one = per_token * (model.max_model_len + 2 * (config.cache_config.block_size or 128))
-    # Latent attention and state-space layers hold something else than keys and values per token.
-    is_plain = not (model.use_mla or model.is_hybrid or model.is_attention_free)
-    return ModelFootprint(
-        alias=alias,
-        weights_bytes=weights_bytes,
-        kv_bytes=config.cache_config.kv_cache_memory_bytes,
-        min_kv_bytes=one if is_plain else 0,
-        max_kv_bytes=one * config.scheduler_config.max_num_seqs if is_plain else sys.maxsize,
+    # Latent attention, state-space and sliding-window layers hold something else per token.
+    is_plain = not (
+        model.use_mla or model.is_hybrid or model.is_attention_free or model.get_sliding_window()
     )
+    # The workers of a tensor-parallel model share one CPU's memory, but have a GPU each.
+    workers = kv_shares(config)
+    explicit = config.cache_config.kv_cache_memory_bytes
+    return ModelNeeds(
+        alias=alias,
+        weights_bytes=weights_bytes if device.is_host_memory else weights_bytes // _ranks(config),
+        kv_bytes=None if explicit is None else explicit * workers,
+        min_kv_bytes=one * workers if is_plain else 0,
+        max_kv_bytes=one * workers * config.scheduler_config.max_num_seqs
+        if is_plain
+        else sys.maxsize,
+        pinned=pinned,
+        keeps_weights=device.is_host_memory,
+        overhead_bytes=OVERHEAD_BYTES + (WORKER_PROCESS_BYTES * workers if workers > 1 else 0),
+    )
+
+
+def kv_shares(config: Any) -> int:
+    """Into how many parts a model's KV memory on its device is divided, one for each worker."""
+    return _ranks(config) if device_of(config).is_host_memory else 1
+
+
+def _ranks(config: Any) -> int:
+    parallel = config.parallel_config
+    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+
+
+def _kv_dtype_bytes(config: Any) -> int:
+    dtype = str(config.cache_config.cache_dtype)
+    return 1 if "fp8" in dtype or "int8" in dtype else int(config.model_config.dtype.itemsize)
+
+
+def local_folder(name: str, revision: str | None) -> Path | None:
+    """Where a model's files are: the folder itself, or its place in the hub's cache, or None."""
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_absolute():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception as error:  # noqa: BLE001  # whatever it raises, there is a way on
+        log.debug("event=not_in_cache model=%s cause=%r", name, error)
+        return None
 
 
 def hub_weights_bytes(name: str, revision: str | None) -> int:
     """Size of a hub model's weight files, from the local cache or the hub's list; 0 if unknown."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    if folder := local_folder(name, revision):
         return weight_files_bytes({f.name: f.stat().st_size for f in folder.iterdir()})
-    except Exception as error:  # noqa: BLE001  # whatever it raises, there is a way on
-        log.debug("event=not_in_cache model=%s cause=%r", name, error)
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=10)
         return weight_files_bytes({f.rfilename: f.size or 0 for f in info.siblings or ()})
     except Exception as error:  # noqa: BLE001  # a size that is not known must not end the start
         log.warning("event=weights_size_unknown model=%s cause=%r", name, one_line(error))
         return 0
-
-
-def weight_files_bytes(sizes: Mapping[str, int]) -> int:
-    """Bytes of a checkpoint's weight files: of the first kind found, as vLLM prefers them."""
-    for suffix in (".safetensors", ".bin", ".pt"):
-        if found := [
-            size for name, size in sizes.items() if name.endswith(suffix) and "/" not in name
-        ]:
-            return sum(found)
-    return 0
 
 
 # --- frontend ----------------------------------------------------------------------------
@@ -212,47 +243,27 @@ def prepare_host() -> None:
     kind = "cpu" if current_platform.is_cpu() else "gpu"
     importlib.import_module(f"vllm.v1.worker.{kind}_worker")
     maybe_register_config_serialize_by_value()
+    _register_kernels_once(current_platform)
 
 
-def memory_budget_bytes(fraction: float) -> int:
-    """Bytes that may be used for all models together: `fraction` of the device, less what others
-    already use of it."""
-    from vllm.platforms import current_platform
+def _register_kernels_once(platform: Any) -> None:
+    """Let the platform replace its Triton kernels now, and not again at every load.
 
-    if current_platform.is_cpu():
-        from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
-
-        node = get_memory_node_info(get_visible_memory_node()[0])
-        total, free = node.total_memory, node.available_memory
-        reserve = 0
-    else:
-        import torch
-
-        free, total = torch.get_device_module().mem_get_info()
-        reserve = ACCELERATOR_RESERVE_BYTES
-    return int(free - (1 - fraction) * total - reserve)
+    vLLM does it for each worker that it makes: a scan of all modules (0.3 s to 0.5 s were
+    measured) that would wrap what it has wrapped already. The mark is set on this process's
+    platform object, not on its class.
+    """
+    if hasattr(platform, "register_triton_kernel_overrides"):
+        platform.register_triton_kernel_overrides()
+        platform.register_triton_kernel_overrides = lambda: None
 
 
-def weights_bytes(engine: Any) -> int:
-    """Bytes of a loaded model's parameters and buffers; 0 where workers are other processes."""
-    worker = getattr(engine.model_executor, "driver_worker", None)
-    if worker is None or not hasattr(worker, "get_model"):
-        return 0
-    model = worker.get_model()
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
+def unshare_layers() -> None:
+    """Have the next model make its own rotary caches, not share those of the model just loaded.
 
+    vLLM keeps them per shape for the whole process; a shared one would have to outlive every
+    model that uses it, and on an accelerator would lie in the memory of one that may sleep.
+    """
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
-@contextlib.contextmanager
-def collecting_failed_load() -> Iterator[None]:
-    """If the load inside fails, give back what it left, as `EngineCore.shutdown` would."""
-    try:
-        yield
-    except BaseException:
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
-        raise
+    _ROPE_DICT.clear()

@@ -14,10 +14,13 @@ from typing import Any, Literal
 
 import yaml
 
+from vllm_hotswap.budget import MemoryBudget, Size, parse_size
 from vllm_hotswap.errors import ConfigError
 
 CONFIG_VARIABLES = ("VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG")
 """Environment variables that may name the YAML file, the first one set wins."""
+
+IDLE_KEYS = ("idle_sleep", "idle_unload")
 
 LoadWhen = Literal["startup", "on_demand"]
 
@@ -32,6 +35,12 @@ class ModelConfig:
     """A folder (absolute after parsing) or a model hub's name."""
     load: LoadWhen = "startup"
     """When its engine is made: before the server accepts requests, or at its first switch."""
+    pinned: bool = False
+    """Whether it is never moved down to make room for another model."""
+    idle_sleep: float | None = None
+    """Seconds without a request after which it sleeps, once it is not active; None: never."""
+    idle_unload: float | None = None
+    """The same for unloading."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Every other key: a flag of `vllm serve`, with underscores."""
 
@@ -60,6 +69,7 @@ class ServerConfig:
     default_model: str
     models: tuple[ModelConfig, ...]
     switching: SwitchingConfig = SwitchingConfig()
+    memory: MemoryBudget = field(default_factory=MemoryBudget)
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -79,7 +89,7 @@ def parse_config(document: object, path: Path) -> ServerConfig:
     """Check a parsed document; `path` is where relative paths start and what errors name."""
     place = str(path)
     top = _mapping(document, place, "a mapping with the keys default_model and models")
-    _refuse_unknown(top, ("default_model", "models", "switching"), place)
+    _refuse_unknown(top, ("default_model", "models", "switching", "memory"), place)
     entries = _mapping(top.get("models"), f"{place}: models", "a mapping of alias to settings")
     if not entries:
         raise ConfigError(f"{place}: models is empty; name at least one model")
@@ -92,7 +102,8 @@ def parse_config(document: object, path: Path) -> ServerConfig:
             f"{place}: default_model {default!r} is not configured{hint}; "
             f"configured: {', '.join(aliases)}"
         )
-    return ServerConfig(path, default, models, _switching(top.get("switching"), place))
+    switching = _switching(top.get("switching"), place)
+    return ServerConfig(path, default, models, switching, _memory(top.get("memory"), place))
 
 
 def unknown_key(place: str, key: object, known: Iterable[str]) -> ConfigError:
@@ -154,7 +165,42 @@ def _model(alias: object, entry: object, path: Path) -> ModelConfig:
         raise ConfigError(f"{place}.load is {load!r}; it must be startup or on_demand")
     if not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{place}: every key must be a string")
-    return ModelConfig(alias, _resolve_model(model, place, path), load, settings)
+    pinned = settings.pop("pinned", False)
+    if not isinstance(pinned, bool):
+        raise ConfigError(f"{place}.pinned is {pinned!r}; it must be true or false")
+    idle = {key: _seconds(settings.pop(key, None), f"{place}.{key}") for key in IDLE_KEYS}
+    return ModelConfig(
+        alias,
+        _resolve_model(model, place, path),
+        load,
+        pinned,
+        idle["idle_sleep"],
+        idle["idle_unload"],
+        settings,
+    )
+
+
+def _seconds(value: object, place: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ConfigError(f"{place} is {value!r}; it must be a number of seconds above 0, or null")
+    return float(value)
+
+
+def _memory(section: object, place: str) -> MemoryBudget:
+    if section is None:
+        return MemoryBudget()
+    place = f"{place}: memory"
+    values = _mapping(section, place, "a mapping with the keys device and host")
+    _refuse_unknown(values, [f.name for f in fields(MemoryBudget)], place)
+    sizes: dict[str, Size] = {}
+    for key, value in values.items():
+        try:
+            sizes[key] = parse_size(value)
+        except ValueError as error:
+            raise ConfigError(f"{place}.{key} is {value!r}; {error}") from None
+    return MemoryBudget(**sizes)
 
 
 def _resolve_model(model: str, place: str, path: Path) -> str:

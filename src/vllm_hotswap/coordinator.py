@@ -1,16 +1,17 @@
 """The one owner of all switching state, on one event loop.
 
 Decisions are plain methods: between two awaits nothing else runs, so they need no locks. Slow
-work (draining, loading, activating) runs in one task per switch, `_run_switch`, whose phases
-are the ones in `states.SwitchPhase`.
+work (draining, making room, loading, activating) runs in one task per switch, `_run_switch`, whose
+phases are the ones in `states.SwitchPhase`. Where models go meanwhile is `ladder`'s part.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -28,18 +29,18 @@ from vllm_hotswap.errors import (
     WaitTimeout,
     one_line,
 )
-from vllm_hotswap.events import (
-    LoadProgress,
-    Observer,
-    PhaseChanged,
-    RequestEnded,
-    ResidencyChanged,
-    SwitchEnded,
-)
-from vllm_hotswap.registry import Cut, Lease, Model, Registry
+from vllm_hotswap.events import Observer, PhaseChanged, RequestEnded, SwitchEnded
+from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
+from vllm_hotswap.planner import Move, Plan
+from vllm_hotswap.registry import Cut, Lease, Model, ModelPolicy, Registry
 from vllm_hotswap.states import Residency, Step, SwitchPhase
 
 Clock = Callable[[], float]
+
+log = logging.getLogger("vllm_hotswap")
+
+IDLE_CHECK_S = 1.0
+"""How often models are looked at that may rest when nobody uses them."""
 
 CUT_GRACE_S = 5.0
 """Seconds that a request which was ended gets to notice, and then again to send its error."""
@@ -58,7 +59,10 @@ class SwitchResult:
     phases_s: dict[str, float]
     requests_cut: int
     memory_before_bytes: int
+    memory_unloaded_bytes: int
+    """Once there was room, before the target took any."""
     memory_after_bytes: int
+    evicted: tuple[Move, ...] = ()
 
     @property
     def reconfigure_s(self) -> float:
@@ -78,6 +82,11 @@ class _Switch:
     phase: SwitchPhase = SwitchPhase.VALIDATE
     phases_s: dict[str, float] = field(default_factory=dict)
     requests_cut: int = 0
+    moves: bool = False
+    """Whether memory is moved, rather than a pointer."""
+    memory_before_bytes: int = 0
+    memory_unloaded_bytes: int = 0
+    evicted: tuple[Move, ...] = ()
     held: dict[asyncio.Future[Lease], asyncio.Task[object] | None] = field(default_factory=dict)
     """Requests that wait for the target, in order of arrival, each with its task."""
     task: asyncio.Task[SwitchResult] | None = None
@@ -92,7 +101,7 @@ class Coordinator:
     - `_epoch`: raised at every activation, never lowered;
     - `_switch`: the switch under way, if any, with the requests held for its target;
     - `_dead`: why the engine host is gone, once it is;
-    - residency and leases of each model in the registry.
+    - leases of each model in the registry; residencies change through `ladder`.
 
     All of it is changed by methods of this class, on the event loop, and nowhere else.
     """
@@ -102,18 +111,23 @@ class Coordinator:
         host: EngineHost,
         observer: Observer,
         settings: SwitchingConfig | None = None,
+        policies: Mapping[str, ModelPolicy] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._host = host
         self._observer = observer
         self._settings = settings or SwitchingConfig()
         self._clock = clock
-        self.registry = Registry(host.engines)
+        self.registry = Registry(host.engines, policies)
+        self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch)
         self._active: Model | None = None
         self._epoch = 0
         self._switch: _Switch | None = None
         self._dead: str | None = None
         self._last_switch_s = 1.0
+        self.switches = 0
+        """Switches that have ended."""
+        self.switches_failed = 0
         host.on_engine_failed(self._engine_failed)
 
     def __repr__(self) -> str:
@@ -137,6 +151,15 @@ class Coordinator:
         return self._switch.phase.value if self._switch else "idle"
 
     @property
+    def operation_id(self) -> str | None:
+        """The switch under way."""
+        return self._switch.operation_id if self._switch else None
+
+    def idle_s(self, model: Model) -> float | None:
+        """Seconds since somebody last used the model; None if nobody has."""
+        return None if model.last_used_s is None else self._clock() - model.last_used_s
+
+    @property
     def target(self) -> str | None:
         """The target of the switch under way."""
         return self._switch.target.alias if self._switch else None
@@ -157,18 +180,29 @@ class Coordinator:
     # --- start ----------------------------------------------------------------------------
 
     async def start(self, load: Iterable[str], default: str) -> None:
-        """Load the aliases of `load`, `default` first, and activate `default`.
+        """Load the aliases of `load`, and activate `default`.
+
+        Models that the budget holds together are loaded together. Otherwise they are loaded one
+        after the other, `default` last, and who does not fit any more moves down.
 
         Raises:
             HotswapError: one of them cannot be loaded; the message names it.
         """
         self._host.died.add_done_callback(self._host_died)
+        self.ladder.check()
         first = self.registry.resolve(default)
         others = [self.registry.resolve(alias) for alias in load if alias != default]
         for model in (first, *others):
             model.engine.validate()
+        async with self.ladder.turn():
+            if self.ladder.fit_together([first, *others]):
+                await self._start_together(first, others)
+            else:
+                await self._start_in_turn(first, others)
+
+    async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
         # All at once: the host makes the next engine while this process builds a frontend.
-        loads = [asyncio.create_task(self._load(model)) for model in (first, *others)]
+        loads = [asyncio.create_task(self.ladder.bring_up(model)) for model in (first, *others)]
         try:
             await loads[0]
             await self._activate(first)
@@ -177,6 +211,60 @@ class Coordinator:
             for task in loads:
                 task.cancel()
             await asyncio.gather(*loads, return_exceptions=True)
+
+    async def _start_in_turn(self, first: Model, others: Iterable[Model]) -> None:
+        for model in (*others, first):
+            await self.ladder.make_room(model)
+            await self.ladder.bring_up(model)
+            model.last_used_s = self._clock()
+        await self._activate(first)
+
+    # --- residency --------------------------------------------------------------------------
+
+    def plan(self, alias: str) -> Plan:
+        """What a switch to `alias` would do, without doing it. Raises `UnknownModel`, `NoRoom`."""
+        return self.ladder.plan(self.registry.resolve(alias), self._active)
+
+    async def load(self, alias: str) -> OperationResult:
+        """Bring a model up to `parked`; the active one stays where it is."""
+        return await self.ladder.load(self._usable(alias), self._active)
+
+    async def wake(self, alias: str) -> OperationResult:
+        return await self.ladder.wake(self._usable(alias), self._active)
+
+    async def unload(self, alias: str) -> OperationResult:
+        return await self.ladder.unload(self._usable(alias))
+
+    async def sleep(self, alias: str, level: int) -> OperationResult:
+        return await self.ladder.sleep(self._usable(alias), level)
+
+    async def prefetch(self, alias: str) -> OperationResult:
+        return await self.ladder.prefetch(self._usable(alias))
+
+    def cancel_prefetch(self, alias: str) -> None:
+        self.ladder.cancel_prefetch(self._usable(alias))
+
+    def pin(self, alias: str, pinned: bool) -> None:
+        self.ladder.pin(self._usable(alias), pinned)
+
+    def _usable(self, alias: str) -> Model:
+        model = self.registry.resolve(alias)
+        if self._dead is not None:
+            raise EngineUnavailable(self._dead)
+        refuse_failed(model)
+        return model
+
+    async def rest_idle_models(self) -> None:
+        """Until cancelled, move models down that nobody has used for as long as they may stay."""
+        while self.ladder.has_idle_policies:
+            await asyncio.sleep(IDLE_CHECK_S)
+            try:
+                await self.rest_idle()
+            except HotswapError as error:
+                log.warning("event=rest_failed cause=%r", error.message)
+
+    async def rest_idle(self) -> None:
+        await self.ladder.rest_idle(self._active)
 
     # --- requests -------------------------------------------------------------------------
 
@@ -210,7 +298,7 @@ class Coordinator:
             model = self._active
         if model is None:
             raise EngineUnavailable("no model is active; switch to one")
-        _refuse_failed(model)
+        refuse_failed(model)
         if model is not self._active:
             raise ModelNotActive(model.alias, self.active)
         if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
@@ -299,25 +387,41 @@ class Coordinator:
         switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run_switch(self, switch: _Switch) -> SwitchResult:
-        try:
-            memory_before = self._host.stats().used_bytes
-            async with self._phase(switch, SwitchPhase.VALIDATE):
-                self._validate(switch.target)
-            async with self._phase(switch, SwitchPhase.DRAIN):
-                await self._drain(switch)
-            async with self._phase(switch, SwitchPhase.BRING_UP):
-                if not switch.target.is_loaded:
-                    await self._load(switch.target)
-            async with self._phase(switch, SwitchPhase.ACTIVATE):
-                await self._activate(switch.target)
-        except BaseException as error:
-            raise await self._roll_back(switch, error) from error
-        return self._finish(switch, memory_before)
+        async with self.ladder.turn():
+            try:
+                await self._take_over(switch)
+            except BaseException as error:
+                raise await self._roll_back(switch, error) from error
+            return self._finish(switch)
 
-    def _validate(self, target: Model) -> None:
-        _refuse_failed(target)
+    async def _take_over(self, switch: _Switch) -> None:
+        target = switch.target
+        switch.moves = not target.is_loaded
+        switch.memory_before_bytes = self._host.stats().used_bytes
+        async with self._phase(switch, SwitchPhase.VALIDATE):
+            self._validate(switch)
+        async with self._phase(switch, SwitchPhase.DRAIN):
+            await self._drain(switch)
+        self.ladder.cancel_prefetch(target)  # the load reads on
+        async with self._phase(switch, SwitchPhase.MAKE_ROOM):
+            switch.evicted = await self.ladder.make_room(target, drained=switch.source)
+        if switch.moves:
+            switch.memory_unloaded_bytes = self._host.stats().used_bytes
+        async with self._phase(switch, SwitchPhase.BRING_UP):
+            await self.ladder.bring_up(target)
+        async with self._phase(switch, SwitchPhase.ACTIVATE):
+            await self._activate(target)
+
+    def _validate(self, switch: _Switch) -> None:
+        """Refuse what cannot work while the source has given up nothing."""
+        target = switch.target
+        refuse_failed(target)
         if not target.is_loaded:
             target.engine.validate()
+            self.ladder.plan(target, switch.source)
+        has_to_wait = switch.source is not None and switch.source.leases
+        if has_to_wait and target.residency in (Residency.COLD, Residency.DISCARDED):
+            self.ladder.begin_prefetch(target)
 
     async def _drain(self, switch: _Switch) -> None:
         """Wait for the source's leases; end with an explicit error what is left at the deadline."""
@@ -354,35 +458,17 @@ class Coordinator:
             if lease in model.leases:
                 lease.kill()
 
-    async def _load(self, model: Model) -> None:
-        _refuse_failed(model)
-        started_s = self._clock()
-        self._step(model, Step.LOAD)
-
-        def progress(stage: str) -> None:
-            elapsed_s = self._clock() - started_s
-            self._observer.notify(LoadProgress(self._epoch, model.alias, stage, elapsed_s))
-
-        try:
-            await model.engine.load(progress)
-            _refuse_failed(model)  # it may have died meanwhile
-        except BaseException:
-            if model.residency is not Residency.FAILED:
-                self._step(model, Step.LOAD_FAILED)
-            raise
-        self._step(model, Step.LOADED)
-        progress("ready")
-
     async def _activate(self, target: Model) -> None:
         await target.engine.activate(self._epoch + 1)
-        _refuse_failed(target)  # it may have died meanwhile
-        if self._active is not None:
-            self._step(self._active, Step.PARK)
-        self._step(target, Step.ACTIVATE)
+        refuse_failed(target)  # it may have died meanwhile
+        if self._active is not None and self._active.residency is Residency.ACTIVE:
+            self.ladder.step(self._active, Step.PARK)
+            self._active.last_used_s = self._clock()
+        self.ladder.step(target, Step.ACTIVATE)
         self._epoch += 1
         self._active = target
 
-    def _finish(self, switch: _Switch, memory_before: int) -> SwitchResult:
+    def _finish(self, switch: _Switch) -> SwitchResult:
         """Re-open admission: whoever was held is served by the new epoch, in order of arrival."""
         self._switch = None
         for future, task in switch.held.items():
@@ -401,19 +487,18 @@ class Coordinator:
             duration_s=duration_s,
             phases_s=switch.phases_s,
             requests_cut=switch.requests_cut,
-            memory_before_bytes=memory_before,
-            memory_after_bytes=self._host.stats().used_bytes,
+            memory_before_bytes=switch.memory_before_bytes,
+            memory_unloaded_bytes=switch.memory_unloaded_bytes or switch.memory_before_bytes,
+            memory_after_bytes=self._host.stats().used_bytes
+            if switch.moves
+            else switch.memory_before_bytes,
+            evicted=switch.evicted,
         )
 
     async def _roll_back(self, switch: _Switch, cause: BaseException) -> BaseException:
         """Let the source serve on; return what the caller of the switch is told."""
-        source = self._active
-        if source is not None and self._dead is None:
-            # The pointer may have moved although the answer was lost.
-            try:
-                await source.engine.activate(self._epoch)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
-                self._engine_failed(source.alias, one_line(error))
+        if self._active is not None and self._dead is None:
+            await self._restore(self._active, switch.target)
         self._switch = None
         failed: HotswapError
         if self._dead is not None:
@@ -427,7 +512,30 @@ class Coordinator:
         # A switch is cancelled at shutdown, and its callers are to be told.
         return failed if isinstance(cause, Exception | asyncio.CancelledError) else cause
 
+    async def _restore(self, source: Model, target: Model) -> None:
+        """Have the source be stepped again, wherever it has been moved to meanwhile."""
+        try:
+            if source.residency is Residency.ACTIVE:
+                # The pointer may have moved although the answer was lost.
+                await source.engine.activate(self._epoch)
+                return
+            if not source.is_loaded:
+                await self.ladder.make_room(source)
+                await self.ladder.bring_up(source)
+            await self._activate(source)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
+            self._lose(source, one_line(error))
+
+    def _lose(self, source: Model, cause: str) -> None:
+        """The source could not be brought back: no model is active until the next switch."""
+        if source.residency is Residency.ACTIVE:
+            self._engine_failed(source.alias, cause)
+        log.error("event=source_lost model=%s cause=%r", source.alias, cause)
+        self._active = None
+
     def _notify_ended(self, switch: _Switch, duration_s: float, cause: str | None) -> None:
+        self.switches += 1
+        self.switches_failed += cause is not None
         self._observer.notify(
             SwitchEnded(
                 switch.operation_id,
@@ -446,7 +554,7 @@ class Coordinator:
         assert self._active is not None
         alias = self._active.alias
         return SwitchResult(
-            _operation_id(), self._epoch, alias, alias, False, 0.0, {}, 0, used, used
+            _operation_id(), self._epoch, alias, alias, False, 0.0, {}, 0, used, used, used
         )
 
     @asynccontextmanager
@@ -516,17 +624,8 @@ class Coordinator:
     def _fail(self, model: Model, cause: str) -> None:
         model.failure = cause
         if model.residency is not Residency.FAILED:
-            self._step(model, Step.FAIL)
+            self.ladder.step(model, Step.FAIL)
         self._end_all(model, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
-
-    def _step(self, model: Model, step: Step) -> None:
-        before = model.step(step)
-        self._observer.notify(ResidencyChanged(self._epoch, model.alias, before, model.residency))
-
-
-def _refuse_failed(model: Model) -> None:
-    if model.residency is Residency.FAILED:
-        raise EngineUnavailable(f"the engine of {model.alias!r} died: {model.failure}")
 
 
 def _granted(held: asyncio.Future[Lease]) -> Lease | None:

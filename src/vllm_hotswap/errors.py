@@ -9,6 +9,8 @@
     ├── ModelSwitching           503  the model is being drained; retry after the switch
     ├── SwitchInProgress         409  another target is under way; retry after it
     ├── SwitchFailed             503  the target could not be brought up; the cause is named
+    ├── NoRoom                   409  the memory budget does not hold it; free or unpin a model
+    ├── ModelInUse               409  the model is active, pinned or busy; it is said what to do
     ├── SwitchNotAllowed         403  the server was not started with switching open
     ├── Unauthorized             401  send a valid key
     ├── InvalidRequest           400  the body or a parameter is wrong
@@ -110,6 +112,25 @@ class SwitchFailed(HotswapError):
     def __init__(self, target: str, phase: str, cause: BaseException, serving: str | None) -> None:
         then = f"{serving!r} serves on" if serving else "no model is active"
         super().__init__(f"switch to {target!r} failed in phase {phase}: {cause}; {then}")
+
+
+class NoRoom(HotswapError):
+    """No allowed eviction makes room in the memory budget. The message has the arithmetic."""
+
+    status = 409
+    type = "conflict_error"
+    code = "no_room"
+
+
+class ModelInUse(HotswapError):
+    """The operation would take memory away from a model that is to keep it."""
+
+    status = 409
+    type = "conflict_error"
+    code = "model_in_use"
+
+    def __init__(self, alias: str, operation: str, why: str) -> None:
+        super().__init__(f"{operation} of model {alias!r} is refused: {why}")
 
 
 class SwitchNotAllowed(HotswapError):

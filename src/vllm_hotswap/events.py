@@ -54,6 +54,26 @@ class ResidencyChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelMoved:
+    """Memory of a model went away or came back: it was put to sleep, woken or unloaded."""
+
+    epoch: int
+    model: str
+    before: Residency
+    after: Residency
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PinChanged:
+    """A model was pinned, or may be evicted again."""
+
+    epoch: int
+    model: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LoadProgress:
     """A load reached a stage: `weights`, `kv_cache`, `warm_up`, `frontend` or `ready`."""
 
@@ -72,7 +92,15 @@ class RequestEnded:
     result: RequestResult
 
 
-Event = PhaseChanged | SwitchEnded | ResidencyChanged | LoadProgress | RequestEnded
+Event = (
+    PhaseChanged
+    | SwitchEnded
+    | ResidencyChanged
+    | ModelMoved
+    | PinChanged
+    | LoadProgress
+    | RequestEnded
+)
 
 
 class Observer(Protocol):

@@ -18,6 +18,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from vllm_hotswap import compat
+from vllm_hotswap.checkpoint import weight_files_bytes
 from vllm_hotswap.config import ModelConfig, ServerConfig, unknown_key
 from vllm_hotswap.errors import ConfigError, one_line
 
@@ -67,6 +68,7 @@ class ModelLaunch:
     args: argparse.Namespace
     vllm_config: Any
     weights_bytes: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ def _launch(model: ModelConfig, args: argparse.Namespace, config: ServerConfig) 
         args=args,
         vllm_config=vllm_config,
         weights_bytes=weights_bytes(model, vllm_config),
+        pinned=model.pinned,
     )
 
 
@@ -330,4 +333,4 @@ def weights_bytes(model: ModelConfig, vllm_config: Any) -> int:
     if path.is_file():
         return path.stat().st_size
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-    return compat.weight_files_bytes(sizes)
+    return weight_files_bytes(sizes)

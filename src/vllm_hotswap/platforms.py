@@ -41,6 +41,8 @@ def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
     result = dict(environment)
     result.pop("VLLM_SERVER_DEV_MODE", None)
     result.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)
+    # A forked worker would inherit other models' threads and distributed groups.
+    result["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if is_cpu_build():
         result.update(_preload(result))
         result.update(_thread_binding(result))
@@ -88,6 +90,20 @@ def _thread_binding(environment: Mapping[str, str]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(len(cores)),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
     }
+
+
+def binding_for_ranks(environment: Mapping[str, str], ranks: int) -> str | None:
+    """`VLLM_CPU_OMP_THREADS_BIND` for the workers of one model: the host's cores, divided.
+
+    None where nothing is to be bound, or where the user has said which worker gets which cores.
+    """
+    bind = environment.get(BIND_VARIABLE, "auto")
+    cores = environment.get("GOMP_CPU_AFFINITY", "").split()
+    if bind == "nobind" or not cores or bind.count("|") + 1 == ranks > 1:
+        return None
+    size = max(1, len(cores) // ranks)
+    parts = [cores[rank * size : (rank + 1) * size] or cores for rank in range(ranks)]
+    return "|".join(",".join(part) for part in parts)
 
 
 def parse_cores(text: str) -> list[int]:

@@ -48,6 +48,15 @@ class Lease:
             self.task.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class ModelPolicy:
+    """What the configuration says of one model's residency; times in seconds, None for never."""
+
+    pinned: bool = False
+    idle_sleep_s: float | None = None
+    idle_unload_s: float | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Model:
     """One configured model. Its residency changes through `step` alone."""
@@ -60,6 +69,12 @@ class Model:
     """Whoever drains the model waits here for its last lease."""
     last_used_s: float | None = None
     failure: str | None = None
+    policy: ModelPolicy = field(default_factory=ModelPolicy)
+    pinned: bool = False
+    up_s: dict[Residency, float] = field(default_factory=dict)
+    """Measured seconds that it took to bring it up from there."""
+    prefetch: asyncio.Task[int] | None = None
+    """Reads its files, if somebody has asked for that."""
 
     def __repr__(self) -> str:
         return f"<Model {self.alias} {self.residency.value} in_flight={len(self.leases)}>"
@@ -71,14 +86,21 @@ class Model:
 
     @property
     def is_loaded(self) -> bool:
+        """Whether it can be activated as it is."""
         return self.residency in (Residency.PARKED, Residency.ACTIVE)
 
 
 class Registry:
     """The models by alias, in the order of the configuration."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._models = {alias: Model(alias, engine) for alias, engine in engines.items()}
+    def __init__(
+        self, engines: Mapping[str, Engine], policies: Mapping[str, ModelPolicy] | None = None
+    ) -> None:
+        policies = policies or {}
+        self._models = {
+            alias: _model(alias, engine, policies.get(alias, ModelPolicy()))
+            for alias, engine in engines.items()
+        }
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -93,3 +115,7 @@ class Registry:
             return self._models[alias]
         except KeyError:
             raise UnknownModel(alias, self._models) from None
+
+
+def _model(alias: str, engine: Engine, policy: ModelPolicy) -> Model:
+    return Model(alias, engine, policy=policy, pinned=policy.pinned)

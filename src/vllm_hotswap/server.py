@@ -31,6 +31,7 @@ from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
+from vllm_hotswap.registry import ModelPolicy
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -91,7 +92,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     except BaseException:
         link.kill()
         raise
-    host = VllmHost(link, models)
+    host = VllmHost(link, models, config.memory)
     load = [model.alias for model in models if model.load_at_startup]
     progress = StartupProgress(load)
     app = HotswapApp(
@@ -100,8 +101,17 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
         config.switching,
         observers=(EventLog(), progress),
         vllm_version=launch.vllm_version(),
+        policies=policies(config),
     )
     return _run_loop(serve(app, listener, load, config.default_model, progress))
+
+
+def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
+    """What the file says of each model's residency."""
+    return {
+        model.alias: ModelPolicy(model.pinned, model.idle_sleep, model.idle_unload)
+        for model in config.models
+    }
 
 
 def _clean_environment() -> None:
@@ -171,7 +181,9 @@ async def _serve(app: HotswapApp, listener: Listener, stop: asyncio.Future[None]
     config = listener.uvicorn_config(_with_origins(app, listener.args))
     server = Server(config, on_started=lambda: _announce(app, listener))
     serving = asyncio.create_task(server.serve([listener.sock] if listener.sock else None))
+    resting = asyncio.create_task(app.coordinator.rest_idle_models())
     with contextlib.ExitStack() as exits:
+        exits.callback(resting.cancel)
         if listener.refresher is not None:
             exits.callback(listener.refresher(config).stop)
         ends: list[asyncio.Future[Any]] = [serving, stop, app.host.died]
@@ -187,6 +199,7 @@ async def _shut_down(
     timeout_s = getattr(args, "shutdown_timeout", 0) or 0
     log.info("event=shutdown drain_timeout_s=%s", timeout_s)
     await app.coordinator.shut_down(timeout_s)
+    app.feed.close()
     server.should_exit = True
     await asyncio.wait([serving], timeout=LAST_ANSWERS_S + 1)
     server.force_exit = True
@@ -257,13 +270,11 @@ def banner(app: HotswapApp, address: str) -> str:
     lines = [f"vllm-hotswap {__version__}  {address}  active: {coordinator.active}"]
     for model in coordinator.registry:
         memory = model.engine.memory
-        held = (
+        holds = (
             f"weights {memory.weights_bytes / (1 << 20):8.1f} MiB   "
             f"KV {memory.kv_bytes / (1 << 20):8.1f} MiB"
-            if model.is_loaded
-            else "loaded at its first switch"
         )
-        lines.append(f"  {model.alias:<{width}}  {model.residency.value:<7} {held}")
+        lines.append(f"  {model.alias:<{width}}  {model.residency.value:<9} {holds}")
     return "\n".join(lines)
 
 

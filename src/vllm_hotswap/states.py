@@ -23,6 +23,10 @@ class Residency(StrEnum):
     """Weights and KV stay on the device; the engine is not stepped (vLLM sleep level 0)."""
     ACTIVE = "active"
     """Weights and KV on the device; the engine is stepped."""
+    ASLEEP = "asleep"
+    """KV memory is given back, weights stay in host memory (vLLM sleep level 1)."""
+    DISCARDED = "discarded"
+    """Weights are dropped, too; structure and compiled code stay (vLLM sleep level 2)."""
     FAILED = "failed"
     """Its engine died after it had been loaded; it needs a restart of the server."""
 
@@ -35,6 +39,11 @@ class Step(StrEnum):
     LOAD_FAILED = "load_failed"
     ACTIVATE = "activate"
     PARK = "park"
+    SLEEP = "sleep"
+    DISCARD = "discard"
+    WAKE = "wake"
+    WAKE_FAILED = "wake_failed"
+    UNLOAD = "unload"
     FAIL = "fail"
 
 
@@ -46,10 +55,47 @@ TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
         Step.LOAD_FAILED: Residency.COLD,
         Step.FAIL: Residency.FAILED,
     },
-    Residency.PARKED: {Step.ACTIVATE: Residency.ACTIVE, Step.FAIL: Residency.FAILED},
+    Residency.PARKED: {
+        Step.ACTIVATE: Residency.ACTIVE,
+        Step.SLEEP: Residency.ASLEEP,
+        Step.DISCARD: Residency.DISCARDED,
+        Step.UNLOAD: Residency.COLD,
+        Step.FAIL: Residency.FAILED,
+    },
     Residency.ACTIVE: {Step.PARK: Residency.PARKED, Step.FAIL: Residency.FAILED},
+    Residency.ASLEEP: {
+        Step.WAKE: Residency.PARKED,
+        Step.WAKE_FAILED: Residency.COLD,
+        Step.DISCARD: Residency.DISCARDED,
+        Step.UNLOAD: Residency.COLD,
+        Step.FAIL: Residency.FAILED,
+    },
+    Residency.DISCARDED: {
+        Step.WAKE: Residency.PARKED,
+        Step.WAKE_FAILED: Residency.COLD,
+        Step.UNLOAD: Residency.COLD,
+        Step.FAIL: Residency.FAILED,
+    },
     Residency.FAILED: {},
 }
+
+
+LADDER = (Residency.ACTIVE, Residency.PARKED, Residency.ASLEEP, Residency.DISCARDED, Residency.COLD)
+"""The residencies in which a model may stay, from the one that holds most to the one that holds
+nothing."""
+
+DOWN: Mapping[Residency, Step] = {
+    Residency.PARKED: Step.PARK,
+    Residency.ASLEEP: Step.SLEEP,
+    Residency.DISCARDED: Step.DISCARD,
+    Residency.COLD: Step.UNLOAD,
+}
+"""The step that takes a model down to a residency."""
+
+
+def is_below(lower: Residency, upper: Residency) -> bool:
+    """Whether `lower` is further down the ladder than `upper`."""
+    return LADDER.index(lower) > LADDER.index(upper)
 
 
 class SwitchPhase(StrEnum):
@@ -57,6 +103,7 @@ class SwitchPhase(StrEnum):
 
     VALIDATE = "validate"
     DRAIN = "drain"
+    MAKE_ROOM = "make_room"
     BRING_UP = "bring_up"
     ACTIVATE = "activate"
 

@@ -1,31 +1,91 @@
-"""The executor of a hosted engine: vLLM's single-process one, inside the engine host.
+"""The executors of hosted engines: vLLM's own, ending without process-wide cleanup.
 
-Named by its qualified name in `distributed_executor_backend`, so that the CPU platform, which
-replaces the word "uni" by the multi-process executor, lets it be. Checked on vLLM 0.32.0.
+A model on one device runs inside the engine host, a tensor-parallel one in worker processes that
+the host starts and ends with it. Both are named by their qualified names in
+`distributed_executor_backend`, so that the CPU platform, which replaces the word "uni" by the
+multi-process executor, lets them be. Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from vllm import envs
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_hotswap.host.progress import reached
+from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
 
 QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
+MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
 
 
-class HostedExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM's types stop here
-    """`UniProcExecutor` that says which stage of a load it has reached."""
+class _Reporting:
+    """Says which stage of a load an executor has reached."""
 
     def _init_executor(self) -> None:
         reached("weights")
-        super()._init_executor()
+        super()._init_executor()  # type: ignore[misc]
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         reached("kv_cache")
-        super().initialize_from_config(kv_cache_configs)
+        super().initialize_from_config(kv_cache_configs)  # type: ignore[misc]
 
     def compile_or_warm_up_model(self) -> None:
         reached("warm_up")
-        super().compile_or_warm_up_model()
+        super().compile_or_warm_up_model()  # type: ignore[misc]
+
+
+class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM's types stop here
+    """`UniProcExecutor` for one of several engines in a process."""
+
+    def shutdown(self) -> None:
+        """End what the worker has started; `host.teardown` gives its memory back.
+
+        vLLM's own worker shutdown would also reset what other engines of the process use.
+        """
+        worker = getattr(getattr(self, "driver_worker", None), "worker", None)
+        for name in ("profiler", "weight_transfer_engine", "elastic_ep_executor"):
+            if part := getattr(worker, name, None):
+                part.shutdown()
+
+
+class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[misc]
+    """`MultiprocExecutor` whose workers share the cores of the host."""
+
+    def _init_executor(self) -> None:
+        with _cores_for_each(self.parallel_config.local_world_size):
+            super()._init_executor()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        # vLLM registers `shutdown` for the end of the process, which would keep this object.
+        if finalizer := getattr(self, "_finalizer", None):
+            finalizer.detach()
+
+
+@contextmanager
+def _cores_for_each(workers: int) -> Iterator[None]:
+    """Have vLLM bind the workers' threads to parts of the host's cores.
+
+    vLLM divides cores by NUMA node, one for each worker, and refuses where there are fewer.
+    """
+    before = os.environ.get(BIND_VARIABLE)
+    binding = binding_for_ranks(os.environ, workers)
+    if binding is None:
+        yield
+        return
+    os.environ[BIND_VARIABLE] = binding
+    envs.disable_envs_cache()  # vLLM has read the variable already
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BIND_VARIABLE]
+        else:
+            os.environ[BIND_VARIABLE] = before
+        envs.enable_envs_cache()

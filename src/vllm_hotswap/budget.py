@@ -1,0 +1,281 @@
+"""The memory budget: what it is, how KV memory is shared within it. Pure: numbers in, numbers out.
+
+vLLM gives one server nearly all memory that is there, so a second model in the same process
+would find none. Here KV memory is shared before anything is loaded, among *all* configured
+models, so that the order of loading changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_hotswap.devices import DeviceMemory
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.planner import Usage
+
+OVERHEAD_BYTES = 64 << 20
+"""Set aside per model for activations and bookkeeping (27 MB were measured for a tiny model)."""
+
+READING_BYTES = 64 << 20
+"""What a load takes for a while besides what it leaves: the tensor that is being read."""
+
+_GIB = 1 << 30
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+
+Size = int | float
+"""Bytes (an int) or a fraction of what there is (a float above 0, at most 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """The `memory` section: what the engine host may hold, None for a default."""
+
+    device: Size | None = None
+    """Device memory; on a CPU, the host process as a whole. A fraction is one of all there is."""
+    host: Size | None = None
+    """Host memory for weights asleep (on accelerators) and for prefetched files."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What is known of a model's memory before it is loaded, in bytes."""
+
+    alias: str
+    weights_bytes: int
+    """Size of its weight files; 0 where that is not known (a hub name not yet downloaded)."""
+    kv_bytes: int | None
+    """Its configured KV size, None to be given one."""
+    min_kv_bytes: int
+    """Enough for one sequence of its maximum length; less would be refused by vLLM."""
+    max_kv_bytes: int
+    """Enough for all sequences it may run at once, each of its maximum length."""
+    pinned: bool = False
+    keeps_weights: bool = False
+    """Whether its weights still count when it is asleep."""
+    overhead_bytes: int = OVERHEAD_BYTES
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds without KV memory."""
+        return self.weights_bytes + self.overhead_bytes
+
+    @property
+    def reading_bytes(self) -> int:
+        """What its load takes for a while besides what it leaves."""
+        return min(READING_BYTES, self.weights_bytes)
+
+    @property
+    def least_kv_bytes(self) -> int:
+        """The KV memory without which it is not loaded."""
+        return self.min_kv_bytes if self.kv_bytes is None else self.kv_bytes
+
+
+def parse_size(value: object) -> Size:
+    """Bytes or a fraction from `20GiB`, `0.8`, `80%` or a number of bytes.
+
+    Raises:
+        ValueError: it is none of these; the message says what is wanted.
+    """
+    wanted = "give bytes, a size such as 20GiB, or a fraction such as 0.8 or 80%"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(wanted)
+    if isinstance(value, int) and value > 0:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    match = re.fullmatch(r"([0-9.]+)\s*(%|[A-Za-z]*)", str(value).strip())
+    if match is None or not isinstance(value, str):
+        raise ValueError(wanted)
+    return _size(match[1], match[2], wanted)
+
+
+def _size(number: str, unit: str, wanted: str) -> Size:
+    try:
+        amount = float(number)
+    except ValueError:
+        raise ValueError(wanted) from None
+    if unit == "%" and 0 < amount <= 100:
+        return amount / 100
+    if unit.upper() not in _UNITS or amount <= 0:
+        raise ValueError(wanted)
+    if not unit and amount <= 1:
+        return amount
+    return int(amount * _UNITS[unit.upper()])
+
+
+def resolve_size(size: Size, total_bytes: int) -> int:
+    """Bytes; a fraction is one of `total_bytes`."""
+    return int(size * total_bytes) if isinstance(size, float) else size
+
+
+def resolve_budget(
+    memory: MemoryBudget, device: DeviceMemory, host_free_bytes: int, fraction: float
+) -> Usage:
+    """What all models together may hold.
+
+    Args:
+        memory: as configured.
+        device: what there is, and what the engine host holds already.
+        host_free_bytes: host memory that nobody uses.
+        fraction: of the device's memory, for a default; the same as vLLM's
+            `gpu_memory_utilization`.
+
+    Raises:
+        ConfigError: there is less than is asked for, or nothing is left for models.
+    """
+    if memory.device is None:
+        for_models = int(device.free - (1 - fraction) * device.total)
+    else:
+        size = resolve_size(memory.device, device.total)
+        for_models = size - device.held
+        if for_models > device.free:
+            raise ConfigError(
+                f"memory.device is {_gib(size)}, but of {_gib(device.total)} only "
+                f"{_gib(device.free + device.held)} can be used; lower it, or end what uses more"
+            )
+    if for_models <= 0:
+        raise ConfigError(
+            f"nothing is left for models: the engine host itself holds {_gib(device.held)}, "
+            f"{_gib(device.free)} are free; raise memory.device"
+        )
+    host = (
+        host_free_bytes // 2 if memory.host is None else resolve_size(memory.host, host_free_bytes)
+    )
+    return Usage(for_models, host)
+
+
+def share_kv_memory(models: Sequence[ModelNeeds], budget_bytes: int) -> Mapping[str, int]:
+    """KV bytes for every model, explicit sizes kept.
+
+    The first of these that gives every model enough for one sequence of its maximum length:
+
+    1. all models loaded together: each gets that much, and what is left is shared equally, none
+       gets more than all its sequences can use, and what one leaves goes to the others (max-min
+       fairness);
+    2. one model with KV memory at a time, the others asleep;
+    3. one model at a time, the others unloaded.
+
+    Pinned models always count as loaded. One model at a time is read.
+
+    Raises:
+        ConfigError: a model cannot have its minimum even then; the message has the arithmetic.
+    """
+    for others in (_all_loaded, _asleep, _unloaded):
+        if (shares := others(models, budget_bytes)) is not None:
+            return shares
+    raise ConfigError(_too_little(models, budget_bytes))
+
+
+def _all_loaded(models: Sequence[ModelNeeds], budget_bytes: int) -> dict[str, int] | None:
+    return _share(models, budget_bytes - _weights(models))
+
+
+def _asleep(models: Sequence[ModelNeeds], budget_bytes: int) -> dict[str, int] | None:
+    left = budget_bytes - _weights([m for m in models if m.keeps_weights])
+    return _one_at_a_time(models, left, [m for m in models if not m.keeps_weights])
+
+
+def _unloaded(models: Sequence[ModelNeeds], budget_bytes: int) -> dict[str, int] | None:
+    return _one_at_a_time(models, budget_bytes, models)
+
+
+def _one_at_a_time(
+    models: Sequence[ModelNeeds], left: int, coming: Sequence[ModelNeeds]
+) -> dict[str, int] | None:
+    """Every model in turn shares with the pinned ones; weights of `coming` come with them."""
+    shares: dict[str, int] = {}
+    for model in models:
+        together = _with_pinned(model, models)
+        round_shares = _share(together, left - _weights([m for m in together if m in coming]))
+        if round_shares is None:
+            return None
+        for alias, share in round_shares.items():
+            shares[alias] = min(share, shares.get(alias, share))
+    return shares
+
+
+def _with_pinned(model: ModelNeeds, models: Sequence[ModelNeeds]) -> list[ModelNeeds]:
+    """A model and those that are loaded whenever it is."""
+    return [other for other in models if other.pinned or other is model]
+
+
+def _weights(models: Iterable[ModelNeeds]) -> int:
+    return sum(model.held_bytes for model in models)
+
+
+def _reading(models: Iterable[ModelNeeds]) -> int:
+    return max((model.reading_bytes for model in models), default=0)
+
+
+def _least(models: Sequence[ModelNeeds]) -> int:
+    """What models must have to be loaded together."""
+    kv_bytes = sum(model.least_kv_bytes for model in models)
+    return _weights(models) + kv_bytes + _reading(models)
+
+
+def _share(models: Sequence[ModelNeeds], left: int) -> dict[str, int] | None:
+    """What each gets, explicit sizes first; None if that is less than somebody's minimum."""
+    left -= _reading(models)
+    if sum(model.least_kv_bytes for model in models) > left:
+        return None
+    explicit = {m.alias: m.kv_bytes for m in models if m.kv_bytes is not None}
+    others = [model for model in models if model.kv_bytes is None]
+    return {**explicit, **_fill_evenly(others, left - sum(explicit.values()))}
+
+
+def _fill_evenly(models: Sequence[ModelNeeds], available: int) -> dict[str, int]:
+    """Divide `available` so that no share can grow without shrinking a smaller one.
+
+    Shares are filled to one level, as water fills vessels: whoever needs more than that at least
+    has its minimum, whoever can use less than that at most has its maximum.
+    """
+
+    def filled(level: int) -> dict[str, int]:
+        return {m.alias: max(m.min_kv_bytes, min(m.max_kv_bytes, level)) for m in models}
+
+    levels = range(available + 1) if models else range(1)
+    too_high = bisect_right(levels, available, key=lambda level: sum(filled(level).values()))
+    return filled(too_high - 1)
+
+
+def _too_little(models: Sequence[ModelNeeds], budget_bytes: int) -> str:
+    """The arithmetic of the first model that does not fit; pinned ones are looked at first."""
+    model = next(
+        m
+        for m in sorted(models, key=lambda m: not m.pinned)
+        if _least(_with_pinned(m, models)) > budget_bytes
+    )
+    pinned = [other for other in models if other.pinned and other is not model]
+    wants = (
+        f"its kv_cache_memory_bytes is {_gib(model.kv_bytes)}"
+        if model.kv_bytes is not None
+        else f"one sequence of its maximum length needs {_gib(model.min_kv_bytes)} of KV memory"
+    )
+    taken = model.held_bytes + _reading([model, *pinned])
+    beside = _least(pinned) - _reading(pinned)
+    left = budget_bytes - taken - beside
+    return (
+        f"model {model.alias!r} can never be loaded: {wants}, its weights and overhead take "
+        f"{_gib(taken)}{f', pinned models take {_gib(beside)}' if pinned else ''}, and the budget "
+        f"for models is {_gib(budget_bytes)}, which leaves {_gib(max(0, left))}; raise "
+        "memory.device, lower max_model_len or kv_cache_memory_bytes"
+        f"{', or unpin a model' if pinned else ''}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB"

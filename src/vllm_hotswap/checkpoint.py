@@ -1,0 +1,111 @@
+"""A checkpoint's weight files: which there are, whether they are whole, and reading them ahead.
+
+Knows the layout of safetensors files (https://github.com/huggingface/safetensors#format): eight
+bytes with the header's length, a JSON header with the byte range of each tensor, the tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vllm_hotswap.errors import ConfigError
+
+INDEX = "model.safetensors.index.json"
+SUFFIXES = (".safetensors", ".bin", ".pt")
+CHUNK_BYTES = 8 << 20
+MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library itself accepts."""
+
+
+def weight_files_bytes(sizes: Mapping[str, int]) -> int:
+    """Bytes of a checkpoint's weight files: of the first kind found, as vLLM prefers them."""
+    return sum(sizes[name] for name in _weight_names(sizes))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files in a folder, of the first kind found."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    return [folder / name for name in sorted(_weight_names(names))]
+
+
+def _weight_names(names: Iterable[str]) -> list[str]:
+    for suffix in SUFFIXES:
+        if found := [name for name in names if name.endswith(suffix) and "/" not in name]:
+            return found
+    return []
+
+
+def check_weights(folder: Path) -> None:
+    """Find missing and truncated weight files without reading the weights.
+
+    Raises:
+        ConfigError: a file is missing or not whole; the message names it.
+    """
+    for name in _indexed(folder):
+        if not (folder / name).is_file():
+            raise ConfigError(f"the weight file {str(folder / name)!r} does not exist")
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            _check_safetensors(file)
+
+
+def _indexed(folder: Path) -> set[str]:
+    """Files that the index names; none where there is no index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return set()
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return {str(name) for name in names}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"the index {str(index)!r} cannot be read: {error}") from error
+
+
+def _check_safetensors(file: Path) -> None:
+    actual = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, actual - 8):
+            raise ConfigError(
+                f"the weight file {str(file)!r} is no safetensors file: {actual} bytes, "
+                f"a header of {length}"
+            )
+        try:
+            header = json.loads(content.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ConfigError(
+                f"the header of the weight file {str(file)!r} cannot be read: {error!r}"
+            ) from error
+    expected = 8 + length + max(ends, default=0)
+    if actual < expected:
+        raise ConfigError(
+            f"the weight file {str(file)!r} is truncated: it has {actual} of {expected} bytes"
+        )
+
+
+async def read_ahead(files: Iterable[Path], limit_bytes: int) -> int:
+    """Read files into the page cache, on a thread; stops when it is cancelled.
+
+    Returns:
+        The bytes read, at most `limit_bytes` rounded up to a chunk.
+    """
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(_read, list(files), limit_bytes, stop)
+    finally:
+        stop.set()
+
+
+def _read(files: Iterable[Path], limit_bytes: int, stop: threading.Event) -> int:
+    buffer = bytearray(CHUNK_BYTES)
+    done = 0
+    for file in files:
+        with file.open("rb", buffering=0) as content:
+            while done < limit_bytes and not stop.is_set() and (got := content.readinto(buffer)):
+                done += got
+    return done

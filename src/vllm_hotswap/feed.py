@@ -1,0 +1,85 @@
+"""The event stream: everything that the coordinator tells of, for clients that watch.
+
+Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html), one per
+event, in order. A client that does not read fast enough is let go rather than remembered for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from vllm_hotswap.events import Event
+
+MAX_BEHIND = 10_000
+"""Events that a client may be behind; then its stream ends."""
+KEEP_ALIVE_S = 15.0
+
+
+class EventFeed:
+    """An observer that passes events on to whoever has subscribed.
+
+    The mutable state is `_queues`, one for each subscriber; None in a queue ends its stream.
+    """
+
+    def __init__(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
+        self._snapshot = snapshot
+        self._queues: set[asyncio.Queue[str | None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<EventFeed subscribers={len(self._queues)}>"
+
+    def notify(self, event: Event) -> None:
+        if not self._queues:
+            return
+        message = as_message(event_name(event), event_fields(event))
+        for queue in list(self._queues):
+            if queue.qsize() >= MAX_BEHIND:
+                self._queues.discard(queue)
+                queue.put_nowait(None)
+            else:
+                queue.put_nowait(message)
+
+    def close(self) -> None:
+        """End every stream."""
+        for queue in self._queues:
+            queue.put_nowait(None)
+        self._queues.clear()
+
+    async def stream(self) -> AsyncIterator[str]:
+        """The state now, as the event `snapshot`, and then every event."""
+        queue: asyncio.Queue[str | None] = asyncio.Queue()
+        self._queues.add(queue)
+        try:
+            yield as_message("snapshot", self._snapshot())
+            while (message := await _next(queue)) is not None:
+                yield message
+        finally:
+            self._queues.discard(queue)
+
+
+async def _next(queue: asyncio.Queue[str | None]) -> str | None:
+    """The next message, or a comment when there was none for a while."""
+    try:
+        async with asyncio.timeout(KEEP_ALIVE_S):
+            return await queue.get()
+    except TimeoutError:
+        return ": keep-alive\n\n"
+
+
+def event_name(event: Event) -> str:
+    """`SwitchEnded` is `switch_ended`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+def event_fields(event: Event) -> dict[str, Any]:
+    """The event's fields; times are seconds."""
+    return {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+
+
+def as_message(name: str, data: Mapping[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -1,0 +1,365 @@
+"""Moving models on the residency ladder, one at a time, under the memory budget.
+
+`planner` decides who moves; this module moves them: it steps a model's residency, has the engine
+do the work, measures the time, and tells observers. The coordinator's switches go through it, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, InvalidRequest, ModelInUse, NoRoom
+from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
+from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
+from vllm_hotswap.registry import Model, Registry
+from vllm_hotswap.states import DOWN, Residency, Step, is_below
+
+Clock = Callable[[], float]
+
+RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
+"""Where a sleep level leads."""
+
+READ_BYTES_PER_S = 500e6
+"""How fast weights are read, for the cost of a load that has not been measured yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperationResult:
+    """What an operation on one model did. Times in seconds, memory in bytes."""
+
+    operation: str
+    model: str
+    before: Residency
+    after: Residency
+    duration_s: float
+    evicted: tuple[Move, ...] = ()
+    prefetched_bytes: int | None = None
+
+    @property
+    def changed(self) -> bool:
+        return self.before is not self.after
+
+
+class Ladder:
+    """All models' residencies below `active`.
+
+    Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
+    `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
+    sum of what models hold is only known between moves.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        host: EngineHost,
+        observer: Observer,
+        clock: Clock,
+        epoch: Callable[[], int],
+    ) -> None:
+        self._registry = registry
+        self._host = host
+        self._observer = observer
+        self._clock = clock
+        self._epoch = epoch
+        self._turn = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        where = {model.alias: model.residency.value for model in self._registry}
+        return f"<Ladder {where} moving={self._turn.locked()}>"
+
+    # --- what there is ------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> Usage:
+        return self._host.budget
+
+    @property
+    def used(self) -> Usage:
+        return self.snapshot().used
+
+    def snapshot(self, drained: Model | None = None) -> Snapshot:
+        """What the planner is told; requests of `drained` will have ended before anything moves."""
+        return Snapshot(
+            tuple(self._view(model, model is drained) for model in self._registry), self.budget
+        )
+
+    def plan(self, target: Model, active: Model | None) -> Plan:
+        """What a switch to `target` would do. Raises `NoRoom`."""
+        return make_plan(self.snapshot(drained=active), target.alias)
+
+    def check(self) -> None:
+        """See that every model can be loaded beside the pinned ones.
+
+        Raises:
+            ConfigError: one never can; the message has the arithmetic.
+        """
+        for target in self._registry:
+            views = tuple(
+                self._view(model, drained=True, residency=_at_least(model, target))
+                for model in self._registry
+            )
+            try:
+                make_plan(Snapshot(views, self.budget), target.alias)
+            except NoRoom as error:
+                raise ConfigError(
+                    f"{error.message}; raise memory.device, lower kv_cache_memory_bytes, "
+                    "or unpin a model"
+                ) from None
+
+    def fit_together(self, models: Iterable[Model]) -> bool:
+        return fits_together([self._view(model, drained=True) for model in models], self.budget)
+
+    def _view(self, model: Model, drained: bool, residency: Residency | None = None) -> ModelView:
+        return ModelView(
+            alias=model.alias,
+            residency=residency or model.residency,
+            footprint=model.engine.footprint,
+            pinned=model.pinned,
+            in_flight=0 if drained else len(model.leases),
+            last_used_s=model.last_used_s or 0.0,
+            up_s={where: up_cost_s(model, where) for where in Residency},
+        )
+
+    # --- operations that people ask for -------------------------------------------------------
+
+    async def load(self, model: Model, active: Model | None) -> OperationResult:
+        """Bring a model up to `parked` from wherever it is."""
+        return await self._raise("load", model, active)
+
+    async def wake(self, model: Model, active: Model | None) -> OperationResult:
+        """Bring a sleeping model up to `parked`. Raises `InvalidRequest` if it is cold."""
+        if model.residency is Residency.COLD:
+            raise InvalidRequest(
+                f"model {model.alias!r} is cold, and there is nothing to wake; load it", "model"
+            )
+        return await self._raise("wake", model, active)
+
+    async def unload(self, model: Model) -> OperationResult:
+        """Give back everything of a model."""
+        return await self._lower("unload", model, Residency.COLD)
+
+    async def sleep(self, model: Model, level: int) -> OperationResult:
+        """Put a model to sleep.
+
+        Raises:
+            InvalidRequest: its device does not know the level.
+            ModelInUse: it is active, pinned, or has requests that would not survive.
+        """
+        if level not in RESTING or RESTING[level] not in model.engine.footprint.usage:
+            known = [str(n) for n, to in RESTING.items() if to in model.engine.footprint.usage]
+            raise InvalidRequest(
+                f"model {model.alias!r} has no sleep level {level} on this platform; "
+                f"levels: {', '.join(known) or 'none (it can be unloaded)'}",
+                "level",
+            )
+        return await self._lower("sleep", model, RESTING[level])
+
+    async def prefetch(self, model: Model) -> OperationResult:
+        """Read a model's files ahead, as far as the host budget goes; join a reading under way."""
+        started_s, residency = self._clock(), model.residency
+        done = 0
+        if residency in (Residency.COLD, Residency.DISCARDED):
+            done = await asyncio.shield(self.begin_prefetch(model))
+        return OperationResult(
+            "prefetch", model.alias, residency, model.residency, self._clock() - started_s, (), done
+        )
+
+    def begin_prefetch(self, model: Model) -> asyncio.Task[int]:
+        """Begin to read a model's files, or go on with it."""
+        if model.prefetch is None or model.prefetch.done():
+            limit = max(0, self.budget.host - self.used.host)
+            model.prefetch = asyncio.create_task(model.engine.prefetch(limit))
+            # Nobody may be waiting: a file that cannot be read is the load's to report.
+            model.prefetch.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return model.prefetch
+
+    def cancel_prefetch(self, model: Model) -> None:
+        if model.prefetch is not None:
+            model.prefetch.cancel()
+            model.prefetch = None
+
+    def pin(self, model: Model, pinned: bool) -> None:
+        """Keep a model from being evicted, or allow it again. It may be anywhere."""
+        if model.pinned != pinned:
+            model.pinned = pinned
+            self._observer.notify(PinChanged(self._epoch(), model.alias, pinned))
+
+    async def _raise(self, operation: str, model: Model, active: Model | None) -> OperationResult:
+        async with self.turn():
+            before, started_s = model.residency, self._clock()
+            evicted: tuple[Move, ...] = ()
+            if not model.is_loaded:
+                model.engine.validate()
+                evicted = await self.make_room(model, keep=[active] if active else [])
+                await self.bring_up(model)
+            took_s = self._clock() - started_s
+            return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
+
+    async def _lower(self, operation: str, model: Model, to: Residency) -> OperationResult:
+        async with self.turn():
+            before, started_s = model.residency, self._clock()
+            if before is not Residency.FAILED and is_below(to, before):
+                _refuse_use(model, operation, to)
+                await self.move_down(model, to)
+            return OperationResult(
+                operation, model.alias, before, model.residency, self._clock() - started_s
+            )
+
+    # --- moves --------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Hold the ladder: nobody else moves a model meanwhile."""
+        async with self._turn:
+            yield
+
+    async def make_room(
+        self, target: Model, keep: Iterable[Model] = (), drained: Model | None = None
+    ) -> tuple[Move, ...]:
+        """Move models down until `target` can come up. The caller holds the turn.
+
+        Raises:
+            NoRoom: it cannot; nothing has been moved.
+        """
+        kept = [model.alias for model in keep]
+        plan = make_plan(self.snapshot(drained), target.alias, kept)
+        for move in plan.evictions:
+            await self.move_down(self._registry.resolve(move.alias), move.after)
+        return plan.evictions
+
+    async def move_down(self, model: Model, to: Residency) -> None:
+        """Have one model give memory back. The caller holds the turn."""
+        if model.residency is Residency.ACTIVE:
+            self.step(model, Step.PARK)
+        if to is Residency.COLD:
+            work = model.engine.unload()
+        else:
+            work = model.engine.sleep(1 if to is Residency.ASLEEP else 2)
+        await self._timed(model, DOWN[to], work)
+
+    async def bring_up(self, model: Model) -> None:
+        """Load or wake one model, for which there is room. The caller holds the turn."""
+        if model.residency is Residency.COLD:
+            await self._load(model)
+        elif not model.is_loaded:
+            try:
+                await self._timed(model, Step.WAKE, model.engine.wake())
+            except Exception:
+                refuse_failed(model)
+                self.step(model, Step.WAKE_FAILED)
+                raise
+
+    async def _load(self, model: Model) -> None:
+        refuse_failed(model)
+        started_s = self._clock()
+        self.step(model, Step.LOAD)
+
+        def progress(stage: str) -> None:
+            elapsed_s = self._clock() - started_s
+            self._observer.notify(LoadProgress(self._epoch(), model.alias, stage, elapsed_s))
+
+        try:
+            await model.engine.load(progress)
+            refuse_failed(model)  # it may have died meanwhile
+        except BaseException:
+            if model.residency is not Residency.FAILED:
+                self.step(model, Step.LOAD_FAILED)
+            raise
+        self.step(model, Step.LOADED)
+        self._remember(model, Residency.COLD, self._clock() - started_s)
+        progress("ready")
+
+    async def _timed(self, model: Model, step: Step, work: Awaitable[None]) -> None:
+        before, started_s = model.residency, self._clock()
+        await work
+        refuse_failed(model)  # it may have died meanwhile
+        self.step(model, step)
+        took_s = self._clock() - started_s
+        if step is Step.WAKE:
+            self._remember(model, before, took_s)
+        self._observer.notify(
+            ModelMoved(self._epoch(), model.alias, before, model.residency, took_s)
+        )
+
+    def step(self, model: Model, step: Step) -> None:
+        before = model.step(step)
+        self._observer.notify(ResidencyChanged(self._epoch(), model.alias, before, model.residency))
+
+    def _remember(self, model: Model, before: Residency, took_s: float) -> None:
+        """Average with what was measured before: the first load pays for more than later ones."""
+        known = model.up_s.get(before)
+        model.up_s[before] = took_s if known is None else (known + took_s) / 2
+
+    # --- idle models --------------------------------------------------------------------------
+
+    @property
+    def has_idle_policies(self) -> bool:
+        return any(_idle_policy(model) for model in self._registry)
+
+    async def rest_idle(self, active: Model | None) -> None:
+        """Move models down that nobody has used for as long as their policy says."""
+        for model in self._registry:
+            for after_s, to in _idle_policy(model):
+                is_due = self._clock() - (model.last_used_s or 0.0) >= after_s
+                if is_due and model is not active and _may_rest(model, to):
+                    await self._rest(model, to)
+
+    async def _rest(self, model: Model, to: Residency) -> None:
+        async with self.turn():
+            if _may_rest(model, to):
+                await self.move_down(model, to)
+
+
+def refuse_failed(model: Model) -> None:
+    """Raise `EngineUnavailable` if the model's engine has died."""
+    if model.residency is Residency.FAILED:
+        raise EngineUnavailable(f"the engine of {model.alias!r} died: {model.failure}")
+
+
+def up_cost_s(model: Model, where: Residency) -> float:
+    """Seconds from a residency to `parked`: measured, or estimated from the bytes to be read."""
+    if where in (Residency.PARKED, Residency.ACTIVE):
+        return 0.0
+    if where in model.up_s:
+        return model.up_s[where]
+    weights = model.engine.memory.weights_bytes
+    return 0.1 if where is Residency.ASLEEP else 1.0 + weights / READ_BYTES_PER_S
+
+
+def _at_least(model: Model, target: Model) -> Residency:
+    """The least that a model ever holds while another one comes up."""
+    return Residency.PARKED if model.pinned and model is not target else Residency.COLD
+
+
+def _refuse_use(model: Model, operation: str, to: Residency) -> None:
+    if model.residency is Residency.ACTIVE:
+        raise ModelInUse(model.alias, operation, "it is active; switch to another model first")
+    if model.pinned:
+        raise ModelInUse(
+            model.alias,
+            operation,
+            f'it is pinned; POST /admin/models/{model.alias}/pin {{"pinned": false}} first',
+        )
+    if model.leases and to is not Residency.ASLEEP:
+        raise ModelInUse(
+            model.alias, operation, f"{len(model.leases)} requests are in flight; retry later"
+        )
+
+
+def _idle_policy(model: Model) -> list[tuple[float, Residency]]:
+    """Times and where they lead, the lowest last."""
+    policy = model.policy
+    times = [(policy.idle_sleep_s, Residency.ASLEEP), (policy.idle_unload_s, Residency.COLD)]
+    return [(time_s, to) for time_s, to in times if time_s is not None]
+
+
+def _may_rest(model: Model, to: Residency) -> bool:
+    is_there = model.residency in (Residency.PARKED, Residency.ASLEEP, Residency.DISCARDED)
+    known = to is Residency.COLD or to in model.engine.footprint.usage
+    return (
+        is_there and is_below(to, model.residency) and known and not (model.pinned or model.leases)
+    )

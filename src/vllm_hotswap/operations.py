@@ -1,0 +1,162 @@
+"""Routes that move models on the residency ladder, and the plan of a switch."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.errors import InvalidRequest, UnknownRoute
+from vllm_hotswap.ladder import OperationResult
+from vllm_hotswap.planner import Move, Plan, Usage
+
+PREFIX = "/admin/models/"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NoOptions(_Body):
+    """Body of `load`, `unload` and `wake`: nothing, or `{}`."""
+
+
+class SleepOptions(_Body):
+    """Body of `sleep`."""
+
+    level: int = Field(default=1, ge=1, le=2)
+
+
+class PinOptions(_Body):
+    """Body of `pin`."""
+
+    pinned: bool = True
+
+
+class PrefetchOptions(_Body):
+    """Body of `prefetch`."""
+
+    cancel: bool = False
+
+
+Options = TypeVar("Options", bound=_Body)
+
+
+class Operations:
+    """Handlers of `/admin/models/{alias}/{operation}` and `/admin/plan`."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._handlers: dict[str, Callable[[str, bytes], Awaitable[dict[str, Any]]]] = {
+            "load": self._load,
+            "unload": self._unload,
+            "sleep": self._sleep,
+            "wake": self._wake,
+            "prefetch": self._prefetch,
+            "pin": self._pin,
+        }
+
+    async def operate(self, request: Request) -> Response:
+        """One operation on one model. An alias may contain slashes."""
+        path: str = request.url.path
+        alias, _, name = path.partition(PREFIX)[2].rstrip("/").rpartition("/")
+        if name not in self._handlers or not alias:
+            raise UnknownRoute(request.method, path)
+        return JSONResponse(await self._handlers[name](alias, await request.body()))
+
+    async def plan(self, request: Request) -> Response:
+        alias = request.query_params.get("model")
+        if not alias:
+            raise InvalidRequest("name a model: /admin/plan?model=alias", "model")
+        return JSONResponse(plan_body(self._coordinator.plan(alias), self._coordinator.active))
+
+    async def _load(self, alias: str, body: bytes) -> dict[str, Any]:
+        _parse(NoOptions, body)
+        return operation_body(await self._coordinator.load(alias))
+
+    async def _unload(self, alias: str, body: bytes) -> dict[str, Any]:
+        _parse(NoOptions, body)
+        return operation_body(await self._coordinator.unload(alias))
+
+    async def _sleep(self, alias: str, body: bytes) -> dict[str, Any]:
+        return operation_body(
+            await self._coordinator.sleep(alias, _parse(SleepOptions, body).level)
+        )
+
+    async def _wake(self, alias: str, body: bytes) -> dict[str, Any]:
+        _parse(NoOptions, body)
+        return operation_body(await self._coordinator.wake(alias))
+
+    async def _prefetch(self, alias: str, body: bytes) -> dict[str, Any]:
+        if _parse(PrefetchOptions, body).cancel:
+            self._coordinator.cancel_prefetch(alias)
+            return {"operation": "prefetch", "model": alias, "cancelled": True}
+        return operation_body(await self._coordinator.prefetch(alias))
+
+    async def _pin(self, alias: str, body: bytes) -> dict[str, Any]:
+        pinned = _parse(PinOptions, body).pinned
+        self._coordinator.pin(alias, pinned)
+        return {"operation": "pin", "model": alias, "pinned": pinned}
+
+
+def operation_body(result: OperationResult) -> dict[str, Any]:
+    """What an operation did, as JSON."""
+    body: dict[str, Any] = {
+        "operation": result.operation,
+        "model": result.model,
+        "changed": result.changed,
+        "before": result.before.value,
+        "residency": result.after.value,
+        "duration_ms": round(result.duration_s * 1000, 3),
+        "evicted": [move_body(move) for move in result.evicted],
+    }
+    if result.prefetched_bytes is not None:
+        body["prefetched_bytes"] = result.prefetched_bytes
+    return body
+
+
+def plan_body(plan: Plan, active: str | None) -> dict[str, Any]:
+    """A plan, as JSON."""
+    return {
+        "model": plan.target,
+        "active": active,
+        "evict": [move_body(move) for move in plan.evictions],
+        "bring_up": move_body(plan.bring_up) if plan.bring_up else None,
+        "cost_s": round(plan.cost_s, 3),
+        "memory": {
+            "budget": usage_body(plan.budget),
+            "before": usage_body(plan.used_before),
+            "peak": usage_body(plan.used_peak),
+            "after": usage_body(plan.used_after),
+        },
+    }
+
+
+def move_body(move: Move) -> dict[str, Any]:
+    return {
+        "model": move.alias,
+        "before": move.before.value,
+        "after": move.after.value,
+        "frees": usage_body(move.frees),
+        "cost_s": round(move.cost_s, 3),
+    }
+
+
+def usage_body(usage: Usage) -> dict[str, int]:
+    return {"device_bytes": usage.device, "host_bytes": usage.host}
+
+
+def _parse(kind: type[Options], body: bytes) -> Options:
+    try:
+        return kind.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        known = ", ".join(kind.model_fields) or "none"
+        raise InvalidRequest(
+            f"{f'{field}: ' if field else 'body: '}{first['msg']}; known fields: {known}", field
+        ) from None

@@ -1,0 +1,305 @@
+"""Who moves down the residency ladder so that a model can move up. Pure: values in, values out.
+
+The planner knows no clock, no engine and no request: a `Snapshot` has all that it looks at, and
+a `Plan` is what shall be done, in order. It prefers the moves that cost least to undo: it puts
+models to sleep before it drops their weights, and drops weights before it unloads; among models,
+the least recently used goes first. Moves that turn out to be unnecessary are taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from vllm_hotswap.errors import NoRoom
+from vllm_hotswap.states import LADDER, Residency, is_below
+
+MIB = 1 << 20
+
+EVICTIONS = (Residency.ASLEEP, Residency.DISCARDED, Residency.COLD)
+"""Where an evicted model may go, the cheapest to undo first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of device memory and of host memory. Where both are the same, all are device bytes."""
+
+    device: int = 0
+    host: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.device + other.device, self.host + other.host)
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(self.device - other.device, self.host - other.host)
+
+    def fits(self, budget: Usage) -> bool:
+        return self.device <= budget.device and self.host <= budget.host
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model holds in each residency; measured once it has been loaded, estimated before."""
+
+    usage: Mapping[Residency, Usage]
+    """Residencies that the model's device does not know are left out."""
+    peak: Usage
+    """While it is loaded or woken: at least what it holds when it is parked."""
+    is_measured: bool = False
+
+    def at(self, residency: Residency) -> Usage:
+        """What it holds there; a model that is being loaded holds its peak."""
+        if residency is Residency.LOADING:
+            return self.peak
+        if residency is Residency.ACTIVE:
+            residency = Residency.PARKED
+        return self.usage.get(residency, Usage())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """What the planner is told of one model."""
+
+    alias: str
+    residency: Residency
+    footprint: Footprint
+    pinned: bool = False
+    in_flight: int = 0
+    """Requests that would be lost below `asleep`."""
+    last_used_s: float = 0.0
+    up_s: Mapping[Residency, float] = field(default_factory=dict)
+    """Seconds to bring it from there to `parked`; measured or estimated."""
+
+    def needs(self) -> Usage:
+        """What it holds at most on its way up; only reading weights takes more than having them."""
+        reads = self.residency is not Residency.ASLEEP
+        return self.footprint.peak if reads else self.footprint.at(Residency.PARKED)
+
+    def can_move_to(self, residency: Residency) -> bool:
+        """Whether it may be evicted to that residency."""
+        if self.pinned or self.residency not in LADDER or not is_below(residency, self.residency):
+            return False
+        if residency is not Residency.ASLEEP and self.in_flight:
+            return False
+        return residency is Residency.COLD or residency in self.footprint.usage
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The server as the planner sees it. Budgets are for models alone."""
+
+    models: tuple[ModelView, ...]
+    budget: Usage
+
+    def find(self, alias: str) -> ModelView:
+        return next(model for model in self.models if model.alias == alias)
+
+    @property
+    def used(self) -> Usage:
+        return total(model.footprint.at(model.residency) for model in self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One model changes its residency."""
+
+    alias: str
+    before: Residency
+    after: Residency
+    frees: Usage
+    """Negative where it takes memory."""
+    cost_s: float
+    """Seconds that it takes to come back from there (evictions) or to come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Moves in the order in which they are to be made: evictions, then the target's own."""
+
+    target: str
+    evictions: tuple[Move, ...]
+    bring_up: Move | None
+    used_before: Usage
+    used_peak: Usage
+    used_after: Usage
+    budget: Usage
+
+    @property
+    def cost_s(self) -> float:
+        """Estimated seconds to bring the target up."""
+        return self.bring_up.cost_s if self.bring_up else 0.0
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    result = Usage()
+    for usage in usages:
+        result = result + usage
+    return result
+
+
+def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan:
+    """How to bring `target` up to `parked` without ever exceeding the budget.
+
+    Args:
+        snapshot: all models and the budget.
+        target: the alias to bring up.
+        keep: aliases that must not be moved (the active one, if it is to go on).
+
+    Raises:
+        NoRoom: no set of allowed evictions makes room; the message has the arithmetic.
+    """
+    model = snapshot.find(target)
+    kept = {target, *keep}
+    candidates = [m for m in _least_recently_used(snapshot.models) if m.alias not in kept]
+    comes_up = model.residency not in (Residency.PARKED, Residency.ACTIVE)
+    need = model.needs() if comes_up else Usage()
+    before = snapshot.used - (model.footprint.at(model.residency) if comes_up else Usage())
+    moves = _evictions(candidates, before, need, snapshot.budget)
+    if moves is None:
+        raise NoRoom(_arithmetic(snapshot, model, kept))
+    evictions = tuple(_eviction(snapshot.find(alias), after) for alias, after in moves.items())
+    rest = before - total(move.frees for move in evictions)
+    parked = model.footprint.at(Residency.PARKED)
+    return Plan(
+        target=target,
+        evictions=evictions,
+        bring_up=_bring_up(model, parked) if comes_up else None,
+        used_before=snapshot.used,
+        used_peak=rest + need,
+        used_after=rest + (parked if comes_up else Usage()),
+        budget=snapshot.budget,
+    )
+
+
+def fits_together(views: Sequence[ModelView], budget: Usage) -> bool:
+    """Whether all models may be parked at once, with one of them still to come up."""
+    parked = total(view.footprint.at(Residency.PARKED) for view in views)
+    rises = [view.footprint.peak - view.footprint.at(Residency.PARKED) for view in views]
+    rise = Usage(
+        max((rise.device for rise in rises), default=0),
+        max((rise.host for rise in rises), default=0),
+    )
+    return (parked + rise).fits(budget)
+
+
+def _evictions(
+    candidates: Sequence[ModelView], used: Usage, need: Usage, budget: Usage
+) -> dict[str, Residency] | None:
+    """Where which candidates go, in order; None if there is no room even then."""
+    moves: dict[str, Residency] = {}
+    for after in EVICTIONS:
+        for model in candidates:
+            if (_after(candidates, moves, used) + need).fits(budget):
+                return _needed(candidates, moves, used, need, budget)
+            _try_move(model, after, moves, candidates, used, budget)
+    if (_after(candidates, moves, used) + need).fits(budget):
+        return _needed(candidates, moves, used, need, budget)
+    return None
+
+
+def _try_move(
+    model: ModelView,
+    after: Residency,
+    moves: dict[str, Residency],
+    candidates: Sequence[ModelView],
+    used: Usage,
+    budget: Usage,
+) -> None:
+    """Move the model there if it may go there and that frees something the budget lacks."""
+    if not model.can_move_to(after):
+        return
+    now = moves.get(model.alias, model.residency)
+    gain = model.footprint.at(now) - model.footprint.at(after)
+    if gain.device <= 0 and gain.host <= 0:
+        return
+    moved = {**moves, model.alias: after}
+    if gain.host < 0 and not _after(candidates, moved, used).host <= budget.host:
+        return
+    moves[model.alias] = after
+
+
+def _needed(
+    candidates: Sequence[ModelView],
+    moves: dict[str, Residency],
+    used: Usage,
+    need: Usage,
+    budget: Usage,
+) -> dict[str, Residency]:
+    """The moves without those that turned out to be unnecessary; whoever takes host memory last."""
+    for model in reversed(candidates):
+        if model.alias not in moves:
+            continue
+        for milder in (None, *EVICTIONS):
+            trial = {alias: to for alias, to in moves.items() if alias != model.alias}
+            if milder is not None:
+                if milder is moves[model.alias]:
+                    break
+                if not model.can_move_to(milder):
+                    continue
+                trial[model.alias] = milder
+            if (_after(candidates, trial, used) + need).fits(budget):
+                moves = trial
+                break
+    taking = {
+        m.alias: m.footprint.at(m.residency).host - m.footprint.at(moves[m.alias]).host
+        for m in candidates
+        if m.alias in moves
+    }
+    return dict(sorted(moves.items(), key=lambda item: -taking[item[0]]))
+
+
+def _after(candidates: Sequence[ModelView], moves: Mapping[str, Residency], used: Usage) -> Usage:
+    freed = total(
+        model.footprint.at(model.residency) - model.footprint.at(moves[model.alias])
+        for model in candidates
+        if model.alias in moves
+    )
+    return used - freed
+
+
+def _least_recently_used(models: Iterable[ModelView]) -> list[ModelView]:
+    return sorted(models, key=lambda model: (model.last_used_s, model.alias))
+
+
+def _eviction(model: ModelView, after: Residency) -> Move:
+    frees = model.footprint.at(model.residency) - model.footprint.at(after)
+    return Move(model.alias, model.residency, after, frees, model.up_s.get(after, 0.0))
+
+
+def _bring_up(model: ModelView, parked: Usage) -> Move:
+    frees = model.footprint.at(model.residency) - parked
+    cost_s = model.up_s.get(model.residency, 0.0)
+    return Move(model.alias, model.residency, Residency.PARKED, frees, cost_s)
+
+
+def _arithmetic(snapshot: Snapshot, target: ModelView, kept: set[str]) -> str:
+    parts = [f"{target.alias!r} needs {_sizes(target.needs())}"]
+    for model in snapshot.models:
+        if model.alias == target.alias or model.residency in (Residency.COLD, Residency.FAILED):
+            continue
+        lowest = replace(model, residency=_lowest(model, model.alias in kept))
+        held = lowest.footprint.at(lowest.residency)
+        if held.device or held.host:
+            parts.append(f"{model.alias!r} keeps {_sizes(held)} ({_why(model, kept)})")
+    return f"no room: {'; '.join(parts)}; the budget for models is {_sizes(snapshot.budget)}"
+
+
+def _lowest(model: ModelView, is_kept: bool) -> Residency:
+    if is_kept:
+        return model.residency
+    return next((r for r in reversed(EVICTIONS) if model.can_move_to(r)), model.residency)
+
+
+def _why(model: ModelView, kept: set[str]) -> str:
+    if model.pinned:
+        return "pinned"
+    if model.alias in kept:
+        return "active" if model.residency is Residency.ACTIVE else "in use"
+    if model.in_flight:
+        return f"{model.in_flight} requests in flight"
+    return model.residency.value
+
+
+def _sizes(usage: Usage) -> str:
+    text = f"{usage.device / MIB:.1f} MiB"
+    return f"{text} of device and {usage.host / MIB:.1f} MiB of host memory" if usage.host else text
