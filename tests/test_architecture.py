@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
     {"errors", "garbage"},
-    {"states", "config", "platforms", "host.messages", "host.arena", "host.heap"},
+    {"states", "config", "platforms", "host.messages", "host.arena", "host.heap", "host.weights"},
     {"events", "engines.base", "model_field"},
     {"registry", "access", "openai", "host.loop", "host.memory", "host.progress", "host.threads"},
     {"coordinator", "metrics", "progress", "listen"},
@@ -33,6 +33,7 @@ VLLM_DOORS = {
     "host.cpu_worker",
     "host.engine",
     "host.executor",
+    "host.weights",
 }
 
 

@@ -2,25 +2,33 @@
 
 Named by its qualified name in `parallel_config.worker_cls`. On CPU, device memory is host memory,
 so vLLM's own worker ignores `sleep`; here level 1 gives the KV memory back to the operating
-system. Pausing the scheduler and resetting the prefix cache are the caller's part: a request must
-not go on with KV memory that has become zero.
+system, and level 2 the weights, too. Pausing the scheduler and resetting the prefix cache are the
+caller's part: a request must not go on with KV memory that has become zero.
 
 Relies on, in vLLM 0.32.0: `Worker._maybe_get_memory_pool_context`, whose context surrounds the
-allocation of the KV tensors; `allocate_kv_cache` making them with `torch.zeros(size, dtype=int8)`.
+allocation of the KV tensors; `allocate_kv_cache` making them with `torch.zeros(size, dtype=int8)`;
+`get_model` loading a second model from a copy of the first one's configuration.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import time
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from vllm.config import CompilationMode, set_current_vllm_config
+from vllm.model_executor.model_loader import get_model
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.arena import Arena
+from vllm_hotswap.host.heap import give_back_free_memory
+from vllm_hotswap.host.weights import DroppedWeights, strange_weights
 
 QUALIFIED_NAME = "vllm_hotswap.host.cpu_worker.HostedCPUWorker"
 
@@ -46,11 +54,17 @@ class LazyZeros(TorchFunctionMode):  # type: ignore[misc]  # torch's types stop 
 
 
 class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop here
-    """A CPU worker whose KV memory costs nothing until it is used, and nothing while it sleeps."""
+    """A CPU worker whose KV memory costs nothing until it is used, and nothing while it sleeps.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Its own state is `_kv_memory`; `_dropped`, set while the weights are discarded; and
+    `_loading_config`, the configuration as it was before anything was loaded.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self._kv_memory = Arena()
+        self._dropped: DroppedWeights | None = None
+        self._loading_config = copy.deepcopy(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
         if tag == "kv_cache":
@@ -59,11 +73,72 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         return context
 
     def sleep(self, level: int = 1) -> None:
-        """Give the KV memory back to the operating system."""
+        """Give memory back to the operating system. Sleeping deeper than before is allowed.
+
+        Args:
+            level: 1 gives back the KV memory, 2 the weights, too.
+
+        Raises:
+            NotImplementedError: level 2 is not possible with this model; nothing was changed.
+        """
+        if level >= 2 and (obstacle := self._obstacle_to_discard()):
+            raise NotImplementedError(
+                f"the weights of {self.model_config.model} cannot be dropped: {obstacle}; "
+                "use level 1 or unload the model"
+            )
         self._kv_memory.give_back()
+        if level >= 2 and self._dropped is None:
+            self._dropped = DroppedWeights(self.get_model())
+            give_back_free_memory()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Nothing: KV memory comes back when it is written."""
+        """Read discarded weights again. KV memory comes back by itself when it is written.
+
+        Raises:
+            RuntimeError: the weights could not be read; the model stays discarded.
+        """
+        if self._dropped is None or (tags is not None and "weights" not in tags):
+            return
+        before = time.monotonic()
+        try:
+            self._dropped.put_back(self._load_again())
+        except Exception as error:
+            raise RuntimeError(
+                f"the weights of {self.model_config.model} could not be read again: "
+                f"{one_line(error)}"
+            ) from error
+        self._dropped = None
+        give_back_free_memory()
+        log.info("event=weights_read_again seconds=%.2f", time.monotonic() - before)
+
+    def supports_discard(self) -> bool:
+        """Whether `sleep(2)` is possible. Made to be called through `collective_rpc`."""
+        return self._obstacle_to_discard() is None
+
+    def _obstacle_to_discard(self) -> str | None:
+        if self._dropped is not None:
+            return None
+        if self.vllm_config.speculative_config is not None:
+            return "a draft model shares some of them"
+        if self.vllm_config.weight_transfer_config is not None:
+            return "a trainer may have changed them since they were read"
+        if self._has_frozen_weights():
+            return "compiled code has copies of them (max_autotune)"
+        if weight := strange_weights(self.get_model()):
+            return f"{weight} has memory that is not its own"
+        return None
+
+    def _has_frozen_weights(self) -> bool:
+        config = self.compilation_config
+        is_compiled = config.mode != CompilationMode.NONE
+        return is_compiled and bool(config.inductor_compile_config.get("max_autotune"))
+
+    def _load_again(self) -> Any:
+        """A second model with the same configuration, not compiled, as it will never be run."""
+        config = copy.deepcopy(self._loading_config)
+        config.compilation_config.mode = CompilationMode.NONE
+        with set_current_vllm_config(config):
+            return get_model(vllm_config=config)
 
 
 def _raw_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

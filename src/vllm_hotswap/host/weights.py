@@ -1,0 +1,177 @@
+"""Dropping a model's weights on CPU, and putting them back where they were.
+
+Compiled code, tied layers and views hold on to tensors, so the objects stay, and only the memory
+behind them goes: a tensor's storage is emptied, and a oneDNN matrix multiplication (which keeps
+its own packed copy of a weight) is freed. New memory comes from a second model, loaded
+the ordinary way: whatever quantisation or packing does to weights is done again by vLLM itself.
+Both models are searched for weights in the same way, so each weight finds its fellow by name.
+
+What is not a parameter stays: buffers (rotary caches, masks), the KV cache, LoRA adapters.
+
+Relies on, in vLLM 0.32.0: layers keeping packed weights in the closure of `cpu_linear`, or in a
+`CPUDNNLGEMMHandler` on the object that multiplies; that handler's pointer being read, at each
+multiplication, from `handler_tensor`, compiled or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from vllm._custom_ops import CPUDNNLGEMMHandler
+
+LORA_WRAPPING = ".base_layer"
+"""What LoRA puts into the names of layers that it wraps, after they have been loaded."""
+
+DEEPEST_HANDLER = 3
+"""Attributes from a layer to its handler: quantisation scheme, kernel, handler."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Every place of one model that holds memory of its weights, by name."""
+
+    tensors: Mapping[str, torch.Tensor]
+    handlers: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Any) -> Weights:
+        tensors: dict[str, torch.Tensor] = {}
+        handlers: dict[str, Any] = {}
+        for layer_name, layer in model.named_modules():
+            prefix = layer_name.replace(LORA_WRAPPING, "")
+            for name, value in _holders(layer):
+                if isinstance(value, CPUDNNLGEMMHandler):
+                    handlers[f"{prefix}.{name}"] = value
+                elif _is_emptiable(value):
+                    tensors[f"{prefix}.{name}"] = value
+        return cls(tensors, handlers)
+
+
+def strange_weights(model: Any) -> str | None:
+    """The name and type of a weight that cannot be dropped; None if there is none."""
+    for name, tensor in Weights.of(model).tensors.items():
+        if is_traceable_wrapper_subclass(tensor) or not tensor.untyped_storage().resizable():
+            return f"{name} ({type(tensor).__name__})"
+    return None
+
+
+class DroppedWeights:
+    """A model without its weights: what is needed to put them back."""
+
+    def __init__(self, model: Any) -> None:
+        weights = Weights.of(model)
+        self._tensors = weights.tensors
+        self._sizes = {
+            name: tensor.untyped_storage().nbytes() for name, tensor in weights.tensors.items()
+        }
+        self._handlers = {
+            name: (handler, _free(handler)) for name, handler in weights.handlers.items()
+        }
+        for tensor in self._tensors.values():
+            tensor.untyped_storage().resize_(0)
+
+    def __repr__(self) -> str:
+        return f"<DroppedWeights tensors={len(self._tensors)} handlers={len(self._handlers)}>"
+
+    def put_back(self, fresh_model: Any) -> None:
+        """Take the memory of another model of the same structure, which is useless afterwards.
+
+        Raises:
+            ValueError: the structure is not the same; nothing has been changed.
+        """
+        fresh = Weights.of(fresh_model)
+        self._check(fresh)
+        for name, tensor in self._tensors.items():
+            _move(fresh.tensors[name].untyped_storage(), tensor.untyped_storage())
+        for name, (handler, pointer) in self._handlers.items():
+            _adopt(fresh.handlers[name], handler, pointer)
+
+    def _check(self, fresh: Weights) -> None:
+        different = {*self._tensors} ^ {*fresh.tensors} | {*self._handlers} ^ {*fresh.handlers}
+        different |= {
+            name
+            for name, tensor in self._tensors.items()
+            if name in fresh.tensors
+            and _layout(tensor, self._sizes[name]) != _layout(fresh.tensors[name])
+        }
+        different |= {
+            name
+            for name, (handler, _) in self._handlers.items()
+            if name in fresh.handlers
+            and (handler.n, handler.k) != (fresh.handlers[name].n, fresh.handlers[name].k)
+        }
+        if different:
+            raise ValueError(f"other weights than before: {', '.join(sorted(different)[:3])}")
+
+
+def _holders(layer: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters of a layer, what its `cpu_linear` has captured, and oneDNN handlers."""
+    yield from layer._parameters.items()
+    closure = getattr(vars(layer).get("cpu_linear"), "__closure__", None) or ()
+    for number, cell in enumerate(closure):
+        yield f"cpu_linear.{number}", cell.cell_contents
+    yield from _handlers(layer, "", DEEPEST_HANDLER)
+
+
+def _handlers(owner: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Handlers among the attributes of vLLM's objects, modules aside: they are searched anyway."""
+    for name, value in vars(owner).items():
+        if isinstance(value, CPUDNNLGEMMHandler):
+            yield f"{prefix}{name}", value
+        elif depth > 1 and _may_hold_handlers(value):
+            yield from _handlers(value, f"{prefix}{name}.", depth - 1)
+
+
+def _may_hold_handlers(value: Any) -> bool:
+    kind = type(value)
+    return (
+        kind.__module__.startswith("vllm.model_executor.")
+        and hasattr(value, "__dict__")
+        and not isinstance(value, torch.nn.Module)
+    )
+
+
+def _is_emptiable(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.device.type == "cpu"
+        and value.untyped_storage().nbytes() > 0
+    )
+
+
+def _layout(tensor: torch.Tensor, size: int | None = None) -> tuple[Any, ...]:
+    nbytes = tensor.untyped_storage().nbytes() if size is None else size
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), nbytes
+
+
+def _move(source: Any, target: Any) -> None:
+    """Move bytes from one storage to another, and free the source, so that the peak stays low.
+
+    Done already where weights share a storage: then the source is empty.
+    """
+    if source.nbytes() > 0:
+        target.resize_(source.nbytes())
+        target.copy_(source)
+        source.resize_(0)
+
+
+def _free(handler: Any) -> torch.Tensor:
+    """Free a handler's memory; returns the tensor that holds, and will hold, its pointer.
+
+    Without a tensor the handler frees nothing more when it goes itself.
+    """
+    pointer: torch.Tensor = handler.handler_tensor
+    handler.dtor(pointer.item())
+    handler.handler_tensor = None
+    return pointer
+
+
+def _adopt(source: Any, target: Any, pointer: torch.Tensor) -> None:
+    """Have `target` own the memory of `source`, in the very tensor that compiled code knows."""
+    pointer.untyped_storage().copy_(source.handler_tensor.untyped_storage())
+    source.handler_tensor = None
+    target.handler_tensor = pointer

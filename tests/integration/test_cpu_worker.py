@@ -1,0 +1,84 @@
+"""The CPU worker that sleeps, in a process of its own, on a real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.demo import MODELS
+from vllm_hotswap.platforms import host_environment
+
+PROGRAM = Path(__file__).with_name("sleeping_worker.py")
+
+SETTINGS = {
+    # bfloat16 is packed only by processors with AVX-512 or AMX, float32 by all that have oneDNN.
+    "eager": {"enforce_eager": True, "dtype": "bfloat16"},
+    "compiled": {"enforce_eager": False, "dtype": "float32"},
+}
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the program saw."""
+    folder = tmp_path_factory.mktemp("worker") / "llama"
+    shutil.copytree(MODELS / "llama", folder)
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder), json.dumps(SETTINGS[request.param])],
+        env=host_environment({**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_kv_memory_comes_from_the_arena(seen: Any) -> None:
+    """All of it, so that sleeping gives all of it back."""
+    assert 255 << 20 < seen["kv_bytes"] <= 256 << 20
+
+
+def test_level_1_empties_the_kv_memory_and_nothing_else(seen: Any) -> None:
+    """The next answer is the same, from new KV memory."""
+    assert seen["kv_is_zero"]
+    assert seen["first"] == seen["after_level_1"]
+
+
+def test_level_2_drops_every_weight(seen: Any) -> None:
+    """No parameter has memory, and no packed copy of one is left."""
+    assert [True] == seen["supports_discard"]
+    assert seen["weights_used"] > 100_000
+    assert 0 == seen["weights_left"]
+    assert "<DroppedWeights tensors=" in seen["repr"]
+
+
+def test_waking_the_kv_memory_alone_reads_no_weights(seen: Any) -> None:
+    """As vLLM's tags say."""
+    assert 0 == seen["weights_left_by_kv_tag"]
+
+
+@pytest.mark.parametrize("defect", ["truncated", "missing", "reshaped"])
+def test_a_checkpoint_that_was_spoiled_is_an_error_that_names_the_model(
+    seen: Any, defect: str
+) -> None:
+    """And not a model with some of its weights."""
+    assert seen[defect].startswith("RuntimeError: the weights of ")
+    assert "llama could not be read again: " in seen[defect]
+
+
+def test_a_wake_that_failed_can_be_tried_again(seen: Any) -> None:
+    """The model stays discarded until its files are whole."""
+    assert seen["first"] == seen["after_failures"]
+
+
+def test_five_times_discarded_and_read_again_is_as_good_as_never(seen: Any) -> None:
+    """Greedy tokens are identical, and the process does not grow."""
+    assert [seen["first"]] * 5 == seen["after_cycles"]
+    assert seen["growth_bytes"] < 16 << 20
