@@ -1,117 +1,272 @@
-"""Sharing KV memory: within the budget, fair, and the same in whatever order models come."""
+"""The memory budget: sizes as people write them, and KV memory shared within it."""
 
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 from hypothesis import given, strategies as st
 
+from vllm_hotswap.budget import (
+    OVERHEAD_BYTES,
+    READING_BYTES,
+    MemoryBudget,
+    ModelNeeds,
+    parse_size,
+    resolve_budget,
+    resolve_size,
+    share_kv_memory,
+)
+from vllm_hotswap.devices import DeviceMemory
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.host.memory import OVERHEAD_BYTES, share_kv_memory
-from vllm_hotswap.host.messages import ModelFootprint
+from vllm_hotswap.planner import Usage
 
+MIB = 1 << 20
 GIB = 1 << 30
 
 
-def footprint(
+def needs(
     alias: str,
     weights: int = 0,
     kv: int | None = None,
     least: int = 0,
     most: int = 100 * GIB,
-) -> ModelFootprint:
-    return ModelFootprint(alias, weights, kv, least, most)
+    pinned: bool = False,
+    keeps_weights: bool = False,
+) -> ModelNeeds:
+    return ModelNeeds(alias, weights, kv, least, most, pinned, keeps_weights)
 
 
-sizes = st.integers(0, 64 * GIB)
-footprints = st.lists(
+def bounded(least: int, more: int, **others: object) -> ModelNeeds:
+    return needs(least=least, most=least + more, **others)  # type: ignore[arg-type]
+
+
+sizes = st.integers(0, 16 * GIB)
+models_strategy = st.lists(
     st.builds(
-        footprint, alias=st.uuids().map(str), weights=sizes, kv=st.none() | sizes, most=sizes
+        bounded,
+        alias=st.uuids().map(str),
+        weights=sizes,
+        kv=st.none() | sizes,
+        least=st.integers(0, 4 * GIB),
+        more=sizes,
+        pinned=st.booleans(),
+        keeps_weights=st.booleans(),
     ),
     min_size=1,
-    max_size=6,
+    max_size=5,
 )
+spare = st.integers(0, 32 * GIB)
+"""What a budget has besides what is needed at least."""
 
 
-def left_to_share(models: list[ModelFootprint], budget: int) -> int:
-    """What is left of the budget for models without an explicit size."""
-    taken = sum(model.weights_bytes + OVERHEAD_BYTES + (model.kv_bytes or 0) for model in models)
-    return max(0, budget - taken)
+def together(model: ModelNeeds, models: list[ModelNeeds]) -> list[ModelNeeds]:
+    """A model and the pinned ones: they are loaded at once, whatever else is."""
+    return [other for other in models if other.pinned or other is model]
 
 
-@given(footprints, sizes)
-def test_shares_stay_within_the_budget(models: list[ModelFootprint], budget: int) -> None:
-    """What is shared out is never more than there is."""
-    shares = share_kv_memory(models, budget)
-
-    shared = sum(shares[model.alias] for model in models if model.kv_bytes is None)
-    assert shared <= left_to_share(models, budget)
+def taken(models: list[ModelNeeds], kv: dict[str, int]) -> int:
+    """What models take while the last of them is loaded."""
+    reading = max(min(READING_BYTES, model.weights_bytes) for model in models)
+    return reading + sum(m.weights_bytes + OVERHEAD_BYTES + kv[m.alias] for m in models)
 
 
-@given(footprints, sizes)
+def least(models: list[ModelNeeds]) -> dict[str, int]:
+    return {m.alias: m.min_kv_bytes if m.kv_bytes is None else m.kv_bytes for m in models}
+
+
+def least_for_all(models: list[ModelNeeds]) -> int:
+    """The smallest budget with which all can be loaded together."""
+    return taken(models, least(models))
+
+
+def least_in_turn(models: list[ModelNeeds]) -> int:
+    """The smallest budget with which each can be loaded beside the pinned ones."""
+    return max(least_for_all(together(model, models)) for model in models)
+
+
+def kept_asleep(model: ModelNeeds, models: list[ModelNeeds]) -> int:
+    """What weights asleep take beside a model that is loaded."""
+    others = [m for m in models if m.keeps_weights and m not in together(model, models)]
+    return sum(m.weights_bytes + OVERHEAD_BYTES for m in others)
+
+
+# --- sharing --------------------------------------------------------------------------------
+
+
+@given(models_strategy, spare)
+def test_each_model_can_be_loaded_beside_the_pinned_ones(
+    models: list[ModelNeeds], spare: int
+) -> None:
+    """With its weights, its overhead, its share, and what reading it takes."""
+    budget = least_in_turn(models) + spare
+
+    shares = dict(share_kv_memory(models, budget))
+
+    assert all(taken(together(model, models), shares) <= budget for model in models)
+
+
+@given(models_strategy, spare)
+def test_all_are_loaded_together_where_their_minima_allow_it(
+    models: list[ModelNeeds], spare: int
+) -> None:
+    """Then the sum of all shares is within the budget, too."""
+    budget = least_for_all(models) + spare
+
+    assert taken(models, dict(share_kv_memory(models, budget))) <= budget
+
+
+@given(models_strategy, spare)
+def test_one_has_kv_memory_at_a_time_where_the_weights_of_all_allow_it(
+    models: list[ModelNeeds], spare: int
+) -> None:
+    """Weights that sleepers keep count; the others come and go with their models."""
+    budget = spare + max(
+        kept_asleep(model, models) + least_for_all(together(model, models)) for model in models
+    )
+
+    shares = dict(share_kv_memory(models, budget))
+
+    assert all(
+        kept_asleep(model, models) + taken(together(model, models), shares) <= budget
+        for model in models
+    )
+
+
+@given(models_strategy, spare)
+def test_nobody_gets_less_than_its_minimum_or_more_than_its_maximum(
+    models: list[ModelNeeds], spare: int
+) -> None:
+    """One sequence of its maximum length at least, all of its sequences at most."""
+    shares = share_kv_memory(models, least_in_turn(models) + spare)
+
+    automatic = [model for model in models if model.kv_bytes is None]
+    assert all(m.min_kv_bytes <= shares[m.alias] <= m.max_kv_bytes for m in automatic)
+
+
+@given(models_strategy, spare)
+def test_explicit_sizes_are_kept(models: list[ModelNeeds], spare: int) -> None:
+    """A configured size is what the model gets."""
+    shares = share_kv_memory(models, least_in_turn(models) + spare)
+
+    explicit = {model.alias: model.kv_bytes for model in models if model.kv_bytes is not None}
+    assert explicit == {alias: share for alias, share in shares.items() if alias in explicit}
+
+
+@given(models_strategy, spare)
 def test_no_share_can_grow_unless_a_smaller_one_shrinks(
-    models: list[ModelFootprint], budget: int
+    models: list[ModelNeeds], spare: int
 ) -> None:
-    """Max-min fairness: whoever is short has a largest share (but for rounding)."""
-    shares = share_kv_memory(models, budget)
+    """Max-min fairness: whoever is short has as much as anybody who could do with less."""
+    shares = share_kv_memory(models, least_for_all(models) + spare)
 
     automatic = [model for model in models if model.kv_bytes is None]
-    largest = max((shares[model.alias] for model in automatic), default=0)
-    short = [shares[model.alias] for model in automatic if shares[model.alias] < model.max_kv_bytes]
-    assert all(largest - share <= len(automatic) for share in short)
+    short = [shares[m.alias] for m in automatic if shares[m.alias] < m.max_kv_bytes]
+    generous = [shares[m.alias] for m in automatic if shares[m.alias] > m.min_kv_bytes]
+    assert not short or min(short) >= max(generous, default=0)
 
 
-@given(footprints, sizes)
-def test_nothing_is_left_over_while_somebody_is_short(
-    models: list[ModelFootprint], budget: int
-) -> None:
-    """What one model cannot use goes to the others."""
-    shares = share_kv_memory(models, budget)
+@given(models_strategy, spare)
+def test_nothing_is_left_over_while_somebody_is_short(models: list[ModelNeeds], spare: int) -> None:
+    """What one model cannot use goes to the others, but for less than a byte each."""
+    budget = least_for_all(models) + spare
+    shares = dict(share_kv_memory(models, budget))
 
     automatic = [model for model in models if model.kv_bytes is None]
-    unused = left_to_share(models, budget) - sum(shares[model.alias] for model in automatic)
-    assert unused == 0 or all(shares[model.alias] == model.max_kv_bytes for model in automatic)
+    unused = budget - taken(models, shares)
+    assert unused < len(models) or all(shares[m.alias] == m.max_kv_bytes for m in automatic)
 
 
-@given(footprints, sizes, st.randoms())
+@given(models_strategy, spare, st.randoms())
 def test_order_of_models_changes_nothing(
-    models: list[ModelFootprint], budget: int, chance: random.Random
+    models: list[ModelNeeds], spare: int, chance: random.Random
 ) -> None:
     """Whichever model is configured or loaded first, everyone gets the same."""
+    budget = least_in_turn(models) + spare
     shuffled = chance.sample(models, len(models))
 
     assert share_kv_memory(models, budget) == share_kv_memory(shuffled, budget)
 
 
-@given(footprints, sizes)
-def test_explicit_sizes_are_kept(models: list[ModelFootprint], budget: int) -> None:
-    """A configured size is what the model gets."""
-    explicit = {model.alias: model.kv_bytes for model in models if model.kv_bytes is not None}
+@given(models_strategy)
+def test_refused_is_only_what_could_never_be_loaded(models: list[ModelNeeds]) -> None:
+    """A model that cannot have its minimum beside the pinned ones, each with its minimum."""
+    share_kv_memory(models, least_in_turn(models))
 
-    assert explicit == {
-        alias: share
-        for alias, share in share_kv_memory(models, budget).items()
-        if alias in explicit
-    }
+    with pytest.raises(ConfigError, match="can never be loaded"):
+        share_kv_memory(models, least_in_turn(models) - 1)
 
 
 def test_rest_is_shared_equally() -> None:
-    """Weights, overheads and explicit sizes first; then everyone gets the same."""
-    models = [footprint("a", 2 * GIB), footprint("b", 1 * GIB), footprint("c", 0, 3 * GIB)]
+    """Weights, overheads, reading and explicit sizes first; then everyone gets the same."""
+    models = [needs("a", 2 * GIB), needs("b", 1 * GIB), needs("c", 0, 3 * GIB)]
 
-    shares = share_kv_memory(models, 10 * GIB + 3 * OVERHEAD_BYTES)
+    shares = share_kv_memory(models, 10 * GIB + 3 * OVERHEAD_BYTES + READING_BYTES)
 
     assert {"a": 2 * GIB, "b": 2 * GIB, "c": 3 * GIB} == shares
 
 
 def test_small_model_leaves_the_rest_to_the_others() -> None:
     """Nobody gets more than all its sequences can use."""
-    models = [footprint("small", most=GIB), footprint("a"), footprint("b")]
+    models = [needs("small", most=GIB), needs("a"), needs("b")]
 
     shares = share_kv_memory(models, 9 * GIB + 3 * OVERHEAD_BYTES)
 
     assert {"small": GIB, "a": 4 * GIB, "b": 4 * GIB} == shares
+
+
+def test_large_minimum_comes_before_equal_shares() -> None:
+    """A model whose one sequence takes more than an equal share has that much."""
+    models = [needs("long", least=6 * GIB), needs("a"), needs("b")]
+
+    shares = share_kv_memory(models, 10 * GIB + 3 * OVERHEAD_BYTES)
+
+    assert {"long": 6 * GIB, "a": 2 * GIB, "b": 2 * GIB} == shares
+
+
+def test_model_of_unknown_appetite_takes_what_there_is() -> None:
+    """Where KV memory per token is not known, there is no maximum."""
+    shares = share_kv_memory([needs("hybrid", most=sys.maxsize)], 5 * GIB + OVERHEAD_BYTES)
+
+    assert {"hybrid": 5 * GIB} == shares
+
+
+def test_models_that_do_not_fit_together_take_turns_with_their_weights_kept() -> None:
+    """All weights stay; each model in turn has all KV memory that they leave."""
+    models = [
+        needs("a", 2 * GIB - OVERHEAD_BYTES, least=4 * GIB, keeps_weights=True),
+        needs("b", 1 * GIB - OVERHEAD_BYTES, least=3 * GIB, keeps_weights=True),
+    ]
+
+    shares = share_kv_memory(models, 9 * GIB + READING_BYTES)
+
+    assert {"a": 6 * GIB, "b": 6 * GIB} == shares
+
+
+def test_models_whose_weights_do_not_fit_together_take_turns_alone() -> None:
+    """Each has all that its own weights leave; the others are unloaded then."""
+    models = [
+        needs("a", 6 * GIB - OVERHEAD_BYTES, keeps_weights=True),
+        needs("b", 4 * GIB - OVERHEAD_BYTES, keeps_weights=True),
+    ]
+
+    shares = share_kv_memory(models, 9 * GIB + READING_BYTES)
+
+    assert {"a": 3 * GIB, "b": 5 * GIB} == shares
+
+
+def test_pinned_model_shares_with_everyone_in_turn() -> None:
+    """It keeps the least of what any turn leaves it."""
+    models = [
+        needs("pinned", GIB - OVERHEAD_BYTES, pinned=True),
+        needs("a", 6 * GIB - OVERHEAD_BYTES),
+        needs("b", 4 * GIB - OVERHEAD_BYTES),
+    ]
+
+    shares = share_kv_memory(models, 9 * GIB + READING_BYTES)
+
+    assert {"pinned": GIB, "a": GIB, "b": 2 * GIB} == shares
 
 
 def test_no_models_need_nothing() -> None:
@@ -122,22 +277,130 @@ def test_no_models_need_nothing() -> None:
 def test_too_little_is_refused_with_the_arithmetic() -> None:
     """The message names the model, every number of the sum, and the ways out."""
     models = [
-        footprint("llama", 4 * GIB - OVERHEAD_BYTES, least=2 * GIB),
-        footprint("qwen", 2 * GIB - OVERHEAD_BYTES),
+        needs("qwen", 2 * GIB - OVERHEAD_BYTES),
+        needs("llama", 7 * GIB - OVERHEAD_BYTES - READING_BYTES, least=2 * GIB),
     ]
 
     with pytest.raises(ConfigError) as caught:
         share_kv_memory(models, 8 * GIB)
 
     assert (
-        "model 'llama' would get 1.00 GiB of KV memory, but one sequence of its maximum length "
-        "needs 2.00 GiB: of 8.00 GiB, the weights of all models take 6.00 GiB and explicit KV "
-        "sizes leave 2.00 GiB to share; lower max_model_len, set kv_cache_memory_bytes, "
-        "or configure fewer models"
+        "model 'llama' can never be loaded: one sequence of its maximum length needs 2.00 GiB of "
+        "KV memory, its weights and overhead take 7.00 GiB, and the budget for models is "
+        "8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower max_model_len or "
+        "kv_cache_memory_bytes"
     ) == caught.value.message
 
 
-def test_weights_beyond_the_budget_leave_nothing() -> None:
-    """The arithmetic does not go below zero."""
-    with pytest.raises(ConfigError, match=r"would get 0\.00 GiB.*leave 0\.00 GiB to share"):
-        share_kv_memory([footprint("llama", 9 * GIB, least=1)], 8 * GIB)
+def test_too_little_beside_pinned_models_names_what_they_take() -> None:
+    """Their weights, overheads and KV memory; unpinning one is a way out."""
+    models = [
+        needs("pinned", 2 * GIB - OVERHEAD_BYTES, 1 * GIB, pinned=True),
+        needs("llama", 4 * GIB - OVERHEAD_BYTES - READING_BYTES, 3 * GIB),
+    ]
+
+    with pytest.raises(ConfigError) as caught:
+        share_kv_memory(models, 8 * GIB)
+
+    assert (
+        "model 'llama' can never be loaded: its kv_cache_memory_bytes is 3.00 GiB, its weights "
+        "and overhead take 4.00 GiB, pinned models take 3.00 GiB, and the budget for models is "
+        "8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower max_model_len or "
+        "kv_cache_memory_bytes, or unpin a model"
+    ) == caught.value.message
+
+
+def test_pinned_models_that_do_not_fit_are_named_themselves() -> None:
+    """Not the first model that cannot be loaded beside them."""
+    models = [needs("llama"), needs("pinned", 9 * GIB, pinned=True)]
+
+    with pytest.raises(ConfigError, match=r"'pinned' can never be loaded: .* leaves 0\.00 GiB;"):
+        share_kv_memory(models, 8 * GIB)
+
+
+# --- sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (1 << 30, 1 << 30),
+        ("20GiB", 20 * GIB),
+        ("20 gib", 20 * GIB),
+        ("1.5GiB", GIB * 3 // 2),
+        ("20GB", 20 * 10**9),
+        ("512MiB", 512 * MIB),
+        ("2TiB", 2048 * GIB),
+        ("4096", 4096),
+        ("4096B", 4096),
+        (0.8, 0.8),
+        (1.0, 1.0),
+        ("0.8", 0.8),
+        ("80%", 0.8),
+        ("100 %", 1.0),
+    ],
+)
+def test_size_may_be_written_as_people_do(text: object, size: float) -> None:
+    """Bytes are whole numbers, fractions are not."""
+    parsed = parse_size(text)
+
+    assert (type(size), size) == (type(parsed), parsed)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, None, []),
+        *("", ".", "GiB", "1.2.3GiB", "5 apples", "20 G iB", "-1GiB", "0GiB", "0.0001KB"),
+        *("0", "0%", "101%", "nan", "inf"),
+    ],
+)
+def test_anything_else_is_refused_with_what_is_wanted(value: object) -> None:
+    """Whatever it is."""
+    with pytest.raises(ValueError, match="give bytes, a size such as 20GiB, or a fraction"):
+        parse_size(value)
+
+
+def test_fraction_is_one_of_what_there_is() -> None:
+    """Bytes are bytes."""
+    assert (25, 7) == (resolve_size(0.25, 100), resolve_size(7, 100))
+
+
+# --- the budget -----------------------------------------------------------------------------
+
+MACHINE = DeviceMemory(total=100 * GIB, free=80 * GIB, held=2 * GIB)
+
+
+def test_default_budget_is_what_vllm_would_take() -> None:
+    """All that is free, but for what `gpu_memory_utilization` leaves to others; half of host."""
+    assert Usage(70 * GIB, 15 * GIB) == resolve_budget(MemoryBudget(), MACHINE, 30 * GIB, 0.9)
+
+
+def test_configured_budget_is_for_the_engine_host_as_a_whole() -> None:
+    """What the host holds itself is taken off; a fraction is one of what there is."""
+    memory = MemoryBudget(device=0.5, host=0.5)
+
+    assert Usage(48 * GIB, 15 * GIB) == resolve_budget(memory, MACHINE, 30 * GIB, 0.9)
+
+
+def test_budget_beyond_what_is_free_is_refused() -> None:
+    """With what can be used; all that is free and held may be."""
+    assert 80 * GIB == resolve_budget(MemoryBudget(82 * GIB), MACHINE, 0, 0.9).device
+
+    with pytest.raises(ConfigError, match=r"memory.device is 83.00 GiB, but of 100.00 GiB only 82"):
+        resolve_budget(MemoryBudget(83 * GIB), MACHINE, 0, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("memory", "device"),
+    [
+        (MemoryBudget(2 * GIB), MACHINE),
+        (MemoryBudget(), DeviceMemory(total=100 * GIB, free=10 * GIB, held=GIB)),
+    ],
+)
+def test_budget_that_leaves_nothing_for_models_is_refused(
+    memory: MemoryBudget, device: DeviceMemory
+) -> None:
+    """With what the host holds itself and what is free."""
+    with pytest.raises(ConfigError, match="nothing is left for models: the engine host itself"):
+        resolve_budget(memory, device, 0, 0.9)
