@@ -12,15 +12,18 @@ SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
     {"errors", "garbage"},
-    {"states", "config", "platforms", "host.messages", "host.arena", "host.heap", "host.weights"},
-    {"events", "engines.base", "model_field"},
-    {"registry", "access", "openai", "host.loop", "host.memory", "host.progress", "host.threads"},
-    {"coordinator", "metrics", "progress", "listen"},
-    {"routing", "admin", "compat", "host.engine", "host.executor", "host.cpu_worker"},
-    {"host.obey", "launch", "engines.link", "engines.fake"},
-    {"engines.vllm", "app", "host.__main__"},
+    {"states", "platforms", "devices", "checkpoint", "model_field"},
+    {"planner", "host.messages", "host.arena", "host.heap", "host.teardown"},
+    {"host.weights", "host.compiled"},
+    {"events", "budget", "engines.base"},
+    {"config", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
+    {"ladder", "metrics", "progress", "listen", "feed"},
+    {"coordinator", "compat", "host.engine", "host.executor", "host.cpu_worker"},
+    {"routing", "operations", "host.obey", "launch", "engines.link", "engines.fake"},
+    {"admin", "engines.vllm", "host.__main__"},
+    {"app"},
     {"server"},
-    {"demo", "bench"},
+    {"demo", "bench", "remote"},
     {"cli"},
     {"entrypoints.openai.multi_model_api_server", "__main__"},
 ]
@@ -28,8 +31,10 @@ LAYERS = [
 
 VLLM_DOORS = {
     "compat",
+    "devices",
     "launch",
     "metrics",
+    "host.compiled",
     "host.cpu_worker",
     "host.engine",
     "host.executor",

@@ -317,13 +317,11 @@ def test_the_medium_model_can_be_made_from_the_embedded_qwen() -> None:
     assert 0.1e9 < medium.parameters() < 0.5e9
 
 
-def test_the_medium_model_is_a_complete_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_medium_model_is_a_complete_checkpoint(tmp_path: Path) -> None:
     """Every tensor where the header says; unknown tokens score 0; made once."""
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 2}
-    monkeypatch.setattr(medium, "SIZES", {**medium.SIZES, **small})
-    folder = medium.make(demo.MODELS / "qwen", tmp_path / "medium")
+    sizes = {**medium.SIZES, **small}
+    folder = medium.make(demo.MODELS / "qwen", tmp_path / "medium", sizes)
     data = (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -339,5 +337,5 @@ def test_the_medium_model_is_a_complete_checkpoint(
     assert not any(rows[known * 16 : 32768 * 16])
 
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    medium.make(demo.MODELS / "qwen", folder)
+    medium.make(demo.MODELS / "qwen", folder, sizes)
     assert made == (folder / "model.safetensors").stat().st_mtime_ns

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.config import (
     ServerConfig,
     SwitchingConfig,
@@ -101,6 +102,35 @@ def test_switching_section_is_read(load: Load) -> None:
 def test_empty_switching_section_means_the_defaults(load: Load) -> None:
     """A section whose keys are all commented out is no mistake."""
     assert SwitchingConfig() == load("models: {a: {model: org/a}}\nswitching:").switching
+
+
+def test_memory_section_is_read(load: Load) -> None:
+    """Sizes in bytes, in words, or as fractions; what is left out has a default."""
+    config = load("models: {a: {model: org/a}}\nmemory: {device: 20GiB, host: 25%}")
+
+    assert MemoryBudget(20 << 30, 0.25) == config.memory
+    assert MemoryBudget(0.8, None) == load("models: {a: {model: x}}\nmemory: {device: 0.8}").memory
+
+
+@pytest.mark.parametrize("section", ["", "\nmemory:", "\nmemory: {}"])
+def test_memory_section_may_be_left_out(load: Load, section: str) -> None:
+    """Or be empty: both budgets have their defaults."""
+    assert MemoryBudget(None, None) == load("models: {a: {model: org/a}}" + section).memory
+
+
+def test_residency_of_a_model_is_configured_beside_it(load: Load) -> None:
+    """`pinned` and idle times are ours, and no settings of vLLM; times may be null."""
+    models = load(
+        "models:\n"
+        "  a: {model: org/a, pinned: true, idle_sleep: 60, idle_unload: 0.5}\n"
+        "  b: {model: org/b, pinned: false, idle_sleep: null}\n"
+        "  c: {model: org/c}"
+    ).models
+
+    assert [(True, 60.0, 0.5), (False, None, None), (False, None, None)] == [
+        (model.pinned, model.idle_sleep, model.idle_unload) for model in models
+    ]
+    assert [{}, {}, {}] == [model.settings for model in models]
 
 
 @pytest.mark.parametrize("written", ["tiny", "./tiny", "tiny/", "../{parent}/tiny"])
@@ -238,8 +268,8 @@ def test_shape_that_cannot_work_is_named(
     [
         ("modles: {}", "unknown key 'modles'; did you mean 'models'?"),
         ("default: a", "unknown key 'default'; did you mean 'default_model'?"),
-        ("xyz: 1", "unknown key 'xyz'; known keys: default_model, models, switching"),
-        ("1: 1", "unknown key 1; known keys: default_model, models, switching"),
+        ("xyz: 1", "unknown key 'xyz'; known keys: default_model, models, switching, memory"),
+        ("1: 1", "unknown key 1; known keys: default_model, models, switching, memory"),
         (
             "models: {a: {model: x}}\nswitching: {drain_timout: 1}",
             "switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",
@@ -247,6 +277,14 @@ def test_shape_that_cannot_work_is_named(
         (
             "models: {a: {model: x}}\nswitching: {mode: auto}",
             "switching: unknown key 'mode'; known keys: drain_timeout, max_waiting, max_wait",
+        ),
+        (
+            "models: {a: {model: x}}\nmemory: {gpu: 1GiB}",
+            "memory: unknown key 'gpu'; known keys: device, host",
+        ),
+        (
+            "models: {a: {model: x}}\nmemory: {devices: 1GiB}",
+            "memory: unknown key 'devices'; did you mean 'device'?",
         ),
     ],
 )
@@ -329,6 +367,48 @@ def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, p
 def test_text_that_is_no_path_is_refused(refusal: Callable[[str], str], model: str) -> None:
     """An unknown user and a null byte are mistakes of the file, not of the program."""
     assert "is no path" in refusal(f"models: {{a: {{model: {model}}}}}")
+
+
+@pytest.mark.parametrize("value", ["1", "yes please", "null", "[true]", '"true"', "0.5"])
+def test_pinned_is_true_or_false(refusal: Callable[[str], str], value: str) -> None:
+    """Nothing that merely looks like it."""
+    message = refusal(f"models: {{a: {{model: x, pinned: {value}}}}}")
+
+    assert "models.a.pinned is " in message
+    assert message.endswith("it must be true or false")
+
+
+@pytest.mark.parametrize("key", ["idle_sleep", "idle_unload"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "true", ".nan", ".inf", "1.0e+10", "[1]", "60s"])
+def test_idle_times_are_seconds_above_zero(
+    refusal: Callable[[str], str], key: str, value: str
+) -> None:
+    """Neither negative nor infinite, and a model that rests at once could never be used."""
+    message = refusal(f"models: {{a: {{model: x, {key}: {value}}}}}")
+
+    assert f"models.a.{key} is " in message
+    assert message.endswith("it must be a number of seconds above 0, or null")
+
+
+@pytest.mark.parametrize("key", ["device", "host"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1.5", "0%", "120%", "20 apples", "true", ".nan", "[1]", "null", '""']
+)
+def test_memory_sizes_are_bytes_or_fractions(
+    refusal: Callable[[str], str], key: str, value: str
+) -> None:
+    """Anything else is named, with what would do."""
+    message = refusal(f"models: {{a: {{model: x}}}}\nmemory: {{{key}: {value}}}")
+
+    assert f"memory.{key} is " in message
+    assert message.endswith("give bytes, a size such as 20GiB, or a fraction such as 0.8 or 80%")
+
+
+def test_memory_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
+    """The section is a mapping or left out."""
+    assert "memory must be a mapping with the keys device and host, not str '20GiB'" in refusal(
+        "models: {a: {model: x}}\nmemory: 20GiB"
+    )
 
 
 @pytest.mark.parametrize("key", ["drain_timeout", "max_wait", "max_waiting"])
