@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,10 @@ import httpx
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import SwitchingConfig
-from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.engines.fake import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.events import Event
+from vllm_hotswap.planner import Usage
+from vllm_hotswap.registry import ModelPolicy
 
 CHAT = "/v1/chat/completions"
 OPEN = Access(dev_mode=True)
@@ -137,13 +140,22 @@ class Server:
         *,
         load: tuple[str, ...] = ("llama", "qwen"),
         access: Access = OPEN,
+        aliases: tuple[str, ...] = ("llama", "qwen", "mistral"),
+        settings: Mapping[str, FakeSettings] | None = None,
+        budget: Usage = UNLIMITED,
+        policies: Mapping[str, ModelPolicy] | None = None,
         **switching: Any,
     ) -> None:
         self._load = load
-        self.host = FakeHost(("llama", "qwen", "mistral"))
+        self.host = FakeHost(aliases, settings, budget)
         self.events = Recorder()
-        settings = SwitchingConfig(**switching)
-        self.app = HotswapApp(self.host, access, settings, observers=(self.events,))
+        self.app = HotswapApp(
+            self.host,
+            access,
+            SwitchingConfig(**switching),
+            observers=(self.events,),
+            policies=policies,
+        )
         self.coordinator = self.app.coordinator
         self.answered: list[str] = []
         self._tasks: list[asyncio.Task[Any]] = []
@@ -190,6 +202,10 @@ class Server:
         if drain_timeout is not None:
             body["drain_timeout"] = drain_timeout
         return self._keep(self.post("/v1/models/switch", json=body))
+
+    def operate(self, alias: str, name: str, **body: Any) -> asyncio.Task[httpx.Response]:
+        """Begin a call to one of the operations on a model."""
+        return self._keep(self.post(f"/admin/models/{alias}/{name}", json=body))
 
     def stream(self, alias: str | None, *, path: str = CHAT, words: int = 3) -> Stream:
         """Begin a request that is answered as a stream, without waiting for anything."""
@@ -238,6 +254,10 @@ class Server:
 
     def residency(self, alias: str) -> str:
         return self.coordinator.registry.resolve(alias).residency.value
+
+    @property
+    def residencies(self) -> dict[str, str]:
+        return {model.alias: model.residency.value for model in self.coordinator.registry}
 
     def _keep(self, call: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(call)

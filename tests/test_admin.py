@@ -9,8 +9,11 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.access import Access
+from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.planner import Usage
 
 SWITCH = "/v1/models/switch"
+MIB = 1 << 20
 ADMIN = {"authorization": "Bearer admin"}
 USER = {"authorization": "Bearer user"}
 
@@ -38,10 +41,12 @@ async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Serve
         "stash_memory_after_mb": 0.0,
         "memory_before_mb": 4.0,
         "memory_after_unload_mb": 4.0,
+        "memory_after_mb": 4.0,
         "epoch": 2,
         "requests_cut": 0,
+        "evicted": [],
     }.items() <= body.items()
-    assert ["validate", "drain", "bring_up", "activate"] == list(body["phases"])
+    assert ["validate", "drain", "make_room", "bring_up", "activate"] == list(body["phases"])
     assert 0 <= body["reconfigure_ms"] <= body["duration_ms"]
     assert body["operation_id"].startswith("switch-")
 
@@ -58,10 +63,32 @@ async def test_switch_to_the_active_model_says_that_nothing_was_done(server: Ser
 
 
 async def test_switch_to_a_cold_model_shows_what_it_holds(server: Server) -> None:
-    """The memory fields are the engine host's."""
+    """The memory fields are the engine host's: before, once there was room, and at the end."""
     body = (await server.post(SWITCH, json={"model": "mistral"})).json()
 
-    assert (4.0, 6.0) == (body["memory_before_mb"], body["memory_after_unload_mb"])
+    fields = ("memory_before_mb", "memory_after_unload_mb", "freed_memory_mb", "memory_after_mb")
+    assert [4.0, 4.0, 0.0, 6.0] == [body[field] for field in fields]
+
+
+async def test_switch_that_makes_room_shows_who_moved_and_what_that_gave_back(
+    make_server: MakeServer,
+) -> None:
+    """Where there is room for one and a half, the source sleeps."""
+    server = await make_server(load=("llama",), budget=Usage(3 * MIB))
+
+    body = (await server.post(SWITCH, json={"model": "mistral"})).json()
+
+    fields = ("memory_before_mb", "memory_after_unload_mb", "freed_memory_mb", "memory_after_mb")
+    assert [2.0, 1.0, 1.0, 3.0] == [body[field] for field in fields]
+    assert [
+        {
+            "model": "llama",
+            "before": "active",
+            "after": "asleep",
+            "frees": {"device_bytes": MIB, "host_bytes": 0},
+            "cost_s": 0.1,
+        }
+    ] == body["evicted"]
 
 
 async def test_joined_calls_get_the_same_answer(server: Server) -> None:
@@ -188,6 +215,9 @@ async def test_switching_needs_an_admin_key_or_dev_mode(
         ("GET", "/v1/models/llama", 401),
         ("GET", "/metrics", 401),
         ("GET", "/admin/status", 401),
+        ("GET", "/admin/plan", 401),
+        ("GET", "/admin/events", 401),
+        ("POST", "/admin/models/llama/load", 401),
         ("POST", "/v1/chat/completions", 401),
         ("POST", "/nowhere", 401),
     ],
@@ -324,14 +354,62 @@ async def test_status_is_a_snapshot_of_everything(server: Server) -> None:
         "waiting": 0,
         "failure": None,
     }.items() <= body.items()
-    assert {"residency": "active", "in_flight": 1, "weights_bytes": 1 << 20}.items() <= body[
-        "models"
-    ]["llama"].items()
-    assert {"residency": "cold", "kv_bytes": 0, "last_used_s": None}.items() <= body["models"][
-        "mistral"
-    ].items()
-    assert 4 << 20 == body["host"]["used_bytes"]
+    llama, mistral = body["models"]["llama"], body["models"]["mistral"]
+    assert {
+        "residency": "active",
+        "in_flight": 1,
+        "waiting": 0,
+        "weights_bytes": MIB,
+        "kv_bytes": MIB,
+        "held": {"device_bytes": 2 * MIB, "host_bytes": 0},
+        "pinned": False,
+        "switch_cost_s": 0.0,
+        "failed": None,
+    }.items() <= llama.items()
+    assert 0 <= llama["idle_s"]
+    assert {
+        "residency": "cold",
+        "weights_bytes": MIB,
+        "held": {"device_bytes": 0, "host_bytes": 0},
+        "idle_s": None,
+    }.items() <= mistral.items()
+    assert 1 <= mistral["switch_cost_s"]
+    assert 4 * MIB == body["host"]["used_bytes"]
+    assert {"total": 0, "failed": 0} == body["switches"]
     await stream.finish()
+
+
+async def test_status_shows_budgets_and_what_is_used_of_them(make_server: MakeServer) -> None:
+    """Device memory with what the engine host holds itself; host memory of models alone."""
+    asleep = FakeSettings(offloads=True)
+    server = await make_server(settings={"qwen": asleep}, budget=Usage(9 * MIB, 5 * MIB))
+    server.host.base_bytes = 7
+    await server.operate("qwen", "sleep")
+
+    memory = (await server.get("/admin/status")).json()["memory"]
+
+    assert {
+        "device": {"budget": 9 * MIB + 7, "used": 2 * MIB + 7, "base": 7},
+        "host": {"budget": 5 * MIB, "used": MIB},
+    } == memory
+
+
+async def test_status_shows_a_model_that_died(server: Server) -> None:
+    """With the cause."""
+    server.host.kill_engine("qwen", "RuntimeError: boom")
+
+    qwen = (await server.get("/admin/status")).json()["models"]["qwen"]
+
+    assert ("failed", "RuntimeError: boom") == (qwen["residency"], qwen["failed"])
+
+
+async def test_status_counts_switches(server: Server) -> None:
+    """Those that have ended, and those that failed."""
+    await server.switch("qwen")
+    server.host.fail_next("load", "mistral")
+    await server.switch("mistral")
+
+    assert {"total": 2, "failed": 1} == (await server.get("/admin/status")).json()["switches"]
 
 
 async def test_status_shows_a_switch_under_way(server: Server) -> None:
@@ -345,8 +423,11 @@ async def test_status_shows_a_switch_under_way(server: Server) -> None:
     body = (await server.get("/admin/status")).json()
 
     assert ("activate", "qwen", 1) == (body["phase"], body["target"], body["waiting"])
+    assert {"llama": 0, "qwen": 1, "mistral": 0} == {
+        alias: model["waiting"] for alias, model in body["models"].items()
+    }
     server.host.release("activate", "qwen")
-    await switch
+    assert body["operation_id"] == (await switch).json()["operation_id"]
     await held
 
 

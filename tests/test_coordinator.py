@@ -31,7 +31,7 @@ from vllm_hotswap.events import (
 )
 from vllm_hotswap.registry import Lease
 
-PHASES = ["validate", "drain", "bring_up", "activate"]
+PHASES = ["validate", "drain", "make_room", "bring_up", "activate"]
 
 
 class Holder:

@@ -11,12 +11,15 @@ import pytest
 from tests.support import settled
 from vllm_hotswap.engines.fake import FakeEngine, FakeHost, FakeSettings
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+from vllm_hotswap.planner import Usage
+from vllm_hotswap.states import LADDER
 
 
 @pytest.fixture
 async def host() -> FakeHost:
     """Two loaded engines, llama is stepped."""
-    host = FakeHost(("llama", "qwen"), {"qwen": FakeSettings(0.001, 0.001, 0.001, 10, 20)})
+    qwen = FakeSettings(load_s=0.001, token_s=0.001, weights_bytes=10, kv_bytes=20)
+    host = FakeHost(("llama", "qwen"), {"qwen": qwen})
     await host.start()
     for engine in host.engines.values():
         await engine.load(lambda stage: None)
@@ -34,10 +37,12 @@ def post(engine: FakeEngine, path: str, **body: Any) -> asyncio.Task[httpx.Respo
 
 
 async def test_engine_that_is_not_loaded_has_no_application() -> None:
-    """It holds nothing and cannot be activated."""
-    engine = FakeHost(("llama",)).engines["llama"]
+    """It holds nothing and cannot be activated; what it needs is known all the same."""
+    host = FakeHost(("llama",))
+    engine = host.engines["llama"]
 
-    assert (0, 0) == (engine.memory.weights_bytes, engine.memory.kv_bytes)
+    assert 0 == engine.held_bytes == host.stats().used_bytes
+    assert (1 << 20, 1 << 20) == (engine.memory.weights_bytes, engine.memory.kv_bytes)
     with pytest.raises(EngineUnavailable, match="model 'llama' is not loaded"):
         _ = engine.app
     with pytest.raises(HotswapError, match="engine 'llama' is not loaded"):
@@ -59,6 +64,100 @@ async def test_loaded_engines_hold_memory(host: FakeHost) -> None:
 
     assert (10, 20) == (memory.weights_bytes, memory.kv_bytes)
     assert (2 << 20) + 30 == host.stats().used_bytes
+
+
+@pytest.mark.parametrize(("level", "held"), [(1, 10), (2, 0)])
+async def test_sleep_gives_memory_back_and_keeps_requests(
+    host: FakeHost, level: int, held: int
+) -> None:
+    """Level 1 keeps the weights, level 2 nothing; what runs goes on after the next activation."""
+    qwen = host.engines["qwen"]
+    await qwen.activate(2)
+    words = qwen.tokens(2)
+    first = await anext(words)
+
+    await qwen.sleep(level)
+    assert (held, False, False) == (qwen.held_bytes, qwen.is_loaded, qwen.is_stepped)
+
+    await qwen.wake()
+    assert (30, True, False) == (qwen.held_bytes, qwen.is_loaded, qwen.is_stepped)
+    await qwen.activate(3)
+    assert ["I", "am"] == [first, await anext(words)]
+
+
+async def test_sleeping_engine_cannot_be_activated(host: FakeHost) -> None:
+    """It must be woken first."""
+    await host.engines["qwen"].sleep(1)
+
+    with pytest.raises(HotswapError, match="engine 'qwen' is not loaded"):
+        await host.engines["qwen"].activate(2)
+
+
+async def test_wake_that_fails_leaves_nothing(host: FakeHost) -> None:
+    """The engine is unloaded, and can be loaded again."""
+    qwen = host.engines["qwen"]
+    await qwen.sleep(1)
+    host.fail_next("wake", "qwen")
+
+    with pytest.raises(HotswapError, match="wake of 'qwen' was made to fail"):
+        await qwen.wake()
+    assert 0 == qwen.held_bytes
+
+    await qwen.load(lambda stage: None)
+    assert 30 == qwen.held_bytes
+
+
+async def test_unload_gives_everything_back_but_the_frontend(host: FakeHost) -> None:
+    """Twice is as good as once; a later load finds the frontend there."""
+    qwen, stages = host.engines["qwen"], list[str]()
+
+    await qwen.unload()
+    await qwen.unload()
+
+    assert 0 == qwen.held_bytes
+    assert qwen.app is not None
+    await qwen.load(stages.append)
+    assert "frontend" not in stages
+
+
+@pytest.mark.parametrize(("limit", "read"), [(3, 3), (100, 10)])
+async def test_prefetch_reads_as_far_as_it_may(host: FakeHost, limit: int, read: int) -> None:
+    """At most the limit, at most the weights."""
+    assert read == await host.engines["qwen"].prefetch(limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "usage"),
+    [
+        (FakeSettings(weights_bytes=2, kv_bytes=1), [Usage(3), Usage(2), Usage(0), Usage(0)]),
+        (
+            FakeSettings(weights_bytes=2, kv_bytes=1, offloads=True, levels=frozenset([1])),
+            [Usage(3), Usage(0, 2), None, Usage(0)],
+        ),
+        (
+            FakeSettings(weights_bytes=2, kv_bytes=1, levels=frozenset()),
+            [Usage(3), None, None, Usage(0)],
+        ),
+    ],
+)
+def test_footprint_is_what_the_device_knows(
+    settings: FakeSettings, usage: list[Usage | None]
+) -> None:
+    """A CPU keeps sleeping weights on the device, an accelerator moves them to the host."""
+    footprint = FakeHost(("a",), {"a": settings}).engines["a"].footprint
+
+    assert usage == [footprint.usage.get(residency) for residency in LADDER[1:]]
+    assert Usage(3) == footprint.peak
+
+
+async def test_most_that_was_held_is_witnessed(host: FakeHost) -> None:
+    """A plan that holds too much for a moment is found out."""
+    await host.engines["llama"].unload()
+    await host.engines["llama"].load(lambda stage: None)
+    await host.engines["qwen"].unload()
+
+    assert (2 << 20) == host.stats().used_bytes
+    assert (2 << 20) + 30 == host.most_held_bytes
 
 
 async def test_only_the_activated_engine_is_stepped(host: FakeHost) -> None:
