@@ -110,11 +110,12 @@ def _size(number: str, unit: str, wanted: str) -> Size:
         raise ValueError(wanted) from None
     if unit == "%" and 0 < amount <= 100:
         return amount / 100
-    if unit.upper() not in _UNITS or amount <= 0:
-        raise ValueError(wanted)
-    if not unit and amount <= 1:
+    if not unit and 0 < amount <= 1:
         return amount
-    return int(amount * _UNITS[unit.upper()])
+    size = int(amount * _UNITS.get(unit.upper(), 0))
+    if size <= 0:
+        raise ValueError(wanted)
+    return size
 
 
 def resolve_size(size: Size, total_bytes: int) -> int:

@@ -148,7 +148,7 @@ def _family(pid: int) -> list[int]:
 
 
 def _anonymous(pid: int) -> int:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError):  # it may end meanwhile
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
         fields = dict(line.split(":", 1) for line in status.splitlines())
         return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))

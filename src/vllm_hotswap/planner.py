@@ -8,8 +8,8 @@ the least recently used goes first. Moves that turn out to be unnecessary are ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.states import LADDER, Residency, is_below
@@ -150,23 +150,28 @@ def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan
     """
     model = snapshot.find(target)
     kept = {target, *keep}
-    candidates = [m for m in _least_recently_used(snapshot.models) if m.alias not in kept]
-    comes_up = model.residency not in (Residency.PARKED, Residency.ACTIVE)
-    need = model.needs() if comes_up else Usage()
-    before = snapshot.used - (model.footprint.at(model.residency) if comes_up else Usage())
-    moves = _evictions(candidates, before, need, snapshot.budget)
+    if model.residency in (Residency.PARKED, Residency.ACTIVE):
+        used = snapshot.used
+        return Plan(target, (), None, used, used, used, snapshot.budget)
+    held = model.footprint.at(model.residency)
+    room = _Room(
+        candidates=tuple(m for m in _least_recently_used(snapshot.models) if m.alias not in kept),
+        others=snapshot.used - held,
+        held=held,
+        need=model.needs(),
+        budget=snapshot.budget,
+    )
+    moves = _evictions(room)
     if moves is None:
         raise NoRoom(_arithmetic(snapshot, model, kept))
-    evictions = tuple(_eviction(snapshot.find(alias), after) for alias, after in moves.items())
-    rest = before - total(move.frees for move in evictions)
-    parked = model.footprint.at(Residency.PARKED)
+    rest, parked = room.rest(moves), model.footprint.at(Residency.PARKED)
     return Plan(
         target=target,
-        evictions=evictions,
-        bring_up=_bring_up(model, parked) if comes_up else None,
+        evictions=tuple(_eviction(snapshot.find(alias), after) for alias, after in moves.items()),
+        bring_up=_bring_up(model, parked),
         used_before=snapshot.used,
-        used_peak=rest + need,
-        used_after=rest + (parked if comes_up else Usage()),
+        used_peak=rest + room.need,
+        used_after=rest + parked,
         budget=snapshot.budget,
     )
 
@@ -182,79 +187,94 @@ def fits_together(views: Sequence[ModelView], budget: Usage) -> bool:
     return (parked + rise).fits(budget)
 
 
-def _evictions(
-    candidates: Sequence[ModelView], used: Usage, need: Usage, budget: Usage
-) -> dict[str, Residency] | None:
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What there must be room for, and who may make it. Moves are residencies by alias."""
+
+    candidates: tuple[ModelView, ...]
+    """The least recently used first."""
+    others: Usage
+    """What all models but the target hold now."""
+    held: Usage
+    """What the target holds until it comes up."""
+    need: Usage
+    """What it holds at most then."""
+    budget: Usage
+
+    def rest(self, moves: Mapping[str, Residency]) -> Usage:
+        """What all models but the target hold after `moves`."""
+        moved = [model for model in self.candidates if model.alias in moves]
+        return self.others - total(_freed(model, moves[model.alias]) for model in moved)
+
+    def can_make(self, moves: Mapping[str, Residency]) -> bool:
+        """Whether host memory takes in what is put to sleep, with the target where it is."""
+        return (self.rest(moves) + self.held).host <= self.budget.host
+
+    def suffices(self, moves: Mapping[str, Residency]) -> bool:
+        """Whether the target can come up after `moves`."""
+        return self.can_make(moves) and (self.rest(moves) + self.need).fits(self.budget)
+
+
+def _evictions(room: _Room) -> dict[str, Residency] | None:
     """Where which candidates go, in order; None if there is no room even then."""
     moves: dict[str, Residency] = {}
-    for after in EVICTIONS:
-        for model in candidates:
-            if (_after(candidates, moves, used) + need).fits(budget):
-                return _needed(candidates, moves, used, need, budget)
-            _try_move(model, after, moves, candidates, used, budget)
-    if (_after(candidates, moves, used) + need).fits(budget):
-        return _needed(candidates, moves, used, need, budget)
-    return None
-
-
-def _try_move(
-    model: ModelView,
-    after: Residency,
-    moves: dict[str, Residency],
-    candidates: Sequence[ModelView],
-    used: Usage,
-    budget: Usage,
-) -> None:
-    """Move the model there if it may go there and that frees something the budget lacks."""
-    if not model.can_move_to(after):
-        return
-    now = moves.get(model.alias, model.residency)
-    gain = model.footprint.at(now) - model.footprint.at(after)
-    if gain.device <= 0 and gain.host <= 0:
-        return
-    moved = {**moves, model.alias: after}
-    if gain.host < 0 and not _after(candidates, moved, used).host <= budget.host:
-        return
-    moves[model.alias] = after
-
-
-def _needed(
-    candidates: Sequence[ModelView],
-    moves: dict[str, Residency],
-    used: Usage,
-    need: Usage,
-    budget: Usage,
-) -> dict[str, Residency]:
-    """The moves without those that turned out to be unnecessary; whoever takes host memory last."""
-    for model in reversed(candidates):
-        if model.alias not in moves:
-            continue
-        for milder in (None, *EVICTIONS):
-            trial = {alias: to for alias, to in moves.items() if alias != model.alias}
-            if milder is not None:
-                if milder is moves[model.alias]:
-                    break
-                if not model.can_move_to(milder):
-                    continue
-                trial[model.alias] = milder
-            if (_after(candidates, trial, used) + need).fits(budget):
-                moves = trial
+    # Once more at the end: unloading frees host memory that others may need to fall asleep.
+    for limit in (*EVICTIONS, Residency.COLD):
+        for model in room.candidates:
+            if room.suffices(moves):
                 break
-    taking = {
-        m.alias: m.footprint.at(m.residency).host - m.footprint.at(moves[m.alias]).host
-        for m in candidates
-        if m.alias in moves
-    }
-    return dict(sorted(moves.items(), key=lambda item: -taking[item[0]]))
+            moves = _with_move(room, moves, model, limit)
+    return _in_order(room, _needed(room, moves)) if room.suffices(moves) else None
 
 
-def _after(candidates: Sequence[ModelView], moves: Mapping[str, Residency], used: Usage) -> Usage:
-    freed = total(
-        model.footprint.at(model.residency) - model.footprint.at(moves[model.alias])
-        for model in candidates
-        if model.alias in moves
-    )
-    return used - freed
+def _with_move(
+    room: _Room, moves: dict[str, Residency], model: ModelView, limit: Residency
+) -> dict[str, Residency]:
+    """Moves with the model as low as it may go, but not below `limit`, if that frees anything."""
+    after = _lowest(model, limit)
+    gain = model.footprint.at(moves.get(model.alias, model.residency)) - model.footprint.at(after)
+    moved = {**moves, model.alias: after}
+    frees = gain.device > 0 or gain.host > 0
+    return moved if frees and (gain.host >= 0 or room.can_make(moved)) else moves
+
+
+def _needed(room: _Room, moves: dict[str, Residency]) -> dict[str, Residency]:
+    """The moves without those that turned out to be unnecessary.
+
+    The most recently used goes back first, as far as possible, until nobody can any more: one who
+    goes back up may leave host memory to another.
+    """
+    for model in reversed(room.candidates):
+        for trial in _milder(model, moves):
+            if room.suffices(trial):
+                return _needed(room, trial)
+    return moves
+
+
+def _milder(model: ModelView, moves: dict[str, Residency]) -> Iterator[dict[str, Residency]]:
+    """The moves with one model staying, or going less far down."""
+    if model.alias in moves:
+        yield {alias: after for alias, after in moves.items() if alias != model.alias}
+        for after in EVICTIONS:
+            if is_below(moves[model.alias], after) and model.can_move_to(after):
+                yield {**moves, model.alias: after}
+
+
+def _in_order(room: _Room, moves: dict[str, Residency]) -> dict[str, Residency]:
+    """Whoever frees host memory goes first, whoever takes some last; then the least recent."""
+    movers = [model for model in room.candidates if model.alias in moves]
+    movers.sort(key=lambda model: -_freed(model, moves[model.alias]).host)
+    return {model.alias: moves[model.alias] for model in movers}
+
+
+def _freed(model: ModelView, after: Residency) -> Usage:
+    return model.footprint.at(model.residency) - model.footprint.at(after)
+
+
+def _lowest(model: ModelView, limit: Residency = Residency.COLD) -> Residency:
+    """The lowest residency, but not below `limit`, that the model may be evicted to, or its own."""
+    allowed = [r for r in EVICTIONS if not is_below(r, limit) and model.can_move_to(r)]
+    return allowed[-1] if allowed else model.residency
 
 
 def _least_recently_used(models: Iterable[ModelView]) -> list[ModelView]:
@@ -262,8 +282,8 @@ def _least_recently_used(models: Iterable[ModelView]) -> list[ModelView]:
 
 
 def _eviction(model: ModelView, after: Residency) -> Move:
-    frees = model.footprint.at(model.residency) - model.footprint.at(after)
-    return Move(model.alias, model.residency, after, frees, model.up_s.get(after, 0.0))
+    cost_s = model.up_s.get(after, 0.0)
+    return Move(model.alias, model.residency, after, _freed(model, after), cost_s)
 
 
 def _bring_up(model: ModelView, parked: Usage) -> Move:
@@ -277,17 +297,10 @@ def _arithmetic(snapshot: Snapshot, target: ModelView, kept: set[str]) -> str:
     for model in snapshot.models:
         if model.alias == target.alias or model.residency in (Residency.COLD, Residency.FAILED):
             continue
-        lowest = replace(model, residency=_lowest(model, model.alias in kept))
-        held = lowest.footprint.at(lowest.residency)
+        held = model.footprint.at(model.residency if model.alias in kept else _lowest(model))
         if held.device or held.host:
             parts.append(f"{model.alias!r} keeps {_sizes(held)} ({_why(model, kept)})")
     return f"no room: {'; '.join(parts)}; the budget for models is {_sizes(snapshot.budget)}"
-
-
-def _lowest(model: ModelView, is_kept: bool) -> Residency:
-    if is_kept:
-        return model.residency
-    return next((r for r in reversed(EVICTIONS) if model.can_move_to(r)), model.residency)
 
 
 def _why(model: ModelView, kept: set[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ DEVIATION = 0.02
 Shape = tuple[int, ...]
 
 
-def make(small: Path, folder: Path) -> Path:
+def make(small: Path, folder: Path, sizes: Mapping[str, Any] = SIZES) -> Path:
     """Write the model to `folder`, unless it is there. Returns the folder.
 
     Args:
         small: a Qwen3 checkpoint whose tokenizer has at most `vocab_size` tokens.
         folder: where the model goes.
+        sizes: what of the configuration is other than in `small`; by default 0.22 B weights.
     """
-    config = _config(small)
+    config = _config(small, sizes)
     if (folder / "config.json").is_file() and _read(folder / "config.json") == config:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +65,9 @@ def is_source(folder: Path) -> bool:
     )
 
 
-def parameters() -> int:
+def parameters(sizes: Mapping[str, Any] = SIZES) -> int:
     """How many weights the model has."""
-    return sum(int(np.prod(shape)) for _, shape in tensors({**SIZES}))
+    return sum(int(np.prod(shape)) for _, shape in tensors({**sizes}))
 
 
 def known_tokens(folder: Path) -> int:
@@ -104,10 +105,10 @@ def _layer(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "mlp.down_proj", (hidden, inner)
 
 
-def _config(small: Path) -> dict[str, Any]:
+def _config(small: Path, sizes: Mapping[str, Any]) -> dict[str, Any]:
     config = _read(small / "config.json")
-    layers = ["full_attention"] * int(SIZES["num_hidden_layers"])
-    return {**config, **SIZES, "layer_types": layers, "dtype": "bfloat16"}
+    layers = ["full_attention"] * int(sizes["num_hidden_layers"])
+    return {**config, **sizes, "layer_types": layers, "dtype": "bfloat16"}
 
 
 def _read(path: Path) -> dict[str, Any]:

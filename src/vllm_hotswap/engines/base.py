@@ -13,13 +13,15 @@ from typing import Protocol
 
 from starlette.types import ASGIApp
 
+from vllm_hotswap.planner import Footprint, Usage
+
 Progress = Callable[[str], None]
 """Called with the name of each stage that a load reaches."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """What a loaded model holds, in bytes."""
+    """What a loaded model needs on its device, in bytes; estimated until it has been loaded."""
 
     weights_bytes: int
     kv_bytes: int
@@ -27,7 +29,7 @@ class EngineMemory:
 
 @dataclass(frozen=True, slots=True)
 class HostStats:
-    """The engine host now. `used_bytes` is its memory (on a CPU: resident set size)."""
+    """The engine host now. `used_bytes` is its memory (on a CPU: what cannot be dropped)."""
 
     pid: int
     used_bytes: int
@@ -41,11 +43,15 @@ class Engine(Protocol):
 
     @property
     def app(self) -> ASGIApp:
-        """The model's own ASGI application. Only defined after `load`."""
+        """The model's own ASGI application. Only defined after the first `load`."""
 
     @property
     def memory(self) -> EngineMemory:
-        """What the loaded model holds. Only defined after `load`."""
+        """What the model needs when it is loaded."""
+
+    @property
+    def footprint(self) -> Footprint:
+        """What it holds in each residency. Only defined after the host's `start`."""
 
     @property
     def card(self) -> Mapping[str, object]:
@@ -59,7 +65,7 @@ class Engine(Protocol):
         """
 
     async def load(self, progress: Progress) -> None:
-        """Make the engine and its frontend; the engine is parked afterwards.
+        """Make the engine and, the first time, its frontend; the engine is parked afterwards.
 
         Raises:
             EngineUnavailable: the host died.
@@ -69,12 +75,42 @@ class Engine(Protocol):
     async def activate(self, epoch: int) -> None:
         """Step this engine from now on, and no other one. Idempotent."""
 
+    async def sleep(self, level: int) -> None:
+        """Give memory back (vLLM's sleep levels 1 and 2); requests in the engine are kept.
+
+        The engine is not stepped from now on.
+        """
+
+    async def wake(self) -> None:
+        """Undo `sleep`; the engine is parked afterwards.
+
+        Raises:
+            HotswapError: it cannot; the engine is unloaded then.
+        """
+
+    async def unload(self) -> None:
+        """Give back everything but the frontend. Idempotent."""
+
+    async def prefetch(self, limit_bytes: int) -> int:
+        """Read weight files, up to `limit_bytes`, so that a load finds them in memory.
+
+        Returns the bytes read. Cancelling it stops the reading.
+        """
+
 
 class EngineHost(Protocol):
     """The process that holds every loaded engine and steps the active one."""
 
     @property
     def engines(self) -> Mapping[str, Engine]: ...
+
+    @property
+    def budget(self) -> Usage:
+        """What all models together may hold. Only defined after `start`."""
+
+    @property
+    def base_bytes(self) -> int:
+        """What the host itself holds without any model, besides the budget of the models."""
 
     @property
     def died(self) -> asyncio.Future[str]:

@@ -6,7 +6,8 @@ answers them while it is stepped; a request that is running when its engine is p
 and goes on later. Its answers name the alias and are the same every time.
 
 Tests drive it: `hold` and `release` gate an operation, `fail_next` makes it fail, `kill` ends the
-host or one engine; witnesses (`operations`, `stepped_while_parked`) tell what happened.
+host or one engine; witnesses (`operations`, `stepped_while_parked`, `most_held_bytes`) tell what
+happened.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from starlette.routing import Route
 
 from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+from vllm_hotswap.planner import Footprint, Usage
+from vllm_hotswap.states import Residency
+
+UNLIMITED = Usage(1 << 60, 1 << 60)
 
 WORDS = ["I", "am", "{alias},", "a", "fake", "engine", "of", "vllm-hotswap."]
 
@@ -37,8 +42,15 @@ class FakeSettings:
     load_s: float = 0.0
     activate_s: float = 0.0
     token_s: float = 0.0
+    sleep_s: float = 0.0
+    wake_s: float = 0.0
+    unload_s: float = 0.0
     weights_bytes: int = 1 << 20
     kv_bytes: int = 1 << 20
+    levels: frozenset[int] = frozenset([1, 2])
+    """Sleep levels that it knows."""
+    offloads: bool = False
+    """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
 
 
 @dataclass(eq=False)
@@ -51,7 +63,10 @@ class FakeEngine:
     missing_files: bool = False
 
     def __post_init__(self) -> None:
-        self.is_loaded = False
+        self.level: int | None = None
+        """0: loaded, 1 or 2: asleep at that level, None: not loaded."""
+        self.has_frontend = False
+        self.prefetched = 0
         self.aborted = 0
         self.served = 0
         self._stepped = asyncio.Event()
@@ -69,16 +84,35 @@ class FakeEngine:
         return f"<FakeEngine {self.alias} loaded={self.is_loaded} stepped={self._stepped.is_set()}>"
 
     @property
+    def is_loaded(self) -> bool:
+        return self.level == 0
+
+    @property
     def app(self) -> Starlette:
-        if not self.is_loaded:
+        if not self.has_frontend:
             raise EngineUnavailable(f"model {self.alias!r} is not loaded")
         return self._app
 
     @property
     def memory(self) -> EngineMemory:
-        if not self.is_loaded:
-            return EngineMemory(0, 0)
         return EngineMemory(self.settings.weights_bytes, self.settings.kv_bytes)
+
+    @property
+    def footprint(self) -> Footprint:
+        weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
+        usage = {Residency.PARKED: Usage(weights + kv), Residency.COLD: Usage()}
+        if 1 in self.settings.levels:
+            asleep = Usage(0, weights) if self.settings.offloads else Usage(weights)
+            usage[Residency.ASLEEP] = asleep
+        if 2 in self.settings.levels:
+            usage[Residency.DISCARDED] = Usage()
+        return Footprint(usage, Usage(weights + kv))
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds now."""
+        weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
+        return {0: weights + kv, 1: weights}.get(-1 if self.level is None else self.level, 0)
 
     @property
     def card(self) -> Mapping[str, object]:
@@ -94,14 +128,44 @@ class FakeEngine:
         for stage in ("weights", "kv_cache", "warm_up"):
             progress(stage)
         await self.host.operate("load", self.alias, self.settings.load_s)
-        progress("frontend")
-        self.is_loaded = True
+        if not self.has_frontend:
+            progress("frontend")
+            self.has_frontend = True
+        self.level = 0
+        self.host.check_budget()
 
     async def activate(self, epoch: int) -> None:
         await self.host.operate("activate", self.alias, self.settings.activate_s)
         if not self.is_loaded:
-            raise HotswapError(f"KeyError: engine {self.alias!r} is not loaded")
+            raise HotswapError(f"engine {self.alias!r} is not loaded")
         self.host.step_only(self)
+
+    async def sleep(self, level: int) -> None:
+        await self.host.operate("sleep", self.alias, self.settings.sleep_s)
+        self._leave_memory(level)
+
+    async def wake(self) -> None:
+        try:
+            await self.host.operate("wake", self.alias, self.settings.wake_s)
+        except HotswapError:
+            self.level = None
+            raise
+        self.level = 0
+        self.host.check_budget()
+
+    async def unload(self) -> None:
+        await self.host.operate("unload", self.alias, self.settings.unload_s)
+        self._leave_memory(None)
+
+    async def prefetch(self, limit_bytes: int) -> int:
+        await self.host.operate("prefetch", self.alias, 0)
+        self.prefetched = min(limit_bytes, self.settings.weights_bytes)
+        return self.prefetched
+
+    def _leave_memory(self, level: int | None) -> None:
+        if self.is_stepped:
+            self.set_stepped(False)
+        self.level = level
 
     # --- the engine ---------------------------------------------------------------------
 
@@ -194,9 +258,14 @@ class FakeHost:
     """Holds fake engines; steps the active one."""
 
     def __init__(
-        self, aliases: tuple[str, ...], settings: Mapping[str, FakeSettings] | None = None
+        self,
+        aliases: tuple[str, ...],
+        settings: Mapping[str, FakeSettings] | None = None,
+        budget: Usage = UNLIMITED,
     ) -> None:
         settings = settings or {}
+        self.budget = budget
+        self.base_bytes = 0
         self._engines = {
             alias: FakeEngine(alias, self, settings.get(alias, FakeSettings())) for alias in aliases
         }
@@ -206,6 +275,7 @@ class FakeHost:
         self._callbacks: list[Callable[[str, str], None]] = []
         self.operations: list[tuple[str, str]] = []
         self.stepped_while_parked = 0
+        self.most_held_bytes = 0
         self.is_running = False
 
     def __repr__(self) -> str:
@@ -229,8 +299,7 @@ class FakeHost:
         self.is_running = False
 
     def stats(self) -> HostStats:
-        used = sum(e.memory.weights_bytes + e.memory.kv_bytes for e in self._engines.values())
-        return HostStats(os.getpid(), used)
+        return HostStats(os.getpid(), sum(e.held_bytes for e in self._engines.values()))
 
     def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
         self._callbacks.append(callback)
@@ -259,17 +328,21 @@ class FakeHost:
         if not engine.is_stepped:
             self.stepped_while_parked += 1
 
+    def check_budget(self) -> None:
+        """Note the most that all engines have ever held."""
+        self.most_held_bytes = max(self.most_held_bytes, self.stats().used_bytes)
+
     # --- what tests do ------------------------------------------------------------------------
 
     def hold(self, operation: str, alias: str) -> None:
-        """Have `load`, `activate` or `step` of the alias wait for `release`."""
+        """Have `load`, `activate`, `sleep`, `step` ... of the alias wait for `release`."""
         self._gates[operation, alias] = asyncio.Event()
 
     def release(self, operation: str, alias: str) -> None:
         self._gates.pop((operation, alias)).set()
 
     def fail_next(self, operation: str, alias: str, error: HotswapError | None = None) -> None:
-        """Have the next `load` or `activate` of the alias fail."""
+        """Have the next `load`, `wake`, `activate` ... of the alias fail."""
         failure = error or HotswapError(f"{operation} of {alias!r} was made to fail")
         self._failures[operation, alias].append(failure)
 

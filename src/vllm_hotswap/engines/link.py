@@ -129,7 +129,8 @@ class HostLink:
     def _receive(self, message: Message) -> None:
         match message:
             case Ready():
-                self._ready.set_result(None)
+                if not self._ready.done():
+                    self._ready.set_result(None)
             case Answer(id=id, error=error, result=result):
                 future = self._pending.get(id)
                 if future is not None and not future.done():

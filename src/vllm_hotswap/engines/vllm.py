@@ -1,38 +1,55 @@
 """The real engines: vLLM's, one per model, in one engine host process.
 
 The frontend of each model (vLLM's `AsyncLLM` and its FastAPI application) lives in this
-process, is built once, right after the engine's first load, and is never touched again.
+process, is built once, right after the engine's first load, and is never touched again: it
+outlives the model's weights and serves every later load.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from starlette.types import ASGIApp
 
 from vllm_hotswap import compat
+from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
+from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
+from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.host.messages import (
     Activate,
-    Configure,
     EngineFailed,
     Load,
     Loaded,
     LoadStage,
+    Measure,
     Message,
+    Sleep,
     SocketPaths,
+    Unload,
+    Wake,
 )
 from vllm_hotswap.launch import ModelLaunch
 from vllm_hotswap.metrics import adopting_frontend_metrics
+from vllm_hotswap.planner import Footprint, Usage
+from vllm_hotswap.states import Residency
+
+T = TypeVar("T")
+
+READING_BYTES = 64 << 20
+"""What a load takes for a while besides what it leaves: the tensor that is being read."""
 
 
 class VllmEngine:
@@ -42,26 +59,37 @@ class VllmEngine:
         self,
         launch: ModelLaunch,
         link: HostLink,
-        sockets: SocketPaths,
+        sockets: Callable[[], SocketPaths],
         one_frontend_at_a_time: asyncio.Lock,
     ) -> None:
         self._launch = launch
         self._link = link
-        self._sockets = sockets
+        self._new_sockets = sockets
         self._one_frontend_at_a_time = one_frontend_at_a_time
+        self._device = device_of(launch.vllm_config)
+        self._needs = compat.model_needs(
+            launch.alias, launch.vllm_config, launch.weights_bytes, launch.pinned
+        )
+        self._sockets: SocketPaths | None = None
         self._app: ASGIApp | None = None
-        self._client: Any = None
-        self._memory: EngineMemory | None = None
+        self._loaded: Loaded | None = None
         self._progress: Progress | None = None
-        self._frontend_failure: str | None = None
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
-        return f"<VllmEngine {self.alias} loaded={self._app is not None}>"
+        return f"<VllmEngine {self.alias} has_frontend={self._app is not None}>"
 
     @property
     def alias(self) -> str:
         return self._launch.alias
+
+    @property
+    def device(self) -> Device:
+        return self._device
+
+    @property
+    def needs(self) -> ModelNeeds:
+        return self._needs
 
     @property
     def app(self) -> ASGIApp:
@@ -71,53 +99,76 @@ class VllmEngine:
 
     @property
     def memory(self) -> EngineMemory:
-        return self._memory or EngineMemory(0, 0)
+        return EngineMemory(self._needs.weights_bytes, self._needs.kv_bytes or 0)
+
+    @property
+    def footprint(self) -> Footprint:
+        loaded = self._loaded
+        can_discard = loaded.can_discard if loaded else 2 in self._device.sleep_levels
+        return footprint_of(
+            self._needs, self._device, loaded.held_bytes if loaded else 0, can_discard
+        )
 
     @property
     def card(self) -> Mapping[str, object]:
         model = self._launch.vllm_config.model_config
         return {"root": self._launch.model, "max_model_len": model.max_model_len}
 
+    def give_kv_memory(self, nbytes: int) -> None:
+        """Set the size of its KV memory, on its device."""
+        self._needs = replace(self._needs, kv_bytes=nbytes)
+        config = self._launch.vllm_config
+        config.cache_config.kv_cache_memory_bytes = nbytes // compat.kv_shares(config)
+
     def validate(self) -> None:
-        if self._frontend_failure is not None:
-            raise ConfigError(
-                f"the frontend of model {self.alias!r} could not be built: "
-                f"{self._frontend_failure}; mend it and restart the server"
-            )
         path = Path(self._launch.model)
-        if path.is_absolute() and not path.is_dir():
+        if path.is_absolute() and not path.exists():
             raise ConfigError(
                 f"model {self.alias!r}: the folder {str(path)!r} does not exist any more"
             )
+        if path.is_dir():
+            try:
+                check_weights(path)
+            except ConfigError as error:
+                raise ConfigError(f"model {self.alias!r}: {error.message}") from error
 
     async def load(self, progress: Progress) -> None:
+        self._sockets = self._sockets or self._new_sockets()
+        sockets = self._sockets
+        # The host gets a copy, so that what a load writes into it is gone at the next one.
+        config = self._launch.vllm_config
         self._progress = progress
         try:
-            loaded: Loaded = await self._link.call(
+            self._loaded = await self._link.call(
                 lambda number: Load(
-                    number,
-                    self.alias,
-                    self._launch.vllm_config,
-                    not self._launch.args.disable_log_stats,
-                    self._sockets,
+                    number, self.alias, config, not self._launch.args.disable_log_stats, sockets
                 )
             )
         finally:
             self._progress = None
-        progress("frontend")
-        async with self._one_frontend_at_a_time:
-            try:
-                await self._build_frontend()
-            except Exception as error:
-                self._frontend_failure = one_line(error)
-                raise
-        self._memory = EngineMemory(
-            loaded.weights_bytes or self._launch.weights_bytes, loaded.kv_bytes
-        )
+        if self._app is None:
+            progress("frontend")
+            await self._add_frontend(sockets)
 
     async def activate(self, epoch: int) -> None:
-        await self._link.call(lambda number: Activate(number, self.alias, epoch))
+        await self._link.call(lambda number: Activate(number, self.alias))
         compat.name_in_parser_metrics(self.alias)
+
+    async def sleep(self, level: int) -> None:
+        await self._link.call(lambda number: Sleep(number, self.alias, level))
+
+    async def wake(self) -> None:
+        await self._link.call(lambda number: Wake(number, self.alias))
+
+    async def unload(self) -> None:
+        await self._link.call(lambda number: Unload(number, self.alias))
+
+    async def prefetch(self, limit_bytes: int) -> int:
+        revision = self._launch.vllm_config.model_config.revision
+        folder = compat.local_folder(self._launch.model, revision)
+        if folder is None or not folder.is_dir():
+            return 0
+        return await read_ahead(weight_files(folder), limit_bytes)
 
     async def close(self) -> None:
         """Give back the frontend's sockets, threads and tasks."""
@@ -127,35 +178,114 @@ class VllmEngine:
         if self._progress is not None:
             self._progress(stage)
 
-    async def _build_frontend(self) -> None:
+    async def _add_frontend(self, sockets: SocketPaths) -> None:
+        """Build the frontend; if that fails, forget the engine, whose client is lost."""
+        async with self._one_frontend_at_a_time:
+            try:
+                await self._unless_host_dies(self._build_frontend(sockets))
+            except BaseException as error:
+                self._sockets = None
+                await self._exits.aclose()
+                if not self._link.died.done():
+                    await self._link.call(lambda number: Unload(number, self.alias, forget=True))
+                if isinstance(error, Exception) and not isinstance(error, EngineUnavailable):
+                    raise ConfigError(
+                        f"the frontend of model {self.alias!r} could not be built: "
+                        f"{one_line(error)}"
+                    ) from error
+                raise
+
+    async def _unless_host_dies(self, building: Coroutine[Any, Any, None]) -> None:
+        """Wait for the frontend, which would wait for ever for an engine that has died."""
+        task = asyncio.ensure_future(building)
+        try:
+            ends: list[asyncio.Future[Any]] = [task, self._link.died]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineUnavailable(self._link.died.result())
+            await task
+        finally:
+            task.cancel()
+
+    async def _build_frontend(self, sockets: SocketPaths) -> None:
         config, args = self._launch.vllm_config, self._launch.args
         # The constructor blocks until the engine's ready message, hence the thread.
-        self._client = await asyncio.to_thread(compat.make_client, config, self._sockets, args)
-        self._exits.callback(self._client.shutdown)
+        client = await _on_daemon_thread(lambda: compat.make_client(config, sockets, args))
+        self._exits.callback(client.shutdown)
         with adopting_frontend_metrics(self.alias):
-            app = await compat.make_app(self._client, args)
+            app = await compat.make_app(client, args)
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
         self._app = app
 
 
+def footprint_of(
+    needs: ModelNeeds, device: Device, measured_bytes: int, can_discard: bool
+) -> Footprint:
+    """What a model holds in each residency, from what it needs and what was measured of it."""
+    kv = needs.kv_bytes or 0
+    held = max(measured_bytes, needs.weights_bytes) if measured_bytes > 0 else needs.held_bytes
+    reading = min(READING_BYTES, needs.weights_bytes)
+    rest = max(held - needs.weights_bytes, 0)
+    usage = {Residency.PARKED: Usage(held + kv), Residency.COLD: Usage()}
+    if 1 in device.sleep_levels:
+        usage[Residency.ASLEEP] = (
+            Usage(held) if device.is_host_memory else Usage(rest, needs.weights_bytes)
+        )
+    if can_discard:
+        usage[Residency.DISCARDED] = Usage(rest)
+    return Footprint(usage, Usage(held + kv + reading), measured_bytes > 0)
+
+
+async def _on_daemon_thread(make: Callable[[], T]) -> T:
+    """The result of `make`, on a thread that does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = make()
+        except BaseException as raised:  # noqa: BLE001  # handed on to whoever waits
+            error = raised
+        loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, daemon=True, name="frontend").start()
+    return await future
+
+
 class VllmHost:
     """The engine host process and the engines of all configured models."""
 
-    def __init__(self, link: HostLink, launches: Sequence[ModelLaunch]) -> None:
+    def __init__(
+        self,
+        link: HostLink,
+        launches: Sequence[ModelLaunch],
+        memory: MemoryBudget | None = None,
+    ) -> None:
         self._link = link
         self._launches = launches
+        self._memory = memory or MemoryBudget()
         # 0700, so that nobody else of the machine can reach the engines' sockets.
         self._folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
+        self._numbers = itertools.count()
         # vLLM's constructors set module globals; two at a time could mix them.
         self._one_frontend_at_a_time = lock = asyncio.Lock()
         self._engines = {
-            launch.alias: VllmEngine(launch, link, self._sockets(number), lock)
-            for number, launch in enumerate(launches)
+            launch.alias: VllmEngine(launch, link, self._new_sockets, lock) for launch in launches
         }
-        self._process: psutil.Process | None = None
         self._on_engine_failed: list[Callable[[str, str], None]] = []
+        self._budget = Usage()
+        self._base_bytes = 0
 
     def __repr__(self) -> str:
         return f"<VllmHost engines={list(self._engines)}>"
@@ -165,37 +295,46 @@ class VllmHost:
         return self._engines
 
     @property
+    def budget(self) -> Usage:
+        return self._budget
+
+    @property
+    def base_bytes(self) -> int:
+        return self._base_bytes
+
+    @property
     def died(self) -> asyncio.Future[str]:
         return self._link.died
 
     async def start(self) -> None:
-        """Wait for the host and have it share the memory among all models."""
+        """Wait for the host and have all models share the memory."""
         self._link.watch(self._receive)
         self._preparing = asyncio.create_task(self._prepare_frontends())
         await self._link.ready()
-        configs = [launch.vllm_config for launch in self._launches]
-        fraction = max(config.cache_config.gpu_memory_utilization for config in configs)
-        models = tuple(
-            compat.footprint(launch.alias, launch.vllm_config, launch.weights_bytes)
-            for launch in self._launches
+        engines = list(self._engines.values())
+        device = engines[0].device
+        memory: DeviceMemory = await self._link.call(lambda number: Measure(number, device))
+        fraction = max(
+            launch.vllm_config.cache_config.gpu_memory_utilization for launch in self._launches
         )
-        kv_bytes = await self._link.call(lambda number: Configure(number, models, fraction))
-        for launch in self._launches:
-            launch.vllm_config.cache_config.kv_cache_memory_bytes = kv_bytes[launch.alias]
+        self._base_bytes = memory.held
+        self._budget = resolve_budget(
+            self._memory, memory, psutil.virtual_memory().available, fraction
+        )
+        shares = share_kv_memory([engine.needs for engine in engines], self._budget.device)
+        for engine in engines:
+            engine.give_kv_memory(shares[engine.alias])
 
     async def stop(self) -> None:
-        for engine in self._engines.values():
-            await engine.close()
-        await self._link.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            for engine in self._engines.values():
+                await engine.close()
+        finally:
+            await self._link.stop()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def stats(self) -> HostStats:
-        try:
-            self._process = self._process or psutil.Process(self._link.pid)
-            used = self._process.memory_info().rss
-        except psutil.NoSuchProcess:
-            used = 0
-        return HostStats(self._link.pid, used)
+        return HostStats(self._link.pid, anonymous_bytes(self._link.pid))
 
     def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
         self._on_engine_failed.append(callback)
@@ -205,8 +344,8 @@ class VllmHost:
         async with self._one_frontend_at_a_time:
             await asyncio.to_thread(compat.prepare_frontends)
 
-    def _sockets(self, number: int) -> SocketPaths:
-        stem = f"ipc://{self._folder}/{number}"
+    def _new_sockets(self) -> SocketPaths:
+        stem = f"ipc://{self._folder}/{next(self._numbers)}"
         return SocketPaths(input=f"{stem}-in", output=f"{stem}-out")
 
     def _receive(self, message: Message) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.host.messages import Command, Ready, Stop
 from vllm_hotswap.host.obey import Obedience
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
 from vllm_hotswap.platforms import parse_cores
+from vllm_hotswap.progress import configure_logging
 
 log = logging.getLogger("vllm_hotswap.host")
 
@@ -30,32 +33,43 @@ def main() -> None:
     if args.cores:
         remember_cores(parse_cores(args.cores))
     channel: Connection[object, Command] = Connection(args.channel)
+    configure_logging()
     # The parent decides when the host ends; a Ctrl-C in the terminal reaches both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     obedience = Obedience(channel.send)
     threading.Thread(target=_read, args=(channel, obedience), daemon=True, name="channel").start()
     with no_collection():
         obedience.prepare()
-    channel.send(Ready(os.getpid()))
+    channel.send(Ready())
     obedience.loop.run()
-    # Skips interpreter finalisation, where native threads of torch and ZeroMQ may hang:
-    # a host that was told to stop has nothing left to save.
-    logging.shutdown()
-    os._exit(0)
 
 
-def _read(channel: Connection[object, Command], obedience: Obedience) -> None:
+def _read(channel: Connection[object, Command], obedience: Obedience) -> NoReturn:
+    """Pass commands on until there are no more, then end the process.
+
+    `os._exit` skips interpreter finalisation, where native threads of torch and ZeroMQ may hang: a
+    host that is to end has nothing left to save.
+    """
     use_all_cores()
     try:
-        while True:
-            command = channel.recv()
-            if isinstance(command, Stop):
-                break
+        while not isinstance(command := channel.recv(), Stop):
             obedience.take(command)
     except (EOFError, OSError):
         log.warning("event=parent_gone action=exit")
-        os._exit(1)
-    os._exit(0)
+        _exit(1)
+    except Exception:
+        log.exception("event=command_unreadable action=exit")
+        _exit(1)
+    _exit(0)
 
 
-main()
+def _exit(status: int) -> NoReturn:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    logging.shutdown()
+    os._exit(status)
+
+
+# Worker processes of tensor-parallel models import this module under another name.
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,15 @@
 `HostedEngine` is vLLM's `EngineCoreProc` without its process: no handshake socket, no signal
 handlers, no busy loop of its own. `host.loop.EngineLoop` steps it.
 
+It outlives its model: sockets, IO threads and the client in the API process stay when the model
+is unloaded, and serve the next load of the same model. So a reload starts no process or
+thread, and builds no frontend.
+
 Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` overridable;
-`_process_input_queue` not blocking when `process_input_queue_block` is false;
-`_process_engine_step`; `has_work`; `_send_engine_dead`; the two IO threads it starts.
+`EngineCore.__init__` callable again on the same object; `_process_input_queue` not blocking when
+`process_input_queue_block` is false; `_process_engine_step`; `has_work`; `pause_scheduler` with
+mode "keep"; `_reset_caches`; `_send_engine_dead`; the two IO threads it starts, which touch
+`aborts_queue` and `input_queue` while no model is loaded.
 """
 
 from __future__ import annotations
@@ -15,10 +21,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.request import RequestStatus
 
 from vllm_hotswap.host.messages import SocketPaths
+from vllm_hotswap.host.teardown import dismantle
 from vllm_hotswap.host.threads import use_all_cores
 
 
@@ -47,6 +56,8 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     ) -> None:
         self._sockets = sockets
         self._ring = ring
+        self._executor_class = executor_class
+        self._lasting: frozenset[str] | None = None
         super().__init__(
             vllm_config=vllm_config,
             local_client=True,
@@ -62,6 +73,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self.input_queue = RingingQueue(self._ring)
         yield EngineZmqAddresses(inputs=[self._sockets.input], outputs=[self._sockets.output])
 
+    def _init_data_parallel(self, vllm_config: Any) -> None:
+        super()._init_data_parallel(vllm_config)
+        # vLLM's constructor calls this just before it makes what belongs to the model.
+        self._lasting = frozenset([*vars(self), "enable_fault_tolerance", "output_thread"])
+
     def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
         use_all_cores()
         super().process_input_sockets(*args, **kwargs)
@@ -70,17 +86,99 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         use_all_cores()
         super().process_output_sockets(*args, **kwargs)
 
+    # --- stepping ---------------------------------------------------------------------------
+
+    @property
+    def is_loaded(self) -> bool:
+        return hasattr(self, "model_executor")
+
     def has_input(self) -> bool:
         return not self.input_queue.empty()
 
     def take_input(self) -> None:
-        self._process_input_queue()
+        if self.is_loaded:
+            self._process_input_queue()
+        else:
+            self._turn_away_input()
+
+    def has_work(self) -> bool:
+        return self.is_loaded and super().has_work()
 
     def run_step(self) -> None:
         self._process_engine_step()
 
     def die(self) -> None:
         self._send_engine_dead()
+
+    def _turn_away_input(self) -> None:
+        """Answer calls with an error and forget aborts: there is no model."""
+        while not self.input_queue.empty():
+            kind, request = self.input_queue.get_nowait()
+            if kind == EngineCoreRequestType.UTILITY:
+                self._handle_client_request(kind, request)
+            elif kind == EngineCoreRequestType.ADD:
+                self._send_error_outputs_to_client([request[0].request_id], request[0].client_index)
+
+    # --- residency --------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, mode: str = "keep") -> None:
+        """Give memory back; running requests are recomputed after `wake`, none is lost.
+
+        Args:
+            level: 1 keeps the weights in host memory, 2 drops them.
+            mode: kept for vLLM's signature; always "keep".
+        """
+        self.pause_scheduler(mode="keep", clear_cache=False)
+        while self.has_work():  # steps that have been begun, in asynchronous scheduling
+            self.run_step()
+        self._notify_idle_state_callbacks()
+        self._reset_caches()
+        self.model_executor.sleep(level)
+
+    def wake(self) -> None:
+        """Take memory back and schedule again."""
+        self.model_executor.wake_up()
+        self.resume_scheduler()
+
+    def supports_discard(self) -> bool:
+        """Whether sleep level 2 can be undone by `wake` for this model on this worker."""
+        return all(self.collective_rpc("supports_discard"))
+
+    def unload(self) -> None:
+        """Give back everything of the model; the IO threads and sockets stay."""
+        if self.is_loaded:
+            aborted = self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+            self._send_abort_outputs(aborted)
+            self.structured_output_manager.clear_backend()
+            self.scheduler.shutdown()
+            self._forget_model()
+
+    def reload(self, vllm_config: Any, log_stats: bool) -> None:
+        """Load the model again, behind the same sockets. If that fails, nothing of it is left."""
+
+        def executor_failed() -> None:
+            self.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
+
+        try:
+            EngineCore.__init__(
+                self, vllm_config, self._executor_class, log_stats, executor_failed, False
+            )
+        except BaseException:
+            self._forget_model()
+            raise
+
+    def _forget_model(self) -> None:
+        """Drop every attribute that loading a model has set, and what hangs on it."""
+        assert self._lasting is not None
+        model = {name: value for name, value in vars(self).items() if name not in self._lasting}
+        if executor := model.get("model_executor"):
+            executor.shutdown()
+        # The input thread may put an abort at any time.
+        self.aborts_queue = queue.Queue[list[str]]()
+        for name in model:
+            if name != "aborts_queue":
+                delattr(self, name)
+        dismantle(model)
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""

@@ -16,9 +16,12 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 log = logging.getLogger("vllm_hotswap.host")
+
+IDLE_S = 1.0
+"""After so many seconds without anything to do, there is time for what may wait."""
 
 
 class SteppedEngine(Protocol):
@@ -45,16 +48,21 @@ class EngineLoop:
 
     The mutable state is `_engines`, `_active` (both touched by the compute thread only),
     `_commands` (a thread-safe deque that other threads append to) and the doorbell, which
-    whoever leaves something to do rings *after* leaving it.
+    whoever leaves something to do rings *after* leaving it. `when_idle` is called on the compute
+    thread once per pause.
     """
 
-    def __init__(self, on_engine_failed: Callable[[str, Exception], None]) -> None:
+    def __init__(
+        self,
+        on_engine_failed: Callable[[str, Exception], None],
+        when_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engines: dict[str, SteppedEngine] = {}
         self._active: str | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._doorbell = threading.Event()
-        self._stopped = False
         self._on_engine_failed = on_engine_failed
+        self._when_idle = when_idle
 
     def __repr__(self) -> str:
         return f"<EngineLoop active={self._active} engines={list(self._engines)}>"
@@ -72,16 +80,20 @@ class EngineLoop:
         self._commands.append(command)
         self.ring()
 
-    def stop(self) -> None:
-        """End `run` after the current step, from any thread."""
-        self._stopped = True
-        self.ring()
-
     def add(self, alias: str, engine: SteppedEngine) -> None:
         self._engines[alias] = engine
 
-    def has(self, alias: str) -> bool:
-        return alias in self._engines
+    def find(self, alias: str) -> SteppedEngine | None:
+        return self._engines.get(alias)
+
+    def remove(self, alias: str) -> None:
+        self.park(alias)
+        self._engines.pop(alias, None)
+
+    def park(self, alias: str) -> None:
+        """Step `alias` no more, if it is the one that is stepped."""
+        if self._active == alias:
+            self._active = None
 
     def activate(self, alias: str) -> None:
         """Step `alias` from now on, and no other. Raises KeyError if it is not loaded."""
@@ -89,15 +101,20 @@ class EngineLoop:
             raise KeyError(f"engine {alias!r} is not loaded")
         self._active = alias
 
-    def run(self) -> None:
-        """Step and obey until `stop`."""
-        while not self._stopped:
-            # Cleared first: whatever is left after this line rings again.
-            self._doorbell.clear()
-            self._obey()
-            self._service()
-            if not self._step_active():
-                self._doorbell.wait()
+    def run(self) -> NoReturn:
+        """Step and obey; the process ends it."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Obey, service and step once; where there was nothing to step, wait for the bell."""
+        # Cleared first: whatever is left after this line rings again.
+        self._doorbell.clear()
+        self._obey()
+        self._service()
+        if not self._step_active() and not self._doorbell.wait(IDLE_S):
+            self._when_idle()
+            self._doorbell.wait()
 
     def _obey(self) -> None:
         while self._commands:

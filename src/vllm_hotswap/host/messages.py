@@ -12,21 +12,6 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFootprint:
-    """What is known of a model's memory before it is loaded, in bytes."""
-
-    alias: str
-    weights_bytes: int
-    """Size of its weight files; 0 where that is not known (a hub name not yet downloaded)."""
-    kv_bytes: int | None
-    """Its configured KV size, None to be given one."""
-    min_kv_bytes: int
-    """Enough for one sequence of its maximum length; less would be refused by vLLM."""
-    max_kv_bytes: int
-    """Enough for all sequences it may run at once, each of its maximum length."""
-
-
-@dataclass(frozen=True, slots=True)
 class SocketPaths:
     """Where a model's frontend binds and its engine connects (ZeroMQ addresses)."""
 
@@ -35,17 +20,19 @@ class SocketPaths:
 
 
 @dataclass(frozen=True, slots=True)
-class Configure:
-    """Share the memory among the models that may be loaded. Answer: {alias: KV bytes}."""
+class Measure:
+    """Say what memory there is, before the first load. Answer: `devices.DeviceMemory`."""
 
     id: int
-    models: tuple[ModelFootprint, ...]
-    memory_fraction: float
+    device: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Make a model's engine. Answer: `Loaded`, with `LoadStage` messages before it."""
+    """Make a model's engine, or load its model again. Answer: `Loaded`.
+
+    `LoadStage` messages come before it.
+    """
 
     id: int
     alias: str
@@ -60,7 +47,35 @@ class Activate:
 
     id: int
     alias: str
-    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Give memory of a model that is not active back; its requests are kept. Answer: None."""
+
+    id: int
+    alias: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Undo `Sleep`. Answer: None. If it fails, the model is unloaded."""
+
+    id: int
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Give back everything of a model that is not active. Answer: None.
+
+    `forget`: give up its sockets, too, because the frontend at their other end is lost.
+    """
+
+    id: int
+    alias: str
+    forget: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +85,23 @@ class Stop:
     id: int
 
 
-Command = Configure | Load | Activate | Stop
+Command = Measure | Load | Activate | Sleep | Wake | Unload | Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What a loaded engine holds, in bytes."""
 
-    weights_bytes: int
     kv_bytes: int
+    held_bytes: int
+    """What the host grew by, without KV memory; 0 where that cannot be told."""
+    can_discard: bool
+    """Whether sleep level 2 can be undone for this model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The host has imported vLLM and obeys commands."""
-
-    pid: int
 
 
 @dataclass(frozen=True, slots=True)

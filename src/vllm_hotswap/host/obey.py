@@ -5,38 +5,51 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_hotswap.errors import one_line
+from vllm_hotswap.devices import Device, device_of
+from vllm_hotswap.errors import HotswapError, one_line
+from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
     Activate,
     Answer,
     Command,
-    Configure,
     EngineFailed,
     Load,
     Loaded,
     LoadStage,
+    Measure,
     Message,
+    Sleep,
+    Unload,
+    Wake,
 )
+from vllm_hotswap.host.teardown import collect_shells
+
+if TYPE_CHECKING:
+    from vllm_hotswap.host.engine import HostedEngine
 
 log = logging.getLogger("vllm_hotswap.host")
+
+MAX_SHELLS = 8
+"""Unloads after which what they left is collected, if there was no pause before."""
 
 
 class Obedience:
     """Turns commands into work on the compute thread and sends the answers.
 
-    The mutable state is `_kv_bytes`, set once by `Configure`; everything else is the loop's.
+    The mutable state is `_shells` (unloads whose shells wait for a collection) and the engines,
+    which are the loop's.
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
         self._channel_send = send
         self._send_lock = threading.Lock()
-        self._kv_bytes: Mapping[str, int] = {}
-        self.loop = EngineLoop(self._engine_failed)
+        self._shells = 0
+        self.loop = EngineLoop(self._engine_failed, self._tidy_up)
 
     def prepare(self) -> None:
         """Do once what every load would otherwise wait for: the imports."""
@@ -50,54 +63,116 @@ class Obedience:
 
     def _answer(self, command: Command) -> None:
         try:
-            self._send(Answer(command.id, result=self._obey(command)))
+            answer = Answer(command.id, result=self._obey(command))
+        except HotswapError as error:
+            answer = Answer(command.id, error=error.message)
         except Exception as error:
             log.exception("event=command_failed command=%s", type(command).__name__)
-            self._send(Answer(command.id, error=one_line(error)))
+            answer = Answer(command.id, error=one_line(error))
+        # Only now has the exception, whose traceback may hold a half-loaded model, gone.
+        if answer.error is not None and isinstance(command, Load | Wake):
+            collect_shells()
+            give_back_free_memory()
+        self._send(answer)
 
     def _obey(self, command: Command) -> Any:
         match command:
-            case Configure():
-                return self._configure(command)
+            case Measure(device=device):
+                return device.memory()
             case Load():
                 return self._load(command)
             case Activate(alias=alias):
+                self._loaded(alias)
                 return self.loop.activate(alias)
+            case Sleep(alias=alias, level=level):
+                return self._sleep(alias, level)
+            case Wake(alias=alias):
+                return self._wake(alias)
+            case Unload(alias=alias, forget=forget):
+                self._unload(alias)
+                return self.loop.remove(alias) if forget else None
             case _:
                 raise TypeError(f"unknown command {command!r}")
 
-    def _configure(self, command: Configure) -> Mapping[str, int]:
-        from vllm_hotswap import compat
-        from vllm_hotswap.host.memory import share_kv_memory
-
-        budget = compat.memory_budget_bytes(command.memory_fraction)
-        self._kv_bytes = share_kv_memory(command.models, budget)
-        return self._kv_bytes
-
     def _load(self, command: Load) -> Loaded:
         from vllm_hotswap import compat
-        from vllm_hotswap.host.engine import HostedEngine
         from vllm_hotswap.host.progress import reporting_to
 
-        if self.loop.has(command.alias):
-            raise ValueError(f"engine {command.alias!r} is loaded already")
-        config = command.vllm_config
-        config.cache_config.kv_cache_memory_bytes = self._kv_bytes[command.alias]
-        before = time.monotonic()
-        with (
-            reporting_to(lambda stage: self._send(LoadStage(command.alias, stage))),
-            compat.collecting_failed_load(),
-        ):
+        device = device_of(command.vllm_config)
+        before_s, before_bytes = time.monotonic(), device.held_bytes()
+        with reporting_to(lambda stage: self._send(LoadStage(command.alias, stage))):
+            engine = self._make(command)
+        compat.unshare_layers()
+        give_back_free_memory()
+        held = device.held_bytes() - before_bytes
+        log.info(
+            "event=loaded model=%s seconds=%.2f held_bytes=%d",
+            command.alias,
+            time.monotonic() - before_s,
+            held,
+        )
+        return Loaded(engine.kv_bytes(), held, _can_discard(device, engine))
+
+    def _make(self, command: Load) -> HostedEngine:
+        """A new engine at the first load, the same one at every later load."""
+        from vllm_hotswap import compat
+        from vllm_hotswap.host.engine import HostedEngine
+
+        engine: HostedEngine | None = self.loop.find(command.alias)  # type: ignore[assignment]
+        if engine is None:
             engine = HostedEngine(
-                config,
-                compat.executor_class(config),
+                command.vllm_config,
+                compat.executor_class(command.vllm_config),
                 command.log_stats,
                 command.sockets,
                 self.loop.ring,
             )
-        self.loop.add(command.alias, engine)
-        log.info("event=loaded model=%s seconds=%.2f", command.alias, time.monotonic() - before)
-        return Loaded(compat.weights_bytes(engine), engine.kv_bytes())
+            self.loop.add(command.alias, engine)
+        elif engine.is_loaded:
+            raise HotswapError(f"engine {command.alias!r} is loaded already")
+        else:
+            engine.reload(command.vllm_config, command.log_stats)
+        return engine
+
+    def _sleep(self, alias: str, level: int) -> None:
+        self._inactive(alias).sleep(level)
+        give_back_free_memory()
+
+    def _wake(self, alias: str) -> None:
+        engine = self._loaded(alias)
+        try:
+            engine.wake()
+        except BaseException:
+            self._unload(alias)
+            raise
+
+    def _unload(self, alias: str) -> None:
+        engine: HostedEngine | None = self.loop.find(alias)  # type: ignore[assignment]
+        if engine is not None and engine.is_loaded:
+            self._inactive(alias).unload()
+            self._shells += 1
+            if self._shells >= MAX_SHELLS:
+                self._tidy_up()
+            give_back_free_memory()
+
+    def _tidy_up(self) -> None:
+        """Collect what unloads have left; half a second, so best when there is nothing to do."""
+        if self._shells:
+            self._shells = 0
+            collect_shells()
+            give_back_free_memory()
+
+    def _loaded(self, alias: str) -> HostedEngine:
+        engine: HostedEngine | None = self.loop.find(alias)  # type: ignore[assignment]
+        if engine is None or not engine.is_loaded:
+            raise HotswapError(f"engine {alias!r} is not loaded")
+        return engine
+
+    def _inactive(self, alias: str) -> HostedEngine:
+        """The engine, which is not stepped from now on."""
+        engine = self._loaded(alias)
+        self.loop.park(alias)
+        return engine
 
     def _engine_failed(self, alias: str, error: Exception) -> None:
         log.error("event=engine_failed model=%s", alias, exc_info=error)
@@ -107,3 +182,7 @@ class Obedience:
         # A parent that is gone is noticed by the thread that reads the channel.
         with self._send_lock, suppress(OSError):
             self._channel_send(message)
+
+
+def _can_discard(device: Device, engine: HostedEngine) -> bool:
+    return 2 in device.sleep_levels and engine.supports_discard()

@@ -1,0 +1,359 @@
+"""The residency ladder on the real vLLM: more models than fit, under a budget, nothing lost."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.conftest import events
+from tests.integration.processes import PLAIN_MODULE, QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.bench import medium
+from vllm_hotswap.demo import MODELS, free_port
+from vllm_hotswap.devices import anonymous_bytes
+
+MIB = 1 << 20
+BUDGET_BYTES = 1000 * MIB
+"""The engine host itself holds about 430 MiB; a model below 300 MiB to 340 MiB."""
+
+LAYERS = {"one": 14, "two": 15, "three": 16}
+"""Three models with random weights of 210 MB to 240 MB."""
+
+SIZES = {**medium.SIZES, "hidden_size": 768, "intermediate_size": 2304}
+PROMPTS = ["Hello", "Who are you?", "The quick brown fox"]
+FLAGS = {"max_model_len": 1024, "enforce_eager": "true", "kv_cache_memory_bytes": 96 * MIB}
+LONG = {"temperature": 0, "ignore_eos": True, "max_tokens": 300}
+
+
+def model_entry(folder: Path, **more: object) -> str:
+    lines = [f"    {key}: {value}" for key, value in {"model": folder, **FLAGS, **more}.items()]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models that work, and folders that tests break and mend."""
+    folder = tmp_path_factory.mktemp("ladder")
+    for alias, layers in LAYERS.items():
+        medium.make(MODELS / "qwen", folder / alias, {**SIZES, "num_hidden_layers": layers})
+    for alias in ("broken", "misfit", "compiled"):
+        shutil.copytree(MODELS / "llama", folder / alias)
+    shutil.copy(MODELS / "qwen" / "model.safetensors", folder / "misfit")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    """A server with room for one and a half of the three models."""
+    entries = {alias: model_entry(folder / alias) for alias in LAYERS}
+    for alias in ("broken", "misfit"):
+        entries[alias] = model_entry(folder / alias, load="on_demand")
+    compiled = model_entry(folder / "compiled", load="on_demand", enforce_eager="false")
+    entries["compiled"] = compiled
+    models = "".join(f"  {alias}:\n{entry}" for alias, entry in entries.items())
+    (folder / "models.yaml").write_text(
+        f"default_model: one\nmemory: {{device: {BUDGET_BYTES}}}\nmodels:\n{models}"
+    )
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_HOTSWAP_CONFIG": str(folder / "models.yaml"),
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+    }
+    running = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    yield running
+    children = running.descendants()
+    assert running.stop() == 0, running.log_tail()
+    assert [child for child in children if child.is_running()] == []
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """This module's server has no such model."""
+
+
+def operate(server: ServerProcess, alias: str, name: str, **body: object) -> dict[str, Any]:
+    response = server.post(f"/admin/models/{alias}/{name}", body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def residencies(server: ServerProcess) -> dict[str, str]:
+    models: Any = server.status()["models"]
+    return {alias: model["residency"] for alias, model in models.items()}
+
+
+def active(server: ServerProcess) -> str:
+    return str(server.status()["active"])
+
+
+def answers(server: ServerProcess, alias: str) -> list[str]:
+    return [server.complete(alias, prompt, max_tokens=16) for prompt in PROMPTS]
+
+
+class MemoryWatch:
+    """The most memory that the engine host has held while it was watched."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._stop = threading.Event()
+        self.most_bytes = 0
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.most_bytes = max(self.most_bytes, anonymous_bytes(self._pid))
+
+
+def host_pid(server: ServerProcess) -> int:
+    host: Any = server.status()["host"]
+    return int(host["pid"])
+
+
+def plain_answers(folder: Path, alias: str) -> list[str]:
+    """What a plain vLLM server of that model alone answers."""
+    command = ["-m", PLAIN_MODULE, "--model", str(folder / alias), "--served-model-name", alias]
+    command += ["--max-model-len", "1024", "--enforce-eager", "--kv-cache-memory-bytes", "96M"]
+    plain = ServerProcess.start(command, free_port(), folder / f"plain-{alias}.log", {})
+    try:
+        return answers(plain, alias)
+    finally:
+        plain.stop()
+
+
+def walk(server: ServerProcess, steps: int, seed: int) -> list[str]:
+    """Random operations; returns which ones were done. Every switch must succeed."""
+    chance = random.Random(seed)  # noqa: S311  # repeatable, no secret
+    done = []
+    for _ in range(steps):
+        alias = chance.choice(list(LAYERS))
+        name = chance.choice(["switch", "switch", "load", "sleep", "wake", "unload"])
+        if name == "switch":
+            server.switch(alias)
+        else:
+            body = {"level": chance.choice([1, 2])} if name == "sleep" else {}
+            response = server.post(f"/admin/models/{alias}/{name}", body)
+            # Refused where the active model, or too much memory, is asked for.
+            assert response.status_code in (200, 400, 409), response.text
+        done.append(name)
+        server.complete(active(server), "Hello", max_tokens=2)
+    return done
+
+
+def test_random_walks_stay_within_the_budget_and_change_no_answer(
+    server: ServerProcess, folder: Path
+) -> None:
+    """Every switch succeeds, memory stays below the budget, answers are plain vLLM's."""
+    pid = host_pid(server)
+    with MemoryWatch(pid) as memory:
+        done = walk(server, steps=60, seed=3)
+        found = {}
+        for alias in LAYERS:
+            server.switch(alias)
+            found[alias] = answers(server, alias)
+
+    assert {"switch", "load", "sleep", "wake", "unload"} == set(done)
+    assert memory.most_bytes < BUDGET_BYTES
+    assert pid == host_pid(server)
+    assert {alias: plain_answers(folder, alias) for alias in LAYERS} == found
+
+
+def test_a_model_that_comes_back_builds_nothing_anew(server: ServerProcess) -> None:
+    """No process, thread or frontend is made in a switch to a model that was there before."""
+    for alias in LAYERS:
+        server.switch(alias)
+    processes = {child.pid for child in server.descendants()}
+    threads = psutil.Process(host_pid(server)).num_threads()
+    for alias in [*LAYERS, *LAYERS]:
+        server.switch(alias)
+        server.complete(alias, "Hello", max_tokens=2)
+
+    assert processes == {child.pid for child in server.descendants()}
+    assert threads >= psutil.Process(host_pid(server)).num_threads()
+    assert 3 == server.log.read_text(errors="replace").count("stage=frontend")
+
+
+def test_sleep_gives_kv_memory_back(server: ServerProcess) -> None:
+    """Level 1 returns what requests have filled; answers are the same afterwards."""
+    server.switch("one")
+    before = answers(server, "one")
+    for _ in range(4):
+        server.post("/v1/completions", {"model": "one", "prompt": "Hello" * 100, **LONG})
+    server.switch("two")
+    full = operate(server, "one", "load")
+    filled = anonymous_bytes(host_pid(server))
+    slept = operate(server, "one", "sleep", level=1)
+    emptied = anonymous_bytes(host_pid(server))
+    server.switch("one")
+
+    assert full["residency"] in ("parked", "asleep")
+    assert slept["residency"] == "asleep"
+    assert emptied <= filled
+    assert before == answers(server, "one")
+
+
+def test_unload_gives_the_weights_back(server: ServerProcess) -> None:
+    """What a model held is free afterwards, and its engine answers the same when it is back."""
+    server.switch("two")
+    before = answers(server, "two")
+    server.switch("one")
+    operate(server, "two", "unload")
+    without = anonymous_bytes(host_pid(server))
+    operate(server, "two", "load") if residencies(server)["one"] != "active" else None
+    server.switch("two")
+    operate(server, "one", "unload")
+
+    assert residencies(server)["one"] == "cold"
+    assert before == answers(server, "two")
+    assert without < BUDGET_BYTES - 200 * MIB
+
+
+def test_requests_for_the_target_wait_while_it_is_loaded(server: ServerProcess) -> None:
+    """A request for a cold model, sent while it is switched to, is answered by it."""
+    server.switch("one")
+    operate(server, "three", "unload")
+    with ThreadPoolExecutor() as pool:
+        switch = pool.submit(server.switch, "three")
+        while server.status()["target"] != "three" and not switch.done():
+            pass
+        text = server.complete("three", "Hello", max_tokens=4)
+        result = switch.result()
+
+    assert result["switched"] is True
+    assert text == server.complete("three", "Hello", max_tokens=4)
+
+
+def test_a_switch_is_planned_and_told(server: ServerProcess) -> None:
+    """The plan says what the switch then does, and the event stream tells every step."""
+    server.switch("one")
+    operate(server, "two", "unload")
+    plan = server.client.get("/admin/plan", params={"model": "two"}).json()
+    told = []
+    with server.client.stream("GET", "/admin/events") as stream:
+        lines = stream.iter_lines()
+        first = next(events(lines))
+        result = server.switch("two")
+        for event in events(lines):
+            told.append(event)
+            if "cause" in event:  # type: ignore[operator]  # the end of a switch
+                break
+
+    assert first["active"] == "one"  # type: ignore[index]
+    assert plan["evict"] == [
+        {**move, "cost_s": planned["cost_s"]}
+        for move, planned in zip(result["evicted"], plan["evict"], strict=True)  # type: ignore[call-overload]
+    ]
+    phases = [event["phase"] for event in told if "phase" in event]  # type: ignore[operator,index]
+    assert ["validate", "drain", "make_room", "bring_up", "activate"] == list(dict.fromkeys(phases))
+
+
+def test_truncated_weights_are_refused_before_anything_moves(
+    server: ServerProcess, folder: Path
+) -> None:
+    """The source keeps its memory and serves on; mended, the next attempt works."""
+    server.switch("one")
+    before = answers(server, "one")
+    weights = folder / "broken" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    refused = server.post("/v1/models/switch", {"model": "broken"})
+    held = residencies(server)["one"]
+    after = answers(server, "one")
+    weights.write_bytes(whole)
+    mended = server.switch("broken")
+
+    assert (503, "switch_failed") == (refused.status_code, refused.json()["error"]["code"])
+    assert "truncated" in refused.json()["error"]["message"]
+    assert held == "active"
+    assert before == after
+    assert mended["current_model"] == "broken"
+
+
+def test_missing_weights_are_named(server: ServerProcess, folder: Path) -> None:
+    """A folder without weights fails the switch with the cause; the source serves on."""
+    server.switch("one")
+    operate(server, "broken", "unload")
+    weights = folder / "broken" / "model.safetensors"
+    weights.rename(folder / "away")
+    refused = server.post("/v1/models/switch", {"model": "broken"})
+    text = server.complete("one", "Hello", max_tokens=4)
+    (folder / "away").rename(weights)
+
+    assert refused.status_code == 503
+    assert "broken" in refused.json()["error"]["message"]
+    assert text
+    assert server.switch("broken")["current_model"] == "broken"
+
+
+def test_a_load_that_fails_brings_the_source_back(server: ServerProcess, folder: Path) -> None:
+    """Weights of the wrong shape are only found while loading: the source is restored."""
+    server.switch("two")
+    before = answers(server, "two")
+    refused = server.post("/v1/models/switch", {"model": "misfit"})
+    after = answers(server, "two")
+    shutil.copy(MODELS / "llama" / "model.safetensors", folder / "misfit")
+    mended = server.switch("misfit")
+
+    assert (503, "switch_failed") == (refused.status_code, refused.json()["error"]["code"])
+    assert "bring_up" in refused.json()["error"]["message"]
+    assert "'two' serves on" in refused.json()["error"]["message"]
+    assert before == after
+    assert mended["current_model"] == "misfit"
+
+
+def test_a_compile_cache_that_cannot_be_written_fails_one_switch(
+    server: ServerProcess, folder: Path
+) -> None:
+    """The source serves on; with room on the disk the next attempt works, without a restart."""
+    server.switch("one")
+    cache = folder / "cache"
+    kept = folder / "kept"
+    if cache.exists():
+        cache.rename(kept)
+    cache.write_text("no folder")
+    refused = server.post("/v1/models/switch", {"model": "compiled"}, timeout=300)
+    text = server.complete("one", "Hello", max_tokens=4)
+    cache.unlink()
+    if kept.exists():
+        kept.rename(cache)
+    mended = server.post("/v1/models/switch", {"model": "compiled"}, timeout=300)
+
+    assert (503, "switch_failed") == (refused.status_code, refused.json()["error"]["code"])
+    assert text
+    assert 200 == mended.status_code, mended.text
+
+
+def test_unloads_and_reloads_leave_nothing_behind(server: ServerProcess) -> None:
+    """Threads, files, sockets and processes stay as they are, memory all but."""
+    server.switch("one")
+    operate(server, "broken", "load") if residencies(server)["broken"] == "cold" else None
+    host = psutil.Process(host_pid(server))
+
+    def cycle(times: int) -> tuple[int, int, int]:
+        for _ in range(times):
+            server.post("/admin/models/misfit/load", {})
+            operate(server, "misfit", "unload")
+        return host.num_threads(), host.num_fds(), len(host.children(recursive=True))
+
+    counts = cycle(5)
+    before = anonymous_bytes(host.pid)
+
+    assert counts == cycle(15)
+    assert anonymous_bytes(host.pid) - before < 15 * MIB
