@@ -13,7 +13,7 @@ from vllm_hotswap.config import CONFIG_VARIABLES, SwitchingConfig, load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.metrics import SwitchMetrics
-from vllm_hotswap.states import Residency, SwitchPhase
+from vllm_hotswap.states import TRANSITIONS, Residency, Step, SwitchPhase
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -64,11 +64,31 @@ def test_every_metric_is_described() -> None:
         assert f"`{name}`" in text
 
 
-def test_every_state_and_phase_is_described() -> None:
+def test_every_phase_is_described() -> None:
     """In the design."""
     text = page("design.md")
-    for word in (*Residency, *SwitchPhase):
+    for word in SwitchPhase:
         assert f"| `{word}` |" in text
+
+
+def test_every_state_is_described() -> None:
+    """In the page about residency."""
+    text = page("residency.md")
+    for word in Residency:
+        assert f"| `{word}` |" in text
+
+
+def test_the_table_of_steps_is_the_one_of_the_code() -> None:
+    """Every step of every state, and no other one; `fail` has a line of its own."""
+    lines = re.findall(r"^\| `(\w+)` \| (`.*) \|$", page("residency.md"), re.MULTILINE)
+    written = {state: set(re.findall(r"`(\w+)`: (\w+)", steps)) for state, steps in lines}
+
+    assert written == {
+        state.value: {(step.value, to.value) for step, to in steps.items() if step != "fail"}
+        for state, steps in TRANSITIONS.items()
+        if state is not Residency.FAILED
+    }
+    assert all(Step.FAIL in TRANSITIONS[state] for state in Residency if state != "failed")
 
 
 def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from vllm_hotswap.engines.base import Engine, EngineHost
 from vllm_hotswap.errors import EngineUnavailable, HotswapError
+from vllm_hotswap.planner import Usage
+from vllm_hotswap.states import LADDER, Residency
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -105,6 +107,94 @@ async def test_a_cancelled_request_leaves_a_parked_engine(host: EngineHost) -> N
     await llama.activate(10)
 
     assert "llama" == (await complete(llama, 3))["model"]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_a_running_request_survives_sleep(host: EngineHost, level: int) -> None:
+    """Its engine gives memory back and takes it again; the answer is that of an undisturbed run."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    await llama.activate(11)
+    expected = await complete(llama, 400)
+    running = asyncio.create_task(complete(llama, 400))
+    await asyncio.sleep(0.05)
+    await qwen.activate(12)
+    await llama.sleep(level)
+    between = await complete(qwen, 3)
+    waiting = asyncio.create_task(complete(llama, 3))
+    await asyncio.sleep(STEP_S)
+    was_asleep = not running.done() and not waiting.done()
+    await llama.wake()
+    await llama.activate(13)
+
+    assert "qwen" == between["model"]
+    assert was_asleep
+    assert expected["choices"] == (await running)["choices"]
+    assert "llama" == (await waiting)["model"]
+
+
+async def test_sleep_goes_deeper_from_level_1(host: EngineHost) -> None:
+    """Level 2 after level 1, and back."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    await llama.activate(14)
+    expected = await complete(llama, 20)
+    await qwen.activate(15)
+    await llama.sleep(1)
+    await llama.sleep(2)
+    await llama.wake()
+    await llama.activate(16)
+
+    assert expected["choices"] == (await complete(llama, 20))["choices"]
+
+
+async def test_an_unloaded_engine_keeps_its_frontend_and_comes_back(host: EngineHost) -> None:
+    """Unload twice is as good as once; a reload builds no frontend and answers the same."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    expected = await complete(llama, 20)
+    frontend = llama.app
+    await qwen.activate(17)
+    await llama.unload()
+    await llama.unload()
+    with pytest.raises(HotswapError, match="llama"):
+        await llama.activate(18)
+    served = await complete(qwen, 3)
+    stages: list[str] = []
+    await llama.load(stages.append)
+    await llama.activate(19)
+
+    assert "qwen" == served["model"]
+    assert "frontend" not in stages
+    assert frontend is llama.app
+    assert expected["choices"] == (await complete(llama, 20))["choices"]
+
+
+async def test_a_sleeping_engine_can_be_unloaded(host: EngineHost) -> None:
+    """From either level, and loaded again."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    await qwen.activate(20)
+    for level in (1, 2):
+        await llama.sleep(level)
+        await llama.unload()
+        await llama.load(lambda _: None)
+    await llama.activate(21)
+
+    assert "llama" == (await complete(llama, 3))["model"]
+
+
+async def test_prefetch_reads_no_more_than_it_may(host: EngineHost) -> None:
+    """The limit is in bytes; 0 reads nothing."""
+    assert 0 == await host.engines["llama"].prefetch(0)
+    assert 0 < await host.engines["llama"].prefetch(1 << 40)
+
+
+async def test_what_a_model_holds_falls_along_the_ladder(host: EngineHost) -> None:
+    """And what all may hold is known."""
+    footprint = host.engines["llama"].footprint
+    held = [footprint.at(residency).device for residency in LADDER]
+
+    assert held == sorted(held, reverse=True)
+    assert footprint.peak.device >= held[0]
+    assert footprint.at(Residency.COLD) == Usage()
+    assert host.budget.device > footprint.peak.device
 
 
 async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:

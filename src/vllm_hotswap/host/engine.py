@@ -133,6 +133,8 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             self.run_step()
         self._notify_idle_state_callbacks()
         self._reset_caches()
+        if self.model_executor.is_sleeping:  # vLLM goes no deeper from there
+            self.model_executor.wake_up()
         self.model_executor.sleep(level)
 
     def wake(self) -> None:
