@@ -23,6 +23,8 @@ PROMPTS = ["Hello", "The quick brown fox " * 20]
 def main(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
+    if settings.pop("quantise", False):
+        quantise(folder)
     llm = LLM(
         model=str(folder),
         worker_cls=QUALIFIED_NAME,
@@ -92,6 +94,36 @@ def memory(worker: Any) -> int:
     weights = Weights.of(worker.get_model())
     live = sum(handler.handler_tensor is not None for handler in weights.handlers.values())
     return live + sum(tensor.untyped_storage().nbytes() for tensor in weights.tensors.values())
+
+
+def quantise(folder: Path) -> None:
+    """Make the checkpoint one of 8-bit weights, a scale per row, and 8-bit activations."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[name] = (weight / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**integers, "strategy": "channel", "dynamic": False},
+                "input_activations": {**integers, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def truncate(weights: Path) -> None:

@@ -53,7 +53,14 @@ class Model:
 class Server:
     """A running server process with everything that it started."""
 
-    def __init__(self, name: Side, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.port = port
         self.log = log
@@ -67,12 +74,16 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(name),
+                env=_environment(name) | dict(variables or {}),
                 start_new_session=True,
             )
 
     def __repr__(self) -> str:
         return f"<Server {self.name} pid={self._process.pid} port={self.port}>"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     async def ready(self) -> None:
         """Wait for the first successful `GET /health`.
@@ -253,7 +264,7 @@ def server_variables() -> dict[str, str]:
     }
 
 
-def _environment(name: Side) -> dict[str, str]:
+def _environment(name: str) -> dict[str, str]:
     environment = {**os.environ, **server_variables()}
     environment.pop("VLLM_SERVER_DEV_MODE", None)
     if name == "hotswap":

@@ -72,6 +72,8 @@ class VllmEngine:
         )
         self._sockets: SocketPaths | None = None
         self._app: ASGIApp | None = None
+        self._client: Any = None
+        """Kept to the end: vLLM leaves its ZeroMQ context open."""
         self._loaded: Loaded | None = None
         self._progress: Progress | None = None
         self._exits = AsyncExitStack()
@@ -211,6 +213,7 @@ class VllmEngine:
         config, args = self._launch.vllm_config, self._launch.args
         # The constructor blocks until the engine's ready message, hence the thread.
         client = await _on_daemon_thread(lambda: compat.make_client(config, sockets, args))
+        self._client = client
         self._exits.callback(client.shutdown)
         with adopting_frontend_metrics(self.alias):
             app = await compat.make_app(client, args)

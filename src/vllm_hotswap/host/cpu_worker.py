@@ -13,6 +13,7 @@ allocation of the KV tensors; `allocate_kv_cache` making them with `torch.zeros(
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import math
 import time
@@ -137,6 +138,10 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         """A second model with the same configuration, not compiled, as it will never be run."""
         config = copy.deepcopy(self._loading_config)
         config.compilation_config.mode = CompilationMode.NONE
+        if gc.get_freeze_count() == 0:
+            # The loader collects twice. In the host vLLM's engine has frozen what is there, in
+            # the worker processes of a tensor-parallel model nobody has: that takes a second.
+            gc.freeze()
         with set_current_vllm_config(config):
             return get_model(vllm_config=config)
 

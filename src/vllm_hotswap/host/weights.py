@@ -26,29 +26,40 @@ from vllm._custom_ops import CPUDNNLGEMMHandler
 LORA_WRAPPING = ".base_layer"
 """What LoRA puts into the names of layers that it wraps, after they have been loaded."""
 
+PACKED_BY_LAYER = ".cpu_linear."
+"""In the names of what a layer that is not quantised multiplies by; it has its own copy of all."""
+
 DEEPEST_HANDLER = 3
 """Attributes from a layer to its handler: quantisation scheme, kernel, handler."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Every place of one model that holds memory of its weights, by name."""
+    """Every place of one model that holds memory of its weights, by name.
+
+    A quantised handler reads the scales of its layer through a pointer, so with each one goes
+    what it may read: those tensors must live as long as it does.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     handlers: Mapping[str, Any]
+    read_by: Mapping[str, Mapping[str, torch.Tensor]]
 
     @classmethod
     def of(cls, model: Any) -> Weights:
         tensors: dict[str, torch.Tensor] = {}
         handlers: dict[str, Any] = {}
+        read_by: dict[str, Mapping[str, torch.Tensor]] = {}
         for layer_name, layer in model.named_modules():
             prefix = layer_name.replace(LORA_WRAPPING, "")
-            for name, value in _holders(layer):
+            holders = {f"{prefix}.{name}": value for name, value in _holders(layer)}
+            own = {name: value for name, value in holders.items() if _is_emptiable(value)}
+            tensors |= own
+            for name, value in holders.items():
                 if isinstance(value, CPUDNNLGEMMHandler):
-                    handlers[f"{prefix}.{name}"] = value
-                elif _is_emptiable(value):
-                    tensors[f"{prefix}.{name}"] = value
-        return cls(tensors, handlers)
+                    handlers[name] = value
+                    read_by[name] = {} if PACKED_BY_LAYER in name else own
+        return cls(tensors, handlers, read_by)
 
 
 def strange_weights(model: Any) -> str | None:
@@ -85,10 +96,15 @@ class DroppedWeights:
         """
         fresh = Weights.of(fresh_model)
         self._check(fresh)
+        read_by_pointer = {name for tensors in fresh.read_by.values() for name in tensors}
         for name, tensor in self._tensors.items():
-            _move(fresh.tensors[name].untyped_storage(), tensor.untyped_storage())
+            source = fresh.tensors[name].untyped_storage()
+            _fill(tensor.untyped_storage(), source)
+            if name not in read_by_pointer:
+                source.resize_(0)  # at once, so that the peak stays low
         for name, (handler, pointer) in self._handlers.items():
             _adopt(fresh.handlers[name], handler, pointer)
+            handler.reads = fresh.read_by[name]
 
     def _check(self, fresh: Weights) -> None:
         different = {*self._tensors} ^ {*fresh.tensors} | {*self._handlers} ^ {*fresh.handlers}
@@ -148,15 +164,11 @@ def _layout(tensor: torch.Tensor, size: int | None = None) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), nbytes
 
 
-def _move(source: Any, target: Any) -> None:
-    """Move bytes from one storage to another, and free the source, so that the peak stays low.
-
-    Done already where weights share a storage: then the source is empty.
-    """
+def _fill(target: Any, source: Any) -> None:
+    """Copy a storage, unless it has been copied for another weight that shares it."""
     if source.nbytes() > 0:
         target.resize_(source.nbytes())
         target.copy_(source)
-        source.resize_(0)
 
 
 def _free(handler: Any) -> torch.Tensor:
@@ -167,6 +179,7 @@ def _free(handler: Any) -> torch.Tensor:
     pointer: torch.Tensor = handler.handler_tensor
     handler.dtor(pointer.item())
     handler.handler_tensor = None
+    handler.reads = {}
     return pointer
 
 
