@@ -237,6 +237,7 @@ def prepare_host() -> None:
     from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
     from vllm.v1.core.sched import scheduler  # noqa: F401
 
+    import vllm_hotswap.host.compiled
     import vllm_hotswap.host.engine
     import vllm_hotswap.host.executor  # noqa: F401
 

@@ -28,6 +28,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.arena import Arena
+from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.weights import DroppedWeights, strange_weights
 
@@ -65,6 +66,7 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         self._kv_memory = Arena()
         self._dropped: DroppedWeights | None = None
         self._loading_config = copy.deepcopy(vllm_config)
+        self.compiled_code = CompiledCode()  # an engine in this process lends its own
         super().__init__(vllm_config, *args, **kwargs)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
@@ -72,6 +74,13 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
             return LazyZeros(self._kv_memory)
         context: AbstractContextManager[Any] = super()._maybe_get_memory_pool_context(tag)
         return context
+
+    def _should_warm_up_model(self) -> bool:
+        # vLLM asks just before it would run the model for the first time, and so compile it.
+        self.compiled_code.give_to(self.model_runner)
+        if is_compiled(self.model_runner) and self.cache_config.kv_cache_memory_bytes is not None:
+            return False
+        return bool(super()._should_warm_up_model())
 
     def sleep(self, level: int = 1) -> None:
         """Give memory back to the operating system. Sleeping deeper than before is allowed.

@@ -9,9 +9,9 @@ thread, and builds no frontend.
 
 Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` overridable;
 `EngineCore.__init__` callable again on the same object; `_process_input_queue` not blocking when
-`process_input_queue_block` is false; `_process_engine_step`; `has_work`; `pause_scheduler` with
-mode "keep"; `_reset_caches`; `_send_engine_dead`; the two IO threads it starts, which touch
-`aborts_queue` and `input_queue` while no model is loaded.
+`process_input_queue_block` is false; `_process_engine_step`; `has_work`; `_initialize_kv_caches`;
+`pause_scheduler` with mode "keep"; `_reset_caches`; `_send_engine_dead`; the two IO threads it
+starts, which touch `aborts_queue` and `input_queue` while no model is loaded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
+from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.teardown import dismantle
 from vllm_hotswap.host.threads import use_all_cores
@@ -58,6 +59,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self._ring = ring
         self._executor_class = executor_class
         self._lasting: frozenset[str] | None = None
+        self._code = CompiledCode()
         super().__init__(
             vllm_config=vllm_config,
             local_client=True,
@@ -77,6 +79,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         super()._init_data_parallel(vllm_config)
         # vLLM's constructor calls this just before it makes what belongs to the model.
         self._lasting = frozenset([*vars(self), "enable_fault_tolerance", "output_thread"])
+
+    def _initialize_kv_caches(self, vllm_config: Any) -> Any:
+        # vLLM calls this between reading the weights and its first run of the model.
+        self._code.lend_to(self.model_executor)
+        return super()._initialize_kv_caches(vllm_config)
 
     def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
         use_all_cores()
@@ -174,6 +181,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         assert self._lasting is not None
         model = {name: value for name, value in vars(self).items() if name not in self._lasting}
         if executor := model.get("model_executor"):
+            self._code.take_from(executor)
             executor.shutdown()
         # The input thread may put an abort at any time.
         self.aborts_queue = queue.Queue[list[str]]()
