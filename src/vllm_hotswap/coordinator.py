@@ -216,7 +216,6 @@ class Coordinator:
         for model in (*others, first):
             await self.ladder.make_room(model)
             await self.ladder.bring_up(model)
-            model.last_used_s = self._clock()
         await self._activate(first)
 
     # --- residency --------------------------------------------------------------------------
@@ -227,10 +226,10 @@ class Coordinator:
 
     async def load(self, alias: str) -> OperationResult:
         """Bring a model up to `parked`; the active one stays where it is."""
-        return await self.ladder.load(self._usable(alias), self._active)
+        return await self.ladder.load(self._usable(alias))
 
     async def wake(self, alias: str) -> OperationResult:
-        return await self.ladder.wake(self._usable(alias), self._active)
+        return await self.ladder.wake(self._usable(alias))
 
     async def unload(self, alias: str) -> OperationResult:
         return await self.ladder.unload(self._usable(alias))
@@ -264,7 +263,7 @@ class Coordinator:
                 log.warning("event=rest_failed cause=%r", error.message)
 
     async def rest_idle(self) -> None:
-        await self.ladder.rest_idle(self._active)
+        await self.ladder.rest_idle()
 
     # --- requests -------------------------------------------------------------------------
 
@@ -463,7 +462,6 @@ class Coordinator:
         refuse_failed(target)  # it may have died meanwhile
         if self._active is not None and self._active.residency is Residency.ACTIVE:
             self.ladder.step(self._active, Step.PARK)
-            self._active.last_used_s = self._clock()
         self.ladder.step(target, Step.ACTIVATE)
         self._epoch += 1
         self._active = target

@@ -126,17 +126,17 @@ class Ladder:
 
     # --- operations that people ask for -------------------------------------------------------
 
-    async def load(self, model: Model, active: Model | None) -> OperationResult:
-        """Bring a model up to `parked` from wherever it is."""
-        return await self._raise("load", model, active)
+    async def load(self, model: Model) -> OperationResult:
+        """Bring a model up to `parked` from wherever it is; the active one stays where it is."""
+        return await self._raise("load", model)
 
-    async def wake(self, model: Model, active: Model | None) -> OperationResult:
+    async def wake(self, model: Model) -> OperationResult:
         """Bring a sleeping model up to `parked`. Raises `InvalidRequest` if it is cold."""
         if model.residency is Residency.COLD:
             raise InvalidRequest(
                 f"model {model.alias!r} is cold, and there is nothing to wake; load it", "model"
             )
-        return await self._raise("wake", model, active)
+        return await self._raise("wake", model)
 
     async def unload(self, model: Model) -> OperationResult:
         """Give back everything of a model."""
@@ -163,7 +163,9 @@ class Ladder:
         started_s, residency = self._clock(), model.residency
         done = 0
         if residency in (Residency.COLD, Residency.DISCARDED):
-            done = await asyncio.shield(self.begin_prefetch(model))
+            reading = self.begin_prefetch(model)
+            await asyncio.wait([reading])  # and let it go on if whoever waits has left
+            done = 0 if reading.cancelled() else reading.result()
         return OperationResult(
             "prefetch", model.alias, residency, model.residency, self._clock() - started_s, (), done
         )
@@ -188,13 +190,15 @@ class Ladder:
             model.pinned = pinned
             self._observer.notify(PinChanged(self._epoch(), model.alias, pinned))
 
-    async def _raise(self, operation: str, model: Model, active: Model | None) -> OperationResult:
+    async def _raise(self, operation: str, model: Model) -> OperationResult:
         async with self.turn():
             before, started_s = model.residency, self._clock()
             evicted: tuple[Move, ...] = ()
             if not model.is_loaded:
                 model.engine.validate()
-                evicted = await self.make_room(model, keep=[active] if active else [])
+                # Whoever is active now, not when this was asked for.
+                active = [m for m in self._registry if m.residency is Residency.ACTIVE]
+                evicted = await self.make_room(model, keep=active)
                 await self.bring_up(model)
             took_s = self._clock() - started_s
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
@@ -287,6 +291,8 @@ class Ladder:
 
     def step(self, model: Model, step: Step) -> None:
         before = model.step(step)
+        if step in (Step.LOADED, Step.WAKE, Step.PARK):
+            model.last_used_s = self._clock()  # it was used until now, or will be used soon
         self._observer.notify(ResidencyChanged(self._epoch(), model.alias, before, model.residency))
 
     def _remember(self, model: Model, before: Residency, took_s: float) -> None:
@@ -300,18 +306,17 @@ class Ladder:
     def has_idle_policies(self) -> bool:
         return any(_idle_policy(model) for model in self._registry)
 
-    async def rest_idle(self, active: Model | None) -> None:
+    async def rest_idle(self) -> None:
         """Move models down that nobody has used for as long as their policy says."""
         for model in self._registry:
             for after_s, to in _idle_policy(model):
-                is_due = self._clock() - (model.last_used_s or 0.0) >= after_s
-                if is_due and model is not active and _may_rest(model, to):
-                    await self._rest(model, to)
+                if self._is_due(model, after_s) and _may_rest(model, to):
+                    async with self.turn():
+                        if self._is_due(model, after_s) and _may_rest(model, to):
+                            await self.move_down(model, to)
 
-    async def _rest(self, model: Model, to: Residency) -> None:
-        async with self.turn():
-            if _may_rest(model, to):
-                await self.move_down(model, to)
+    def _is_due(self, model: Model, after_s: float) -> bool:
+        return self._clock() - (model.last_used_s or 0.0) >= after_s
 
 
 def refuse_failed(model: Model) -> None:
