@@ -1,0 +1,168 @@
+"""The residency ladder on a platform from outside of vLLM whose worker sleeps by its own means.
+
+As on Intel Gaudi: a plugin brings the platform, and its worker's `sleep` moves the weights away,
+whatever the level. The plugin is `away_platform`; its worker tells what it does in the log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.bench import medium
+from vllm_hotswap.demo import MODELS, free_port
+
+PLUGIN = Path(__file__).with_name("away_platform")
+
+MIB = 1 << 20
+BUDGET_BYTES = 1040 * MIB
+"""The engine host itself holds about 430 MiB, a model about 350 MiB: room for one that is awake."""
+
+SIZES = {**medium.SIZES, "hidden_size": 640, "intermediate_size": 1280, "vocab_size": 131072}
+LAYERS = {"one": 2, "two": 1}
+"""Models with random weights of about 350 MB, nearly all of them in embeddings: soon computed."""
+
+FOLDERS = {"one": "one", "two": "two", "twin": "one"}
+"""`twin` has the shapes of `one`, so vLLM would have both share what depends on shapes alone."""
+
+PROMPT = "The quick brown fox. " * 16
+"""Longer than a block of the KV cache, so that a prefix of it would be found there again."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with the plugin on its path."""
+    folder = tmp_path_factory.mktemp("own-sleep")
+    for name, layers in LAYERS.items():
+        medium.make(MODELS / "qwen", folder / name, {**SIZES, "num_hidden_layers": layers})
+    flags = f"max_model_len: 256, enforce_eager: true, kv_cache_memory_bytes: {16 * MIB}"
+    models = [f"  {alias}: {{model: {folder / name}, {flags}}}" for alias, name in FOLDERS.items()]
+    config = folder / "models.yaml"
+    config.write_text(
+        "\n".join([f"memory: {{device: {BUDGET_BYTES}}}", "models:", *models]), encoding="utf-8"
+    )
+    path = [str(PLUGIN), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_HOTSWAP_CONFIG": str(config),
+    }
+    running = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    yield running
+    assert running.stop() == 0, running.log_tail()
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """This module's server has no such model."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the plugin's worker told of one move."""
+
+    move: str
+    numbers: dict[str, int]
+
+
+def told(server: ServerProcess) -> list[Told]:
+    """All moves that the plugin's workers have made, in order."""
+    lines = re.findall(r"^away: (\w+) model=\S+ (.+)$", log_of(server), re.MULTILINE)
+    return [
+        Told(move, {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", numbers)})
+        for move, numbers in lines
+    ]
+
+
+def log_of(server: ServerProcess) -> str:
+    return server.log.read_text(errors="replace")
+
+
+def answer(server: ServerProcess, alias: str) -> str:
+    """What a model answers, once it is active."""
+    server.switch(alias)
+    return server.complete(alias, PROMPT, max_tokens=8)
+
+
+def state(server: ServerProcess, alias: str) -> dict[str, Any]:
+    models: Any = server.status()["models"]
+    status: dict[str, Any] = models[alias]
+    return status
+
+
+def test_the_platform_of_the_plugin_is_the_one_in_use(server: ServerProcess) -> None:
+    """In the server and in its engine host: nothing of ours takes the CPU for granted."""
+    host: Any = server.status()["host"]
+    processes = re.findall(r"^away: platform of process (\d+)$", log_of(server), re.MULTILINE)
+
+    assert {str(server.process.pid), str(host["pid"])} <= {*processes}
+
+
+def test_switches_put_models_to_sleep_through_their_own_workers(server: ServerProcess) -> None:
+    """One model is awake at a time, and each answers after its sleep as it did before."""
+    before = {alias: answer(server, alias) for alias in FOLDERS}
+    moves = len(told(server))
+    after = {alias: answer(server, alias) for alias in FOLDERS}
+
+    assert before == after
+    assert before["one"] == before["twin"] != before["two"]
+    assert ["sleep", "wake_up"] * len(FOLDERS) == [move.move for move in told(server)[moves:]]
+    assert "active" == state(server, "twin")["residency"]
+    assert {"asleep"} == {state(server, alias)["residency"] for alias in ("one", "two")}
+
+
+def test_a_sleeping_model_has_given_everything_to_the_store(server: ServerProcess) -> None:
+    """The worker was asked for level 1, and nothing of weights and KV cache was left."""
+    answer(server, "one")
+    answer(server, "two")
+    slept = [move.numbers for move in told(server) if move.move == "sleep"]
+
+    assert {1} == {numbers["level"] for numbers in slept}
+    assert {0} == {numbers["left"] for numbers in slept}
+    assert min(numbers["stored"] for numbers in slept) >= state(server, "two")["weights_bytes"]
+    assert min(numbers["kv"] for numbers in slept) > 8 * MIB
+
+
+def test_weights_asleep_count_as_host_memory(server: ServerProcess) -> None:
+    """They are no longer on the device, and the status says where they are."""
+    answer(server, "one")
+    answer(server, "two")
+    asleep, awake = state(server, "one"), state(server, "two")
+
+    assert "asleep" == asleep["residency"]
+    assert asleep["weights_bytes"] == asleep["held"]["host_bytes"]
+    assert asleep["held"]["device_bytes"] < asleep["weights_bytes"] / 2
+    assert 0 == awake["held"]["host_bytes"]
+    assert awake["held"]["device_bytes"] >= awake["weights_bytes"]
+
+
+def test_a_level_that_the_worker_does_not_have_is_refused(server: ServerProcess) -> None:
+    """The answer says which levels there are, and the worker, which would obey, is not asked."""
+    answer(server, "two")
+    moves = told(server)
+    refused = server.post("/admin/models/one/sleep", {"level": 2})
+
+    error = refused.json()["error"]
+    assert (400, "level") == (refused.status_code, error["param"])
+    assert "no sleep level 2 on this platform; levels: 1" in error["message"]
+    assert moves == told(server)
+
+
+def test_a_sleeping_model_can_be_unloaded_and_loaded_again(server: ServerProcess) -> None:
+    """What its worker has stored goes with it, and the new one answers the same."""
+    before = answer(server, "one")
+    answer(server, "two")
+    unloaded = server.post("/admin/models/one/unload", {})
+
+    assert ("asleep", "cold") == (unloaded.json()["before"], unloaded.json()["residency"])
+    assert {"device_bytes": 0, "host_bytes": 0} == state(server, "one")["held"]
+    assert before == answer(server, "one")
