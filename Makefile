@@ -10,10 +10,10 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check lint types format bench clean
+.PHONY: help setup demo serve test check lint types format bench bench-residency clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Settings: PYTHON=python3.12 (for setup), PORT=8080 (for serve)"
 
 setup: $(STAMP) ## Make or update .venv, with vLLM's CPU build and all tools
@@ -54,6 +54,9 @@ format: setup ## Put the code into its standard form
 
 bench: setup ## Measure switches and throughput; results go to bench-results
 	$(BIN)/python -m vllm_hotswap.bench --out bench-results
+
+bench-residency: setup ## Measure switches from every residency, memory and drift; the same place
+	$(BIN)/python -m vllm_hotswap.bench.residency --out bench-results
 
 clean: ## Remove the environment, caches and results
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \

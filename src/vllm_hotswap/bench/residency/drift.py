@@ -1,0 +1,99 @@
+"""Parts `drift` and `compiled`: does anything grow when a model is unloaded and loaded again?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from vllm_hotswap.bench.report import Part, Table
+from vllm_hotswap.bench.residency.checkpoints import HOME, KV_BYTES, TINY, home, settings, tiny
+from vllm_hotswap.bench.residency.fit import least_squares
+from vllm_hotswap.bench.residency.processes import COUNTS, growth
+from vllm_hotswap.bench.residency.remote import Remote
+from vllm_hotswap.bench.residency.residue import Reading, read
+from vllm_hotswap.bench.residency.steps import steps
+from vllm_hotswap.bench.servers import Launcher
+from vllm_hotswap.bench.stats import median
+
+WARM_UP = 10
+MB = 1e6
+
+
+@dataclass(slots=True)
+class Drift:
+    """Readings before and after the cycles, and the host's memory after each of them."""
+
+    before: Reading
+    after: Reading
+    used_bytes: list[int] = field(default_factory=list)
+    cycle_s: list[float] = field(default_factory=list)
+    load_ms: list[float] = field(default_factory=list)
+
+
+async def measure(launcher: Launcher, cycles: int, warm_up: int, *, compiled: bool) -> Drift:
+    """Unload, switch to it (which loads it), one request, switch home; again and again."""
+    model = replace(tiny().model(), settings=settings(KV_BYTES, compiled=compiled))
+    async with launcher.hotswap(home().model(on_demand=False), model) as server:
+        remote = Remote(server.port)
+        for _ in steps(range(warm_up), "drift: warm-up cycles"):
+            await _cycle(remote)
+        before = await read(remote, server, TINY, "parked")
+        drift = Drift(before, before)
+        for _ in steps(range(cycles), "drift: cycles"):
+            started_s = time.perf_counter()
+            drift.load_ms.append(await _cycle(remote))
+            drift.cycle_s.append(time.perf_counter() - started_s)
+            drift.used_bytes.append((await remote.status())["host"]["used_bytes"])
+        drift.after = await read(remote, server, TINY, "parked")
+    return drift
+
+
+async def _cycle(remote: Remote) -> float:
+    """Returns milliseconds of the switch from cold."""
+    switch = await remote.switch_from("cold", TINY, HOME)
+    await remote.switch(HOME)
+    return switch.call_ms
+
+
+def part(name: str, drift: Drift) -> Part:
+    cycles = len(drift.used_bytes)
+    settled = drift.after.used_bytes - drift.before.used_bytes
+    server = drift.after.server.anonymous_bytes - drift.before.server.anonymous_bytes
+    rows = (
+        ("host, slope over the cycles, MB per cycle", f"{slope(drift.used_bytes) / MB:+.3f}"),
+        ("host, after less before, MB per cycle", f"{settled / MB / cycles:+.3f}"),
+        ("host, after less before, MB", f"{settled / MB:+.1f}"),
+        ("API process, after less before, MB per cycle", f"{server / MB / cycles:+.3f}"),
+        ("cold switch, first ten, p50, ms", f"{median(drift.load_ms[:10]):.0f}"),
+        ("cold switch, last ten, p50, ms", f"{median(drift.load_ms[-10:]):.0f}"),
+    )
+    tables = (
+        Table(f"{name}: {cycles} cycles of unload and load", ("", "value"), rows),
+        Table(f"{name}: what is held", ("", "before", "after", "more"), _count_rows(drift)),
+    )
+    return Part(name, tables, (), _samples(drift))
+
+
+def slope(values: Sequence[float]) -> float:
+    """Growth per step, by least squares; 0 of fewer than two values."""
+    points = [(float(number), value) for number, value in enumerate(values)]
+    return least_squares(points).slope if len(points) > 1 else 0.0
+
+
+def _count_rows(drift: Drift) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for who in ("host", "server"):
+        before, after = getattr(drift.before, who), getattr(drift.after, who)
+        earlier, more = asdict(before), growth(before, after)
+        for name in COUNTS:
+            what = f"{'API process' if who == 'server' else who}: {name.replace('_', ' ')}"
+            rows.append(
+                (what, str(earlier[name]), str(earlier[name] + more[name]), f"{more[name]:+d}")
+            )
+    return tuple(rows)
+
+
+def _samples(drift: Drift) -> dict[str, Any]:
+    return asdict(drift)
