@@ -16,6 +16,8 @@ from vllm_hotswap.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt")
+TRAINING = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"}
+"""Files beside the weights that vLLM does not read."""
 CHUNK_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library itself accepts."""
@@ -27,15 +29,18 @@ def weight_files_bytes(sizes: Mapping[str, int]) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files in a folder, of the first kind found."""
+    """The weight files in a folder, of the first kind found; those of the index, if it has any."""
     names = {file.name for file in folder.iterdir() if file.is_file()}
-    return [folder / name for name in sorted(_weight_names(names))]
+    indexed = names & _indexed(folder)
+    return [folder / name for name in sorted(_weight_names(indexed or names))]
 
 
 def _weight_names(names: Iterable[str]) -> list[str]:
+    names = [name for name in names if "/" not in name and name not in TRAINING]
     for suffix in SUFFIXES:
-        if found := [name for name in names if name.endswith(suffix) and "/" not in name]:
-            return found
+        if found := [name for name in names if name.endswith(suffix)]:
+            # Mistral's own file has the same weights once more.
+            return [name for name in found if not name.startswith("consolidated")] or found
     return []
 
 
@@ -50,7 +55,10 @@ def check_weights(folder: Path) -> None:
             raise ConfigError(f"the weight file {str(folder / name)!r} does not exist")
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            _check_safetensors(file)
+            try:
+                _check_safetensors(file)
+            except OSError as error:
+                raise _unreadable(file, error) from error
 
 
 def _indexed(folder: Path) -> set[str]:
@@ -93,6 +101,9 @@ async def read_ahead(files: Iterable[Path], limit_bytes: int) -> int:
 
     Returns:
         The bytes read, at most `limit_bytes` rounded up to a chunk.
+
+    Raises:
+        ConfigError: a file cannot be read; the message names it.
     """
     stop = threading.Event()
     try:
@@ -105,7 +116,14 @@ def _read(files: Iterable[Path], limit_bytes: int, stop: threading.Event) -> int
     buffer = bytearray(CHUNK_BYTES)
     done = 0
     for file in files:
-        with file.open("rb", buffering=0) as content:
-            while done < limit_bytes and not stop.is_set() and (got := content.readinto(buffer)):
-                done += got
+        try:
+            with file.open("rb", buffering=0) as content:
+                while not stop.is_set() and done < limit_bytes and (n := content.readinto(buffer)):
+                    done += n
+        except OSError as error:
+            raise _unreadable(file, error) from error
     return done
+
+
+def _unreadable(file: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"the weight file {str(file)!r} cannot be read: {error.strerror}")

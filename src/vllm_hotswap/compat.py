@@ -241,8 +241,9 @@ def prepare_host() -> None:
     import vllm_hotswap.host.engine
     import vllm_hotswap.host.executor  # noqa: F401
 
-    kind = "cpu" if current_platform.is_cpu() else "gpu"
-    importlib.import_module(f"vllm.v1.worker.{kind}_worker")
+    for kind in ("cpu", "gpu") if current_platform.is_cpu() else ("gpu",):
+        with contextlib.suppress(ImportError):  # the worker of another platform, perhaps
+            importlib.import_module(f"vllm.v1.worker.{kind}_worker")
     maybe_register_config_serialize_by_value()
     _register_kernels_once(current_platform)
 

@@ -45,6 +45,9 @@ class Device(Protocol):
     is_host_memory: bool
     """Whether device memory is host memory, so that weights asleep still count."""
 
+    kv_is_lazy: bool
+    """Whether KV memory is only held once it is used, so that a load does not show it."""
+
     def configure(self, vllm_config: Any) -> None:
         """Choose the worker class of one model, where the platform's own cannot sleep."""
 
@@ -61,6 +64,7 @@ class CpuDevice:
     name = "cpu"
     sleep_levels: frozenset[int] = frozenset([1, 2])
     is_host_memory = True
+    kv_is_lazy = True
 
     def configure(self, vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_cls = HOSTED_CPU_WORKER
@@ -85,6 +89,7 @@ class OwnSleepDevice:
     name = "own-sleep"
     sleep_levels: frozenset[int] = frozenset([1])
     is_host_memory = False
+    kv_is_lazy = False
 
     def configure(self, vllm_config: Any) -> None:
         """Nothing: the platform has chosen its worker."""

@@ -23,12 +23,14 @@ KEEP_ALIVE_S = 15.0
 class EventFeed:
     """An observer that passes events on to whoever has subscribed.
 
-    The mutable state is `_queues`, one for each subscriber; None in a queue ends its stream.
+    The mutable state is `_queues`, one for each subscriber (None in a queue ends its stream), and
+    `_is_closed`.
     """
 
     def __init__(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
         self._snapshot = snapshot
         self._queues: set[asyncio.Queue[str | None]] = set()
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<EventFeed subscribers={len(self._queues)}>"
@@ -45,7 +47,8 @@ class EventFeed:
                 queue.put_nowait(message)
 
     def close(self) -> None:
-        """End every stream."""
+        """End every stream; one that begins later ends after the snapshot."""
+        self._is_closed = True
         for queue in self._queues:
             queue.put_nowait(None)
         self._queues.clear()
@@ -53,6 +56,8 @@ class EventFeed:
     async def stream(self) -> AsyncIterator[str]:
         """The state now, as the event `snapshot`, and then every event."""
         queue: asyncio.Queue[str | None] = asyncio.Queue()
+        if self._is_closed:
+            queue.put_nowait(None)
         self._queues.add(queue)
         try:
             yield as_message("snapshot", self._snapshot())

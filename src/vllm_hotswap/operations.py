@@ -62,7 +62,7 @@ class Operations:
 
     async def operate(self, request: Request) -> Response:
         """One operation on one model. An alias may contain slashes."""
-        path: str = request.url.path
+        path: str = request.scope["path"]  # decoded: an alias may have any character
         alias, _, name = path.partition(PREFIX)[2].rstrip("/").rpartition("/")
         if name not in self._handlers or not alias:
             raise UnknownRoute(request.method, path)

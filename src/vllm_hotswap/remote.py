@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +23,9 @@ KEY_VARIABLE = "VLLM_HOTSWAP_ADMIN_KEY"
 
 NO_LIMIT = httpx.Timeout(None, connect=10)
 """A load takes as long as it takes: the server says when it is done."""
+
+QUIET_S = 2.0
+"""After so many seconds, what the server does is told."""
 
 _MIB = 1 << 20
 
@@ -123,12 +129,13 @@ def call(
     """
     key = args.admin_key or os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    if body is not None and sys.stderr.isatty():
-        print(f"{path} ...", end="\r", file=sys.stderr)
     try:
-        answer = httpx.request(
-            method, args.url.rstrip("/") + path, json=body, headers=headers, timeout=NO_LIMIT
-        )
+        with httpx.Client(
+            base_url=args.url.rstrip("/"), headers=headers, timeout=NO_LIMIT
+        ) as client:
+            if body is not None:
+                threading.Thread(target=_follow, args=(client,), daemon=True).start()
+            answer = client.request(method, path, json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise RemoteError(
             f"no answer from {args.url}: {one_line(error)}; give the server's --url"
@@ -142,6 +149,23 @@ def call(
     if answer.is_error or not isinstance(content, dict):
         raise RemoteError(_message(content, answer.status_code))
     return content
+
+
+def _follow(client: httpx.Client) -> None:
+    """Tell what the server does, once it has taken a while; on a thread, until the process ends."""
+    began_s = time.monotonic()
+    # The connection ends with the command, whatever is being read then.
+    with (
+        contextlib.suppress(httpx.HTTPError, RuntimeError),
+        client.stream("GET", "/admin/events") as events,
+    ):
+        for line in events.iter_lines():
+            event = json.loads(line[6:]) if line.startswith("data: ") else {}
+            what = event.get("stage") or event.get("phase")
+            model = event.get("model") or event.get("target")
+            after_s = time.monotonic() - began_s
+            if what and model and "models" not in event and after_s >= QUIET_S:
+                sys.stderr.write(f"{after_s:6.1f} s  {model}: {what}\n")
 
 
 def _message(content: Any, status: int) -> str:

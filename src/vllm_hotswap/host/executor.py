@@ -31,6 +31,12 @@ class _Reporting:
         reached("weights")
         super()._init_executor()  # type: ignore[misc]
 
+    def determine_available_memory(self) -> list[int]:
+        """What is free for KV memory, but not more than is given: not every worker asks."""
+        found: list[int] = super().determine_available_memory()  # type: ignore[misc]
+        given = self.vllm_config.cache_config.kv_cache_memory_bytes  # type: ignore[attr-defined]
+        return found if given is None else [min(given, free) for free in found]
+
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         reached("kv_cache")
         super().initialize_from_config(kv_cache_configs)  # type: ignore[misc]

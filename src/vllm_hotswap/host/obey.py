@@ -105,6 +105,8 @@ class Obedience:
         compat.unshare_layers()
         give_back_free_memory()
         held = device.held_bytes() - before_bytes
+        if not device.kv_is_lazy:
+            held -= engine.kv_bytes() * compat.kv_shares(command.vllm_config)
         log.info(
             "event=loaded model=%s seconds=%.2f held_bytes=%d",
             command.alias,
@@ -139,12 +141,15 @@ class Obedience:
         give_back_free_memory()
 
     def _wake(self, alias: str) -> None:
+        from vllm_hotswap import compat
+
         engine = self._loaded(alias)
         try:
             engine.wake()
         except BaseException:
             self._unload(alias)
             raise
+        compat.unshare_layers()
 
     def _unload(self, alias: str) -> None:
         engine: HostedEngine | None = self.loop.find(alias)  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_hotswap.bench.report import Part, Table
-from vllm_hotswap.bench.residency.checkpoints import HOME, Checkpoint, home
+from vllm_hotswap.bench.residency.checkpoints import HOME, Checkpoint, home, tiny
 from vllm_hotswap.bench.residency.processes import Held, held
 from vllm_hotswap.bench.residency.remote import STATES, Remote
 from vllm_hotswap.bench.residency.steps import steps
@@ -41,11 +41,15 @@ async def measure(
     launcher: Launcher, checkpoints: Sequence[Checkpoint], rounds: int
 ) -> list[Reading]:
     """One model after the other, in the same server: before it, then in each residency."""
-    models = [home().model(on_demand=False), *(c.model() for c in checkpoints)]
+    first = tiny("first")
+    models = [home().model(on_demand=False), first.model(), *(c.model() for c in checkpoints)]
     readings: list[Reading] = []
     async with launcher.hotswap(*models) as server:
         remote = Remote(server.port)
-        await remote.first_token(HOME)
+        # What the start has left is given back after a load and an unload.
+        await remote.switch_from("cold", first.alias, HOME)
+        await remote.switch(HOME)
+        await remote.operate(first.alias, "unload", {})
         for checkpoint in steps(checkpoints, "residue: models"):
             alias = checkpoint.alias
             readings.append(await read(remote, server, alias, "without"))
