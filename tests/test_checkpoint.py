@@ -1,0 +1,237 @@
+"""Weight files: which there are, whether they are whole, and reading them ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap.checkpoint import (
+    CHUNK_BYTES,
+    INDEX,
+    check_weights,
+    read_ahead,
+    weight_files,
+    weight_files_bytes,
+)
+from vllm_hotswap.demo import MODELS
+from vllm_hotswap.errors import ConfigError
+
+
+def write_safetensors(file: Path, *sizes: int, cut: int = 0) -> None:
+    """A file with one tensor per size, `cut` bytes too short."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for number, size in enumerate(sizes):
+        header[f"w{number}"] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(end)
+    file.write_bytes(content[: len(content) - cut])
+
+
+def write_index(folder: Path, *names: str) -> None:
+    weights = {f"w{number}": name for number, name in enumerate(names)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_weights(folder)
+    return caught.value.message
+
+
+# --- which there are ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total"),
+    [
+        ({"model.safetensors": 5, "pytorch_model.bin": 7}, 5),
+        ({"a.safetensors": 5, "b.safetensors": 6, "config.json": 9}, 11),
+        ({"pytorch_model.bin": 7, "x.pt": 9}, 7),
+        ({"pytorch_model.bin": 7, "training_args.bin": 1, "optimizer.bin": 14}, 7),
+        ({"model.pt": 9, "optimizer.pt": 18}, 9),
+        ({"model-1.safetensors": 5, "consolidated.safetensors": 5}, 5),
+        ({"consolidated.safetensors": 5}, 5),
+        ({"onnx/model.safetensors": 8, "pytorch_model.bin": 7}, 7),
+        ({"config.json": 9}, 0),
+        ({}, 0),
+    ],
+)
+def test_size_is_that_of_the_files_that_vllm_reads(sizes: dict[str, int], total: int) -> None:
+    """One kind of file, as vLLM prefers them, and nothing that is there twice."""
+    assert total == weight_files_bytes(sizes)
+
+
+def test_files_are_listed_in_order(tmp_path: Path) -> None:
+    """Only files, only weights."""
+    for name in ("b.safetensors", "a.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.safetensors").mkdir()
+
+    assert ["a.safetensors", "b.safetensors"] == [file.name for file in weight_files(tmp_path)]
+
+
+def test_files_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None:
+    """vLLM does not read them either."""
+    for name in ("model-1.safetensors", "other.safetensors"):
+        write_safetensors(tmp_path / name, 4)
+    write_index(tmp_path, "model-1.safetensors")
+
+    assert ["model-1.safetensors"] == [file.name for file in weight_files(tmp_path)]
+
+
+# --- whether they are whole -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "embed"])
+def test_shipped_models_are_whole(name: str) -> None:
+    """Real checkpoints are accepted."""
+    check_weights(MODELS / name)
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (4,), (4, 8)])
+def test_whole_files_are_accepted(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Whatever is in them, and an index that names them all."""
+    write_safetensors(tmp_path / "model.safetensors", *sizes)
+    write_index(tmp_path, "model.safetensors")
+
+    check_weights(tmp_path)
+
+
+def test_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
+    """It may be in a format that is not known here."""
+    (tmp_path / "config.json").touch()
+
+    check_weights(tmp_path)
+
+
+def test_other_formats_are_left_to_vllm(tmp_path: Path) -> None:
+    """They do not tell how long they are to be."""
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+
+    check_weights(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [1, 12])
+def test_truncated_file_is_named_with_its_sizes(tmp_path: Path, cut: int) -> None:
+    """An interrupted download is found without reading the weights."""
+    file = tmp_path / "model.safetensors"
+    write_safetensors(file, 4, 8)
+    whole = file.stat().st_size
+    write_safetensors(file, 4, 8, cut=cut)
+
+    assert (
+        f"the weight file {str(file)!r} is truncated: it has {whole - cut} of {whole} bytes"
+    ) == refusal(tmp_path)
+
+
+def test_truncated_file_that_is_not_read_is_no_mistake(tmp_path: Path) -> None:
+    """Beside whole files that the index names."""
+    write_safetensors(tmp_path / "model.safetensors", 4)
+    write_safetensors(tmp_path / "consolidated.safetensors", 4, cut=1)
+
+    check_weights(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    """The index knows which files there are to be."""
+    write_safetensors(tmp_path / "model-1.safetensors", 4)
+    write_index(tmp_path, "model-1.safetensors", "model-2.safetensors")
+
+    missing = str(tmp_path / "model-2.safetensors")
+    assert f"the weight file {missing!r} does not exist" == refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 7}', '{"weight_map": null}'])
+def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    """Whatever is wrong with it."""
+    (tmp_path / INDEX).write_text(text)
+
+    assert f"the index {str(tmp_path / INDEX)!r} cannot be read: " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x",
+        b"\x00" * 8,
+        b"\xff" * 64,
+        (1).to_bytes(8, "little") + b"{",
+        b"version https://git",
+    ],
+)
+def test_file_that_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
+    """Empty, too short, or something else: the pointer of a large file, for instance."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+
+    message = refusal(tmp_path)
+    assert "model.safetensors' is no safetensors file: " in message
+    assert f"{len(content)} bytes" in message
+
+
+@pytest.mark.parametrize(
+    "header", [b"{]", b"[]", b"\xff\xfe", b'{"w": 7}', b'{"w": {}}', b'{"w": {"data_offsets": []}}']
+)
+def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> None:
+    """It is not JSON, or not that of tensors."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    assert f"the header of the weight file {str(file)!r} cannot be read: " in refusal(tmp_path)
+
+
+# --- reading ahead --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Two files, together two chunks and a byte."""
+    (tmp_path / "a").write_bytes(bytes(CHUNK_BYTES))
+    (tmp_path / "b").write_bytes(bytes(CHUNK_BYTES + 1))
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "read"),
+    [
+        (1 << 40, 2 * CHUNK_BYTES + 1),
+        (CHUNK_BYTES + 1, 2 * CHUNK_BYTES),
+        (1, CHUNK_BYTES),
+        (0, 0),
+    ],
+)
+async def test_files_are_read_as_far_as_the_limit(files: list[Path], limit: int, read: int) -> None:
+    """Rounded up to a chunk; each byte once."""
+    assert read == await read_ahead(files, limit)
+
+
+async def test_reading_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
+    """It happens on a thread, and stops there when it is cancelled."""
+    endless = Path("/dev/zero")
+    before = threading.active_count()
+
+    reading = asyncio.create_task(read_ahead([endless], 1 << 60))
+    await asyncio.sleep(0)
+    assert not reading.done()
+
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert threading.active_count() <= before + 1
+    assert 0 == await read_ahead([], 1)
+
+
+async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """As an error of ours, with the reason."""
+    with pytest.raises(ConfigError) as caught:
+        await read_ahead([tmp_path / "gone"], 1)
+
+    assert (
+        f"the weight file {str(tmp_path / 'gone')!r} cannot be read: No such file or directory"
+    ) == caught.value.message

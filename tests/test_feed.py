@@ -1,0 +1,148 @@
+"""The event stream: first the state, then every event, to whoever reads fast enough."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.support import settled
+from vllm_hotswap.events import PinChanged, ResidencyChanged, SwitchEnded
+from vllm_hotswap.feed import EventFeed, as_message, event_fields, event_name
+from vllm_hotswap.states import Residency
+
+PINNED = PinChanged(3, "llama", True)
+
+
+@pytest.fixture
+def feed() -> EventFeed:
+    return EventFeed(lambda: {"active": "llama"})
+
+
+def parse(message: str) -> tuple[str, dict[str, Any]]:
+    event, data, *rest = message.split("\n")
+    assert ["", ""] == rest
+    return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+async def rest_of(stream: AsyncIterator[str]) -> list[str]:
+    return [message async for message in stream]
+
+
+async def test_stream_begins_with_the_state(feed: EventFeed) -> None:
+    """Whoever comes later needs no other call."""
+    assert ("snapshot", {"active": "llama"}) == parse(await anext(feed.stream()))
+
+
+async def test_events_follow_in_order(feed: EventFeed) -> None:
+    """Those that happened since the snapshot was taken, and none before it."""
+    feed.notify(PinChanged(1, "before", True))
+    stream = feed.stream()
+    await anext(stream)
+
+    for epoch in range(3):
+        feed.notify(PinChanged(epoch, "llama", True))
+
+    events = [parse(await anext(stream)) for _ in range(3)]
+    assert [("pin_changed", {"epoch": n, "model": "llama", "pinned": True}) for n in range(3)] == (
+        events
+    )
+
+
+async def test_every_subscriber_gets_every_event(feed: EventFeed) -> None:
+    """One that leaves takes nothing from the others."""
+    first, second = feed.stream(), feed.stream()
+    for stream in (first, second):
+        await anext(stream)
+    assert "<EventFeed subscribers=2>" == repr(feed)
+
+    feed.notify(PINNED)
+    await first.aclose()
+    feed.notify(PINNED)
+
+    assert ["pin_changed"] * 2 == [parse(await anext(second))[0] for _ in range(2)]
+    assert "<EventFeed subscribers=1>" == repr(feed)
+
+
+async def test_subscriber_that_is_cancelled_is_forgotten(feed: EventFeed) -> None:
+    """A client that leaves while nothing happens."""
+    reading = asyncio.create_task(rest_of(feed.stream()))
+    await settled()
+
+    reading.cancel()
+    await settled()
+
+    assert "<EventFeed subscribers=0>" == repr(feed)
+
+
+async def test_subscriber_that_does_not_read_is_let_go(
+    feed: EventFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets what was kept for it, and then the end; the others go on."""
+    monkeypatch.setattr("vllm_hotswap.feed.MAX_BEHIND", 2)
+    slow = feed.stream()
+    await anext(slow)
+
+    for _ in range(9):
+        feed.notify(PINNED)
+    fast = feed.stream()
+    await anext(fast)
+    feed.notify(PINNED)
+
+    assert 2 == len(await rest_of(slow))
+    assert "pin_changed" == parse(await anext(fast))[0]
+
+
+async def test_silence_is_broken_by_comments(
+    feed: EventFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies do not end a stream on which nothing happens; no event is lost by it."""
+    monkeypatch.setattr("vllm_hotswap.feed.KEEP_ALIVE_S", 0.001)
+    stream = feed.stream()
+    await anext(stream)
+
+    assert ": keep-alive\n\n" == await anext(stream)
+
+    feed.notify(PINNED)
+    assert "pin_changed" == parse(await anext(stream))[0]
+
+
+async def test_closing_ends_every_stream(feed: EventFeed) -> None:
+    """After what has happened until then."""
+    stream = feed.stream()
+    await anext(stream)
+    feed.notify(PINNED)
+
+    feed.close()
+    feed.notify(PINNED)
+
+    assert ["pin_changed"] == [parse(message)[0] for message in await rest_of(stream)]
+
+
+async def test_stream_that_begins_after_the_end_is_short(feed: EventFeed) -> None:
+    """A server that shuts down keeps nobody waiting."""
+    feed.close()
+
+    assert ["snapshot"] == [parse(message)[0] for message in await rest_of(feed.stream())]
+
+
+def test_message_is_a_server_sent_event() -> None:
+    """Named like the event, with its fields as JSON; states are their words."""
+    event = ResidencyChanged(1, "org/llama", Residency.PARKED, Residency.ACTIVE)
+
+    assert (
+        'event: residency_changed\ndata: {"epoch": 1, "model": "org/llama", "before": "parked", '
+        '"after": "active"}\n\n'
+    ) == as_message(event_name(event), event_fields(event))
+
+
+def test_text_of_several_lines_stays_one_message() -> None:
+    """A cause with line breaks does not end the message."""
+    event = SwitchEnded("switch-1", 1, None, "qwen", "failed", 0.5, 0, "a\n\nb")
+
+    message = as_message(event_name(event), event_fields(event))
+
+    assert ("switch_ended", "a\n\nb") == (parse(message)[0], parse(message)[1]["cause"])
