@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from vllm_hotswap.bench.report import Part, Table
 from vllm_hotswap.bench.residency.checkpoints import HOME, KV_BYTES, TINY, home, settings, tiny
 from vllm_hotswap.bench.residency.fit import least_squares
-from vllm_hotswap.bench.residency.processes import COUNTS, growth
+from vllm_hotswap.bench.residency.processes import COUNTS
 from vllm_hotswap.bench.residency.remote import Remote
 from vllm_hotswap.bench.residency.residue import Reading, read
 from vllm_hotswap.bench.residency.steps import steps
@@ -19,6 +18,13 @@ from vllm_hotswap.bench.stats import median
 
 WARM_UP = 10
 MB = 1e6
+WORDS = {
+    "threads": "threads",
+    "fds": "open files",
+    "sockets": "sockets among them",
+    "processes": "processes",
+    "shm_mapped": "files of /dev/shm mapped",
+}
 
 
 @dataclass(slots=True)
@@ -73,7 +79,7 @@ def part(name: str, drift: Drift) -> Part:
         Table(f"{name}: {cycles} cycles of unload and load", ("", "value"), rows),
         Table(f"{name}: what is held", ("", "before", "after", "more"), _count_rows(drift)),
     )
-    return Part(name, tables, (), _samples(drift))
+    return Part(name, tables, (), asdict(drift))
 
 
 def slope(values: Sequence[float]) -> float:
@@ -84,16 +90,15 @@ def slope(values: Sequence[float]) -> float:
 
 def _count_rows(drift: Drift) -> tuple[tuple[str, ...], ...]:
     rows = []
-    for who in ("host", "server"):
-        before, after = getattr(drift.before, who), getattr(drift.after, who)
-        earlier, more = asdict(before), growth(before, after)
-        for name in COUNTS:
-            what = f"{'API process' if who == 'server' else who}: {name.replace('_', ' ')}"
-            rows.append(
-                (what, str(earlier[name]), str(earlier[name] + more[name]), f"{more[name]:+d}")
-            )
+    for who, name in (("host", "host"), ("API process", "server")):
+        before, after = asdict(getattr(drift.before, name)), asdict(getattr(drift.after, name))
+        rows += [_count_row(f"{who}: {WORDS[count]}", before, after, count) for count in COUNTS]
+    before, after = asdict(drift.before.host), asdict(drift.after.host)
+    rows.append(_count_row("files in /dev/shm, of all programs", before, after, "shm_files"))
     return tuple(rows)
 
 
-def _samples(drift: Drift) -> dict[str, Any]:
-    return asdict(drift)
+def _count_row(
+    text: str, before: Mapping[str, int], after: Mapping[str, int], name: str
+) -> tuple[str, ...]:
+    return (text, str(before[name]), str(after[name]), f"{after[name] - before[name]:+d}")

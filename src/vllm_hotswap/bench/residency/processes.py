@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -31,7 +31,8 @@ class Held:
     """Files in /dev/shm, whoever made them."""
 
 
-COUNTS = ("threads", "fds", "sockets", "processes", "shm_mapped", "shm_files")
+COUNTS = ("threads", "fds", "sockets", "processes", "shm_mapped")
+"""What a process may leak beside memory."""
 
 
 def held(pid: int, without: int | None = None) -> Held:
@@ -57,12 +58,6 @@ def fields(text: str) -> dict[str, str]:
     """The fields of a `/proc/PID/status`."""
     pairs = (line.partition(":") for line in text.splitlines())
     return {name: value.strip() for name, _, value in pairs}
-
-
-def growth(before: Held, after: Held) -> dict[str, int]:
-    """After less before, for each field."""
-    earlier = asdict(before)
-    return {name: value - earlier[name] for name, value in asdict(after).items()}
 
 
 def _family(pid: int) -> list[int]:
