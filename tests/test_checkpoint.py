@@ -186,6 +186,13 @@ def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> N
     assert f"the header of the weight file {str(file)!r} cannot be read: " in refusal(tmp_path)
 
 
+def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
+    """A broken disk is told of as such."""
+    (tmp_path / "model.safetensors").symlink_to("/proc/self/mem")
+
+    assert refusal(tmp_path).endswith("model.safetensors' cannot be read: Input/output error")
+
+
 # --- reading ahead --------------------------------------------------------------------------
 
 

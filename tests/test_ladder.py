@@ -577,6 +577,16 @@ async def test_dead_host_takes_no_operation(server: Server) -> None:
     assert "killed by signal 9; restart the server" in response.text
 
 
+async def test_ladder_tells_its_state(server: Server) -> None:
+    """Logs and failing tests can be read."""
+    ladder = server.coordinator.ladder
+    where = "{'llama': 'active', 'qwen': 'parked', 'mistral': 'cold'}"
+    assert f"<Ladder {where} moving=False>" == repr(ladder)
+
+    async with ladder.turn():
+        assert f"<Ladder {where} moving=True>" == repr(ladder)
+
+
 # --- one at a time --------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ class CountingEngine:
         self.inputs: list[int] = []
         self.work = 0
         self.dead = False
+        self.die_fails = False
         self.fails_at: str | None = None
         self.steps_end_at = 0
         self.finished = threading.Event()
@@ -51,6 +52,8 @@ class CountingEngine:
             self.finished.set()
 
     def die(self) -> None:
+        if self.die_fails:
+            raise OSError("socket is closed")
         self.dead = True
 
     def _happens(self, what: str) -> None:
@@ -215,6 +218,20 @@ def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str)
     assert [("a", f"a cannot {at}")] == stage.failed
     assert stage.loop.active is None
     assert stage.loop.find("a") is None
+
+    stage.activate("b")
+    stage.b.send(1)
+    assert stage.b.finished.wait(LONG_S)
+
+
+def test_engine_that_cannot_even_die_takes_nothing_with_it(stage: Stage) -> None:
+    """Its clients may be gone, too."""
+    stage.activate("a")
+    stage.a.fails_at = "step"
+    stage.a.die_fails = True
+
+    stage.a.send(1)
+    assert stage.failure.wait(LONG_S)
 
     stage.activate("b")
     stage.b.send(1)
