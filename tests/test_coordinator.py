@@ -553,35 +553,45 @@ async def test_failed_switch_may_be_tried_again(server: Server) -> None:
 
 
 async def test_source_that_cannot_go_on_is_given_up(server: Server) -> None:
-    """If the way back fails as well, no model is active; another one can be switched to."""
-    server.host.fail_next("load", "mistral")
+    """If the way back fails as well, no model is active; it can be switched to again."""
+    server.host.fail_next("activate", "qwen")
     server.host.fail_next("activate", "llama", HotswapError("pointer lost"))
 
     with pytest.raises(SwitchFailed, match="no model is active"):
-        await server.coordinator.switch("mistral")
+        await server.coordinator.switch("qwen")
 
-    assert "failed" == server.residency("llama")
+    assert "cold" == server.residency("llama")
     assert "no model is active" == server.coordinator.failure
-    assert (await server.coordinator.switch("qwen")).previous_model is None
+    assert (await server.coordinator.switch("llama")).previous_model is None
     assert server.coordinator.failure is None
 
 
 async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> None:
     """Its death and the failed activation are one failure, and the switch ends."""
     server.host.hold("activate", "llama")
-    server.host.fail_next("load", "mistral")
+    server.host.fail_next("activate", "qwen")
     server.host.fail_next("activate", "llama")
-    switch = await begin_switch(server, "mistral")
-    holder = await hold(server, "mistral")
+    switch = server.switch("qwen")
+    await server.settled()
+    assert ("activate", "llama") == server.host.operations[-1]
 
     server.host.kill_engine("llama")
     server.host.release("activate", "llama")
 
-    with pytest.raises(SwitchFailed):
-        await switch
-    with pytest.raises(SwitchFailed):
-        await holder.task
+    assert 503 == (await switch).status_code
+    assert "failed" == server.residency("llama")
     assert "idle" == server.coordinator.phase
+
+
+async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: Server) -> None:
+    """Nothing has moved yet, so nothing is asked of the source's engine."""
+    server.host.fail_next("load", "mistral")
+
+    with pytest.raises(SwitchFailed, match="'llama' serves on"):
+        await server.coordinator.switch("mistral")
+
+    assert ("activate", "llama") not in server.host.operations
+    assert "active" == server.residency("llama")
 
 
 # --- deaths ---------------------------------------------------------------------------------

@@ -99,10 +99,14 @@ class HotswapApp:
             return Role.USER, self._model
         if key[0] == "POST" and path.startswith(operations.PREFIX):
             return Role.ADMIN, self._operate
+        if path.startswith("/admin/"):
+            return Role.USER, _refuse
         role = vllm_role(*key)
         return (Role.USER, _refuse) if role is None else (role, None)
 
     async def _events(self, request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         return StreamingResponse(self.feed.stream(), media_type="text/event-stream")
 
     async def _version(self, request: Request) -> Response:

@@ -23,6 +23,7 @@ from vllm_hotswap.errors import (
     HotswapError,
     ModelNotActive,
     ModelSwitching,
+    NoRoom,
     QueueFull,
     SwitchFailed,
     SwitchInProgress,
@@ -496,7 +497,7 @@ class Coordinator:
     async def _roll_back(self, switch: _Switch, cause: BaseException) -> BaseException:
         """Let the source serve on; return what the caller of the switch is told."""
         if self._active is not None and self._dead is None:
-            await self._restore(self._active, switch.target)
+            await self._restore(self._active, switch.phase)
         self._switch = None
         failed: HotswapError
         if self._dead is not None:
@@ -510,26 +511,35 @@ class Coordinator:
         # A switch is cancelled at shutdown, and its callers are to be told.
         return failed if isinstance(cause, Exception | asyncio.CancelledError) else cause
 
-    async def _restore(self, source: Model, target: Model) -> None:
+    async def _restore(self, source: Model, phase: SwitchPhase) -> None:
         """Have the source be stepped again, wherever it has been moved to meanwhile."""
         try:
-            if source.residency is Residency.ACTIVE:
+            if source.residency is not Residency.ACTIVE:
+                await self._bring_back(source)
+            elif phase is SwitchPhase.ACTIVATE:
                 # The pointer may have moved although the answer was lost.
                 await source.engine.activate(self._epoch)
-                return
-            if not source.is_loaded:
-                await self.ladder.make_room(source)
-                await self.ladder.bring_up(source)
-            await self._activate(source)
         except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
-            self._lose(source, one_line(error))
+            await self._lose(source, one_line(error))
 
-    def _lose(self, source: Model, cause: str) -> None:
+    async def _bring_back(self, source: Model) -> None:
+        if not source.is_loaded:
+            try:
+                await self.ladder.make_room(source)
+            except NoRoom:  # it has turned out to hold more than was thought
+                await self.ladder.make_all_room(source)
+            await self.ladder.bring_up(source)
+        await self._activate(source)
+
+    async def _lose(self, source: Model, cause: str) -> None:
         """The source could not be brought back: no model is active until the next switch."""
-        if source.residency is Residency.ACTIVE:
-            self._engine_failed(source.alias, cause)
         log.error("event=source_lost model=%s cause=%r", source.alias, cause)
         self._active = None
+        if source.is_loaded:
+            try:
+                await self.ladder.move_down(source, Residency.COLD)
+            except Exception as error:  # noqa: BLE001  # its memory cannot be told any more
+                self._engine_failed(source.alias, one_line(error))
 
     def _notify_ended(self, switch: _Switch, duration_s: float, cause: str | None) -> None:
         self.switches += 1

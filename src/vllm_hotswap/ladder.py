@@ -132,10 +132,6 @@ class Ladder:
 
     async def wake(self, model: Model) -> OperationResult:
         """Bring a sleeping model up to `parked`. Raises `InvalidRequest` if it is cold."""
-        if model.residency is Residency.COLD:
-            raise InvalidRequest(
-                f"model {model.alias!r} is cold, and there is nothing to wake; load it", "model"
-            )
         return await self._raise("wake", model)
 
     async def unload(self, model: Model) -> OperationResult:
@@ -194,6 +190,10 @@ class Ladder:
         async with self.turn():
             before, started_s = model.residency, self._clock()
             evicted: tuple[Move, ...] = ()
+            if operation == "wake" and before is Residency.COLD:
+                raise InvalidRequest(
+                    f"model {model.alias!r} is cold, and there is nothing to wake; load it", "model"
+                )
             if not model.is_loaded:
                 model.engine.validate()
                 # Whoever is active now, not when this was asked for.
@@ -234,6 +234,13 @@ class Ladder:
         for move in plan.evictions:
             await self.move_down(self._registry.resolve(move.alias), move.after)
         return plan.evictions
+
+    async def make_all_room(self, target: Model) -> None:
+        """Unload every model but pinned ones and `target`, whatever a plan says."""
+        for model in self._registry:
+            is_held = model.residency not in (Residency.COLD, Residency.FAILED)
+            if model is not target and is_held and not model.pinned:
+                await self.move_down(model, Residency.COLD)
 
     async def move_down(self, model: Model, to: Residency) -> None:
         """Have one model give memory back. The caller holds the turn."""

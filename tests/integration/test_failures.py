@@ -68,7 +68,7 @@ def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stderr is not None
-        while "event=load" not in process.stderr.readline():
+        while "stage=frontend" not in process.stderr.readline():
             assert process.poll() is None
         kill_host_of(process.pid)
         rest = process.stderr.read()

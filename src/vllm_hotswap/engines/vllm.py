@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,9 +47,6 @@ from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.states import Residency
 
 T = TypeVar("T")
-
-READING_BYTES = 64 << 20
-"""What a load takes for a while besides what it leaves: the tensor that is being read."""
 
 
 class VllmEngine:
@@ -229,7 +226,6 @@ def footprint_of(
     """What a model holds in each residency, from what it needs and what was measured of it."""
     kv = needs.kv_bytes or 0
     held = max(measured_bytes, needs.weights_bytes) if measured_bytes > 0 else needs.held_bytes
-    reading = min(READING_BYTES, needs.weights_bytes)
     rest = max(held - needs.weights_bytes, 0)
     usage = {Residency.PARKED: Usage(held + kv), Residency.COLD: Usage()}
     if 1 in device.sleep_levels:
@@ -238,7 +234,7 @@ def footprint_of(
         )
     if can_discard:
         usage[Residency.DISCARDED] = Usage(rest)
-    return Footprint(usage, Usage(held + kv + reading), measured_bytes > 0)
+    return Footprint(usage, Usage(held + kv + needs.reading_bytes), measured_bytes > 0)
 
 
 async def _on_daemon_thread(make: Callable[[], T]) -> T:
@@ -260,7 +256,8 @@ async def _on_daemon_thread(make: Callable[[], T]) -> T:
             result = make()
         except BaseException as raised:  # noqa: BLE001  # handed on to whoever waits
             error = raised
-        loop.call_soon_threadsafe(finish, result, error)
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+            loop.call_soon_threadsafe(finish, result, error)
 
     threading.Thread(target=run, daemon=True, name="frontend").start()
     return await future

@@ -116,6 +116,8 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def die(self) -> None:
         self._send_engine_dead()
+        if self.is_loaded:
+            self._forget_model()
 
     def _turn_away_input(self) -> None:
         """Answer calls with an error and forget aborts: there is no model."""
