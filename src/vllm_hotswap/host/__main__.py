@@ -64,8 +64,11 @@ def _read(channel: Connection[object, Command], obedience: Obedience) -> NoRetur
 
 
 def _exit(status: int) -> NoReturn:
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join(1)
     logging.shutdown()
     os._exit(status)
 

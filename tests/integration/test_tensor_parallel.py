@@ -1,0 +1,115 @@
+"""A tensor-parallel model beside another one: vLLM's worker processes behind the same host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.demo import MODELS, free_port
+
+PROMPTS = ["Hello", "Who are you?"]
+MODELS_YAML = f"""\
+default_model: llama
+models:
+  llama:
+    model: {MODELS / "llama"}
+    max_model_len: 512
+    enforce_eager: true
+    kv_cache_memory_bytes: 33554432
+  wide:
+    model: {MODELS / "llama"}
+    max_model_len: 512
+    enforce_eager: true
+    kv_cache_memory_bytes: 33554432
+    tensor_parallel_size: 2
+    load: on_demand
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The same model twice, once divided among two workers."""
+    folder = tmp_path_factory.mktemp("wide")
+    (folder / "models.yaml").write_text(MODELS_YAML)
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_HOTSWAP_CONFIG": str(folder / "models.yaml"),
+    }
+    running = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    yield running
+    children = running.descendants()
+    assert running.stop() == 0, running.log_tail()
+    assert [child for child in children if is_alive(child)] == []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Not one that has ended and is only waiting for somebody to notice."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """Tests of this module go on where the one before ended."""
+
+
+def host(server: ServerProcess) -> psutil.Process:
+    status: Any = server.status()["host"]
+    return psutil.Process(status["pid"])
+
+
+def operate(server: ServerProcess, alias: str, name: str, **body: object) -> str:
+    response = server.post(f"/admin/models/{alias}/{name}", body)
+    assert response.status_code == 200, response.text
+    return str(response.json()["residency"])
+
+
+def test_a_model_of_two_workers_answers_like_one_of_one(server: ServerProcess) -> None:
+    """It is brought up in the running host, and both go on beside each other."""
+    expected = [server.complete("llama", prompt) for prompt in PROMPTS]
+    server.switch("wide")
+    wide = [server.complete("wide", prompt) for prompt in PROMPTS]
+    workers = host(server).children()
+    server.switch("llama")
+
+    assert expected == wide
+    assert len(workers) >= 2
+    assert expected == [server.complete("llama", prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_its_workers_sleep_and_wake(server: ServerProcess, level: int) -> None:
+    """No process ends or starts, and the answers stay."""
+    server.switch("wide")
+    expected = server.complete("wide", PROMPTS[0])
+    server.switch("llama")
+    workers = host(server).children()
+    slept = operate(server, "wide", "sleep", level=level)
+    server.switch("wide")
+
+    assert {1: "asleep", 2: "discarded"}[level] == slept
+    assert workers == host(server).children()
+    assert expected == server.complete("wide", PROMPTS[0])
+
+
+def test_its_workers_end_with_an_unload(server: ServerProcess) -> None:
+    """Their memory is given back, the other model serves on, and it can be loaded again."""
+    server.switch("llama")
+    before: Any = server.status()["host"]
+    assert "cold" == operate(server, "wide", "unload")
+    workers = [child for child in host(server).children() if "spawn_main" in str(child.cmdline())]
+    after: Any = server.status()["host"]
+    text = server.complete("llama", PROMPTS[0])
+    server.switch("wide")
+
+    assert workers == []
+    assert after["used_bytes"] < before["used_bytes"] - (200 << 20)
+    assert text == server.complete("wide", PROMPTS[0])
