@@ -506,6 +506,20 @@ async def test_metrics_count_switches_phases_and_requests(server: Server) -> Non
     assert 2 == sample(text, "hotswap_epoch")
 
 
+async def test_metrics_tell_where_models_are(server: Server) -> None:
+    """What each holds now, of which budget, and how often it has moved where."""
+    await server.post("/admin/models/qwen/sleep", json={"level": 1})
+    await server.post("/admin/models/qwen/unload")
+
+    text = (await server.get("/metrics")).text
+
+    assert 1 == sample(text, 'hotswap_moves_total{model="qwen",residency="asleep"}')
+    assert 1 == sample(text, 'hotswap_moves_total{model="qwen",residency="cold"}')
+    assert 0 == sample(text, 'hotswap_model_device_bytes{model="qwen"}')
+    assert 2 << 20 == sample(text, 'hotswap_model_device_bytes{model="llama"}')
+    assert server.host.budget.device == sample(text, "hotswap_device_budget_bytes")
+
+
 async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> None:
     """Gauges are read when they are asked for."""
     stream = await server.start_stream("llama")

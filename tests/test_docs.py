@@ -56,6 +56,8 @@ def test_every_metric_is_described() -> None:
         epoch=lambda: 0,
         in_flight=lambda: {"a": 0},
         waiting=lambda: 0,
+        held=lambda: {"a": 0},
+        budget=lambda: 0,
         aliases=host.engines,
     )
     text = page("http-api.md")

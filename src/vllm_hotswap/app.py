@@ -52,6 +52,11 @@ class HotswapApp:
             epoch=lambda: self.coordinator.epoch,
             in_flight=lambda: {m.alias: len(m.leases) for m in self.coordinator.registry},
             waiting=lambda: self.coordinator.waiting,
+            held=lambda: {
+                m.alias: m.engine.footprint.at(m.residency).device
+                for m in self.coordinator.registry
+            },
+            budget=lambda: self.coordinator.ladder.budget.device,
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)

@@ -163,6 +163,8 @@ class SwitchMetrics:
         epoch: Callable[[], int],
         in_flight: Callable[[], dict[str, int]],
         waiting: Callable[[], int],
+        held: Callable[[], dict[str, int]],
+        budget: Callable[[], int],
         aliases: Iterable[str],
     ) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
@@ -205,7 +207,26 @@ class SwitchMetrics:
             ["model"],
             registry=self.registry,
         )
+        self._moves = Counter(
+            "hotswap_moves",
+            "Changes of residency.",
+            ["model", "residency"],
+            registry=self.registry,
+        )
+        held_gauge = Gauge(
+            "hotswap_model_device_bytes",
+            "Device memory that the model holds, as the budget counts it.",
+            ["model"],
+            registry=self.registry,
+        )
+        budget_gauge = Gauge(
+            "hotswap_device_budget_bytes",
+            "Device memory that all models together may hold.",
+            registry=self.registry,
+        )
+        budget_gauge.set_function(budget)
         for alias in aliases:
+            held_gauge.labels(alias).set_function(partial(_item, held, alias))
             active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
             in_flight_gauge.labels(alias).set_function(partial(_item, in_flight, alias))
 
@@ -219,6 +240,7 @@ class SwitchMetrics:
             case RequestEnded(model=model, result=result):
                 self._requests.labels(model, result).inc()
             case ResidencyChanged(model=model, before=before, after=after):
+                self._moves.labels(model, after.value).inc()
                 if (before.value, after.value) == ("loading", "parked"):
                     self._loads.labels(model).inc()
 
