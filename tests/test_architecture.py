@@ -17,7 +17,7 @@ LAYERS = [
     {"host.weights", "host.compiled"},
     {"events", "budget", "engines.base"},
     {"config", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
-    {"ladder", "metrics", "progress", "listen", "feed"},
+    {"ladder", "switch", "metrics", "progress", "listen", "feed"},
     {"coordinator", "compat", "host.engine", "host.executor", "host.cpu_worker"},
     {"routing", "operations", "host.obey", "launch", "engines.link", "engines.fake"},
     {"admin", "engines.vllm", "host.__main__"},

@@ -11,13 +11,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm_hotswap import metrics
-from vllm_hotswap.coordinator import Coordinator, SwitchResult
+from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import move_body, usage_body
 from vllm_hotswap.registry import Model
 from vllm_hotswap.states import Residency
+from vllm_hotswap.switch import SwitchResult
 
 MAX_DRAIN_TIMEOUT_S = 86_400.0
 _MIB = 1 << 20

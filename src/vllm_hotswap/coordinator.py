@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.engines.base import EngineHost
@@ -32,9 +31,10 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.events import Observer, PhaseChanged, RequestEnded, SwitchEnded
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
-from vllm_hotswap.planner import Move, Plan
+from vllm_hotswap.planner import Plan
 from vllm_hotswap.registry import Cut, Lease, Model, ModelPolicy, Registry
 from vllm_hotswap.states import Residency, Step, SwitchPhase
+from vllm_hotswap.switch import Switch, SwitchResult
 
 Clock = Callable[[], float]
 
@@ -45,52 +45,6 @@ IDLE_CHECK_S = 1.0
 
 CUT_GRACE_S = 5.0
 """Seconds that a request which was ended gets to notice, and then again to send its error."""
-
-
-@dataclass(frozen=True, slots=True)
-class SwitchResult:
-    """What a switch did. Times are in seconds, memory in bytes."""
-
-    operation_id: str
-    epoch: int
-    previous_model: str | None
-    current_model: str
-    switched: bool
-    duration_s: float
-    phases_s: dict[str, float]
-    requests_cut: int
-    memory_before_bytes: int
-    memory_unloaded_bytes: int
-    """Once there was room, before the target took any."""
-    memory_after_bytes: int
-    evicted: tuple[Move, ...] = ()
-
-    @property
-    def reconfigure_s(self) -> float:
-        """Time without the wait for running requests."""
-        return self.duration_s - self.phases_s.get(SwitchPhase.DRAIN.value, 0.0)
-
-
-@dataclass(eq=False, slots=True)
-class _Switch:
-    """A switch under way."""
-
-    operation_id: str
-    source: Model | None
-    target: Model
-    drain_timeout_s: float
-    started_s: float
-    phase: SwitchPhase = SwitchPhase.VALIDATE
-    phases_s: dict[str, float] = field(default_factory=dict)
-    requests_cut: int = 0
-    moves: bool = False
-    """Whether memory is moved, rather than a pointer."""
-    memory_before_bytes: int = 0
-    memory_unloaded_bytes: int = 0
-    evicted: tuple[Move, ...] = ()
-    held: dict[asyncio.Future[Lease], asyncio.Task[object] | None] = field(default_factory=dict)
-    """Requests that wait for the target, in order of arrival, each with its task."""
-    task: asyncio.Task[SwitchResult] | None = None
 
 
 class Coordinator:
@@ -123,7 +77,7 @@ class Coordinator:
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch)
         self._active: Model | None = None
         self._epoch = 0
-        self._switch: _Switch | None = None
+        self._switch: Switch | None = None
         self._dead: str | None = None
         self._last_switch_s = 1.0
         self.switches = 0
@@ -311,7 +265,7 @@ class Coordinator:
         model.last_used_s = self._clock()
         return lease
 
-    def _hold(self, switch: _Switch) -> asyncio.Future[Lease]:
+    def _hold(self, switch: Switch) -> asyncio.Future[Lease]:
         if len(switch.held) >= self._settings.max_waiting:
             raise QueueFull(
                 f"{len(switch.held)} requests wait for {switch.target.alias!r} already "
@@ -379,14 +333,14 @@ class Coordinator:
         return await asyncio.shield(switch.task)
 
     def _begin(self, target: Model, drain_timeout_s: float) -> None:
-        self._switch = switch = _Switch(
+        self._switch = switch = Switch(
             _operation_id(), self._active, target, drain_timeout_s, self._clock()
         )
         switch.task = asyncio.create_task(self._run_switch(switch), name=f"switch-{target.alias}")
         # A switch whose caller has left may fail with nobody to retrieve the exception.
         switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def _run_switch(self, switch: _Switch) -> SwitchResult:
+    async def _run_switch(self, switch: Switch) -> SwitchResult:
         async with self.ladder.turn():
             try:
                 await self._take_over(switch)
@@ -394,7 +348,7 @@ class Coordinator:
                 raise await self._roll_back(switch, error) from error
             return self._finish(switch)
 
-    async def _take_over(self, switch: _Switch) -> None:
+    async def _take_over(self, switch: Switch) -> None:
         target = switch.target
         switch.moves = not target.is_loaded
         switch.memory_before_bytes = self._host.stats().used_bytes
@@ -412,7 +366,7 @@ class Coordinator:
         async with self._phase(switch, SwitchPhase.ACTIVATE):
             await self._activate(target)
 
-    def _validate(self, switch: _Switch) -> None:
+    def _validate(self, switch: Switch) -> None:
         """Refuse what cannot work while the source has given up nothing."""
         target = switch.target
         refuse_failed(target)
@@ -423,7 +377,7 @@ class Coordinator:
         if has_to_wait and target.residency in (Residency.COLD, Residency.DISCARDED):
             self.ladder.begin_prefetch(target)
 
-    async def _drain(self, switch: _Switch) -> None:
+    async def _drain(self, switch: Switch) -> None:
         """Wait for the source's leases; end with an explicit error what is left at the deadline."""
         if switch.source is None:
             return
@@ -467,7 +421,7 @@ class Coordinator:
         self._epoch += 1
         self._active = target
 
-    def _finish(self, switch: _Switch) -> SwitchResult:
+    def _finish(self, switch: Switch) -> SwitchResult:
         """Re-open admission: whoever was held is served by the new epoch, in order of arrival."""
         self._switch = None
         for future, task in switch.held.items():
@@ -494,7 +448,7 @@ class Coordinator:
             evicted=switch.evicted,
         )
 
-    async def _roll_back(self, switch: _Switch, cause: BaseException) -> BaseException:
+    async def _roll_back(self, switch: Switch, cause: BaseException) -> BaseException:
         """Let the source serve on; return what the caller of the switch is told."""
         if self._active is not None and self._dead is None:
             await self._restore(self._active, switch.phase)
@@ -541,7 +495,7 @@ class Coordinator:
             except Exception as error:  # noqa: BLE001  # its memory cannot be told any more
                 self._engine_failed(source.alias, one_line(error))
 
-    def _notify_ended(self, switch: _Switch, duration_s: float, cause: str | None) -> None:
+    def _notify_ended(self, switch: Switch, duration_s: float, cause: str | None) -> None:
         self.switches += 1
         self.switches_failed += cause is not None
         self._observer.notify(
@@ -566,7 +520,7 @@ class Coordinator:
         )
 
     @asynccontextmanager
-    async def _phase(self, switch: _Switch, phase: SwitchPhase) -> AsyncIterator[None]:
+    async def _phase(self, switch: Switch, phase: SwitchPhase) -> AsyncIterator[None]:
         """Name, time and tell of one phase."""
         switch.phase = phase
         started_s = self._clock()
@@ -581,7 +535,7 @@ class Coordinator:
         self._notify_phase(switch, phase, "finished", duration_s)
 
     def _notify_phase(
-        self, switch: _Switch, phase: SwitchPhase, status: str, duration_s: float
+        self, switch: Switch, phase: SwitchPhase, status: str, duration_s: float
     ) -> None:
         self._observer.notify(
             PhaseChanged(

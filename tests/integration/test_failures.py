@@ -114,8 +114,7 @@ BAD_FILES = {
         "default_model 'lama' is not configured; did you mean 'llama'?",
     ),
     "a KV size beyond the budget": (
-        "{memory: {device: 1GiB}, models: {llama: {model: LLAMA, max_model_len: 512,"
-        " enforce_eager: true, kv_cache_memory_bytes: 2147483648}}}",
+        "{memory: {device: 1GiB}, models: {llama: {model: LLAMA, kv_cache_memory_bytes: 2G}}}",
         "model 'llama' can never be loaded: its kv_cache_memory_bytes is 2.00 GiB",
     ),
 }

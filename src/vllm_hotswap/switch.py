@@ -1,0 +1,56 @@
+"""A switch: what is known of it while it is under way, and what it has done."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from vllm_hotswap.planner import Move
+from vllm_hotswap.registry import Lease, Model
+from vllm_hotswap.states import SwitchPhase
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchResult:
+    """What a switch did. Times are in seconds, memory in bytes."""
+
+    operation_id: str
+    epoch: int
+    previous_model: str | None
+    current_model: str
+    switched: bool
+    duration_s: float
+    phases_s: dict[str, float]
+    requests_cut: int
+    memory_before_bytes: int
+    memory_unloaded_bytes: int
+    """Once there was room, before the target took any."""
+    memory_after_bytes: int
+    evicted: tuple[Move, ...] = ()
+
+    @property
+    def reconfigure_s(self) -> float:
+        """Time without the wait for running requests."""
+        return self.duration_s - self.phases_s.get(SwitchPhase.DRAIN.value, 0.0)
+
+
+@dataclass(eq=False, slots=True)
+class Switch:
+    """A switch under way."""
+
+    operation_id: str
+    source: Model | None
+    target: Model
+    drain_timeout_s: float
+    started_s: float
+    phase: SwitchPhase = SwitchPhase.VALIDATE
+    phases_s: dict[str, float] = field(default_factory=dict)
+    requests_cut: int = 0
+    moves: bool = False
+    """Whether memory is moved, rather than a pointer."""
+    memory_before_bytes: int = 0
+    memory_unloaded_bytes: int = 0
+    evicted: tuple[Move, ...] = ()
+    held: dict[asyncio.Future[Lease], asyncio.Task[object] | None] = field(default_factory=dict)
+    """Requests that wait for the target, in order of arrival, each with its task."""
+    task: asyncio.Task[SwitchResult] | None = None
