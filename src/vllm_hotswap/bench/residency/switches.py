@@ -18,6 +18,9 @@ from vllm_hotswap.bench.servers import Launcher
 from vllm_hotswap.bench.stats import Bar, median, percentile
 
 DISCARDED = 2
+SETTLE_S = 0.5
+"""Before the machine is measured: the server's compute threads spin for a while after a request."""
+
 FITTED = ("cold", "discarded")
 """The residencies from which bytes have to be read."""
 
@@ -64,6 +67,7 @@ async def measure(launcher: Launcher, checkpoints: Sequence[Checkpoint], rounds:
             found = [await remote.switch_from(state, alias, HOME) for state in STATES]
             if number >= DISCARDED:
                 measured.switches += found
+                await asyncio.sleep(SETTLE_S)
                 await asyncio.to_thread(meter.sample, alias)
     return measured
 
