@@ -83,6 +83,16 @@ def test_nobody_moves_where_there_is_room() -> None:
     ]
 
 
+def test_weights_are_not_dropped_where_a_load_is_quicker() -> None:
+    """Keeping the structure has to pay, as it does for compiled models."""
+    a, b = model("a", PARKED, rest=1), model("b", COLD)
+    slow = replace(a, up_s={DISCARDED: 2.0, COLD: 1.0})
+    quick = replace(a, up_s={DISCARDED: 1.0, COLD: 2.0})
+
+    assert {"a": "cold"} == moves(make_plan(snapshot(4, slow, b), "b"))
+    assert {"a": "discarded"} == moves(make_plan(snapshot(4, quick, b), "b"))
+
+
 @pytest.mark.parametrize(
     ("budget", "after"), [(6, None), (5, "asleep"), (4, "discarded"), (3, "cold")]
 )

@@ -338,6 +338,8 @@ def up_cost_s(model: Model, where: Residency) -> float:
         return 0.0
     if where in model.up_s:
         return model.up_s[where]
+    if where is Residency.DISCARDED and Residency.COLD in model.up_s:
+        return model.up_s[Residency.COLD]  # which reads the same bytes
     weights = model.engine.memory.weights_bytes
     return 0.1 if where is Residency.ASLEEP else 1.0 + weights / READ_BYTES_PER_S
 

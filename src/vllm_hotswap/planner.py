@@ -81,7 +81,14 @@ class ModelView:
             return False
         if residency is not Residency.ASLEEP and self.in_flight:
             return False
+        if residency is Residency.DISCARDED and self._is_quicker_from_cold():
+            return False
         return residency is Residency.COLD or residency in self.footprint.usage
+
+    def _is_quicker_from_cold(self) -> bool:
+        """Keeping the structure does not pay: reading weights into it takes longer than a load."""
+        from_discarded = self.up_s.get(Residency.DISCARDED, 0.0)
+        return from_discarded > self.up_s.get(Residency.COLD, from_discarded)
 
 
 @dataclass(frozen=True, slots=True)
