@@ -550,12 +550,53 @@ async def test_operation_that_fails_is_told_and_changes_nothing(server: Server) 
 
     response = await server.operate("qwen", "sleep")
 
-    assert (500, "worker is stuck") == (
-        response.status_code,
-        response.json()["error"]["message"],
-    )
+    message = "sleep of model 'qwen' failed: worker is stuck; repair it and try sleep again"
+    assert (503, "load_failed") == (response.status_code, response.json()["error"]["code"])
+    assert message == response.json()["error"]["message"]
     assert "parked" == server.residency("qwen")
     assert 200 == (await server.operate("qwen", "sleep")).status_code
+
+
+async def test_shutdown_settles_a_switch_that_waits_for_its_turn(server: Server) -> None:
+    """Its caller and the requests that are held for its target are told."""
+    server.host.hold("sleep", "qwen")
+    server.operate("qwen", "sleep")
+    await server.settled()
+    switch = server.switch("mistral")
+    await server.settled()
+    held = server.ask("mistral")
+    await server.settled()
+
+    await server.coordinator.shut_down(0)
+
+    assert [503, 503] == [(await switch).status_code, (await held).status_code]
+    assert "idle" == server.coordinator.phase
+    server.host.release("sleep", "qwen")
+
+
+async def test_shutdown_settles_a_switch_on_its_way_back(server: Server) -> None:
+    """Even while the source is being brought back."""
+    server.host.fail_next("activate", "qwen")
+    server.host.hold("activate", "llama")
+    switch = server.switch("qwen")
+    await server.settled()
+    held = server.ask("qwen")
+    await server.settled()
+    assert ("activate", "llama") == server.host.operations[-1]
+
+    await server.coordinator.shut_down(0)
+
+    assert [503, 503] == [(await switch).status_code, (await held).status_code]
+    assert "idle" == server.coordinator.phase
+
+
+async def test_failed_model_has_no_plan(server: Server) -> None:
+    """A switch to it would be refused, too."""
+    server.host.kill_engine("qwen", "RuntimeError: boom")
+
+    response = await server.get("/admin/plan", params={"model": "qwen"})
+
+    assert (503, "engine_unavailable") == (response.status_code, response.json()["error"]["code"])
 
 
 async def test_dead_model_takes_no_operation(server: Server) -> None:

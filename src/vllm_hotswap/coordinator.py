@@ -177,7 +177,7 @@ class Coordinator:
 
     def plan(self, alias: str) -> Plan:
         """What a switch to `alias` would do, without doing it. Raises `UnknownModel`, `NoRoom`."""
-        return self.ladder.plan(self.registry.resolve(alias), self._active)
+        return self.ladder.plan(self._usable(alias), self._active)
 
     async def load(self, alias: str) -> OperationResult:
         """Bring a model up to `parked`; the active one stays where it is."""
@@ -214,8 +214,8 @@ class Coordinator:
             await asyncio.sleep(IDLE_CHECK_S)
             try:
                 await self.rest_idle()
-            except HotswapError as error:
-                log.warning("event=rest_failed cause=%r", error.message)
+            except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
+                log.warning("event=rest_failed cause=%r", one_line(error))
 
     async def rest_idle(self) -> None:
         await self.ladder.rest_idle()
@@ -341,12 +341,18 @@ class Coordinator:
         switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run_switch(self, switch: Switch) -> SwitchResult:
-        async with self.ladder.turn():
-            try:
-                await self._take_over(switch)
-            except BaseException as error:
-                raise await self._roll_back(switch, error) from error
-            return self._finish(switch)
+        try:
+            async with self.ladder.turn():
+                try:
+                    await self._take_over(switch)
+                except BaseException:
+                    if self._active is not None and self._dead is None:
+                        await self._restore(self._active, switch.phase)
+                    raise
+                return self._finish(switch)
+        except BaseException as error:
+            # Also if it was cancelled while it waited for its turn, or on the way back.
+            raise self._give_up(switch, error) from error
 
     async def _take_over(self, switch: Switch) -> None:
         target = switch.target
@@ -448,10 +454,8 @@ class Coordinator:
             evicted=switch.evicted,
         )
 
-    async def _roll_back(self, switch: Switch, cause: BaseException) -> BaseException:
-        """Let the source serve on; return what the caller of the switch is told."""
-        if self._active is not None and self._dead is None:
-            await self._restore(self._active, switch.phase)
+    def _give_up(self, switch: Switch, cause: BaseException) -> BaseException:
+        """Settle everybody who waits; return what the caller of the switch is told."""
         self._switch = None
         failed: HotswapError
         if self._dead is not None:

@@ -9,6 +9,7 @@
     ├── ModelSwitching           503  the model is being drained; retry after the switch
     ├── SwitchInProgress         409  another target is under way; retry after it
     ├── SwitchFailed             503  the target could not be brought up; the cause is named
+    ├── LoadFailed               503  the model could not be moved; repair it and try again
     ├── NoRoom                   409  the memory budget does not hold it; free or unpin a model
     ├── ModelInUse               409  the model is active, pinned or busy; it is said what to do
     ├── SwitchNotAllowed         403  the server was not started with switching open
@@ -112,6 +113,20 @@ class SwitchFailed(HotswapError):
     def __init__(self, target: str, phase: str, cause: BaseException, serving: str | None) -> None:
         then = f"{serving!r} serves on" if serving else "no model is active"
         super().__init__(f"switch to {target!r} failed in phase {phase}: {cause}; {then}")
+
+
+class LoadFailed(HotswapError):
+    """A model could not be loaded, woken or put to sleep; the cause is in the message."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "load_failed"
+
+    def __init__(self, alias: str, operation: str, cause: BaseException) -> None:
+        super().__init__(
+            f"{operation} of model {alias!r} failed: {one_line(cause)}; "
+            f"repair it and try {operation} again"
+        )
 
 
 class NoRoom(HotswapError):

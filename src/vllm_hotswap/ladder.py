@@ -12,7 +12,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import ConfigError, EngineUnavailable, InvalidRequest, ModelInUse, NoRoom
+from vllm_hotswap.errors import (
+    ConfigError,
+    EngineUnavailable,
+    HotswapError,
+    InvalidRequest,
+    LoadFailed,
+    ModelInUse,
+    NoRoom,
+)
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
 from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
 from vllm_hotswap.registry import Model, Registry
@@ -187,7 +195,8 @@ class Ladder:
             self._observer.notify(PinChanged(self._epoch(), model.alias, pinned))
 
     async def _raise(self, operation: str, model: Model) -> OperationResult:
-        async with self.turn():
+        async with self.turn(), _named_failure(model, operation):
+            refuse_failed(model)
             before, started_s = model.residency, self._clock()
             evicted: tuple[Move, ...] = ()
             if operation == "wake" and before is Residency.COLD:
@@ -204,7 +213,7 @@ class Ladder:
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
 
     async def _lower(self, operation: str, model: Model, to: Residency) -> OperationResult:
-        async with self.turn():
+        async with self.turn(), _named_failure(model, operation):
             before, started_s = model.residency, self._clock()
             if before is not Residency.FAILED and is_below(to, before):
                 _refuse_use(model, operation, to)
@@ -324,6 +333,17 @@ class Ladder:
 
     def _is_due(self, model: Model, after_s: float) -> bool:
         return self._clock() - (model.last_used_s or 0.0) >= after_s
+
+
+@asynccontextmanager
+async def _named_failure(model: Model, operation: str) -> AsyncIterator[None]:
+    """Say which operation on which model failed, where the error itself does not."""
+    try:
+        yield
+    except HotswapError as error:
+        if type(error) in (HotswapError, ConfigError):
+            raise LoadFailed(model.alias, operation, error) from error
+        raise
 
 
 def refuse_failed(model: Model) -> None:

@@ -84,12 +84,9 @@ def _options(
 def _operate(args: argparse.Namespace, _: Sequence[str]) -> int:
     if args.command == "switch":
         answer = call(args, "POST", "/v1/models/switch", {"model": args.alias})
-        text = f"{answer.get('current_model')}: active after {answer.get('duration_ms')} ms"
-    else:
-        path = f"/admin/models/{quote(args.alias)}/{args.command}"
-        answer = call(args, "POST", path, _options_of(args))
-        text = told(answer)
-    return _print(args, answer, text)
+        return _print(args, answer, switch_text)
+    path = f"/admin/models/{quote(args.alias)}/{args.command}"
+    return _print(args, call(args, "POST", path, _options_of(args)), told)
 
 
 def _options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,16 +103,25 @@ def _options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(args: argparse.Namespace, _: Sequence[str]) -> int:
     answer = call(args, "GET", f"/admin/plan?model={quote(args.alias, safe='')}")
-    return _print(args, answer, plan_text(answer))
+    return _print(args, answer, plan_text)
 
 
 def _status(args: argparse.Namespace, _: Sequence[str]) -> int:
     answer = call(args, "GET", "/admin/status")
-    return _print(args, answer, status_text(answer))
+    return _print(args, answer, status_text)
 
 
-def _print(args: argparse.Namespace, answer: Mapping[str, Any], text: str) -> int:
-    print(json.dumps(answer, indent=2) if args.json else text)
+def _print(
+    args: argparse.Namespace,
+    answer: Mapping[str, Any],
+    describe: Callable[[Mapping[str, Any]], str],
+) -> int:
+    try:
+        print(json.dumps(answer, indent=2) if args.json else describe(answer))
+    except (KeyError, TypeError) as error:
+        raise RemoteError(
+            f"{args.url} gave an answer without {error}; is it vllm-hotswap of this version?"
+        ) from error
     return 0
 
 
@@ -156,7 +162,7 @@ def _follow(client: httpx.Client) -> None:
     began_s = time.monotonic()
     # The connection ends with the command, whatever is being read then.
     with (
-        contextlib.suppress(httpx.HTTPError, RuntimeError),
+        contextlib.suppress(Exception),
         client.stream("GET", "/admin/events") as events,
     ):
         for line in events.iter_lines():
@@ -173,6 +179,11 @@ def _message(content: Any, status: int) -> str:
         return str(content["error"]["message"])
     except (TypeError, KeyError):
         return f"the server answered with status {status}: {str(content)[:200]}"
+
+
+def switch_text(answer: Mapping[str, Any]) -> str:
+    how = f"active after {answer['duration_ms']} ms" if answer["switched"] else "active already"
+    return f"{answer['current_model']}: {how}"
 
 
 def told(answer: Mapping[str, Any]) -> str:

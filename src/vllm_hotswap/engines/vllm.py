@@ -27,7 +27,7 @@ from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
 from vllm_hotswap.engines.link import HostLink
-from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError, one_line
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -73,6 +73,8 @@ class VllmEngine:
         """Kept to the end: vLLM leaves its ZeroMQ context open."""
         self._loaded: Loaded | None = None
         self._progress: Progress | None = None
+        self._died: asyncio.Future[str] | None = None
+        """Whoever builds the frontend waits for the engine, too."""
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -173,6 +175,10 @@ class VllmEngine:
         """Give back the frontend's sockets, threads and tasks."""
         await self._exits.aclose()
 
+    def engine_died(self, cause: str) -> None:
+        if self._died is not None and not self._died.done():
+            self._died.set_result(f"the engine of {self.alias!r} died: {cause}")
+
     def stage_reached(self, stage: str) -> None:
         if self._progress is not None:
             self._progress(stage)
@@ -185,7 +191,7 @@ class VllmEngine:
             except BaseException as error:
                 self._sockets = None
                 await self._exits.aclose()
-                if not self._link.died.done():
+                with suppress(HotswapError):  # the first cause counts
                     await self._link.call(lambda number: Unload(number, self.alias, forget=True))
                 if isinstance(error, Exception) and not isinstance(error, EngineUnavailable):
                     raise ConfigError(
@@ -197,14 +203,17 @@ class VllmEngine:
     async def _unless_host_dies(self, building: Coroutine[Any, Any, None]) -> None:
         """Wait for the frontend, which would wait for ever for an engine that has died."""
         task = asyncio.ensure_future(building)
+        self._died = asyncio.get_running_loop().create_future()
+        deaths = (self._link.died, self._died)
         try:
-            ends: list[asyncio.Future[Any]] = [task, self._link.died]
+            ends: list[asyncio.Future[Any]] = [task, *deaths]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise EngineUnavailable(self._link.died.result())
+                raise EngineUnavailable(next(death.result() for death in deaths if death.done()))
             await task
         finally:
             task.cancel()
+            self._died = None
 
     async def _build_frontend(self, sockets: SocketPaths) -> None:
         config, args = self._launch.vllm_config, self._launch.args
@@ -353,5 +362,6 @@ class VllmHost:
             case LoadStage(alias=alias, stage=stage):
                 self._engines[alias].stage_reached(stage)
             case EngineFailed(alias=alias, cause=cause):
+                self._engines[alias].engine_died(cause)
                 for callback in self._on_engine_failed:
                     callback(alias, cause)

@@ -26,6 +26,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ class CompiledCode:
         if code is not None:
             module.aot_compiled_fn = code
         return code is not None
+
+
+@contextmanager
+def forgetting_failed_load() -> Iterator[None]:
+    """If the load inside fails, have Dynamo forget the hooks of the model that was being made."""
+    before = set(_bytecode_hooks)
+    try:
+        yield
+    except BaseException:
+        for key in [key for key in _bytecode_hooks if key not in before]:
+            del _bytecode_hooks[key]
+        raise
 
 
 def is_compiled(runner: Any) -> bool:

@@ -47,6 +47,9 @@ class RingingQueue(queue.Queue[Any]):
 class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop here
     """An engine whose client lives in the API process and whose stepping the host decides."""
 
+    _lasting: frozenset[str] | None = None
+    """Attributes that stay when the model goes; known once vLLM begins to make the model."""
+
     def __init__(
         self,
         vllm_config: Any,
@@ -58,15 +61,19 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self._sockets = sockets
         self._ring = ring
         self._executor_class = executor_class
-        self._lasting: frozenset[str] | None = None
         self._code = CompiledCode()
-        super().__init__(
-            vllm_config=vllm_config,
-            local_client=True,
-            handshake_address="",
-            executor_class=executor_class,
-            log_stats=log_stats,
-        )
+        try:
+            super().__init__(
+                vllm_config=vllm_config,
+                local_client=True,
+                handshake_address="",
+                executor_class=executor_class,
+                log_stats=log_stats,
+            )
+        except BaseException:
+            if self._lasting is not None:
+                self._forget_model()
+            raise
         self.process_input_queue_block = False
 
     @contextmanager
@@ -138,13 +145,18 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             mode: kept for vLLM's signature; always "keep".
         """
         self.pause_scheduler(mode="keep", clear_cache=False)
-        while self.has_work():  # steps that have been begun, in asynchronous scheduling
-            self.run_step()
-        self._notify_idle_state_callbacks()
-        self._reset_caches()
-        if self.model_executor.is_sleeping:  # vLLM goes no deeper from there
-            self.model_executor.wake_up()
-        self.model_executor.sleep(level)
+        try:
+            while self.has_work():  # steps that have been begun, in asynchronous scheduling
+                self.run_step()
+            self._notify_idle_state_callbacks()
+            self._reset_caches()
+            if self.model_executor.is_sleeping:  # vLLM goes no deeper from there
+                self.model_executor.wake_up()
+            self.model_executor.sleep(level)
+        except BaseException:
+            if not self.model_executor.is_sleeping:
+                self.resume_scheduler()
+            raise
 
     def wake(self) -> None:
         """Take memory back and schedule again."""
@@ -182,15 +194,17 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         """Drop every attribute that loading a model has set, and what hangs on it."""
         assert self._lasting is not None
         model = {name: value for name, value in vars(self).items() if name not in self._lasting}
-        if executor := model.get("model_executor"):
-            self._code.take_from(executor)
-            executor.shutdown()
-        # The input thread may put an abort at any time.
-        self.aborts_queue = queue.Queue[list[str]]()
-        for name in model:
-            if name != "aborts_queue":
-                delattr(self, name)
-        dismantle(model)
+        try:
+            if executor := model.get("model_executor"):
+                self._code.take_from(executor)
+                executor.shutdown()
+        finally:
+            # The input thread may put an abort at any time.
+            self.aborts_queue = queue.Queue[list[str]]()
+            for name in model:
+                if name != "aborts_queue":
+                    delattr(self, name)
+            dismantle(model)
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -64,8 +65,11 @@ class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[mi
     """`MultiprocExecutor` whose workers share the cores of the host."""
 
     def _init_executor(self) -> None:
+        threads = torch.get_num_threads()
         with _cores_for_each(self.parallel_config.local_world_size):
             super()._init_executor()
+        # vLLM takes this process for one that only schedules, and leaves it one thread.
+        torch.set_num_threads(threads)
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -86,6 +90,7 @@ def _cores_for_each(workers: int) -> Iterator[None]:
         yield
         return
     os.environ[BIND_VARIABLE] = binding
+    was_cached = envs._is_envs_cache_enabled()
     envs.disable_envs_cache()  # vLLM has read the variable already
     try:
         yield
@@ -94,4 +99,5 @@ def _cores_for_each(workers: int) -> Iterator[None]:
             del os.environ[BIND_VARIABLE]
         else:
             os.environ[BIND_VARIABLE] = before
-        envs.enable_envs_cache()
+        if was_cached:
+            envs.enable_envs_cache()

@@ -99,10 +99,19 @@ class Obedience:
         from vllm_hotswap.host.progress import reporting_to
 
         device = device_of(command.vllm_config)
+        give_back_free_memory()  # so that nothing that was free before is taken for the model's
         before_s, before_bytes = time.monotonic(), device.held_bytes()
-        with reporting_to(lambda stage: self._send(LoadStage(command.alias, stage))):
-            engine = self._make(command)
-        compat.unshare_layers()
+        if (engine := self.loop.find(command.alias)) is not None and engine.is_loaded:  # type: ignore[attr-defined]
+            raise HotswapError(f"engine {command.alias!r} is loaded already")
+        try:
+            with reporting_to(lambda stage: self._send(LoadStage(command.alias, stage))):
+                engine = self._make(command)
+            can_discard = _can_discard(device, engine)
+        except BaseException:
+            self._unload(command.alias)
+            raise
+        finally:
+            compat.unshare_layers()
         give_back_free_memory()
         held = device.held_bytes() - before_bytes
         if not device.kv_is_lazy:
@@ -113,15 +122,19 @@ class Obedience:
             time.monotonic() - before_s,
             held,
         )
-        return Loaded(engine.kv_bytes(), held, _can_discard(device, engine))
+        return Loaded(engine.kv_bytes(), held, can_discard)
 
     def _make(self, command: Load) -> HostedEngine:
         """A new engine at the first load, the same one at every later load."""
         from vllm_hotswap import compat
+        from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
 
         engine: HostedEngine | None = self.loop.find(command.alias)  # type: ignore[assignment]
-        if engine is None:
+        with forgetting_failed_load():
+            if engine is not None:
+                engine.reload(command.vllm_config, command.log_stats)
+                return engine
             engine = HostedEngine(
                 command.vllm_config,
                 compat.executor_class(command.vllm_config),
@@ -129,11 +142,7 @@ class Obedience:
                 command.sockets,
                 self.loop.ring,
             )
-            self.loop.add(command.alias, engine)
-        elif engine.is_loaded:
-            raise HotswapError(f"engine {command.alias!r} is loaded already")
-        else:
-            engine.reload(command.vllm_config, command.log_stats)
+        self.loop.add(command.alias, engine)
         return engine
 
     def _sleep(self, alias: str, level: int) -> None:
@@ -149,7 +158,8 @@ class Obedience:
         except BaseException:
             self._unload(alias)
             raise
-        compat.unshare_layers()
+        finally:
+            compat.unshare_layers()
 
     def _unload(self, alias: str) -> None:
         engine: HostedEngine | None = self.loop.find(alias)  # type: ignore[assignment]
@@ -181,6 +191,7 @@ class Obedience:
 
     def _engine_failed(self, alias: str, error: Exception) -> None:
         log.error("event=engine_failed model=%s", alias, exc_info=error)
+        self._shells += 1
         self._send(EngineFailed(alias, one_line(error)))
 
     def _send(self, message: Message) -> None:

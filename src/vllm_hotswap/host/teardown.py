@@ -13,6 +13,9 @@ import gc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+SHARED = frozenset(["vllm.model_executor.layers.activation", "torch.nn.modules.activation"])
+"""Modules whose classes vLLM makes once for all models (0.32.0: `get_act_fn` and its like)."""
+
 
 def dismantle(parts: Mapping[str, Any]) -> None:
     """Empty an engine's executor, worker, runner, model and scheduler.
@@ -38,10 +41,15 @@ def _holders(parts: Mapping[str, Any]) -> Iterator[Any]:
     runner = getattr(worker, "model_runner", None)
     for model in (getattr(runner, "model", None), getattr(runner, "drafter", None)):
         if model is not None and hasattr(model, "modules"):
-            yield from model.modules()
+            yield from (module for module in model.modules() if not _is_shared(module))
     config = parts.get("vllm_config")
     if config is not None:
         config.compilation_config.static_forward_context.clear()
     for holder in (runner, worker, wrapper, executor, parts.get("scheduler")):
         if holder is not None and hasattr(holder, "__dict__"):
             yield holder
+
+
+def _is_shared(module: Any) -> bool:
+    """Whether other models may use the same object: vLLM keeps activation functions for all."""
+    return type(module).__module__ in SHARED and not any(True for _ in module.parameters())
