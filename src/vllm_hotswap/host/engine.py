@@ -85,7 +85,9 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def _init_data_parallel(self, vllm_config: Any) -> None:
         super()._init_data_parallel(vllm_config)
         # vLLM's constructor calls this just before it makes what belongs to the model.
-        self._lasting = frozenset([*vars(self), "enable_fault_tolerance", "output_thread"])
+        self._lasting = frozenset(
+            [*vars(self), "_lasting", "enable_fault_tolerance", "output_thread"]
+        )
 
     def _initialize_kv_caches(self, vllm_config: Any) -> Any:
         # vLLM calls this between reading the weights and its first run of the model.
