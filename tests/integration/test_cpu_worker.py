@@ -17,6 +17,9 @@ from vllm_hotswap.platforms import host_environment
 
 PROGRAM = Path(__file__).with_name("sleeping_worker.py")
 
+# Each setting is a process that imports vLLM, and one of them compiles; machines may be busy.
+pytestmark = pytest.mark.timeout(900)
+
 SETTINGS = {
     # bfloat16 is packed only by processors with AVX-512 or AMX, float32 by all that have oneDNN.
     "eager": {"enforce_eager": True, "dtype": "bfloat16"},

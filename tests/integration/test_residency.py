@@ -19,6 +19,9 @@ from vllm_hotswap.bench import medium
 from vllm_hotswap.demo import MODELS, free_port
 from vllm_hotswap.devices import anonymous_bytes
 
+# Plain vLLM servers are started to compare with, and models are made.
+pytestmark = pytest.mark.timeout(900)
+
 MIB = 1 << 20
 BUDGET_BYTES = 1000 * MIB
 """The engine host itself holds about 430 MiB; a model below 300 MiB to 340 MiB."""
