@@ -186,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("bench: stopped", file=sys.stderr)
         return 130
-    print(f"Samples, tables and plot: {bench.results.with_suffix('')}.json, .md, .png")
+    written = sorted(bench.results.parent.glob(f"{bench.results.stem}.*"))
+    print(f"Samples, tables and plot: {' '.join(map(str, written))}")
     return 0
 
 
