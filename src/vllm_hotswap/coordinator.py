@@ -376,11 +376,12 @@ class Coordinator:
         """Refuse what cannot work while the source has given up nothing."""
         target = switch.target
         refuse_failed(target)
-        if not target.is_loaded:
+        reads_files = target.residency in (Residency.COLD, Residency.DISCARDED)
+        if reads_files:
             target.engine.validate()
+        if not target.is_loaded:
             self.ladder.plan(target, switch.source)
-        has_to_wait = switch.source is not None and switch.source.leases
-        if has_to_wait and target.residency in (Residency.COLD, Residency.DISCARDED):
+        if reads_files and switch.source is not None and switch.source.leases:
             self.ladder.begin_prefetch(target)
 
     async def _drain(self, switch: Switch) -> None:
