@@ -100,15 +100,20 @@ class VllmEngine:
 
     @property
     def memory(self) -> EngineMemory:
-        return EngineMemory(self._needs.weights_bytes, self._needs.kv_bytes or 0)
+        return EngineMemory(self._needs.weights_bytes, self._kv_bytes)
 
     @property
     def footprint(self) -> Footprint:
-        loaded = self._loaded
+        loaded, needs = self._loaded, replace(self._needs, kv_bytes=self._kv_bytes)
         can_discard = loaded.can_discard if loaded else 2 in self._device.sleep_levels
-        return footprint_of(
-            self._needs, self._device, loaded.held_bytes if loaded else 0, can_discard
-        )
+        return footprint_of(needs, self._device, loaded.held_bytes if loaded else 0, can_discard)
+
+    @property
+    def _kv_bytes(self) -> int:
+        """What it was given; once it has been loaded, what it has: an encoder has none."""
+        if self._loaded is None:
+            return self._needs.kv_bytes or 0
+        return self._loaded.kv_bytes * compat.kv_shares(self._launch.vllm_config)
 
     @property
     def card(self) -> Mapping[str, object]:
