@@ -270,6 +270,7 @@ def test_truncated_weights_are_refused_before_anything_moves(
 ) -> None:
     """The source keeps its memory and serves on; mended, the next attempt works."""
     server.switch("one")
+    operate(server, "broken", "unload")
     before = answers(server, "one")
     weights = folder / "broken" / "model.safetensors"
     whole = weights.read_bytes()
