@@ -224,11 +224,9 @@ class Ladder:
 
     # --- moves --------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Hold the ladder: nobody else moves a model meanwhile."""
-        async with self._turn:
-            yield
+    def turn(self) -> asyncio.Lock:
+        """Held by whoever moves models: `async with ladder.turn()`."""
+        return self._turn
 
     async def make_room(
         self, target: Model, keep: Iterable[Model] = (), drained: Model | None = None
@@ -238,6 +236,8 @@ class Ladder:
         Raises:
             NoRoom: it cannot; nothing has been moved.
         """
+        if target.is_loaded:
+            return ()  # needs nothing, and is what most switches are to
         kept = [model.alias for model in keep]
         plan = make_plan(self.snapshot(drained), target.alias, kept)
         for move in plan.evictions:

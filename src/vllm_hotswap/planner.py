@@ -45,7 +45,6 @@ class Footprint:
     """Residencies that the model's device does not know are left out."""
     peak: Usage
     """While it is loaded or woken: at least what it holds when it is parked."""
-    is_measured: bool = False
 
     def at(self, residency: Residency) -> Usage:
         """What it holds there; a model that is being loaded holds its peak."""

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from vllm_hotswap import compat
+from vllm_hotswap.devices import HOSTED_CPU_WORKER as WORKER
 from vllm_hotswap.host import teardown
-from vllm_hotswap.host.cpu_worker import QUALIFIED_NAME as WORKER
 from vllm_hotswap.host.engine import HostedEngine
 from vllm_hotswap.host.executor import QUALIFIED_NAME as EXECUTOR, HostedExecutor
 from vllm_hotswap.host.heap import give_back_free_memory

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from vllm_hotswap.host.cpu_worker import QUALIFIED_NAME
+from vllm_hotswap.devices import HOSTED_CPU_WORKER
 from vllm_hotswap.host.executor import QUALIFIED_NAME as EXECUTOR
 
 KV_BYTES = 256 << 20
@@ -27,7 +27,7 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         quantise(folder)
     llm = LLM(
         model=str(folder),
-        worker_cls=QUALIFIED_NAME,
+        worker_cls=HOSTED_CPU_WORKER,
         distributed_executor_backend=EXECUTOR,
         kv_cache_memory_bytes=KV_BYTES,
         max_model_len=256,

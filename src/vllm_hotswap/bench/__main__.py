@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -282,16 +282,16 @@ def _run_loop(bench: Bench) -> None:
     with contextlib.suppress(ImportError):
         from uvloop import new_event_loop
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_until_told(bench))
+        runner.run(until_told(bench.run()))
 
 
-async def _until_told(bench: Bench) -> None:
-    """Run the benchmark; SIGTERM ends it in the way of SIGINT, and with it all servers."""
+async def until_told(work: Coroutine[Any, Any, None]) -> None:
+    """Do the work; SIGTERM ends it in the way of SIGINT, and with it all servers."""
     task = asyncio.current_task()
     assert task is not None
     with contextlib.suppress(NotImplementedError):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await bench.run()
+    await work
 
 
 if __name__ == "__main__":

@@ -193,14 +193,20 @@ class Launcher:
         port = free_port()
         address = ["--host", "127.0.0.1", "--port", str(port), *COMMON_FLAGS]
         log = self.folder / f"{name}-{port}.log"
-        server = Server(name, [sys.executable, *command, *address], port, log)
-        try:
-            await server.ready()
+        async with running(Server(name, [sys.executable, *command, *address], port, log)) as server:
             yield server
-        except (BadAnswer, OSError) as error:
-            raise server.failure(f"failed: {error}") from error
-        finally:
-            await server.stop()
+
+
+@contextlib.asynccontextmanager
+async def running(server: Server) -> AsyncIterator[Server]:
+    """A started server, stopped at the end. Raises `ServerFailed`, with its log, if it fails."""
+    try:
+        await server.ready()
+        yield server
+    except (BadAnswer, OSError) as error:
+        raise server.failure(f"failed: {error}") from error
+    finally:
+        await server.stop()
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ def footprint_of(
         )
     if can_discard:
         usage[Residency.DISCARDED] = Usage(rest)
-    return Footprint(usage, Usage(held + kv + needs.reading_bytes), measured_bytes > 0)
+    return Footprint(usage, Usage(held + kv + needs.reading_bytes))
 
 
 async def _on_daemon_thread(make: Callable[[], T]) -> T:

@@ -32,8 +32,6 @@ from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.weights import DroppedWeights, strange_weights
 
-QUALIFIED_NAME = "vllm_hotswap.host.cpu_worker.HostedCPUWorker"
-
 SMALLEST_LAZY_BYTES = 1 << 20
 
 log = logging.getLogger("vllm_hotswap.host")

@@ -101,7 +101,7 @@ class Obedience:
         device = device_of(command.vllm_config)
         give_back_free_memory()  # so that nothing that was free before is taken for the model's
         before_s, before_bytes = time.monotonic(), device.held_bytes()
-        if (engine := self.loop.find(command.alias)) is not None and engine.is_loaded:  # type: ignore[attr-defined]
+        if (engine := self._find(command.alias)) is not None and engine.is_loaded:
             raise HotswapError(f"engine {command.alias!r} is loaded already")
         try:
             with reporting_to(lambda stage: self._send(LoadStage(command.alias, stage))):
@@ -130,7 +130,7 @@ class Obedience:
         from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
 
-        engine: HostedEngine | None = self.loop.find(command.alias)  # type: ignore[assignment]
+        engine = self._find(command.alias)
         with forgetting_failed_load():
             if engine is not None:
                 engine.reload(command.vllm_config, command.log_stats)
@@ -162,7 +162,7 @@ class Obedience:
             compat.unshare_layers()
 
     def _unload(self, alias: str) -> None:
-        engine: HostedEngine | None = self.loop.find(alias)  # type: ignore[assignment]
+        engine = self._find(alias)
         if engine is not None and engine.is_loaded:
             self._inactive(alias).unload()
             self._shells += 1
@@ -177,8 +177,11 @@ class Obedience:
             collect_shells()
             give_back_free_memory()
 
+    def _find(self, alias: str) -> HostedEngine | None:
+        return self.loop.find(alias)  # type: ignore[return-value]  # this module adds no others
+
     def _loaded(self, alias: str) -> HostedEngine:
-        engine: HostedEngine | None = self.loop.find(alias)  # type: ignore[assignment]
+        engine = self._find(alias)
         if engine is None or not engine.is_loaded:
             raise HotswapError(f"engine {alias!r} is not loaded")
         return engine

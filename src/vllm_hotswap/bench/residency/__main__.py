@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.bench import environment, report
-from vllm_hotswap.bench.__main__ import environment_table, warn_if_busy
+from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
 from vllm_hotswap.bench.client import BadAnswer
 from vllm_hotswap.bench.residency import (
     alternative,
@@ -179,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = prepare(options, arguments)
         print(report.render_table(environment_table(bench.environment)), flush=True)
         warn_if_busy(bench.environment)
-        asyncio.run(_until_told(bench))
+        asyncio.run(until_told(bench.run()))
     except (HotswapError, ServerFailed, BadAnswer) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1
@@ -239,15 +237,6 @@ def prepare(options: Options, arguments: Sequence[str]) -> Bench:
         launcher=Launcher((options.out / f"logs-residency-{stamp}").resolve()),
         results=options.out / f"residency-{stamp}.json",
     )
-
-
-async def _until_told(bench: Bench) -> None:
-    """Run the benchmark; SIGTERM ends it in the way of SIGINT, and with it all servers."""
-    task = asyncio.current_task()
-    assert task is not None
-    with contextlib.suppress(NotImplementedError):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await bench.run()
 
 
 if __name__ == "__main__":

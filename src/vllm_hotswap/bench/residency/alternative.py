@@ -13,8 +13,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from vllm_hotswap.bench.residency import standin
 from vllm_hotswap.bench.residency.checkpoints import Checkpoint
 from vllm_hotswap.bench.residency.steps import steps
 from vllm_hotswap.bench.residency.switches import Measured
-from vllm_hotswap.bench.servers import Launcher, Server, free_port
+from vllm_hotswap.bench.servers import Launcher, Server, free_port, running
 from vllm_hotswap.bench.stats import median
 
 DISCARDED = 2
@@ -71,21 +71,13 @@ async def measure(
     return found
 
 
-@asynccontextmanager
-async def _serving(launcher: Launcher, extra: Path | None) -> AsyncIterator[Server]:
+def _serving(launcher: Launcher, extra: Path | None) -> AbstractAsyncContextManager[Server]:
     port = free_port()
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
     command += ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     variables = {"PYTHONPATH": _python_path(extra)} if extra else {}
     log_file = launcher.folder / f"transformers-{port}.log"
-    server = Server("transformers", command, port, log_file, variables)
-    try:
-        await server.ready()
-        yield server
-    except (BadAnswer, OSError) as error:
-        raise server.failure(f"failed: {error}") from error
-    finally:
-        await server.stop()
+    return running(Server("transformers", command, port, log_file, variables))
 
 
 def _python_path(extra: Path) -> str:
