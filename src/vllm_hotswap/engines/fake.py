@@ -76,7 +76,6 @@ class FakeEngine:
                 Route("/v1/completions", self._completion, methods=["POST"]),
                 Route("/v1/embeddings", self._embedding, methods=["POST"]),
                 Route("/tokenize", self._tokenize, methods=["POST"]),
-                Route("/version", self._version),
             ]
         )
 
@@ -249,9 +248,6 @@ class FakeEngine:
     async def _tokenize(self, request: Request) -> Response:
         words = str((await request.json()).get("prompt", "")).split()
         return JSONResponse({"count": len(words), "tokens": list(range(len(words)))})
-
-    async def _version(self, request: Request) -> Response:
-        return JSONResponse({"version": "fake"})
 
 
 class FakeHost:
