@@ -12,13 +12,29 @@ SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
     {"errors", "garbage"},
-    {"states", "platforms", "devices", "checkpoint", "model_field"},
+    {
+        "states",
+        "platforms",
+        "devices",
+        "checkpoint",
+        "model_field",
+        "compat.names",
+        "compat.versions",
+    },
     {"planner", "host.messages", "host.arena", "host.heap", "host.teardown"},
     {"host.weights", "host.compiled"},
     {"events", "budget", "engines.base"},
-    {"config", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
+    {"config", "hub", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
     {"ladder", "switch", "metrics", "progress", "listen", "feed"},
-    {"coordinator", "compat", "host.engine", "host.executor", "host.cpu_worker"},
+    {
+        "coordinator",
+        "compat.memory",
+        "compat.loading",
+        "host.engine",
+        "host.executor",
+        "host.cpu_worker",
+    },
+    {"compat.configuration", "compat.frontend"},
     {"routing", "operations", "host.obey", "launch", "engines.link", "engines.fake"},
     {"admin", "engines.vllm", "host.__main__"},
     {"app"},
@@ -30,9 +46,11 @@ LAYERS = [
 """Modules by height: each may import what lies lower, and its own layer."""
 
 VLLM_DOORS = {
-    "compat",
+    "compat.configuration",
+    "compat.frontend",
+    "compat.loading",
+    "compat.versions",
     "devices",
-    "launch",
     "metrics",
     "host.compiled",
     "host.cpu_worker",

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from pydantic import ValidationError
 
-from vllm_hotswap import compat
 from vllm_hotswap.checkpoint import weight_files_bytes
+from vllm_hotswap.compat.configuration import engine_config, serve_parser, validate_serve_args
 from vllm_hotswap.config import ModelConfig, ServerConfig, unknown_key
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.hub import hub_weights_bytes
 
 SERVER_FLAGS = frozenset(
     [
@@ -86,7 +86,7 @@ def parse_flags(config: ServerConfig, flags: Sequence[str]) -> dict[str, argpars
     Raises:
         ConfigError: a flag or a key that vLLM does not know, or a value that it refuses.
     """
-    parser = compat.serve_parser("vllm-hotswap serve")
+    parser = serve_parser("vllm-hotswap serve")
     server = parser.parse_args(list(flags))
     if server.model_tag is not None:
         raise ConfigError(
@@ -111,7 +111,7 @@ def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) 
 
 def _launch(model: ModelConfig, args: argparse.Namespace, config: ServerConfig) -> ModelLaunch:
     try:
-        vllm_config = compat.engine_config(args)
+        vllm_config = engine_config(args)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
         raise ConfigError(f"{config.path}: models.{model.alias}: {_reason(error)}") from error
@@ -141,8 +141,7 @@ def _model_namespace(
         _replace(args, parser.parse_args(extra), [action.dest for action in settings])
         args.served_model_name = [model.alias]
         _refuse_unsupported(args)
-        compat.validate_serve_args(args)
-        _check_reasoning_parser(args)
+        validate_serve_args(args)
     except ConfigError as error:
         raise ConfigError(f"{place}: {one_line(error)}") from error
     # The outer application checks keys, for all models in one place.
@@ -260,64 +259,6 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         )
 
 
-def vllm_version() -> str:
-    """As vLLM's own `/version` tells it."""
-    from vllm.version import __version__
-
-    return str(__version__)
-
-
-def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What vLLM's logging flags make of uvicorn's log; None for uvicorn's own configuration.
-
-    Raises:
-        ConfigError: `--log-config-file` cannot be used, which vLLM itself would only warn of.
-    """
-    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-
-    given = getattr(args, "logging_config", None)
-    path = given.pylogging_config_file if given else getattr(args, "log_config_file", None)
-    if path:
-        _check_log_config(Path(path))
-    config: dict[str, Any] | None = get_uvicorn_log_config(args)
-    if config is not None:
-        config.setdefault("disable_existing_loggers", False)  # ours is among them
-    return config
-
-
-def _check_log_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--log-config-file cannot be read: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"--log-config-file: {str(path)!r} must hold a JSON object")
-
-
-def certificate_refresher(config: uvicorn.Config) -> Any:
-    """vLLM's watcher of the TLS files for `--enable-ssl-refresh`; it ends with its `stop`."""
-    from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
-
-    return SSLCertRefresher(
-        ssl_context=config.ssl,
-        key_path=config.ssl_keyfile,
-        cert_path=config.ssl_certfile,
-        ca_path=config.ssl_ca_certs,
-    )
-
-
-def _check_reasoning_parser(args: argparse.Namespace) -> None:
-    """Refuse a name that vLLM would only look up when the model's frontend is made."""
-    from vllm.reasoning import ReasoningParserManager
-
-    name = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
-    known = ReasoningParserManager.list_registered()
-    if name and name not in known:
-        raise ConfigError(
-            f"reasoning_parser {name!r} is not known; known: {', '.join(sorted(known))}"
-        )
-
-
 def _reason(error: Exception) -> str:
     """What is wrong, without what pydantic adds around it."""
     if isinstance(error, ValidationError):
@@ -328,7 +269,7 @@ def _reason(error: Exception) -> str:
 def weights_bytes(model: ModelConfig, vllm_config: Any) -> int:
     """Size of a checkpoint's weight files, local or on the hub; 0 where it is not known."""
     if not model.is_folder:
-        return compat.hub_weights_bytes(model.model, vllm_config.model_config.revision)
+        return hub_weights_bytes(model.model, vllm_config.model_config.revision)
     path = Path(model.model)
     if path.is_file():
         return path.stat().st_size

@@ -82,12 +82,16 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
         with no_collection():
             # These import vLLM: seconds, during which the host does the same.
             from vllm_hotswap import launch
+            from vllm_hotswap.compat import frontend, versions
             from vllm_hotswap.engines.vllm import VllmHost
 
+            version = versions.vllm_version()
+            if doubt := versions.warning(version):
+                log.warning("event=vllm_not_tried %s", doubt)
             namespaces = launch.parse_flags(config, flags)
             args = namespaces[""]
-            log_config = launch.uvicorn_log_config(args)
-            listener = Listener.open(args, log_config, launch.certificate_refresher)
+            log_config = frontend.uvicorn_log_config(args)
+            listener = Listener.open(args, log_config, frontend.certificate_refresher)
             models = launch.prepare(config, namespaces).models
     except BaseException:
         link.kill()
@@ -100,7 +104,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
         access.with_user_keys(args.api_key),
         config.switching,
         observers=(EventLog(), progress),
-        vllm_version=launch.vllm_version(),
+        vllm_version=version,
         policies=policies(config),
     )
     return _run_loop(serve(app, listener, load, config.default_model, progress))

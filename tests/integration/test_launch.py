@@ -11,17 +11,16 @@ import pytest
 from starlette.applications import Starlette
 
 from tests.serving import flags
-from vllm_hotswap.compat import serve_parser
+from vllm_hotswap.compat.configuration import serve_parser
+from vllm_hotswap.compat.frontend import certificate_refresher, uvicorn_log_config
+from vllm_hotswap.compat.versions import vllm_version
 from vllm_hotswap.config import ModelConfig, load_config
 from vllm_hotswap.demo import MODELS, write
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.launch import (
     Launch,
-    certificate_refresher,
     parse_flags,
     prepare,
-    uvicorn_log_config,
-    vllm_version,
     weights_bytes,
 )
 from vllm_hotswap.listen import Listener

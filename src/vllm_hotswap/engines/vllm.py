@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 import psutil
 from starlette.types import ASGIApp
 
-from vllm_hotswap import compat
+from vllm_hotswap import hub
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
+from vllm_hotswap.compat import frontend
+from vllm_hotswap.compat.memory import kv_shares, model_needs
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
 from vllm_hotswap.engines.link import HostLink
@@ -64,7 +66,7 @@ class VllmEngine:
         self._new_sockets = sockets
         self._one_frontend_at_a_time = one_frontend_at_a_time
         self._device = device_of(launch.vllm_config)
-        self._needs = compat.model_needs(
+        self._needs = model_needs(
             launch.alias, launch.vllm_config, launch.weights_bytes, launch.pinned
         )
         self._sockets: SocketPaths | None = None
@@ -113,7 +115,7 @@ class VllmEngine:
         """What it was given; once it has been loaded, what it has: an encoder has none."""
         if self._loaded is None:
             return self._needs.kv_bytes or 0
-        return self._loaded.kv_bytes * compat.kv_shares(self._launch.vllm_config)
+        return self._loaded.kv_bytes * kv_shares(self._launch.vllm_config)
 
     @property
     def card(self) -> Mapping[str, object]:
@@ -124,7 +126,7 @@ class VllmEngine:
         """Set the size of its KV memory, on its device."""
         self._needs = replace(self._needs, kv_bytes=nbytes)
         config = self._launch.vllm_config
-        config.cache_config.kv_cache_memory_bytes = nbytes // compat.kv_shares(config)
+        config.cache_config.kv_cache_memory_bytes = nbytes // kv_shares(config)
 
     def validate(self) -> None:
         path = Path(self._launch.model)
@@ -158,7 +160,7 @@ class VllmEngine:
 
     async def activate(self, epoch: int) -> None:
         await self._link.call(lambda number: Activate(number, self.alias))
-        compat.name_in_parser_metrics(self.alias)
+        frontend.name_in_parser_metrics(self.alias)
 
     async def sleep(self, level: int) -> None:
         await self._link.call(lambda number: Sleep(number, self.alias, level))
@@ -171,7 +173,7 @@ class VllmEngine:
 
     async def prefetch(self, limit_bytes: int) -> int:
         revision = self._launch.vllm_config.model_config.revision
-        folder = compat.local_folder(self._launch.model, revision)
+        folder = hub.local_folder(self._launch.model, revision)
         if folder is None or not folder.is_dir():
             return 0
         return await read_ahead(weight_files(folder), limit_bytes)
@@ -223,11 +225,11 @@ class VllmEngine:
     async def _build_frontend(self, sockets: SocketPaths) -> None:
         config, args = self._launch.vllm_config, self._launch.args
         # The constructor blocks until the engine's ready message, hence the thread.
-        client = await _on_daemon_thread(lambda: compat.make_client(config, sockets, args))
+        client = await _on_daemon_thread(lambda: frontend.make_client(config, sockets, args))
         self._client = client
         self._exits.callback(client.shutdown)
         with adopting_frontend_metrics(self.alias):
-            app = await compat.make_app(client, args)
+            app = await frontend.make_app(client, args)
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
@@ -356,7 +358,7 @@ class VllmHost:
     async def _prepare_frontends(self) -> None:
         """Import beside the host's first load; frontends wait for the lock."""
         async with self._one_frontend_at_a_time:
-            await asyncio.to_thread(compat.prepare_frontends)
+            await asyncio.to_thread(frontend.prepare_frontends)
 
     def _new_sockets(self) -> SocketPaths:
         stem = f"ipc://{self._folder}/{next(self._numbers)}"

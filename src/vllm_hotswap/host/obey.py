@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from vllm_hotswap.compat import loading
+from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.devices import Device, device_of
 from vllm_hotswap.errors import HotswapError, one_line
 from vllm_hotswap.host.heap import give_back_free_memory
@@ -53,9 +55,7 @@ class Obedience:
 
     def prepare(self) -> None:
         """Do once what every load would otherwise wait for: the imports."""
-        from vllm_hotswap import compat
-
-        compat.prepare_host()
+        loading.prepare_host()
 
     def take(self, command: Command) -> None:
         """Have `command` obeyed on the compute thread. Called by the channel's thread."""
@@ -95,7 +95,6 @@ class Obedience:
                 raise TypeError(f"unknown command {command!r}")
 
     def _load(self, command: Load) -> Loaded:
-        from vllm_hotswap import compat
         from vllm_hotswap.host.progress import reporting_to
 
         device = device_of(command.vllm_config)
@@ -111,11 +110,11 @@ class Obedience:
             self._unload(command.alias)
             raise
         finally:
-            compat.unshare_layers()
+            loading.unshare_layers()
         give_back_free_memory()
         held = device.held_bytes() - before_bytes
         if not device.kv_is_lazy:
-            held -= engine.kv_bytes() * compat.kv_shares(command.vllm_config)
+            held -= engine.kv_bytes() * kv_shares(command.vllm_config)
         log.info(
             "event=loaded model=%s seconds=%.2f held_bytes=%d",
             command.alias,
@@ -126,7 +125,6 @@ class Obedience:
 
     def _make(self, command: Load) -> HostedEngine:
         """A new engine at the first load, the same one at every later load."""
-        from vllm_hotswap import compat
         from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
 
@@ -137,7 +135,7 @@ class Obedience:
                 return engine
             engine = HostedEngine(
                 command.vllm_config,
-                compat.executor_class(command.vllm_config),
+                loading.executor_class(command.vllm_config),
                 command.log_stats,
                 command.sockets,
                 self.loop.ring,
@@ -150,8 +148,6 @@ class Obedience:
         give_back_free_memory()
 
     def _wake(self, alias: str) -> None:
-        from vllm_hotswap import compat
-
         engine = self._loaded(alias)
         try:
             engine.wake()
@@ -159,7 +155,7 @@ class Obedience:
             self._unload(alias)
             raise
         finally:
-            compat.unshare_layers()
+            loading.unshare_layers()
 
     def _unload(self, alias: str) -> None:
         engine = self._find(alias)

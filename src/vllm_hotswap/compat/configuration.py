@@ -1,0 +1,83 @@
+"""vLLM's flags and its configuration of one model. Checked on vLLM 0.32.0.
+
+Relies on: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs.from_cli_args`,
+`create_engine_config`, the two managers of parsers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from vllm_hotswap.compat.names import find
+from vllm_hotswap.devices import device_of
+from vllm_hotswap.errors import ConfigError, one_line
+
+
+def serve_parser(prog: str) -> argparse.ArgumentParser:
+    """vLLM's own parser of `vllm serve` flags; errors raise `ConfigError` instead of exiting."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's types stop here
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(" ".join(message.split()))
+
+    parser: argparse.ArgumentParser = find("make_arg_parser")(RaisingParser(prog=prog))
+    return parser
+
+
+def engine_config(args: argparse.Namespace) -> Any:
+    """The `VllmConfig` of one model, with the engine to be hosted, not launched.
+
+    May start a process that inspects an architecture for the first time on this machine
+    (seconds, then cached on disk), so it is called at start-up, never in a switch.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_hotswap.host.executor import MULTIPROC_QUALIFIED_NAME, QUALIFIED_NAME
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    single = engine_args.tensor_parallel_size == 1 and engine_args.pipeline_parallel_size == 1
+    if engine_args.distributed_executor_backend in (None, "mp"):
+        engine_args.distributed_executor_backend = (
+            QUALIFIED_NAME if single else MULTIPROC_QUALIFIED_NAME
+        )
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    device_of(config).configure(config)
+    return config
+
+
+def validate_serve_args(args: argparse.Namespace) -> None:
+    """vLLM's own checks of one model's flags. Raises `ConfigError`."""
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin and len(args.tool_parser_plugin) > 3:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin and len(args.reasoning_parser_plugin) > 3:
+        from vllm.reasoning import ReasoningParserManager
+
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    try:
+        find("validate_parsed_serve_args")(args)
+    except Exception as error:
+        raise ConfigError(one_line(error)) from error
+    parsers = ToolParserManager.list_registered()
+    if args.tool_call_parser is not None and args.tool_call_parser not in parsers:
+        raise ConfigError(
+            f"tool_call_parser {args.tool_call_parser!r} is not known; "
+            f"known: {', '.join(sorted(parsers))}"
+        )
+    _check_reasoning_parser(args)
+
+
+def _check_reasoning_parser(args: argparse.Namespace) -> None:
+    """Refuse a name that vLLM would only look up when the model's frontend is made."""
+    from vllm.reasoning import ReasoningParserManager
+
+    name = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
+    known = ReasoningParserManager.list_registered()
+    if name and name not in known:
+        raise ConfigError(
+            f"reasoning_parser {name!r} is not known; known: {', '.join(sorted(known))}"
+        )

@@ -1,0 +1,107 @@
+"""vLLM's frontend of one model, and what its server would be made of. Checked on vLLM 0.32.0.
+
+Relies on: `AsyncLLM(client_addresses=...)`, `build_app`, `init_app_state`, `vllm.parser.metrics`,
+`get_uvicorn_log_config`, `SSLCertRefresher`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from vllm_hotswap.compat.loading import executor_class
+from vllm_hotswap.compat.names import find
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
+from vllm_hotswap.host.messages import SocketPaths
+
+
+def prepare_frontends() -> None:
+    """Import what `make_client` and `make_app` need."""
+    importlib.import_module("vllm.v1.engine.async_llm")
+    find("build_app")
+    find("init_app_state")
+
+
+def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> Any:
+    """An `AsyncLLM` for an engine that the host has loaded. Blocks until the engine answers."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_hotswap.metrics import shared_stat_logger
+
+    return AsyncLLM(
+        vllm_config=config,
+        executor_class=executor_class(config),
+        log_stats=not args.disable_log_stats,
+        log_requests=args.enable_log_requests,
+        stat_loggers=[] if args.disable_log_stats else [shared_stat_logger()],
+        client_addresses={"input_address": sockets.input, "output_address": sockets.output},
+    )
+
+
+async def make_app(client: Any, args: argparse.Namespace) -> Any:
+    """vLLM's complete API server for one engine client, ready to be called."""
+    tasks = await client.get_supported_tasks()
+    app = find("build_app")(args, tasks, client.model_config)
+    await find("init_app_state")(client, app.state, args, tasks)
+    return app
+
+
+def name_in_parser_metrics(alias: str) -> None:
+    """Have vLLM's tool parser counter, which keeps one label per process, count for `alias`."""
+    from vllm.parser import metrics
+
+    if metrics._model_name is not None:
+        metrics._model_name = alias
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn vLLM's sign of a dead engine into ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineUnavailable("the engine died; see the server's log") from error
+
+
+def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What vLLM's logging flags make of uvicorn's log; None for uvicorn's own configuration.
+
+    Raises:
+        ConfigError: `--log-config-file` cannot be used, which vLLM itself would only warn of.
+    """
+    given = getattr(args, "logging_config", None)
+    path = given.pylogging_config_file if given else getattr(args, "log_config_file", None)
+    if path:
+        _check_log_config(Path(path))
+    config: dict[str, Any] | None = find("get_uvicorn_log_config")(args)
+    if config is not None:
+        config.setdefault("disable_existing_loggers", False)  # ours is among them
+    return config
+
+
+def _check_log_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--log-config-file cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--log-config-file: {str(path)!r} must hold a JSON object")
+
+
+def certificate_refresher(config: uvicorn.Config) -> Any:
+    """vLLM's watcher of the TLS files for `--enable-ssl-refresh`; it ends with its `stop`."""
+    return find("SSLCertRefresher")(
+        ssl_context=config.ssl,
+        key_path=config.ssl_keyfile,
+        cert_path=config.ssl_certfile,
+        ca_path=config.ssl_ca_certs,
+    )

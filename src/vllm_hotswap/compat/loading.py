@@ -1,0 +1,58 @@
+"""What the engine host needs of vLLM around a load. Checked on vLLM 0.32.0.
+
+Relies on: `Executor.get_class`, `maybe_register_config_serialize_by_value`,
+`register_triton_kernel_overrides`, `_ROPE_DICT`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+
+def executor_class(config: Any) -> type[Any]:
+    from vllm.v1.executor.abstract import Executor
+
+    return Executor.get_class(config)  # type: ignore[no-any-return]
+
+
+def prepare_host() -> None:
+    """Import what loads and steps need, so that no load waits for an import."""
+    from vllm.model_executor.model_loader import get_model  # noqa: F401
+    from vllm.platforms import current_platform
+    from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+    from vllm.v1.core.sched import scheduler  # noqa: F401
+
+    import vllm_hotswap.host.compiled
+    import vllm_hotswap.host.engine
+    import vllm_hotswap.host.executor  # noqa: F401
+
+    for kind in ("cpu", "gpu") if current_platform.is_cpu() else ("gpu",):
+        with contextlib.suppress(ImportError):  # the worker of another platform, perhaps
+            importlib.import_module(f"vllm.v1.worker.{kind}_worker")
+    maybe_register_config_serialize_by_value()
+    _register_kernels_once(current_platform)
+
+
+def _register_kernels_once(platform: Any) -> None:
+    """Let the platform replace its Triton kernels now, and not again at every load.
+
+    vLLM does it for each worker that it makes: a scan of all modules (0.3 s to 0.5 s were
+    measured) that would wrap what it has wrapped already. The mark is set on this process's
+    platform object, not on its class.
+    """
+    if hasattr(platform, "register_triton_kernel_overrides"):
+        platform.register_triton_kernel_overrides()
+        platform.register_triton_kernel_overrides = lambda: None
+
+
+def unshare_layers() -> None:
+    """Have the next model make its own rotary caches, not share those of the model just loaded.
+
+    vLLM keeps them per shape for the whole process; a shared one would have to outlive every
+    model that uses it, and on an accelerator would lie in the memory of one that may sleep.
+    """
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    _ROPE_DICT.clear()

@@ -1,0 +1,71 @@
+"""Where vLLM keeps what it has moved between the versions that this package runs on.
+
+Only names that have moved are here. They are looked up when they are first asked for, so that
+importing this module imports nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from vllm_hotswap.errors import ConfigError
+
+PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "SSLCertRefresher": {
+            "0.29": "vllm.entrypoints.launchers.utils.ssl",
+            "0.26": "vllm.entrypoints.serve.utils.ssl",
+        },
+        "build_app": {
+            "0.29": "vllm.entrypoints.launchers.app",
+            "0.26": "vllm.entrypoints.openai.api_server",
+        },
+        "get_uvicorn_log_config": {
+            "0.29": "vllm.entrypoints.launchers.utils.server_utils",
+            "0.26": "vllm.entrypoints.serve.utils.server_utils",
+        },
+        "init_app_state": {
+            "0.29": "vllm.entrypoints.launchers.api_server.app_state",
+            "0.26": "vllm.entrypoints.openai.api_server",
+        },
+        "make_arg_parser": {
+            "0.29": "vllm.entrypoints.launchers.cli_args",
+            "0.26": "vllm.entrypoints.openai.cli_args",
+        },
+        "validate_parsed_serve_args": {
+            "0.29": "vllm.entrypoints.launchers.cli_args",
+            "0.26": "vllm.entrypoints.openai.cli_args",
+        },
+    }
+)
+"""Name -> the first version that has it in a module -> that module; newest first."""
+
+
+def find(name: str, places: Mapping[str, Mapping[str, str]] = PLACES) -> Any:
+    """What the installed vLLM calls `name`, wherever it keeps it.
+
+    Raises:
+        ConfigError: it is in none of the places that are known.
+    """
+    modules = places[name].values()
+    for module_name in modules:
+        module = _module(module_name)
+        if module is not None and hasattr(module, name):
+            return getattr(module, name)
+    raise ConfigError(
+        f"the installed vLLM has no {name!r} in {' or '.join(modules)}; "
+        "install one of the versions that the README lists"
+    )
+
+
+def _module(name: str) -> ModuleType | None:
+    """The module, or None where there is none; one that is there but cannot be imported raises."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise

@@ -1,0 +1,30 @@
+"""Which vLLM is installed, and which ones this package has been run on."""
+
+from __future__ import annotations
+
+import re
+
+RUN_ON = ("0.32.0",)
+"""Versions on which the tests have been run, oldest first; the README has the same list."""
+
+
+def vllm_version() -> str:
+    """As vLLM's own `/version` tells it."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def warning(version: str) -> str | None:
+    """What to tell the user about a version of vLLM; None where there is nothing to tell."""
+    oldest, newest = RUN_ON[0], RUN_ON[-1]
+    if _numbers(oldest) <= _numbers(version) <= _numbers(newest):
+        return None
+    tried = oldest if oldest == newest else f"{oldest} to {newest}"
+    return f"vLLM {version} has not been tried with this version of vllm-hotswap; {tried} has"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`0.32.1rc2.dev3+cpu` as `(0, 32)`: a fix release is taken for the release that it fixes."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else ()

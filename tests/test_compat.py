@@ -1,0 +1,94 @@
+"""Where vLLM keeps its names, by version, and what is said of a version that nobody has tried."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vllm_hotswap.compat.names import PLACES, find
+from vllm_hotswap.compat.versions import RUN_ON, warning
+from vllm_hotswap.errors import ConfigError
+
+TWO_PLACES = {"thing": {"2.0": "away.new.place", "1.0": "away.old"}}
+OLD, NEW = object(), object()
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An installed package in which `thing` is in its old place."""
+    package, old = ModuleType("away"), ModuleType("away.old")
+    package.__path__ = []
+    old.thing = OLD  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "away", package)
+    monkeypatch.setitem(sys.modules, "away.old", old)
+    return old
+
+
+def test_a_name_is_found_in_its_old_place(away: ModuleType) -> None:
+    """Also where a whole folder of the newer place is missing."""
+    assert find("thing", TWO_PLACES) is OLD
+
+
+def test_the_newer_place_wins(away: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that still has a module at the old place is not asked for it."""
+    new = ModuleType("away.new.place")
+    new.thing = NEW  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "away.new.place", new)
+
+    assert find("thing", TWO_PLACES) is NEW
+
+
+def test_a_newer_module_without_the_name_is_passed_over(
+    away: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module may be older than the move of a name into it."""
+    monkeypatch.setitem(sys.modules, "away.new.place", ModuleType("away.new.place"))
+
+    assert find("thing", TWO_PLACES) is OLD
+
+
+def test_a_name_that_is_nowhere_is_an_error_with_all_places(away: ModuleType) -> None:
+    """It says which name, where it was looked for, and what to do."""
+    del away.thing
+
+    with pytest.raises(ConfigError, match=r"'thing' in away\.new\.place or away\.old; install"):
+        find("thing", TWO_PLACES)
+
+
+def test_a_module_that_cannot_be_imported_is_not_taken_for_a_missing_one(
+    away: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing is named, and not hidden behind the older place."""
+    (tmp_path / "broken_away.py").write_text("import a_library_that_is_missing")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
+        find("thing", {"thing": {"2.0": "broken_away", "1.0": "away.old"}})
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_are_listed_newest_first(name: str) -> None:
+    """Otherwise a module that is kept for old callers would be taken."""
+    versions = [tuple(map(int, version.split("."))) for version in PLACES[name]]
+
+    assert sorted(versions, reverse=True) == versions
+
+
+@pytest.mark.parametrize("version", [*RUN_ON, f"{RUN_ON[-1]}.post1", f"{RUN_ON[-1]}rc1+cpu"])
+def test_versions_that_were_run_are_passed_without_a_word(version: str) -> None:
+    """Fix releases and builds of them, too."""
+    assert warning(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.999.0", "1.0.0", "dev"])
+def test_another_version_is_warned_of(version: str) -> None:
+    """It is named, and so are the versions that were run."""
+    text = warning(version)
+
+    assert text is not None
+    assert version in text
+    assert re.search(rf"{RUN_ON[0]}.* has$|{RUN_ON[-1]} has$", text)
