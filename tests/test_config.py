@@ -10,12 +10,13 @@ import pytest
 from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.config import (
     ServerConfig,
-    SwitchingConfig,
     load_config,
     parse_config,
     unknown_key,
 )
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.sampling import SamplingPolicy
+from vllm_hotswap.settings import SwitchingConfig, overrides
 
 Load = Callable[[str], ServerConfig]
 
@@ -242,8 +243,8 @@ def test_text_that_is_no_yaml_is_refused(
             "models: {a: {seed: 1}}",
             "models.a.model is missing; name a folder or a model hub's name",
         ),
-        ("models: {a: {model: ''}}", "models.a.model is missing"),
-        ("models: {a: {model: 7}}", "models.a.model is missing"),
+        ("models: {a: {model: ''}}", "model is ''; it must be a folder or a model hub's name"),
+        ("models: {a: {model: 7}}", "model is 7; it must be a folder or a model hub's name"),
         ("models: {a: {model: x, 1: 2}}", "models.a: every key must be a string"),
         (
             "models: {a: {model: x, load: later}}",
@@ -267,9 +268,12 @@ def test_shape_that_cannot_work_is_named(
     ("text", "expected"),
     [
         ("modles: {}", "unknown key 'modles'; did you mean 'models'?"),
-        ("default: a", "unknown key 'default'; did you mean 'default_model'?"),
-        ("xyz: 1", "unknown key 'xyz'; known keys: default_model, models, switching, memory"),
-        ("1: 1", "unknown key 1; known keys: default_model, models, switching, memory"),
+        ("default: a", "unknown key 'default'; did you mean 'defaults'?"),
+        (
+            "xyz: 1",
+            "unknown key 'xyz'; known keys: default_model, defaults, models, switching, memory",
+        ),
+        ("1: 1", "unknown key 1; known keys: default_model, defaults, models, switching, memory"),
         (
             "models: {a: {model: x}}\nswitching: {drain_timout: 1}",
             "switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",
@@ -392,7 +396,7 @@ def test_idle_times_are_seconds_above_zero(
 
 @pytest.mark.parametrize("key", ["device", "host"])
 @pytest.mark.parametrize(
-    "value", ["0", "-1", "1.5", "0%", "120%", "20 apples", "true", ".nan", "[1]", "null", '""']
+    "value", ["0", "-1", "1.5", "0%", "120%", "20 apples", "true", ".nan", "[1]", '""']
 )
 def test_memory_sizes_are_bytes_or_fractions(
     refusal: Callable[[str], str], key: str, value: str
@@ -430,6 +434,209 @@ def test_max_waiting_is_a_whole_number(refusal: Callable[[str], str]) -> None:
 
 def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
     """The section is a mapping or left out."""
-    assert "switching must be a mapping, not int 3" in refusal(
-        "models: {a: {model: x}}\nswitching: 3"
+    assert (
+        "switching must be a mapping with the keys drain_timeout, max_waiting and max_wait, "
+        "not int 3"
+    ) in refusal("models: {a: {model: x}}\nswitching: 3")
+
+
+# --- what counts for several models ---------------------------------------------------------
+
+
+def test_defaults_count_for_every_model(load: Load) -> None:
+    """Keys of ours and of vLLM's; what a model says itself wins, null too."""
+    config = load(
+        "defaults: {max_model_len: 64, load: on_demand, idle_sleep: 5, seed: 1}\n"
+        "models: {a: {model: x, seed: null, idle_sleep: null}, b: {model: y, load: startup}}"
     )
+    a, b = config.models
+
+    assert [("on_demand", None), ("startup", 5.0)] == [(m.load, m.idle_sleep) for m in (a, b)]
+    assert {"max_model_len": 64, "seed": None} == a.settings
+    assert {"max_model_len": 64, "seed": 1} == b.settings
+    assert ["defaults.max_model_len", "models.a.seed"] == [
+        a.place("max_model_len"),
+        a.place("seed"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "expected"),
+    [
+        ("3", "defaults must be a mapping with keys of a model, not int 3"),
+        ("{model: x}", "defaults: 'model' can't be shared; give it to each model"),
+        ("{aliases: [x]}", "defaults: 'aliases' can't be shared; give it to each model"),
+        ("{load: later}", "defaults.load is 'later'; it must be startup or on_demand"),
+        ("{1: 2}", "defaults: every key must be a string"),
+    ],
+)
+def test_a_mistake_in_defaults_is_named_there(
+    refusal: Callable[[str], str], defaults: str, expected: str
+) -> None:
+    """Not in the first model that gets them."""
+    assert refusal(f"defaults: {defaults}\nmodels: {{a: {{model: x}}}}").endswith(expected)
+
+
+def test_a_model_may_have_several_names(load: Load) -> None:
+    """The alias first; the default model may be told by any of them."""
+    config = load("default_model: gpt\nmodels: {a: {model: x}, b: {model: y, aliases: [gpt, q]}}")
+
+    assert [("a",), ("b", "gpt", "q")] == [model.names for model in config.models]
+    assert "b" == config.default_model
+
+
+@pytest.mark.parametrize("names", ["[a]", "[b]", "[c, c]"])
+def test_every_name_is_one_models(refusal: Callable[[str], str], names: str) -> None:
+    """The alias of another model, its own, or one given twice."""
+    message = refusal(f"models: {{a: {{model: x}}, b: {{model: y, aliases: {names}}}}}")
+
+    assert "is taken by models." in message
+
+
+@pytest.mark.parametrize("names", ["gpt", "[1]", "['']", "{a: 1}"])
+def test_aliases_are_a_list_of_names(refusal: Callable[[str], str], names: str) -> None:
+    """Anything else is named."""
+    assert "models.a.aliases" in refusal(f"models: {{a: {{model: x, aliases: {names}}}}}")
+
+
+# --- quantisation ---------------------------------------------------------------------------
+
+
+def test_quant_config_is_a_file_or_null_or_left_out(load: Load, tmp_path: Path) -> None:
+    """Relative to the YAML file; the three cases are told apart."""
+    (tmp_path / "quant.json").write_text("{}")
+    config = load(
+        "models:\n"
+        "  relative: {model: x, quant_config: quant.json}\n"
+        f"  absolute: {{model: x, quant_config: {tmp_path}/quant.json}}\n"
+        "  cleared: {model: x, quant_config: null}\n"
+        "  kept: {model: x}"
+    )
+    file = {"QUANT_CONFIG": str(tmp_path.resolve() / "quant.json")}
+
+    assert [file, file, {"QUANT_CONFIG": None}, {}] == [m.environment for m in config.models]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("nowhere.json", "nowhere.json' does not exist"),
+        ("7", "models.a.quant_config is 7; it must be the path of a file, or null"),
+        ("tiny", "tiny' does not exist"),
+    ],
+)
+def test_quant_config_that_is_no_file_is_named(
+    refusal: Callable[[str], str], value: str, expected: str
+) -> None:
+    """Before the start; a folder is none."""
+    assert refusal(f"models: {{a: {{model: x, quant_config: {value}}}}}").endswith(expected)
+
+
+# --- sampling -------------------------------------------------------------------------------
+
+
+def test_sampling_of_a_model_is_read(load: Load) -> None:
+    """All four keys; left out, nothing happens to requests."""
+    given, none = load(
+        "models:\n"
+        "  a:\n"
+        "    model: x\n"
+        "    sampling: {defaults: {seed: 1}, force: {n: 1}, drop: [user], drop_unsupported: true}\n"
+        "  b: {model: x, sampling: }"
+    ).models
+
+    assert SamplingPolicy({"seed": 1}, {"n": 1}, ["user"], True) == given.sampling
+    assert none.sampling.is_empty
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("{defalts: {}}", "models.a.sampling: unknown key 'defalts'; did you mean 'defaults'?"),
+        ("{defaults: 3}", "models.a.sampling.defaults is 3; it must be a valid dictionary"),
+        ("{drop: [1]}", "models.a.sampling.drop.0 is 1; it must be a valid string"),
+        ("{force: {model: x}}", "'model' is no sampling parameter"),
+        ("yes", "models.a.sampling must be a mapping with the keys defaults, force, drop and"),
+    ],
+)
+def test_a_mistake_in_sampling_is_named(
+    refusal: Callable[[str], str], section: str, expected: str
+) -> None:
+    """With its place."""
+    assert expected in refusal(f"models: {{a: {{model: x, sampling: {section}}}}}")
+
+
+# --- flags and variables --------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_given(tmp_path: Path) -> Callable[..., ServerConfig]:
+    """Loads a file with a drain timeout of 10 s, with variables and flags."""
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {a: {model: x}, b: {model: y}}\nswitching: {drain_timeout: 10}")
+
+    def load(variables: dict[str, str], **flags: str | None) -> ServerConfig:
+        given = {"--" + name.replace("_", "-"): value for name, value in flags.items()}
+        return load_config(path, overrides(variables, given))
+
+    return load
+
+
+def test_a_flag_counts_more_than_a_variable_and_that_more_than_the_file(
+    load_given: Callable[..., ServerConfig],
+) -> None:
+    """Every setting of the server has all three; an empty variable is none."""
+    variables = {"VLLM_HOTSWAP_SWITCHING_DRAIN_TIMEOUT": "20", "VLLM_HOTSWAP_DEFAULT_MODEL": "b"}
+    file = load_given({"VLLM_HOTSWAP_SWITCHING_DRAIN_TIMEOUT": ""})
+    variable = load_given(variables)
+    flag = load_given(variables, switching_drain_timeout="30", default_model=None)
+
+    assert [(10, "a"), (20, "b"), (30, "b")] == [
+        (config.switching.drain_timeout, config.default_model) for config in (file, variable, flag)
+    ]
+
+
+def test_sizes_may_be_given_as_flags(load_given: Callable[..., ServerConfig]) -> None:
+    """As in the file."""
+    config = load_given({"VLLM_HOTSWAP_MEMORY_HOST": "25%"}, memory_device="20GiB")
+
+    assert MemoryBudget(20 << 30, 0.25) == config.memory
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "expected"),
+    [
+        ({}, {"switching_max_wait": "soon"}, "--switching-max-wait is 'soon'; it must be a number"),
+        ({}, {"default_model": "c"}, "--default-model 'c' is not configured; configured: a, b"),
+        (
+            {"VLLM_HOTSWAP_MEMORY_DEVICE": "20 apples"},
+            {},
+            "VLLM_HOTSWAP_MEMORY_DEVICE is '20 apples'; give bytes",
+        ),
+    ],
+)
+def test_a_mistake_is_named_where_it_was_made(
+    load_given: Callable[..., ServerConfig],
+    variables: dict[str, str],
+    flags: dict[str, str],
+    expected: str,
+) -> None:
+    """By its flag or its variable, not by the key in the file."""
+    with pytest.raises(ConfigError) as caught:
+        load_given(variables, **flags)
+
+    assert caught.value.message.startswith(expected)
+
+
+def test_secrets_of_the_environment_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in a value shows the reference in its place."""
+    monkeypatch.setenv("CANARY", "canary-secret")
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {a: {model: x, load: '${CANARY}'}}")
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert "models.a.load is '${CANARY}'; it must be startup" in caught.value.message

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from vllm_hotswap import errors
-from vllm_hotswap.config import CONFIG_VARIABLES, SwitchingConfig, load_config
+from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.metrics import SwitchMetrics
+from vllm_hotswap.settings import CONFIG_VARIABLES, SwitchingConfig
 from vllm_hotswap.states import TRANSITIONS, Residency, Step, SwitchPhase
 
 ROOT = Path(__file__).parent.parent

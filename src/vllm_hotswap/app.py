@@ -14,7 +14,6 @@ from starlette.types import Message, Receive, Scope, Send
 from vllm_hotswap import openai, operations
 from vllm_hotswap.access import Access, Role, vllm_role
 from vllm_hotswap.admin import Admin
-from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import HotswapError, UnknownRoute
@@ -24,6 +23,7 @@ from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.operations import Operations
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routing import Router
+from vllm_hotswap.settings import SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
 

@@ -11,6 +11,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from vllm_hotswap.devices import DeviceMemory
 from vllm_hotswap.errors import ConfigError
@@ -38,50 +42,6 @@ _UNITS = {
 
 Size = int | float
 """Bytes (an int) or a fraction of what there is (a float above 0, at most 1)."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryBudget:
-    """The `memory` section: what the engine host may hold, None for a default."""
-
-    device: Size | None = None
-    """Device memory; on a CPU, the host process as a whole. A fraction is one of all there is."""
-    host: Size | None = None
-    """Host memory for weights asleep (on accelerators) and for prefetched files."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelNeeds:
-    """What is known of a model's memory before it is loaded, in bytes."""
-
-    alias: str
-    weights_bytes: int
-    """Size of its weight files; 0 where that is not known (a hub name not yet downloaded)."""
-    kv_bytes: int | None
-    """Its configured KV size, None to be given one."""
-    min_kv_bytes: int
-    """Enough for one sequence of its maximum length; less would be refused by vLLM."""
-    max_kv_bytes: int
-    """Enough for all sequences it may run at once, each of its maximum length."""
-    pinned: bool = False
-    keeps_weights: bool = False
-    """Whether its weights still count when it is asleep."""
-    overhead_bytes: int = OVERHEAD_BYTES
-
-    @property
-    def held_bytes(self) -> int:
-        """What it holds without KV memory."""
-        return self.weights_bytes + self.overhead_bytes
-
-    @property
-    def reading_bytes(self) -> int:
-        """What its load takes for a while besides what it leaves."""
-        return min(READING_BYTES, self.weights_bytes)
-
-    @property
-    def least_kv_bytes(self) -> int:
-        """The KV memory without which it is not loaded."""
-        return self.min_kv_bytes if self.kv_bytes is None else self.kv_bytes
 
 
 def parse_size(value: object) -> Size:
@@ -116,6 +76,71 @@ def _size(number: str, unit: str, wanted: str) -> Size:
     if size <= 0:
         raise ValueError(wanted)
     return size
+
+
+GivenSize = Annotated[
+    int | float | None,
+    BeforeValidator(lambda value: None if value is None else parse_size(value)),
+    WithJsonSchema({"type": ["integer", "number", "string", "null"]}),
+]
+
+
+@validated_dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
+class MemoryBudget:
+    """The `memory` section: what the engine host may hold, None for a default.
+
+    Bytes, a size such as `20GiB`, or a fraction such as `0.8` or `80%`.
+    """
+
+    device: Annotated[
+        GivenSize,
+        Field(
+            description="device memory for the models and the engine host itself; on a CPU, the "
+            "host process as a whole; a fraction is one of all there is; default: "
+            "`gpu_memory_utilization` of the device, less what others use"
+        ),
+    ] = None
+    host: Annotated[
+        GivenSize,
+        Field(
+            description="host memory for weights asleep (on accelerators) and prefetched files; "
+            "default: half of the free host memory"
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What is known of a model's memory before it is loaded, in bytes."""
+
+    alias: str
+    weights_bytes: int
+    """Size of its weight files; 0 where that is not known (a hub name not yet downloaded)."""
+    kv_bytes: int | None
+    """Its configured KV size, None to be given one."""
+    min_kv_bytes: int
+    """Enough for one sequence of its maximum length; less would be refused by vLLM."""
+    max_kv_bytes: int
+    """Enough for all sequences it may run at once, each of its maximum length."""
+    pinned: bool = False
+    keeps_weights: bool = False
+    """Whether its weights still count when it is asleep."""
+    overhead_bytes: int = OVERHEAD_BYTES
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds without KV memory."""
+        return self.weights_bytes + self.overhead_bytes
+
+    @property
+    def reading_bytes(self) -> int:
+        """What its load takes for a while besides what it leaves."""
+        return min(READING_BYTES, self.weights_bytes)
+
+    @property
+    def least_kv_bytes(self) -> int:
+        """The KV memory without which it is not loaded."""
+        return self.min_kv_bytes if self.kv_bytes is None else self.kv_bytes
 
 
 def resolve_size(size: Size, total_bytes: int) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_hotswap import __version__, remote
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
+from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS, parse_allowed
+from vllm_hotswap.settings import Override, overrides, server_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +63,28 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         help="key that may switch models (also VLLM_HOTSWAP_ADMIN_KEY); may be given again",
     )
+    _add_settings(serve)
     serve.set_defaults(run=_serve)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """What may be said of the file's settings on the command line."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="accept something that runs code or trusts others, and that the file alone cannot "
+        f"permit (also {ALLOW_VARIABLE}): "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in DANGERS.items()),
+    )
+    for setting in server_settings():
+        parser.add_argument(
+            setting.flag,
+            dest=setting.flag,
+            metavar="VALUE",
+            help=f"{setting.description} (also {setting.variable})".replace("%", "%%"),
+        )
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,12 +126,18 @@ def file_first(argv: Sequence[str]) -> list[str]:
     return [command, words.pop(files[0]), *words]
 
 
+def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
+    """What flags and variables add to the file: settings, and dangers that are accepted."""
+    allowed = parse_allowed([os.environ.get(ALLOW_VARIABLE, ""), *args.allow])
+    return overrides(os.environ, vars(args)), allowed
+
+
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.config import load_config
     from vllm_hotswap.progress import configure_logging
 
     configure_logging()
-    config = load_config(args.config)
+    config = load_config(args.config, *given(args))
     from vllm_hotswap import server
 
     return server.run(config, flags, args.admin_key)

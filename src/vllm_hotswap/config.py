@@ -7,103 +7,116 @@ to vLLM's own argument parser, which knows their names and types.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
-from vllm_hotswap.budget import MemoryBudget, Size, parse_size
+from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.references import References, read_scalar
+from vllm_hotswap.sampling import SamplingPolicy
+from vllm_hotswap.security import check_mode, check_settings
+from vllm_hotswap.settings import (
+    SECTIONS,
+    STRICT,
+    TOP_LEVEL,
+    ModelKeys,
+    Override,
+    SwitchingConfig,
+    wanted,
+)
 
-CONFIG_VARIABLES = ("VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG")
-"""Environment variables that may name the YAML file, the first one set wins."""
+QUANT_VARIABLE = "QUANT_CONFIG"
+"""What `quant_config` of a model sets; Gaudi's quantisation reads its configuration from there."""
 
-IDLE_KEYS = ("idle_sleep", "idle_unload")
+NOT_SHARED = ("model", "aliases")
+"""Keys of a model that can't be in `defaults`."""
 
-LoadWhen = Literal["startup", "on_demand"]
 
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """One entry under `models`."""
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig(ModelKeys):
+    """One entry under `models`, with what `defaults` adds to it. Paths are absolute."""
 
     alias: str
     """The name that clients send in `model`."""
-    model: str
-    """A folder (absolute after parsing) or a model hub's name."""
-    load: LoadWhen = "startup"
-    """When its engine is made: before the server accepts requests, or at its first switch."""
-    pinned: bool = False
-    """Whether it is never moved down to make room for another model."""
-    idle_sleep: float | None = None
-    """Seconds without a request after which it sleeps, once it is not active; None: never."""
-    idle_unload: float | None = None
-    """The same for unloading."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     """Every other key: a flag of `vllm serve`, with underscores."""
+    inherited: frozenset[str] = frozenset()
+    """Which of its keys come from `defaults`."""
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """Variables that it wants to be set, or not to be set (None), while it is worked with."""
 
     @property
     def is_folder(self) -> bool:
         return Path(self.model).is_absolute()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that clients may send for it, its alias first."""
+        return (self.alias, *self.aliases)
 
-@dataclass(frozen=True, slots=True)
-class SwitchingConfig:
-    """The `switching` section."""
-
-    drain_timeout: float = 60.0
-    """Seconds that a switch waits for running requests, where the call does not say."""
-    max_waiting: int = 1024
-    """Requests that may be held for the target of a switch; more are refused (429)."""
-    max_wait: float = 600.0
-    """Seconds that a request may be held; then it ends with 504."""
+    def place(self, key: str) -> str:
+        """Where in the file a key of it stands."""
+        return f"defaults.{key}" if key in self.inherited else f"models.{self.alias}.{key}"
 
 
-@dataclass(frozen=True, slots=True)
+@plain_dataclass(frozen=True, slots=True)
 class ServerConfig:
     """The whole file."""
 
     path: Path
     default_model: str
     models: tuple[ModelConfig, ...]
-    switching: SwitchingConfig = SwitchingConfig()
+    switching: SwitchingConfig = field(default_factory=SwitchingConfig)
     memory: MemoryBudget = field(default_factory=MemoryBudget)
+    references: References = field(default_factory=References, repr=False)
+    """What came from environment variables, and is not to be shown."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
         return tuple(model.alias for model in self.models)
 
 
-def load_config(path: Path) -> ServerConfig:
+def load_config(
+    path: Path,
+    overrides: Iterable[Override] = (),
+    allowed: frozenset[str] = frozenset(),
+    environment: Mapping[str, str] = os.environ,
+) -> ServerConfig:
     """Read and check the file.
+
+    Args:
+        path: the YAML file.
+        overrides: settings given otherwise; a later one counts more, and each more than the file.
+        allowed: dangers that are accepted; see `security`.
+        environment: what `${NAME}` in a value stands for.
 
     Raises:
         ConfigError: it is missing, unreadable, not YAML, or something in it cannot work.
     """
-    return parse_config(_read_yaml(path), path)
+    document = _read_yaml(path)
+    check_mode(path, allowed)
+    return parse_config(document, path, overrides, allowed, environment)
 
 
-def parse_config(document: object, path: Path) -> ServerConfig:
+def parse_config(
+    document: object,
+    path: Path,
+    overrides: Iterable[Override] = (),
+    allowed: frozenset[str] = frozenset(),
+    environment: Mapping[str, str] = os.environ,
+) -> ServerConfig:
     """Check a parsed document; `path` is where relative paths start and what errors name."""
-    place = str(path)
-    top = _mapping(document, place, "a mapping with the keys default_model and models")
-    _refuse_unknown(top, ("default_model", "models", "switching", "memory"), place)
-    entries = _mapping(top.get("models"), f"{place}: models", "a mapping of alias to settings")
-    if not entries:
-        raise ConfigError(f"{place}: models is empty; name at least one model")
-    models = tuple(_model(alias, entry, path) for alias, entry in entries.items())
-    aliases = [model.alias for model in models]
-    default = top.get("default_model", aliases[0])
-    if default not in aliases:
-        hint = _did_you_mean(default, aliases)
-        raise ConfigError(
-            f"{place}: default_model {default!r} is not configured{hint}; "
-            f"configured: {', '.join(aliases)}"
-        )
-    switching = _switching(top.get("switching"), place)
-    return ServerConfig(path, default, models, switching, _memory(top.get("memory"), place))
+    references = References(environment)
+    with references.hidden_in_errors():
+        filled = references.fill(document, str(path))
+        return replace(_Reader(path, overrides, allowed).read(filled), references=references)
 
 
 def unknown_key(place: str, key: object, known: Iterable[str]) -> ConfigError:
@@ -113,6 +126,148 @@ def unknown_key(place: str, key: object, known: Iterable[str]) -> ConfigError:
     if not hint and len(known) <= 8:
         hint = f"; known keys: {', '.join(known)}"
     return ConfigError(f"{place}: unknown key {key!r}{hint}")
+
+
+class _Reader:
+    """Turns one document into a `ServerConfig`; knows where every value was given."""
+
+    def __init__(self, path: Path, overrides: Iterable[Override], allowed: frozenset[str]) -> None:
+        self._path = path
+        self._allowed = allowed
+        self._overrides = list(overrides)
+
+    def read(self, document: object) -> ServerConfig:
+        place = str(self._path)
+        top = _mapping(document, place, "a mapping with the keys default_model and models")
+        _refuse_unknown(top, TOP_LEVEL, place)
+        entries = _mapping(top.get("models"), f"{place}: models", "a mapping of alias to settings")
+        if not entries:
+            raise ConfigError(f"{place}: models is empty; name at least one model")
+        shared = self._defaults(top.get("defaults"))
+        models = tuple(self._model(alias, entry, shared) for alias, entry in entries.items())
+        _refuse_shared_names(models, place)
+        return ServerConfig(
+            path=self._path,
+            default_model=self._default_model(top, models),
+            models=models,
+            **{name: self._section(name, kind, top) for name, kind in SECTIONS.items()},
+        )
+
+    def _default_model(self, top: Mapping[str, Any], models: Sequence[ModelConfig]) -> str:
+        default, origin = top.get("default_model", models[0].alias), f"{self._path}: default_model"
+        for override in self._given(""):
+            default, origin = override.value, override.origin
+        for model in models:
+            if default in model.names:
+                return model.alias
+        aliases = [model.alias for model in models]
+        raise ConfigError(
+            f"{origin} {default!r} is not configured{_did_you_mean(default, aliases)}; "
+            f"configured: {', '.join(aliases)}"
+        )
+
+    def _section(self, name: str, kind: type[Any], top: Mapping[str, Any]) -> Any:
+        place = f"{self._path}: {name}"
+        values = dict(_keys(kind, top.get(name), place))
+        origins = {}
+        for override in self._given(name):
+            values[override.key] = read_scalar(override.value)
+            origins[override.key] = override.origin
+        return _validated(kind, values, lambda key: origins.get(key, f"{place}.{key}"))
+
+    def _given(self, section: str) -> Iterator[Override]:
+        return (override for override in self._overrides if override.section == section)
+
+    def _defaults(self, section: object) -> dict[str, Any]:
+        if section is None:
+            return {}
+        place = f"{self._path}: defaults"
+        values = _mapping(section, place, "a mapping with keys of a model")
+        _refuse_other_keys(values, place)
+        for key in NOT_SHARED:
+            if key in values:
+                raise ConfigError(f"{place}: {key!r} can't be shared; give it to each model")
+        return dict(values)
+
+    def _model(self, alias: object, entry: object, shared: Mapping[str, Any]) -> ModelConfig:
+        place = f"{self._path}: models.{alias}"
+        if not isinstance(alias, str) or not alias.strip():
+            raise ConfigError(f"{place}: an alias must be a non-empty string; put it in quotes")
+        own = _mapping(entry, place, "a mapping with at least the key model")
+        _refuse_other_keys(own, place)
+        inherited = frozenset(shared.keys() - own.keys())
+        values = {**shared, **own}
+        ours = {
+            item.name: values.pop(item.name) for item in fields(ModelKeys) if item.name in values
+        }
+
+        check_settings(values, place, self._allowed)
+
+        def place_of(key: str) -> str:
+            return f"{self._path}: defaults.{key}" if key in inherited else f"{place}.{key}"
+
+        if "sampling" in ours:
+            ours["sampling"] = _sampling(ours["sampling"], place_of("sampling"))
+        model: ModelConfig = _validated(
+            ModelConfig,
+            {**ours, "alias": alias, "settings": values, "inherited": inherited},
+            place_of,
+        )
+        return replace(
+            model,
+            model=_resolve_model(model.model, place, self._path),
+            environment=self._environment(model) if "quant_config" in ours else {},
+        )
+
+    def _environment(self, model: ModelConfig) -> dict[str, str | None]:
+        if model.quant_config is None:
+            return {QUANT_VARIABLE: None}
+        file = (self._path.parent / Path(model.quant_config).expanduser()).resolve()
+        if not file.is_file():
+            place = model.place("quant_config")
+            raise ConfigError(f"{self._path}: {place}: the file {str(file)!r} does not exist")
+        return {QUANT_VARIABLE: str(file)}
+
+
+def _keys(kind: type[Any], section: object, place: str) -> Mapping[str, Any]:
+    """The keys of a section, each of which is known. Nothing at all means the defaults."""
+    if section is None:
+        return {}
+    known = [item.name for item in fields(kind)]
+    values = _mapping(
+        section, place, f"a mapping with the keys {', '.join(known[:-1])} and {known[-1]}"
+    )
+    _refuse_unknown(values, known, place)
+    return values
+
+
+def _sampling(section: object, place: str) -> SamplingPolicy:
+    values = _keys(SamplingPolicy, section, place)
+    policy: SamplingPolicy = _validated(SamplingPolicy, values, lambda key: f"{place}.{key}")
+    return policy
+
+
+def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[[str], str]) -> Any:
+    """A value of that kind. Raises `ConfigError` with the place of the first mistake."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, *rest = (str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ConfigError(f"{place(key)} is missing; name {wanted(kind, key)}") from None
+        where = ".".join([place(key), *rest])
+        raise ConfigError(
+            f"{where} is {first['input']!r}; {_complaint(first, kind, key)}"
+        ) from None
+
+
+def _complaint(first: Any, kind: type[Any], key: str) -> str:
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    words = wanted(kind, key) if len(first["loc"]) == 1 else None
+    message: str = first["msg"]
+    return f"it must be {words}" if words else message.replace("Input should be", "it must be")
 
 
 def _read_yaml(path: Path) -> object:
@@ -152,57 +307,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _model(alias: object, entry: object, path: Path) -> ModelConfig:
-    place = f"{path}: models.{alias}"
-    if not isinstance(alias, str) or not alias.strip():
-        raise ConfigError(f"{place}: an alias must be a non-empty string; put it in quotes")
-    settings = dict(_mapping(entry, place, "a mapping with at least the key model"))
-    model = settings.pop("model", None)
-    if not isinstance(model, str) or not model:
-        raise ConfigError(f"{place}.model is missing; name a folder or a model hub's name")
-    load = settings.pop("load", "startup")
-    if load not in ("startup", "on_demand"):
-        raise ConfigError(f"{place}.load is {load!r}; it must be startup or on_demand")
-    if not all(isinstance(key, str) for key in settings):
-        raise ConfigError(f"{place}: every key must be a string")
-    pinned = settings.pop("pinned", False)
-    if not isinstance(pinned, bool):
-        raise ConfigError(f"{place}.pinned is {pinned!r}; it must be true or false")
-    idle = {key: _seconds(settings.pop(key, None), f"{place}.{key}") for key in IDLE_KEYS}
-    return ModelConfig(
-        alias,
-        _resolve_model(model, place, path),
-        load,
-        pinned,
-        idle["idle_sleep"],
-        idle["idle_unload"],
-        settings,
-    )
-
-
-def _seconds(value: object, place: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise ConfigError(f"{place} is {value!r}; it must be a number of seconds above 0, or null")
-    return float(value)
-
-
-def _memory(section: object, place: str) -> MemoryBudget:
-    if section is None:
-        return MemoryBudget()
-    place = f"{place}: memory"
-    values = _mapping(section, place, "a mapping with the keys device and host")
-    _refuse_unknown(values, [f.name for f in fields(MemoryBudget)], place)
-    sizes: dict[str, Size] = {}
-    for key, value in values.items():
-        try:
-            sizes[key] = parse_size(value)
-        except ValueError as error:
-            raise ConfigError(f"{place}.{key} is {value!r}; {error}") from None
-    return MemoryBudget(**sizes)
-
-
 def _resolve_model(model: str, place: str, path: Path) -> str:
     """A checkpoint's folder or GGUF file as an absolute path; a model hub's name as it is."""
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
@@ -224,19 +328,6 @@ def _resolve_model(model: str, place: str, path: Path) -> str:
     return str(local)
 
 
-def _switching(section: object, place: str) -> SwitchingConfig:
-    if section is None:
-        return SwitchingConfig()
-    place = f"{place}: switching"
-    values = _mapping(section, place, "a mapping")
-    _refuse_unknown(values, [f.name for f in fields(SwitchingConfig)], place)
-    for key, value in values.items():
-        wanted = (int,) if key == "max_waiting" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, wanted) or not 0 <= value < 1e9:
-            raise ConfigError(f"{place}.{key} is {value!r}; it must be a number of at least 0")
-    return SwitchingConfig(**values)
-
-
 def _mapping(value: object, place: str, wanted: str) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{place} must be {wanted}, not {_kind(value)}")
@@ -252,6 +343,24 @@ def _refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], place: str)
     for key in values:
         if key not in known:
             raise unknown_key(place, key, known)
+
+
+def _refuse_other_keys(values: Mapping[Any, Any], place: str) -> None:
+    if not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{place}: every key must be a string")
+
+
+def _refuse_shared_names(models: Iterable[ModelConfig], place: str) -> None:
+    """Every name that a client may send is one model's."""
+    owners: dict[str, str] = {}
+    for model in models:
+        for name in model.names:
+            if name in owners:
+                raise ConfigError(
+                    f"{place}: models.{model.alias}: the name {name!r} is taken by "
+                    f"models.{owners[name]}; every alias may be used once"
+                )
+            owners[name] = model.alias
 
 
 def _did_you_mean(name: object, known: Iterable[str]) -> str:

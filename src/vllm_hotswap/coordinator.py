@@ -14,7 +14,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 
-from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import (
     DrainCut,
@@ -33,6 +32,7 @@ from vllm_hotswap.events import Observer, PhaseChanged, RequestEnded, SwitchEnde
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
 from vllm_hotswap.planner import Plan
 from vllm_hotswap.registry import Cut, Lease, Model, ModelPolicy, Registry
+from vllm_hotswap.settings import SwitchingConfig
 from vllm_hotswap.states import Residency, Step, SwitchPhase
 from vllm_hotswap.switch import Switch, SwitchResult
 

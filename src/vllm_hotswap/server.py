@@ -25,13 +25,14 @@ from starlette.types import ASGIApp
 from vllm_hotswap import __version__
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import CrossOrigin, HotswapApp
-from vllm_hotswap.config import CONFIG_VARIABLES, ServerConfig
+from vllm_hotswap.config import ServerConfig
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
 from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.settings import CONFIG_VARIABLES
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -126,9 +127,8 @@ def _clean_environment() -> None:
     """
     if os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
-    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY"):
-        os.environ.pop(name, None)
-    for name in CONFIG_VARIABLES:
+    ours = [name for name in os.environ if name.startswith("VLLM_HOTSWAP_")]
+    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours):
         os.environ.pop(name, None)
 
 

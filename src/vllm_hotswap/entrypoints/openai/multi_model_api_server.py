@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from vllm_hotswap import cli
-from vllm_hotswap.config import CONFIG_VARIABLES
+from vllm_hotswap.settings import CONFIG_VARIABLES
 
 
 def config_path(environment: Mapping[str, str]) -> str | None:

@@ -1,0 +1,83 @@
+"""`${NAME}` in the values of the YAML file: filled from the environment, and never shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+from vllm_hotswap.errors import ConfigError
+
+SECRET_LENGTH = 8
+"""A shorter value is taken for no secret: it may be a word of any message."""
+
+# `$${` stands for a plain `${`.
+_REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
+
+
+class References:
+    """Fills the references of one document, and remembers what must not be shown."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._environment = environment
+        self._secrets: dict[str, str] = {}
+        """Values, with the references that they came from."""
+
+    def fill(self, value: Any, place: str, *keys: str) -> Any:
+        """The value with every `${NAME}` and `${NAME:-default}` in it replaced.
+
+        A text that is nothing but one reference may become a number, a boolean or null.
+
+        Raises:
+            ConfigError: a variable is not set; the message names it, its place and the ways on.
+        """
+        if isinstance(value, dict):
+            return {key: self.fill(item, place, *keys, str(key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.fill(item, place, *keys) for item in value]
+        if not isinstance(value, str):
+            return value
+        filled = _REFERENCE.sub(lambda match: self._value(match, place, keys), value)
+        is_one = (whole := _REFERENCE.fullmatch(value)) and whole[1]
+        return read_scalar(filled) if is_one else filled
+
+    def hide(self, text: str) -> str:
+        """The text with references where the values of their variables were."""
+        for value, reference in self._secrets.items():
+            text = text.replace(value, reference)
+        return text
+
+    @contextmanager
+    def hidden_in_errors(self) -> Iterator[None]:
+        """Let no `ConfigError` out that shows a value from the environment."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(self.hide(error.message)) from None
+
+    def _value(self, match: re.Match[str], place: str, keys: tuple[str, ...]) -> str:
+        name, default = match.groups()
+        if name is None:
+            return "${"
+        value = self._environment.get(name, default)
+        if value is None:
+            raise ConfigError(
+                f"{place}: {'.'.join(keys)}: the environment variable {name!r} is not set; set it, "
+                f"give a default with ${{{name}:-default}}, or write $${{ for a plain ${{"
+            )
+        if name in self._environment and len(value) >= SECRET_LENGTH:
+            self._secrets[value] = match.group()
+        return value
+
+
+def read_scalar(text: str) -> Any:
+    """A number, a boolean, null or a text, as YAML would read it."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, bool | int | float | None) else text

@@ -1,0 +1,138 @@
+"""What a model's configuration makes of the sampling parameters of a request.
+
+vLLM takes defaults from `generation_config.json` and `override_generation_config`, a few of them,
+and a client may override each. Here every parameter may have a default or be forced, and
+parameters may be dropped that a model has no use for. A model without such settings is served
+without any of this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+GENERATING_PATHS = frozenset(
+    [
+        "/cohere/v2/chat",
+        "/invocations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+    ]
+)
+"""Routes whose body has sampling parameters at its top level."""
+
+NOT_SAMPLING = frozenset(["model", "messages", "prompt", "input", "stream"])
+"""What a request is about is nobody else's to set."""
+
+
+def _only_sampling(names: Any) -> Any:
+    for name in names:
+        if name in NOT_SAMPLING:
+            raise ValueError(f"{name!r} is no sampling parameter")
+    return names
+
+
+Parameters = Annotated[dict[str, Any], AfterValidator(_only_sampling)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class SamplingPolicy:
+    """The `sampling` section of a model."""
+
+    defaults: Annotated[
+        Parameters,
+        Field(
+            description="parameters that a request gets where its client sends none of that name"
+        ),
+    ] = Field(default_factory=dict)
+    force: Annotated[
+        Parameters,
+        Field(description="parameters that a request gets whatever its client sends"),
+    ] = Field(default_factory=dict)
+    drop: Annotated[
+        list[str],
+        AfterValidator(_only_sampling),
+        Field(description="parameters that are taken out of every request"),
+    ] = Field(default_factory=list)
+    drop_unsupported: Annotated[
+        bool,
+        Field(
+            description="take out what the route does not know, and tools where the model has no "
+            "tool parser; vLLM would ignore the former and refuse the latter"
+        ),
+    ] = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.defaults or self.force or self.drop or self.drop_unsupported)
+
+    def apply(self, body: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
+        """The body of a request as the model is to see it.
+
+        Args:
+            body: what the client sent.
+            known: what the route knows and the model supports; None if that is not known.
+        """
+        dropped = set(self.drop)
+        if self.drop_unsupported and known is not None:
+            dropped |= body.keys() - known
+        kept = {name: value for name, value in body.items() if name not in dropped}
+        return {**self.defaults, **kept, **self.force}
+
+
+class SamplingFilter:
+    """An ASGI application that rewrites the bodies of generating requests for another one.
+
+    `known` gives, for a path, the top-level keys that may stay. A body that is no JSON object
+    passes as it is: whoever parses it refuses it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, policy: SamplingPolicy, known: Mapping[str, frozenset[str]]
+    ) -> None:
+        self._app = app
+        self._policy = policy
+        self._known = known
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in GENERATING_PATHS:
+            scope, receive = await self._rewritten(scope, receive)
+        await self._app(scope, receive, send)
+
+    async def _rewritten(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        """The router hands a body on in one piece."""
+        first: Message | None = await receive()
+        assert first is not None
+        if first["type"] == "http.request":
+            body = self._rewrite(scope["path"], first.get("body", b""))
+            first = {**first, "body": body}
+            scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
+
+        async def replay() -> Message:
+            nonlocal first
+            message, first = first, None
+            return message if message is not None else await receive()
+
+        return scope, replay
+
+    def _rewrite(self, path: str, body: bytes) -> bytes:
+        try:
+            parsed = json.loads(body)
+        except ValueError:
+            return body
+        if not isinstance(parsed, dict):
+            return body
+        return json.dumps(self._policy.apply(parsed, self._known.get(path))).encode()
+
+
+def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    others = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*others, (b"content-length", str(length).encode())]

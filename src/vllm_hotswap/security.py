@@ -1,0 +1,92 @@
+"""What the configuration may not do unless the operator says so on the command line.
+
+The YAML file says which code runs: `trust_remote_code` runs what comes with a checkpoint, and
+several arguments of vLLM name classes and files that are imported. Whoever can write the file
+could say so, too; that is why the permission is no key of the file.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_hotswap.errors import ConfigError
+
+ALLOW_VARIABLE = "VLLM_HOTSWAP_ALLOW"
+
+DANGERS: Mapping[str, str] = {
+    "trust_remote_code": "models whose `trust_remote_code` is true in the file",
+    "code": "settings in the file that name code to be imported (`worker_cls`, plugins, "
+    "`middleware`, `logits_processors`, ...) or run what a model writes (`tool_server: demo`)",
+    "world_writable": "a YAML file that every user of the machine may write",
+}
+"""What may be allowed, by its name in `--allow`, and what that accepts."""
+
+_NAMES_CODE = re.compile(
+    r"(^|_)(cls|class|classes|plugin|module_path|logits_processors|middleware|"
+    r"class_overrides|inductor_passes|custom_passes)$"
+)
+_QUALIFIED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:\w+)?")
+
+
+def parse_allowed(words: Iterable[str]) -> frozenset[str]:
+    """The dangers that are accepted, from words that may hold several, separated by commas.
+
+    Raises:
+        ConfigError: one of them is not known.
+    """
+    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
+    for name in names:
+        if name not in DANGERS:
+            raise ConfigError(f"--allow {name!r} is not known; known: {', '.join(DANGERS)}")
+    return frozenset(names)
+
+
+def check_mode(path: Path, allowed: frozenset[str]) -> None:
+    """Refuse a file that anybody may write. Raises `ConfigError`."""
+    if "world_writable" not in allowed and path.stat().st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"configuration file {str(path)!r} can be written by every user of the machine, and it "
+            f"decides which code runs; chmod o-w it, or start with --allow world_writable"
+        )
+
+
+def check_settings(settings: Mapping[str, Any], place: str, allowed: frozenset[str]) -> None:
+    """Refuse settings of one model that run code nobody has allowed. Raises `ConfigError`."""
+    named = {key.replace("-", "_"): value for key, value in settings.items()}
+    if named.get("trust_remote_code") and "trust_remote_code" not in allowed:
+        raise ConfigError(
+            f"{place}.trust_remote_code runs code that comes with the checkpoint; if you have read "
+            "it, start with --allow trust_remote_code"
+        )
+    if "code" not in allowed:
+        for key in code_keys(named):
+            raise ConfigError(
+                f"{place}.{key} names code that the server would run; if that is wanted, start "
+                "with --allow code"
+            )
+
+
+def code_keys(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The keys, nested ones too, whose value names code."""
+    for key, value in settings.items():
+        if value in (None, "", [], {}, "auto"):
+            continue
+        if _NAMES_CODE.search(key) or _is_code(key, value):
+            yield key
+        elif isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in code_keys(_text_keys(value)))
+
+
+def _is_code(key: str, value: object) -> bool:
+    if key == "tool_server":
+        return value == "demo"
+    is_backend = key == "backend" or key.endswith("_backend")
+    return is_backend and isinstance(value, str) and bool(_QUALIFIED.fullmatch(value))
+
+
+def _text_keys(value: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key).replace("-", "_"): item for key, item in value.items()}

@@ -1,0 +1,217 @@
+"""Every setting of this project, once: its key, type, default and meaning.
+
+The YAML file, the JSON schema, flags, environment variables and the reference page are all made
+from what stands here. Settings of vLLM are not listed: they are taken from vLLM's own parser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass as plain_dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from vllm_hotswap.budget import MemoryBudget
+from vllm_hotswap.sampling import SamplingPolicy
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+LoadWhen = Literal["startup", "on_demand"]
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a value must be, for the error that refuses another one: `it must be ...`."""
+
+    text: str
+
+
+Text = Annotated[str, Field(pattern=r"\S")]
+Seconds = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
+SecondsAboveZero = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
+
+AT_LEAST_ZERO = Wanted("a number of at least 0")
+IDLE = Wanted("a number of seconds above 0, or null")
+NAMES = Wanted("a list of names")
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
+class SwitchingConfig:
+    """The `switching` section."""
+
+    drain_timeout: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(
+            description="seconds that a switch waits for running requests, if the call is silent"
+        ),
+    ] = 60.0
+    max_waiting: Annotated[
+        int,
+        Field(
+            ge=0,
+            lt=10**9,
+            description="requests that may be held for the target of a switch; more get 429",
+        ),
+        AT_LEAST_ZERO,
+    ] = 1024
+    max_wait: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(description="seconds that a request may be held; then it gets 504"),
+    ] = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelKeys:
+    """The keys of a model, and of `defaults`, that are ours. Every other one is vLLM's."""
+
+    model: Annotated[
+        Text,
+        Wanted("a folder or a model hub's name"),
+        Field(
+            description="a folder with a checkpoint (Hugging Face's or Mistral's format) or a GGUF "
+            "file, absolute or relative to the file; or a model hub's name"
+        ),
+    ]
+    aliases: Annotated[
+        tuple[Text, ...],
+        Field(strict=False, description="further names that clients may send for this model"),
+        NAMES,
+    ] = ()
+    load: Annotated[
+        LoadWhen,
+        Wanted("startup or on_demand"),
+        Field(
+            description="`startup`: made before the server accepts requests. `on_demand`: made by "
+            "its first switch, in the running host"
+        ),
+    ] = "startup"
+    pinned: Annotated[
+        bool,
+        Wanted("true or false"),
+        Field(description="whether it is never moved down to make room for another model"),
+    ] = False
+    idle_sleep: Annotated[
+        SecondsAboveZero | None,
+        IDLE,
+        Field(description="seconds without a request after which it sleeps, once it is not active"),
+    ] = None
+    idle_unload: Annotated[
+        SecondsAboveZero | None, IDLE, Field(description="the same for unloading")
+    ] = None
+    quant_config: Annotated[
+        Text | None,
+        Wanted("the path of a file, or null"),
+        Field(
+            description="file for the variable `QUANT_CONFIG` while the model is loaded and active "
+            "(absolute or relative to the YAML file); `null` clears the variable; left out, the "
+            "variable is what it was when the server started"
+        ),
+    ] = None
+    sampling: Annotated[
+        SamplingPolicy,
+        Field(description="what happens to sampling parameters of requests"),
+    ] = Field(default_factory=SamplingPolicy)
+
+
+SECTIONS: Mapping[str, type[Any]] = {"switching": SwitchingConfig, "memory": MemoryBudget}
+"""Settings of the server as a whole, by section. Each may be given as a flag or a variable, too."""
+
+TOP_LEVEL: Mapping[str, str] = {
+    "default_model": "the alias that is active after the start; default: the first one",
+    "defaults": "keys of a model (but `model` and `aliases`) that count for every model",
+    "models": "the models: a mapping of alias to keys",
+    "switching": "how switches go",
+    "memory": "what all models together may hold",
+}
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of a section, with the three ways to give it."""
+
+    section: str
+    key: str
+    description: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + "-".join(filter(None, (self.section, self.key))).replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "VLLM_HOTSWAP_" + "_".join(filter(None, (self.section, self.key))).upper()
+
+
+def server_settings() -> Iterator[Setting]:
+    """The settings that may be given as a flag or as an environment variable, too."""
+    yield Setting("", "default_model", TOP_LEVEL["default_model"])
+    for section, kind in SECTIONS.items():
+        for item in fields(kind):
+            yield Setting(section, item.name, describe(kind, item.name))
+
+
+def describe(kind: type[Any], name: str) -> str:
+    """What the field of that name means."""
+    description: str = kind.__pydantic_fields__[name].description or ""
+    return description
+
+
+def wanted(kind: type[Any], name: str) -> str | None:
+    """What the value of a field must be, in words of ours where there are any."""
+    metadata = kind.__pydantic_fields__[name].metadata
+    return next((item.text for item in metadata if isinstance(item, Wanted)), None)
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Override:
+    """A setting given as a flag or as an environment variable."""
+
+    section: str
+    key: str
+    value: str = field(repr=False)
+    origin: str
+    """How it was given, for messages."""
+
+
+def overrides(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> list[Override]:
+    """What variables and flags say, flags last, so that they count more.
+
+    Args:
+        environment: all variables; an empty one counts as not set.
+        flags: values by flag; None for one that was not given.
+    """
+    given = [
+        (setting, values.get(name), name)
+        for values, names in ((environment, "variable"), (flags, "flag"))
+        for setting in server_settings()
+        for name in [getattr(setting, names)]
+    ]
+    return [
+        Override(setting.section, setting.key, value, origin)
+        for setting, value, origin in given
+        if value
+    ]
+
+
+CONFIG_VARIABLES = ("VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG")
+"""Environment variables that may name the YAML file, the first one set wins."""
+
+VARIABLES: Mapping[str, str] = {
+    CONFIG_VARIABLES[0]: "the YAML file, for the quickstart's start",
+    CONFIG_VARIABLES[1]: "the same, as the quickstart names it",
+    "VLLM_SERVER_DEV_MODE": "`1` opens switching without an admin key, and nothing else",
+    "VLLM_HOTSWAP_ALLOW": "what `--allow` accepts; the flag adds to it",
+    "VLLM_HOTSWAP_ADMIN_KEY": "the admin key; `--admin-key` wins over it",
+    "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
+    "VLLM_API_KEY": "the user key; `--api-key` wins over it",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
+    "QUANT_CONFIG": "kept for models without `quant_config`, replaced or cleared for those with it",
+    "VLLM_CPU_OMP_THREADS_BIND": "CPU: cores of the compute threads, as in vLLM. Here `auto` uses "
+    "every physical core of a NUMA node; vLLM keeps one for its scheduler process, which does not "
+    "exist here",
+}
+"""Environment variables that this project reads, besides those of `server_settings`."""

@@ -1,0 +1,71 @@
+"""References to environment variables in the values of the YAML file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.references import References
+
+ENVIRONMENT = {"NAME": "llama", "TOKEN": "canary-secret-1", "LENGTH": "2048", "FLAG": "true"}
+
+
+def fill(value: Any) -> Any:
+    return References(ENVIRONMENT).fill(value, "models.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("${NAME}", "llama"),
+        ("/models/${NAME}-${LENGTH}", "/models/llama-2048"),
+        ("${LENGTH}", 2048),
+        ("${FLAG}", True),
+        ("${NOWHERE:-4096}", 4096),
+        ("${NOWHERE:-}", None),
+        ("a${NOWHERE:-}b", "ab"),
+        ("${NAME:-other}", "llama"),
+        ("$${NAME}", "${NAME}"),
+        ("$NAME and $ {NAME}", "$NAME and $ {NAME}"),
+        ("{{ messages }}", "{{ messages }}"),
+        ("2048", "2048"),
+        (17, 17),
+        (None, None),
+    ],
+)
+def test_references_are_filled(written: object, expected: object) -> None:
+    """A value that is one reference may be any scalar; what was text otherwise stays text."""
+    assert expected == fill(written)
+
+
+def test_references_are_filled_wherever_a_value_stands() -> None:
+    """In lists and mappings, but not in keys."""
+    assert {"a": [{"${NAME}": "llama"}, "llama"]} == fill(
+        {"a": [{"${NAME}": "${NAME}"}, "${NAME}"]}
+    )
+
+
+def test_a_variable_that_is_not_set_is_named_with_its_place() -> None:
+    """And with every way on."""
+    with pytest.raises(ConfigError) as caught:
+        fill({"models": {"a": {"model": "${NOWHERE}"}}})
+
+    assert (
+        "models.yaml: models.a.model: the environment variable 'NOWHERE' is not set; set it, give "
+        "a default with ${NOWHERE:-default}, or write $${ for a plain ${" == caught.value.message
+    )
+
+
+def test_a_value_from_the_environment_is_never_shown() -> None:
+    """An error shows where it came from; a short value is no secret."""
+    references = References(ENVIRONMENT)
+    references.fill(["${TOKEN}", "${NAME}"], "models.yaml")
+
+    with pytest.raises(ConfigError) as caught, references.hidden_in_errors():
+        raise ConfigError("llama: 'canary-secret-1' can't work")
+
+    assert "llama: '${TOKEN}' can't work" == caught.value.message
+    assert caught.value.__cause__ is None
+    assert "canary" not in repr(references)

@@ -1,0 +1,99 @@
+"""Sampling parameters: what a model's configuration makes of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from vllm_hotswap.sampling import SamplingFilter, SamplingPolicy
+
+CHAT = "/v1/chat/completions"
+KNOWN = frozenset(["model", "messages", "temperature", "top_p"])
+
+
+def test_a_default_fills_what_the_client_leaves_out() -> None:
+    """And nothing else: null is a value."""
+    policy = SamplingPolicy(defaults={"temperature": 0.2, "top_p": 0.9})
+
+    assert {"temperature": 1, "top_p": 0.9} == policy.apply({"temperature": 1}, None)
+    assert {"temperature": None, "top_p": 0.9} == policy.apply({"temperature": None}, None)
+
+
+def test_what_is_forced_counts_whatever_the_client_sends() -> None:
+    """More than defaults, too."""
+    policy = SamplingPolicy(defaults={"seed": 1}, force={"seed": 2, "temperature": 0})
+
+    assert {"seed": 2, "temperature": 0, "n": 3} == policy.apply({"temperature": 1, "n": 3}, None)
+
+
+def test_what_is_dropped_may_still_have_a_default() -> None:
+    """Then the client's value never counts."""
+    policy = SamplingPolicy(defaults={"seed": 1}, drop=["seed", "logit_bias"])
+
+    assert {"seed": 1} == policy.apply({"seed": 5, "logit_bias": {}}, None)
+
+
+def test_unsupported_parameters_are_dropped_when_asked() -> None:
+    """What the route does not know; where nobody knows the route, everything stays."""
+    body = {"temperature": 1, "best_of": 3}
+
+    assert {"temperature": 1} == SamplingPolicy(drop_unsupported=True).apply(body, KNOWN)
+    assert body == SamplingPolicy(drop_unsupported=True).apply(body, None)
+    assert body == SamplingPolicy().apply(body, KNOWN)
+
+
+@pytest.mark.parametrize("given", [{"defaults": {"messages": []}}, {"drop": ["model"]}])
+def test_what_a_request_is_about_is_no_sampling_parameter(given: dict[str, Any]) -> None:
+    """It can be neither set nor dropped."""
+    with pytest.raises(ValidationError, match="is no sampling parameter"):
+        SamplingPolicy(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_empty"), [({}, True), ({"drop": ["seed"]}, False), ({"force": {"n": 1}}, False)]
+)
+def test_a_policy_without_rules_is_empty(given: dict[str, Any], is_empty: bool) -> None:
+    """Then no request is looked at."""
+    assert is_empty is SamplingPolicy(**given).is_empty
+
+
+async def echo(request: Request) -> Response:
+    body = await request.body()
+    assert len(body) == int(request.headers["content-length"])
+    return JSONResponse({"body": body.decode(), "left": await request.is_disconnected()})
+
+
+async def ask(path: str, content: bytes, **policy: Any) -> str:
+    """What an application behind the filter is given."""
+    app = Starlette(routes=[Route("/{path:path}", echo, methods=["POST"])])
+    behind = SamplingFilter(app, SamplingPolicy(**policy), {CHAT: KNOWN})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(behind), base_url="http://x") as c:
+        return str((await c.post(path, content=content)).json()["body"])
+
+
+async def test_generating_requests_are_rewritten() -> None:
+    """With the length that they then have."""
+    sent = json.dumps({"model": "a", "temperature": 1, "speed": 5}).encode()
+
+    got = await ask(CHAT, sent, force={"temperature": 0}, drop_unsupported=True)
+
+    assert {"model": "a", "temperature": 0} == json.loads(got)
+
+
+@pytest.mark.parametrize("sent", ["not JSON", "[1, 2]", "", '"text"'])
+async def test_what_is_no_json_object_passes_as_it_is(sent: str) -> None:
+    """vLLM refuses it."""
+    assert sent == await ask(CHAT, sent.encode(), force={"temperature": 0})
+
+
+async def test_other_routes_are_left_alone() -> None:
+    """An embedding has no temperature."""
+    assert "{}" == await ask("/v1/embeddings", b"{}", force={"temperature": 0})

@@ -1,0 +1,104 @@
+"""What the YAML file alone cannot permit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.config import load_config
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.security import DANGERS, check_mode, check_settings, code_keys, parse_allowed
+
+NOTHING: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"worker_cls": "mine.Worker"}, "worker_cls"),
+        ({"worker-extension-cls": "mine.Worker"}, "worker_extension_cls"),
+        ({"scheduler_cls": "mine.Scheduler"}, "scheduler_cls"),
+        ({"tool_parser_plugin": "./mine.py"}, "tool_parser_plugin"),
+        ({"reasoning_parser_plugin": "./mine.py"}, "reasoning_parser_plugin"),
+        ({"io_processor_plugin": "mine"}, "io_processor_plugin"),
+        ({"logits_processors": ["mine.Processor"]}, "logits_processors"),
+        ({"middleware": ["mine.Middleware"]}, "middleware"),
+        ({"model_class_overrides": {"A": "mine:B"}}, "model_class_overrides"),
+        ({"distributed_executor_backend": "mine.Executor"}, "distributed_executor_backend"),
+        ({"compilation_config": {"backend": "mine.compile"}}, "compilation_config.backend"),
+        (
+            {"kv_transfer_config": {"kv_connector_module_path": "mine"}},
+            "kv_transfer_config.kv_connector_module_path",
+        ),
+        (
+            {"structured_outputs_config": {"reasoning_parser_plugin": "mine.py"}},
+            "structured_outputs_config.reasoning_parser_plugin",
+        ),
+        ({"tool_server": "demo"}, "tool_server"),
+    ],
+)
+def test_settings_that_name_code_are_refused(settings: dict[str, Any], key: str) -> None:
+    """Unless the operator allows it, which the message says how to do."""
+    with pytest.raises(ConfigError, match=f"here.{key} names code .* --allow code"):
+        check_settings(settings, "here", NOTHING)
+
+    check_settings(settings, "here", frozenset(["code"]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"distributed_executor_backend": "mp"},
+        {"attention_backend": "FLASH_ATTN"},
+        {"worker_cls": "auto", "scheduler_cls": None, "middleware": []},
+        {"tool_server": "127.0.0.1:8000"},
+        {"max_lora_cls_labels": 3, "tool_call_parser": "hermes", "mm_processor_kwargs": {"a": 1}},
+        {"compilation_config": {"mode": 3, "backend": "inductor"}},
+    ],
+)
+def test_ordinary_settings_pass(settings: dict[str, Any]) -> None:
+    """Names that only look alike, and values that name no code."""
+    assert [] == list(code_keys(settings))
+
+
+def test_code_of_a_checkpoint_is_refused() -> None:
+    """`trust_remote_code` has a permission of its own."""
+    settings = {"trust_remote_code": True}
+    with pytest.raises(ConfigError, match="--allow trust_remote_code"):
+        check_settings(settings, "here", frozenset(["code"]))
+
+    check_settings(settings, "here", frozenset(["trust_remote_code"]))
+    check_settings({"trust_remote_code": False}, "here", NOTHING)
+
+
+def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
+    """The message says what to do about it."""
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {a: {model: org/a}}")
+    path.chmod(0o666)
+
+    with pytest.raises(ConfigError, match="chmod o-w it, or start with --allow world_writable"):
+        load_config(path)
+    assert ("a",) == load_config(path, allowed=frozenset(["world_writable"])).aliases
+
+    path.chmod(0o664)
+    check_mode(path, NOTHING)
+
+
+def test_permissions_are_words_separated_by_commas() -> None:
+    """Of the flag, given once or more often, and of the variable."""
+    assert frozenset(["code", "world_writable"]) == parse_allowed(["", "code, world_writable"])
+    assert frozenset(DANGERS) == parse_allowed(DANGERS)
+    with pytest.raises(ConfigError, match="'everything' is not known; known: trust_remote_code"):
+        parse_allowed(["everything"])
+
+
+def test_defaults_are_checked_like_models(tmp_path: Path) -> None:
+    """What counts for every model can't smuggle code in."""
+    path = tmp_path / "models.yaml"
+    path.write_text("defaults: {trust_remote_code: true}\nmodels: {a: {model: org/a}}")
+
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load_config(path)
