@@ -21,6 +21,7 @@ LAYERS = [
         "references",
         "sampling",
         "security",
+        "variables",
         "compat.names",
         "compat.versions",
     },

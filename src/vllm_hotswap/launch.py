@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from vllm_hotswap.compat.configuration import engine_config, serve_parser, valid
 from vllm_hotswap.config import ModelConfig, ServerConfig, unknown_key
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.hub import hub_weights_bytes
+from vllm_hotswap.sampling import SamplingPolicy
+from vllm_hotswap.settings import ModelKeys
+from vllm_hotswap.variables import Variables, Wishes
 
 SERVER_FLAGS = frozenset(
     [
@@ -69,6 +72,9 @@ class ModelLaunch:
     vllm_config: Any
     weights_bytes: int
     pinned: bool = False
+    variables: Wishes = field(default_factory=dict)
+    """Environment variables that it wants while it is worked with."""
+    sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +100,9 @@ def parse_flags(config: ServerConfig, flags: Sequence[str]) -> dict[str, argpars
         )
     _refuse_unsupported(server)
     namespaces = {"": server}
-    for model in config.models:
-        namespaces[model.alias] = _model_namespace(parser, flags, model, config.path)
+    with config.references.hidden_in_errors():
+        for model in config.models:
+            namespaces[model.alias] = model_namespace(parser, flags, model, config.path)
     return namespaces
 
 
@@ -105,16 +112,29 @@ def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) 
     Raises:
         ConfigError: vLLM refuses a model's configuration; the message names the alias.
     """
-    models = tuple(_launch(model, namespaces[model.alias], config) for model in config.models)
+    variables = Variables()
+    models = tuple(
+        prepare_model(model, namespaces[model.alias], config, variables) for model in config.models
+    )
     return Launch(config, namespaces[""], models)
 
 
-def _launch(model: ModelConfig, args: argparse.Namespace, config: ServerConfig) -> ModelLaunch:
+def prepare_model(
+    model: ModelConfig, args: argparse.Namespace, config: ServerConfig, variables: Variables
+) -> ModelLaunch:
+    """Build one model's `VllmConfig`, with the environment variables that it wants.
+
+    Raises:
+        ConfigError: vLLM refuses it; the message names the alias.
+    """
+    variables.learn(model.alias, model.environment)
     try:
-        vllm_config = engine_config(args)
+        with variables.of(model.alias):
+            vllm_config = engine_config(args)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
-        raise ConfigError(f"{config.path}: models.{model.alias}: {_reason(error)}") from error
+        reason = config.references.hide(_reason(error))
+        raise ConfigError(f"{config.path}: models.{model.alias}: {reason}") from error
     return ModelLaunch(
         alias=model.alias,
         model=model.model,
@@ -123,27 +143,31 @@ def _launch(model: ModelConfig, args: argparse.Namespace, config: ServerConfig) 
         vllm_config=vllm_config,
         weights_bytes=weights_bytes(model, vllm_config),
         pinned=model.pinned,
+        variables=model.environment,
+        sampling=model.sampling,
     )
 
 
-def _model_namespace(
+def model_namespace(
     parser: argparse.ArgumentParser, flags: Sequence[str], model: ModelConfig, path: Path
 ) -> argparse.Namespace:
-    place = f"{path}: models.{model.alias}"
-    settings = _by_action(parser, model, place)
+    """vLLM's namespace for one model. Raises `ConfigError`, which names the model or the key."""
+    settings = _by_action(parser, model, path)
     extra = [
         word
         for action, key in settings.items()
-        for word in _flag(action, _resolved(action, model.settings[key], path), f"{place}.{key}")
+        for word in _flag(
+            action, _resolved(action, model.settings[key], path), f"{path}: {model.place(key)}"
+        )
     ]
     try:
         args = parser.parse_args([*flags, "--model", model.model])
         _replace(args, parser.parse_args(extra), [action.dest for action in settings])
-        args.served_model_name = [model.alias]
+        args.served_model_name = list(model.names)
         _refuse_unsupported(args)
         validate_serve_args(args)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {one_line(error)}") from error
+        raise ConfigError(f"{path}: models.{model.alias}: {one_line(error)}") from error
     # The outer application checks keys, for all models in one place.
     args.api_key = None
     return args
@@ -159,12 +183,14 @@ def _replace(args: argparse.Namespace, own: argparse.Namespace, names: Iterable[
 
 
 def _by_action(
-    parser: argparse.ArgumentParser, model: ModelConfig, place: str
+    parser: argparse.ArgumentParser, model: ModelConfig, path: Path
 ) -> dict[argparse.Action, str]:
     """The model's keys by the flag that each of them sets."""
-    actions = _actions_by_name(parser)
+    actions = model_flags(parser)
     keys: dict[argparse.Action, str] = {}
     for key in model.settings:
+        section, _, _ = model.place(key).rpartition(f".{key}")
+        place = f"{path}: {section}"
         action = _find_action(key, actions, place)
         if action in keys:
             raise ConfigError(f"{place}: {keys[action]!r} and {key!r} are the same; keep one")
@@ -172,14 +198,18 @@ def _by_action(
     return keys
 
 
-def _actions_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Every long name of a flag as a YAML key, without the form that turns a switch off."""
-    return {
+def model_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """vLLM's flags that may be keys of a model, by every long name of theirs.
+
+    With underscores, and without the form that turns a switch off.
+    """
+    names = {
         name.removeprefix("--").replace("-", "_"): action
         for action in parser._actions
         for name in action.option_strings
         if name.startswith("--") and not name.startswith("--no-")
     }
+    return {name: names[name] for name in names.keys() - SERVER_FLAGS - _OURS}
 
 
 def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -> argparse.Action:
@@ -187,16 +217,19 @@ def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -
     if name in SERVER_FLAGS:
         raise ConfigError(f"{place}: {key!r} is a setting of the server; give it as a flag")
     if name == "served_model_name":
-        raise ConfigError(f"{place}: the alias is the served name; remove {key!r}")
-    if name not in actions or name in _OURS:
-        known = sorted({"model", "load", *actions} - SERVER_FLAGS - _OURS)
+        raise ConfigError(f"{place}: the alias is the served name; put others into 'aliases'")
+    if name not in actions:
+        known = sorted({*actions, *(item.name for item in fields(ModelKeys))})
         raise unknown_key(place, key, known)
     return actions[name]
 
 
 def _resolved(action: argparse.Action, value: Any, path: Path) -> Any:
+    """The value, a path in it made absolute if it is written as one relative to the YAML file."""
     if action.dest == "chat_template" and value is not None:
         return _resolve_template(str(value), path)
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((path.parent / value).resolve())
     return value
 
 

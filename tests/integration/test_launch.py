@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 import subprocess
 from importlib import import_module
@@ -11,7 +13,7 @@ import pytest
 from starlette.applications import Starlette
 
 from tests.serving import flags
-from vllm_hotswap.compat.configuration import serve_parser
+from vllm_hotswap.compat.configuration import engine_config, serve_parser
 from vllm_hotswap.compat.frontend import certificate_refresher, uvicorn_log_config
 from vllm_hotswap.compat.versions import vllm_version
 from vllm_hotswap.config import ModelConfig, load_config
@@ -84,8 +86,9 @@ def test_a_models_setting_undoes_what_the_command_line_gave(tmp_path: Path) -> N
     flags += ["--generation-config", "vllm", "--middleware", "a.b"]
     path = tmp_path / "models.yaml"
     path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
-    parsed = parse_flags(load_config(path), flags)
-    own, common, default = parsed["own"], parsed["common"], parse_flags(load_config(path), [])[""]
+    config = load_config(path, allowed=frozenset(["code"]))
+    parsed = parse_flags(config, flags)
+    own, common, default = parsed["own"], parsed["common"], parse_flags(config, [])[""]
 
     assert (False, True) == (own.disable_log_stats, common.disable_log_stats)
     assert (default.max_model_len, 512) == (own.max_model_len, common.max_model_len)
@@ -134,12 +137,76 @@ def test_a_chat_template_beside_the_file_is_found(tmp_path: Path) -> None:
     assert "{{ messages }}" == inline.args.chat_template
 
 
+def test_other_paths_relative_to_the_file_are_written_with_a_dot(tmp_path: Path) -> None:
+    """Wherever the server is started; a name without a dot is left alone."""
+    text = """
+        models:
+          dotted: {model: LLAMA, download_dir: ./cache, generation_config: ../generation}
+          plain: {model: LLAMA, download_dir: cache}
+    """
+    path = tmp_path / "models.yaml"
+    path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
+    parsed = parse_flags(load_config(path), [])
+
+    assert str(tmp_path / "cache") == parsed["dotted"].download_dir
+    assert str(tmp_path.parent / "generation") == parsed["dotted"].generation_config
+    assert "cache" == parsed["plain"].download_dir
+
+
+def test_defaults_are_settings_of_every_model(tmp_path: Path) -> None:
+    """More than the command line, less than the model's own."""
+    text = """
+        defaults: {max_model_len: 256, max_num_seqs: 4}
+        models:
+          common: {model: LLAMA}
+          own: {model: LLAMA, max_model_len: 512}
+    """
+    common, own = launch(text, tmp_path, "--max-model-len", "128").models
+
+    assert [256, 512] == [m.vllm_config.model_config.max_model_len for m in (common, own)]
+    assert [4, 4] == [m.vllm_config.scheduler_config.max_num_seqs for m in (common, own)]
+
+
+def test_a_mistake_in_defaults_is_named_there(tmp_path: Path) -> None:
+    """A key that vLLM does not know, and a value that it refuses."""
+    with pytest.raises(
+        ConfigError, match=r"defaults: unknown key 'max_model_length'; did you mean"
+    ):
+        launch("{defaults: {max_model_length: 3}, models: {a: {model: LLAMA}}}", tmp_path)
+
+
+def test_variables_of_a_model_are_set_while_its_configuration_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not afterwards: the server's own are back."""
+    monkeypatch.setenv("QUANT_CONFIG", "/server.json")
+    (tmp_path / "quant.json").write_text("{}")
+    text = """
+        models:
+          file: {model: LLAMA, quant_config: quant.json}
+          cleared: {model: LLAMA, quant_config: null}
+          kept: {model: LLAMA}
+    """
+    seen = []
+
+    def spy(args: argparse.Namespace) -> object:
+        seen.append(os.environ.get("QUANT_CONFIG"))
+        return engine_config(args)
+
+    monkeypatch.setattr("vllm_hotswap.launch.engine_config", spy)
+    made = launch(text, tmp_path).models
+
+    assert [str(tmp_path / "quant.json"), None, "/server.json"] == seen
+    assert "/server.json" == os.environ["QUANT_CONFIG"]
+    assert [{"QUANT_CONFIG": seen[0]}, {"QUANT_CONFIG": None}, {}] == [m.variables for m in made]
+
+
 MISTAKES = {
     "max_model_length: 512": "unknown key 'max_model_length'; did you mean 'max_model_len'?",
     "max_model_len: many": "max-model-len",
     "max_model_len: 999999": "max_model_len",
     "port: 80": "'port' is a setting of the server",
-    "served_model_name: other": "the alias is the served name",
+    "served_model_name: other": "put others into 'aliases'",
     "enable_auto_tool_choice: true": "requires --tool-call-parser",
     "tool_call_parser: hermse": "tool_call_parser 'hermse' is not known",
     "chat_template: /no/such/file.jinja": "/no/such/file.jinja",
@@ -188,7 +255,7 @@ def test_weights_of_a_gguf_file_are_its_size(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"x" * 1000)
 
-    assert 1000 == weights_bytes(ModelConfig("a", str(file)), None)
+    assert 1000 == weights_bytes(ModelConfig(alias="a", model=str(file)), None)
 
 
 def test_vllms_logging_flags_reach_uvicorn(tmp_path: Path) -> None:

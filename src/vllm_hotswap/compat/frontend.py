@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from vllm_hotswap.compat.loading import executor_class
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.host.messages import SocketPaths
+
+TOOL_KEYS = frozenset(["tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"])
 
 
 def prepare_frontends() -> None:
@@ -51,6 +54,33 @@ async def make_app(client: Any, args: argparse.Namespace) -> Any:
     app = find("build_app")(args, tasks, client.model_config)
     await find("init_app_state")(client, app.state, args, tasks)
     return app
+
+
+def request_keys(app: Any, args: argparse.Namespace) -> dict[str, frozenset[str]]:
+    """What the bodies of a model's routes may have at their top level, by path.
+
+    Tools are left out where the model has no tool parser.
+    """
+    without = frozenset() if args.tool_call_parser else TOOL_KEYS
+    return {
+        route.path: keys - without
+        for route in app.routes
+        if (keys := _body_keys(route)) and "POST" in getattr(route, "methods", ())
+    }
+
+
+def _body_keys(route: Any) -> frozenset[str]:
+    """Fields of the pydantic models that a FastAPI route takes as its body, by all their names."""
+    body = getattr(route, "body_field", None)
+    kinds = [body.field_info.annotation] if body is not None else []
+    kinds += typing.get_args(kinds[0]) if kinds else ()
+    return frozenset(
+        name
+        for kind in kinds
+        for key, field in getattr(kind, "model_fields", {}).items()
+        for name in (key, field.alias)
+        if name
+    )
 
 
 def name_in_parser_metrics(alias: str) -> None:

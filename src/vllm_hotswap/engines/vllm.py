@@ -46,6 +46,7 @@ from vllm_hotswap.host.messages import (
 from vllm_hotswap.launch import ModelLaunch
 from vllm_hotswap.metrics import adopting_frontend_metrics
 from vllm_hotswap.planner import Footprint, Usage
+from vllm_hotswap.sampling import SamplingFilter
 from vllm_hotswap.states import Residency
 
 T = TypeVar("T")
@@ -144,13 +145,12 @@ class VllmEngine:
         self._sockets = self._sockets or self._new_sockets()
         sockets = self._sockets
         # The host gets a copy, so that what a load writes into it is gone at the next one.
-        config = self._launch.vllm_config
+        config, variables = self._launch.vllm_config, self._launch.variables
+        log_stats = not self._launch.args.disable_log_stats
         self._progress = progress
         try:
             self._loaded = await self._link.call(
-                lambda number: Load(
-                    number, self.alias, config, not self._launch.args.disable_log_stats, sockets
-                )
+                lambda number: Load(number, self.alias, config, log_stats, sockets, variables)
             )
         finally:
             self._progress = None
@@ -233,7 +233,14 @@ class VllmEngine:
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
-        self._app = app
+        self._app = self._filtered(app)
+
+    def _filtered(self, app: Any) -> ASGIApp:
+        """The application behind what the configuration says of sampling."""
+        sampling, args = self._launch.sampling, self._launch.args
+        if sampling.is_empty:
+            return app  # type: ignore[no-any-return]
+        return SamplingFilter(app, sampling, frontend.request_keys(app, args))
 
 
 def footprint_of(

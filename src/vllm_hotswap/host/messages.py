@@ -7,8 +7,10 @@ their outputs never come this way: they use vLLM's own sockets, one pair per mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from vllm_hotswap.variables import Wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Load:
     vllm_config: Any
     log_stats: bool
     sockets: SocketPaths
+    variables: Wishes = field(default_factory=dict)
+    """Environment variables that the model wants while it is worked with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from vllm_hotswap.host.messages import (
     Wake,
 )
 from vllm_hotswap.host.teardown import collect_shells
+from vllm_hotswap.variables import Variables
 
 if TYPE_CHECKING:
     from vllm_hotswap.host.engine import HostedEngine
@@ -43,14 +44,15 @@ MAX_SHELLS = 8
 class Obedience:
     """Turns commands into work on the compute thread and sends the answers.
 
-    The mutable state is `_shells` (unloads whose shells wait for a collection) and the engines,
-    which are the loop's.
+    The mutable state is `_shells` (unloads whose shells wait for a collection), the environment
+    variables of models, and the engines, which are the loop's.
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
         self._channel_send = send
         self._send_lock = threading.Lock()
         self._shells = 0
+        self._variables = Variables()
         self.loop = EngineLoop(self._engine_failed, self._tidy_up)
 
     def prepare(self) -> None:
@@ -79,15 +81,17 @@ class Obedience:
         match command:
             case Measure(device=device):
                 return device.memory()
-            case Load():
-                return self._load(command)
+            case Load(alias=alias, variables=wishes):
+                self._variables.learn(alias, wishes)
+                with self._variables.of(alias):
+                    return self._load(command)
             case Activate(alias=alias):
-                self._loaded(alias)
-                return self.loop.activate(alias)
+                return self._activate(alias)
             case Sleep(alias=alias, level=level):
                 return self._sleep(alias, level)
             case Wake(alias=alias):
-                return self._wake(alias)
+                with self._variables.of(alias):
+                    return self._wake(alias)
             case Unload(alias=alias, forget=forget):
                 self._unload(alias)
                 return self.loop.remove(alias) if forget else None
@@ -142,6 +146,11 @@ class Obedience:
             )
         self.loop.add(command.alias, engine)
         return engine
+
+    def _activate(self, alias: str) -> None:
+        self._loaded(alias)
+        self.loop.activate(alias)
+        self._variables.activate(alias)
 
     def _sleep(self, alias: str, level: int) -> None:
         self._inactive(alias).sleep(level)

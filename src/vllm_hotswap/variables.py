@@ -1,0 +1,57 @@
+"""Environment variables that models want to be set, each its own.
+
+`quant_config` is one: Gaudi's quantisation reads `QUANT_CONFIG` when a model is loaded and while
+it runs. What a model gets depends on its own configuration and on the environment in which the
+process started, and never on which models were worked with before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+Wishes = Mapping[str, str | None]
+"""Variables by name; None for one that is not to be set at all."""
+
+
+class Variables:
+    """The variables of one process. Not for several threads at once.
+
+    The mutable state is `_wishes` of each model, `_base` (what was there before the first wish for
+    a variable) and `_active`, whose wishes count while nothing else is worked with.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        self._environment = environment
+        self._wishes: dict[str, Wishes] = {}
+        self._base: dict[str, str | None] = {}
+        self._active: str | None = None
+
+    def learn(self, alias: str, wishes: Wishes) -> None:
+        """Remember what a model wants."""
+        self._wishes[alias] = wishes
+        for name in wishes:
+            self._base.setdefault(name, self._environment.get(name))
+
+    def activate(self, alias: str) -> None:
+        """Set what this model wants, from now on."""
+        self._active = alias
+        self._set(alias)
+
+    @contextmanager
+    def of(self, alias: str) -> Iterator[None]:
+        """What this model wants, for as long as it is worked with; then the active one's again."""
+        self._set(alias)
+        try:
+            yield
+        finally:
+            self._set(self._active)
+
+    def _set(self, alias: str | None) -> None:
+        wishes = {} if alias is None else self._wishes.get(alias, {})
+        for name, value in {**self._base, **wishes}.items():
+            if value is None:
+                self._environment.pop(name, None)
+            else:
+                self._environment[name] = value
