@@ -185,6 +185,9 @@ class Server:
     async def post(self, path: str, **kwargs: Any) -> httpx.Response:
         return await self._client.post(path, **kwargs)
 
+    async def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        return await self._client.request(method, path, **kwargs)
+
     def ask(
         self, alias: str | None, *, name: str = "", path: str = CHAT, **body: Any
     ) -> asyncio.Task[httpx.Response]:

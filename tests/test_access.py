@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.datastructures import Headers
 
-from vllm_hotswap.access import (
-    VLLM_ADMIN_PATHS,
-    VLLM_INFERENCE_PATHS,
-    Access,
-    Role,
-    vllm_role,
-)
+from vllm_hotswap.access import Access, Role
 from vllm_hotswap.errors import SwitchNotAllowed, Unauthorized
 
 CLOSED = Access()
@@ -151,46 +145,3 @@ def test_flags_win_over_the_environment() -> None:
 def test_no_flag_leaves_the_environments_user_key(keys: list[str] | None) -> None:
     """A flag that was not given takes nothing away."""
     assert USER is USER.with_user_keys(keys)
-
-
-@pytest.mark.parametrize("path", sorted(VLLM_ADMIN_PATHS))
-def test_state_changing_route_of_vllm_needs_the_admin_role(path: str) -> None:
-    """Whether vLLM mounts it here or not."""
-    real = path.replace("{adapter_name}", "adapter-1")
-
-    assert (Role.ADMIN, Role.ADMIN) == (vllm_role("POST", real), vllm_role("DELETE", real))
-
-
-@pytest.mark.parametrize("path", sorted(VLLM_INFERENCE_PATHS))
-def test_inference_route_of_vllm_is_any_users(path: str) -> None:
-    """Also one with an identifier in its path."""
-    assert Role.USER is vllm_role("POST", path.replace("{response_id}", "resp_1"))
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/nowhere"),
-        ("POST", "/v1/responses/a/b/cancel"),
-        ("POST", "/v1/chat/completions/other"),
-        ("DELETE", "/v1/responses/resp_1"),
-        ("PUT", "/"),
-        ("QUERY", "/v1/models"),
-    ],
-)
-def test_route_that_may_change_something_and_is_not_known_is_not_reached(
-    method: str, path: str
-) -> None:
-    """A later vLLM, or a plugin of it, opens nothing here by itself."""
-    assert None is vllm_role(method, path)
-
-
-@pytest.mark.parametrize("path", ["/load", "/docs", "/v1/responses/resp_1", "/nowhere"])
-def test_route_that_only_reads_is_any_users(path: str) -> None:
-    """The model's application knows whether it exists."""
-    assert Role.USER is vllm_role("GET", path)
-
-
-def test_no_route_is_of_two_kinds() -> None:
-    """Whoever adds one has to decide."""
-    assert frozenset() == VLLM_ADMIN_PATHS & VLLM_INFERENCE_PATHS

@@ -219,7 +219,7 @@ async def test_switching_needs_an_admin_key_or_dev_mode(
         ("GET", "/admin/events", 401),
         ("POST", "/admin/models/llama/load", 401),
         ("POST", "/v1/chat/completions", 401),
-        ("POST", "/nowhere", 401),
+        ("POST", "/nowhere", 404),
     ],
 )
 async def test_key_is_needed_for_all_but_public_routes(

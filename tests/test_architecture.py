@@ -30,7 +30,7 @@ LAYERS = [
     {"events", "budget", "engines.base"},
     {"settings"},
     {"config", "hub", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
-    {"ladder", "switch", "metrics", "progress", "listen", "feed"},
+    {"ladder", "switch", "metrics", "progress", "listen", "feed", "routes"},
     {
         "coordinator",
         "compat.memory",

@@ -60,8 +60,7 @@ class Admin:
         return JSONResponse(model_list(self._coordinator))
 
     async def model(self, request: Request) -> Response:
-        _, _, alias = request.scope["path"].partition("/v1/models/")
-        model = self._coordinator.registry.resolve(alias)
+        model = self._coordinator.registry.resolve(request.path_params["alias"])
         return JSONResponse(model_card(model, self._coordinator))
 
     async def switch(self, request: Request) -> Response:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_hotswap import openai, operations
-from vllm_hotswap.access import Access, Role, vllm_role
+from vllm_hotswap import openai
+from vllm_hotswap.access import Access, Role
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import HotswapError, UnknownRoute
+from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.operations import Operations
 from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.routes import WEBSOCKET, Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import Router
 from vllm_hotswap.settings import SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 class HotswapApp:
@@ -65,49 +64,48 @@ class HotswapApp:
         moves = Operations(self.coordinator)
         self.feed = EventFeed(admin.snapshot)
         observer.add(self.feed)
-        self._model = admin.model
-        self._operate = moves.operate
-        self._routes: dict[tuple[str, str], tuple[Role, Handler]] = {
-            ("GET", "/health"): (Role.PUBLIC, admin.health),
-            ("GET", "/ping"): (Role.PUBLIC, admin.health),
-            ("POST", "/ping"): (Role.PUBLIC, admin.health),
-            ("GET", "/version"): (Role.PUBLIC, self._version),
-            ("GET", "/metrics"): (Role.USER, admin.metrics),
-            ("GET", "/v1/models"): (Role.USER, admin.models),
-            ("GET", "/models"): (Role.USER, admin.models),
-            ("POST", "/v1/models/switch"): (Role.ADMIN, admin.switch),
-            ("GET", "/admin/status"): (Role.USER, admin.status),
-            ("GET", "/admin/plan"): (Role.USER, moves.plan),
-            ("GET", "/admin/events"): (Role.USER, self._events),
-        }
+        self.routes = RouteTable([*self._own_routes(admin, moves), *vllm_routes()])
+
+    def _own_routes(self, admin: Admin, moves: Operations) -> Iterator[Route]:
+        public, user, switching = Role.PUBLIC, Role.USER, Role.ADMIN
+        model = "/admin/models/{alias:path}"
+        yield Route("GET", "/health", public, admin.health)
+        yield Route("GET", "/ping", public, admin.health)
+        yield Route("POST", "/ping", public, admin.health)
+        yield Route("GET", "/version", public, self._version)
+        yield Route("GET", "/metrics", user, admin.metrics)
+        yield Route("GET", "/v1/models", user, admin.models)
+        yield Route("GET", "/models", user, admin.models)
+        yield Route("GET", "/v1/models/{alias:path}", user, admin.model)
+        yield Route("POST", "/v1/models/switch", switching, admin.switch)
+        yield Route("GET", "/admin/status", user, admin.status)
+        yield Route("GET", "/admin/plan", user, moves.plan)
+        yield Route("GET", "/admin/events", user, self._events)
+        yield Route("POST", f"{model}/load", switching, moves.load)
+        yield Route("POST", f"{model}/unload", switching, moves.unload)
+        yield Route("POST", f"{model}/sleep", switching, moves.sleep)
+        yield Route("POST", f"{model}/wake", switching, moves.wake)
+        yield Route("POST", f"{model}/prefetch", switching, moves.prefetch)
+        yield Route("POST", f"{model}/pin", switching, moves.pin)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             raise RuntimeError("the server starts and stops the models; run with lifespan off")
-        role, handler = self._find(scope)
         try:
-            self._access.check(role, Headers(scope=scope))
-            answer = await handler(Request(scope, receive)) if handler else self._router
+            answer = await self._answer(scope, receive)
         except HotswapError as error:
-            answer = openai.error_response(error)
-        await answer(scope, receive, send)
+            await openai.refuse(error, scope, receive, send)
+        else:
+            await answer(scope, receive, send)
 
-    def _find(self, scope: Scope) -> tuple[Role, Handler | None]:
-        """The role and, for what the router does not get, the handler of a request."""
-        if scope["type"] == "websocket":
-            return Role.USER, None
-        method, path = scope["method"], _path(scope)
-        key = ("GET" if method == "HEAD" else method, path.rstrip("/") or "/")
-        if key in self._routes:
-            return self._routes[key]
-        if key[0] == "GET" and path.startswith("/v1/models/"):
-            return Role.USER, self._model
-        if key[0] == "POST" and path.startswith(operations.PREFIX):
-            return Role.ADMIN, self._operate
-        if path.startswith("/admin/"):
-            return Role.USER, _refuse
-        role = vllm_role(*key)
-        return (Role.USER, _refuse) if role is None else (role, None)
+    async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
+        """What answers a request that may be answered."""
+        method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
+        route, parameters = self.routes.find(method, _path(scope))
+        self._access.check(route.role, Headers(scope=scope))
+        if route.handler is None:
+            return self._router
+        return await route.handler(Request({**scope, "path_params": parameters}, receive))
 
     async def _events(self, request: Request) -> Response:
         if request.method == "HEAD":
@@ -138,12 +136,8 @@ def _varies_by_origin(start: Message) -> bool:
     return any("origin" in value.lower() for value in values)
 
 
-async def _refuse(request: Request) -> Response:
-    raise UnknownRoute(request.method, request.url.path)
-
-
 def _path(scope: Scope) -> str:
     """The path below the proxy's prefix, as starlette computes it."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(root) else path
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path

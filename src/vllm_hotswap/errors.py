@@ -16,6 +16,7 @@
     ├── Unauthorized             401  send a valid key
     ├── InvalidRequest           400  the body or a parameter is wrong
     ├── UnknownRoute             404  the path takes no such request; see the list of routes
+    ├── MethodNotAllowed         405  the path takes other methods; they are named
     ├── QueueFull                429  too many requests wait for the target; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
     ├── DrainCut                 503  the request was still running at the drain deadline
@@ -33,7 +34,8 @@ class HotswapError(Exception):
     """Base of all errors of this package.
 
     Class attributes give the HTTP form: `status`, OpenAI `type` and `code`.
-    `retry_after_s`, where set, becomes the `Retry-After` header (seconds).
+    `retry_after_s`, where set, becomes the `Retry-After` header (seconds), and `allow` the
+    `Allow` header.
     """
 
     status = 500
@@ -41,6 +43,7 @@ class HotswapError(Exception):
     code = "internal_error"
     param: str | None = None
     retry_after_s: int | None = None
+    allow: str | None = None
 
     def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -180,6 +183,16 @@ class UnknownRoute(HotswapError):
             f"{method} {path} is not among the routes that this server answers; "
             "see docs/http-api.md"
         )
+
+
+class MethodNotAllowed(HotswapError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
+        self.allow = ", ".join(sorted(allowed))
+        super().__init__(f"{path} does not take {method}; it takes {self.allow}")
 
 
 class QueueFull(HotswapError):

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from vllm_hotswap.errors import HotswapError
 
@@ -27,9 +28,20 @@ def error_response(error: HotswapError) -> JSONResponse:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
+    if error.allow is not None:
+        headers["Allow"] = error.allow
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status, headers)
+
+
+async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or a WebSocket's handshake, with an error."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope["extensions"]:
+        # All that this HTTP server can tell then: it answers with 403.
+        await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+    else:
+        await error_response(error)(scope, receive, send)
 
 
 def error_event(error: HotswapError, path: str) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,11 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm_hotswap.coordinator import Coordinator
-from vllm_hotswap.errors import InvalidRequest, UnknownRoute
+from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import OperationResult
 from vllm_hotswap.planner import Move, Plan, Usage
-
-PREFIX = "/admin/models/"
 
 
 class _Body(BaseModel):
@@ -51,22 +48,6 @@ class Operations:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._handlers: dict[str, Callable[[str, bytes], Awaitable[dict[str, Any]]]] = {
-            "load": self._load,
-            "unload": self._unload,
-            "sleep": self._sleep,
-            "wake": self._wake,
-            "prefetch": self._prefetch,
-            "pin": self._pin,
-        }
-
-    async def operate(self, request: Request) -> Response:
-        """One operation on one model. An alias may contain slashes."""
-        path: str = request.scope["path"]  # decoded: an alias may have any character
-        alias, _, name = path.partition(PREFIX)[2].rstrip("/").rpartition("/")
-        if name not in self._handlers or not alias:
-            raise UnknownRoute(request.method, path)
-        return JSONResponse(await self._handlers[name](alias, await request.body()))
 
     async def plan(self, request: Request) -> Response:
         alias = request.query_params.get("model")
@@ -74,33 +55,33 @@ class Operations:
             raise InvalidRequest("name a model: /admin/plan?model=alias", "model")
         return JSONResponse(plan_body(self._coordinator.plan(alias), self._coordinator.active))
 
-    async def _load(self, alias: str, body: bytes) -> dict[str, Any]:
-        _parse(NoOptions, body)
-        return operation_body(await self._coordinator.load(alias))
+    async def load(self, request: Request) -> Response:
+        alias, _ = await _read(request, NoOptions)
+        return JSONResponse(operation_body(await self._coordinator.load(alias)))
 
-    async def _unload(self, alias: str, body: bytes) -> dict[str, Any]:
-        _parse(NoOptions, body)
-        return operation_body(await self._coordinator.unload(alias))
+    async def unload(self, request: Request) -> Response:
+        alias, _ = await _read(request, NoOptions)
+        return JSONResponse(operation_body(await self._coordinator.unload(alias)))
 
-    async def _sleep(self, alias: str, body: bytes) -> dict[str, Any]:
-        return operation_body(
-            await self._coordinator.sleep(alias, _parse(SleepOptions, body).level)
-        )
+    async def sleep(self, request: Request) -> Response:
+        alias, options = await _read(request, SleepOptions)
+        return JSONResponse(operation_body(await self._coordinator.sleep(alias, options.level)))
 
-    async def _wake(self, alias: str, body: bytes) -> dict[str, Any]:
-        _parse(NoOptions, body)
-        return operation_body(await self._coordinator.wake(alias))
+    async def wake(self, request: Request) -> Response:
+        alias, _ = await _read(request, NoOptions)
+        return JSONResponse(operation_body(await self._coordinator.wake(alias)))
 
-    async def _prefetch(self, alias: str, body: bytes) -> dict[str, Any]:
-        if _parse(PrefetchOptions, body).cancel:
+    async def prefetch(self, request: Request) -> Response:
+        alias, options = await _read(request, PrefetchOptions)
+        if options.cancel:
             self._coordinator.cancel_prefetch(alias)
-            return {"operation": "prefetch", "model": alias, "cancelled": True}
-        return operation_body(await self._coordinator.prefetch(alias))
+            return JSONResponse({"operation": "prefetch", "model": alias, "cancelled": True})
+        return JSONResponse(operation_body(await self._coordinator.prefetch(alias)))
 
-    async def _pin(self, alias: str, body: bytes) -> dict[str, Any]:
-        pinned = _parse(PinOptions, body).pinned
-        self._coordinator.pin(alias, pinned)
-        return {"operation": "pin", "model": alias, "pinned": pinned}
+    async def pin(self, request: Request) -> Response:
+        alias, options = await _read(request, PinOptions)
+        self._coordinator.pin(alias, options.pinned)
+        return JSONResponse({"operation": "pin", "model": alias, "pinned": options.pinned})
 
 
 def operation_body(result: OperationResult) -> dict[str, Any]:
@@ -148,6 +129,11 @@ def move_body(move: Move) -> dict[str, Any]:
 
 def usage_body(usage: Usage) -> dict[str, int]:
     return {"device_bytes": usage.device, "host_bytes": usage.host}
+
+
+async def _read(request: Request, kind: type[Options]) -> tuple[str, Options]:
+    """The alias in the path, and the checked body."""
+    return request.path_params["alias"], _parse(kind, await request.body())
 
 
 def _parse(kind: type[Options], body: bytes) -> Options:

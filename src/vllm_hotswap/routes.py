@@ -1,0 +1,153 @@
+"""Every route that is answered, and what it asks of its caller. Whatever is not here is refused.
+
+Our own routes are added by the composition root; vLLM's are listed here, method by method, as its
+applications of version 0.32.0 have them. So a later vLLM, or a plugin, opens nothing by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from vllm_hotswap.access import Role
+from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+WEBSOCKET = "WEBSOCKET"
+"""Stands in the place of the method."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path."""
+
+    method: str
+    path: str
+    """`{name}` stands for one segment, `{name:path}` for any number of them."""
+    role: Role
+    handler: Handler | None = None
+    """None: the application of the model that the request names answers."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Our own GET routes answer HEAD, too; vLLM's do where they say so."""
+        return ("GET", "HEAD") if self.method == "GET" and self.handler else (self.method,)
+
+
+class RouteTable:
+    """Finds the route of a request, or refuses it."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._routes = tuple(routes)
+        by_path: dict[str, dict[str, Route]] = defaultdict(dict)
+        for route in self._routes:
+            for method in route.methods:
+                if method in by_path[route.path]:
+                    raise ValueError(f"{method} {route.path} is in the table twice")
+                by_path[route.path][method] = route
+        self._plain = {path: routes for path, routes in by_path.items() if "{" not in path}
+        self._patterns = [(_pattern(path), by_path[path]) for path in by_path if "{" in path]
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self._routes)
+
+    def find(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
+        """The route, and what stands in the place of its parts in braces.
+
+        Raises:
+            UnknownRoute: there is no such path.
+            MethodNotAllowed: there is, for other methods.
+        """
+        path = path.rstrip("/") or "/"
+        plain = self._plain.get(path, {})
+        if method in plain:
+            return plain[method], {}
+        allowed = set(plain)
+        for pattern, routes in self._patterns:
+            if match := pattern.fullmatch(path):
+                if method in routes:
+                    return routes[method], match.groupdict()
+                allowed.update(routes)
+        if method == WEBSOCKET or not allowed - {WEBSOCKET}:
+            raise UnknownRoute(method, path)
+        raise MethodNotAllowed(method, path, allowed - {WEBSOCKET})
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    several = re.sub(r"\{(\w+):path\}", r"(?P<\1>.+)", path)
+    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", several), re.DOTALL)
+
+
+VLLM_USER_ROUTES = (
+    # inference
+    "POST /classify",
+    "POST /cohere/v2/chat",
+    "POST /cohere/v2/chat/render",
+    "POST /detokenize",
+    "POST /generative_scoring",
+    "POST /inference/v1/generate",
+    "POST /invocations",
+    "POST /pooling",
+    "POST /rerank",
+    "POST /score",
+    "POST /tokenize",
+    "POST /v1/audio/transcriptions",
+    "POST /v1/audio/translations",
+    "POST /v1/chat/completions",
+    "POST /v1/chat/completions/batch",
+    "POST /v1/chat/completions/derender",
+    "POST /v1/chat/completions/render",
+    "POST /v1/completions",
+    "POST /v1/completions/derender",
+    "POST /v1/completions/render",
+    "POST /v1/embeddings",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
+    "POST /v1/messages/render",
+    f"{WEBSOCKET} /v1/realtime",
+    "POST /v1/rerank",
+    "POST /v1/responses",
+    "POST /v1/responses/render",
+    "GET /v1/responses/{response_id}",
+    "POST /v1/responses/{response_id}/cancel",
+    "POST /v1/score",
+    "POST /v1/systemone",
+    "POST /v2/embed",
+    "POST /v2/rerank",
+    # reading
+    "GET /load",
+    "GET /tokenizer_info",
+    # the description of a model's application
+    "GET /docs",
+    "HEAD /docs",
+    "GET /docs/oauth2-redirect",
+    "HEAD /docs/oauth2-redirect",
+    "GET /openapi.json",
+    "HEAD /openapi.json",
+    "GET /redoc",
+    "HEAD /redoc",
+    "GET /static/{file:path}",
+    "HEAD /static/{file:path}",
+)
+
+VLLM_ADMIN_ROUTES = (
+    "POST /inference/v1/abort_requests",  # of whichever client
+    "GET /kv_event_sources",  # addresses inside the machine
+    "POST /start_profile",
+    "POST /stop_profile",
+    "POST /v1/load_lora_adapter",
+    "POST /v1/unload_lora_adapter",
+)
+
+
+def vllm_routes() -> Iterator[Route]:
+    for role, lines in ((Role.USER, VLLM_USER_ROUTES), (Role.ADMIN, VLLM_ADMIN_ROUTES)):
+        for line in lines:
+            method, _, path = line.partition(" ")
+            yield Route(method, path, role)
