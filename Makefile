@@ -10,7 +10,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check lint types format bench bench-residency clean
+.PHONY: help setup demo serve test check lint types format bench bench-residency reference clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench: setup ## Measure switches and throughput; results go to bench-results
 
 bench-residency: setup ## Measure switches from every residency, memory and drift; the same place
 	$(BIN)/python -m vllm_hotswap.bench.residency --out bench-results
+
+reference: setup ## Make the reference page and the JSON schema anew
+	$(BIN)/python -m vllm_hotswap.reference --write .
 
 clean: ## Remove the environment, caches and results
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_hotswap import __version__, remote
+from vllm_hotswap.compat.versions import is_installed, require_vllm
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS, parse_allowed
 from vllm_hotswap.settings import Override, overrides, server_settings
+
+WITH_FLAGS = ("serve", "check")
+"""Commands that take a YAML file and flags of `vllm serve`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HotswapError as error:
         parser.error(error.message)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "serve":
+    if rest and args.command not in WITH_FLAGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = args.run(args, rest)
     except HotswapError as error:
-        message = one_line(error) if args.command == "serve" else error.message
+        message = one_line(error) if args.command in WITH_FLAGS else error.message
         print(f"vllm-hotswap: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -43,6 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-hotswap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_check(commands)
+    _add_schema(commands)
     _add_demo(commands)
     remote.add_commands(commands)
     return parser
@@ -65,6 +73,31 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     _add_settings(serve)
     serve.set_defaults(run=_serve)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="find out what is wrong with a YAML file, without loading a model",
+        description="Look at files, configurations, tokenizers, chat templates, parsers and memory "
+        "of every model, print a table, and end with 1 if anything cannot work. Takes the "
+        "flags of `serve`.",
+        allow_abbrev=False,
+    )
+    check.add_argument("config", type=Path, help="the YAML file")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_settings(check)
+    check.set_defaults(run=_check)
+
+
+def _add_schema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schema = commands.add_parser(
+        "schema",
+        help="print the JSON schema of the YAML file",
+        description="Print the JSON schema of the YAML file, for editors: with the flags of the "
+        "installed vLLM as keys of a model, or without them where no vLLM is installed.",
+    )
+    schema.set_defaults(run=_schema)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +137,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def file_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with the YAML file of `serve` in front of the flags, wherever it was given.
+    """The arguments with the YAML file in front of the flags of vLLM, wherever it was given.
 
     Only vLLM's parser knows which flags take a value, and to import it takes seconds. So a file
     behind flags is told by its name.
@@ -114,7 +147,7 @@ def file_first(argv: Sequence[str]) -> list[str]:
     """
     command, *words = argv or [""]
     is_clear = not words or not words[0].startswith("-") or {"-h", "--help"} & set(words)
-    if command != "serve" or is_clear:
+    if command not in WITH_FLAGS or is_clear:
         return list(argv)
     files = [
         number
@@ -122,7 +155,9 @@ def file_first(argv: Sequence[str]) -> list[str]:
         if word.endswith((".yaml", ".yml")) and word[0] != "-" and before != "--config"
     ]
     if len(files) != 1:
-        raise ConfigError("name the YAML file before the flags: vllm-hotswap serve FILE [FLAGS]")
+        raise ConfigError(
+            f"name the YAML file before the flags: vllm-hotswap {command} FILE [FLAGS]"
+        )
     return [command, words.pop(files[0]), *words]
 
 
@@ -141,6 +176,38 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap import server
 
     return server.run(config, flags, args.admin_key)
+
+
+def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    from vllm_hotswap.config import load_config
+
+    config = load_config(args.config, *given(args))
+    require_vllm()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
+    from vllm_hotswap import check
+
+    return check.run(config, flags, args.json)
+
+
+def _schema(*_: object) -> int:
+    from vllm_hotswap.schema import json_schema
+
+    with contextlib.redirect_stdout(sys.stderr):  # where vLLM logs
+        flags = described_flags()
+    print(json.dumps(json_schema(flags), indent=1))
+    return 0
+
+
+def described_flags() -> Mapping[str, argparse.Action] | None:
+    """The flags of the installed vLLM that may be keys of a model; None where there is none."""
+    if not is_installed():
+        return None
+    from vllm_hotswap.compat.configuration import describing_parser
+
+    parser = describing_parser("vllm-hotswap schema")
+    from vllm_hotswap.launch import model_flags
+
+    return model_flags(parser)
 
 
 def _demo(args: argparse.Namespace, _: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from vllm_hotswap.errors import ConfigError, HotswapError
+from vllm_hotswap.schema import EDITOR_LINE
 
 MODELS = Path(__file__).parent / "tiny_models"
 START_TIMEOUT_S = 240.0
@@ -36,7 +37,10 @@ WEATHER_TOOL = {
     },
 }
 
-CONFIGURATION = """\
+SCHEMA = Path(__file__).parent / "models.schema.json"
+
+CONFIGURATION = f"""\
+{EDITOR_LINE.format(SCHEMA.name)}
 # Three tiny models that ship with vllm-hotswap. Every key below a model, other than `model` and
 # `load`, is a flag of `vllm serve` with underscores. The paths of `model` and `chat_template` are
 # relative to this file, others to the folder in which the server is started.
@@ -66,7 +70,7 @@ models:
 
 
 def write(folder: Path) -> Path:
-    """Write the tiny models and a `models.yaml` that serves them.
+    """Write the tiny models, a `models.yaml` that serves them, and its JSON schema.
 
     Returns the path of `models.yaml`.
 
@@ -80,6 +84,7 @@ def write(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for model in sorted(path for path in MODELS.iterdir() if path.is_dir()):
             shutil.copytree(model, folder / model.name, dirs_exist_ok=True)
+        shutil.copy(SCHEMA, folder)
         path.write_text(CONFIGURATION, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the demo to {str(folder)!r}: {error.strerror}") from error

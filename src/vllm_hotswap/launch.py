@@ -93,17 +93,22 @@ def parse_flags(config: ServerConfig, flags: Sequence[str]) -> dict[str, argpars
         ConfigError: a flag or a key that vLLM does not know, or a value that it refuses.
     """
     parser = serve_parser("vllm-hotswap serve")
+    namespaces = {"": parse_server_flags(parser, flags)}
+    with config.references.hidden_in_errors():
+        for model in config.models:
+            namespaces[model.alias] = model_namespace(parser, flags, model, config.path)
+    return namespaces
+
+
+def parse_server_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) -> argparse.Namespace:
+    """vLLM's namespace for the command line alone. Raises `ConfigError`."""
     server = parser.parse_args(list(flags))
     if server.model_tag is not None:
         raise ConfigError(
             f"unexpected argument {server.model_tag!r}; models are named in the YAML file"
         )
     _refuse_unsupported(server)
-    namespaces = {"": server}
-    with config.references.hidden_in_errors():
-        for model in config.models:
-            namespaces[model.alias] = model_namespace(parser, flags, model, config.path)
-    return namespaces
+    return server
 
 
 def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) -> Launch:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
 import signal
@@ -25,9 +24,10 @@ from starlette.types import ASGIApp
 from vllm_hotswap import __version__
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import CrossOrigin, HotswapApp
+from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
 from vllm_hotswap.engines.link import HostLink
-from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
+from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
@@ -70,11 +70,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "vLLM is not installed in this environment; install the build for your platform "
-            "(in a clone, `make setup` installs the one for CPUs)"
-        )
+    require_vllm()
     access = Access.from_environment(os.environ, admin_keys)
     _clean_environment()
     link = HostLink()

@@ -7,6 +7,7 @@ Relies on: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs.fro
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
 from vllm_hotswap.compat.names import find
@@ -24,6 +25,19 @@ def serve_parser(prog: str) -> argparse.ArgumentParser:
 
     parser: argparse.ArgumentParser = find("make_arg_parser")(RaisingParser(prog=prog))
     return parser
+
+
+def describing_parser(prog: str) -> argparse.ArgumentParser:
+    """The same parser with a help text for every flag, which vLLM leaves out unless it is asked.
+
+    It looks for `--help` among the process's arguments when its module is imported; call this
+    before anything of vLLM is imported.
+    """
+    sys.argv.append("--help=all")
+    try:
+        return serve_parser(prog)
+    finally:
+        sys.argv.pop()
 
 
 def engine_config(args: argparse.Namespace) -> Any:

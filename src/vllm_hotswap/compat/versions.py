@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+
+from vllm_hotswap.errors import ConfigError
 
 RUN_ON = ("0.32.0",)
 """Versions on which the tests have been run, oldest first; the README has the same list."""
+
+
+def is_installed() -> bool:
+    """Whether there is a vLLM at all, told without importing it."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def require_vllm() -> None:
+    """Raises `ConfigError`, with the next step, where no vLLM is installed."""
+    if not is_installed():
+        raise ConfigError(
+            "vLLM is not installed in this environment; install the build for your platform "
+            "(in a clone, `make setup` installs the one for CPUs)"
+        )
 
 
 def vllm_version() -> str:

@@ -1,0 +1,225 @@
+"""`vllm-hotswap check`: everything about a configuration that can be known without loading it.
+
+Every model is looked at, and every mistake is told, not only the first one: a check is what one
+runs before a start, and a start ends at the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from vllm_hotswap.budget import resolve_budget, share_kv_memory
+from vllm_hotswap.checkpoint import check_weights, weight_files
+from vllm_hotswap.compat import trial
+from vllm_hotswap.compat.configuration import serve_parser
+from vllm_hotswap.compat.memory import model_needs
+from vllm_hotswap.config import ModelConfig, ServerConfig
+from vllm_hotswap.devices import device_of
+from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.launch import ModelLaunch, model_namespace, parse_server_flags, prepare_model
+from vllm_hotswap.variables import Variables
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class ModelReport:
+    """What was found out about one model."""
+
+    alias: str
+    task: str = "-"
+    max_model_len: int | None = None
+    weights_bytes: int | None = None
+    kv_bytes: int | None = None
+    notes: list[str] = field(default_factory=list)
+    """What is no mistake, but may surprise."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """By step: why it cannot work."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found out about the whole configuration."""
+
+    models: list[ModelReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    budget_bytes: int | None = None
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems and not any(model.problems for model in self.models)
+
+
+def check(
+    config: ServerConfig, flags: Sequence[str], tell: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Look at every model, and at whether they fit together.
+
+    Args:
+        config: the checked YAML file.
+        flags: flags of `vllm serve`, as at a start.
+        tell: called with the name of each model before it is looked at.
+
+    Raises:
+        ConfigError: a flag of the command line cannot work.
+    """
+    parser = serve_parser("vllm-hotswap check")
+    parse_server_flags(parser, flags)
+    report, variables = Report(), Variables()
+    launches: list[ModelLaunch] = []
+    for model in config.models:
+        tell(model.alias)
+        found = _Look(parser, flags, config, variables, model)
+        report.models.append(found.report)
+        launches += found.look()
+    if len(launches) == len(config.models):
+        _check_memory(config, launches, report)
+    else:
+        report.problems.append("memory: not planned, because not every model could be looked at")
+    return report
+
+
+class _Look:
+    """Looks at one model, step by step."""
+
+    def __init__(
+        self,
+        parser: argparse.ArgumentParser,
+        flags: Sequence[str],
+        config: ServerConfig,
+        variables: Variables,
+        model: ModelConfig,
+    ) -> None:
+        self._parser = parser
+        self._flags = flags
+        self._config = config
+        self._variables = variables
+        self._model = model
+        self.report = ModelReport(model.alias)
+
+    def look(self) -> Iterator[ModelLaunch]:
+        """Yields what a start would launch, if there is nothing against that."""
+        config, model = self._config, self._model
+        args = self._try(
+            "settings",
+            lambda: model_namespace(self._parser, self._flags, model, config.path),
+        )
+        if args is None:
+            return
+        launch = self._try(
+            "config.json", lambda: prepare_model(model, args, config, self._variables)
+        )
+        if launch is None:
+            return
+        vllm = launch.vllm_config.model_config
+        self.report.task = str(vllm.runner_type)
+        self.report.max_model_len = vllm.max_model_len
+        self.report.weights_bytes = launch.weights_bytes
+        self._try("weights", lambda: self._check_weights(launch))
+        self._check_text(launch)
+        yield launch
+
+    def _check_weights(self, launch: ModelLaunch) -> None:
+        path = Path(self._model.model)
+        if path.is_dir():
+            check_weights(path)
+            if launch.vllm_config.load_config.load_format == "auto" and not weight_files(path):
+                raise ConfigError(f"no weight files in {str(path)!r}")
+        elif not path.is_absolute():
+            self.report.notes.append("a model hub's name: its files were not looked at")
+
+    def _check_text(self, launch: ModelLaunch) -> None:
+        tokenizer = self._try("tokenizer", lambda: trial.make_tokenizer(launch.vllm_config))
+        if tokenizer is None or not trial.generates(launch.vllm_config):
+            return
+        self._try("parsers", lambda: trial.make_parsers(launch.args, tokenizer))
+        rendered = self._try(
+            "chat template",
+            lambda: trial.render_once(launch.args, launch.vllm_config, tokenizer) or "",
+        )
+        if rendered == "":
+            self.report.notes.append("no chat template: chat requests will be refused")
+
+    def _try(self, step: str, do: Callable[[], T]) -> T | None:
+        """What `do` returns; None, and a problem, if it raises."""
+        try:
+            return do()
+        except Exception as error:  # noqa: BLE001  # whatever the libraries below raise is told
+            self.report.problems[step] = self._config.references.hide(one_line(error))
+            return None
+
+
+def _check_memory(config: ServerConfig, launches: Sequence[ModelLaunch], report: Report) -> None:
+    """Plan the memory as a start would, on what is free now."""
+    first = launches[0].vllm_config
+    fraction = max(launch.vllm_config.cache_config.gpu_memory_utilization for launch in launches)
+    needs = [
+        model_needs(launch.alias, launch.vllm_config, launch.weights_bytes, launch.pinned)
+        for launch in launches
+    ]
+    try:
+        memory = device_of(first).memory()
+        free = psutil.virtual_memory().available
+        report.budget_bytes = resolve_budget(config.memory, memory, free, fraction).device
+        shares = share_kv_memory(needs, report.budget_bytes)
+    except ConfigError as error:
+        report.problems.append(f"memory: {one_line(error)}")
+        return
+    for model in report.models:
+        model.kv_bytes = shares[model.alias]
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def run(config: ServerConfig, flags: Sequence[str], as_json: bool) -> int:
+    """Check, print a table (or JSON), return the exit status: 1 if anything cannot work."""
+
+    def tell(alias: str) -> None:
+        print(f"checking {alias} ...", file=sys.stderr, flush=True)
+
+    with contextlib.redirect_stdout(sys.stderr):  # where vLLM logs
+        report = check(config, flags, tell)
+    print(json.dumps(asdict(report), indent=2) if as_json else table(report))
+    return 0 if report.is_good else 1
+
+
+def table(report: Report) -> str:
+    """The report for people."""
+    rows = [("model", "task", "max length", "weights", "KV memory", "result")]
+    rows += [
+        (
+            model.alias,
+            model.task,
+            "-" if model.max_model_len is None else str(model.max_model_len),
+            _mib(model.weights_bytes),
+            _mib(model.kv_bytes),
+            ", ".join(model.problems) or "ok",
+        )
+        for model in report.models
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if report.budget_bytes is not None:
+        lines.append(f"memory for models: {_mib(report.budget_bytes)}")
+    lines += [f"note: {model.alias}: {note}" for model in report.models for note in model.notes]
+    lines += [f"error: {problem}" for problem in report.problems]
+    lines += [
+        f"error: {model.alias}: {step}: {problem}"
+        for model in report.models
+        for step, problem in model.problems.items()
+    ]
+    return "\n".join(lines)
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / (1 << 20):.1f} MiB"

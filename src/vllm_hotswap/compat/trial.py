@@ -1,0 +1,75 @@
+"""What a model's frontend will do at its first request, tried without an engine.
+
+Relies on: `cached_tokenizer_from_config`, `safe_apply_chat_template`, `load_chat_template`, the
+managers of parsers. Checked on vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look something up",
+        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}},
+    },
+}
+
+
+def generates(config: Any) -> bool:
+    """Whether the model generates text, rather than to embed, classify or score it."""
+    return str(config.model_config.runner_type) == "generate"
+
+
+def make_tokenizer(config: Any) -> Any:
+    """The model's tokenizer; None if it is configured to have none."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return cached_tokenizer_from_config(config.model_config)
+
+
+def make_parsers(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Make the tool and the reasoning parser: several refuse a tokenizer without their tokens."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_call_parser:
+        ToolParserManager.get_tool_parser(args.tool_call_parser)(tokenizer)
+    if name := reasoning_parser(args):
+        ReasoningParserManager.get_reasoning_parser(name)(tokenizer)
+
+
+def reasoning_parser(args: argparse.Namespace) -> str | None:
+    """Its name, wherever it was given."""
+    return args.reasoning_parser or args.structured_outputs_config.reasoning_parser or None
+
+
+def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | None:
+    """A short conversation as the chat template renders it, with a tool if the model has a parser.
+
+    None where there is no template, or where it is no Jinja template that renders.
+    """
+    from vllm.renderers.chat_utils import load_chat_template
+    from vllm.renderers.hf import ChatTemplateResolutionError, safe_apply_chat_template
+
+    if not hasattr(tokenizer, "get_chat_template"):
+        return None
+    try:
+        text: str = safe_apply_chat_template(
+            config.model_config,
+            tokenizer,
+            list(MESSAGES),
+            tools=[TOOL] if args.tool_call_parser else None,
+            chat_template=load_chat_template(args.chat_template),
+            tokenize=False,
+            add_generation_prompt=True,
+            **(args.default_chat_template_kwargs or {}),
+        )
+    except ChatTemplateResolutionError:
+        return None
+    return text

@@ -1,0 +1,154 @@
+"""`vllm-hotswap check`: what can be known without loading a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.compat.versions import vllm_version
+from vllm_hotswap.demo import MODELS, SCHEMA, write
+
+MIB = 1 << 20
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "settings: {max_modle_len: 3}": ("settings", "did you mean 'max_model_len'?"),
+    "length: {max_model_len: 999999}": ("config.json", "max_model_len"),
+    "parser: {tool_call_parser: hermse}": ("settings", "'hermse' is not known"),
+    "tokens: {tool_call_parser: deepseek_v3}": ("parsers", "could not locate tool call"),
+    "template: {chat_template: bad.jinja}": ("chat template", "endfor"),
+    "raising: {chat_template: raising.jinja}": ("chat template", "no such thing"),
+}
+"""A model's alias and settings, with the step that fails and what it says."""
+
+BROKEN = {
+    "truncated": ("weights", "model.safetensors"),
+    "no-weights": ("weights", "no weight files"),
+    "no-tokenizer": ("tokenizer", ""),
+    "bad-config": ("config.json", ""),
+}
+"""Checkpoints that cannot be loaded."""
+
+
+def check(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_hotswap", "check", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def break_checkpoints(folder: Path) -> None:
+    for name in BROKEN:
+        shutil.copytree(MODELS / "llama", folder / name)
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (folder / "no-weights" / "model.safetensors").unlink()
+    for path in (folder / "no-tokenizer").glob("tokenizer*"):
+        path.unlink()
+    (folder / "bad-config" / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One check of good models and of every mistake."""
+    folder = tmp_path_factory.mktemp("check")
+    path = write(folder)
+    break_checkpoints(folder)
+    (folder / "bad.jinja").write_text("{% for message in messages %}")
+    (folder / "raising.jinja").write_text("{{ raise_exception('no such thing') }}")
+    lines = [f"  {key.replace(': {', ': {model: ./llama, ')}" for key in MISTAKES]
+    lines += [f"  {name}: {{model: ./{name}}}" for name in BROKEN]
+    path.write_text(path.read_text() + "\n".join(lines))
+
+    ended = check(path, "--json", "--memory-device", "2GiB")
+
+    assert 1 == ended.returncode, ended.stderr
+    assert "checking llama" in ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["problems"] == ["memory: not planned, because not every model could be looked at"]
+    return {model["alias"]: model for model in found["models"]}
+
+
+@pytest.mark.parametrize("alias", ["llama", "qwen", "embed"])
+def test_nothing_is_wrong_with_the_demos_models(report: dict[str, Any], alias: str) -> None:
+    """Generating and embedding ones."""
+    assert {} == report[alias]["problems"]
+    assert report[alias]["weights_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("alias", "step", "cause"),
+    [(key.split(":")[0], *expected) for key, expected in MISTAKES.items()]
+    + [(alias, *expected) for alias, expected in BROKEN.items()],
+)
+def test_every_mistake_is_told(report: dict[str, Any], alias: str, step: str, cause: str) -> None:
+    """Not only the first one, each with the step that found it."""
+    problems = report[alias]["problems"]
+
+    assert step in problems
+    assert cause in problems[step]
+    assert "\n" not in problems[step]
+
+
+def test_memory_is_planned_when_every_model_is_known(tmp_path: Path) -> None:
+    """A table, KV memory as a start would share it, and status 0."""
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("    kv_cache_memory_bytes: 64M\n", "", 1))
+
+    ended = check("--memory-device", "3GiB", path)
+    rows = {line.split()[0]: line.split() for line in ended.stdout.splitlines()}
+
+    assert 0 == ended.returncode, ended.stdout + ended.stderr
+    assert ["generate", "2048", "ok"] == [rows["qwen"][column] for column in (1, 2, -1)]
+    assert "64.0" == rows["qwen"][5]
+    assert float(rows["llama"][5]) > 64
+    assert "memory for models" in ended.stdout
+
+
+def test_models_that_cannot_fit_are_told(tmp_path: Path) -> None:
+    """With the arithmetic, before anything is loaded."""
+    path = write(tmp_path)
+    path.write_text(
+        path.read_text().replace("kv_cache_memory_bytes: 64M", "kv_cache_memory_bytes: 9G")
+    )
+
+    ended = check(path, VLLM_HOTSWAP_MEMORY_DEVICE="4GiB")
+
+    assert 1 == ended.returncode
+    assert "error: memory: model 'llama' can never be loaded: " in ended.stdout
+
+
+def test_a_file_that_is_wrong_itself_is_one_line(tmp_path: Path) -> None:
+    """Nothing is looked at then."""
+    path = tmp_path / "models.yaml"
+    path.write_text("modles: {}")
+
+    ended = check(path)
+
+    assert 1 == ended.returncode
+    assert "did you mean 'models'?" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(vllm_version() != "0.32.0", reason="each version has its own flags")
+def test_the_schema_that_ships_has_the_flags_of_vllm() -> None:
+    """`make reference` makes it anew."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "vllm_hotswap", "schema"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+
+    assert SCHEMA.read_text() == ended.stdout
