@@ -8,6 +8,7 @@ is: the model's YAML, then the command line, then vLLM's default.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -168,6 +169,9 @@ def model_namespace(
     try:
         args = parser.parse_args([*flags, "--model", model.model])
         _replace(args, parser.parse_args(extra), [action.dest for action in settings])
+        # Defaults of vLLM's parser are objects that it writes to while it makes a configuration,
+        # the reasoning parser for one: without a copy, the last model's would be every model's.
+        args = copy.deepcopy(args)
         args.served_model_name = list(model.names)
         _refuse_unsupported(args)
         validate_serve_args(args)

@@ -123,6 +123,22 @@ def test_structured_values_pass_through(tmp_path: Path) -> None:
     assert model.args.tool_call_parser is None
 
 
+def test_a_reasoning_parser_is_one_models_alone(tmp_path: Path) -> None:
+    """For the frontend and for the engine; a model without one has none, wherever it stands."""
+    text = """
+        models:
+          first: {model: LLAMA}
+          second: {model: LLAMA, reasoning_parser: deepseek_v3}
+          third: {model: LLAMA, reasoning_parser: granite}
+          last: {model: LLAMA}
+    """
+    models = launch(text, tmp_path).models
+
+    expected = ["", "deepseek_v3", "granite", ""]
+    assert expected == [m.args.structured_outputs_config.reasoning_parser for m in models]
+    assert expected == [m.vllm_config.structured_outputs_config.reasoning_parser for m in models]
+
+
 def test_a_chat_template_beside_the_file_is_found(tmp_path: Path) -> None:
     """A relative path counts from the YAML file; inline Jinja is left alone."""
     (tmp_path / "short.jinja").write_text("{{ messages }}")
