@@ -132,6 +132,48 @@ class Stream:
             await self._credit.acquire()
 
 
+@dataclass
+class Websocket:
+    """A client that has asked for a websocket. What it is sent is in `received`."""
+
+    app: Any
+    scope: dict[str, Any]
+    task: asyncio.Task[None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.received: list[dict[str, Any]] = []
+        self.task = asyncio.create_task(self.app(self.scope, self._to_app.get, self._receive))
+        self._say({"type": "websocket.connect"})
+
+    def send(self, text: str) -> None:
+        self._say({"type": "websocket.receive", "text": text})
+
+    def leave(self) -> None:
+        self._say({"type": "websocket.disconnect", "code": 1001})
+
+    @property
+    def types(self) -> list[str]:
+        return [message["type"].removeprefix("websocket.") for message in self.received]
+
+    @property
+    def texts(self) -> list[Any]:
+        sent = [message for message in self.received if message["type"] == "websocket.send"]
+        return [json.loads(message["text"]) for message in sent]
+
+    @property
+    def denial(self) -> tuple[int, dict[str, Any]]:
+        """Status and error of a websocket that was refused with an HTTP answer."""
+        start, body = self.received
+        return start["status"], json.loads(body["body"])["error"]
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._to_app.put_nowait(message)
+
+    async def _receive(self, message: dict[str, Any]) -> None:
+        self.received.append(message)
+
+
 class Server:
     """`HotswapApp` on a `FakeHost`; models that are not in `load` stay cold."""
 
@@ -139,6 +181,7 @@ class Server:
         self,
         *,
         load: tuple[str, ...] = ("llama", "qwen"),
+        default: str = "llama",
         access: Access = OPEN,
         aliases: tuple[str, ...] = ("llama", "qwen", "mistral"),
         settings: Mapping[str, FakeSettings] | None = None,
@@ -146,7 +189,7 @@ class Server:
         policies: Mapping[str, ModelPolicy] | None = None,
         **switching: Any,
     ) -> None:
-        self._load = load
+        self._load, self._default = load, default
         self.host = FakeHost(aliases, settings, budget)
         self.events = Recorder()
         self.app = HotswapApp(
@@ -165,7 +208,7 @@ class Server:
 
     async def start(self) -> Server:
         await self.host.start()
-        await self.coordinator.start(self._load, "llama")
+        await self.coordinator.start(self._load, self._default)
         self.host.operations.clear()
         return self
 
@@ -239,6 +282,22 @@ class Server:
         ).begin(*parts)
         self._tasks.append(stream.task)
         return stream
+
+    def websocket(self, path: str, query: str = "", can_deny: bool = True) -> Websocket:
+        """Ask for a websocket, of a server that can refuse one with HTTP, or of one that cannot."""
+        connection = Websocket(
+            self.app,
+            {
+                "type": "websocket",
+                "path": path,
+                "query_string": query.encode(),
+                "headers": [],
+                "subprotocols": [],
+                "extensions": {"websocket.http.response": {}} if can_deny else {},
+            },
+        )
+        self._tasks.append(connection.task)
+        return connection
 
     async def start_stream(self, alias: str | None, **kwargs: Any) -> Stream:
         """Begin a stream and take its first event."""

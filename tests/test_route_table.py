@@ -76,6 +76,9 @@ async def ask(server: Server, method: str, path: str, caller: str) -> httpx.Resp
     return await server.call(method, path, headers=CALLERS[caller], **body)
 
 
+BY_THE_ROUTER = ("model_not_found", "response_not_found", "wrong_task")
+
+
 def refusal(response: httpx.Response) -> tuple[int, str] | None:
     """Status and code of a refusal by the outer application, None if the caller passed."""
     if response.status_code not in (401, 403, 404, 405):
@@ -83,7 +86,7 @@ def refusal(response: httpx.Response) -> tuple[int, str] | None:
     if not response.headers["content-type"].startswith("application/json"):
         return None  # the fake frontend's own words
     code = response.json()["error"]["code"]
-    return None if code == "model_not_found" else (response.status_code, code)
+    return None if code in BY_THE_ROUTER else (response.status_code, code)
 
 
 async def refusals(server: Server, method: str, path: str) -> dict[str, tuple[int, str]]:
@@ -274,12 +277,13 @@ async def test_web_socket_is_closed_where_no_answer_can_be_given(make_server: Ma
 
 
 async def test_web_socket_of_vllm_reaches_the_model(make_server: MakeServer) -> None:
-    """With a user's key; the fake frontend has no such route, and closes it."""
+    """With a user's key; the fake model has no such route, and is named."""
     server = await make_server(access=KEYS)
 
     (close,) = await handshake(server.app, "/v1/realtime", "user", {})
 
-    assert ("websocket.close", 1000) == (close["type"], close["code"])
+    assert ("websocket.close", 1008) == (close["type"], close["code"])
+    assert "model 'llama' has no route WEBSOCKET /v1/realtime" in close["reason"]
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ import pytest
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.routing import Route
 
 from tests.conftest import MakeServer
 from tests.support import CHAT, Server
+from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import EngineUnavailable
-from vllm_hotswap.routing import AnswerCut
+from vllm_hotswap.exchange import AnswerCut
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
 EMBEDDINGS = "/v1/embeddings"
@@ -29,7 +29,7 @@ def add_route(
     server: Server, path: str, endpoint: Callable[[Request], Awaitable[Response]]
 ) -> None:
     """Have llama answer one more route."""
-    server.host.engines["llama"].app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+    server.host.engines["llama"].add_route(Route(path, endpoint, methods=["POST"]))
 
 
 def text(response: httpx.Response) -> str:
@@ -131,7 +131,7 @@ async def test_model_is_found_wherever_a_route_has_it(
     """In a form, in the query, in JSON, which comes before the query."""
     form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nqwen\r\n--b--\r\n'
     answer = await server.request(
-        "POST", "/pooling", body.replace(b"FORM", form), headers=headers, query_string=query
+        "POST", EMBEDDINGS, body.replace(b"FORM", form), headers=headers, query_string=query
     ).finish()
 
     assert "model 'qwen' is configured but not active" in answer.error["message"]
@@ -143,7 +143,7 @@ async def test_request_without_a_body_goes_to_the_active_model(server: Server) -
     async def load(request: Request) -> Response:
         return PlainTextResponse("3")
 
-    server.host.engines["llama"].app.router.routes.append(Route("/load", load))
+    server.host.engines["llama"].add_route(Route("/load", load))
     answer = await server.request("GET", "/load").finish()
 
     assert (200, b"3") == (answer.status, answer.body)
@@ -161,6 +161,111 @@ async def test_client_that_leaves_before_its_request_is_complete_is_forgotten(
 
     assert 0 == answer.status
     assert 0 == server.in_flight["llama"]
+
+
+# --- what a model is for --------------------------------------------------------------------
+
+TASKS = {
+    "llama": FakeSettings(tasks=("generate",)),
+    "embed": FakeSettings(tasks=("embed",)),
+    "classify": FakeSettings(tasks=("classify",)),
+}
+ROUTES = {"llama": CHAT, "embed": EMBEDDINGS, "classify": "/classify"}
+
+
+@pytest.fixture
+async def mixed(make_server: MakeServer) -> Server:
+    """A server of three tasks; llama is active, classify is cold."""
+    return await make_server(aliases=tuple(TASKS), load=("llama", "embed"), settings=TASKS)
+
+
+@pytest.mark.parametrize("alias", TASKS)
+async def test_every_task_is_served_by_its_model(mixed: Server, alias: str) -> None:
+    """One configuration, three tasks."""
+    await mixed.switch(alias)
+
+    response = await mixed.ask(alias, path=ROUTES[alias])
+
+    assert (200, alias) == (response.status_code, response.json()["model"])
+
+
+@pytest.mark.parametrize("alias", TASKS)
+@pytest.mark.parametrize("path", ROUTES.values())
+async def test_wrong_task_is_refused(mixed: Server, alias: str, path: str) -> None:
+    """Whoever is active: 404, unless the route is one of the model's task."""
+    await mixed.switch("classify")
+    await mixed.switch(alias)
+
+    response = await mixed.ask(alias, path=path)
+
+    expected = 200 if path == ROUTES[alias] else 404
+    assert expected == response.status_code
+    assert expected == 200 or "wrong_task" == code(response)
+
+
+async def test_wrong_task_is_refused_with_the_models_that_can(mixed: Server) -> None:
+    """The model, its tasks, the aliases to ask instead, and those of which nothing is known yet."""
+    error = (await mixed.ask("embed", path=CHAT)).json()["error"]
+
+    assert ("wrong_task", "model") == (error["code"], error["param"])
+    assert error["message"] == (
+        "model 'embed' has no route POST /v1/chat/completions: it serves embed; "
+        "ask for llama; not known before their first load: classify"
+    )
+
+
+async def test_wrong_task_is_refused_before_anything_is_waited_for(mixed: Server) -> None:
+    """Neither that the model is not active nor a switch to it comes first."""
+    mixed.host.hold("activate", "embed")
+    switch = mixed.switch("embed")
+    await mixed.settled()
+
+    assert (404, "wrong_task") == await error_of(mixed.ask("embed", path=CHAT))
+    assert (404, "wrong_task") == await error_of(mixed.ask(None, path=CHAT))
+    assert 0 == mixed.coordinator.waiting
+
+    mixed.host.release("activate", "embed")
+    await switch
+
+
+async def test_request_without_a_model_for_another_task_is_refused(mixed: Server) -> None:
+    """The active model cannot answer it; the message says who could."""
+    response = await mixed.ask(None, path=EMBEDDINGS)
+
+    assert (404, "wrong_task") == (response.status_code, code(response))
+    assert "model 'llama' has no route" in response.text
+    assert "ask for embed" in response.text
+
+
+async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
+    mixed: Server,
+) -> None:
+    """A request that waits for its first load is refused when its routes are known."""
+    mixed.host.hold("load", "classify")
+    switch = mixed.switch("classify")
+    await mixed.settled()
+    wrong, right = mixed.ask("classify"), mixed.ask("classify", path="/classify")
+    await mixed.settled()
+    assert 2 == mixed.coordinator.waiting
+
+    mixed.host.release("load", "classify")
+    await switch
+
+    assert (404, "wrong_task") == await error_of(wrong)
+    assert 200 == (await right).status_code
+    assert 0 == mixed.in_flight["classify"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/tokenizer_info"), ("POST", "/v1/audio/transcriptions")]
+)
+async def test_route_that_no_model_has_is_refused(mixed: Server, method: str, path: str) -> None:
+    """In OpenAI's form, not as a framework's bare 404; the message says that nobody has it."""
+    await mixed.operate("classify", "load")
+    answer = await mixed.request(method, path, b"{}").finish()
+
+    assert (404, "wrong_task") == (answer.status, answer.error["code"])
+    assert answer.error["message"].endswith("it serves generate; no other model has it")
 
 
 # --- requests around a switch ---------------------------------------------------------------
@@ -218,7 +323,7 @@ async def test_client_that_does_not_read_cannot_keep_its_model(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its stream is cut; where not even the error can be sent, its connection is dropped."""
-    monkeypatch.setattr("vllm_hotswap.routing.LAST_SEND_S", 0.01)
+    monkeypatch.setattr("vllm_hotswap.exchange.LAST_SEND_S", 0.01)
     coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     coming.put_nowait({"type": "http.request", "body": b'{"model": "llama", "stream": true}'})
 
@@ -612,7 +717,7 @@ async def test_request_that_is_admitted_at_once_makes_no_task(server: Server) ->
     answer = await server.stream("llama").finish()
 
     assert answer.is_whole
-    assert [] == [name for name in made if name.startswith("_Waiting")]
+    assert [] == [name for name in made if name.startswith("Waiting")]
 
 
 # --- deaths ---------------------------------------------------------------------------------
@@ -687,99 +792,3 @@ async def test_shutdown_ends_a_stream_with_an_error_event(server: Server) -> Non
     answer = await stream.finish()
     assert "the server is shutting down" in answer.events[-1]
     assert answer.complete
-
-
-# --- websockets -----------------------------------------------------------------------------
-
-
-async def test_websocket_is_routed_by_its_query(server: Server) -> None:
-    """A realtime connection names its model in the query, and holds a lease while it is open."""
-
-    async def echo(connection: WebSocket) -> None:
-        await connection.accept()
-        await connection.send_text(await connection.receive_text())
-        await connection.close()
-
-    server.host.engines["llama"].app.router.routes.append(WebSocketRoute("/v1/realtime", echo))
-    sent: list[dict[str, Any]] = []
-    coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "websocket",
-        "path": "/v1/realtime",
-        "query_string": b"model=llama",
-        "headers": [],
-        "subprotocols": [],
-    }
-    task = asyncio.create_task(server.app(scope, coming.get, send))  # type: ignore[arg-type]
-    coming.put_nowait({"type": "websocket.connect"})
-    await server.settled()
-    assert 1 == server.in_flight["llama"]
-
-    coming.put_nowait({"type": "websocket.receive", "text": "hello"})
-    await task
-
-    assert ["websocket.accept", "websocket.send", "websocket.close"] == [m["type"] for m in sent]
-    assert 0 == server.in_flight["llama"]
-
-
-async def test_websocket_that_was_held_hears_its_client_from_the_beginning(
-    server: Server,
-) -> None:
-    """What the client said meanwhile reaches the model's application, in order."""
-
-    async def echo(connection: WebSocket) -> None:
-        await connection.accept()
-        await connection.send_text(await connection.receive_text())
-        await connection.close()
-
-    server.host.engines["qwen"].app.router.routes.append(WebSocketRoute("/v1/realtime", echo))
-    server.host.hold("activate", "qwen")
-    switch = server.switch("qwen")
-    await server.settled()
-    sent: list[dict[str, Any]] = []
-    coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "websocket",
-        "path": "/v1/realtime",
-        "query_string": b"model=qwen",
-        "headers": [],
-        "subprotocols": [],
-    }
-    coming.put_nowait({"type": "websocket.connect"})
-    connection = asyncio.create_task(server.app(scope, coming.get, send))  # type: ignore[arg-type]
-    await server.settled()
-    assert coming.empty()
-
-    server.host.release("activate", "qwen")
-    coming.put_nowait({"type": "websocket.receive", "text": "hello"})
-    await asyncio.gather(switch, connection)
-
-    assert ["websocket.accept", "websocket.send", "websocket.close"] == [m["type"] for m in sent]
-    assert "hello" == sent[1]["text"]
-
-
-async def test_websocket_for_another_model_is_closed_with_the_reason(server: Server) -> None:
-    """1013 means: try again later."""
-    sent: list[dict[str, Any]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "websocket",
-        "path": "/v1/realtime",
-        "query_string": b"model=qwen",
-        "headers": [],
-    }
-    await server.app(scope, asyncio.Queue().get, send)  # type: ignore[arg-type]
-
-    assert 1013 == sent[0]["code"]
-    assert "model 'qwen' is configured but not active" in sent[0]["reason"]

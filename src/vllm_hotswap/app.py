@@ -20,9 +20,10 @@ from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.metrics import SwitchMetrics
+from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import Operations
 from vllm_hotswap.registry import ModelPolicy
-from vllm_hotswap.routes import WEBSOCKET, Route, RouteTable, vllm_routes
+from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import Router
 from vllm_hotswap.settings import SwitchingConfig
 
@@ -100,8 +101,7 @@ class HotswapApp:
 
     async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
         """What answers a request that may be answered."""
-        method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
-        route, parameters = self.routes.find(method, _path(scope))
+        route, parameters = self.routes.find(*request_of(scope))
         self._access.check(route.role, Headers(scope=scope))
         if route.handler is None:
             return self._router
@@ -134,10 +134,3 @@ class CrossOrigin(CORSMiddleware):
 def _varies_by_origin(start: Message) -> bool:
     values = Headers(raw=start.get("headers", [])).getlist("vary")
     return any("origin" in value.lower() for value in values)
-
-
-def _path(scope: Scope) -> str:
-    """The path below the proxy's prefix, as starlette computes it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path

@@ -17,6 +17,9 @@
     ├── InvalidRequest           400  the body or a parameter is wrong
     ├── UnknownRoute             404  the path takes no such request; see the list of routes
     ├── MethodNotAllowed         405  the path takes other methods; they are named
+    ├── WrongTask                404  the model has no such route; ask for one that has
+    ├── UnknownResponse          404  no model keeps a response of that id
+    ├── ResponseEnded            409  the response was cancelled or failed; ask how it ended
     ├── QueueFull                429  too many requests wait for the target; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
     ├── DrainCut                 503  the request was still running at the drain deadline
@@ -27,7 +30,7 @@ Domain code raises these; `openai.error_response` turns them into HTTP in one pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class HotswapError(Exception):
@@ -193,6 +196,60 @@ class MethodNotAllowed(HotswapError):
     def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
         self.allow = ", ".join(sorted(allowed))
         super().__init__(f"{path} does not take {method}; it takes {self.allow}")
+
+
+class WrongTask(HotswapError):
+    """The model is there, but is no model for this: an embedding model is asked to chat, perhaps.
+
+    `others` are the aliases that are known to serve the route; `unknown` have never been loaded.
+    """
+
+    status = 404
+    type = "invalid_request_error"
+    code = "wrong_task"
+    param = "model"
+
+    def __init__(
+        self,
+        alias: str,
+        tasks: Iterable[str],
+        route: str,
+        others: Sequence[str],
+        unknown: Sequence[str],
+    ) -> None:
+        serves = ", ".join(tasks) or "other routes"
+        ask = f"ask for {' or '.join(others)}" if others else "no other model has it"
+        if unknown:
+            ask += f"; not known before their first load: {', '.join(unknown)}"
+        super().__init__(f"model {alias!r} has no route {route}: it serves {serves}; {ask}")
+
+
+class UnknownResponse(HotswapError):
+    status = 404
+    type = "invalid_request_error"
+    code = "response_not_found"
+    param = "response_id"
+
+    def __init__(self, response_id: str, alias: str | None) -> None:
+        who = "no model keeps" if alias is None else f"model {alias!r} does not keep"
+        super().__init__(
+            f"{who} a response with the id {response_id!r}; responses are kept until the server "
+            "ends, if it was started with VLLM_ENABLE_RESPONSES_API_STORE=1"
+        )
+
+
+class ResponseEnded(HotswapError):
+    """Ends the event stream of a response that ended in another way than by being complete."""
+
+    status = 409
+    type = "conflict_error"
+    code = "response_ended"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(
+            f"response {response_id!r} was cancelled or failed, and has no more events; "
+            f"GET /v1/responses/{response_id} tells how it ended"
+        )
 
 
 class QueueFull(HotswapError):

@@ -21,8 +21,8 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 _OPEN, _CLOSE = b"{[", b"}]"
 
 
-def from_json(body: bytes) -> str | None:
-    """The string under the top-level key `model`; None if there is none.
+def from_json(body: bytes, key: str = "model") -> str | None:
+    """The string under a top-level key; None if there is none.
 
     A body that is no JSON object gives None or any string of it: whoever parses it refuses it.
     """
@@ -38,7 +38,7 @@ def from_json(body: bytes) -> str | None:
             depth -= 1
             if depth == 0:
                 return None
-        elif depth == 1 and _is_key(token, body, position) and _decode(token) == "model":
+        elif depth == 1 and _is_key(token, body, position) and _decode(token) == key:
             return _string_at(body, _end_of_space(body, position) + 1)
     return None
 

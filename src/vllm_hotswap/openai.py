@@ -6,9 +6,15 @@ import json
 from typing import Any
 
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap.errors import HotswapError
+
+_POLICY, _TRY_AGAIN_LATER = 1008, 1013
+"""Close codes of a websocket. https://www.iana.org/assignments/websocket"""
+
+_MAX_REASON_BYTES = 123
+"""Of the reason in a websocket's close frame."""
 
 
 def error_body(error: HotswapError) -> dict[str, Any]:
@@ -37,11 +43,19 @@ def error_response(error: HotswapError) -> JSONResponse:
 
 async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or a WebSocket's handshake, with an error."""
-    if scope["type"] == "websocket" and "websocket.http.response" not in scope["extensions"]:
+    can_deny = "websocket.http.response" in (scope.get("extensions") or ())
+    if scope["type"] == "websocket" and not can_deny:
         # All that this HTTP server can tell then: it answers with 403.
-        await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+        await send(close_message(error))
     else:
         await error_response(error)(scope, receive, send)
+
+
+def close_message(error: HotswapError) -> Message:
+    """The end of a websocket, with as much of the message as a close frame holds."""
+    reason = error.message.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
+    code = _TRY_AGAIN_LATER if error.status >= 500 else _POLICY
+    return {"type": "websocket.close", "code": code, "reason": reason}
 
 
 def error_event(error: HotswapError, path: str) -> bytes:
@@ -50,7 +64,7 @@ def error_event(error: HotswapError, path: str) -> bytes:
     if path.endswith("/messages"):  # Anthropic's
         details = {"type": error.type, "message": error.message}
         return _event("error", {"type": "error", "error": details})
-    if path.endswith("/responses"):
+    if path.endswith("/responses") or "/responses/" in path:
         return _event("error", {**body["error"], "type": "error"})
     return _event(None, body)
 

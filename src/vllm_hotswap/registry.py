@@ -7,25 +7,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vllm_hotswap.engines.base import Engine
-from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
+from vllm_hotswap.errors import DrainCut, EngineUnavailable, ResponseEnded, UnknownModel
 from vllm_hotswap.events import RequestResult
 from vllm_hotswap.states import Residency, Step, advance
 
-Cut = DrainCut | EngineUnavailable
+Cut = DrainCut | EngineUnavailable | ResponseEnded
 
 
 @dataclass(eq=False, slots=True)
 class Lease:
     """One request's hold on its model, from admission to the last byte of its answer.
 
-    A lease that is ended says why in `cut`, and calls `on_cut`, which whoever answers sets.
+    A lease that is ended says why in `cut`, and calls `on_cut`, which whoever answers sets. Where
+    the request has begun work that outlives its answer, the lease does, too, and ends it.
     """
 
     alias: str
     epoch: int
     task: asyncio.Task[object] | None
     cut: Cut | None = None
-    on_cut: Callable[[], None] | None = None
+    on_cut: Callable[[], object] | None = None
+    work: asyncio.Task[object] | None = None
     client_left: bool = False
 
     @property
@@ -39,6 +41,8 @@ class Lease:
         """End the request. Only the first cause counts."""
         if self.cut is None:
             self.cut = cause
+            if self.work is not None:
+                self.work.cancel()
             if self.on_cut is not None:
                 self.on_cut()
 

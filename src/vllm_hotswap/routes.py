@@ -16,11 +16,9 @@ from starlette.responses import Response
 
 from vllm_hotswap.access import Role
 from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
+from vllm_hotswap.model_routes import WEBSOCKET
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-WEBSOCKET = "WEBSOCKET"
-"""Stands in the place of the method."""
 
 
 @dataclass(frozen=True, slots=True)

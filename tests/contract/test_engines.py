@@ -25,9 +25,11 @@ STEP_S = 0.3
 async def test_an_engine_that_is_not_loaded_has_no_app_and_cannot_be_activated(
     host: EngineHost,
 ) -> None:
-    """It says so, and the host goes on."""
+    """It says so, and the host goes on; nothing is known of its routes."""
     engine = host.engines["llama"]
 
+    assert engine.routes is None
+    assert engine.responses is None
     with pytest.raises(EngineUnavailable):
         _ = engine.app
     with pytest.raises(HotswapError, match="llama"):
@@ -52,6 +54,21 @@ async def test_a_load_reports_its_stages_and_leaves_the_engine_parked(host: Engi
     assert "llama" in (await request)["model"]
     assert host.engines["llama"].memory.weights_bytes > 0
     assert host.engines["llama"].memory.kv_bytes > 0
+
+
+async def test_an_engine_that_was_loaded_tells_its_routes(host: EngineHost) -> None:
+    """Those of its task, and no others; and what it keeps of the Responses API: nothing yet."""
+    engine = host.engines["llama"]
+
+    assert engine.routes is not None
+    assert "generate" in engine.routes.tasks
+    assert engine.routes.serve("POST", "/v1/completions")
+    assert engine.routes.serve("GET", "/v1/responses/resp_1")
+    assert not engine.routes.serve("GET", "/v1/completions")
+    assert not engine.routes.serve("POST", "/classify")
+    assert engine.responses is not None
+    assert "resp_1" not in engine.responses
+    assert {} == dict(engine.responses.running)
 
 
 async def test_activation_is_idempotent(host: EngineHost) -> None:

@@ -20,7 +20,7 @@ from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.launch import ModelLaunch, parse_flags, prepare
-from vllm_hotswap.routes import WEBSOCKET
+from vllm_hotswap.model_routes import WEBSOCKET
 
 REFUSED = frozenset(
     [

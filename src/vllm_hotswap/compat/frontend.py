@@ -1,7 +1,7 @@
 """vLLM's frontend of one model, and what its server would be made of. Checked on vLLM 0.32.0.
 
 Relies on: `AsyncLLM(client_addresses=...)`, `build_app`, `init_app_state`, `vllm.parser.metrics`,
-`get_uvicorn_log_config`, `SSLCertRefresher`.
+`get_uvicorn_log_config`, `SSLCertRefresher`, the names of `HANDLERS` in the application's state.
 """
 
 from __future__ import annotations
@@ -12,21 +12,42 @@ import importlib
 import json
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
 
 from vllm_hotswap.compat.loading import executor_class
 from vllm_hotswap.compat.names import find
+from vllm_hotswap.compat.responses import KeptResponses
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
 from vllm_hotswap.host.messages import SocketPaths
+from vllm_hotswap.model_routes import ModelRoutes
+
+HANDLERS = MappingProxyType(
+    {
+        "/classify": "serving_classification",
+        "/generative_scoring": "serving_generative_scoring",
+        "/pooling": "serving_pooling",
+        "/rerank": "serving_scores",
+        "/score": "serving_scores",
+        "/v1/embeddings": "serving_embedding",
+        "/v1/rerank": "serving_scores",
+        "/v1/score": "serving_scores",
+        "/v1/systemone": "serving_structured_decisions",
+        "/v2/embed": "serving_embedding",
+        "/v2/rerank": "serving_scores",
+    }
+)
+"""Path -> the name in the state of vLLM's application that is None where a model cannot answer."""
 
 TOOL_KEYS = frozenset(["tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"])
 
 
 def prepare_frontends() -> None:
-    """Import what `make_client` and `make_app` need."""
+    """Import what `make_client` and `make_frontend` need."""
     importlib.import_module("vllm.v1.engine.async_llm")
     find("build_app")
     find("init_app_state")
@@ -48,12 +69,27 @@ def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> 
     )
 
 
-async def make_app(client: Any, args: argparse.Namespace) -> Any:
+@dataclass(frozen=True, slots=True)
+class Frontend:
     """vLLM's complete API server for one engine client, ready to be called."""
+
+    app: Any
+    routes: ModelRoutes
+    responses: KeptResponses | None
+
+
+async def make_frontend(client: Any, args: argparse.Namespace) -> Frontend:
     tasks = await client.get_supported_tasks()
     app = find("build_app")(args, tasks, client.model_config)
     await find("init_app_state")(client, app.state, args, tasks)
-    return app
+    routes = ModelRoutes.of(tasks, app.routes, without=_unanswered_paths(app.state))
+    serving = getattr(app.state, "openai_serving_responses", None)
+    return Frontend(app, routes, KeptResponses(serving) if serving is not None else None)
+
+
+def _unanswered_paths(state: Any) -> frozenset[str]:
+    """Paths that are mounted although the model has no handler for them: vLLM would say 501."""
+    return frozenset(path for path, name in HANDLERS.items() if getattr(state, name, True) is None)
 
 
 def request_keys(app: Any, args: argparse.Namespace) -> dict[str, frozenset[str]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
+from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 
 Progress = Callable[[str], None]
@@ -35,6 +36,22 @@ class HostStats:
     used_bytes: int
 
 
+class Responses(Protocol):
+    """The responses that a frontend keeps, with or without its engine."""
+
+    def __contains__(self, response_id: object, /) -> bool: ...
+
+    @property
+    def running(self) -> Mapping[str, asyncio.Task[Any]]:
+        """The work on those that outlives its request, by id of the response."""
+
+    def settle(self, response_id: str, why: str) -> None:
+        """Have a response that is not worked on any more say that it failed, and why.
+
+        One that says already how it ended is left as it is, but for a reason that it lacks.
+        """
+
+
 class Engine(Protocol):
     """One model's engine together with its frontend."""
 
@@ -44,6 +61,14 @@ class Engine(Protocol):
     @property
     def app(self) -> ASGIApp:
         """The model's own ASGI application. Only defined after the first `load`."""
+
+    @property
+    def routes(self) -> ModelRoutes | None:
+        """What its application answers; None as long as there has been none."""
+
+    @property
+    def responses(self) -> Responses | None:
+        """What its frontend keeps; None if it keeps none, or there has been none."""
 
     @property
     def memory(self) -> EngineMemory:

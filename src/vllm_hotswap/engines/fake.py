@@ -1,9 +1,10 @@
 """Complete engines without vLLM: for tests, and for working on the server without a model.
 
-A fake engine answers the OpenAI routes for chat, completions, embeddings and tokenisation, streamed
-or not, one word at a time. Like a real one it takes in requests while it is parked and only
-answers them while it is stepped; a request that is running when its engine is parked freezes
-and goes on later. Its answers name the alias and are the same every time.
+A fake engine answers the routes of its tasks: chat, completions and responses, streamed or not, one
+word at a time; embeddings; classification; words that come in over a websocket. Like a real one it
+takes in requests while it is parked and only answers them while it is stepped; a request that is
+running when its engine is parked freezes and goes on later. Its answers name the alias and are the
+same every time.
 
 Tests drive it: `hold` and `release` gate an operation, `fail_next` makes it fail, `kill` ends the
 host or one engine; witnesses (`operations`, `stepped_while_parked`, `most_held_bytes`) tell what
@@ -17,20 +18,26 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
+from vllm_hotswap.engines.fake_responses import FakeResponses
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.states import Residency
 
 UNLIMITED = Usage(1 << 60, 1 << 60)
+
+Task = Literal["generate", "embed", "classify", "realtime"]
 
 WORDS = ["I", "am", "{alias},", "a", "fake", "engine", "of", "vllm-hotswap."]
 
@@ -49,6 +56,8 @@ class FakeSettings:
     kv_bytes: int = 1 << 20
     levels: frozenset[int] = frozenset([1, 2])
     """Sleep levels that it knows."""
+    tasks: tuple[Task, ...] = ("generate", "embed")
+    """What it is for; its routes are those of these tasks."""
     offloads: bool = False
     """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
 
@@ -70,14 +79,9 @@ class FakeEngine:
         self.aborted = 0
         self.served = 0
         self._stepped = asyncio.Event()
-        self._app = Starlette(
-            routes=[
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._completion, methods=["POST"]),
-                Route("/v1/embeddings", self._embedding, methods=["POST"]),
-                Route("/tokenize", self._tokenize, methods=["POST"]),
-            ]
-        )
+        self._kept = FakeResponses(self.alias, self.tokens)
+        self._app = Starlette(routes=self._all_routes())
+        self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
 
     def __repr__(self) -> str:
         return f"<FakeEngine {self.alias} loaded={self.is_loaded} stepped={self._stepped.is_set()}>"
@@ -91,6 +95,14 @@ class FakeEngine:
         if not self.has_frontend:
             raise EngineUnavailable(f"model {self.alias!r} is not loaded")
         return self._app
+
+    @property
+    def routes(self) -> ModelRoutes | None:
+        return self._routes if self.has_frontend else None
+
+    @property
+    def responses(self) -> FakeResponses | None:
+        return self._kept if self.has_frontend and "generate" in self.settings.tasks else None
 
     @property
     def memory(self) -> EngineMemory:
@@ -195,6 +207,25 @@ class FakeEngine:
 
     # --- the frontend -------------------------------------------------------------------
 
+    def add_route(self, route: BaseRoute) -> None:
+        """Have the application answer one more route."""
+        self._app.router.routes.append(route)
+        self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
+
+    def _all_routes(self) -> list[BaseRoute]:
+        of_tasks: dict[Task, list[BaseRoute]] = {
+            "generate": [
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._completion, methods=["POST"]),
+                *self._kept.routes,
+            ],
+            "embed": [Route("/v1/embeddings", self._embedding, methods=["POST"])],
+            "classify": [Route("/classify", self._classify, methods=["POST"])],
+            "realtime": [WebSocketRoute("/v1/realtime", self._realtime)],
+        }
+        routes = [route for task in self.settings.tasks for route in of_tasks[task]]
+        return [*routes, Route("/tokenize", self._tokenize, methods=["POST"])]
+
     async def _chat(self, request: Request) -> Response:
         return await self._generate(
             request, "chat.completion", lambda text: {"message": _says(text)}
@@ -244,6 +275,23 @@ class FakeEngine:
             pass
         data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
         return JSONResponse({"object": "list", "model": self.alias, "data": data})
+
+    async def _classify(self, request: Request) -> Response:
+        async for _ in self.tokens(1):
+            pass
+        data = [{"index": 0, "label": "fake", "probs": [1.0], "num_classes": 1}]
+        return JSONResponse({"object": "list", "model": self.alias, "data": data})
+
+    async def _realtime(self, connection: WebSocket) -> None:
+        """For every text that comes in, the words of an answer."""
+        await connection.accept()
+        await connection.send_json({"type": "session.created"})
+        with suppress(WebSocketDisconnect):
+            while True:
+                count = len((await connection.receive_text()).split())
+                async for word in self.tokens(count):
+                    await connection.send_json({"type": "transcription.delta", "delta": word})
+                await connection.send_json({"type": "transcription.done"})
 
     async def _tokenize(self, request: Request) -> Response:
         words = str((await request.json()).get("prompt", "")).split()

@@ -27,7 +27,7 @@ from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend
 from vllm_hotswap.compat.memory import kv_shares, model_needs
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
-from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
+from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress, Responses
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError, one_line
 from vllm_hotswap.host.messages import (
@@ -45,6 +45,7 @@ from vllm_hotswap.host.messages import (
 )
 from vllm_hotswap.launch import ModelLaunch
 from vllm_hotswap.metrics import adopting_frontend_metrics
+from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.sampling import SamplingFilter
 from vllm_hotswap.states import Residency
@@ -71,7 +72,7 @@ class VllmEngine:
             launch.alias, launch.vllm_config, launch.weights_bytes, launch.pinned
         )
         self._sockets: SocketPaths | None = None
-        self._app: ASGIApp | None = None
+        self._frontend: frontend.Frontend | None = None
         self._client: Any = None
         """Kept to the end: vLLM leaves its ZeroMQ context open."""
         self._loaded: Loaded | None = None
@@ -81,7 +82,7 @@ class VllmEngine:
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
-        return f"<VllmEngine {self.alias} has_frontend={self._app is not None}>"
+        return f"<VllmEngine {self.alias} has_frontend={self._frontend is not None}>"
 
     @property
     def alias(self) -> str:
@@ -97,9 +98,18 @@ class VllmEngine:
 
     @property
     def app(self) -> ASGIApp:
-        if self._app is None:
+        if self._frontend is None:
             raise EngineUnavailable(f"model {self.alias!r} is not loaded")
-        return self._app
+        app: ASGIApp = self._frontend.app
+        return app
+
+    @property
+    def routes(self) -> ModelRoutes | None:
+        return self._frontend.routes if self._frontend else None
+
+    @property
+    def responses(self) -> Responses | None:
+        return self._frontend.responses if self._frontend else None
 
     @property
     def memory(self) -> EngineMemory:
@@ -154,7 +164,7 @@ class VllmEngine:
             )
         finally:
             self._progress = None
-        if self._app is None:
+        if self._frontend is None:
             progress("frontend")
             await self._add_frontend(sockets)
 
@@ -229,11 +239,12 @@ class VllmEngine:
         self._client = client
         self._exits.callback(client.shutdown)
         with adopting_frontend_metrics(self.alias):
-            app = await frontend.make_app(client, args)
+            made = await frontend.make_frontend(client, args)
+            app = made.app
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
-        self._app = self._filtered(app)
+        self._frontend = replace(made, app=self._filtered(app))
 
     def _filtered(self, app: Any) -> ASGIApp:
         """The application behind what the configuration says of sampling."""

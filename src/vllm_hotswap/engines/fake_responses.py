@@ -1,0 +1,122 @@
+"""The Responses API of a fake engine: answered at once, as a stream, or in the background.
+
+Like vLLM with `VLLM_ENABLE_RESPONSES_API_STORE=1` it keeps every response, and like vLLM it has a
+stream of events wait for `response.completed` for as long as it takes, and leaves it to others to
+say that a response whose work ended with an error is not `queued` any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+Tokens = Callable[[int], AsyncIterator[str]]
+"""The words of an answer, as the engine makes them."""
+
+
+class FakeResponses:
+    """The responses that one fake engine keeps."""
+
+    def __init__(self, alias: str, tokens: Tokens) -> None:
+        self._alias = alias
+        self._tokens = tokens
+        self._numbers = itertools.count(1)
+        self._kept: dict[str, dict[str, Any]] = {}
+        self._events: dict[str, list[str]] = {}
+        self._changed = asyncio.Condition()
+        self.running: dict[str, asyncio.Task[Any]] = {}
+        self.routes = [
+            Route("/v1/responses", self._create, methods=["POST"]),
+            Route("/v1/responses/{response_id}", self._retrieve),
+            Route("/v1/responses/{response_id}/cancel", self._cancel, methods=["POST"]),
+        ]
+
+    def __contains__(self, response_id: object, /) -> bool:
+        return response_id in self._kept
+
+    def settle(self, response_id: str, why: str) -> None:
+        response = self._kept[response_id]
+        if response["status"] == "queued":
+            response["status"] = "failed"
+            response["error"] = {"code": "server_error", "message": why}
+
+    async def _create(self, request: Request) -> Response:
+        body = await request.json()
+        previous = body.get("previous_response_id")
+        if previous is not None and previous not in self._kept:
+            return _not_found(previous)
+        response_id = f"resp_{self._alias}_{next(self._numbers)}"
+        response = {"id": response_id, "model": self._alias, "status": "queued", "output": []}
+        self._events[response_id] = []
+        work = asyncio.create_task(self._work(response, int(body.get("max_output_tokens", 7))))
+        if body.get("background"):
+            self._kept[response_id], self.running[response_id] = response, work
+            work.add_done_callback(lambda _: self.running.pop(response_id))
+            return self._stream(response_id) if body.get("stream") else JSONResponse(response)
+        if body.get("stream"):
+            return self._stream(response_id, own_work=work)
+        await work
+        return JSONResponse(response)
+
+    async def _work(self, response: dict[str, Any], max_tokens: int) -> None:
+        await self._tell(response, "response.created")
+        async for word in self._tokens(max_tokens):
+            response["output"].append(word)
+            await self._tell(response, "response.output_text.delta")
+        response["status"] = "completed"
+        self._kept[response["id"]] = response
+        await self._tell(response, "response.completed")
+
+    async def _tell(self, response: dict[str, Any], kind: str) -> None:
+        data = json.dumps({"type": kind, "response": response})
+        async with self._changed:
+            self._events[response["id"]].append(f"event: {kind}\ndata: {data}\n\n")
+            self._changed.notify_all()
+
+    def _stream(self, response_id: str, own_work: asyncio.Task[None] | None = None) -> Response:
+        events = self._all_events(response_id, own_work)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _all_events(
+        self, response_id: str, own_work: asyncio.Task[None] | None
+    ) -> AsyncIterator[str]:
+        """To the last one; work that is nobody else's ends with its reader."""
+        events, number = self._events[response_id], 0
+        try:
+            while not (number and events[number - 1].startswith("event: response.completed")):
+                async with self._changed:
+                    while len(events) == number:
+                        await self._changed.wait()
+                yield events[number]
+                number += 1
+        finally:
+            if own_work is not None:
+                own_work.cancel()
+
+    async def _retrieve(self, request: Request) -> Response:
+        response_id = request.path_params["response_id"]
+        if response_id not in self._kept:
+            return _not_found(response_id)
+        if request.query_params.get("stream") == "true":
+            return self._stream(response_id)
+        return JSONResponse(self._kept[response_id])
+
+    async def _cancel(self, request: Request) -> Response:
+        response = self._kept[request.path_params["response_id"]]
+        response["status"] = "cancelled"
+        if work := self.running.get(response["id"]):
+            work.cancel()
+            await asyncio.wait([work])
+        return JSONResponse(response)
+
+
+def _not_found(response_id: str) -> Response:
+    message = f"Response with id '{response_id}' not found."
+    return JSONResponse({"error": {"message": message, "code": 404}}, 404)

@@ -1,0 +1,206 @@
+"""One request's exchange of messages with its client, around the application that answers it.
+
+`Waiting` listens while the request is held, `Client` is what the application hears, `Answer`
+watches what it says. Together they make sure that an answer which is cut says so, over HTTP and
+over websockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import Message, Receive, Scope, Send
+
+from vllm_hotswap import openai
+from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.registry import Cut, Lease
+
+LAST_SEND_S = 3.0
+"""Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
+
+
+class AnswerCut(Exception):
+    """An answer was cut after its first byte, and there is no way to say so in it.
+
+    It is no event stream, or its client does not read. Raised out of the application, this makes
+    the HTTP server close the connection before the answer is complete, which is the only explicit
+    error that is left to give.
+    """
+
+
+class Waiting:
+    """Listens to a client while its request is held, and gives the request up when it leaves.
+
+    A request that is admitted at once is over before its task first gives way, and so before
+    anything is begun here: no task is made for it.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._disconnect = f"{scope['type']}.disconnect"
+        self._receive = receive
+        self._request = asyncio.current_task()
+        self._listening: asyncio.Task[None] | None = None
+        self._begin = asyncio.get_running_loop().call_soon(self._held)
+        self.heard: list[Message] = []
+        """What the client said meanwhile; the application is to hear it."""
+        self.client_left = False
+
+    async def end(self) -> None:
+        """Listen no more: from now on nobody else receives, and the request is not given up."""
+        self.stop()
+        if self._listening is not None:
+            await asyncio.gather(self._listening, return_exceptions=True)
+
+    def stop(self) -> None:
+        self._begin.cancel()
+        if self._listening is not None:
+            self._listening.cancel()
+
+    def _held(self) -> None:
+        self._listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while (message := await self._receive())["type"] != self._disconnect:
+            self.heard.append(message)
+        self.client_left = True
+        if self._request is not None:
+            self._request.cancel()
+
+
+class Client:
+    """What an application hears of its client: what was read already, then its leaving.
+
+    An application whose lease is cut hears that the client has left. vLLM listens for that and ends
+    the request in its engine; cancelling the task instead would leave the request running there.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        body: bytes | None,
+        heard: list[Message],
+        lease: Lease,
+        answer: Answer,
+    ) -> None:
+        self._disconnect = f"{scope['type']}.disconnect"
+        self._receive = receive
+        self._body = body
+        self._heard = heard
+        self._lease = lease
+        self._answer = answer
+        self._listening: asyncio.Task[object] | None = None
+        self._interrupted = False
+
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        if self._heard:
+            return self._heard.pop(0)
+        if self._lease.cut is None:
+            try:
+                return await self._listen()
+            except asyncio.CancelledError:
+                if not self._interrupted or uncancel() > 0:
+                    raise
+        return {"type": self._disconnect, "code": 1013}
+
+    async def _listen(self) -> Message:
+        """Wait for the client; `_interrupt` ends the wait. No task of its own: a hot path."""
+        self._listening = asyncio.current_task()
+        self._lease.on_cut = self._interrupt
+        try:
+            message = await self._receive()
+        finally:
+            self._listening = None
+        if message["type"] == self._disconnect and not self._answer.complete:
+            self._lease.client_left = True
+        return message
+
+    def _interrupt(self) -> None:
+        if self._listening is not None:
+            self._interrupted = True
+            self._listening.cancel()
+
+
+class Answer:
+    """Watches an answer go by, so that a cut can be told to the client in the right form."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self.lease: Lease | None = None
+        self.on_body: Callable[[bytes], None] | None = None
+        """Called once, with the first piece of the body, before it is sent."""
+        self.started = False
+        self.complete = False
+        self.is_sending = False
+        self.is_event_stream = False
+
+    async def send(self, message: Message) -> None:
+        if self.lease is not None and self.lease.cut is not None:
+            return  # what an application says after it was cut is not the answer
+        match message["type"]:
+            case "http.response.start":
+                self.started = True
+                self.is_event_stream = _content_type(message).startswith(b"text/event-stream")
+            case "http.response.body":
+                self._look_at(message)
+            case "websocket.accept" | "websocket.http.response.start":
+                self.started = True
+            case "websocket.close":
+                self.started = self.complete = True
+        self.is_sending = True
+        try:
+            await self._send(message)
+        finally:
+            self.is_sending = False
+
+    def _look_at(self, body: Message) -> None:
+        self.complete = not body.get("more_body", False)
+        if self.on_body is not None and body.get("body"):
+            on_body, self.on_body = self.on_body, None
+            on_body(body["body"])
+
+    async def cut(self, cause: Cut) -> None:
+        """End the answer with an explicit error, whatever of it has been sent.
+
+        A client that does not read must not keep its lease, for which a drain waits.
+        """
+        try:
+            async with asyncio.timeout(LAST_SEND_S):
+                await self._say(cause)
+        except TimeoutError:
+            raise AnswerCut(cause.message) from None
+
+    async def _say(self, cause: Cut) -> None:
+        if not self.started:
+            await self.refuse(cause)
+        elif self._scope["type"] == "websocket":
+            await self._send(openai.close_message(cause))
+        elif self.is_event_stream:
+            event = openai.error_event(cause, self._scope["path"])
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        else:
+            raise AnswerCut(cause.message)
+
+    async def refuse(self, error: HotswapError) -> None:
+        """The whole answer."""
+        await openai.refuse(error, self._scope, self._receive, self._send)
+
+
+def _content_type(start: Message) -> bytes:
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-type":
+            return bytes(value)
+    return b""
+
+
+def uncancel() -> int:
+    """Take back one cancellation of the current task; how many are left."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task.uncancel()

@@ -1,0 +1,80 @@
+"""Which requests a model's application has routes for, read from it once, when it is built.
+
+A model that generates has other routes than one that embeds. Whether a request goes to a model that
+can answer it is looked up here, before the request waits for anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.types import Scope
+
+WEBSOCKET = "WEBSOCKET"
+"""Stands for the method of a websocket's request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRoutes:
+    """The tasks of one model, in its engine's words, and the routes of its application."""
+
+    tasks: tuple[str, ...] = ()
+    literal: frozenset[tuple[str, str]] = frozenset()
+    """Methods with paths."""
+    patterns: tuple[tuple[frozenset[str] | None, re.Pattern[str]], ...] = ()
+    """The same of routes with parameters; None stands for every method."""
+
+    @classmethod
+    def of(
+        cls, tasks: Iterable[str], routes: Iterable[BaseRoute], without: Container[str] = ()
+    ) -> ModelRoutes:
+        """Those of an application, but for the paths of `without`."""
+        literal: set[tuple[str, str]] = set()
+        patterns: list[tuple[frozenset[str] | None, re.Pattern[str]]] = []
+        for route in routes:
+            methods, path, pattern = _described(route)
+            if path in without:
+                continue
+            if methods is None or path is None or "{" in path:
+                patterns.append((methods, pattern))
+            else:
+                literal.update((method, path) for method in methods)
+        return cls(tuple(tasks), frozenset(literal), tuple(patterns))
+
+    def serve(self, method: str, path: str) -> bool:
+        """Whether there is a route; `method` is `WEBSOCKET` for a websocket. On every request."""
+        if (method, path) in self.literal:
+            return True
+        if len(path) > 1 and path.endswith("/"):  # applications redirect to the path without it
+            return self.serve(method, path.rstrip("/") or "/")
+        return any(
+            (methods is None or method in methods) and pattern.match(path)
+            for methods, pattern in self.patterns
+        )
+
+
+def request_of(scope: Scope) -> tuple[str, str]:
+    """Method and path of a request; the path is the one below the prefix of a proxy."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
+    return method, path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def _described(
+    route: BaseRoute,
+) -> tuple[frozenset[str] | None, str | None, re.Pattern[str]]:
+    """Methods, path, and a pattern of the path; the first two are None where any will do."""
+    match route:
+        case Route():
+            methods = None if route.methods is None else frozenset(route.methods)
+            return methods, route.path, route.path_regex
+        case WebSocketRoute():
+            return frozenset([WEBSOCKET]), route.path, route.path_regex
+        case Mount():
+            return None, None, route.path_regex
+        case _:  # of a kind that cannot be looked into: the application will say
+            return None, None, re.compile("")

@@ -1,0 +1,156 @@
+"""What outlives its request: responses that a frontend keeps, and those that it still works on.
+
+The Responses API names a response by its id alone, so whoever keeps it is asked, active or not. A
+response that was begun in the background is accepted work: its request keeps its lease until the
+work has ended, and where a drain ends it, the response says so from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+
+from vllm_hotswap import model_field
+from vllm_hotswap.engines.base import Responses
+from vllm_hotswap.errors import InvalidRequest, ResponseEnded, UnknownResponse, one_line
+from vllm_hotswap.exchange import Answer
+from vllm_hotswap.registry import Lease, Model, Registry
+
+log = logging.getLogger("vllm_hotswap")
+
+PATH = "/v1/responses"
+STREAM_GRACE_S = 1.0
+"""Seconds in which the stream of a response whose work has ended should end by itself."""
+
+_READ = re.compile(r"/v1/responses/([^/]+)/?")
+_CANCEL = re.compile(r"/v1/responses/([^/]+)/cancel/?")
+
+
+def named_response(method: str, path: str) -> str | None:
+    """The id of the response that a request is about, where that is all that it says."""
+    pattern = {"GET": _READ, "HEAD": _READ, "POST": _CANCEL}.get(method)
+    match = pattern.fullmatch(path) if pattern is not None else None
+    return match.group(1) if match else None
+
+
+def owner_of(registry: Registry, response_id: str, alias: str | None) -> Model:
+    """The model that keeps a response; only `alias` is asked, if it is given.
+
+    Raises:
+        UnknownModel: there is no such alias.
+        UnknownResponse: nobody keeps it.
+    """
+    asked = registry if alias is None else [registry.resolve(alias)]
+    owner = _keeper(asked, response_id)
+    if owner is None:
+        raise UnknownResponse(response_id, alias)
+    return owner
+
+
+def alias_that_goes_on(registry: Registry, body: bytes, alias: str | None) -> str | None:
+    """The model of a request that may go on from an earlier response, whose model it must be.
+
+    Raises:
+        InvalidRequest: the response is another model's.
+    """
+    if b'"previous_response_id"' not in body:
+        return alias
+    previous = model_field.from_json(body, "previous_response_id")
+    owner = _keeper(registry, previous) if previous else None
+    if owner is None or (alias is not None and registry.resolve(alias) is owner):
+        return alias
+    if alias is None:
+        return owner.alias
+    raise InvalidRequest(
+        f"previous_response_id {previous!r} is a response of model {owner.alias!r}, and the "
+        f"request is to {alias!r}; ask {owner.alias!r}, or send the earlier messages as input",
+        "previous_response_id",
+    )
+
+
+def _keeper(models: Registry | list[Model], response_id: str) -> Model | None:
+    return next((m for m in models if response_id in (m.engine.responses or ())), None)
+
+
+class Following:
+    """One request of the Responses API that follows the work on a response, and may outlive it."""
+
+    def __init__(self, responses: Responses, lease: Lease, answer: Answer) -> None:
+        self._responses = responses
+        self._lease = lease
+        self._answer = answer
+        self._response_id = ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_over = False
+
+    def begin_with_answer(self) -> None:
+        """Follow the response that the answer will name, if that is worked on in the background."""
+        self._answer.on_body = self._answered
+
+    def begin(self, response_id: str) -> None:
+        """Follow a response that is kept."""
+        self._response_id = response_id
+        if task := self._responses.running.get(response_id):
+            task.add_done_callback(self._has_ended)
+        else:
+            self._has_ended(None)
+
+    async def outlast(self) -> None:
+        """Return when the work has ended, or has been ended because the lease was cut."""
+        if self._lease.work is not None and not self._lease.work.done():
+            await asyncio.wait([self._lease.work])
+
+    def stop(self) -> None:
+        """The answer has been given."""
+        self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _answered(self, body: bytes) -> None:
+        running = self._responses.running
+        response_id = answered_id(body, self._answer.is_event_stream) if running else None
+        if response_id is not None and response_id in running:
+            self._lease.work = running[response_id]
+            self.begin(response_id)
+
+    def _has_ended(self, task: asyncio.Task[object] | None) -> None:
+        self._responses.settle(self._response_id, self._why(task))
+        if not self._is_over:
+            self._look_at_stream_later()
+
+    def _look_at_stream_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(STREAM_GRACE_S, self._look_at_stream)
+
+    def _look_at_stream(self) -> None:
+        """End a stream that will not end by itself.
+
+        vLLM's waits for `response.completed`, which a response that has failed, or was cancelled,
+        never gets. A client that is slow still gets all that there is.
+        """
+        if self._answer.is_sending:
+            self._look_at_stream_later()
+        elif not self._answer.complete:
+            self._lease.end(ResponseEnded(self._response_id))
+
+    def _why(self, task: asyncio.Task[object] | None) -> str:
+        if self._lease.cut is not None:
+            return self._lease.cut.message
+        error = None if task is None or task.cancelled() else task.exception()
+        if error is not None:
+            alias, cause = self._lease.alias, one_line(error)
+            log.warning("event=background_failed model=%s cause=%r", alias, cause)
+        return "the work on it ended with an error; the server's log has the cause"
+
+
+def answered_id(body: bytes, is_event_stream: bool) -> str | None:
+    """The id of the response whose answer begins with `body`."""
+    if not is_event_stream:
+        return model_field.from_json(body, "id")
+    try:
+        event = json.loads(body.partition(b"data: ")[2].partition(b"\n")[0])
+        return str(event["response"]["id"])
+    except (ValueError, TypeError, KeyError):
+        return None

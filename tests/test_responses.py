@@ -1,0 +1,311 @@
+"""Kept responses: who answers for them, and work that goes on behind an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.conftest import MakeServer
+from tests.support import Server, Stream
+from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.responses import answered_id
+
+RESPONSES = "/v1/responses"
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that has nothing to say any more is ended soon."""
+    monkeypatch.setattr("vllm_hotswap.responses.STREAM_GRACE_S", 0.01)
+
+
+def create(server: Server, **body: Any) -> Stream:
+    return server.request("POST", RESPONSES, json.dumps({"input": "x", **body}).encode())
+
+
+async def created(server: Server, **body: Any) -> dict[str, Any]:
+    """The response as its creator gets it."""
+    start = create(server, **body)
+    answer = ""
+    while not answer:
+        answer = await start.next_event() or ""
+    return dict(json.loads(answer))
+
+
+async def begun(reader: Stream) -> dict[str, Any]:
+    """The response as its first event has it."""
+    event = ""
+    while not event:
+        event = await reader.next_event() or ""
+    return dict(json.loads(event.split("data: ")[1])["response"])
+
+
+def status(response: dict[str, Any]) -> tuple[str, str]:
+    return response["model"], response["status"]
+
+
+# --- who keeps it ---------------------------------------------------------------------------
+
+
+async def test_kept_response_is_given_whoever_is_active(server: Server) -> None:
+    """By the frontend that keeps it, without a switch and without a lease."""
+    mine = await created(server, model="llama")
+    await server.switch("qwen")
+    other = await created(server, model="qwen")
+
+    for response in (mine, other):
+        again = (await server.get(f"{RESPONSES}/{response['id']}")).json()
+        assert response == again
+    assert "qwen" == server.coordinator.active
+
+
+async def test_kept_response_outlives_the_weights_of_its_model(server: Server) -> None:
+    """Its frontend stays when the model is unloaded."""
+    mine = await created(server, model="llama")
+    await server.switch("qwen")
+    await server.operate("llama", "unload")
+
+    assert "cold" == server.residency("llama")
+    assert mine == (await server.get(f"{RESPONSES}/{mine['id']}")).json()
+
+
+@pytest.mark.parametrize(("method", "end"), [("GET", ""), ("POST", "/cancel")])
+async def test_response_that_nobody_keeps_is_not_found(
+    server: Server, method: str, end: str
+) -> None:
+    """404 in OpenAI's form; the message says when responses are kept."""
+    answer = await server.request(method, f"{RESPONSES}/resp_nobody{end}", b"").finish()
+
+    assert (404, "response_not_found") == (answer.status, answer.error["code"])
+    assert "no model keeps a response with the id 'resp_nobody'" in answer.error["message"]
+    assert "VLLM_ENABLE_RESPONSES_API_STORE=1" in answer.error["message"]
+
+
+async def test_model_in_the_query_is_the_only_one_that_is_asked(server: Server) -> None:
+    """Two models might have the same id, if clients choose them."""
+    mine = await created(server, model="llama")
+    path = f"{RESPONSES}/{mine['id']}"
+
+    assert 200 == (await server.get(path, params={"model": "llama"})).status_code
+    other = await server.get(path, params={"model": "qwen"})
+    assert 404 == other.status_code
+    assert "model 'qwen' does not keep a response" in other.text
+
+
+async def test_conversation_goes_on_with_the_model_that_keeps_it(server: Server) -> None:
+    """Named or not: a request that goes on from a response is for the response's model."""
+    mine = await created(server, model="llama")
+    await server.switch("qwen")
+    unnamed = await create(server, previous_response_id=mine["id"]).finish()
+    await server.switch("llama")
+
+    assert "model 'llama' is configured but not active" in unnamed.error["message"]
+    for body in ({}, {"model": "llama"}):
+        next_one = await created(server, previous_response_id=mine["id"], **body)
+        assert ("llama", "completed") == status(next_one)
+
+
+async def test_conversation_does_not_go_on_with_another_model(server: Server) -> None:
+    """400; the message says whose the response is."""
+    mine = await created(server, model="llama")
+    await server.switch("qwen")
+
+    answer = await create(server, model="qwen", previous_response_id=mine["id"]).finish()
+
+    assert (400, "previous_response_id") == (answer.status, answer.error["param"])
+    assert "is a response of model 'llama', and the request is to 'qwen'" in answer.error["message"]
+
+
+@pytest.mark.parametrize("previous", ["resp_nobody", "", None, 7])
+async def test_conversation_that_nobody_keeps_is_the_models_matter(
+    server: Server, previous: object
+) -> None:
+    """Its own answer to it is passed on."""
+    answer = await create(server, model="llama", previous_response_id=previous).finish()
+
+    assert (200 if previous is None else 404) == answer.status
+
+
+# --- work in the background -----------------------------------------------------------------
+
+
+async def test_drain_waits_for_work_in_the_background(server: Server) -> None:
+    """It was accepted: its answer is complete, and still the model is kept until it is done."""
+    server.host.hold("step", "llama")
+    mine = await created(server, model="llama", background=True)
+    assert ("llama", "queued") == status(mine)
+    switch = server.switch("qwen", 60)
+    await server.settled()
+    assert not switch.done()
+    assert 1 == server.in_flight["llama"]
+
+    server.host.release("step", "llama")
+
+    assert 0 == (await switch).json()["requests_cut"]
+    assert 0 == server.in_flight["llama"]
+    again = (await server.get(f"{RESPONSES}/{mine['id']}")).json()
+    assert ("llama", "completed") == status(again)
+
+
+async def test_work_in_the_background_that_is_cut_says_so(server: Server) -> None:
+    """At the deadline it is ended in the engine, and the response has failed, with the reason."""
+    server.host.hold("step", "llama")
+    mine = await created(server, model="llama", background=True)
+
+    switch = await server.switch("qwen", 0)
+
+    assert 1 == switch.json()["requests_cut"]
+    again = (await server.get(f"{RESPONSES}/{mine['id']}")).json()
+    assert ("llama", "failed") == status(again)
+    assert "still running 0 s after a switch to 'qwen'" in again["error"]["message"]
+    assert 1 == server.host.engines["llama"].aborted
+
+
+async def test_death_of_the_host_ends_work_in_the_background(server: Server) -> None:
+    """Nobody who polls it waits for ever."""
+    server.host.hold("step", "llama")
+    mine = await created(server, model="llama", background=True)
+
+    server.host.kill("the engine host was killed by signal 9")
+    await server.settled()
+
+    again = (await server.get(f"{RESPONSES}/{mine['id']}")).json()
+    assert ("llama", "failed") == status(again)
+    assert "killed by signal 9" in again["error"]["message"]
+
+
+async def test_work_that_fails_by_itself_is_not_queued_for_ever(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The response has failed; the cause is in the log, and no internals in the answer."""
+    server.host.hold("step", "llama")
+    mine = await created(server, model="llama", background=True)
+    engine = server.host.engines["llama"]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more tokens")
+
+    monkeypatch.setattr(server.host, "check_stepped", broken)
+    server.host.release("step", "llama")
+    await server.settled()
+
+    again = (await server.get(f"{RESPONSES}/{mine['id']}")).json()
+    assert ("llama", "failed") == status(again)
+    assert "the server's log has the cause" in again["error"]["message"]
+    assert "event=background_failed model=llama cause='no more tokens'" in caplog.text
+    assert 0 == server.in_flight["llama"]
+    assert 0 == engine.served
+
+
+async def test_work_in_the_background_can_be_cancelled_whoever_is_active(server: Server) -> None:
+    """By its id alone; the model is free then."""
+    server.host.hold("step", "llama")
+    mine = await created(server, model="llama", background=True)
+
+    cancelled = await server.post(f"{RESPONSES}/{mine['id']}/cancel")
+    await server.settled()
+
+    assert ("llama", "cancelled") == status(cancelled.json())
+    assert ("llama", "cancelled") == status((await server.get(f"{RESPONSES}/{mine['id']}")).json())
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_stream_in_the_background_goes_on_without_its_reader(server: Server) -> None:
+    """The model is kept for it, and whoever asks later gets every event."""
+    server.host.hold("step", "llama")
+    reader = create(server, model="llama", background=True, stream=True, max_output_tokens=2)
+    mine = await begun(reader)
+    reader.disconnect()
+    await server.settled()
+    assert 1 == server.in_flight["llama"]
+    switch = server.switch("qwen", 60)
+    late = server.request("GET", f"{RESPONSES}/{mine['id']}", query_string=b"stream=true")
+
+    server.host.release("step", "llama")
+
+    assert 0 == (await switch).json()["requests_cut"]
+    kinds = [event.split("\n")[0] for event in (await late.finish()).events]
+    assert ["event: response.created", "event: response.completed"] == [kinds[0], kinds[-1]]
+    assert 2 + 2 == len(kinds)
+
+
+async def test_streams_of_work_that_is_cut_end_with_an_error(server: Server) -> None:
+    """Of whoever began it and of whoever follows it: an event that the API's clients know."""
+    server.host.hold("step", "llama")
+    reader = create(server, model="llama", background=True, stream=True)
+    mine = await begun(reader)
+    follower = server.request("GET", f"{RESPONSES}/{mine['id']}", query_string=b"stream=true")
+    reading = asyncio.create_task(reader.finish()), asyncio.create_task(follower.finish())
+    await server.settled()
+
+    await server.switch("qwen", 0)
+
+    ends = [json.loads((await answer).events[-1].split("data: ")[1]) for answer in reading]
+    assert ["error", "error"] == [end["type"] for end in ends]
+    assert ["drain_timeout", "response_ended"] == [end["code"] for end in ends]
+    assert "failed" == (await server.get(f"{RESPONSES}/{mine['id']}")).json()["status"]
+
+
+async def test_stream_of_work_that_is_cancelled_does_not_hold_its_model(server: Server) -> None:
+    """vLLM would leave it open for ever; a switch would wait for it to its deadline."""
+    server.host.hold("step", "llama")
+    reader = create(server, model="llama", background=True, stream=True)
+    mine = await begun(reader)
+    reading = asyncio.create_task(reader.finish())
+    await server.settled()
+
+    await server.post(f"{RESPONSES}/{mine['id']}/cancel")
+
+    assert "response_ended" in (await reading).events[-1]
+    await server.settled()
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_slow_reader_of_work_that_has_ended_gets_all_that_there_is(server: Server) -> None:
+    """A stream is ended where there is nothing more to send, not where its client is slow."""
+    server.host.hold("step", "llama")
+    reader = create(server, model="llama", background=True, stream=True, max_output_tokens=5)
+    await begun(reader)
+    server.host.release("step", "llama")
+    await asyncio.sleep(0.05)  # several times the grace
+
+    answer = await reader.finish()
+
+    assert answer.complete
+    assert answer.events[-1].startswith("event: response.completed")
+
+
+@pytest.mark.parametrize(
+    ("body", "is_event_stream", "expected"),
+    [
+        (b'{"id": "resp_1", "output": []}', False, "resp_1"),
+        (b'{"error": {"id": "x"}}', False, None),
+        (b'event: response.created\ndata: {"response": {"id": "resp_1"}}\n\n', True, "resp_1"),
+        (b'data: {"error": "x"}\n\n', True, None),
+        (b'data: {"response": 1}\n\n', True, None),
+        (b"data: [DONE]\n\n", True, None),
+        (b": keep-alive\n\n", True, None),
+    ],
+)
+def test_answer_names_its_response_in_its_first_piece(
+    body: bytes, is_event_stream: bool, expected: str | None
+) -> None:
+    """Whole, or as the first of its events; an error names none."""
+    assert expected == answered_id(body, is_event_stream)
+
+
+async def test_responses_of_a_model_without_that_api_are_not_looked_for(
+    make_server: MakeServer,
+) -> None:
+    """An embedding model keeps none, and has no such route."""
+    embed = FakeSettings(tasks=("embed",))
+    server = await make_server(
+        aliases=("embed",), load=("embed",), default="embed", settings={"embed": embed}
+    )
+    answer = await create(server, model="embed").finish()
+
+    assert (404, "wrong_task") == (answer.status, answer.error["code"])
+    assert 404 == (await server.get(f"{RESPONSES}/resp_1")).status_code
