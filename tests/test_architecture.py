@@ -34,6 +34,7 @@ LAYERS = [
     {"ladder", "switch", "metrics", "progress", "listen", "feed", "routes"},
     {
         "coordinator",
+        "compat.cpu_worker",
         "compat.memory",
         "compat.loading",
         "host.engine",
@@ -61,6 +62,7 @@ LAYERS = [
 
 VLLM_DOORS = {
     "compat.configuration",
+    "compat.cpu_worker",
     "compat.frontend",
     "compat.loading",
     "compat.trial",

