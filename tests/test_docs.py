@@ -107,6 +107,27 @@ def test_the_demo_writes_a_configuration_that_is_accepted(tmp_path: Path) -> Non
     assert all(model.is_folder for model in config.models)
 
 
+TEST = r"`(tests/[\w/]+\.py)::(test_\w+)`"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), sorted(set(re.findall(TEST, page("quickstart-compatibility.md"))))
+)
+def test_promises_of_the_quickstart_are_held_by_tests_that_exist(path: str, name: str) -> None:
+    """Every test that the page names."""
+    assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+
+
+def test_every_promise_of_the_quickstart_names_its_test() -> None:
+    """Apart from what is told to be none."""
+    rows = re.findall(
+        r"^\| (?!promise|---)(.*?) \| (.*) \|$", page("quickstart-compatibility.md"), re.MULTILINE
+    )
+
+    assert len(rows) > 20
+    assert [] == [promise for promise, held in rows if not re.search(TEST, held)]
+
+
 @pytest.mark.parametrize("path", sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")]))
 def test_links_between_pages_lead_somewhere(path: Path) -> None:
     """Relative links of the documentation exist."""

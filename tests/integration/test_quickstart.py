@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tests.integration.processes import ServerProcess
-from vllm_hotswap.demo import QUESTION, WEATHER_TOOL
+from pathlib import Path
+
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.demo import MODELS, QUESTION, WEATHER_TOOL, free_port
 
 
 def test_every_configured_alias_is_listed_with_its_status(server: ServerProcess) -> None:
@@ -77,3 +79,24 @@ def test_development_routes_of_vllm_are_not_mounted(server: ServerProcess) -> No
 
     assert [404] * len(paths) == [server.post(path, {}).status_code for path in paths]
     assert 404 == server.client.get("/server_info").status_code
+
+
+def test_without_the_variable_it_is_the_standard_server(tmp_path: Path) -> None:
+    """The rollback: one model, vLLM's own list, and no switching."""
+    command = ["-m", QUICKSTART_MODULE, "--model", str(MODELS / "llama"), "--enforce-eager"]
+    command += ["--served-model-name", "alone", "--max-model-len", "512"]
+    command += ["--kv-cache-memory-bytes", "16M"]
+    plain = ServerProcess.start(
+        command, free_port(), tmp_path / "server.log", {"VLLM_SERVER_DEV_MODE": "1"}
+    )
+    try:
+        (card,) = plain.client.get("/v1/models").json()["data"]
+        answer = plain.chat("alone", QUESTION)
+        switch = plain.post("/v1/models/switch", {"model": "alone"})
+    finally:
+        plain.stop()
+
+    assert "alone" == card["id"]
+    assert "status" not in card
+    assert "llama" in str(answer["content"])
+    assert 404 == switch.status_code
