@@ -134,3 +134,14 @@ def test_links_between_pages_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
 
     assert [] == [link for link in links if not (path.parent / link).exists()]
+
+
+def test_every_variable_of_ours_is_in_the_reference() -> None:
+    """Whatever the code reads from the environment under our prefix."""
+    read = {
+        name
+        for path in (ROOT / "src").rglob("*.py")
+        for name in re.findall(r"\"(VLLM_HOTSWAP_[A-Z_]*[A-Z])\"", path.read_text())
+    }
+
+    assert set() == {name for name in read if f"`{name}`" not in page("reference.md")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 from importlib import import_module
@@ -21,11 +22,13 @@ from vllm_hotswap.demo import MODELS, write
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.launch import (
     Launch,
+    model_flags,
     parse_flags,
     prepare,
     weights_bytes,
 )
 from vllm_hotswap.listen import Listener
+from vllm_hotswap.security import code_keys
 
 
 def launch(text: str, folder: Path, *flags: str) -> Launch:
@@ -340,3 +343,18 @@ async def test_certificates_are_loaded_and_watched(tmp_path: Path) -> None:
 def test_the_version_is_vllms() -> None:
     """What `/version` answers."""
     assert import_module("vllm").__version__ == vllm_version()
+
+
+def test_every_flag_of_vllm_that_names_code_is_known_as_such() -> None:
+    """Told by words in its name; a flag of a later vLLM that fits none of ours is seen here."""
+    suspicious = re.compile(r"cls|class|plugin|module|middleware|processors|custom|import|hook")
+    harmless = {
+        "custom_histogram_buckets",
+        "disable_custom_all_reduce",
+        "lora_modules",
+        "lora_target_modules",
+        "max_lora_cls_labels",
+    }
+    named = {name for name in model_flags(serve_parser("test")) if suspicious.search(name)}
+
+    assert harmless == named - set(code_keys(dict.fromkeys(named, "a.b")))
