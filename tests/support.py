@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -187,10 +188,12 @@ class Server:
         settings: Mapping[str, FakeSettings] | None = None,
         budget: Usage = UNLIMITED,
         policies: Mapping[str, ModelPolicy] | None = None,
+        further: Mapping[str, tuple[str, ...]] | None = None,
+        adapter_folders: Sequence[Path] = (),
         **switching: Any,
     ) -> None:
         self._load, self._default = load, default
-        self.host = FakeHost(aliases, settings, budget)
+        self.host = FakeHost(aliases, settings, budget, further)
         self.events = Recorder()
         self.app = HotswapApp(
             self.host,
@@ -198,6 +201,7 @@ class Server:
             SwitchingConfig(**switching),
             observers=(self.events,),
             policies=policies,
+            adapter_folders=adapter_folders,
         )
         self.coordinator = self.app.coordinator
         self.answered: list[str] = []

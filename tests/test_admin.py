@@ -231,7 +231,7 @@ async def test_key_is_needed_for_all_but_public_routes(
     assert status == (await server.request(method, path, b"").finish()).status
 
 
-@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/load_lora_adapter/"])
+@pytest.mark.parametrize("path", ["/start_profile", "/start_profile/"])
 async def test_vllms_state_changing_routes_need_the_admin_key(
     make_server: MakeServer, path: str
 ) -> None:

@@ -17,6 +17,7 @@ LAYERS = [
         "platforms",
         "devices",
         "checkpoint",
+        "adapters",
         "model_field",
         "model_routes",
         "references",
@@ -42,6 +43,7 @@ LAYERS = [
         "host.cpu_worker",
     },
     {
+        "compat.adapters",
         "compat.configuration",
         "compat.frontend",
         "compat.responses",
@@ -49,8 +51,9 @@ LAYERS = [
         "exchange",
         "responses",
     },
+    {"lora_modules", "engines.adapters"},
     {"routing", "operations", "host.obey", "launch", "engines.link", "engines.fake"},
-    {"admin", "check", "schema", "engines.vllm", "host.__main__"},
+    {"admin", "adapter_routes", "check", "schema", "engines.vllm", "host.__main__"},
     {"app"},
     {"server"},
     {"demo", "bench", "remote"},
@@ -61,6 +64,7 @@ LAYERS = [
 """Modules by height: each may import what lies lower, and its own layer."""
 
 VLLM_DOORS = {
+    "compat.adapters",
     "compat.configuration",
     "compat.cpu_worker",
     "compat.frontend",

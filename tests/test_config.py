@@ -264,16 +264,16 @@ def test_shape_that_cannot_work_is_named(
     assert "models.yaml" in message
 
 
+KNOWN = "known keys: default_model, defaults, models, switching, memory, adapters"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("modles: {}", "unknown key 'modles'; did you mean 'models'?"),
         ("default: a", "unknown key 'default'; did you mean 'defaults'?"),
-        (
-            "xyz: 1",
-            "unknown key 'xyz'; known keys: default_model, defaults, models, switching, memory",
-        ),
-        ("1: 1", "unknown key 1; known keys: default_model, defaults, models, switching, memory"),
+        ("xyz: 1", f"unknown key 'xyz'; {KNOWN}"),
+        ("1: 1", f"unknown key 1; {KNOWN}"),
         (
             "models: {a: {model: x}}\nswitching: {drain_timout: 1}",
             "switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",

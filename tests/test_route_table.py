@@ -76,7 +76,7 @@ async def ask(server: Server, method: str, path: str, caller: str) -> httpx.Resp
     return await server.call(method, path, headers=CALLERS[caller], **body)
 
 
-BY_THE_ROUTER = ("model_not_found", "response_not_found", "wrong_task")
+BY_THE_ROUTER = ("model_not_found", "adapter_not_found", "response_not_found", "wrong_task")
 
 
 def refusal(response: httpx.Response) -> tuple[int, str] | None:

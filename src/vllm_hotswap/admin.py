@@ -60,8 +60,9 @@ class Admin:
         return JSONResponse(model_list(self._coordinator))
 
     async def model(self, request: Request) -> Response:
-        model = self._coordinator.registry.resolve(request.path_params["alias"])
-        return JSONResponse(model_card(model, self._coordinator))
+        name = request.path_params["alias"]
+        model = self._coordinator.registry.owner(name)
+        return JSONResponse(named_card(name, model, self._coordinator))
 
     async def switch(self, request: Request) -> Response:
         call = _parse(await request.body())
@@ -122,11 +123,29 @@ def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
     }
 
 
+def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, Any]:
+    """The card of whatever has this name: a model, by any of its names, or an adapter of it."""
+    card = {**model_card(model, coordinator), "id": name}
+    if (adapter := model.engine.adapters.get(name)) is None:
+        return card
+    failed = {"failed": True} if adapter.failure is not None else {}
+    return {
+        **card,
+        "root": adapter.files.path.name,
+        "parent": model.alias,
+        "status": {**card["status"], **failed},
+    }
+
+
 def model_list(coordinator: Coordinator) -> dict[str, Any]:
-    """OpenAI's model list: every configured alias, whatever its residency."""
+    """OpenAI's model list: every name of every configured model, whatever its residency."""
     return {
         "object": "list",
-        "data": [model_card(model, coordinator) for model in coordinator.registry],
+        "data": [
+            named_card(name, model, coordinator)
+            for model in coordinator.registry
+            for name in (model.alias, *model.engine.aliases, *model.engine.adapters)
+        ],
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_hotswap import openai
 from vllm_hotswap.access import Access, Role
+from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
@@ -41,6 +43,7 @@ class HotswapApp:
         observers: tuple[Observer, ...] = (),
         vllm_version: str = "none",
         policies: Mapping[str, ModelPolicy] | None = None,
+        adapter_folders: Sequence[Path] = (),
     ) -> None:
         self.host = host
         self._access = access
@@ -63,9 +66,12 @@ class HotswapApp:
         self._router = Router(self.coordinator)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
+        adapters = AdapterRoutes(self.coordinator, adapter_folders)
         self.feed = EventFeed(admin.snapshot)
         observer.add(self.feed)
-        self.routes = RouteTable([*self._own_routes(admin, moves), *vllm_routes()])
+        self.routes = RouteTable(
+            [*self._own_routes(admin, moves), *_adapter_routes(adapters), *vllm_routes()]
+        )
 
     def _own_routes(self, admin: Admin, moves: Operations) -> Iterator[Route]:
         public, user, switching = Role.PUBLIC, Role.USER, Role.ADMIN
@@ -115,6 +121,15 @@ class HotswapApp:
     async def _version(self, request: Request) -> Response:
         """vLLM's answer, without a lease: it is the same whatever model is active."""
         return JSONResponse({"version": self._vllm_version})
+
+
+def _adapter_routes(adapters: AdapterRoutes) -> Iterator[Route]:
+    path = "/admin/models/{alias:path}/adapters"
+    yield Route("GET", path, Role.USER, adapters.show)
+    yield Route("POST", path, Role.ADMIN, adapters.add)
+    yield Route("DELETE", f"{path}/{{name:path}}", Role.ADMIN, adapters.remove)
+    yield Route("POST", "/v1/load_lora_adapter", Role.ADMIN, adapters.load_as_vllm)
+    yield Route("POST", "/v1/unload_lora_adapter", Role.ADMIN, adapters.unload_as_vllm)
 
 
 class CrossOrigin(CORSMiddleware):

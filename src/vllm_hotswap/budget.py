@@ -126,11 +126,13 @@ class ModelNeeds:
     keeps_weights: bool = False
     """Whether its weights still count when it is asleep."""
     overhead_bytes: int = OVERHEAD_BYTES
+    copies_bytes: int = 0
+    """Adapters that it will load after itself, so that a measured load does not show them."""
 
     @property
     def held_bytes(self) -> int:
         """What it holds without KV memory."""
-        return self.weights_bytes + self.overhead_bytes
+        return self.weights_bytes + self.overhead_bytes + self.copies_bytes
 
     @property
     def reading_bytes(self) -> int:

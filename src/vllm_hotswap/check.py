@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.launch import ModelLaunch, model_namespace, parse_server_flags, prepare_model
+from vllm_hotswap.lora_modules import check_names
 from vllm_hotswap.variables import Variables
 
 T = TypeVar("T")
@@ -85,7 +86,17 @@ def check(
         _check_memory(config, launches, report)
     else:
         report.problems.append("memory: not planned, because not every model could be looked at")
+    _check_adapters(config, launches, report)
     return report
+
+
+def _check_adapters(config: ServerConfig, launches: Iterable[ModelLaunch], report: Report) -> None:
+    """Those of one model are looked at with it; here, what they have to do with each other."""
+    try:
+        check_names(config, {launch.alias: launch.adapters for launch in launches})
+        _ = config.adapter_folders
+    except ConfigError as error:
+        report.problems.append(error.message)
 
 
 class _Look:

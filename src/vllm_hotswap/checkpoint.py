@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vllm_hotswap.errors import ConfigError
 
@@ -56,7 +57,7 @@ def check_weights(folder: Path) -> None:
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
             try:
-                _check_safetensors(file)
+                tensors(file)
             except OSError as error:
                 raise _unreadable(file, error) from error
 
@@ -73,7 +74,13 @@ def _indexed(folder: Path) -> set[str]:
         raise ConfigError(f"the index {str(index)!r} cannot be read: {error}") from error
 
 
-def _check_safetensors(file: Path) -> None:
+def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """What a safetensors file's header says of each tensor: `dtype`, `shape`, `data_offsets`.
+
+    Raises:
+        ConfigError: the file is no safetensors file, or is not whole.
+        OSError: it cannot be read.
+    """
     actual = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
@@ -84,7 +91,8 @@ def _check_safetensors(file: Path) -> None:
             )
         try:
             header = json.loads(content.read(length))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"]
+            entries = {key: entry for key, entry in header.items() if key[:2] != "__"}
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ConfigError(
                 f"the header of the weight file {str(file)!r} cannot be read: {error!r}"
@@ -94,6 +102,7 @@ def _check_safetensors(file: Path) -> None:
         raise ConfigError(
             f"the weight file {str(file)!r} is truncated: it has {actual} of {expected} bytes"
         )
+    return entries
 
 
 async def read_ahead(files: Iterable[Path], limit_bytes: int) -> int:

@@ -26,6 +26,7 @@ from vllm_hotswap.settings import (
     SECTIONS,
     STRICT,
     TOP_LEVEL,
+    AdapterConfig,
     ModelKeys,
     Override,
     SwitchingConfig,
@@ -75,12 +76,24 @@ class ServerConfig:
     models: tuple[ModelConfig, ...]
     switching: SwitchingConfig = field(default_factory=SwitchingConfig)
     memory: MemoryBudget = field(default_factory=MemoryBudget)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     references: References = field(default_factory=References, repr=False)
     """What came from environment variables, and is not to be shown."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
         return tuple(model.alias for model in self.models)
+
+    @property
+    def adapter_folders(self) -> tuple[Path, ...]:
+        """Absolute. Raises `ConfigError` if one is no folder."""
+        return tuple(self._folder(name) for name in self.adapters.folders)
+
+    def _folder(self, name: str) -> Path:
+        folder = (self.path.parent / Path(name).expanduser()).resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"{self.path}: adapters.folders: {str(folder)!r} is no folder")
+        return folder
 
 
 def load_config(

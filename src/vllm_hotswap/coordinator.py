@@ -13,18 +13,24 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.engines.base import Adapter, EngineHost
 from vllm_hotswap.errors import (
+    AdapterRefused,
+    ConfigError,
     DrainCut,
     EngineUnavailable,
     HotswapError,
+    ModelInUse,
     ModelNotActive,
     ModelSwitching,
+    NameTaken,
     NoRoom,
     QueueFull,
     SwitchFailed,
     SwitchInProgress,
+    UnknownAdapter,
     WaitTimeout,
     one_line,
 )
@@ -154,6 +160,8 @@ class Coordinator:
                 await self._start_together(first, others)
             else:
                 await self._start_in_turn(first, others)
+        for model in (first, *others):
+            _refuse_failed_adapters(model)
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
         # All at once: the host makes the next engine while this process builds a frontend.
@@ -177,7 +185,7 @@ class Coordinator:
 
     def plan(self, alias: str) -> Plan:
         """What a switch to `alias` would do, without doing it. Raises `UnknownModel`, `NoRoom`."""
-        return self.ladder.plan(self._usable(alias), self._active)
+        return self.ladder.plan(self._usable(self.registry.resolve(alias).alias), self._active)
 
     async def load(self, alias: str) -> OperationResult:
         """Bring a model up to `parked`; the active one stays where it is."""
@@ -202,11 +210,59 @@ class Coordinator:
         self.ladder.pin(self._usable(alias), pinned)
 
     def _usable(self, alias: str) -> Model:
-        model = self.registry.resolve(alias)
+        model = self.registry.model(alias)
         if self._dead is not None:
             raise EngineUnavailable(self._dead)
         refuse_failed(model)
         return model
+
+    # --- adapters ---------------------------------------------------------------------------
+
+    async def add_adapter(
+        self, alias: str, name: str, path: Path, is_3d: bool = False, in_place: bool = False
+    ) -> Adapter:
+        """Serve an adapter with a model from now on; a model that is not loaded loads it later.
+
+        Args:
+            alias: the model.
+            name: what clients will send in `model`.
+            path: the adapter's folder.
+            is_3d: vLLM's `is_3d_lora_weight`.
+            in_place: an adapter of the model may have the name; it is replaced.
+
+        Raises:
+            AdapterRefused: it cannot be used; nothing has changed.
+            NameTaken, ModelInUse: the name is not free.
+        """
+        model = self._usable(alias)
+        async with self.ladder.turn():
+            refuse_failed(model)  # it may have died meanwhile
+            self._refuse_taken(model, name, in_place)
+            try:
+                return await model.engine.add_adapter(name, path, is_3d, now=model.is_loaded)
+            except ConfigError as error:
+                raise AdapterRefused(error.message) from error
+
+    def remove_adapter(self, alias: str, name: str) -> int:
+        """Serve no further request with an adapter; how many go on with it."""
+        model = self.registry.model(alias)
+        if name not in model.engine.adapters:
+            raise UnknownAdapter(model.alias, name, model.engine.adapters)
+        model.engine.remove_adapter(name)
+        return model.in_flight_as(name)
+
+    def _refuse_taken(self, model: Model, name: str, in_place: bool) -> None:
+        is_own = name in model.engine.adapters
+        if name in self.registry.names and not (in_place and is_own):
+            hint = "; give in_place to replace it" if is_own else ""
+            raise NameTaken(f"the name {name!r} is taken; aliases and adapters share names{hint}")
+        # vLLM takes two adapters for the same that have one name, whatever their numbers.
+        if in_flight := model.in_flight_as(name):
+            raise ModelInUse(
+                model.alias,
+                f"adapter {name!r}",
+                f"{in_flight} requests are in flight with the one before; retry later",
+            )
 
     async def rest_idle_models(self) -> None:
         """Until cancelled, move models down that nobody has used for as long as they may stay."""
@@ -235,6 +291,7 @@ class Coordinator:
         """
         held = self._admit(alias)
         lease = held if isinstance(held, Lease) else await self._wait(held)
+        lease.name = alias
         try:
             yield lease
         finally:
@@ -254,7 +311,7 @@ class Coordinator:
             raise EngineUnavailable("no model is active; switch to one")
         refuse_failed(model)
         if model is not self._active:
-            raise ModelNotActive(model.alias, self.active)
+            raise ModelNotActive(model.alias, self.active, alias)
         if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
             raise ModelSwitching(model.alias, switch.target.alias, self._retry_after_s())
         return self._grant(model, asyncio.current_task())
@@ -593,6 +650,13 @@ class Coordinator:
         if model.residency is not Residency.FAILED:
             self.ladder.step(model, Step.FAIL)
         self._end_all(model, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
+
+
+def _refuse_failed_adapters(model: Model) -> None:
+    """A configuration with an adapter that cannot be loaded is not started with."""
+    for adapter in model.engine.adapters.values():
+        if adapter.failure is not None:
+            raise ConfigError(f"models.{model.alias}: {adapter.failure}")
 
 
 def _granted(held: asyncio.Future[Lease]) -> Lease | None:

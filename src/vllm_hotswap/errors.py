@@ -6,6 +6,11 @@
     ├── ConfigError              the configuration cannot work; fix the named key or file
     ├── UnknownModel             404  ask for one of the configured aliases
     ├── ModelNotActive           404  switch first, or ask for the active alias
+    ├── UnknownAdapter           404  ask for one of the model's adapters
+    ├── AdapterRefused           400  the adapter cannot be used; repair it
+    ├── AdapterUnavailable       503  the adapter could not be loaded; its model can be asked
+    ├── AdaptersNotAllowed       403  the operator has named no folder for adapters
+    ├── NameTaken                409  a model or an adapter has the name; choose another
     ├── ModelSwitching           503  the model is being drained; retry after the switch
     ├── SwitchInProgress         409  another target is under way; retry after it
     ├── SwitchFailed             503  the target could not be brought up; the cause is named
@@ -77,12 +82,54 @@ class ModelNotActive(HotswapError):
     code = "model_not_active"
     param = "model"
 
-    def __init__(self, alias: str, active: str | None) -> None:
+    def __init__(self, alias: str, active: str | None, asked: str | None = None) -> None:
         now = f"the active model is {active!r}" if active else "no model is active"
+        of = f" (asked for as {asked!r})" if asked not in (None, alias) else ""
         super().__init__(
-            f"model {alias!r} is configured but not active; {now}; "
+            f"model {alias!r}{of} is configured but not active; {now}; "
             f'switch with POST /v1/models/switch {{"model": "{alias}"}}'
         )
+
+
+class UnknownAdapter(HotswapError):
+    status = 404
+    type = "invalid_request_error"
+    code = "adapter_not_found"
+
+    def __init__(self, alias: str | None, name: str, adapters: Iterable[str]) -> None:
+        fact = f"model {alias!r} has no adapter" if alias else "no model has an adapter"
+        known = ", ".join(adapters) or "none"
+        super().__init__(f"{fact} {name!r}; adapters: {known}")
+
+
+class AdapterRefused(HotswapError):
+    """The adapter cannot be served; nothing has changed. The message has the reason."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "adapter_refused"
+
+
+class AdapterUnavailable(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "adapter_unavailable"
+    param = "model"
+
+    def __init__(self, alias: str, failure: str) -> None:
+        super().__init__(f"{failure}; its model {alias!r} is served without it")
+
+
+class AdaptersNotAllowed(HotswapError):
+    status = 403
+    type = "permission_error"
+    code = "adapters_not_allowed"
+
+
+class NameTaken(HotswapError):
+    status = 409
+    type = "conflict_error"
+    code = "name_taken"
 
 
 class ModelSwitching(HotswapError):

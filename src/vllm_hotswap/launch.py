@@ -17,11 +17,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.checkpoint import weight_files_bytes
 from vllm_hotswap.compat.configuration import engine_config, serve_parser, validate_serve_args
 from vllm_hotswap.config import ModelConfig, ServerConfig, unknown_key
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.hub import hub_weights_bytes
+from vllm_hotswap.lora_modules import check_names, take_adapters
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.settings import ModelKeys
 from vllm_hotswap.variables import Variables, Wishes
@@ -76,6 +78,8 @@ class ModelLaunch:
     variables: Wishes = field(default_factory=dict)
     """Environment variables that it wants while it is worked with."""
     sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
+    aliases: tuple[str, ...] = ()
+    adapters: tuple[AdapterFiles, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,11 @@ def parse_server_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) ->
             f"unexpected argument {server.model_tag!r}; models are named in the YAML file"
         )
     _refuse_unsupported(server)
+    if server.lora_modules:
+        raise ConfigError(
+            "--lora-modules does not say of which model; put lora_modules below a model in the "
+            "YAML file"
+        )
     return server
 
 
@@ -122,6 +131,7 @@ def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) 
     models = tuple(
         prepare_model(model, namespaces[model.alias], config, variables) for model in config.models
     )
+    check_names(config, {model.alias: model.adapters for model in models})
     return Launch(config, namespaces[""], models)
 
 
@@ -133,6 +143,7 @@ def prepare_model(
     Raises:
         ConfigError: vLLM refuses it; the message names the alias.
     """
+    adapters = take_adapters(args, model, config.path)
     variables.learn(model.alias, model.environment)
     try:
         with variables.of(model.alias):
@@ -151,6 +162,8 @@ def prepare_model(
         pinned=model.pinned,
         variables=model.environment,
         sampling=model.sampling,
+        aliases=model.aliases,
+        adapters=adapters,
     )
 
 
@@ -167,7 +180,9 @@ def model_namespace(
         )
     ]
     try:
-        args = parser.parse_args([*flags, "--model", model.model])
+        # A rank that nobody sets stays None: it is to follow from the adapters.
+        unset = argparse.Namespace(max_lora_rank=None)
+        args = parser.parse_args([*flags, "--model", model.model], unset)
         _replace(args, parser.parse_args(extra), [action.dest for action in settings])
         # Defaults of vLLM's parser are objects that it writes to while it makes a configuration,
         # the reasoning parser for one: without a copy, the last model's would be every model's.
@@ -295,10 +310,6 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         raise ConfigError("--headless and --grpc are not supported with several models")
     if args.data_parallel_size > 1:
         raise ConfigError("--data-parallel-size above 1 is not supported")
-    if args.lora_modules:
-        raise ConfigError(
-            "--lora-modules is not supported: adapters cannot be served with several models yet"
-        )
 
 
 def _reason(error: Exception) -> str:

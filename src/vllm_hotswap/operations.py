@@ -14,33 +14,35 @@ from vllm_hotswap.ladder import OperationResult
 from vllm_hotswap.planner import Move, Plan, Usage
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """The body of an operation."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class NoOptions(_Body):
+class NoOptions(Body):
     """Body of `load`, `unload` and `wake`: nothing, or `{}`."""
 
 
-class SleepOptions(_Body):
+class SleepOptions(Body):
     """Body of `sleep`."""
 
     level: int = Field(default=1, ge=1, le=2)
 
 
-class PinOptions(_Body):
+class PinOptions(Body):
     """Body of `pin`."""
 
     pinned: bool = True
 
 
-class PrefetchOptions(_Body):
+class PrefetchOptions(Body):
     """Body of `prefetch`."""
 
     cancel: bool = False
 
 
-Options = TypeVar("Options", bound=_Body)
+Options = TypeVar("Options", bound=Body)
 
 
 class Operations:
@@ -133,10 +135,11 @@ def usage_body(usage: Usage) -> dict[str, int]:
 
 async def _read(request: Request, kind: type[Options]) -> tuple[str, Options]:
     """The alias in the path, and the checked body."""
-    return request.path_params["alias"], _parse(kind, await request.body())
+    return request.path_params["alias"], parse_body(kind, await request.body())
 
 
-def _parse(kind: type[Options], body: bytes) -> Options:
+def parse_body(kind: type[Options], body: bytes) -> Options:
+    """The checked body; nothing at all is `{}`. Raises `InvalidRequest`."""
     try:
         return kind.model_validate_json(body or b"{}")
     except ValidationError as error:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vllm_hotswap.engines.base import Engine
-from vllm_hotswap.errors import DrainCut, EngineUnavailable, ResponseEnded, UnknownModel
+from vllm_hotswap.errors import (
+    AdapterUnavailable,
+    DrainCut,
+    EngineUnavailable,
+    InvalidRequest,
+    ResponseEnded,
+    UnknownModel,
+)
 from vllm_hotswap.events import RequestResult
 from vllm_hotswap.states import Residency, Step, advance
 
@@ -29,6 +36,8 @@ class Lease:
     on_cut: Callable[[], object] | None = None
     work: asyncio.Task[object] | None = None
     client_left: bool = False
+    name: str | None = None
+    """What the request calls its model: an alias, an adapter, or nothing."""
 
     @property
     def result(self) -> RequestResult:
@@ -93,9 +102,16 @@ class Model:
         """Whether it can be activated as it is."""
         return self.residency in (Residency.PARKED, Residency.ACTIVE)
 
+    def in_flight_as(self, name: str) -> int:
+        """Requests that hold a lease and call the model by this name."""
+        return sum(lease.name == name for lease in self.leases)
+
 
 class Registry:
-    """The models by alias, in the order of the configuration."""
+    """The models by alias, in the order of the configuration, and who else's names are theirs.
+
+    Aliases, further names and adapters of all models are one set of names.
+    """
 
     def __init__(
         self, engines: Mapping[str, Engine], policies: Mapping[str, ModelPolicy] | None = None
@@ -105,6 +121,9 @@ class Registry:
             alias: _model(alias, engine, policies.get(alias, ModelPolicy()))
             for alias, engine in engines.items()
         }
+        self._further = {
+            name: model for model in self._models.values() for name in model.engine.aliases
+        }
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -113,12 +132,47 @@ class Registry:
     def aliases(self) -> list[str]:
         return list(self._models)
 
-    def resolve(self, alias: str) -> Model:
-        """The model of that alias. Raises `UnknownModel`."""
-        try:
-            return self._models[alias]
-        except KeyError:
-            raise UnknownModel(alias, self._models) from None
+    @property
+    def names(self) -> list[str]:
+        """Every name that a request may ask for."""
+        adapters = [name for model in self for name in model.engine.adapters]
+        return [*self._models, *self._further, *adapters]
+
+    def resolve(self, name: str) -> Model:
+        """The model that a request for this name goes to; that of an adapter is its base model.
+
+        Raises:
+            UnknownModel: nothing has that name.
+            AdapterUnavailable: it is an adapter that could not be loaded.
+        """
+        model = self.owner(name)
+        adapter = model.engine.adapters.get(name)
+        if adapter is not None and adapter.failure is not None:
+            raise AdapterUnavailable(model.alias, adapter.failure)
+        return model
+
+    def owner(self, name: str) -> Model:
+        """The model whose alias, further name or adapter this is. Raises `UnknownModel`."""
+        model = self._models.get(name) or self._further.get(name)
+        if model is None:
+            model = next((model for model in self if name in model.engine.adapters), None)
+        if model is None:
+            raise UnknownModel(name, self.names)
+        return model
+
+    def model(self, alias: str) -> Model:
+        """The model of that alias or further name.
+
+        Raises:
+            UnknownModel: nothing has that name.
+            InvalidRequest: it is an adapter; what happens to its model is not for it alone.
+        """
+        model = self.owner(alias)
+        if alias in model.engine.adapters:
+            raise InvalidRequest(
+                f"{alias!r} is an adapter of model {model.alias!r}; name the model", "model"
+            )
+        return model
 
 
 def _model(alias: str, engine: Engine, policy: ModelPolicy) -> Model:

@@ -139,8 +139,6 @@ VLLM_ADMIN_ROUTES = (
     "GET /kv_event_sources",  # addresses inside the machine
     "POST /start_profile",
     "POST /stop_profile",
-    "POST /v1/load_lora_adapter",
-    "POST /v1/unload_lora_adapter",
 )
 
 

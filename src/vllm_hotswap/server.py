@@ -72,6 +72,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     """
     require_vllm()
     access = Access.from_environment(os.environ, admin_keys)
+    folders = config.adapter_folders
     _clean_environment()
     link = HostLink()
     link.spawn()
@@ -103,6 +104,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
         observers=(EventLog(), progress),
         vllm_version=version,
         policies=policies(config),
+        adapter_folders=folders,
     )
     return _run_loop(serve(app, listener, load, config.default_model, progress))
 
@@ -123,6 +125,8 @@ def _clean_environment() -> None:
     """
     if os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
+    if os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
+        log.info("event=ignored variable=VLLM_ALLOW_RUNTIME_LORA_UPDATING reason='not needed'")
     ours = [name for name in os.environ if name.startswith("VLLM_HOTSWAP_")]
     for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours):
         os.environ.pop(name, None)

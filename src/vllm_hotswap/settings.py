@@ -6,11 +6,12 @@ from what stands here. Settings of vLLM are not listed: they are taken from vLLM
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from vllm_hotswap.budget import MemoryBudget
@@ -62,6 +63,26 @@ class SwitchingConfig:
         AT_LEAST_ZERO,
         Field(description="seconds that a request may be held; then it gets 504"),
     ] = 600.0
+
+
+def _folders(value: object) -> object:
+    return tuple(value.split(os.pathsep)) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
+class AdapterConfig:
+    """The `adapters` section."""
+
+    folders: Annotated[
+        tuple[Text, ...],
+        BeforeValidator(_folders),
+        Field(
+            strict=False,
+            description="folders below which adapters may lie that are added while the server "
+            "runs, relative to the file; default: none, so that none can be added",
+        ),
+        Wanted("a list of folders"),
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -117,7 +138,11 @@ class ModelKeys:
     ] = Field(default_factory=SamplingPolicy)
 
 
-SECTIONS: Mapping[str, type[Any]] = {"switching": SwitchingConfig, "memory": MemoryBudget}
+SECTIONS: Mapping[str, type[Any]] = {
+    "switching": SwitchingConfig,
+    "memory": MemoryBudget,
+    "adapters": AdapterConfig,
+}
 """Settings of the server as a whole, by section. Each may be given as a flag or a variable, too."""
 
 TOP_LEVEL: Mapping[str, str] = {
@@ -126,6 +151,7 @@ TOP_LEVEL: Mapping[str, str] = {
     "models": "the models: a mapping of alias to keys",
     "switching": "how switches go",
     "memory": "what all models together may hold",
+    "adapters": "adapters that are added while the server runs",
 }
 
 
@@ -209,6 +235,7 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "the user key; `--api-key` wins over it",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "accepted, not needed, not passed on; see `adapters`",
     "QUANT_CONFIG": "kept for models without `quant_config`, replaced or cleared for those with it",
     "VLLM_CPU_OMP_THREADS_BIND": "CPU: cores of the compute threads, as in vLLM. Here `auto` uses "
     "every physical core of a NUMA node; vLLM keeps one for its scheduler process, which does not "

@@ -242,7 +242,7 @@ MISTAKES = {
     "enforce_eager: 3": "enforce-eager",
     "tensor_parallel_size: true": "tensor",
     "data_parallel_size: 2": "--data-parallel-size above 1 is not supported",
-    "lora_modules: [a=/b]": "--lora-modules is not supported",
+    "lora_modules: [a=/b]": "adapter 'a' cannot be used: it is no folder (/b)",
     "reasoning_parser: deepsek": "reasoning_parser 'deepsek' is not known",
     "{max_model_len: 8, max-model-len: 9}": "'max_model_len' and 'max-model-len' are the same",
     "shutdown_timeout: 3": "'shutdown_timeout' is a setting of the server",

@@ -41,8 +41,40 @@ def model_needs(alias: str, config: Any, weights_bytes: int, pinned: bool = Fals
         else sys.maxsize,
         pinned=pinned,
         keeps_weights=device.is_host_memory,
-        overhead_bytes=OVERHEAD_BYTES + (WORKER_PROCESS_BYTES * workers if workers > 1 else 0),
+        overhead_bytes=OVERHEAD_BYTES
+        + (WORKER_PROCESS_BYTES * workers if workers > 1 else 0)
+        + slots_bytes(config),
+        copies_bytes=adapter_copies_bytes(config),
     )
+
+
+def slots_bytes(config: Any) -> int:
+    """What a model holds for the adapters that it can run at once, roughly."""
+    lora = config.lora_config
+    return 0 if lora is None else int(lora.max_loras * kv_shares(config) * _adapter_bytes(config))
+
+
+def adapter_copies_bytes(config: Any) -> int:
+    """What adapters hold besides, once they are loaded, if that is the device's memory."""
+    lora = config.lora_config
+    if lora is None or not device_of(config).is_host_memory:
+        return 0
+    return int(lora.max_cpu_loras * kv_shares(config) * _adapter_bytes(config))
+
+
+def _adapter_bytes(config: Any) -> int:
+    """An adapter of the highest rank, for all layers that may have one."""
+    model, parallel, lora = config.model_config, config.parallel_config, config.lora_config
+    hidden, vocabulary = model.get_hidden_size(), model.get_vocab_size()
+    heads = model.get_num_attention_heads(parallel) * model.get_head_size()
+    kv_heads = model.get_num_kv_heads(parallel) * model.get_head_size()
+    inner = getattr(model.hf_text_config, "intermediate_size", None) or 4 * hidden
+    # Inputs and outputs of q and o, of k and v, of three matrices of each expert.
+    attention = 2 * (hidden + heads) + 2 * (hidden + kv_heads)
+    experts = max(1, model.get_num_experts())
+    layers = model.get_num_layers(parallel) * (attention + 3 * experts * (hidden + inner))
+    parameters = lora.max_lora_rank * (layers + 2 * (hidden + vocabulary))
+    return int(parameters * getattr(lora.lora_dtype, "itemsize", 2))
 
 
 def kv_shares(config: Any) -> int:

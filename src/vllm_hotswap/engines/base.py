@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
+from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 
@@ -52,11 +54,30 @@ class Responses(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that a model is served with."""
+
+    files: AdapterFiles
+    id: int
+    """Given once: no other adapter of any model ever has it, whatever became of this one."""
+    failure: str | None = None
+    """Why the engine could not load it; it is not served then."""
+
+
 class Engine(Protocol):
     """One model's engine together with its frontend."""
 
     @property
     def alias(self) -> str: ...
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Further names that clients may send for the model."""
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """What it is served with besides itself, by name; they outlive unloading."""
 
     @property
     def app(self) -> ASGIApp:
@@ -115,6 +136,23 @@ class Engine(Protocol):
 
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""
+
+    async def add_adapter(self, name: str, path: Path, is_3d: bool, now: bool) -> Adapter:
+        """Serve an adapter from a folder, instead of one of the same name if there is one.
+
+        Args:
+            name: what clients send in `model`.
+            path: the folder, in PEFT's format.
+            is_3d: vLLM's `is_3d_lora_weight`.
+            now: the engine is loaded, and is to load the adapter. Otherwise that is the next
+                load's, or the first request's.
+
+        Raises:
+            ConfigError: it cannot be used; nothing has changed, and the message tells no path.
+        """
+
+    def remove_adapter(self, name: str) -> None:
+        """Serve no further request with it; those that run with it go on."""
 
     async def prefetch(self, limit_bytes: int) -> int:
         """Read weight files, up to `limit_bytes`, so that a load finds them in memory.

@@ -14,12 +14,14 @@ happened.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from starlette.applications import Starlette
@@ -28,7 +30,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress
+from vllm_hotswap.adapters import read_adapter
+from vllm_hotswap.engines.base import Adapter, EngineMemory, HostStats, Progress
 from vllm_hotswap.engines.fake_responses import FakeResponses
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.model_routes import ModelRoutes
@@ -38,6 +41,9 @@ from vllm_hotswap.states import Residency
 UNLIMITED = Usage(1 << 60, 1 << 60)
 
 Task = Literal["generate", "embed", "classify", "realtime"]
+
+MAX_RANK = 16
+"""Of the adapters of a fake model."""
 
 WORDS = ["I", "am", "{alias},", "a", "fake", "engine", "of", "vllm-hotswap."]
 
@@ -70,6 +76,7 @@ class FakeEngine:
     host: FakeHost
     settings: FakeSettings = field(default_factory=FakeSettings)
     missing_files: bool = False
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.level: int | None = None
@@ -78,6 +85,7 @@ class FakeEngine:
         self.prefetched = 0
         self.aborted = 0
         self.served = 0
+        self.adapters: dict[str, Adapter] = {}
         self._stepped = asyncio.Event()
         self._kept = FakeResponses(self.alias, self.tokens)
         self._app = Starlette(routes=self._all_routes())
@@ -168,6 +176,21 @@ class FakeEngine:
         await self.host.operate("unload", self.alias, self.settings.unload_s)
         self._leave_memory(None)
 
+    async def add_adapter(self, name: str, path: Path, is_3d: bool, now: bool) -> Adapter:
+        files = read_adapter(name, path, {}, is_3d)
+        if files.rank > MAX_RANK:
+            raise ConfigError(f"adapter {name!r} has rank {files.rank}, the most is {MAX_RANK}")
+        if now:
+            try:
+                await self.host.operate("add_adapter", self.alias, 0)
+            except HotswapError as error:
+                raise ConfigError(error.message) from error
+        self.adapters[name] = adapter = Adapter(files, next(self.host.adapter_ids))
+        return adapter
+
+    def remove_adapter(self, name: str) -> None:
+        del self.adapters[name]
+
     async def prefetch(self, limit_bytes: int) -> int:
         await self.host.operate("prefetch", self.alias, 0)
         self.prefetched = min(limit_bytes, self.settings.weights_bytes)
@@ -180,8 +203,8 @@ class FakeEngine:
 
     # --- the engine ---------------------------------------------------------------------
 
-    async def tokens(self, max_tokens: int) -> AsyncIterator[str]:
-        """The words of an answer; each one waits until the engine is stepped."""
+    async def tokens(self, max_tokens: int, name: str | None = None) -> AsyncIterator[str]:
+        """The words of an answer, as `name`; each one waits until the engine is stepped."""
         try:
             for number in range(max_tokens):
                 await self._stepped.wait()
@@ -189,7 +212,7 @@ class FakeEngine:
                     await asyncio.sleep(self.settings.token_s)
                 await self.host.gate("step", self.alias)
                 self.host.check_stepped(self)
-                yield WORDS[number % len(WORDS)].format(alias=self.alias)
+                yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
             self.served += 1
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted += 1
@@ -238,35 +261,39 @@ class FakeEngine:
         self, request: Request, kind: str, choice: Callable[[str], dict[str, Any]]
     ) -> Response:
         body = await request.json()
-        if body.get("model", self.alias) != self.alias:
+        asked = body.get("model", self.alias)
+        if asked not in (self.alias, *self.aliases, *self.adapters):
             return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
+        name = asked if asked in self.adapters else self.alias
         max_tokens = int(body.get("max_tokens", len(WORDS)))
         if body.get("stream"):
-            return StreamingResponse(self._events(max_tokens, kind), media_type="text/event-stream")
-        words = await _unless_client_leaves(request, self._words(max_tokens))
+            return StreamingResponse(
+                self._events(max_tokens, kind, name), media_type="text/event-stream"
+            )
+        words = await _unless_client_leaves(request, self._words(max_tokens, name))
         if words is None:
             return Response(status_code=499)
         return JSONResponse(
             {
                 "id": "fake",
                 "object": kind,
-                "model": self.alias,
+                "model": name,
                 "choices": [{"index": 0, **choice(" ".join(words)), "finish_reason": "stop"}],
                 "usage": {"completion_tokens": len(words)},
             }
         )
 
-    async def _words(self, max_tokens: int) -> list[str]:
-        return [word async for word in self.tokens(max_tokens)]
+    async def _words(self, max_tokens: int, name: str) -> list[str]:
+        return [word async for word in self.tokens(max_tokens, name)]
 
-    async def _events(self, max_tokens: int, kind: str) -> AsyncIterator[str]:
-        async for word in self.tokens(max_tokens):
+    async def _events(self, max_tokens: int, kind: str, name: str) -> AsyncIterator[str]:
+        async for word in self.tokens(max_tokens, name):
             choice: dict[str, Any] = {"index": 0, "finish_reason": None}
             if kind == "chat.completion":
                 choice["delta"] = {"content": word + " "}
             else:
                 choice["text"] = word + " "
-            chunk = {"id": "fake", "object": kind, "model": self.alias, "choices": [choice]}
+            chunk = {"id": "fake", "object": kind, "model": name, "choices": [choice]}
             yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
 
@@ -306,13 +333,19 @@ class FakeHost:
         aliases: tuple[str, ...],
         settings: Mapping[str, FakeSettings] | None = None,
         budget: Usage = UNLIMITED,
+        further: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
-        settings = settings or {}
+        """`further` are names that clients may send besides an alias."""
+        settings, further = settings or {}, further or {}
         self.budget = budget
         self.base_bytes = 0
         self._engines = {
-            alias: FakeEngine(alias, self, settings.get(alias, FakeSettings())) for alias in aliases
+            alias: FakeEngine(
+                alias, self, settings.get(alias, FakeSettings()), aliases=further.get(alias, ())
+            )
+            for alias in aliases
         }
+        self.adapter_ids = itertools.count(1)
         self._died: asyncio.Future[str] | None = None
         self._gates: dict[tuple[str, str], asyncio.Event] = {}
         self._failures: dict[tuple[str, str], list[HotswapError]] = defaultdict(list)

@@ -22,12 +22,15 @@ import psutil
 from starlette.types import ASGIApp
 
 from vllm_hotswap import hub
+from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend
+from vllm_hotswap.compat.adapters import ids_of_vllm
 from vllm_hotswap.compat.memory import kv_shares, model_needs
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
-from vllm_hotswap.engines.base import EngineMemory, HostStats, Progress, Responses
+from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
+from vllm_hotswap.engines.base import Adapter, EngineMemory, HostStats, Progress, Responses
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError, one_line
 from vllm_hotswap.host.messages import (
@@ -62,8 +65,11 @@ class VllmEngine:
         link: HostLink,
         sockets: Callable[[], SocketPaths],
         one_frontend_at_a_time: asyncio.Lock,
+        shelf: AdapterShelf,
     ) -> None:
         self._launch = launch
+        self._shelf = shelf
+        shelf.put(launch.adapters)
         self._link = link
         self._new_sockets = sockets
         self._one_frontend_at_a_time = one_frontend_at_a_time
@@ -73,12 +79,13 @@ class VllmEngine:
         )
         self._sockets: SocketPaths | None = None
         self._frontend: frontend.Frontend | None = None
+        self._door: AdapterDoor | None = None
         self._client: Any = None
         """Kept to the end: vLLM leaves its ZeroMQ context open."""
         self._loaded: Loaded | None = None
         self._progress: Progress | None = None
         self._died: asyncio.Future[str] | None = None
-        """Whoever builds the frontend waits for the engine, too."""
+        """Whoever asks the engine something waits for its death, too."""
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -87,6 +94,14 @@ class VllmEngine:
     @property
     def alias(self) -> str:
         return self._launch.alias
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self._launch.aliases
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._shelf.adapters
 
     @property
     def device(self) -> Device:
@@ -167,6 +182,8 @@ class VllmEngine:
         if self._frontend is None:
             progress("frontend")
             await self._add_frontend(sockets)
+        if self._door is not None:
+            await self._unless_host_dies(self._shelf.load_all(self._door))
 
     async def activate(self, epoch: int) -> None:
         await self._link.call(lambda number: Activate(number, self.alias))
@@ -187,6 +204,19 @@ class VllmEngine:
         if folder is None or not folder.is_dir():
             return 0
         return await read_ahead(weight_files(folder), limit_bytes)
+
+    async def add_adapter(self, name: str, path: Path, is_3d: bool, now: bool) -> Adapter:
+        files = await asyncio.to_thread(self._read_adapter, name, path, is_3d)
+        return await self._unless_host_dies(self._shelf.add(files, self._door, now))
+
+    def _read_adapter(self, name: str, path: Path, is_3d: bool) -> AdapterFiles:
+        base = hub.local_folder(self._launch.model, self._launch.vllm_config.model_config.revision)
+        files = read_adapter(name, path, shapes_of(base), is_3d)
+        self._shelf.check(files)
+        return files
+
+    def remove_adapter(self, name: str) -> None:
+        self._shelf.remove(name, self._door)
 
     async def close(self) -> None:
         """Give back the frontend's sockets, threads and tasks."""
@@ -217,9 +247,9 @@ class VllmEngine:
                     ) from error
                 raise
 
-    async def _unless_host_dies(self, building: Coroutine[Any, Any, None]) -> None:
-        """Wait for the frontend, which would wait for ever for an engine that has died."""
-        task = asyncio.ensure_future(building)
+    async def _unless_host_dies(self, asking: Coroutine[Any, Any, T]) -> T:
+        """Wait for what asks the engine, and would wait for ever for one that has died."""
+        task = asyncio.ensure_future(asking)
         self._died = asyncio.get_running_loop().create_future()
         deaths = (self._link.died, self._died)
         try:
@@ -227,7 +257,7 @@ class VllmEngine:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise EngineUnavailable(next(death.result() for death in deaths if death.done()))
-            await task
+            return await task
         finally:
             task.cancel()
             self._died = None
@@ -244,6 +274,7 @@ class VllmEngine:
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
+        self._door = AdapterDoor(client, app.state.openai_serving_models)
         self._frontend = replace(made, app=self._filtered(app))
 
     def _filtered(self, app: Any) -> ASGIApp:
@@ -259,7 +290,9 @@ def footprint_of(
 ) -> Footprint:
     """What a model holds in each residency, from what it needs and what was measured of it."""
     kv = needs.kv_bytes or 0
-    held = max(measured_bytes, needs.weights_bytes) if measured_bytes > 0 else needs.held_bytes
+    held = needs.held_bytes
+    if measured_bytes > 0:
+        held = max(measured_bytes, needs.weights_bytes) + needs.copies_bytes
     rest = max(held - needs.weights_bytes, 0)
     usage = {Residency.PARKED: Usage(held + kv), Residency.COLD: Usage()}
     if 1 in device.sleep_levels:
@@ -314,8 +347,11 @@ class VllmHost:
         self._numbers = itertools.count()
         # vLLM's constructors set module globals; two at a time could mix them.
         self._one_frontend_at_a_time = lock = asyncio.Lock()
+        # One count for all models, past what vLLM itself gives to adapters of modalities.
+        self._adapter_ids = itertools.count(1 + max(ids_of_vllm(m.vllm_config) for m in launches))
         self._engines = {
-            launch.alias: VllmEngine(launch, link, self._new_sockets, lock) for launch in launches
+            launch.alias: VllmEngine(launch, link, self._new_sockets, lock, self._new_shelf(launch))
+            for launch in launches
         }
         self._on_engine_failed: list[Callable[[str, str], None]] = []
         self._budget = Usage()
@@ -381,6 +417,10 @@ class VllmHost:
     def _new_sockets(self) -> SocketPaths:
         stem = f"ipc://{self._folder}/{next(self._numbers)}"
         return SocketPaths(input=f"{stem}-in", output=f"{stem}-out")
+
+    def _new_shelf(self, launch: ModelLaunch) -> AdapterShelf:
+        links = self._folder / "adapters"
+        return AdapterShelf(launch.vllm_config, links, self._adapter_ids.__next__)
 
     def _receive(self, message: Message) -> None:
         match message:

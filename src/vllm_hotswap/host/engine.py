@@ -10,15 +10,19 @@ thread, and builds no frontend.
 Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` overridable;
 `EngineCore.__init__` callable again on the same object; `_process_input_queue` not blocking when
 `process_input_queue_block` is false; `_process_engine_step`; `has_work`; `_initialize_kv_caches`;
-`pause_scheduler` with mode "keep"; `_reset_caches`; `_send_engine_dead`; the two IO threads it
-starts, which touch `aborts_queue` and `input_queue` while no model is loaded.
+`pause_scheduler` with mode "keep"; `_reset_caches`; `_send_engine_dead`; `add_request`, `add_lora`
+and `remove_lora`; the two IO threads it starts, which touch `aborts_queue` and `input_queue` while
+no model is loaded.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from vllm.v1.engine import EngineCoreRequestType
@@ -26,10 +30,13 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
+from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.teardown import dismantle
 from vllm_hotswap.host.threads import use_all_cores
+
+log = logging.getLogger("vllm_hotswap.host")
 
 
 class RingingQueue(queue.Queue[Any]):
@@ -92,6 +99,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def _initialize_kv_caches(self, vllm_config: Any) -> Any:
         # vLLM calls this between reading the weights and its first run of the model.
         self._code.lend_to(self.model_executor)
+        self._tried_adapters: set[int] = set()
         return super()._initialize_kv_caches(vllm_config)
 
     def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
@@ -136,6 +144,48 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
                 self._handle_client_request(kind, request)
             elif kind == EngineCoreRequestType.ADD:
                 self._send_error_outputs_to_client([request[0].request_id], request[0].client_index)
+
+    # --- adapters ---------------------------------------------------------------------------
+
+    def add_request(self, request: Any, request_wave: int = 0) -> None:
+        """Take a request in, unless its adapter cannot be loaded: that would end a step."""
+        try:
+            self._try_adapter(request.lora_request)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone
+            log.error(
+                "event=adapter_failed adapter=%s cause=%r",
+                request.lora_request.lora_name,
+                one_line(error),
+            )
+            self._send_error_outputs_to_client([request.request_id], request.client_index)
+        else:
+            super().add_request(request, request_wave)
+
+    def _try_adapter(self, adapter: Any | None) -> None:
+        if adapter is None:
+            return
+        if adapter.lora_int_id not in self._tried_adapters:
+            self._load_adapter(adapter)
+        elif not Path(adapter.lora_path).is_dir():  # a step may have to read it once more
+            raise FileNotFoundError("its folder is gone")
+
+    @wraps(EngineCore.add_lora)  # vLLM reads the types of its parameters
+    def add_lora(self, lora_request: Any) -> bool:
+        return self._load_adapter(lora_request)
+
+    def _load_adapter(self, adapter: Any) -> bool:
+        """Load an adapter; one that cannot be loaded leaves nothing behind.
+
+        vLLM would keep the half of it that it has copied, and take that for the whole next time.
+        """
+        try:
+            added = bool(super().add_lora(adapter))
+        except BaseException:
+            with suppress(Exception):
+                self.remove_lora(adapter.lora_int_id)
+            raise
+        self._tried_adapters.add(adapter.lora_int_id)
+        return added
 
     # --- residency --------------------------------------------------------------------------
 

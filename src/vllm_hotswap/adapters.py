@@ -1,0 +1,159 @@
+"""LoRA adapters as files: a folder in PEFT's format, and whether it fits the model below it.
+
+Only headers are read. What a mistake would do otherwise: vLLM takes weights that are too small for
+a layer without a word, and serves wrong answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_hotswap.checkpoint import tensors, weight_files
+from vllm_hotswap.errors import ConfigError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+"""In the order in which vLLM looks for them."""
+
+WHOLE_DTYPES = frozenset(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"])
+"""Of weights that have the shape of their layer; others are packed."""
+
+_LORA_WEIGHT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter that was found whole."""
+
+    name: str
+    """The name that clients send in `model`."""
+    path: Path
+    rank: int
+    """The highest of its layers."""
+    is_3d: bool = False
+    """vLLM's `is_3d_lora_weight`: a mixture of experts whose expert weights are one tensor."""
+
+
+def read_adapter(name: str, path: Path, base: Shapes, is_3d: bool = False) -> AdapterFiles:
+    """Check a folder without reading its weights.
+
+    Args:
+        name: the adapter's name.
+        path: the folder.
+        base: shapes of the base model's weights, as far as they are known.
+        is_3d: what it is to be taken for.
+
+    Raises:
+        ConfigError: it cannot be served; the message tells no path.
+    """
+    try:
+        config = _config(path)
+        _check_weights(path, config, base)
+    except OSError as error:
+        raise ConfigError(f"adapter {name!r} cannot be read: {error.strerror}") from error
+    except ConfigError as error:
+        told = error.message.replace(f"{path}/", "")
+        raise ConfigError(f"adapter {name!r} cannot be used: {told}") from error
+    return AdapterFiles(name, path, _rank(config), is_3d)
+
+
+def shapes_of(folder: Path | None) -> Shapes:
+    """Shapes of the weights in a checkpoint's safetensors files, packed ones left out."""
+    files = weight_files(folder) if folder is not None and folder.is_dir() else []
+    headers = [tensors(file) for file in files if file.suffix == ".safetensors"]
+    return {
+        name: tuple(entry["shape"])
+        for header in headers
+        for name, entry in header.items()
+        if entry.get("dtype") in WHOLE_DTYPES and "shape" in entry
+    }
+
+
+def smallest_rank(needed: Iterable[int], allowed: Iterable[int], least: int) -> int:
+    """The smallest allowed rank that holds all that are needed, and not less than `least`."""
+    wanted = max([least, *needed])
+    return min((rank for rank in allowed if rank >= wanted), default=least)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    if not path.is_dir():
+        raise ConfigError("it is no folder")
+    file = path / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"it has no {CONFIG}, so it is no adapter in PEFT's format")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{CONFIG} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        raise ConfigError(f"{CONFIG} is not that of a LoRA adapter")
+    if not all(_is_size(rank) for rank in _ranks(config)):
+        raise ConfigError(f"{CONFIG} has no rank `r` above 0")
+    return config
+
+
+def _ranks(config: Mapping[str, Any]) -> list[Any]:
+    pattern = config.get("rank_pattern")
+    return [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rank(config: Mapping[str, Any]) -> int:
+    return int(max(_ranks(config)))
+
+
+def _check_weights(path: Path, config: Mapping[str, Any], base: Shapes) -> None:
+    name = next((name for name in WEIGHTS if (path / name).is_file()), None)
+    if name is None:
+        raise ConfigError(f"it has none of {', '.join(WEIGHTS)}")
+    if not name.endswith(".safetensors"):
+        return  # a pickle: only vLLM opens it, and lets it hold nothing but tensors
+    header = tensors(path / name)
+    _check_layers(header, base)
+    for tensor, entry in header.items():
+        if match := _LORA_WEIGHT.fullmatch(tensor):
+            layer = None if config.get("fan_in_fan_out") else base.get(f"{match[1]}.weight")
+            _check_shape(tensor, entry.get("shape"), match[2], layer, _rank(config))
+
+
+def _check_layers(names: Iterable[str], base: Shapes) -> None:
+    """What is for layers that the base model has not is left out by vLLM without a word."""
+    its, have = _highest_layer(names), _highest_layer(base)
+    if have is not None and its is not None and its > have:
+        raise ConfigError(
+            f"it has weights for layer {its}, and its base model's layers end with {have}: "
+            "it was made for another model"
+        )
+
+
+def _highest_layer(names: Iterable[str]) -> int | None:
+    numbers = (int(match[1]) for name in names if (match := _LAYER.search(name)))
+    return max(numbers, default=None)
+
+
+def _check_shape(
+    tensor: str, shape: Any, kind: str, layer: tuple[int, ...] | None, rank: int
+) -> None:
+    """A layer of (outputs, inputs) has an A of (rank, inputs) and a B of (outputs, rank)."""
+    if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_size, shape)):
+        raise ConfigError(f"{tensor} has the shape {shape!r}, which is no matrix's")
+    its_rank, size = shape if kind == "A" else reversed(shape)
+    if its_rank > rank:
+        raise ConfigError(f"{tensor} has rank {its_rank}, {CONFIG} says {rank}")
+    if layer is not None and len(layer) == 2 and size != layer[1 if kind == "A" else 0]:
+        raise ConfigError(
+            f"{tensor} has the shape {tuple(shape)}, and its layer in the base model {layer}: "
+            "it was made for another model"
+        )

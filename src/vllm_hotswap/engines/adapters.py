@@ -1,0 +1,109 @@
+"""The adapters of one vLLM engine: their numbers, which the engine has loaded, which it refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_hotswap.adapters import AdapterFiles
+from vllm_hotswap.compat.adapters import (
+    adapter_request,
+    check_adapter,
+    load_adapter,
+    serve_adapter,
+    stop_serving,
+)
+from vllm_hotswap.engines.base import Adapter
+from vllm_hotswap.errors import ConfigError
+
+log = logging.getLogger("vllm_hotswap")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDoor:
+    """Where adapters reach vLLM: the client of an engine, and its frontend's list of models."""
+
+    client: Any
+    models: Any
+
+
+class AdapterShelf:
+    """The adapters that one model is served with.
+
+    The mutable state is `_adapters` and `_loaded`, the numbers of those that the engine has loaded
+    once: after a reload it loads them again by itself, when a request asks for them.
+
+    vLLM is given a link of its own for each adapter. It takes KV memory of two adapters with one
+    name and one path for the same, so files that were replaced would be answered from the past.
+    """
+
+    def __init__(self, vllm_config: Any, links: Path, number: Callable[[], int]) -> None:
+        self._vllm_config = vllm_config
+        self._links = links
+        self._number = number
+        self._adapters: dict[str, Adapter] = {}
+        self._loaded: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"<AdapterShelf {list(self._adapters)}>"
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._adapters
+
+    def check(self, files: AdapterFiles) -> None:
+        """vLLM's own check, without an engine. Raises `ConfigError`."""
+        check_adapter(files.name, files.path, self._vllm_config)
+
+    def put(self, files: Iterable[AdapterFiles]) -> None:
+        """Add adapters before there is a frontend."""
+        for file in files:
+            self._adapters[file.name] = Adapter(file, self._number())
+
+    async def add(self, files: AdapterFiles, door: AdapterDoor | None, now: bool) -> Adapter:
+        """Serve an adapter, loaded at once or later.
+
+        Raises:
+            ConfigError: the engine cannot load it; what was served under its name is served on.
+        """
+        adapter = Adapter(files, self._number())
+        if door is not None:
+            await self._serve(adapter, door, now)
+        self._adapters[files.name] = adapter
+        return adapter
+
+    def remove(self, name: str, door: AdapterDoor | None) -> None:
+        del self._adapters[name]
+        if door is not None:
+            stop_serving(door.models, name)
+
+    async def load_all(self, door: AdapterDoor) -> None:
+        """Load what has never been loaded; what cannot be is kept with the reason."""
+        for name, adapter in list(self._adapters.items()):
+            if adapter.id not in self._loaded:
+                try:
+                    await self._serve(adapter, door, now=True)
+                    failure = None
+                except ConfigError as error:
+                    failure = error.message
+                    stop_serving(door.models, name)
+                    log.error("event=adapter_failed adapter=%s cause=%r", name, failure)
+                self._adapters[name] = replace(adapter, failure=failure)
+
+    async def _serve(self, adapter: Adapter, door: AdapterDoor, now: bool) -> None:
+        link = self._link(adapter)
+        request = adapter_request(adapter.files.name, adapter.id, link, adapter.files.is_3d)
+        if now:
+            await load_adapter(door.client, request)
+            self._loaded.add(adapter.id)
+        serve_adapter(door.models, request)
+
+    def _link(self, adapter: Adapter) -> Path:
+        self._links.mkdir(exist_ok=True)
+        link = self._links / str(adapter.id)
+        if not link.is_symlink():
+            link.symlink_to(adapter.files.path, target_is_directory=True)
+        return link

@@ -1,0 +1,429 @@
+"""Adapters and further names of models: how they are listed, asked for, added and removed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.adapters import write_adapter_for
+from tests.conftest import MakeServer
+from tests.support import Server
+from vllm_hotswap.access import Access
+from vllm_hotswap.engines.fake import MAX_RANK
+from vllm_hotswap.errors import HotswapError
+
+ADAPTERS = "/admin/models/{}/adapters"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where adapters may lie, with two of them."""
+    for name in ("pirate", "sql"):
+        write_adapter_for(tmp_path / "adapters" / name, {"model.layers.0.q_proj": (8, 8)})
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+async def server(make_server: MakeServer, folder: Path) -> Server:
+    """llama, which is also called meta, is active; qwen is parked, mistral is cold."""
+    return await make_server(further={"llama": ("meta",)}, adapter_folders=[folder])
+
+
+async def add(
+    server: Server, alias: str, name: str, path: str | None = None, **more: Any
+) -> httpx.Response:
+    body = {"name": name, "path": path or name, **more}
+    return await server.post(ADAPTERS.format(alias), json=body)
+
+
+async def shown(server: Server, alias: str) -> list[dict[str, Any]]:
+    answer = await server.get(ADAPTERS.format(alias))
+    adapters: list[dict[str, Any]] = answer.json()["adapters"]
+    return adapters
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+async def test_every_name_is_listed_with_the_state_of_its_model(server: Server) -> None:
+    """Further names, and adapters with their parent; of cold models, too."""
+    await add(server, "llama", "pirate")
+    await add(server, "mistral", "sql")
+
+    cards = {card["id"]: card for card in (await server.get("/v1/models")).json()["data"]}
+
+    assert ["llama", "meta", "pirate", "qwen", "mistral", "sql"] == list(cards)
+    assert [None, None, "llama"] == [cards[n]["parent"] for n in ("llama", "meta", "pirate")]
+    assert cards["llama"]["status"] == cards["meta"]["status"] == cards["pirate"]["status"]
+    assert ("mistral", "cold") == (cards["sql"]["parent"], cards["sql"]["status"]["residency"])
+    assert "sql" == cards["sql"]["root"]
+
+
+@pytest.mark.parametrize(("name", "parent"), [("meta", None), ("pirate", "llama")])
+async def test_one_name_is_shown(server: Server, name: str, parent: str | None) -> None:
+    """With the name that was asked for."""
+    await add(server, "llama", "pirate")
+
+    card = (await server.get(f"/v1/models/{name}")).json()
+
+    assert (name, parent) == (card["id"], card["parent"])
+
+
+async def test_request_for_an_adapter_is_answered_by_its_model(server: Server) -> None:
+    """In the adapter's name; it counts for the model."""
+    await add(server, "llama", "pirate")
+
+    answer = (await server.ask("pirate", max_tokens=3)).json()
+
+    assert "pirate" == answer["model"]
+    assert "I am pirate," == answer["choices"][0]["message"]["content"]
+    assert (
+        'hotswap_requests_total{model="llama",result="served"} 1.0'
+        in (await server.get("/metrics")).text
+    )
+
+
+async def test_request_by_a_further_name_is_answered_by_its_model(server: Server) -> None:
+    """In the model's first name, as vLLM does."""
+    answer = (await server.ask("meta", max_tokens=3)).json()
+
+    assert "llama" == answer["model"]
+
+
+async def test_adapter_of_a_model_that_is_not_active_is_refused_with_the_model(
+    server: Server,
+) -> None:
+    """It is said which model is to be switched to."""
+    await add(server, "qwen", "sql")
+
+    error = (await server.ask("sql")).json()["error"]
+
+    assert "model_not_active" == error["code"]
+    assert "'qwen' (asked for as 'sql')" in error["message"]
+    assert '{"model": "qwen"}' in error["message"]
+
+
+@pytest.mark.parametrize("name", ["sql", "qwen"])
+async def test_a_switch_to_an_adapter_is_one_to_its_model(server: Server, name: str) -> None:
+    """Requests for the adapter and for the model are served then."""
+    await add(server, "qwen", "sql")
+
+    switched = (await server.switch(name)).json()
+
+    assert ("llama", "qwen") == (switched["previous_model"], switched["current_model"])
+    assert ["sql", "qwen"] == [
+        (await server.ask(asked)).json()["model"] for asked in ("sql", "qwen")
+    ]
+
+
+async def test_request_for_an_adapter_of_the_target_waits_for_the_switch(server: Server) -> None:
+    """As one for the target does."""
+    await add(server, "qwen", "sql")
+    server.host.hold("activate", "qwen")
+    switching = server.switch("qwen")
+    await server.settled()
+    waiting = server.ask("sql")
+    await server.settled()
+    assert not waiting.done()
+
+    server.host.release("activate", "qwen")
+
+    assert 200 == (await switching).status_code
+    assert "sql" == (await waiting).json()["model"]
+
+
+async def test_plan_for_an_adapter_is_the_one_for_its_model(server: Server) -> None:
+    """Because a switch to it is one to the model."""
+    await add(server, "mistral", "sql")
+
+    assert "mistral" == (await server.get("/admin/plan?model=sql")).json()["model"]
+
+
+async def test_a_model_is_not_moved_by_the_name_of_an_adapter(server: Server) -> None:
+    """Unloading an adapter's name would unload its model."""
+    await add(server, "qwen", "sql")
+
+    error = (await server.operate("sql", "unload")).json()["error"]
+
+    assert "'sql' is an adapter of model 'qwen'; name the model" == error["message"]
+    assert "parked" == server.residency("qwen")
+
+
+async def test_a_model_is_moved_by_a_further_name(server: Server) -> None:
+    """Which is as good as its alias."""
+    answer = (await server.operate("meta", "load")).json()
+
+    assert ("llama", "active") == (answer["model"], answer["residency"])
+
+
+# --- adding and removing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alias", ["llama", "qwen", "mistral"])
+async def test_adapter_is_served_from_when_it_was_added(server: Server, alias: str) -> None:
+    """Wherever its model is: active, parked or cold."""
+    answer = (await add(server, alias, "pirate")).json()
+    await server.switch(alias)
+
+    assert {
+        "operation": "add_adapter",
+        "model": alias,
+        "name": "pirate",
+        "id": 1,
+        "rank": 4,
+        "failed": None,
+    } == answer
+    assert "pirate" == (await server.ask("pirate")).json()["model"]
+
+
+async def test_adapters_outlive_the_unloading_of_their_model(server: Server) -> None:
+    """They are the model's, not its engine's."""
+    await add(server, "qwen", "sql")
+    await server.operate("qwen", "unload")
+    await server.switch("qwen")
+
+    assert "sql" == (await server.ask("sql")).json()["model"]
+
+
+async def test_removed_adapter_is_unknown(server: Server) -> None:
+    """The model is served on."""
+    await add(server, "llama", "pirate")
+
+    removed = await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
+
+    assert {
+        "operation": "remove_adapter",
+        "model": "llama",
+        "name": "pirate",
+        "in_flight": 0,
+    } == removed.json()
+    error = (await server.ask("pirate")).json()["error"]
+    assert "model 'pirate' is not configured" in error["message"]
+    assert 200 == (await server.ask("llama")).status_code
+
+
+async def test_requests_of_a_removed_adapter_go_on(server: Server) -> None:
+    """To their end; how many there are is told."""
+    await add(server, "llama", "pirate")
+    stream = await server.start_stream("pirate", words=5)
+
+    removed = await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
+    answer = await stream.finish()
+
+    assert 1 == removed.json()["in_flight"]
+    assert answer.is_whole
+
+
+async def test_name_is_not_given_again_while_requests_run_with_it(server: Server) -> None:
+    """vLLM tells adapters of one model apart by their names."""
+    await add(server, "llama", "pirate")
+    stream = await server.start_stream("pirate")
+    await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
+
+    refused = await add(server, "llama", "pirate", "sql")
+    await stream.finish()
+    accepted = await add(server, "llama", "pirate", "sql")
+
+    assert (409, "model_in_use") == (refused.status_code, refused.json()["error"]["code"])
+    assert 200 == accepted.status_code
+
+
+async def test_an_id_is_never_given_twice(server: Server) -> None:
+    """Over all models, and whatever was removed, replaced or unloaded."""
+    ids = [(await add(server, "llama", "pirate")).json()["id"]]
+    await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
+    ids.append((await add(server, "qwen", "pirate")).json()["id"])
+    ids.append((await add(server, "qwen", "pirate", "sql", in_place=True)).json()["id"])
+    await server.operate("qwen", "unload")
+    ids.append((await add(server, "llama", "sql")).json()["id"])
+
+    assert len(ids) == len(set(ids))
+    assert [ids[2]] == [adapter["id"] for adapter in await shown(server, "qwen")]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "meta", "sql"])
+async def test_name_of_somebody_else_is_refused(server: Server, name: str) -> None:
+    """Of a model, by any of its names, or of another model's adapter, even to replace it."""
+    await add(server, "qwen", "sql")
+
+    for in_place in (False, True):
+        answer = await add(server, "llama", name, "pirate", in_place=in_place)
+        assert (409, "name_taken") == (answer.status_code, answer.json()["error"]["code"])
+    assert [] == await shown(server, "llama")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "message"),
+    [
+        ({}, 400, "invalid_request", "name: Field required"),
+        ({"name": "a"}, 400, "invalid_request", "path: Field required"),
+        ({"name": "", "path": "sql"}, 400, "invalid_request", "name: String should have"),
+        ({"name": "a", "path": "none"}, 400, "invalid_request", "no such folder below"),
+        ({"name": "a", "path": ".."}, 400, "invalid_request", "no such folder below"),
+        ({"name": "a", "path": "/etc"}, 400, "invalid_request", "no such folder below"),
+        ({"name": "a", "path": "link"}, 400, "invalid_request", "no such folder below"),
+        ({"name": "a", "path": "\0"}, 400, "invalid_request", "no such folder below"),
+        ({"name": "a", "path": "high"}, 400, "adapter_refused", "'a' has rank 17, the most is 16"),
+        ({"name": "a", "path": "."}, 400, "adapter_refused", "has no adapter_config.json"),
+    ],
+)
+async def test_adapter_that_cannot_be_added_is_refused_without_a_path(
+    server: Server, folder: Path, body: dict[str, str], status: int, code: str, message: str
+) -> None:
+    """Nothing has changed, and nobody learns what else is on the machine."""
+    (folder / "link").symlink_to("/etc", target_is_directory=True)
+    write_adapter_for(folder / "high", {"model.layers.0.q_proj": (8, 8)}, rank=MAX_RANK + 1)
+
+    answer = await server.post(ADAPTERS.format("llama"), json=body)
+
+    error = answer.json()["error"]
+    assert (status, code) == (answer.status_code, error["code"])
+    assert message in error["message"]
+    assert str(folder) not in error["message"]
+    assert "/etc" not in error["message"]
+    assert [] == await shown(server, "llama")
+
+
+async def test_adapter_that_the_engine_refuses_is_not_served(server: Server) -> None:
+    """The model is served on, and the name is free."""
+    server.host.fail_next("add_adapter", "llama", HotswapError("its shapes are wrong"))
+
+    answer = await add(server, "llama", "pirate")
+
+    assert (400, "adapter_refused") == (answer.status_code, answer.json()["error"]["code"])
+    assert 404 == (await server.ask("pirate")).status_code
+    assert 200 == (await server.ask("llama")).status_code
+    assert 200 == (await add(server, "llama", "pirate")).status_code
+
+
+async def test_replacement_that_the_engine_refuses_leaves_the_one_before(server: Server) -> None:
+    """With its id."""
+    await add(server, "llama", "pirate")
+    server.host.fail_next("add_adapter", "llama")
+
+    await add(server, "llama", "pirate", "sql", in_place=True)
+
+    assert [1] == [adapter["id"] for adapter in await shown(server, "llama")]
+    assert "pirate" == (await server.ask("pirate")).json()["model"]
+
+
+async def test_adapter_waits_for_its_model_to_arrive_where_it_goes(server: Server) -> None:
+    """It is loaded at once by a model that is being loaded."""
+    server.host.hold("load", "mistral")
+    loading = server.operate("mistral", "load")
+    await server.settled()
+    adding = asyncio.create_task(add(server, "mistral", "sql"))
+    await server.settled()
+    assert not adding.done()
+
+    server.host.release("load", "mistral")
+
+    assert [200, 200] == [(await loading).status_code, (await adding).status_code]
+    assert ("add_adapter", "mistral") == server.host.operations[-1]
+
+
+async def test_unknown_adapter_cannot_be_removed(server: Server) -> None:
+    """The model's adapters are named."""
+    await add(server, "llama", "pirate")
+
+    answer = await server.call("DELETE", ADAPTERS.format("llama") + "/sql")
+
+    assert (404, "adapter_not_found") == (answer.status_code, answer.json()["error"]["code"])
+    assert "adapters: pirate" in answer.json()["error"]["message"]
+
+
+async def test_without_folders_nothing_can_be_added(make_server: MakeServer) -> None:
+    """It is said which key names them."""
+    server = await make_server()
+
+    answer = await add(server, "llama", "pirate")
+
+    assert (403, "adapters_not_allowed") == (answer.status_code, answer.json()["error"]["code"])
+    assert "adapters.folders" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/admin/models/llama/adapters"),
+        ("DELETE", "/admin/models/llama/adapters/pirate"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter"),
+    ],
+)
+async def test_adapters_are_changed_by_admins_only(
+    make_server: MakeServer, folder: Path, method: str, path: str
+) -> None:
+    """Whoever adds one has the server read files."""
+    access = Access(user_keys=("user",), admin_keys=("admin",))
+    server = await make_server(access=access, adapter_folders=[folder])
+
+    stream = server.request(method, path, b"{}", headers=[(b"authorization", b"Bearer user")])
+
+    assert 403 == (await stream.finish()).status
+
+
+# --- vLLM's own routes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "alias"),
+    [({}, "llama"), ({"model": "qwen"}, "qwen"), ({"base_model_name": "mistral"}, "mistral")],
+)
+async def test_vllms_route_adds_to_the_model_that_is_named_or_active(
+    server: Server, more: dict[str, str], alias: str
+) -> None:
+    """And answers in vLLM's words."""
+    body = {"lora_name": "sql", "lora_path": "sql", **more}
+
+    answer = await server.post("/v1/load_lora_adapter", json=body)
+
+    assert "Success: LoRA adapter 'sql' added successfully." == answer.text
+    assert ["sql"] == [adapter["name"] for adapter in await shown(server, alias)]
+
+
+async def test_vllms_route_replaces_in_place(server: Server, folder: Path) -> None:
+    """The path may be absolute, too; without `load_inplace` the name is taken."""
+    body = {"lora_name": "sql", "lora_path": str(folder / "sql")}
+    answers = [
+        await server.post("/v1/load_lora_adapter", json=content)
+        for content in (body, body, {**body, "load_inplace": True})
+    ]
+
+    assert [200, 409, 200] == [answer.status_code for answer in answers]
+
+
+@pytest.mark.parametrize("more", [{}, {"model": "qwen"}, {"lora_int_id": 1}])
+async def test_vllms_route_removes_from_the_model_that_has_it(
+    server: Server, more: dict[str, Any]
+) -> None:
+    """A model need not be named: names of adapters are clear."""
+    await add(server, "qwen", "sql")
+
+    answer = await server.post("/v1/unload_lora_adapter", json={"lora_name": "sql", **more})
+
+    assert "Success: LoRA adapter 'sql' removed successfully." == answer.text
+    assert [] == await shown(server, "qwen")
+
+
+@pytest.mark.parametrize("more", [{}, {"model": "llama"}])
+async def test_vllms_route_refuses_an_unknown_adapter(server: Server, more: dict[str, str]) -> None:
+    """With those that there are."""
+    answer = await server.post("/v1/unload_lora_adapter", json={"lora_name": "sql", **more})
+
+    assert (404, "adapter_not_found") == (answer.status_code, answer.json()["error"]["code"])
+
+
+async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> None:
+    """There is none after the active engine has died."""
+    server.host.kill_engine("llama")
+
+    answer = await server.post(
+        "/v1/load_lora_adapter", json={"lora_name": "sql", "lora_path": "sql"}
+    )
+
+    assert (503, "engine_unavailable") == (answer.status_code, answer.json()["error"]["code"])
