@@ -52,7 +52,7 @@ LAYERS = [
         "responses",
     },
     {"lora_modules", "engines.adapters"},
-    {"routing", "operations", "host.obey", "launch", "engines.link", "engines.fake"},
+    {"routing", "operations", "host.obey", "flags", "launch", "engines.link", "engines.fake"},
     {"admin", "adapter_routes", "check", "schema", "engines.vllm", "host.__main__"},
     {"app"},
     {"server"},

@@ -25,7 +25,8 @@ from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import ConfigError, one_line
-from vllm_hotswap.launch import ModelLaunch, model_namespace, parse_server_flags, prepare_model
+from vllm_hotswap.flags import model_namespace, parse_server_flags
+from vllm_hotswap.launch import ModelLaunch, prepare_model
 from vllm_hotswap.lora_modules import check_names
 from vllm_hotswap.variables import Variables
 

@@ -205,7 +205,7 @@ def described_flags() -> Mapping[str, argparse.Action] | None:
     from vllm_hotswap.compat.configuration import describing_parser
 
     parser = describing_parser("vllm-hotswap schema")
-    from vllm_hotswap.launch import model_flags
+    from vllm_hotswap.flags import model_flags
 
     return model_flags(parser)
 

@@ -16,6 +16,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_hotswap.model_routes import request_of
+
 GENERATING_PATHS = frozenset(
     [
         "/cohere/v2/chat",
@@ -103,16 +105,17 @@ class SamplingFilter:
         self._known = known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in GENERATING_PATHS:
-            scope, receive = await self._rewritten(scope, receive)
+        _, path = request_of(scope)
+        if path in GENERATING_PATHS:
+            scope, receive = await self._rewritten(path, scope, receive)
         await self._app(scope, receive, send)
 
-    async def _rewritten(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+    async def _rewritten(self, path: str, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         """The router hands a body on in one piece."""
         first: Message | None = await receive()
         assert first is not None
         if first["type"] == "http.request":
-            body = self._rewrite(scope["path"], first.get("body", b""))
+            body = self._rewrite(path, first.get("body", b""))
             first = {**first, "body": body}
             scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
 

@@ -20,9 +20,9 @@ from vllm_hotswap.compat.versions import vllm_version
 from vllm_hotswap.config import ModelConfig, load_config
 from vllm_hotswap.demo import MODELS, write
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.flags import model_flags
 from vllm_hotswap.launch import (
     Launch,
-    model_flags,
     parse_flags,
     prepare,
     weights_bytes,
