@@ -41,7 +41,10 @@ def vllm_host(folder: Path) -> EngineHost:
 
     link = HostLink()
     link.spawn()
-    config = load_config(write(folder))
+    path = write(folder)
+    text = path.read_text().replace("model: ./llama\n", "model: ./llama\n    enable_lora: true\n")
+    path.write_text(text)
+    config = load_config(path)
     launch = prepare(config, parse_flags(config, []))
     return VllmHost(link, [model for model in launch.models if model.alias in ALIASES])
 

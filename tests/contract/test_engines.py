@@ -7,12 +7,14 @@ loaded.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.adapters import write_adapter
 from vllm_hotswap.engines.base import Engine, EngineHost
-from vllm_hotswap.errors import EngineUnavailable, HotswapError
+from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.states import LADDER, Residency
 
@@ -223,18 +225,67 @@ async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:
     assert not host.died.done()
 
 
-async def complete(engine: Engine, max_tokens: int) -> dict[str, object]:
+async def test_an_adapter_is_answered_for_by_its_name(host: EngineHost, tmp_path: Path) -> None:
+    """Added while its engine is parked, it outlives a reload; removed, it is unknown."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    folder = write_adapter(tmp_path / "pirate", "llama")
+    await qwen.activate(22)
+    added = await llama.add_adapter("pirate", folder, is_3d=False, now=True)
+    names = list(llama.adapters)
+    await llama.activate(23)
+    before = await complete(llama, 10, "pirate")
+    await qwen.activate(24)
+    await llama.unload()
+    await llama.load(lambda _: None)
+    await llama.activate(25)
+    after = await complete(llama, 10, "pirate")
+    llama.remove_adapter("pirate")
+    gone = await answer_to(llama, 10, "pirate")
+
+    assert (["pirate"], {}) == (names, dict(llama.adapters))
+    assert ("pirate", 4, None) == (added.files.name, added.files.rank, added.failure)
+    assert "pirate" == before["model"]
+    assert before["choices"] == after["choices"] != (await complete(llama, 10))["choices"]
+    assert 404 == gone.status_code
+
+
+async def test_an_adapter_that_cannot_be_used_leaves_all_as_it_was(
+    host: EngineHost, tmp_path: Path
+) -> None:
+    """One of its name is served on, with its number; the next one has another."""
+    llama = host.engines["llama"]
+    good = write_adapter(tmp_path / "good", "llama")
+    high = write_adapter(tmp_path / "high", "llama", rank=17)
+    first = await llama.add_adapter("pirate", good, is_3d=False, now=False)
+    with pytest.raises(ConfigError, match=r"'pirate' .*rank 17"):
+        await llama.add_adapter("pirate", high, is_3d=False, now=True)
+    kept = llama.adapters["pirate"]
+    second = await llama.add_adapter("pirate", good, is_3d=False, now=True)
+    await llama.activate(26)
+    answered = await complete(llama, 3, "pirate")
+    llama.remove_adapter("pirate")
+
+    assert first == kept
+    assert second.id > first.id
+    assert "pirate" == answered["model"]
+
+
+async def complete(engine: Engine, max_tokens: int, model: str | None = None) -> dict[str, object]:
     """A greedy completion of exactly `max_tokens`, through the engine's own application."""
+    response = await answer_to(engine, max_tokens, model)
+    assert response.status_code == 200, response.text
+    answer: dict[str, object] = response.json()
+    return answer
+
+
+async def answer_to(engine: Engine, max_tokens: int, model: str | None = None) -> httpx.Response:
     transport = httpx.ASGITransport(engine.app)  # type: ignore[arg-type]
     body = {
-        "model": engine.alias,
+        "model": model or engine.alias,
         "prompt": "Hello",
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
     }
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
-        response = await client.post("/v1/completions", json=body, timeout=120)
-    assert response.status_code == 200, response.text
-    answer: dict[str, object] = response.json()
-    return answer
+        return await client.post("/v1/completions", json=body, timeout=120)
