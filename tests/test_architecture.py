@@ -28,7 +28,7 @@ LAYERS = [
         "compat.versions",
     },
     {"planner", "host.messages", "host.arena", "host.heap", "host.teardown"},
-    {"host.weights", "host.compiled"},
+    {"host.weights", "host.compiled", "host.lora"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
     {"config", "hub", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
@@ -77,6 +77,7 @@ VLLM_DOORS = {
     "host.cpu_worker",
     "host.engine",
     "host.executor",
+    "host.lora",
     "host.weights",
 }
 

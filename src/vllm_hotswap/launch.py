@@ -17,7 +17,7 @@ from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.hub import hub_weights_bytes
-from vllm_hotswap.lora_modules import check_names, take_adapters
+from vllm_hotswap.lora_modules import check_names, check_support, take_adapters
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.variables import Variables, Wishes
 
@@ -94,6 +94,7 @@ def prepare_model(
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
         reason = config.references.hide(_reason(error))
         raise ConfigError(f"{config.path}: models.{model.alias}: {reason}") from error
+    check_support(adapters, vllm_config, f"{config.path}: {model.place('lora_modules')}")
     return ModelLaunch(
         alias=model.alias,
         model=model.model,

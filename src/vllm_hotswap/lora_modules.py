@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_hotswap import hub
 from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of, smallest_rank
-from vllm_hotswap.compat.adapters import allowed_ranks, default_rank
+from vllm_hotswap.compat.adapters import allowed_ranks, check_adapter, default_rank
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.errors import ConfigError
 
@@ -43,6 +43,15 @@ def take_adapters(
         args.max_lora_rank = smallest_rank(needed, allowed_ranks(), default_rank())
     _check_ranks(adapters, args.max_lora_rank, place)
     return tuple(adapters)
+
+
+def check_support(adapters: Iterable[AdapterFiles], vllm_config: Any, place: str) -> None:
+    """See that vLLM takes the adapters' configurations. Raises `ConfigError`."""
+    for adapter in adapters:
+        try:
+            check_adapter(adapter.name, adapter.path, vllm_config)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error.message}") from error
 
 
 def check_names(config: ServerConfig, adapters: Mapping[str, Iterable[AdapterFiles]]) -> None:

@@ -336,6 +336,18 @@ def test_adapters_of_one_model_are_asked_for_at_once(server: ServerProcess) -> N
     assert 3 == len(set(expected.values()))
 
 
+def test_a_token_without_an_adapter_goes_in_as_zeros() -> None:
+    """vLLM's operations for CPUs would take its index, -1, for the last slot."""
+    import torch
+
+    from vllm_hotswap.host.lora import masked
+
+    rows = torch.tensor([[1.0, 2.0], [float("inf"), 4.0], [5.0, 6.0]])
+    expected = torch.tensor([[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]])
+
+    assert torch.equal(expected, masked(rows, torch.tensor([0, -1, 3])))
+
+
 # --- at the start ------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.arena import Arena
 from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory
+from vllm_hotswap.host.lora import use_masking
 from vllm_hotswap.host.weights import DroppedWeights, strange_weights
 
 SMALLEST_LAZY_BYTES = 1 << 20
@@ -65,6 +66,7 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         self._dropped: DroppedWeights | None = None
         self._loading_config = copy.deepcopy(vllm_config)
         self.compiled_code = CompiledCode()  # an engine in this process lends its own
+        use_masking()
         super().__init__(vllm_config, *args, **kwargs)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
