@@ -513,6 +513,35 @@ async def test_error_of_ours_after_the_first_byte_breaks_the_answer_off(server: 
     assert (200, b"first", False) == (answer.status, answer.body, answer.complete)
 
 
+async def test_stream_is_cut_at_once_whoever_listened_before_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's routes listen until they begin to answer, and stop a moment after that."""
+    monkeypatch.setattr("vllm_hotswap.coordinator.CUT_GRACE_S", 1000)
+
+    async def listen(request: Request) -> None:
+        async with asyncio.TaskGroup() as middleware:
+            middleware.create_task(request.receive())  # type: ignore[arg-type]
+
+    async def endpoint(request: Request) -> Response:
+        await request.body()
+        listening = asyncio.create_task(listen(request))
+        await asyncio.sleep(0.01)
+        listening.cancel()
+        tokens = server.host.engines["llama"].tokens(20)
+        return StreamingResponse(tokens, media_type="text/event-stream")
+
+    add_route(server, "/pooling", endpoint)
+    server.host.hold("step", "llama")
+    reading = asyncio.create_task(server.stream("llama", path="/pooling").finish())
+    await asyncio.sleep(0.05)
+
+    async with asyncio.timeout(5):
+        await server.switch("qwen", 0)
+
+    assert "drain_timeout" in (await reading).events[-1]
+
+
 async def test_application_that_fails_by_itself_fails_as_ever(server: Server) -> None:
     """An error that has nothing to do with a switch is the application's own."""
 

@@ -108,13 +108,17 @@ class Client:
         return {"type": self._disconnect, "code": 1013}
 
     async def _listen(self) -> Message:
-        """Wait for the client; `_interrupt` ends the wait. No task of its own: a hot path."""
-        self._listening = asyncio.current_task()
+        """Wait for the client; `_interrupt` ends the wait. No task of its own: a hot path.
+
+        Who listens next may begin before who listened last has noticed that it is to stop.
+        """
+        self._listening = task = asyncio.current_task()
         self._lease.on_cut = self._interrupt
         try:
             message = await self._receive()
         finally:
-            self._listening = None
+            if self._listening is task:
+                self._listening = None
         if message["type"] == self._disconnect and not self._answer.complete:
             self._lease.client_left = True
         return message
