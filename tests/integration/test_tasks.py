@@ -31,6 +31,8 @@ CLASSIFY = """\
     kv_cache_memory_bytes: 64M
 """
 
+TELLS = "    enable_tokenizer_info_endpoint: true\n"
+
 LONG = {"max_output_tokens": 1900, "ignore_eos": True}
 """A response that takes seconds."""
 
@@ -61,7 +63,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         shutil.copytree(MODELS / name, folder / name)
     write_classifier(folder / "classify")
     path = folder / "models.yaml"
-    path.write_text(CONFIGURATION + CLASSIFY)
+    llama_tells = CONFIGURATION.replace("choice: false\n", "choice: false\n" + TELLS, 1)
+    path.write_text(llama_tells + CLASSIFY)
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     command = ["-m", "vllm_hotswap", "serve", str(path)]
     running = ServerProcess.start(command, free_port(), folder / "server.log", environment)
@@ -86,7 +89,7 @@ GENERATE: Mapping[str, object] = {
 PAIRS = {"query": "a cat", "documents": ["a dog", "a stock"]}
 EMBED: Mapping[str, object] = {
     "/v1/embeddings": {"input": "a cat"},
-    "/v2/embed": {"texts": ["a cat"], "input_type": "search_query"},
+    "/v2/embed": {"texts": ["a cat"]},
     "/score": {"text_1": "a cat", "text_2": ["a dog"]},
     "/v1/score": {"text_1": "a cat", "text_2": ["a dog"]},
     "/rerank": PAIRS,
@@ -126,6 +129,18 @@ def test_no_route_of_vllm_answers_another_task_in_a_form_of_its_own(
         response = server.post(path.replace("{response_id}", "resp_nobody"), body)
         assert response.status_code in (400, 403, 404), (path, response.text)
         assert {"message", "type", "param", "code"} <= set(error(response)), path
+
+
+def test_a_route_of_one_models_flag_is_that_models_alone(server: ServerProcess) -> None:
+    """vLLM would give it to every model whose frontend is made later."""
+    server.switch("llama")
+    told = server.client.get("/tokenizer_info")
+    server.switch("qwen")
+    refused = server.client.get("/tokenizer_info")
+
+    assert 200 == told.status_code
+    assert (404, "wrong_task") == (refused.status_code, error(refused)["code"])
+    assert error(refused)["message"].endswith("ask for llama")
 
 
 def test_a_classifier_tells_its_classes(server: ServerProcess) -> None:
@@ -234,7 +249,7 @@ def test_a_conversation_goes_on_with_its_own_model_alone(server: ServerProcess) 
 
 
 def test_a_drain_waits_for_work_in_the_background(server: ServerProcess) -> None:
-    """It is accepted when it is answered, and complete when the switch is done."""
+    """It is accepted when it is answered, and done to its last token when the switch is."""
     server.switch("llama")
     response = created(server, "llama", background=True, max_output_tokens=200, ignore_eos=True)
     assert "queued" == response["status"]
@@ -242,7 +257,8 @@ def test_a_drain_waits_for_work_in_the_background(server: ServerProcess) -> None
     switch = server.switch("qwen", drain_timeout=60)
 
     assert 0 == switch["requests_cut"]
-    assert "completed" == kept(server, response)["status"]
+    done = kept(server, response)
+    assert ("incomplete", 200) == (done["status"], done["usage"]["output_tokens"])
 
 
 @pytest.mark.parametrize("stream", [False, True])

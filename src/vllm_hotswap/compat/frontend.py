@@ -82,14 +82,21 @@ async def make_frontend(client: Any, args: argparse.Namespace) -> Frontend:
     tasks = await client.get_supported_tasks()
     app = find("build_app")(args, tasks, client.model_config)
     await find("init_app_state")(client, app.state, args, tasks)
-    routes = ModelRoutes.of(tasks, app.routes, without=_unanswered_paths(app.state))
+    routes = ModelRoutes.of(tasks, app.routes, without=_unwanted_paths(app.state))
     serving = getattr(app.state, "openai_serving_responses", None)
     return Frontend(app, routes, KeptResponses(serving) if serving is not None else None)
 
 
-def _unanswered_paths(state: Any) -> frozenset[str]:
-    """Paths that are mounted although the model has no handler for them: vLLM would say 501."""
-    return frozenset(path for path, name in HANDLERS.items() if getattr(state, name, True) is None)
+def _unwanted_paths(state: Any) -> set[str]:
+    """Paths that are mounted although the model is not to answer them.
+
+    Where it has no handler, vLLM would say 501. And what one model's flag adds to vLLM's router of
+    tokenizers, which is the process's, is there for every model that is made later.
+    """
+    unwanted = {path for path, name in HANDLERS.items() if getattr(state, name, True) is None}
+    if not getattr(state.args, "enable_tokenizer_info_endpoint", False):
+        unwanted.add("/tokenizer_info")
+    return unwanted
 
 
 def request_keys(app: Any, args: argparse.Namespace) -> dict[str, frozenset[str]]:
