@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from starlette.datastructures import Headers
 
-from vllm_hotswap.access import Access, Role
-from vllm_hotswap.errors import SwitchNotAllowed, Unauthorized
+from vllm_hotswap.access import Access, KeyFlags, Role
+from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
 
 CLOSED = Access()
 DEV = Access(dev_mode=True)
@@ -71,10 +73,10 @@ def test_caller_without_a_key_is_refused(access: Access, role: Role, key: str | 
     [
         (CLOSED, None, "switching is closed: start the server with --admin-key"),
         (USER, "user", "or with VLLM_SERVER_DEV_MODE=1 on a trusted network"),
-        (ADMIN, None, "needs an admin key"),
-        (ADMIN, "wrong", "needs an admin key"),
-        (BOTH, "user", "needs an admin key"),
-        (BOTH_DEV, "user", "needs an admin key"),
+        (ADMIN, None, "send an admin key"),
+        (ADMIN, "wrong", "send an admin key"),
+        (BOTH, "user", "send an admin key"),
+        (BOTH_DEV, "user", "send an admin key"),
     ],
 )
 def test_caller_who_may_not_switch_is_refused(access: Access, key: str | None, reason: str) -> None:
@@ -115,33 +117,141 @@ def test_key_in_another_form_is_none(headers: dict[str, str]) -> None:
         USER.check(Role.USER, Headers(headers))
 
 
+def lets_in(access: Access, role: Role, key: str) -> bool:
+    try:
+        access.check(role, bearer(key))
+    except (Unauthorized, SwitchNotAllowed):
+        return False
+    return True
+
+
+def who_passes(access: Access, role: Role, *keys: str) -> list[str]:
+    return [key for key in keys if lets_in(access, role, key)]
+
+
+def key_file(path: Path, *keys: str) -> Path:
+    path.write_text("\n".join(keys))
+    path.chmod(0o600)
+    return path
+
+
 def test_environment_gives_keys_and_dev_mode() -> None:
-    """The quickstart's and vLLM's variables are read."""
-    environment = {
-        "VLLM_API_KEY": "user",
-        "VLLM_HOTSWAP_ADMIN_KEY": "admin",
-        "VLLM_SERVER_DEV_MODE": "1",
-    }
+    """The quickstart's and vLLM's variables are read; each may hold several keys."""
+    access = Access.from_environment(
+        {
+            "VLLM_API_KEY": "user, user2",
+            "VLLM_HOTSWAP_ADMIN_KEY": "admin admin2",
+            "VLLM_SERVER_DEV_MODE": "1",
+        }
+    )
 
-    assert Access(("user",), ("admin",), dev_mode=True) == Access.from_environment(environment, [])
+    everybody = ("user", "user2", "admin", "admin2", "other", "user, user2")
+    assert ["user", "user2", "admin", "admin2"] == who_passes(access, Role.USER, *everybody)
+    assert ["admin", "admin2"] == who_passes(access, Role.ADMIN, *everybody)
+    assert "<Access user_keys=2 admin_keys=2 dev_mode=True>" == repr(access)
 
 
-@pytest.mark.parametrize("environment", [{}, {"VLLM_SERVER_DEV_MODE": "0"}, {"VLLM_API_KEY": ""}])
+def test_files_give_keys(tmp_path: Path) -> None:
+    """Named by variables; they add to the keys of the other variables."""
+    access = Access.from_environment(
+        {
+            "VLLM_API_KEY": "user",
+            "VLLM_HOTSWAP_API_KEY_FILE": str(key_file(tmp_path / "user", "user2", "user3")),
+            "VLLM_HOTSWAP_ADMIN_KEY_FILE": str(key_file(tmp_path / "admin", "admin")),
+        }
+    )
+
+    everybody = ("user", "user2", "user3", "admin", "other")
+    assert ["user", "user2", "user3", "admin"] == who_passes(access, Role.USER, *everybody)
+    assert ["admin"] == who_passes(access, Role.ADMIN, *everybody)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"VLLM_SERVER_DEV_MODE": "0"}, {"VLLM_API_KEY": " , "}, {"VLLM_HOTSWAP_API_KEY_FILE": ""}],
+)
 def test_nothing_is_open_by_default(environment: dict[str, str]) -> None:
     """Neither unset nor empty nor zero opens anything, and an empty key is no key."""
-    assert Access() == Access.from_environment(environment, [""])
+    access = Access.from_environment(environment, KeyFlags(admin_keys=[""]))
+
+    assert "<Access user_keys=0 admin_keys=0 dev_mode=False>" == repr(access)
+    assert [] == who_passes(access, Role.ADMIN, "", "any")
 
 
-def test_flags_win_over_the_environment() -> None:
-    """Keys that are given as flags replace those of the environment."""
-    environment = {"VLLM_API_KEY": "old", "VLLM_HOTSWAP_ADMIN_KEY": "old"}
+def test_flag_wins_over_the_variable_that_says_the_same(tmp_path: Path) -> None:
+    """Keys replace keys, and files replace files."""
+    environment = {
+        "VLLM_API_KEY": "old",
+        "VLLM_HOTSWAP_ADMIN_KEY": "old",
+        "VLLM_HOTSWAP_API_KEY_FILE": "/missing",
+        "VLLM_HOTSWAP_ADMIN_KEY_FILE": "/missing",
+    }
+    flags = KeyFlags(
+        admin_keys=["new", "newer"],
+        admin_key_files=[key_file(tmp_path / "a", "filed")],
+        api_key_files=[key_file(tmp_path / "b", "user2"), key_file(tmp_path / "c", "user3")],
+    )
+    access = Access.from_environment(environment, flags)
 
-    access = Access.from_environment(environment, ["new", "newer"]).with_user_keys(["user"])
+    access.use_user_keys(["user"])
 
-    assert Access(("user",), ("new", "newer")) == access
+    everybody = ("old", "new", "newer", "filed", "user", "user2", "user3")
+    assert list(everybody[1:]) == who_passes(access, Role.USER, *everybody)
+    assert ["new", "newer", "filed"] == who_passes(access, Role.ADMIN, *everybody)
 
 
 @pytest.mark.parametrize("keys", [None, [], [""]])
 def test_no_flag_leaves_the_environments_user_key(keys: list[str] | None) -> None:
     """A flag that was not given takes nothing away."""
-    assert USER is USER.with_user_keys(keys)
+    access = Access(user_keys=["user"])
+
+    access.use_user_keys(keys)
+
+    assert ["user"] == who_passes(access, Role.USER, "user", "", "other")
+
+
+def test_file_that_cannot_be_used_ends_a_start(tmp_path: Path) -> None:
+    """It is named; a server that nobody asked for would be open."""
+    flags = KeyFlags(api_key_files=[tmp_path / "missing"])
+
+    with pytest.raises(ConfigError, match="missing' cannot be read"):
+        Access.from_environment({}, flags)
+
+
+def test_keys_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that have gone pass no more, and those that are new do; only numbers are told."""
+    path = key_file(tmp_path / "keys", "gone", "stays")
+    access = Access(user_key_files=[path], admin_keys=["admin"])
+
+    key_file(path, "stays", "new", "newer")
+    with caplog.at_level("INFO"):
+        access.read_again()
+
+    assert ["stays", "new", "newer"] == who_passes(
+        access, Role.USER, "gone", "stays", "new", "newer"
+    )
+    assert ["event=keys_read user=3 admin=1"] == caplog.messages
+
+
+def test_keys_from_before_count_when_a_file_cannot_be_used_any_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of both roles; the log has one line, which names the file."""
+    users, admins = key_file(tmp_path / "u", "user"), key_file(tmp_path / "a", "admin")
+    access = Access(user_key_files=[users], admin_key_files=[admins])
+
+    key_file(users, "new")
+    admins.chmod(0o604)
+    access.read_again()
+
+    assert ["user", "admin"] == who_passes(access, Role.USER, "user", "admin", "new")
+    (message,) = caplog.messages
+    assert "event=keys_not_read" in message
+    assert str(admins) in message
+
+
+def test_access_shows_no_key() -> None:
+    """In no form."""
+    flags = KeyFlags(admin_keys=["sk-canary"])
+
+    assert "canary" not in f"{flags} {Access.from_environment({}, flags)!r}"

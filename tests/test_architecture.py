@@ -18,6 +18,7 @@ LAYERS = [
         "devices",
         "checkpoint",
         "adapters",
+        "keys",
         "model_field",
         "model_routes",
         "references",

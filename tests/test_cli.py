@@ -41,6 +41,7 @@ def test_other_commands_are_left_as_they_are(argv: list[str]) -> None:
         ("--host 127.0.0.1 m.yaml", "m.yaml --host 127.0.0.1"),
         ("--enforce-eager m.yml --port 1", "m.yml --enforce-eager --port 1"),
         ("--admin-key k m.yaml", "m.yaml --admin-key k"),
+        ("--api-key-file keys m.yaml", "m.yaml --api-key-file keys"),
         ("--config vllm.yaml m.yaml", "m.yaml --config vllm.yaml"),
         ("--config=vllm.yaml m.yaml", "m.yaml --config=vllm.yaml"),
     ],
@@ -67,6 +68,22 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
     assert 1 == ended.returncode
     assert ended.stderr.startswith("vllm-hotswap: error: ")
     assert 1 == len(ended.stderr.splitlines())
+
+
+@pytest.mark.parametrize("role", ["api", "admin"])
+def test_a_key_file_that_cannot_be_used_ends_the_start(role: str, tmp_path: Path) -> None:
+    """Before anything slow is done, with one line that names it and shows nothing of it."""
+    (tmp_path / "models.yaml").write_text("models: {llama: {model: org/llama}}")
+    keys = tmp_path / "keys"
+    keys.write_text("sk-canary")
+    keys.chmod(0o644)
+
+    ended = run("serve", str(tmp_path / "models.yaml"), f"--{role}-key-file", str(keys))
+
+    assert 1 == ended.returncode
+    assert f"key file '{keys}' is open to every user of the machine; run: chmod" in ended.stderr
+    assert 1 == len(ended.stderr.splitlines())
+    assert "sk-canary" not in ended.stderr
 
 
 def test_no_file_is_told_with_the_usage() -> None:

@@ -30,9 +30,9 @@ Serving = asyncio.Task[int]
 PAGE = "https://page.example"
 
 
-def serve(host: FakeHost, listener: Listener) -> Serving:
+def serve(host: FakeHost, listener: Listener, access: Access | None = None) -> Serving:
     """Start a server of the host's models in this process."""
-    app = HotswapApp(host, Access())
+    app = HotswapApp(host, access or Access())
     load = list(host.engines)
     return asyncio.create_task(server.serve(app, listener, load, load[0], StartupProgress(load)))
 
@@ -97,6 +97,26 @@ async def test_the_banner_is_shown_when_requests_are_accepted_and_a_signal_ends_
 
     assert 200 == response.status_code
     assert f"unix:{tmp_path}/s  active: llama" in shown
+    assert 0 == await serving
+
+
+async def test_a_hangup_has_key_files_read_again(tmp_path: Path) -> None:
+    """Without a restart: the old key is refused then, and the new one passes."""
+    file = tmp_path / "keys"
+    file.touch(0o600)
+    file.write_text("old")
+    listener = Listener.open(flags(uds=str(tmp_path / "s")))
+    serving = serve(FakeHost(("llama",)), listener, Access(user_key_files=[file]))
+    old, new = ({"authorization": f"Bearer {key}"} for key in ("old", "new"))
+    before = [(await answer(tmp_path / "s", headers=h)).status_code for h in (old, new)]
+
+    file.write_text("new")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await settled()
+
+    after = [(await answer(tmp_path / "s", headers=h)).status_code for h in (old, new)]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ([200, 401], [401, 200]) == (before, after)
     assert 0 == await serving
 
 

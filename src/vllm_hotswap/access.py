@@ -1,20 +1,24 @@
-"""Who may call what: keys, roles, and whether switching is open.
+"""Who may call what: roles, the keys that they need, and whether switching is open.
 
-`--api-key` (or `VLLM_API_KEY`) is the user key. `--admin-key` (or `VLLM_HOTSWAP_ADMIN_KEY`) is
-the admin key; it may do what the user key may, too. Without an admin key, the quickstart's
+`--api-key` (vLLM's flag) gives user keys, `--admin-key` admin keys; each has a variable and a file,
+too. An admin may do what a user may. Without an admin key, the quickstart's
 `VLLM_SERVER_DEV_MODE=1` opens switching to whoever may use the server, and nothing else.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from vllm_hotswap.errors import SwitchNotAllowed, Unauthorized
+from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
+from vllm_hotswap.keys import Keys, KeySource, split_keys
+
+log = logging.getLogger("vllm_hotswap")
 
 
 class Role(Enum):
@@ -26,24 +30,79 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
-    """The keys of a server. Empty tuples: no key is asked for."""
+class KeyFlags:
+    """What the command line says of keys, besides vLLM's `--api-key`."""
 
-    user_keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
-    dev_mode: bool = False
+    admin_keys: Sequence[str] = field(default=(), repr=False)
+    admin_key_files: Sequence[Path] = ()
+    api_key_files: Sequence[Path] = ()
+
+
+class Access:
+    """The keys of a server, and the decision about a caller.
+
+    The mutable state is where user keys come from, and the keys of both roles as they were read
+    last: `use_user_keys` and `read_again` change them, all at once or not at all. Where a role has
+    no keys, none is asked for.
+    """
+
+    def __init__(
+        self,
+        user_keys: Iterable[str] = (),
+        admin_keys: Iterable[str] = (),
+        dev_mode: bool = False,
+        user_key_files: Sequence[Path] = (),
+        admin_key_files: Sequence[Path] = (),
+    ) -> None:
+        """Raises `ConfigError` if a file cannot be used."""
+        self._dev_mode = dev_mode
+        users = Keys.of(user_keys, "--api-key or VLLM_API_KEY")
+        admins = Keys.of(admin_keys, "--admin-key or VLLM_HOTSWAP_ADMIN_KEY")
+        self._user_source = KeySource(users, user_key_files)
+        self._admin_source = KeySource(admins, admin_key_files)
+        self._read()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Access user_keys={len(self._user)} admin_keys={len(self._admin)} "
+            f"dev_mode={self._dev_mode}>"
+        )
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str], admin_keys: Iterable[str]) -> Access:
-        """Flags win over the environment; empty keys count as none."""
-        user = _given([environment.get("VLLM_API_KEY", "")])
-        admin = _given(admin_keys) or _given([environment.get("VLLM_HOTSWAP_ADMIN_KEY", "")])
-        return cls(user, admin, _is_on(environment.get("VLLM_SERVER_DEV_MODE", "")))
+    def from_environment(
+        cls, environment: Mapping[str, str], flags: KeyFlags | None = None
+    ) -> Access:
+        """A flag wins over the variable that says the same; keys and files add up."""
+        flags = flags or KeyFlags()
+        return cls(
+            split_keys(environment.get("VLLM_API_KEY", "")),
+            _given(flags.admin_keys) or split_keys(environment.get("VLLM_HOTSWAP_ADMIN_KEY", "")),
+            _is_on(environment.get("VLLM_SERVER_DEV_MODE", "")),
+            flags.api_key_files or _paths(environment.get("VLLM_HOTSWAP_API_KEY_FILE")),
+            flags.admin_key_files or _paths(environment.get("VLLM_HOTSWAP_ADMIN_KEY_FILE")),
+        )
 
-    def with_user_keys(self, keys: Iterable[str] | None) -> Access:
-        """The same with the keys of `--api-key`, where there are any."""
-        given = _given(keys or ())
-        return replace(self, user_keys=given) if given else self
+    def use_user_keys(self, keys: Iterable[str] | None) -> None:
+        """Take those of `--api-key`, where there are any, in place of the variable's."""
+        if given := Keys.of(keys or (), "--api-key"):
+            self._user_source = replace(self._user_source, given=given)
+            self._read()
+
+    @property
+    def has_files(self) -> bool:
+        return bool(self._user_source.files or self._admin_source.files)
+
+    def read_again(self) -> None:
+        """Take the keys that the files hold now; keep those from before if that fails."""
+        try:
+            self._read()
+        except ConfigError as error:
+            log.error("event=keys_not_read cause=%r then='the keys from before count'", str(error))
+        else:
+            log.info("event=keys_read user=%d admin=%d", len(self._user), len(self._admin))
+
+    def _read(self) -> None:
+        self._user, self._admin = self._user_source.read(), self._admin_source.read()
 
     def check(self, role: Role, headers: Headers) -> None:
         """Let the caller pass.
@@ -55,16 +114,16 @@ class Access:
         if role is Role.PUBLIC:
             return
         key = _key(headers)
-        is_admin = _matches(key, self.admin_keys)
-        if self.user_keys and not is_admin and not _matches(key, self.user_keys):
+        is_user, is_admin = self._user.know(key), self._admin.know(key)
+        if self._user and not (is_user or is_admin):
             raise Unauthorized("a valid API key is needed; send Authorization: Bearer <key>")
         if role is Role.ADMIN and not is_admin:
             self._check_admin()
 
     def _check_admin(self) -> None:
-        if self.admin_keys:
-            raise SwitchNotAllowed("this route changes the server's state and needs an admin key")
-        if not self.dev_mode:
+        if self._admin:
+            raise SwitchNotAllowed("this route is for admins: send an admin key")
+        if not self._dev_mode:
             raise SwitchNotAllowed(
                 "switching is closed: start the server with --admin-key (or "
                 "VLLM_HOTSWAP_ADMIN_KEY), or with VLLM_SERVER_DEV_MODE=1 on a trusted network"
@@ -75,8 +134,12 @@ def _is_on(value: str) -> bool:
     return value.strip().lower() in ("1", "true", "yes", "on")
 
 
-def _given(keys: Iterable[str]) -> tuple[str, ...]:
-    return tuple(key for key in keys if key)
+def _given(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if key]
+
+
+def _paths(name: str | None) -> list[Path]:
+    return [Path(name)] if name else []
 
 
 def _key(headers: Headers) -> bytes:
@@ -84,9 +147,3 @@ def _key(headers: Headers) -> bytes:
     if scheme.lower() == "bearer":
         return token.strip().encode()
     return headers.get("x-api-key", "").encode()
-
-
-def _matches(key: bytes, known: Iterable[str]) -> bool:
-    """Compares with every key, in constant time each."""
-    matches = [secrets.compare_digest(key, other.encode()) for other in known]
-    return any(matches)

@@ -46,7 +46,7 @@ class HotswapApp:
         adapter_folders: Sequence[Path] = (),
     ) -> None:
         self.host = host
-        self._access = access
+        self.access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)
         self.coordinator = Coordinator(host, observer, switching, policies)
@@ -108,7 +108,7 @@ class HotswapApp:
     async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
         """What answers a request that may be answered."""
         route, parameters = self.routes.find(*request_of(scope))
-        self._access.check(route.role, Headers(scope=scope))
+        self.access.check(route.role, Headers(scope=scope))
         if route.handler is None:
             return self._router
         return await route.handler(Request({**scope, "path_params": parameters}, receive))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_hotswap import __version__, remote
+from vllm_hotswap.access import KeyFlags
 from vllm_hotswap.compat.versions import is_installed, require_vllm
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS, parse_allowed
@@ -71,6 +72,16 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         help="key that may switch models (also VLLM_HOTSWAP_ADMIN_KEY); may be given again",
     )
+    for role in ("admin", "api"):
+        serve.add_argument(
+            f"--{role}-key-file",
+            action="append",
+            default=[],
+            type=Path,
+            metavar="FILE",
+            help=f"file with keys as of --{role}-key, one a line (also "
+            f"VLLM_HOTSWAP_{role.upper()}_KEY_FILE); read again on SIGHUP; may be given again",
+        )
     _add_settings(serve)
     serve.set_defaults(run=_serve)
 
@@ -175,7 +186,8 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     config = load_config(args.config, *given(args))
     from vllm_hotswap import server
 
-    return server.run(config, flags, args.admin_key)
+    keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
+    return server.run(config, flags, keys)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from vllm_hotswap.errors import HotswapError, one_line
+from vllm_hotswap.keys import split_keys
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "VLLM_HOTSWAP_URL"
@@ -133,7 +134,7 @@ def call(
     Raises:
         RemoteError: there is no such server, or it answered with an error.
     """
-    key = args.admin_key or os.environ.get(KEY_VARIABLE)
+    key = args.admin_key or split_keys(os.environ.get(KEY_VARIABLE, ""))[0]
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx.Client(

@@ -22,7 +22,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from vllm_hotswap import __version__
-from vllm_hotswap.access import Access
+from vllm_hotswap.access import Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
@@ -59,19 +59,19 @@ class Server(uvicorn.Server):
         yield
 
 
-def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = ()) -> int:
+def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None) -> int:
     """Serve until told to stop. Returns the exit status.
 
     Args:
         config: the checked YAML file.
         flags: flags of `vllm serve`, for the server and as defaults of every model.
-        admin_keys: keys that may change the server's state.
+        keys: what the command line says of keys, besides `--api-key`.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
+    access = Access.from_environment(os.environ, keys)
     require_vllm()
-    access = Access.from_environment(os.environ, admin_keys)
     folders = config.adapter_folders
     _clean_environment()
     link = HostLink()
@@ -88,6 +88,8 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
                 log.warning("event=vllm_not_tried %s", doubt)
             namespaces = launch.parse_flags(config, flags)
             args = namespaces[""]
+            access.use_user_keys(args.api_key)
+            args.api_key = None
             log_config = frontend.uvicorn_log_config(args)
             listener = Listener.open(args, log_config, frontend.certificate_refresher)
             models = launch.prepare(config, namespaces).models
@@ -99,7 +101,7 @@ def run(config: ServerConfig, flags: Sequence[str], admin_keys: Sequence[str] = 
     progress = StartupProgress(load)
     app = HotswapApp(
         host,
-        access.with_user_keys(args.api_key),
+        access,
         config.switching,
         observers=(EventLog(), progress),
         vllm_version=version,
@@ -144,7 +146,7 @@ async def serve(
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
-    with _stop_signal() as stop:
+    with _keys_on_hangup(app.access), _stop_signal() as stop:
         try:
             if not await _start(app, load, default, stop):
                 return 0
@@ -221,6 +223,20 @@ def _exit_status(app: HotswapApp, serving: asyncio.Task[None], stop: asyncio.Fut
         log.error("event=serving_failed cause=%r", one_line(error))
         return 1
     return 0 if stop.done() else 1
+
+
+@contextlib.contextmanager
+def _keys_on_hangup(access: Access) -> Iterator[None]:
+    """Read key files again at every SIGHUP. Without such files it ends the server, as ever."""
+    if not access.has_files:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, access.read_again)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 @contextlib.contextmanager

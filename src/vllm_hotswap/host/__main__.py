@@ -34,8 +34,10 @@ def main() -> None:
         remember_cores(parse_cores(args.cores))
     channel: Connection[object, Command] = Connection(args.channel)
     configure_logging()
-    # The parent decides when the host ends; a Ctrl-C in the terminal reaches both.
+    # The parent decides when the host ends; a Ctrl-C in the terminal reaches both, and so may a
+    # SIGHUP, at which the parent reads its key files again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     obedience = Obedience(channel.send)
     threading.Thread(target=_read, args=(channel, obedience), daemon=True, name="channel").start()
     with no_collection():

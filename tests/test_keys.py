@@ -1,0 +1,152 @@
+"""Where keys come from, and that none of them is ever shown."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap import keys
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.keys import Keys, KeySource, parse_key_file, read_key_file, split_keys
+
+SECRET = "sk-canary-4711"
+
+
+def key_file(folder: Path, content: str | bytes, mode: int = 0o600) -> Path:
+    path = folder / "keys"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.chmod(mode)
+    return path
+
+
+def test_keys_are_known_and_nothing_else_is() -> None:
+    """Neither a part of one, nor more than one, nor nothing."""
+    known = Keys.of(["one", "two"], "--api-key")
+
+    assert [True, True] == [known.know(key) for key in (b"one", b"two")]
+    assert not any(known.know(key) for key in (b"", b"on", b"one ", b"onetwo", b"ONE", b"\xff"))
+
+
+def test_every_key_is_compared_even_when_one_has_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the time tells nothing of where the match is."""
+    compared: list[bytes] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append(b)
+        return hmac.compare_digest(a, b)
+
+    monkeypatch.setattr(keys.secrets, "compare_digest", compare)
+
+    assert Keys.of(["one", "two", "three"], "--api-key").know(b"one")
+    assert 3 == len(compared)
+
+
+def test_keys_are_not_kept() -> None:
+    """What is not held cannot be shown by a repr, a traceback or a debugger's dump."""
+    source = KeySource(Keys.of([SECRET], "--api-key"))
+
+    assert SECRET not in f"{source!r} {source.given!r} {source.given._digests!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [""]),
+        ("one", ["one"]),
+        ("one,two", ["one", "two"]),
+        (" one ,\ttwo\nthree, ", ["one", "two", "three"]),
+    ],
+)
+def test_variable_holds_several_keys(text: str, expected: list[str]) -> None:
+    """Separated by commas or white space."""
+    assert expected == split_keys(text)
+
+
+def test_file_holds_one_key_a_line() -> None:
+    """With comments, which a key that has the sign inside is not cut by."""
+    text = "# of the team\none  # until May\r\n\n\t two\t\nthree#3\n#four"
+
+    assert ["one", "two", "three#3"] == [key for key in parse_key_file(text) if key]
+
+
+def test_keys_of_files_add_up_to_those_that_were_given(tmp_path: Path) -> None:
+    """And are those that the file has now."""
+    path = key_file(tmp_path, "two\nthree\n")
+    source = KeySource(Keys.of(["one"], "--api-key"), [path])
+    before = source.read()
+
+    path.write_text("four\n")
+    after = source.read()
+
+    candidates = [b"one", b"two", b"three", b"four"]
+    assert [True, True, True, False] == [before.know(key) for key in candidates]
+    assert [True, False, False, True] == [after.know(key) for key in candidates]
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o666])
+def test_file_that_others_may_use_is_refused_with_the_command_to_run(
+    tmp_path: Path, mode: int
+) -> None:
+    """Whether they may read it or write it."""
+    path = key_file(tmp_path, SECRET, mode)
+
+    with pytest.raises(ConfigError, match=f"key file .*run: chmod o= '{path}'$"):
+        read_key_file(path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o660])
+def test_file_of_the_owner_and_its_group_is_read(tmp_path: Path, mode: int) -> None:
+    """The group is the operator's choice."""
+    assert 1 == len(read_key_file(key_file(tmp_path, SECRET, mode)))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "holds no key; write one a line"),
+        ("# nothing\n\n", "holds no key; write one a line"),
+        (f"{SECRET} {SECRET}", "may only have printable ASCII characters, and no spaces"),
+        (f"{SECRET}é", "may only have printable ASCII characters, and no spaces"),
+        (f"{SECRET}\x07", "may only have printable ASCII characters, and no spaces"),
+        (f"{SECRET}\xff".encode("latin-1"), "is no UTF-8 text"),
+    ],
+)
+def test_file_that_cannot_be_used_is_named_and_not_quoted(
+    tmp_path: Path, content: str | bytes, expected: str
+) -> None:
+    """An empty one above all: it would ask nobody for a key."""
+    path = key_file(tmp_path, content)
+
+    with pytest.raises(ConfigError, match=expected) as caught:
+        read_key_file(path)
+
+    assert str(path) in caught.value.message
+    assert SECRET not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """With the reason."""
+    with pytest.raises(ConfigError, match=r"missing' cannot be read: No such file or directory"):
+        read_key_file(tmp_path / "missing")
+
+
+def test_folder_or_pipe_is_no_key_file(tmp_path: Path) -> None:
+    """A pipe could not be read again, and would be waited for."""
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    tmp_path.chmod(0o700)
+
+    with pytest.raises(ConfigError, match="is no regular file"):
+        read_key_file(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        read_key_file(tmp_path)
+
+
+def test_key_that_no_header_can_carry_is_refused_without_showing_it() -> None:
+    """Wherever it was given."""
+    with pytest.raises(ConfigError, match=r"^--admin-key: a key may only") as caught:
+        Keys.of([f"{SECRET} x"], "--admin-key")
+
+    assert SECRET not in caught.value.message
