@@ -454,13 +454,14 @@ async def test_health_tells_why_nothing_can_be_served(server: Server) -> None:
     """503 with the reason, after the active engine's death and after the host's."""
     server.host.kill_engine("llama")
     response = await server.get("/health")
-    assert (503, "no model is active") == (response.status_code, response.json()["reason"])
+    error = response.json()["error"]
+    assert (503, "no model is active") == (response.status_code, error["message"])
 
     server.host.kill("the engine host was killed by signal 9")
     await server.settled()
     response = await server.get("/health")
     assert 503 == response.status_code
-    assert "killed by signal 9" in response.json()["reason"]
+    assert "killed by signal 9" in response.json()["error"]["message"]
 
 
 # --- metrics --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ LAYERS = [
     {"errors", "garbage"},
     {
         "states",
+        "answers",
         "platforms",
         "devices",
         "checkpoint",
@@ -34,6 +35,7 @@ LAYERS = [
     {"settings"},
     {"config", "hub", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
     {"ladder", "switch", "metrics", "progress", "listen", "feed", "routes"},
+    {"description"},
     {
         "coordinator",
         "compat.cpu_worker",
@@ -55,6 +57,7 @@ LAYERS = [
     {"lora_modules", "engines.adapters"},
     {"routing", "operations", "host.obey", "flags", "launch", "engines.link", "engines.fake"},
     {"admin", "adapter_routes", "check", "schema", "engines.vllm", "host.__main__"},
+    {"own_routes"},
     {"app"},
     {"server"},
     {"demo", "bench", "remote"},

@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm_hotswap import metrics
+from vllm_hotswap.answers import MemoryStatus, ModelStatus, StatusAnswer, SwitchAnswer
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.errors import EngineUnavailable, InvalidRequest
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import move_body, usage_body
 from vllm_hotswap.registry import Model
@@ -72,7 +73,7 @@ class Admin:
     async def status(self, request: Request) -> Response:
         return JSONResponse(self.snapshot())
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> StatusAnswer:
         """The server now, as JSON. Bytes and seconds."""
         coordinator, stats = self._coordinator, self._host.stats()
         return {
@@ -94,7 +95,7 @@ class Admin:
     async def health(self, request: Request) -> Response:
         failure = self._coordinator.failure
         if failure is not None:
-            return JSONResponse({"status": "unavailable", "reason": failure}, 503)
+            raise EngineUnavailable(failure)
         return Response(status_code=200)
 
     async def metrics(self, request: Request) -> Response:
@@ -149,7 +150,7 @@ def model_list(coordinator: Coordinator) -> dict[str, Any]:
     }
 
 
-def switch_body(result: SwitchResult) -> dict[str, Any]:
+def switch_body(result: SwitchResult) -> SwitchAnswer:
     """The quickstart server's fields, then ours.
 
     A switch gives memory back only where there is no room: `freed_memory_mb` is what the engine
@@ -187,7 +188,7 @@ def _parse(body: bytes) -> SwitchRequest:
         ) from None
 
 
-def _model_status(model: Model, coordinator: Coordinator) -> dict[str, Any]:
+def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
     memory, held = model.engine.memory, model.engine.footprint.at(model.residency)
     return {
         "residency": model.residency.value,
@@ -203,7 +204,7 @@ def _model_status(model: Model, coordinator: Coordinator) -> dict[str, Any]:
     }
 
 
-def _memory(coordinator: Coordinator, host: EngineHost) -> dict[str, Any]:
+def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
     """Budgets and what models hold of them; the device's with what the host holds itself."""
     budget, used, base = coordinator.ladder.budget, coordinator.ladder.used, host.base_bytes
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_hotswap import openai
-from vllm_hotswap.access import Access, Role
+from vllm_hotswap.access import Access
 from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.description import describe
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import Observer, Observers
@@ -24,8 +25,9 @@ from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import Operations
+from vllm_hotswap.own_routes import own_routes
 from vllm_hotswap.registry import ModelPolicy
-from vllm_hotswap.routes import Route, RouteTable, vllm_routes
+from vllm_hotswap.routes import RouteTable, vllm_routes
 from vllm_hotswap.routing import Router
 from vllm_hotswap.settings import SwitchingConfig
 
@@ -69,31 +71,8 @@ class HotswapApp:
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
         self.feed = EventFeed(admin.snapshot)
         observer.add(self.feed)
-        self.routes = RouteTable(
-            [*self._own_routes(admin, moves), *_adapter_routes(adapters), *vllm_routes()]
-        )
-
-    def _own_routes(self, admin: Admin, moves: Operations) -> Iterator[Route]:
-        public, user, switching = Role.PUBLIC, Role.USER, Role.ADMIN
-        model = "/admin/models/{alias:path}"
-        yield Route("GET", "/health", public, admin.health)
-        yield Route("GET", "/ping", public, admin.health)
-        yield Route("POST", "/ping", public, admin.health)
-        yield Route("GET", "/version", public, self._version)
-        yield Route("GET", "/metrics", user, admin.metrics)
-        yield Route("GET", "/v1/models", user, admin.models)
-        yield Route("GET", "/models", user, admin.models)
-        yield Route("GET", "/v1/models/{alias:path}", user, admin.model)
-        yield Route("POST", "/v1/models/switch", switching, admin.switch)
-        yield Route("GET", "/admin/status", user, admin.status)
-        yield Route("GET", "/admin/plan", user, moves.plan)
-        yield Route("GET", "/admin/events", user, self._events)
-        yield Route("POST", f"{model}/load", switching, moves.load)
-        yield Route("POST", f"{model}/unload", switching, moves.unload)
-        yield Route("POST", f"{model}/sleep", switching, moves.sleep)
-        yield Route("POST", f"{model}/wake", switching, moves.wake)
-        yield Route("POST", f"{model}/prefetch", switching, moves.prefetch)
-        yield Route("POST", f"{model}/pin", switching, moves.pin)
+        own = own_routes(admin, moves, adapters, self._version, self._events, self._description)
+        self.routes = RouteTable([*own, *vllm_routes()])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -122,14 +101,8 @@ class HotswapApp:
         """vLLM's answer, without a lease: it is the same whatever model is active."""
         return JSONResponse({"version": self._vllm_version})
 
-
-def _adapter_routes(adapters: AdapterRoutes) -> Iterator[Route]:
-    path = "/admin/models/{alias:path}/adapters"
-    yield Route("GET", path, Role.USER, adapters.show)
-    yield Route("POST", path, Role.ADMIN, adapters.add)
-    yield Route("DELETE", f"{path}/{{name:path}}", Role.ADMIN, adapters.remove)
-    yield Route("POST", "/v1/load_lora_adapter", Role.ADMIN, adapters.load_as_vllm)
-    yield Route("POST", "/v1/unload_lora_adapter", Role.ADMIN, adapters.unload_as_vllm)
+    async def _description(self, request: Request) -> Response:
+        return JSONResponse(describe(self.routes))
 
 
 class CrossOrigin(CORSMiddleware):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from vllm_hotswap.answers import ErrorAnswer
 from vllm_hotswap.errors import HotswapError
 
 _POLICY, _TRY_AGAIN_LATER = 1008, 1013
@@ -17,7 +17,7 @@ _MAX_REASON_BYTES = 123
 """Of the reason in a websocket's close frame."""
 
 
-def error_body(error: HotswapError) -> dict[str, Any]:
+def error_body(error: HotswapError) -> ErrorAnswer:
     """OpenAI's error object."""
     return {
         "error": {

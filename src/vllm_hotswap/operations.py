@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from vllm_hotswap.answers import (
+    CancelAnswer,
+    MoveAnswer,
+    OperationAnswer,
+    PinAnswer,
+    PlanAnswer,
+    UsageAnswer,
+)
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import OperationResult
@@ -42,6 +50,12 @@ class PrefetchOptions(Body):
     cancel: bool = False
 
 
+class PlanQuery(BaseModel):
+    """Query of `/admin/plan`."""
+
+    model: str = Field(min_length=1)
+
+
 Options = TypeVar("Options", bound=Body)
 
 
@@ -52,9 +66,10 @@ class Operations:
         self._coordinator = coordinator
 
     async def plan(self, request: Request) -> Response:
-        alias = request.query_params.get("model")
-        if not alias:
-            raise InvalidRequest("name a model: /admin/plan?model=alias", "model")
+        try:
+            alias = PlanQuery.model_validate(dict(request.query_params)).model
+        except ValidationError:
+            raise InvalidRequest("name a model: /admin/plan?model=alias", "model") from None
         return JSONResponse(plan_body(self._coordinator.plan(alias), self._coordinator.active))
 
     async def load(self, request: Request) -> Response:
@@ -77,18 +92,24 @@ class Operations:
         alias, options = await _read(request, PrefetchOptions)
         if options.cancel:
             self._coordinator.cancel_prefetch(alias)
-            return JSONResponse({"operation": "prefetch", "model": alias, "cancelled": True})
+            cancelled: CancelAnswer = {
+                "operation": "prefetch",
+                "model": alias,
+                "cancelled": True,
+            }
+            return JSONResponse(cancelled)
         return JSONResponse(operation_body(await self._coordinator.prefetch(alias)))
 
     async def pin(self, request: Request) -> Response:
         alias, options = await _read(request, PinOptions)
         self._coordinator.pin(alias, options.pinned)
-        return JSONResponse({"operation": "pin", "model": alias, "pinned": options.pinned})
+        answer: PinAnswer = {"operation": "pin", "model": alias, "pinned": options.pinned}
+        return JSONResponse(answer)
 
 
-def operation_body(result: OperationResult) -> dict[str, Any]:
+def operation_body(result: OperationResult) -> OperationAnswer:
     """What an operation did, as JSON."""
-    body: dict[str, Any] = {
+    body: OperationAnswer = {
         "operation": result.operation,
         "model": result.model,
         "changed": result.changed,
@@ -102,7 +123,7 @@ def operation_body(result: OperationResult) -> dict[str, Any]:
     return body
 
 
-def plan_body(plan: Plan, active: str | None) -> dict[str, Any]:
+def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
     """A plan, as JSON."""
     return {
         "model": plan.target,
@@ -119,7 +140,7 @@ def plan_body(plan: Plan, active: str | None) -> dict[str, Any]:
     }
 
 
-def move_body(move: Move) -> dict[str, Any]:
+def move_body(move: Move) -> MoveAnswer:
     return {
         "model": move.alias,
         "before": move.before.value,
@@ -129,7 +150,7 @@ def move_body(move: Move) -> dict[str, Any]:
     }
 
 
-def usage_body(usage: Usage) -> dict[str, int]:
+def usage_body(usage: Usage) -> UsageAnswer:
     return {"device_bytes": usage.device, "host_bytes": usage.host}
 
 

@@ -10,15 +10,33 @@ import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from vllm_hotswap.access import Role
-from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
+from vllm_hotswap.errors import HotswapError, MethodNotAllowed, UnknownRoute
 from vllm_hotswap.model_routes import WEBSOCKET
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the description of the API says of one of our routes."""
+
+    summary: str
+    answer: Any = None
+    """The type of what it answers; None: text."""
+    body: type[BaseModel] | None = None
+    needs_body: bool = False
+    query: type[BaseModel] | None = None
+    errors: tuple[type[HotswapError], ...] = ()
+    """Those that it may answer with, besides those of its role."""
+    media_type: str = "application/json"
+    """Empty: the answer has no body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,7 @@ class Route:
     role: Role
     handler: Handler | None = None
     """None: the application of the model that the request names answers."""
+    about: About | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -63,18 +82,21 @@ class RouteTable:
             MethodNotAllowed: there is, for other methods.
         """
         path = path.rstrip("/") or "/"
-        plain = self._plain.get(path, {})
-        if method in plain:
-            return plain[method], {}
-        allowed = set(plain)
+        routes, match = self._match(path)
+        if method in routes:
+            return routes[method], match.groupdict() if match else {}
+        allowed = routes.keys() - {WEBSOCKET}
+        if method == WEBSOCKET or not allowed:
+            raise UnknownRoute(method, path)
+        raise MethodNotAllowed(method, path, allowed)
+
+    def _match(self, path: str) -> tuple[Mapping[str, Route], re.Match[str] | None]:
+        if path in self._plain:
+            return self._plain[path], None
         for pattern, routes in self._patterns:
             if match := pattern.fullmatch(path):
-                if method in routes:
-                    return routes[method], match.groupdict()
-                allowed.update(routes)
-        if method == WEBSOCKET or not allowed - {WEBSOCKET}:
-            raise UnknownRoute(method, path)
-        raise MethodNotAllowed(method, path, allowed - {WEBSOCKET})
+                return routes, match
+        return {}, None
 
 
 def _pattern(path: str) -> re.Pattern[str]:

@@ -1,0 +1,242 @@
+"""What our own routes answer, as types: the checker holds the code to them, and the description of
+the API is made from them. Sizes are bytes unless the name says otherwise, times seconds.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired
+
+# pydantic reads these; before Python 3.12 it needs this module's TypedDict.
+from typing_extensions import TypedDict
+
+
+class UsageAnswer(TypedDict):
+    """Memory of the device and of the host."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+class MoveAnswer(TypedDict):
+    """A model that moves on the residency ladder, what that frees, and what its way back costs."""
+
+    model: str
+    before: str
+    after: str
+    frees: UsageAnswer
+    cost_s: float
+
+
+class CardStatus(TypedDict):
+    """`value` is in the words that llama.cpp's router and llama-swap share."""
+
+    value: str
+    residency: str
+    active: bool
+    failed: NotRequired[bool]
+
+
+class ModelCard(TypedDict):
+    """vLLM's model card, with the model's status."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    status: CardStatus
+
+
+class ModelList(TypedDict):
+    """OpenAI's list of models."""
+
+    object: str
+    data: list[ModelCard]
+
+
+class SwitchAnswer(TypedDict):
+    """The quickstart server's fields, and ours."""
+
+    previous_model: str | None
+    current_model: str
+    switched: bool
+    duration_ms: float
+    reconfigure_ms: float
+    memory_before_mb: float
+    memory_after_unload_mb: float
+    freed_memory_mb: float
+    stash_memory_after_mb: float
+    memory_after_mb: float
+    operation_id: str
+    epoch: int
+    phases: dict[str, float]
+    requests_cut: int
+    evicted: list[MoveAnswer]
+
+
+class OperationAnswer(TypedDict):
+    """What an operation on one model did."""
+
+    operation: str
+    model: str
+    changed: bool
+    before: str
+    residency: str
+    duration_ms: float
+    evicted: list[MoveAnswer]
+    prefetched_bytes: NotRequired[int]
+
+
+class CancelAnswer(TypedDict):
+    """A prefetch was cancelled."""
+
+    operation: str
+    model: str
+    cancelled: bool
+
+
+class PinAnswer(TypedDict):
+    """Whether the model is pinned now."""
+
+    operation: str
+    model: str
+    pinned: bool
+
+
+class AdapterEntry(TypedDict):
+    """An adapter; `failed` tells why its engine could not load it."""
+
+    name: str
+    id: int
+    rank: int
+    failed: str | None
+
+
+class AdapterList(TypedDict):
+    """What a model is served with besides itself."""
+
+    model: str
+    adapters: list[AdapterEntry]
+
+
+class AddedAdapter(AdapterEntry):
+    """An adapter that is served now."""
+
+    operation: str
+    model: str
+
+
+class RemovedAdapter(TypedDict):
+    """Requests that are in flight go on with it."""
+
+    operation: str
+    model: str
+    name: str
+    in_flight: int
+
+
+class PlanMemory(TypedDict):
+    """The budget, and what models hold of it."""
+
+    budget: UsageAnswer
+    before: UsageAnswer
+    peak: UsageAnswer
+    after: UsageAnswer
+
+
+class PlanAnswer(TypedDict):
+    """What a switch would do."""
+
+    model: str
+    active: str | None
+    evict: list[MoveAnswer]
+    bring_up: MoveAnswer | None
+    cost_s: float
+    memory: PlanMemory
+
+
+class ModelStatus(TypedDict):
+    """One model now."""
+
+    residency: str
+    in_flight: int
+    waiting: int
+    weights_bytes: int
+    kv_bytes: int
+    held: UsageAnswer
+    pinned: bool
+    idle_s: float | None
+    switch_cost_s: float
+    failed: str | None
+
+
+class HostStatus(TypedDict):
+    """The engine host's process."""
+
+    pid: int
+    used_bytes: int
+
+
+class DeviceMemoryStatus(TypedDict):
+    """`base` is what the engine host holds without models."""
+
+    budget: int
+    used: int
+    base: int
+
+
+class HostMemoryStatus(TypedDict):
+    """Weights asleep, and files read ahead."""
+
+    budget: int
+    used: int
+
+
+class MemoryStatus(TypedDict):
+    """Budgets, and what is held of them."""
+
+    device: DeviceMemoryStatus
+    host: HostMemoryStatus
+
+
+class SwitchCounts(TypedDict):
+    """Switches that have ended."""
+
+    total: int
+    failed: int
+
+
+class StatusAnswer(TypedDict):
+    """The whole server now."""
+
+    active: str | None
+    epoch: int
+    phase: str
+    operation_id: str | None
+    target: str | None
+    waiting: int
+    failure: str | None
+    models: dict[str, ModelStatus]
+    host: HostStatus
+    memory: MemoryStatus
+    switches: SwitchCounts
+
+
+class VersionAnswer(TypedDict):
+    """vLLM's version."""
+
+    version: str
+
+
+class ErrorDetails(TypedDict):
+    """`message` gives the name, the fact and the next step."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(TypedDict):
+    """OpenAI's error object."""
+
+    error: ErrorDetails

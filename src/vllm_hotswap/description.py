@@ -1,0 +1,144 @@
+"""The OpenAPI description of our own routes, made from the table of routes.
+
+https://spec.openapis.org/oas/v3.1.0. vLLM's routes are described by vLLM, at `/openapi.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+from vllm_hotswap import __version__
+from vllm_hotswap.access import Role
+from vllm_hotswap.answers import ErrorAnswer
+from vllm_hotswap.errors import HotswapError, SwitchNotAllowed, Unauthorized
+from vllm_hotswap.routes import About, Route
+
+SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+ROLE_ERRORS: Mapping[Role, tuple[type[HotswapError], ...]] = {
+    Role.PUBLIC: (),
+    Role.USER: (Unauthorized,),
+    Role.ADMIN: (Unauthorized, SwitchNotAllowed),
+}
+ALIAS = {"type": "string", "pattern": "^([^/\\s]|[^/\\s][^\\s]*[^/\\s])$"}
+
+_PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
+
+Json = dict[str, Any]
+
+
+def describe(routes: Iterable[Route]) -> Json:
+    """The description of those routes that say something about themselves."""
+    schemas = _Schemas()
+    paths: dict[str, Json] = defaultdict(dict)
+    for route in routes:
+        if route.about is not None:
+            path = _PARAMETER.sub(r"{\1}", route.path)
+            paths[path][route.method.lower()] = _operation(route, route.about, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vllm-hotswap",
+            "version": __version__,
+            "description": "The routes of vllm-hotswap itself; every one that answers GET answers "
+            "HEAD, too. Routes of models are described at /openapi.json.",
+        },
+        "paths": dict(paths),
+        "components": {"schemas": schemas.definitions, "securitySchemes": SCHEMES},
+    }
+
+
+class _Schemas:
+    """Makes references to the schemas of types, and keeps what they refer to."""
+
+    def __init__(self) -> None:
+        self.definitions: Json = {}
+
+    def of(self, kind: Any) -> Json:
+        schema = TypeAdapter(kind).json_schema(
+            mode="validation",
+            ref_template="#/components/schemas/{model}",
+            schema_generator=_NoTitles,
+        )
+        self.definitions.update(schema.pop("$defs", {}))
+        name = getattr(kind, "__name__", None)
+        if name is None:  # a union, say
+            return schema
+        self.definitions[name] = schema
+        return {"$ref": f"#/components/schemas/{name}"}
+
+
+class _NoTitles(GenerateJsonSchema):
+    """Titles would only repeat the names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _operation(route: Route, about: About, schemas: _Schemas) -> Json:
+    operation: Json = {
+        "summary": about.summary,
+        "operationId": _operation_id(route),
+        "tags": [route.role.value],
+        "parameters": [*_path_parameters(route.path), *_query_parameters(about)],
+        "responses": {"200": _response("It worked.", about.media_type, about.answer, schemas)},
+    }
+    if about.body is not None:
+        schema = schemas.of(about.body)
+        operation["requestBody"] = {
+            "required": about.needs_body,
+            "content": {"application/json": {"schema": schema}},
+        }
+    if route.role is not Role.PUBLIC:
+        operation["security"] = [{name: []} for name in SCHEMES]
+    operation["responses"].update(_error_responses(route, about, schemas))
+    return operation
+
+
+def _operation_id(route: Route) -> str:
+    words = re.findall(r"\w+", _PARAMETER.sub("", route.path))
+    return "_".join([route.method.lower(), *words])
+
+
+def _path_parameters(path: str) -> list[Json]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": ALIAS}
+        for name in _PARAMETER.findall(path)
+    ]
+
+
+def _query_parameters(about: About) -> list[Json]:
+    if about.query is None:
+        return []
+    schema = about.query.model_json_schema(schema_generator=_NoTitles)
+    required = schema.get("required", [])
+    return [
+        {"name": name, "in": "query", "required": name in required, "schema": field}
+        for name, field in schema["properties"].items()
+    ]
+
+
+def _response(description: str, media_type: str, kind: Any, schemas: _Schemas) -> Json:
+    if media_type == "":
+        return {"description": description}
+    content = {} if kind is None else {"schema": schemas.of(kind)}
+    return {"description": description, "content": {media_type: content}}
+
+
+def _error_responses(route: Route, about: About, schemas: _Schemas) -> Json:
+    """By status: every code that it may have."""
+    codes: dict[int, list[str]] = defaultdict(list)
+    for kind in (*ROLE_ERRORS[route.role], *about.errors):
+        codes[kind.status].append(f"`{kind.code}`")
+    return {
+        str(status): _response(" or ".join(codes[status]), "application/json", ErrorAnswer, schemas)
+        for status in sorted(codes)
+    }

@@ -1,0 +1,149 @@
+"""The table of our own routes: who may call them, who answers, and what the description says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vllm_hotswap.access import Role
+from vllm_hotswap.adapter_routes import (
+    AdapterOptions,
+    AdapterRoutes,
+    LoadOptions,
+    UnloadOptions,
+)
+from vllm_hotswap.admin import Admin, SwitchRequest
+from vllm_hotswap.answers import (
+    AdapterList,
+    AddedAdapter,
+    CancelAnswer,
+    ModelCard,
+    ModelList,
+    OperationAnswer,
+    PinAnswer,
+    PlanAnswer,
+    RemovedAdapter,
+    StatusAnswer,
+    SwitchAnswer,
+    VersionAnswer,
+)
+from vllm_hotswap.errors import (
+    AdapterRefused,
+    AdaptersNotAllowed,
+    EngineUnavailable,
+    InvalidRequest,
+    LoadFailed,
+    ModelInUse,
+    NameTaken,
+    NoRoom,
+    SwitchFailed,
+    SwitchInProgress,
+    UnknownAdapter,
+    UnknownModel,
+)
+from vllm_hotswap.operations import (
+    NoOptions,
+    Operations,
+    PinOptions,
+    PlanQuery,
+    PrefetchOptions,
+    SleepOptions,
+)
+from vllm_hotswap.routes import About, Handler, Route
+
+PUBLIC, USER, ADMIN = Role.PUBLIC, Role.USER, Role.ADMIN
+
+MODEL = "/admin/models/{alias:path}"
+OF_MODEL = (InvalidRequest, UnknownModel, EngineUnavailable)
+UP = (*OF_MODEL, NoRoom, LoadFailed)
+DOWN = (*OF_MODEL, ModelInUse, LoadFailed)
+SWITCH = (InvalidRequest, UnknownModel, SwitchInProgress, SwitchFailed, EngineUnavailable)
+
+ADDING = (*OF_MODEL, AdaptersNotAllowed, AdapterRefused, NameTaken, ModelInUse)
+REMOVING = (*OF_MODEL, UnknownAdapter)
+
+HEALTH = About("Whether requests can be served now", media_type="", errors=(EngineUnavailable,))
+MODELS = About("Every alias, with the status of its model", ModelList)
+
+
+def own_routes(
+    admin: Admin,
+    moves: Operations,
+    adapters: AdapterRoutes,
+    version: Handler,
+    events: Handler,
+    description: Handler,
+) -> Iterator[Route]:
+    """One line of what it does for each; their order is that of the description."""
+    yield Route("GET", "/health", PUBLIC, admin.health, HEALTH)
+    yield Route("GET", "/ping", PUBLIC, admin.health, HEALTH)
+    yield Route("POST", "/ping", PUBLIC, admin.health, HEALTH)
+    about = About("vLLM's version", VersionAnswer)
+    yield Route("GET", "/version", PUBLIC, version, about)
+    about = About("Prometheus metrics of all models and of switching", media_type="text/plain")
+    yield Route("GET", "/metrics", USER, admin.metrics, about)
+    yield Route("GET", "/v1/models", USER, admin.models, MODELS)
+    yield Route("GET", "/models", USER, admin.models, MODELS)
+    about = About("One alias, with the status of its model", ModelCard, errors=(UnknownModel,))
+    yield Route("GET", "/v1/models/{alias:path}", USER, admin.model, about)
+    about = About("Make a model the active one", SwitchAnswer, SwitchRequest, True, errors=SWITCH)
+    yield Route("POST", "/v1/models/switch", ADMIN, admin.switch, about)
+    about = About("One snapshot of the server", StatusAnswer)
+    yield Route("GET", "/admin/status", USER, admin.status, about)
+    about = About(
+        "What a switch would do, move and cost",
+        PlanAnswer,
+        query=PlanQuery,
+        errors=(*OF_MODEL, NoRoom),
+    )
+    yield Route("GET", "/admin/plan", USER, moves.plan, about)
+    about = About("A snapshot, then every event as it happens", media_type="text/event-stream")
+    yield Route("GET", "/admin/events", USER, events, about)
+    about = About("This description", dict)
+    yield Route("GET", "/admin/openapi.json", USER, description, about)
+    yield from _moves(moves)
+    yield from _adapters(adapters)
+
+
+def _moves(moves: Operations) -> Iterator[Route]:
+    about = About("Bring a model up to `parked`", OperationAnswer, NoOptions, errors=UP)
+    yield Route("POST", f"{MODEL}/load", ADMIN, moves.load, about)
+    about = About("Bring a sleeping model up to `parked`", OperationAnswer, NoOptions, errors=UP)
+    yield Route("POST", f"{MODEL}/wake", ADMIN, moves.wake, about)
+    about = About("Give back everything of a model", OperationAnswer, NoOptions, errors=DOWN)
+    yield Route("POST", f"{MODEL}/unload", ADMIN, moves.unload, about)
+    about = About("Have a model give memory back", OperationAnswer, SleepOptions, errors=DOWN)
+    yield Route("POST", f"{MODEL}/sleep", ADMIN, moves.sleep, about)
+    about = About(
+        "Read a model's files into memory, or stop that",
+        OperationAnswer | CancelAnswer,
+        PrefetchOptions,
+        errors=(*OF_MODEL, LoadFailed),
+    )
+    yield Route("POST", f"{MODEL}/prefetch", ADMIN, moves.prefetch, about)
+    about = About("Keep a model from being evicted, or not", PinAnswer, PinOptions, errors=OF_MODEL)
+    yield Route("POST", f"{MODEL}/pin", ADMIN, moves.pin, about)
+
+
+def _adapters(adapters: AdapterRoutes) -> Iterator[Route]:
+    path = f"{MODEL}/adapters"
+    about = About("The adapters of a model", AdapterList, errors=(UnknownModel,))
+    yield Route("GET", path, USER, adapters.show, about)
+    about = About(
+        "Serve a model with an adapter", AddedAdapter, AdapterOptions, True, errors=ADDING
+    )
+    yield Route("POST", path, ADMIN, adapters.add, about)
+    about = About("Serve it no more", RemovedAdapter, errors=REMOVING)
+    yield Route("DELETE", f"{path}/{{name:path}}", ADMIN, adapters.remove, about)
+    about = About(
+        "vLLM's route to add one", None, LoadOptions, True, errors=ADDING, media_type="text/plain"
+    )
+    yield Route("POST", "/v1/load_lora_adapter", ADMIN, adapters.load_as_vllm, about)
+    about = About(
+        "vLLM's route to remove one",
+        None,
+        UnloadOptions,
+        True,
+        errors=REMOVING,
+        media_type="text/plain",
+    )
+    yield Route("POST", "/v1/unload_lora_adapter", ADMIN, adapters.unload_as_vllm, about)
