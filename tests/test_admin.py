@@ -320,7 +320,7 @@ async def test_model_that_is_loading_is_listed_as_loading(server: Server) -> Non
     await switch
 
 
-@pytest.mark.parametrize("path", ["/v1/models/gpt", "/v1/models/switch"])
+@pytest.mark.parametrize("path", ["/v1/models/gpt"])
 async def test_card_of_an_unknown_model_is_refused(server: Server, path: str) -> None:
     """404 in OpenAI's form."""
     response = await server.get(path)

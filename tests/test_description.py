@@ -1,0 +1,49 @@
+"""The OpenAPI description of our own routes."""
+
+from __future__ import annotations
+
+import re
+
+from tests.conftest import MakeServer
+from tests.support import Server
+from vllm_hotswap.access import Access
+
+
+async def test_description_lists_exactly_our_own_routes(server: Server) -> None:
+    """Every method and path of the table that is not vLLM's, and no other one."""
+    description = (await server.get("/admin/openapi.json")).json()
+
+    described = {
+        (method.upper(), path)
+        for path, methods in description["paths"].items()
+        for method in methods
+    }
+    own = {
+        (route.method, re.sub(r":path}", "}", route.path))
+        for route in server.app.routes
+        if route.handler is not None
+    }
+    assert own == described
+    assert ("POST", "/v1/models/switch") in described
+
+
+async def test_description_tells_roles_bodies_and_errors(server: Server) -> None:
+    """From the models that check the requests, and from the errors themselves."""
+    description = (await server.get("/admin/openapi.json")).json()
+
+    sleep = description["paths"]["/admin/models/{alias}/sleep"]["post"]
+    schemas = description["components"]["schemas"]
+    assert ["admin"] == sleep["tags"]
+    assert (1, 2) == tuple(
+        schemas["SleepOptions"]["properties"]["level"][key] for key in ("minimum", "maximum")
+    )
+    assert {"200", "400", "401", "403", "404", "409", "503"} == set(sleep["responses"])
+    assert "`model_in_use`" in sleep["responses"]["409"]["description"]
+    assert "security" not in description["paths"]["/health"]["get"]
+
+
+async def test_description_is_the_users(make_server: MakeServer) -> None:
+    """Not everybody's."""
+    server = await make_server(access=Access(user_keys=["user"]))
+
+    assert 401 == (await server.get("/admin/openapi.json")).status_code
