@@ -15,6 +15,7 @@ LAYERS = [
     {
         "states",
         "answers",
+        "disclosure",
         "platforms",
         "devices",
         "checkpoint",

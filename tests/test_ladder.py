@@ -279,7 +279,7 @@ async def test_source_that_cannot_come_back_leaves_no_model_active(
 
     assert "no model is active" in response.json()["error"]["message"]
     health = await tight.get("/health")
-    assert (503, "no model is active") == (health.status_code, health.json()["reason"])
+    assert (503, "no model is active") == (health.status_code, health.json()["error"]["message"])
     assert (503, "engine_unavailable") == await code(tight.ask(None))
     assert None is (await tight.get("/admin/status")).json()["active"]
     assert (await tight.switch("mistral")).json()["switched"]

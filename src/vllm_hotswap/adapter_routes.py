@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.engines.base import Adapter
 from vllm_hotswap.errors import (
     AdaptersNotAllowed,
@@ -143,5 +144,5 @@ def adapter_body(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.files.name,
         "id": adapter.id,
         "rank": adapter.files.rank,
-        "failed": adapter.failure,
+        "failed": told_if_any(adapter.failure),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -13,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from vllm_hotswap import metrics
 from vllm_hotswap.answers import MemoryStatus, ModelStatus, StatusAnswer, SwitchAnswer
 from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import EngineUnavailable, InvalidRequest
 from vllm_hotswap.ladder import up_cost_s
@@ -83,7 +86,7 @@ class Admin:
             "operation_id": coordinator.operation_id,
             "target": coordinator.target,
             "waiting": coordinator.waiting,
-            "failure": coordinator.failure,
+            "failure": told_if_any(coordinator.failure),
             "models": {
                 model.alias: _model_status(model, coordinator) for model in coordinator.registry
             },
@@ -120,8 +123,15 @@ def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
         "owned_by": "vllm",
         "parent": None,
         **model.engine.card,
+        "root": _root(model.engine.card),
         "status": status,
     }
+
+
+def _root(card: Mapping[str, object]) -> str:
+    """A model hub's name as it is; of a folder, its own name alone."""
+    root = Path(str(card["root"]))
+    return root.name if root.is_absolute() else str(root)
 
 
 def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, Any]:
@@ -200,7 +210,7 @@ def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
         "pinned": model.pinned,
         "idle_s": coordinator.idle_s(model),
         "switch_cost_s": round(up_cost_s(model, model.residency), 3),
-        "failed": model.failure,
+        "failed": told_if_any(model.failure),
     }
 
 

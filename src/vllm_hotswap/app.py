@@ -80,7 +80,13 @@ class HotswapApp:
         try:
             answer = await self._answer(scope, receive)
         except HotswapError as error:
+            if error.status >= 500:  # clients are told less
+                log.warning("event=request_failed code=%s cause=%r", error.code, error.message)
             await openai.refuse(error, scope, receive, send)
+        except Exception:
+            log.exception("event=request_failed code=internal_error")
+            mistake = HotswapError("the server made a mistake; its log has the details")
+            await openai.refuse(mistake, scope, receive, send)
         else:
             await answer(scope, receive, send)
 

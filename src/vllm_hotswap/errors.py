@@ -165,7 +165,7 @@ class SwitchFailed(HotswapError):
 
     def __init__(self, target: str, phase: str, cause: BaseException, serving: str | None) -> None:
         then = f"{serving!r} serves on" if serving else "no model is active"
-        super().__init__(f"switch to {target!r} failed in phase {phase}: {cause}; {then}")
+        super().__init__(f"switch to {target!r} failed in phase {phase}: {one_line(cause)}; {then}")
 
 
 class LoadFailed(HotswapError):
@@ -242,7 +242,7 @@ class MethodNotAllowed(HotswapError):
 
     def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
         self.allow = ", ".join(sorted(allowed))
-        super().__init__(f"{path} does not take {method}; it takes {self.allow}")
+        super().__init__(f"{method} {path} is not answered; the path takes {self.allow}")
 
 
 class WrongTask(HotswapError):

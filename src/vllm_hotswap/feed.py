@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.events import Event
 
 MAX_BEHIND = 10_000
@@ -83,7 +84,8 @@ def event_name(event: Event) -> str:
 
 def event_fields(event: Event) -> dict[str, Any]:
     """The event's fields; times are seconds."""
-    return {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    values = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    return values | {"cause": told_if_any(values["cause"])} if "cause" in values else values
 
 
 def as_message(name: str, data: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap.answers import ErrorAnswer
+from vllm_hotswap.disclosure import told
 from vllm_hotswap.errors import HotswapError
 
 _POLICY, _TRY_AGAIN_LATER = 1008, 1013
@@ -21,7 +22,7 @@ def error_body(error: HotswapError) -> ErrorAnswer:
     """OpenAI's error object."""
     return {
         "error": {
-            "message": error.message,
+            "message": told(error.message),
             "type": error.type,
             "param": error.param,
             "code": error.code,
@@ -53,7 +54,7 @@ async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send
 
 def close_message(error: HotswapError) -> Message:
     """The end of a websocket, with as much of the message as a close frame holds."""
-    reason = error.message.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
+    reason = told(error.message).encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
     code = _TRY_AGAIN_LATER if error.status >= 500 else _POLICY
     return {"type": "websocket.close", "code": code, "reason": reason}
 
@@ -62,7 +63,7 @@ def error_event(error: HotswapError, path: str) -> bytes:
     """The last event of a stream that was cut, in the dialect of the route."""
     body = error_body(error)
     if path.endswith("/messages"):  # Anthropic's
-        details = {"type": error.type, "message": error.message}
+        details = {"type": error.type, "message": told(error.message)}
         return _event("error", {"type": "error", "error": details})
     if path.endswith("/responses") or "/responses/" in path:
         return _event("error", {**body["error"], "type": "error"})

@@ -1,0 +1,57 @@
+"""What clients are told of messages that the server has not made itself."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from vllm_hotswap.disclosure import told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the folder '/srv/models/llama' does not exist", "the folder '.../llama' does not exist"),
+        ("the folder '/srv/my models/llama 3' is gone", "the folder '.../llama 3' is gone"),
+        ('no "/srv/models/llama/" there', 'no ".../llama" there'),
+        ("open /srv/models/a.safetensors: denied", "open .../a.safetensors: denied"),
+        ("(/srv/a/b), [/srv/c], x=/srv/d/e", "(.../b), [.../c], x=.../e"),
+        ("[Errno 2] No such file: '/a/b'", "[Errno 2] No such file: '.../b'"),
+        (
+            'failed: Traceback (most recent call last):\n  File "/a/b.py", line 1',
+            "failed: (the server's log has more)",
+        ),
+    ],
+)
+def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None:
+    """The last part of a path stays: it is what an operator looks for."""
+    assert expected == told(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'switch with POST /v1/models/switch {"model": "qwen"}',
+        "POST /some/where is not among the routes that this server answers; see docs/http-api.md",
+        "name a model: /admin/plan?model=alias",
+        "WEBSOCKET /a/b is not among the routes",
+        "model 'org/llama' is not configured; configured: org/qwen, a/b",
+        "401 from https://host.example/api/models/x",
+        "3/4 of 1 GiB/s",
+    ],
+)
+def test_what_is_no_path_of_the_machine_stays(text: str) -> None:
+    """Routes, addresses and aliases."""
+    assert text == told(text)
+
+
+names = st.text("abcdefgh0123456789-_. é", min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.lists(names, min_size=1, max_size=4), st.sampled_from(["'{}'", '"{}"']))
+def test_no_folder_is_left_of_a_path_in_quotes(folders: list[str], quotes: str) -> None:
+    """Whatever characters its names have."""
+    text = told("cannot read " + quotes.format("/".join(["", "canary", *folders, "file"])))
+
+    assert "canary" not in text
+    assert "file" in text
