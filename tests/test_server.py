@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +156,71 @@ async def test_origins_are_those_of_the_flags(tmp_path: Path) -> None:
 
     assert PAGE == allowed.headers["access-control-allow-origin"]
     assert "access-control-allow-origin" not in other.headers
+    assert 0 == await serving
+
+
+async def test_pages_of_other_origins_are_let_in_by_nobody_unless_a_flag_says_so(
+    tmp_path: Path,
+) -> None:
+    """Without `--allowed-origins` no answer has a header for them, and no preflight passes."""
+    serving = serve(FakeHost(("llama",)), Listener.open(flags(uds=str(tmp_path / "s"))))
+    simple = await answer(tmp_path / "s", headers={"origin": PAGE})
+    transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "s"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        headers = {"origin": PAGE, "access-control-request-method": "POST"}
+        preflight = await client.options("/v1/chat/completions", headers=headers)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert [200, 405] == [simple.status_code, preflight.status_code]
+    assert [] == [
+        name for a in (simple, preflight) for name in a.headers if "access-control" in name
+    ]
+    assert 0 == await serving
+
+
+def make_certificate(folder: Path, name: str) -> tuple[str, str]:
+    """A self-signed certificate for 127.0.0.1; the paths of it and of its key."""
+    certificate, key = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", key, "-out", certificate]
+    subprocess.run([*command.split(), *subject, *files], check=True, capture_output=True)
+    return certificate, key
+
+
+async def ask_over_tls(port: int, context: ssl.SSLContext) -> int:
+    """The status of `/health`; 0 if there is no connection."""
+    async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+        try:
+            return (await client.get(f"https://127.0.0.1:{port}/health")).status_code
+        except httpx.TransportError:
+            return 0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates")
+async def test_tls_flags_are_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over the real listener: whoever trusts the certificate and shows a known one gets in."""
+    certificate, key = make_certificate(tmp_path, "server")
+    own, own_key = make_certificate(tmp_path, "client")
+    port = free_port()
+    given = flags(
+        port=port,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        ssl_ca_certs=own,
+        ssl_cert_reqs=ssl.CERT_REQUIRED,
+    )
+    serving = serve(FakeHost(("llama",)), Listener.open(given))
+    known = ssl.create_default_context(cafile=certificate)
+    known.load_cert_chain(own, own_key)
+    while not (status := await ask_over_tls(port, known)):  # noqa: ASYNC110  # it is loading
+        await asyncio.sleep(0.01)
+    others = [ssl.create_default_context(cafile=certificate), ssl.create_default_context()]
+    refused = [await ask_over_tls(port, context) for context in others]
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert (200, [0, 0]) == (status, refused)
+    assert f"https://127.0.0.1:{port}  active: llama" in capsys.readouterr().out
     assert 0 == await serving
 
 
