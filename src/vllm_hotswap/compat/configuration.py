@@ -24,6 +24,7 @@ def serve_parser(prog: str) -> argparse.ArgumentParser:
             raise ConfigError(" ".join(message.split()))
 
     parser: argparse.ArgumentParser = find("make_arg_parser")(RaisingParser(prog=prog))
+    parser.set_defaults(allowed_origins=[])  # which some releases leave open to every web page
     return parser
 
 
