@@ -144,6 +144,7 @@ async def test_nothing_that_was_planted_is_told(
     assert [] == [secret for secret in [*SECRETS, FOLDER, "Traceback"] if secret in answers]
     assert [] == [secret for secret in SECRETS if secret in log]
     assert "event: switch_ended" in answers
+    assert '"code":"internal_error"' in answers
     assert "the folder '.../qwen' does not exist any more" in answers
     assert f"the folder '{planted.folder}/qwen' does not exist any more" in log
     assert "uvicorn.access" in {record.name for record in ours}
