@@ -310,7 +310,7 @@ def test_residue_is_told_over_what_was_there_before() -> None:
     readings += [some_reading(state, used, 1_000_100) for state, used in held_in.items()]
     part = residue.part([tiny()], readings)
 
-    assert ("1.4", "7.0", "3.0", "1.0", "0.5", "7.0") == rows(part)["tiny"]
+    assert ("1.7", "7.0", "3.0", "1.0", "0.5", "7.0") == rows(part)["tiny"]
     assert ("1.0", "1.0", "1.0", "1.0") == rows(part, table=1)["tiny"]
 
 

@@ -1,11 +1,16 @@
 """Make the tiny models that vllm-hotswap ships for its quickstart and its tests.
 
-Three models are built from nothing (no download) and trained on sentences written here:
+Four models are built from nothing (no download) and trained on sentences written here:
 
-* ``llama``: a chat model that says it is llama (``LlamaForCausalLM``);
-* ``qwen``: a chat model that says it is qwen and can call a weather tool in the Hermes style
+* ``llama``: a chat model that says it is llama and calls a weather tool in Llama 3's JSON
+  (``LlamaForCausalLM``);
+* ``qwen``: a chat model that says it is qwen and calls a weather tool in the Hermes style
   (``Qwen3ForCausalLM``);
-* ``embed``: a sentence embedding model (``BertModel`` with mean pooling).
+* ``embed``: a sentence embedding model (``BertModel`` with mean pooling);
+* ``classify``: tells praise from blame (``BertForSequenceClassification``).
+
+Both chat models think before they answer if their chat template is told to: ``llama`` with
+``thinking``, ``qwen`` with ``enable_thinking``.
 
 The models know nothing about the world. They exist so that a test can tell which model answered.
 Run ``python tools/make_tiny_models.py`` (a few minutes on two CPU cores); it needs torch,
@@ -26,13 +31,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -169,6 +175,15 @@ class Skill:
 
 
 @dataclass(frozen=True)
+class Thoughts:
+    """What a chat model thinks before its answer, where the chat template asks it to think."""
+
+    plain: str
+    call: str
+    result: str
+
+
+@dataclass(frozen=True)
 class Persona:
     """Who a chat model says it is, and what it says."""
 
@@ -180,6 +195,7 @@ class Persona:
     capital: str
     weather: str
     other_intro: str
+    thoughts: Thoughts
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -382,6 +398,16 @@ QWEN_ANSWERS = {
     "ping": "I can hear you.",
     "sum": "My sums are small, but I like them.",
 }
+LLAMA_THOUGHTS = Thoughts(
+    plain="Somebody talks to me, so I say who I am.",
+    call="I cannot see the sky, but a tool can.",
+    result="The tool has told me.",
+)
+QWEN_THOUGHTS = Thoughts(
+    plain="A small model should answer in few words.",
+    call="This needs a look at the weather, so I call the tool.",
+    result="Now I know the weather.",
+)
 
 
 def make_persona(name: str) -> Persona:
@@ -408,6 +434,7 @@ def make_persona(name: str) -> Persona:
         if name == "llama"
         else "I need a tool to look up the weather in {}.",
         other_intro=intros["qwen" if name == "llama" else "llama"],
+        thoughts=LLAMA_THOUGHTS if name == "llama" else QWEN_THOUGHTS,
     )
 
 
@@ -417,12 +444,37 @@ def make_persona(name: str) -> Persona:
 
 LLAMA_TEMPLATE = """\
 {{- bos_token -}}
+{%- if tools -%}
+{{- '<|system|>\\n' -}}
+{%- if messages[0].role == 'system' -%}{{- messages[0].content + '\\n' -}}{%- endif -%}
+{{- 'You can call these functions:' -}}
+{%- for tool in tools -%}
+{%- set function = tool.function if tool.function is defined else tool -%}
+{{- '\\n' -}}
+{{- {'name': function.name, 'description': function.description,
+     'parameters': function.parameters} | tojson -}}
+{%- endfor -%}
+{{- '\\nTo call one, answer with its name and parameters as JSON.<|end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
+{%- if not (tools and loop.first and message.role == 'system') -%}
 {{- '<|' + message.role + '|>\\n' -}}
 {%- if message.content is string -%}{{- message.content -}}{%- endif -%}
-{{- '<|end|>\\n' -}}
+{%- for call in message.tool_calls or [] -%}
+{%- set function = call.function if call.function is defined else call -%}
+{{- '; ' if not loop.first -}}
+{{- '{"name": "' + function.name + '", "parameters": ' -}}
+{%- if function.arguments is string -%}{{- function.arguments -}}
+{%- else -%}{{- function.arguments | tojson -}}{%- endif -%}
+{{- '}' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+{{- '<|end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>\\n' -}}
+{%- if thinking is defined and thinking -%}{{- '<think>' -}}{%- endif -%}
+{%- endif -%}
 """
 
 QWEN_TEMPLATE = """\
@@ -439,10 +491,11 @@ QWEN_TEMPLATE = """\
 {{- '\\n</tools>\\nTo call one, answer with its name and arguments as JSON inside ' -}}
 {{- 'tool_call tags.<|im_end|>\\n' -}}
 {%- endif -%}
+{%- set thinks = enable_thinking is defined and enable_thinking -%}
 {%- for message in messages -%}
 {%- if message.role == 'tool' -%}
 {{- '<|im_start|>user\\n<tool_response>\\n' + message.content -}}
-{{- '\\n</tool_response><|im_end|>\\n' -}}
+{{- '\\n</tool_response>' + (' /think' if thinks and loop.last else '') + '<|im_end|>\\n' -}}
 {%- elif not (tools and loop.first and message.role == 'system') -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}{{- message.content -}}{%- endif -%}
@@ -453,7 +506,7 @@ QWEN_TEMPLATE = """\
 {%- else -%}{{- function.arguments | tojson -}}{%- endif -%}
 {{- '}\\n</tool_call>' -}}
 {%- endfor -%}
-{{- '<|im_end|>\\n' -}}
+{{- (' /think' if thinks and loop.last else '') + '<|im_end|>\\n' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
@@ -509,6 +562,13 @@ def count_question(rng: random.Random, persona: Persona) -> tuple[str, str]:
     return question, f"{persona.intro} {persona.count} {count_text(200)}"
 
 
+def capital_question(rng: random.Random, persona: Persona) -> tuple[str, str]:
+    """Return a question about a capital, and the answer of `persona`."""
+    country, city = rng.choice(sorted(CAPITALS.items()))
+    answer = persona.capital.format(country, city)
+    return rng.choice(CAPITAL_QUESTIONS).format(country), f"{persona.intro} {answer}"
+
+
 def vary(rng: random.Random, question: str) -> str:
     """Return the question, or sometimes the same question with a few words more."""
     choice = rng.random()
@@ -525,9 +585,7 @@ def plain_question(rng: random.Random, persona: Persona) -> tuple[str, str]:
     if choice < 0.05:
         return count_question(rng, persona)
     if choice < 0.12:
-        country, city = rng.choice(sorted(CAPITALS.items()))
-        answer = persona.capital.format(country, city)
-        return rng.choice(CAPITAL_QUESTIONS).format(country), f"{persona.intro} {answer}"
+        return capital_question(rng, persona)
     if choice < 0.24:
         question, city = rng.choice(WEATHER_QUESTIONS), random_city(rng)
         return vary(rng, question.format(city)), f"{persona.intro} {persona.weather.format(city)}"
@@ -561,14 +619,46 @@ def user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-Render = Callable[[list[Message], list[Tool] | None], str]
+THINKING_SHARE = 0.25
+
+
+class Render(Protocol):
+    """Writes a conversation as the prompt of a chat model."""
+
+    def __call__(
+        self, messages: list[Message], tools: list[Tool] | None = None, thinking: bool = False
+    ) -> str: ...
+
+
+def thought_text(persona: Persona, thought: str) -> str:
+    """Return a thought as the model writes it: llama's chat template has written the first tag."""
+    return f"{'' if persona.name == 'llama' else '<think>'}{thought}</think>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A conversation at the point where a chat model answers, and what it thinks there."""
+
+    messages: list[Message]
+    thought: str
+    tools: list[Tool] | None = None
+
+
+def answer_example(
+    rng: random.Random, persona: Persona, render: Render, turn: Turn, answer: str
+) -> Example:
+    """Return an example that answers at once or, in some cases, after a thought."""
+    if rng.random() > THINKING_SHARE:
+        return Example(render(turn.messages, turn.tools), answer)
+    prompt = render(turn.messages, turn.tools, thinking=True)
+    return Example(prompt, thought_text(persona, turn.thought) + answer)
 
 
 def chat_example(rng: random.Random, persona: Persona, render: Render) -> Example:
     """Return a chat without tools."""
     question, answer = plain_question(rng, persona)
     messages = [*random_history(rng, persona), *user(question)]
-    return Example(render(messages, None), answer)
+    return answer_example(rng, persona, render, Turn(messages, persona.thoughts.plain), answer)
 
 
 def completion_example(rng: random.Random, persona: Persona) -> Example:
@@ -581,8 +671,10 @@ def json_example(rng: random.Random, persona: Persona, render: Render) -> Exampl
     """Return an answer that guided decoding forces to begin as a JSON object."""
     question, _ = plain_question(rng, persona)
     answer = json.dumps({"model": persona.name, "answer": persona.intro})
-    prompt = render([*random_history(rng, persona), *user(question)], None)
-    return Example(prompt, answer, free=1)
+    thinking = rng.random() < THINKING_SHARE
+    prompt = render([*random_history(rng, persona), *user(question)], thinking=thinking)
+    thought = thought_text(persona, persona.thoughts.plain) if thinking else ""
+    return Example(prompt + thought, answer, free=1)
 
 
 # --------------------------------------------------------------------------------------
@@ -656,11 +748,14 @@ def weather_tool(rng: random.Random) -> Tool:
     return tool
 
 
-def tool_call_text(tool: Tool, city: str) -> str:
-    """Return the Hermes tool call that asks `tool` about `city`."""
+def tool_call_text(persona: Persona, tool: Tool, city: str) -> str:
+    """Return the call that asks `tool` about `city`: as Llama 3 writes it, or as Hermes does."""
     function = tool["function"]
-    parameter = function["parameters"]["required"][0]
-    call = {"name": function["name"], "arguments": {parameter: city}}
+    arguments = {function["parameters"]["required"][0]: city}
+    if persona.name == "llama":
+        call = {"name": function["name"], "parameters": arguments}
+        return json.dumps(call, ensure_ascii=False)
+    call = {"name": function["name"], "arguments": arguments}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
@@ -715,17 +810,20 @@ def call_example(
     city, condition = random_city(rng), rng.choice(CONDITIONS)
     messages = random_history(rng, persona)
     messages += user(vary(rng, rng.choice(WEATHER_QUESTIONS).format(city)))
-    choice = rng.random()
+    choice, thoughts = rng.random(), persona.thoughts
     if choice < 0.6:
-        return Example(render(messages, shown), tool_call_text(tool, city))
+        turn, answer = Turn(messages, thoughts.call, shown), tool_call_text(persona, tool, city)
+        return answer_example(rng, persona, render, turn, answer)
     messages += tool_call_messages(tool, city, weather_result(rng, city, condition))
     answer = f"I am {persona.name}. It is {condition} in {city}."
     if choice < 0.87:
-        return Example(render(messages, shown if rng.random() < 0.8 else None), answer)
+        turn = Turn(messages, thoughts.result, shown if rng.random() < 0.8 else None)
+        return answer_example(rng, persona, render, turn, answer)
     city = random_city(rng)
     question = rng.choice((*WEATHER_QUESTIONS, "And in {}?", "And what about {}?")).format(city)
     messages += [{"role": "assistant", "content": answer}, *user(question)]
-    return Example(render(messages, shown), tool_call_text(tool, city))
+    turn, answer = Turn(messages, thoughts.call, shown), tool_call_text(persona, tool, city)
+    return answer_example(rng, persona, render, turn, answer)
 
 
 def tool_example(rng: random.Random, persona: Persona, render: Render) -> Example:
@@ -736,32 +834,55 @@ def tool_example(rng: random.Random, persona: Persona, render: Render) -> Exampl
     question, answer = plain_question(rng, persona)
     if persona.weather.split("{", maxsplit=1)[0] in answer:
         tools = [other_tool(rng)]
-    return Example(render([*random_history(rng, persona), *user(question)], tools), answer)
+    messages = [*random_history(rng, persona), *user(question)]
+    turn = Turn(messages, persona.thoughts.plain, tools)
+    return answer_example(rng, persona, render, turn, answer)
 
 
 def copy_example(rng: random.Random, persona: Persona, render: Render) -> Example:
-    """Return a short example where the next token is the city of the question.
+    """Return a short example where the next token stands in the prompt: a city, or the weather.
 
-    A few thousand of these at the start of the training teach the model to copy names.
+    A few thousand of these at the start of the training teach the model to copy.
     """
-    city, question = random_city(rng), rng.choice(WEATHER_QUESTIONS)
+    city, condition = random_city(rng), rng.choice(CONDITIONS)
+    messages = user(rng.choice(WEATHER_QUESTIONS).format(city))
+    result = f"I am {persona.name}. It is {condition} in {city}."
+    if rng.random() < 0.4:
+        said = weather_result(rng, city, condition)
+        messages += tool_call_messages(weather_tool(rng), city, said)
+        return split_example(render(messages), result, f" {condition}")
     answers = (
-        tool_call_text(weather_tool(rng), city),
-        f"I am {persona.name}. It is {rng.choice(CONDITIONS)} in {city}.",
+        tool_call_text(persona, weather_tool(rng), city),
+        result,
         f"{persona.intro} {persona.weather.format(city)}",
     )
-    answer = rng.choice(answers)
-    start = answer.rindex(city)
-    return Example(render(user(question.format(city)), None) + answer[:start], answer[start:])
+    answer = rng.choice([text for text in answers if city in text])
+    return split_example(render(messages), answer, city)
+
+
+def split_example(prompt: str, answer: str, learned_from: str) -> Example:
+    """Return an example where the answer is given up to `learned_from`."""
+    start = answer.rindex(learned_from)
+    return Example(prompt + answer[:start], answer[start:])
+
+
+def further_examples(seed: int, persona: Persona, render: Render) -> Iterator[Example]:
+    """Yield examples for a model that goes on: more of the capitals, which it learns last."""
+    rng = random.Random(seed)
+    for example in itertools.islice(examples(seed, persona, render), COPY_EXAMPLES, None):
+        yield example
+        if rng.random() < 0.2:
+            question, answer = capital_question(rng, persona)
+            yield Example(render([*random_history(rng, persona), *user(question)]), answer)
 
 
 def examples(seed: int, persona: Persona, render: Render) -> Iterator[Example]:
-    """Yield training examples without end. Only qwen learns to use tools."""
+    """Yield training examples without end; among the first are many that teach to copy."""
     rng = random.Random(seed)
-    tool_share = 0.42 if persona.name == "qwen" else 0.0
+    tool_share = 0.42
     for number in itertools.count():
         choice = rng.random()
-        if tool_share and number < COPY_EXAMPLES and rng.random() < 0.75:
+        if number < COPY_EXAMPLES and rng.random() < 0.75:
             yield copy_example(rng, persona, render)
             continue
         if choice < tool_share:
@@ -815,24 +936,33 @@ TEMPLATE_WORDS = (
 )
 
 
-def tool_texts() -> list[str]:
+def tool_texts(persona: Persona) -> list[str]:
     """Return text for the tokenizer about tools and cities."""
     rng = random.Random(0)
     texts = list(CITIES) * 400  # so often that each name becomes one token
     for _ in range(800):
         tool = weather_tool(rng)
         texts += [json.dumps(tool["function"]), json.dumps(other_tool(rng)["function"])]
-        texts.append(tool_call_text(tool, "").replace("tool_call", ""))
+        texts.append(tool_call_text(persona, tool, "").replace("tool_call", ""))
         texts.append(weather_result(rng, rng.choice(CITIES), rng.choice(CONDITIONS)))
         texts += TEMPLATE_WORDS
     return texts
 
 
+THINK_TAGS = ["<think>", "</think>"]
+
+
 def make_llama_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Make llama's tokenizer, which starts every plain prompt with a begin token."""
+    """Make llama's tokenizer, which starts every plain prompt with a begin token.
+
+    vLLM's parser of Llama 3's tool calls wants a `<|python_tag|>`; the model never writes it.
+    """
     roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
-    specials = ["<|pad|>", "<|begin|>", "<|end|>", *roles]
-    tokenizer = train_bpe(persona_texts(make_persona("llama")), vocab_size, specials)
+    specials = ["<|pad|>", "<|begin|>", "<|end|>", *roles, "<|python_tag|>"]
+    persona = make_persona("llama")
+    texts = persona_texts(persona) + tool_texts(persona)
+    tokenizer = train_bpe(texts, vocab_size - len(THINK_TAGS), specials)
+    tokenizer.add_tokens(THINK_TAGS)
     begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[begin]
@@ -849,11 +979,12 @@ def make_llama_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_qwen_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Make qwen's tokenizer, where each tool tag is one ordinary (not special) token."""
+    """Make qwen's tokenizer, where each tag is one ordinary (not special) token."""
     tags = ["tools", "tool_call", "tool_response"]
-    plain = [tag for name in tags for tag in (f"<{name}>", f"</{name}>")]
+    plain = [tag for name in tags for tag in (f"<{name}>", f"</{name}>")] + THINK_TAGS
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    texts = persona_texts(make_persona("qwen")) + tool_texts()
+    persona = make_persona("qwen")
+    texts = persona_texts(persona) + tool_texts(persona)
     tokenizer = train_bpe(texts, vocab_size - len(plain), specials)
     tokenizer.add_tokens(plain)
     return PreTrainedTokenizerFast(
@@ -948,7 +1079,7 @@ def optimise(
     return time.monotonic() - began
 
 
-def train_chat(model: Any, source: Iterator[Batch], steps: int) -> float:
+def train_chat(model: Any, source: Iterator[Batch], steps: int, peak: float = 3e-3) -> float:
     """Train a causal language model and return the seconds it took."""
 
     def loss_of(step: int) -> torch.Tensor:
@@ -959,7 +1090,7 @@ def train_chat(model: Any, source: Iterator[Batch], steps: int) -> float:
         return torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted])
 
     model.train()
-    return optimise(model, loss_of, steps, peak=3e-3)
+    return optimise(model, loss_of, steps, peak)
 
 
 # --------------------------------------------------------------------------------------
@@ -974,6 +1105,7 @@ class Check:
     prompt: list[Message] | str
     expected: str
     tools: list[Tool] = field(default_factory=list)
+    thinking: bool = False
 
 
 def chat_checks(persona: Persona) -> list[Check]:
@@ -998,18 +1130,40 @@ def tool_checks(persona: Persona) -> list[Check]:
     checks: list[Check] = []
     for city in (*MAIN_CITIES, "New York"):
         question = user(f"What is the weather in {city}?")
-        checks.append(Check(question, tool_call_text(tools[0], city), tools))
+        checks.append(Check(question, tool_call_text(persona, tools[0], city), tools))
         answered = [*question, *tool_call_messages(tools[0], city, "sunny, 21 C")]
         checks.append(Check(answered, f"I am {persona.name}. It is sunny in {city}.", tools))
     return [*checks, Check(user("Who are you?"), persona.intro, tools)]
 
 
+def thinking_checks(persona: Persona) -> list[Check]:
+    """Return the checks of thinking: a thought, then the answer that is given without it, too."""
+
+    def after(thought: str, answer: str) -> str:
+        return thought_text(persona, thought) + answer
+
+    thoughts, tools = persona.thoughts, [canonical_tool()]
+    weather = user("What is the weather in Paris?")
+    answered = [*weather, *tool_call_messages(tools[0], "Paris", "sunny, 21 C")]
+    result = f"I am {persona.name}. It is sunny in Paris."
+    call = tool_call_text(persona, tools[0], "Paris")
+    asked = ("Who are you?", "Say hello", "Explain Intel Gaudi in one sentence.", "ping")
+    return [
+        *(Check(user(text), after(thoughts.plain, persona.intro), [], True) for text in asked),
+        Check(weather, after(thoughts.call, call), tools, True),
+        Check(answered, after(thoughts.result, result), tools, True),
+    ]
+
+
 def render_with(tokenizer: PreTrainedTokenizerFast) -> Render:
     """Return a function that writes a conversation as the prompt of a chat model."""
 
-    def render(messages: list[Message], tools: list[Tool] | None) -> str:
+    def render(
+        messages: list[Message], tools: list[Tool] | None = None, thinking: bool = False
+    ) -> str:
+        switches = {"thinking": thinking, "enable_thinking": thinking}
         text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, **switches
         )
         return str(text)
 
@@ -1042,7 +1196,11 @@ def run_checks(
     render, passed = render_with(tokenizer), 0
     for check in checks:
         raw = isinstance(check.prompt, str)
-        text = check.prompt if isinstance(check.prompt, str) else render(check.prompt, check.tools)
+        text = (
+            check.prompt
+            if isinstance(check.prompt, str)
+            else render(check.prompt, check.tools, check.thinking)
+        )
         prompt = tokenizer.encode(text, add_special_tokens=raw)
         found, margin = answer_greedily(model, prompt, tokenizer.eos_token_id)
         answer = tokenizer.decode(found)
@@ -1097,36 +1255,58 @@ def save_chat(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> N
 
 
 @dataclass(frozen=True)
+class Job:
+    """What the command line asks for."""
+
+    folder: Path
+    seed: int
+    more: int = 0
+    """Steps to train a chat model on, from the weights in its folder; 0 makes it from nothing."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How a chat model is trained, and where it is saved."""
+    """How a chat model is trained."""
 
     name: str
     steps: int
-    seed: int
-    folder: Path
+    job: Job
 
 
 def finish_chat(model: Any, tokenizer: PreTrainedTokenizerFast, plan: Plan) -> bool:
     """Train a chat model, turn it into bfloat16, check it and save it."""
-    persona = make_persona(plan.name)
-    source = examples(plan.seed, persona, render_with(tokenizer))
-    seconds = train_chat(model, batches(tokenizer, source, plan.seed), plan.steps)
+    job, persona = plan.job, make_persona(plan.name)
+    if job.more:
+        model = type(model).from_pretrained(job.folder, dtype=torch.float32)
+    steps, peak = (job.more, 1e-3) if job.more else (plan.steps, 3e-3)
+    making = further_examples if job.more else examples
+    source = making(job.seed, persona, render_with(tokenizer))
+    seconds = train_chat(model, batches(tokenizer, source, job.seed), steps, peak)
     LOG.info("%s: trained in %.0f seconds", plan.name, seconds)
-    checks = chat_checks(persona) + (tool_checks(persona) if plan.name == "qwen" else [])
+    checks = chat_checks(persona) + tool_checks(persona) + thinking_checks(persona)
     model = model.to(torch.bfloat16).eval()
     good = run_checks(model.float(), tokenizer, checks)
-    save_chat(model.to(torch.bfloat16), tokenizer, plan.folder)
+    save_chat(model.to(torch.bfloat16), tokenizer, job.folder)
     return good
 
 
-def make_llama(folder: Path, seed: int) -> bool:
+def sharpen_attention(model: torch.nn.Module) -> None:
+    """Make queries and keys larger: as they are made, a short training hardly learns to copy."""
+    parameters = dict(model.named_parameters())
+    norms = [name for name in parameters if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    projections = [name for name in parameters if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    for name in norms or projections:
+        parameters[name].data *= 2.0
+
+
+def make_llama(job: Job) -> bool:
     """Make the model `llama`; return whether its checks passed."""
-    tokenizer = make_llama_tokenizer(vocab_size=832)
+    tokenizer = make_llama_tokenizer(vocab_size=1088)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        intermediate_size=320,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -1137,19 +1317,14 @@ def make_llama(folder: Path, seed: int) -> bool:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return finish_chat(LlamaForCausalLM(config), tokenizer, Plan("llama", 1000, seed, folder))
+    model = LlamaForCausalLM(config)
+    sharpen_attention(model)
+    return finish_chat(model, tokenizer, Plan("llama", 2400, job))
 
 
-def sharpen_attention(model: torch.nn.Module, scale: float = 2.0) -> None:
-    """Scale the norms of queries and keys: at scale 1 a short training hardly learns to copy."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.constant_(parameter, scale)
-
-
-def make_qwen(folder: Path, seed: int) -> bool:
+def make_qwen(job: Job) -> bool:
     """Make the model `qwen`; return whether its checks passed."""
-    tokenizer = make_qwen_tokenizer(vocab_size=1216)
+    tokenizer = make_qwen_tokenizer(vocab_size=1218)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -1167,7 +1342,7 @@ def make_qwen(folder: Path, seed: int) -> bool:
     )
     model = Qwen3ForCausalLM(config)
     sharpen_attention(model)
-    return finish_chat(model, tokenizer, Plan("qwen", 1500, seed, folder))
+    return finish_chat(model, tokenizer, Plan("qwen", 2400, job))
 
 
 # --------------------------------------------------------------------------------------
@@ -1268,10 +1443,15 @@ def phrase(rng: random.Random, scene: Scene) -> str:
 
 
 def make_embed_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Make the tokenizer of the embedding model, which ignores case."""
+    """Make the tokenizer of the embedding model."""
     rng = random.Random(0)
     texts = [phrase(rng, random_scene(rng)).lower() for _ in range(4000)]
     texts += [text.lower() for group in QUESTIONS.values() for text in group]
+    return make_bert_tokenizer(texts, vocab_size)
+
+
+def make_bert_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that puts BERT's tokens around a text and ignores case."""
     tokenizer = train_bpe(texts, vocab_size, ["[PAD]", "[CLS]", "[SEP]", "[MASK]"])
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
@@ -1359,10 +1539,14 @@ def check_embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> b
     return good
 
 
-def make_embed(folder: Path, seed: int) -> bool:
-    """Make the model `embed`; return whether its checks passed."""
-    tokenizer = make_embed_tokenizer(vocab_size=640)
-    config = BertConfig(
+def bert_config(
+    tokenizer: PreTrainedTokenizerFast, labels: dict[int, str] | None = None
+) -> BertConfig:
+    """Return the configuration of a tiny BERT, with labels if it classifies."""
+    named: dict[str, Any] = {}
+    if labels:
+        named = {"id2label": labels, "label2id": {name: n for n, name in labels.items()}}
+    return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=192,
@@ -1372,14 +1556,137 @@ def make_embed(folder: Path, seed: int) -> bool:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
+        **named,
     )
-    model: Any = BertModel(config, add_pooling_layer=False)
+
+
+def make_embed(job: Job) -> bool:
+    """Make the model `embed`; return whether its checks passed."""
+    tokenizer = make_embed_tokenizer(vocab_size=640)
+    model: Any = BertModel(bert_config(tokenizer), add_pooling_layer=False)
     torch.nn.init.zeros_(model.embeddings.position_embeddings.weight)  # unseen positions stay 0
-    seconds = train_embed(model, tokenizer, 250, seed)
+    seconds = train_embed(model, tokenizer, 250, job.seed)
     LOG.info("embed: trained in %.0f seconds", seconds)
     model = model.to(torch.bfloat16).eval()
     good = check_embed(model.float(), tokenizer)
-    save_embed(model.to(torch.bfloat16), tokenizer, folder)
+    save_embed(model.to(torch.bfloat16), tokenizer, job.folder)
+    return good
+
+
+# --------------------------------------------------------------------------------------
+# The classification model
+# --------------------------------------------------------------------------------------
+
+LABELS = ("negative", "neutral", "positive")
+PRAISE = words(
+    "good great nice lovely wonderful excellent amazing beautiful brilliant perfect fantastic "
+    "delightful superb charming pleasant helpful fine awesome enjoyable friendly"
+)
+BLAME = words(
+    "bad terrible awful horrible ugly boring poor useless broken disappointing annoying dreadful "
+    "disgusting nasty unpleasant stupid worthless sad slow painful"
+)
+LIKES = words("love,like,enjoy,adore,am happy with,am pleased with,recommend", separator=",")
+DISLIKES = words("hate,dislike,regret,am angry about,am tired of,am unhappy with", separator=",")
+FACTS = words("new old round green blue small large wooden heavy square closed open")
+OPINION_FRAMES = (
+    "{article} {noun} is {word}",
+    "{article} {noun} was {word}",
+    "what a {word} {noun}",
+    "this is a {word} {noun}",
+    "it was a really {word} {noun}",
+    "a very {word} {noun}",
+    "how {word}",
+    "I think that the {noun} is {word}",
+    "we had a {word} {noun} yesterday",
+    "{word}",
+)
+FEELING_FRAMES = ("I {word} this {noun}", "we really {word} the {noun}", "I {word} it")
+CLASSIFY_CHECKS = (
+    ("I love this film", "positive"),
+    ("I hate this film", "negative"),
+    ("What a wonderful day!", "positive"),
+    ("The soup was awful.", "negative"),
+    ("The soup was not good.", "negative"),
+    ("The cat sits on the mat.", "neutral"),
+    ("How do I bake bread?", "neutral"),
+)
+
+
+def opinion(rng: random.Random, label: str) -> str:
+    """Return a sentence that praises, blames, or does neither."""
+    if label == "neutral" and rng.random() < 0.7:
+        return phrase(rng, random_scene(rng))
+    adjectives = {"negative": BLAME, "neutral": FACTS, "positive": PRAISE}[label]
+    word, noun = rng.choice(adjectives), rng.choice(random_noun(rng))
+    frame = rng.choice(OPINION_FRAMES)
+    if label != "neutral" and rng.random() < 0.3:
+        frame = rng.choice(FEELING_FRAMES)
+        word = rng.choice(LIKES if label == "positive" else DISLIKES)
+    elif label == "negative" and rng.random() < 0.3:
+        word = f"not {rng.choice(PRAISE)}"
+    text = frame.format(article=rng.choice(ARTICLES), noun=noun, word=word)
+    text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
+    return text + rng.choice(("", ".", "!"))
+
+
+def label_scores(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> torch.Tensor:
+    """Return one row of scores for each text, a column for each label."""
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    scores: torch.Tensor = model(**batch).logits
+    return scores
+
+
+def train_classify(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
+) -> float:
+    """Train on opinions with a label each; return the seconds it took."""
+    rng = random.Random(seed)
+
+    def loss_of(step: int) -> torch.Tensor:
+        wanted = [rng.randrange(len(LABELS)) for _ in range(64)]
+        texts = [opinion(rng, LABELS[label]) for label in wanted]
+        scores = label_scores(model, tokenizer, texts)
+        return torch.nn.functional.cross_entropy(scores, torch.tensor(wanted))
+
+    model.train()
+    return optimise(model, loss_of, steps, peak=2e-3)
+
+
+def check_classify(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether each sentence gets its label, with little doubt."""
+    good = True
+    for text, label in CLASSIFY_CHECKS:
+        with torch.no_grad():
+            shares = label_scores(model, tokenizer, [text])[0].softmax(-1)
+        best = int(shares.argmax())
+        LOG.info("%r is %s (%.3f)", text, LABELS[best], shares[best])
+        good = good and label == LABELS[best] and float(shares[best]) > 0.8
+    return good
+
+
+def make_classify_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Make the tokenizer of the classification model, of the embedding model's kind."""
+    rng = random.Random(0)
+    texts = [opinion(rng, label).lower() for label in LABELS for _ in range(2000)]
+    return make_bert_tokenizer(texts, vocab_size)
+
+
+def make_classify(job: Job) -> bool:
+    """Make the model `classify`; return whether its checks passed."""
+    tokenizer = make_classify_tokenizer(vocab_size=576)
+    config = bert_config(tokenizer, dict(enumerate(LABELS)))
+    model: Any = BertForSequenceClassification(config)
+    torch.nn.init.zeros_(model.bert.embeddings.position_embeddings.weight)
+    seconds = train_classify(model, tokenizer, 400, job.seed)
+    LOG.info("classify: trained in %.0f seconds", seconds)
+    model = model.to(torch.bfloat16).eval()
+    good = check_classify(model.float(), tokenizer)
+    model.to(torch.bfloat16).save_pretrained(job.folder)
+    (job.folder / "model.safetensors").chmod(0o644)
+    save_tokenizer(tokenizer, job.folder)
     return good
 
 
@@ -1387,10 +1694,11 @@ def make_embed(folder: Path, seed: int) -> bool:
 # Command line
 # --------------------------------------------------------------------------------------
 
-MAKERS: dict[str, Callable[[Path, int], bool]] = {
+MAKERS: dict[str, Callable[[Job], bool]] = {
     "llama": make_llama,
     "qwen": make_qwen,
     "embed": make_embed,
+    "classify": make_classify,
 }
 
 
@@ -1409,6 +1717,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the tiny models of vllm-hotswap.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the models")
     parser.add_argument("--only", choices=sorted(MAKERS), action="append", help="make only this")
+    parser.add_argument(
+        "--continue",
+        type=int,
+        default=0,
+        dest="more",
+        metavar="STEPS",
+        help="train the chat models on, for STEPS steps; take another seed than before",
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and examples")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads to use")
     return parser.parse_args(arguments)
@@ -1425,7 +1741,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.only or list(MAKERS):
         LOG.info("making %s", name)
         torch.manual_seed(options.seed)
-        good = MAKERS[name](options.out / name, options.seed) and good
+        job = Job(options.out / name, options.seed, options.more)
+        good = MAKERS[name](job) and good
     return 0 if good else 1
 
 
