@@ -254,7 +254,7 @@ class Coordinator:
     def _refuse_taken(self, model: Model, name: str, in_place: bool) -> None:
         is_own = name in model.engine.adapters
         if name in self.registry.names and not (in_place and is_own):
-            hint = "; give in_place to replace it" if is_own else ""
+            hint = "; give in_place (vLLM's load_inplace) to replace it" if is_own else ""
             raise NameTaken(f"the name {name!r} is taken; aliases and adapters share names{hint}")
         # vLLM takes two adapters for the same that have one name, whatever their numbers.
         if in_flight := model.in_flight_as(name):

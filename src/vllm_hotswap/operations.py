@@ -73,23 +73,23 @@ class Operations:
         return JSONResponse(plan_body(self._coordinator.plan(alias), self._coordinator.active))
 
     async def load(self, request: Request) -> Response:
-        alias, _ = await _read(request, NoOptions)
+        alias, _ = await self._read(request, NoOptions)
         return JSONResponse(operation_body(await self._coordinator.load(alias)))
 
     async def unload(self, request: Request) -> Response:
-        alias, _ = await _read(request, NoOptions)
+        alias, _ = await self._read(request, NoOptions)
         return JSONResponse(operation_body(await self._coordinator.unload(alias)))
 
     async def sleep(self, request: Request) -> Response:
-        alias, options = await _read(request, SleepOptions)
+        alias, options = await self._read(request, SleepOptions)
         return JSONResponse(operation_body(await self._coordinator.sleep(alias, options.level)))
 
     async def wake(self, request: Request) -> Response:
-        alias, _ = await _read(request, NoOptions)
+        alias, _ = await self._read(request, NoOptions)
         return JSONResponse(operation_body(await self._coordinator.wake(alias)))
 
     async def prefetch(self, request: Request) -> Response:
-        alias, options = await _read(request, PrefetchOptions)
+        alias, options = await self._read(request, PrefetchOptions)
         if options.cancel:
             self._coordinator.cancel_prefetch(alias)
             cancelled: CancelAnswer = {
@@ -101,10 +101,15 @@ class Operations:
         return JSONResponse(operation_body(await self._coordinator.prefetch(alias)))
 
     async def pin(self, request: Request) -> Response:
-        alias, options = await _read(request, PinOptions)
+        alias, options = await self._read(request, PinOptions)
         self._coordinator.pin(alias, options.pinned)
         answer: PinAnswer = {"operation": "pin", "model": alias, "pinned": options.pinned}
         return JSONResponse(answer)
+
+    async def _read(self, request: Request, kind: type[Options]) -> tuple[str, Options]:
+        """The alias of the model that the path names, and the checked body."""
+        options = parse_body(kind, await request.body())
+        return self._coordinator.registry.model(request.path_params["alias"]).alias, options
 
 
 def operation_body(result: OperationResult) -> OperationAnswer:
@@ -152,11 +157,6 @@ def move_body(move: Move) -> MoveAnswer:
 
 def usage_body(usage: Usage) -> UsageAnswer:
     return {"device_bytes": usage.device, "host_bytes": usage.host}
-
-
-async def _read(request: Request, kind: type[Options]) -> tuple[str, Options]:
-    """The alias in the path, and the checked body."""
-    return request.path_params["alias"], parse_body(kind, await request.body())
 
 
 def parse_body(kind: type[Options], body: bytes) -> Options:

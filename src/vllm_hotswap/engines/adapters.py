@@ -71,7 +71,9 @@ class AdapterShelf:
         """
         adapter = Adapter(files, self._number())
         if door is not None:
-            await self._serve(adapter, door, now)
+            if now:
+                await self._load(adapter, door)
+            serve_adapter(door.models, self._request(adapter))
         self._adapters[files.name] = adapter
         return adapter
 
@@ -82,24 +84,36 @@ class AdapterShelf:
 
     async def load_all(self, door: AdapterDoor) -> None:
         """Load what has never been loaded; what cannot be is kept with the reason."""
-        for name, adapter in list(self._adapters.items()):
+        for adapter in list(self._adapters.values()):
             if adapter.id not in self._loaded:
-                try:
-                    await self._serve(adapter, door, now=True)
-                    failure = None
-                except ConfigError as error:
-                    failure = error.message
-                    stop_serving(door.models, name)
-                    log.error("event=adapter_failed adapter=%s cause=%r", name, failure)
-                self._adapters[name] = replace(adapter, failure=failure)
+                failure = await self._failure(adapter, door)
+                if self._adapters.get(adapter.files.name) is adapter:  # not removed meanwhile
+                    self._settle(adapter, failure, door)
 
-    async def _serve(self, adapter: Adapter, door: AdapterDoor, now: bool) -> None:
-        link = self._link(adapter)
-        request = adapter_request(adapter.files.name, adapter.id, link, adapter.files.is_3d)
-        if now:
-            await load_adapter(door.client, request)
-            self._loaded.add(adapter.id)
-        serve_adapter(door.models, request)
+    async def _failure(self, adapter: Adapter, door: AdapterDoor) -> str | None:
+        """Why the engine cannot load it, None if it has."""
+        try:
+            await self._load(adapter, door)
+        except ConfigError as error:
+            log.error("event=adapter_failed adapter=%s cause=%r", adapter.files.name, error.message)
+            return error.message
+        return None
+
+    def _settle(self, adapter: Adapter, failure: str | None, door: AdapterDoor) -> None:
+        name = adapter.files.name
+        self._adapters[name] = replace(adapter, failure=failure)
+        if failure is None:
+            serve_adapter(door.models, self._request(adapter))
+        else:
+            stop_serving(door.models, name)
+
+    async def _load(self, adapter: Adapter, door: AdapterDoor) -> None:
+        await load_adapter(door.client, self._request(adapter))
+        self._loaded.add(adapter.id)
+
+    def _request(self, adapter: Adapter) -> Any:
+        files = adapter.files
+        return adapter_request(files.name, adapter.id, self._link(adapter), files.is_3d)
 
     def _link(self, adapter: Adapter) -> Path:
         self._links.mkdir(exist_ok=True)
