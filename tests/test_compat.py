@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -84,11 +83,11 @@ def test_versions_that_were_run_are_passed_without_a_word(version: str) -> None:
     assert warning(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.1.0", "0.999.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.1.0", "0.27.0", "0.999.0", "1.0.0", "dev"])
 def test_another_version_is_warned_of(version: str) -> None:
     """It is named, and so are the versions that were run."""
     text = warning(version)
 
     assert text is not None
     assert version in text
-    assert re.search(rf"{RUN_ON[0]}.* has$|{RUN_ON[-1]} has$", text)
+    assert ", ".join(RUN_ON) in text

@@ -6,8 +6,6 @@ Relies on: `Executor.get_class`, `maybe_register_config_serialize_by_value`,
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from typing import Any
 
 
@@ -26,11 +24,12 @@ def prepare_host() -> None:
 
     import vllm_hotswap.host.compiled
     import vllm_hotswap.host.engine
-    import vllm_hotswap.host.executor  # noqa: F401
+    import vllm_hotswap.host.executor
 
-    for kind in ("cpu", "gpu") if current_platform.is_cpu() else ("gpu",):
-        with contextlib.suppress(ImportError):  # the worker of another platform, perhaps
-            importlib.import_module(f"vllm.v1.worker.{kind}_worker")
+    if current_platform.is_cpu():
+        import vllm_hotswap.host.cpu_worker  # noqa: F401
+    elif current_platform.is_cuda_alike():
+        import vllm.v1.worker.gpu_worker  # noqa: F401
     maybe_register_config_serialize_by_value()
     _register_kernels_once(current_platform)
 

@@ -34,11 +34,9 @@ def vllm_version() -> str:
 
 def warning(version: str) -> str | None:
     """What to tell the user about a version of vLLM; None where there is nothing to tell."""
-    oldest, newest = RUN_ON[0], RUN_ON[-1]
-    if _numbers(oldest) <= _numbers(version) <= _numbers(newest):
+    if _numbers(version) in map(_numbers, RUN_ON):
         return None
-    tried = oldest if oldest == newest else f"{oldest} to {newest}"
-    return f"vLLM {version} has not been tried with this version of vllm-hotswap; {tried} has"
+    return f"vLLM {version} has not been tried with vllm-hotswap; what has: {', '.join(RUN_ON)}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
