@@ -31,6 +31,10 @@ PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "0.29": "vllm.entrypoints.launchers.api_server.app_state",
             "0.26": "vllm.entrypoints.openai.api_server",
         },
+        "load_chat_template": {
+            "0.32": "vllm.renderers.chat_utils",
+            "0.26": "vllm.entrypoints.chat_utils",
+        },
         "make_arg_parser": {
             "0.29": "vllm.entrypoints.launchers.cli_args",
             "0.26": "vllm.entrypoints.openai.cli_args",

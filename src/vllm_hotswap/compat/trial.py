@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllm_hotswap.compat.names import find
+
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 TOOL = {
@@ -54,7 +56,6 @@ def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | 
 
     None where there is no template, or where it is no Jinja template that renders.
     """
-    from vllm.renderers.chat_utils import load_chat_template
     from vllm.renderers.hf import ChatTemplateResolutionError, safe_apply_chat_template
 
     if not hasattr(tokenizer, "get_chat_template"):
@@ -65,7 +66,7 @@ def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | 
             tokenizer,
             list(MESSAGES),
             tools=[TOOL] if args.tool_call_parser else None,
-            chat_template=load_chat_template(args.chat_template),
+            chat_template=find("load_chat_template")(args.chat_template),
             tokenize=False,
             add_generation_prompt=True,
             **(args.default_chat_template_kwargs or {}),
