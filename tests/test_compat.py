@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +82,14 @@ def test_places_are_listed_newest_first(name: str) -> None:
 def test_versions_that_were_run_are_passed_without_a_word(version: str) -> None:
     """Fix releases and builds of them, too."""
     assert warning(version) is None
+
+
+@pytest.mark.parametrize("version", RUN_ON)
+def test_the_readme_says_what_was_run(version: str) -> None:
+    """Every version that users are not warned of, with what was run on it."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+
+    assert re.search(rf"^\| {re.escape(version)} \| \S.* \| \S.* \| \S.* \|$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.27.0", "0.999.0", "1.0.0", "dev"])

@@ -365,4 +365,4 @@ def test_every_flag_of_vllm_that_names_code_is_known_as_such() -> None:
     }
     named = {name for name in model_flags(serve_parser("test")) if suspicious.search(name)}
 
-    assert harmless == named - set(code_keys(dict.fromkeys(named, "a.b")))
+    assert named - set(code_keys(dict.fromkeys(named, "a.b"))) <= harmless  # not in all versions
