@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 
 from vllm_hotswap.access import Access, KeyFlags, Role
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
+from vllm_hotswap.routes import vllm_routes
 
 CLOSED = Access()
 DEV = Access(dev_mode=True)
@@ -255,3 +256,17 @@ def test_access_shows_no_key() -> None:
     flags = KeyFlags(admin_keys=["sk-canary"])
 
     assert "canary" not in f"{flags} {Access.from_environment({}, flags)!r}"
+
+
+def test_dev_mode_opens_none_of_vllms_admin_routes() -> None:
+    """Our own are opened; profiling and aborting others' requests need an admin key."""
+    open_to_all, closed = Access(dev_mode=True), Access(admin_keys=["a"], dev_mode=True)
+    admin = Headers({"authorization": "Bearer a"})
+
+    open_to_all.check(Role.ADMIN, Headers())
+    closed.check(Role.ADMIN_KEY, admin)
+    with pytest.raises(SwitchNotAllowed, match="--admin-key"):
+        open_to_all.check(Role.ADMIN_KEY, Headers())
+    with pytest.raises(SwitchNotAllowed, match="send an admin key"):
+        closed.check(Role.ADMIN_KEY, Headers())
+    assert {Role.ADMIN_KEY} == {r.role for r in vllm_routes() if r.path == "/start_profile"}

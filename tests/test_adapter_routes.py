@@ -428,3 +428,28 @@ async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> No
     )
 
     assert (503, "engine_unavailable") == (answer.status_code, answer.json()["error"]["code"])
+
+
+async def test_an_adapter_that_is_asked_for_while_it_is_replaced_stays(server: Server) -> None:
+    """Requests for the old one that came during the load would run beside the new one."""
+    first = (await add(server, "llama", "pirate")).json()
+    server.host.hold("add_adapter", "llama")
+    replacing = asyncio.create_task(add(server, "llama", "pirate", "sql", in_place=True))
+    await server.settled()
+    stream = await server.start_stream("pirate")
+    server.host.release("add_adapter", "llama")
+    refused = await replacing
+
+    assert (409, "model_in_use") == (refused.status_code, refused.json()["error"]["code"])
+    assert [first["id"]] == [adapter["id"] for adapter in await shown(server, "llama")]
+    assert (await stream.finish()).is_whole
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "circle", "a\0b", ".."])
+async def test_a_path_that_is_none_is_refused(server: Server, folder: Path, path: str) -> None:
+    """Too long, links in a circle, a null byte, or outside of what is allowed."""
+    (folder / "circle").symlink_to(folder / "circle")
+
+    answer = await add(server, "llama", "pirate", path)
+
+    assert (400, "invalid_request") == (answer.status_code, answer.json()["error"]["code"])

@@ -175,3 +175,11 @@ def write_packed(file: Path) -> None:
     entry = {"dtype": "U8", "shape": [4096, 1], "data_offsets": [0, 4096]}
     header = json.dumps({f"{Q_PROJ}.weight": entry}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
+
+
+def test_a_configuration_too_deep_for_json_is_refused(tmp_path: Path) -> None:
+    """It is no reason to break off with anything else."""
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_adapter("pirate", tmp_path, {})

@@ -26,6 +26,7 @@ LAYERS = [
         "references",
         "sampling",
         "security",
+        "paths",
         "variables",
         "compat.names",
         "compat.versions",

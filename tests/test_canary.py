@@ -94,7 +94,7 @@ async def planted(
     serving = asyncio.create_task(
         server.serve(app, listener, ["llama"], "llama", StartupProgress(["llama"]))
     )
-    while not (tmp_path / "s").exists():  # noqa: ASYNC110  # uvicorn makes it, and tells nobody
+    while not (tmp_path / "s").exists() and not serving.done():  # noqa: ASYNC110  # uvicorn makes it, and tells nobody
         await asyncio.sleep(0)
     transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "s"))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:

@@ -242,3 +242,14 @@ async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert (
         f"the weight file {str(tmp_path / 'gone')!r} cannot be read: No such file or directory"
     ) == caught.value.message
+
+
+@pytest.mark.parametrize("offsets", ['[0, "x"]', "[0, 1.5]", "[0]", "{}"])
+def test_offsets_that_are_no_numbers_are_refused(tmp_path: Path, offsets: str) -> None:
+    """With the file's name."""
+    header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    with pytest.raises(ConfigError, match=r"header .*model\.safetensors' cannot be read"):
+        check_weights(tmp_path)

@@ -640,3 +640,57 @@ def test_secrets_of_the_environment_are_not_shown(
         load_config(path)
 
     assert "models.a.load is '${CANARY}'; it must be startup" in caught.value.message
+
+
+# --- forms of the file ----------------------------------------------------------------------
+
+
+def test_dashes_and_underscores_are_the_same_key(load: Load) -> None:
+    """So a model's own replaces the one of `defaults`, however each is written."""
+    model = load(
+        "defaults: {max-model-len: 64}\nmodels: {a: {model: x, max_model_len: 32}}"
+    ).models[0]
+
+    assert {"max_model_len": 32} == model.settings
+    assert "models.a.max_model_len" == model.place("max_model_len")
+
+
+def test_a_merged_mapping_may_be_merged_again(load: Load) -> None:
+    """What `<<` adds replaces nothing and is no key given twice."""
+    config = load(
+        "models:\n  a: &a {model: x, seed: 1}\n  b: &b {<<: *a, seed: 2}\n  c: {<<: *b, seed: 3}\n"
+    )
+
+    assert [1, 2, 3] == [model.settings["seed"] for model in config.models]
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/x", "a" * 300, '"a\\0b"'])
+@pytest.mark.parametrize("key", ["quant_config", "model"])
+def test_what_can_be_no_path_is_named(refusal: Callable[[str], str], key: str, name: str) -> None:
+    """In every key that is one."""
+    keys = {"model": "x", key: name}
+    message = refusal(f"models: {{a: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}}}")
+
+    assert f"models.a.{key}: " in message
+    assert "is no path" in message
+
+
+def test_a_folder_of_adapters_that_can_be_no_path_is_named(load: Load) -> None:
+    """When it is asked for."""
+    config = load("models: {a: {model: x}}\nadapters: {folders: [~nobody-has-this-name/x]}")
+
+    with pytest.raises(ConfigError, match=r"adapters\.folders: .* is no path"):
+        _ = config.adapter_folders
+
+
+def test_an_empty_flag_counts(load_given: Callable[..., ServerConfig]) -> None:
+    """It replaces what the file says; an empty variable does not."""
+    with pytest.raises(ConfigError, match="--switching-max-wait is None"):
+        load_given({}, switching_max_wait="")
+
+
+def test_a_long_value_is_not_repeated(refusal: Callable[[str], str]) -> None:
+    """Whatever is in it."""
+    message = refusal("models: " + "x" * 200)
+
+    assert message.endswith("models must be a mapping of alias to settings, not str")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.disclosure import told
+from vllm_hotswap.disclosure import MAX_TOLD, told
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,17 @@ def test_no_folder_is_left_of_a_path_in_quotes(folders: list[str], quotes: str) 
 
     assert "canary" not in text
     assert "file" in text
+
+
+@pytest.mark.parametrize("hostile", ["'/a", "'/a/", "/", "/a", "file:/", "'file:/"])
+def test_no_text_takes_long(hostile: str) -> None:
+    """A million characters made to be looked at again and again; a message is cut, too."""
+    assert len(told(hostile * 1_000_000)) <= 2 * MAX_TOLD
+
+
+@pytest.mark.parametrize("url", ["file:///data/secret/x", "ipc:///tmp/secret/x"])
+@pytest.mark.parametrize("text", ["open {}: no", "open '{}': no", "{}"])
+def test_urls_of_the_machine_are_paths(url: str, text: str) -> None:
+    """Of files and of sockets."""
+    assert "secret" not in told(text.format(url))
+    assert "x" in told(text.format(url))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +11,13 @@ import pytest
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.references import References
 
-ENVIRONMENT = {"NAME": "llama", "TOKEN": "canary-secret-1", "LENGTH": "2048", "FLAG": "true"}
+ENVIRONMENT = {
+    "NAME": "llama",
+    "TOKEN": "canary-secret-1",
+    "LENGTH": "2048",
+    "FLAG": "true",
+    "EMPTY": "",
+}
 
 
 def fill(value: Any) -> Any:
@@ -27,6 +35,8 @@ def fill(value: Any) -> Any:
         ("${NOWHERE:-}", None),
         ("a${NOWHERE:-}b", "ab"),
         ("${NAME:-other}", "llama"),
+        ("${EMPTY:-other}", "other"),
+        ("a${EMPTY}b", "ab"),
         ("$${NAME}", "${NAME}"),
         ("$NAME and $ {NAME}", "$NAME and $ {NAME}"),
         ("{{ messages }}", "{{ messages }}"),
@@ -69,3 +79,32 @@ def test_a_value_from_the_environment_is_never_shown() -> None:
     assert "llama: '${TOKEN}' can't work" == caught.value.message
     assert caught.value.__cause__ is None
     assert "canary" not in repr(references)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('it\'s "a" secret\n', lambda v: f"is {v!r}"),
+        ("two\nlines of   it", lambda v: " ".join(f"is {v}".split())),
+        ('quoted "json"', lambda v: f"is {json.dumps(v)}"),
+        ("0123456789.50", lambda v: f"is {float(v)}"),
+    ],
+)
+def test_a_value_is_hidden_in_whatever_form_it_is_shown(
+    value: str, message: Callable[[str], str]
+) -> None:
+    """Quoted, on one line, as JSON, as a number."""
+    references = References({"SECRET": value})
+    references.fill("${SECRET}", "models.yaml")
+
+    hidden = references.hide(message(value))
+
+    assert "is ${SECRET}" == hidden.replace('"', "").replace("'", "")
+
+
+def test_the_longest_value_is_hidden_first() -> None:
+    """One that begins another one leaves nothing of it."""
+    references = References({"A": "database1", "B": "database1-topsecret"})
+    references.fill(["${A}", "${B}"], "models.yaml")
+
+    assert "at ${B}" == references.hide("at database1-topsecret")

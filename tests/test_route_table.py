@@ -295,8 +295,8 @@ def test_table_refuses_a_route_that_is_given_twice() -> None:
         RouteTable([Route("GET", "/a", Role.USER), Route("GET", "/a", Role.ADMIN)])
 
 
-def test_path_without_braces_hides_patterns_and_the_first_pattern_the_others() -> None:
-    """Whatever their methods: a path is one thing."""
+def test_a_plain_path_hides_patterns_and_the_first_pattern_with_the_method_counts() -> None:
+    """A path that has no braces is one thing, whatever its methods."""
     table = RouteTable(
         [
             Route("GET", "/a/{rest:path}/x", Role.USER),
@@ -312,6 +312,20 @@ def test_path_without_braces_hides_patterns_and_the_first_pattern_the_others() -
     ]
     with pytest.raises(MethodNotAllowed, match=r"the path takes POST$"):
         table.find("GET", "/a/b")
+
+
+def test_an_adapter_may_be_called_like_an_operation() -> None:
+    """It can be removed all the same."""
+    table = RouteTable(
+        [
+            Route("POST", "/m/{alias:path}/pin", Role.ADMIN),
+            Route("DELETE", "/m/{alias:path}/adapters/{name:path}", Role.ADMIN),
+        ]
+    )
+
+    _, parts = table.find("DELETE", "/m/org/llama/adapters/org/adapters/pin")
+
+    assert {"alias": "org/llama", "name": "org/adapters/pin"} == parts
 
 
 @pytest.mark.parametrize("path", ["/a/", "/a/b/c", "/b", "/a/b\n/c"])

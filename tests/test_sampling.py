@@ -97,3 +97,22 @@ async def test_what_is_no_json_object_passes_as_it_is(sent: str) -> None:
 async def test_other_routes_are_left_alone() -> None:
     """An embedding has no temperature."""
     assert "{}" == await ask("/v1/embeddings", b"{}", force={"temperature": 0})
+
+
+@pytest.mark.parametrize("sent", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_the_limit_of_tokens_is_one_parameter_with_several_names(sent: str) -> None:
+    """Forced under one name, no other one undoes it; a default counts only if all are absent."""
+    forced = SamplingPolicy(force={"max_tokens": 2})
+    default = SamplingPolicy(defaults={"max_completion_tokens": 3})
+
+    assert {"max_output_tokens": 2} == forced.apply({sent: 500}, None, "max_output_tokens")
+    assert {"max_tokens": 2} == forced.apply({sent: 500}, None)
+    assert {sent: 500} == default.apply({sent: 500}, None)
+    assert {"max_output_tokens": 3} == default.apply({}, None, "max_output_tokens")
+
+
+async def test_a_body_too_deep_for_json_passes_as_it_is() -> None:
+    """vLLM refuses it."""
+    sent = "[" * 100_000
+
+    assert sent == await ask(CHAT, sent.encode(), force={"temperature": 0})

@@ -23,6 +23,7 @@ FLAGS.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction)
 FLAGS.add_argument("--dtype", choices=["auto", "half"])
 FLAGS.add_argument("--middleware", nargs="+")
 FLAGS.add_argument("--hf-overrides", type=json.loads)
+FLAGS.add_argument("--traces", nargs="+", choices=["model", "worker", None])
 
 
 def schema() -> dict[str, Any]:
@@ -49,6 +50,8 @@ def test_it_is_a_schema() -> None:
         "models: {a: {model: '${M}', enforce_eager: '${EAGER:-true}', pinned: '${PIN:-true}'}}",
         "models: {a: {model: x, aliases: [b], load: on_demand, idle_sleep: 3, idle_unload: null}}",
         "models: {a: {model: x, sampling: {defaults: {seed: 1}, drop: [n]}, quant_config: null}}",
+        "models: {a: {model: x, traces: [model, worker]}}\nswitching:\nmemory:",
+        "models: {a: {model: x, sampling: {drop_unsupported: '${B:-true}'}}}",
         "defaults: {max_model_len: 3, pinned: true}\nmodels: {a: {model: x}}",
         "models: {a: {model: x}}\nmemory: {device: 20GiB, host: 0.5}\nswitching: {max_wait: 1}",
     ],

@@ -37,6 +37,17 @@ NOTHING: frozenset[str] = frozenset()
             "structured_outputs_config.reasoning_parser_plugin",
         ),
         ({"tool_server": "demo"}, "tool_server"),
+        ({"compilation_config": '{"backend": "mine.compile"}'}, "compilation_config.backend"),
+        (
+            {"kv_transfer_config": {"extra": {"tiers": [{"module_path": "mine"}]}}},
+            "kv_transfer_config.extra.tiers.module_path",
+        ),
+        (
+            {"kv_transfer_config": {"extra": {"policy": "mine.Policy"}}},
+            "kv_transfer_config.extra.policy",
+        ),
+        ({"speculative_config": {"method": "custom_class"}}, "speculative_config.method"),
+        ({"spec_method": "custom_class"}, "spec_method"),
     ],
 )
 def test_settings_that_name_code_are_refused(settings: dict[str, Any], key: str) -> None:
@@ -55,7 +66,10 @@ def test_settings_that_name_code_are_refused(settings: dict[str, Any], key: str)
         {"worker_cls": "auto", "scheduler_cls": None, "middleware": []},
         {"tool_server": "127.0.0.1:8000"},
         {"max_lora_cls_labels": 3, "tool_call_parser": "hermes", "mm_processor_kwargs": {"a": 1}},
-        {"compilation_config": {"mode": 3, "backend": "inductor"}},
+        {"compilation_config": {"mode": 3, "backend": "inductor", "splitting_ops": ["vllm.attn"]}},
+        {"speculative_config": {"method": "ngram", "model": "org/model-0.5", "n": 0.5}},
+        {"hf_overrides": '{"rope_theta": 1e6', "lora_target_modules": ["model.layers.0"]},
+        {"generation_config": "./generation.json", "download_dir": "a.b"},
     ],
 )
 def test_ordinary_settings_pass(settings: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 `--api-key` (vLLM's flag) gives user keys, `--admin-key` admin keys; each has a variable and a file,
 too. An admin may do what a user may. Without an admin key, the quickstart's
-`VLLM_SERVER_DEV_MODE=1` opens switching to whoever may use the server, and nothing else.
+`VLLM_SERVER_DEV_MODE=1` opens our own routes that change state to whoever may use the server, and
+none of vLLM's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Role(Enum):
     PUBLIC = "public"
     USER = "user"
     ADMIN = "admin"
+    ADMIN_KEY = "admin key"
+    """An admin, and nobody whom `VLLM_SERVER_DEV_MODE` lets in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +120,17 @@ class Access:
         is_user, is_admin = self._user.know(key), self._admin.know(key)
         if self._user and not (is_user or is_admin):
             raise Unauthorized("a valid API key is needed; send Authorization: Bearer <key>")
-        if role is Role.ADMIN and not is_admin:
-            self._check_admin()
+        if role in (Role.ADMIN, Role.ADMIN_KEY) and not is_admin:
+            self._check_admin(role)
 
-    def _check_admin(self) -> None:
+    def _check_admin(self, role: Role) -> None:
         if self._admin:
             raise SwitchNotAllowed("this route is for admins: send an admin key")
+        if role is Role.ADMIN_KEY:
+            raise SwitchNotAllowed(
+                "this route of vLLM's is for admins: start the server with --admin-key (or "
+                "VLLM_HOTSWAP_ADMIN_KEY), and send that key"
+            )
         if not self._dev_mode:
             raise SwitchNotAllowed(
                 "switching is closed: start the server with --admin-key (or "

@@ -131,10 +131,10 @@ class AdapterRoutes:
         for folder in self._folders:
             try:
                 found = (folder / path).resolve()  # links are followed first
-            except (OSError, ValueError):
+                if found.is_relative_to(folder) and found.is_dir():
+                    return found
+            except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a null byte
                 continue
-            if found.is_relative_to(folder) and found.is_dir():
-                return found
         raise InvalidRequest(f"{field}: there is no such folder below adapters.folders", field)
 
 

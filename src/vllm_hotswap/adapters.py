@@ -92,7 +92,7 @@ def _config(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"it has no {CONFIG}, so it is no adapter in PEFT's format")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{CONFIG} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise ConfigError(f"{CONFIG} is not that of a LoRA adapter")

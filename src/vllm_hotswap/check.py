@@ -156,7 +156,7 @@ class _Look:
         self._try("parsers", lambda: trial.make_parsers(launch.args, tokenizer))
         rendered = self._try(
             "chat template",
-            lambda: trial.render_once(launch.args, launch.vllm_config, tokenizer) or "",
+            lambda: trial.render_once(launch.args, launch.vllm_config, tokenizer),
         )
         if rendered == "":
             self.report.notes.append("no chat template: chat requests will be refused")

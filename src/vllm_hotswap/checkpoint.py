@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -92,8 +93,15 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
         try:
             header = json.loads(content.read(length))
             entries = {key: entry for key, entry in header.items() if key[:2] != "__"}
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            ends = [operator.index(entry["data_offsets"][1]) for entry in entries.values()]
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ConfigError(
                 f"the header of the weight file {str(file)!r} cannot be read: {error!r}"
             ) from error

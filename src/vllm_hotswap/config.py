@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References, read_scalar
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.security import check_mode, check_settings
@@ -35,6 +36,9 @@ from vllm_hotswap.settings import (
 
 QUANT_VARIABLE = "QUANT_CONFIG"
 """What `quant_config` of a model sets; Gaudi's quantisation reads its configuration from there."""
+
+MAX_SHOWN = 80
+"""A longer value is not repeated in a message."""
 
 NOT_SHARED = ("model", "aliases")
 """Keys of a model that can't be in `defaults`."""
@@ -87,12 +91,14 @@ class ServerConfig:
     @property
     def adapter_folders(self) -> tuple[Path, ...]:
         """Absolute. Raises `ConfigError` if one is no folder."""
-        return tuple(self._folder(name) for name in self.adapters.folders)
+        with self.references.hidden_in_errors():
+            return tuple(self._folder(name) for name in self.adapters.folders)
 
     def _folder(self, name: str) -> Path:
-        folder = (self.path.parent / Path(name).expanduser()).resolve()
+        place = f"{self.path}: adapters.folders"
+        folder = beside(self.path, name, place)
         if not folder.is_dir():
-            raise ConfigError(f"{self.path}: adapters.folders: {str(folder)!r} is no folder")
+            raise ConfigError(f"{place}: {str(folder)!r} is no folder")
         return folder
 
 
@@ -195,19 +201,17 @@ class _Reader:
         if section is None:
             return {}
         place = f"{self._path}: defaults"
-        values = _mapping(section, place, "a mapping with keys of a model")
-        _refuse_other_keys(values, place)
+        values = _underscored(_mapping(section, place, "a mapping with keys of a model"), place)
         for key in NOT_SHARED:
             if key in values:
                 raise ConfigError(f"{place}: {key!r} can't be shared; give it to each model")
-        return dict(values)
+        return values
 
     def _model(self, alias: object, entry: object, shared: Mapping[str, Any]) -> ModelConfig:
         place = f"{self._path}: models.{alias}"
         if not isinstance(alias, str) or not alias.strip():
             raise ConfigError(f"{place}: an alias must be a non-empty string; put it in quotes")
-        own = _mapping(entry, place, "a mapping with at least the key model")
-        _refuse_other_keys(own, place)
+        own = _underscored(_mapping(entry, place, "a mapping with at least the key model"), place)
         inherited = frozenset(shared.keys() - own.keys())
         values = {**shared, **own}
         ours = {
@@ -235,10 +239,10 @@ class _Reader:
     def _environment(self, model: ModelConfig) -> dict[str, str | None]:
         if model.quant_config is None:
             return {QUANT_VARIABLE: None}
-        file = (self._path.parent / Path(model.quant_config).expanduser()).resolve()
+        place = f"{self._path}: {model.place('quant_config')}"
+        file = beside(self._path, model.quant_config, place)
         if not file.is_file():
-            place = model.place("quant_config")
-            raise ConfigError(f"{self._path}: {place}: the file {str(file)!r} does not exist")
+            raise ConfigError(f"{place}: the file {str(file)!r} does not exist")
         return {QUANT_VARIABLE: str(file)}
 
 
@@ -304,29 +308,23 @@ def _read_yaml(path: Path) -> object:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, where YAML would silently keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here and not where mappings are made: by then `<<` has added what it may replace.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # the base class refuses it
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 def _resolve_model(model: str, place: str, path: Path) -> str:
     """A checkpoint's folder or GGUF file as an absolute path; a model hub's name as it is."""
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
-    try:
-        local = (path.parent / Path(model).expanduser()).resolve()
-    except (RuntimeError, ValueError) as error:  # an unknown user after ~, a null byte
-        raise ConfigError(f"{place}.model: {model!r} is no path: {error}") from error
+    local = beside(path, model, f"{place}.model")
     if not looks_like_path and not local.exists():
         return model
     if local.suffix == ".gguf" and local.is_file():
@@ -348,7 +346,10 @@ def _mapping(value: object, place: str, wanted: str) -> Mapping[Any, Any]:
 
 
 def _kind(value: object) -> str:
-    return "empty" if value is None else f"{type(value).__name__} {value!r}"[:80]
+    if value is None:
+        return "empty"
+    shown = f" {value!r}"
+    return type(value).__name__ + (shown if len(shown) <= MAX_SHOWN else "")
 
 
 def _refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], place: str) -> None:
@@ -358,9 +359,17 @@ def _refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], place: str)
             raise unknown_key(place, key, known)
 
 
-def _refuse_other_keys(values: Mapping[Any, Any], place: str) -> None:
-    if not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{place}: every key must be a string")
+def _underscored(values: Mapping[Any, Any], place: str) -> dict[str, Any]:
+    """Keys of a model or of `defaults`, dashes in them as underscores."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{place}: every key must be a string")
+        name = key.replace("-", "_")
+        if name in result:
+            raise ConfigError(f"{place}: {name!r} is given twice, once with dashes; keep one")
+        result[name] = value
+    return result
 
 
 def _refuse_shared_names(models: Iterable[ModelConfig], place: str) -> None:

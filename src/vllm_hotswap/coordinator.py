@@ -237,9 +237,14 @@ class Coordinator:
         model = self._usable(alias)
         async with self.ladder.turn():
             refuse_failed(model)  # it may have died meanwhile
-            self._refuse_taken(model, name, in_place)
+
+            def check() -> None:
+                self._refuse_taken(model, name, in_place)
+
+            check()
             try:
-                return await model.engine.add_adapter(name, path, is_3d, now=model.is_loaded)
+                # Looked at again once it is loaded: requests have come and gone meanwhile.
+                return await model.engine.add_adapter(name, path, is_3d, model.is_loaded, check)
             except ConfigError as error:
                 raise AdapterRefused(error.message) from error
 

@@ -8,21 +8,36 @@ from __future__ import annotations
 
 import re
 
+MAX_TOLD = 4000
+"""Characters of a message."""
+
 _TRACE = re.compile(r"Traceback \(most recent call last\).*", re.DOTALL)
-_IN_QUOTES = re.compile(r"(['\"])/[^'\"]*?([^'\"/]*)/*\1")
+# Possessive, like all here: no text makes it look at anything twice.
+_IN_QUOTES = re.compile(r"(['\"])(?:file:/*|ipc:/*)?(/[^'\"]*+)\1")
+_LOCAL_URL = re.compile(r"\b(?:file|ipc):/[^\s'\"]*+")
 
 # A route follows its method or has a known first part; a URL has a colon before its slashes.
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "WEBSOCKET")
 _NO_ROUTE = r"(?<![\w:/.~])" + "".join(f"(?<!{method} )" for method in _METHODS)
 _PART = r"[^\s'\",;:()<>\[\]{}/]"
-_BARE = re.compile(rf"{_NO_ROUTE}/(?!v1/|v2/|admin/)(?:{_PART}+/)+({_PART}*)")
+_BARE = re.compile(rf"{_NO_ROUTE}/(?!v1/|v2/|admin/)(?:{_PART}++/)++({_PART}*+)")
 
 
 def told(text: str) -> str:
-    """The text with the last part of every absolute path alone, and no stack trace."""
+    """The text with the last part of every absolute path alone, and no stack trace.
+
+    A long one is cut: it repeats what a client has sent.
+    """
+    if len(text) > MAX_TOLD:
+        text = f"{text[:MAX_TOLD]}..."
     text = _TRACE.sub("(the server's log has more)", text)
-    text = _IN_QUOTES.sub(r"\1.../\2\1", text)
+    text = _IN_QUOTES.sub(lambda m: f"{m[1]}.../{_last_part(m[2])}{m[1]}", text)
+    text = _LOCAL_URL.sub(lambda m: f".../{_last_part(m[0])}", text)
     return _BARE.sub(r".../\1", text)
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def told_if_any(text: str | None) -> str | None:

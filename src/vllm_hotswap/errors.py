@@ -24,7 +24,7 @@
     ├── MethodNotAllowed         405  the path takes other methods; they are named
     ├── WrongTask                404  the model has no such route; ask for one that has
     ├── UnknownResponse          404  no model keeps a response of that id
-    ├── ResponseEnded            409  the response was cancelled or failed; ask how it ended
+    ├── ResponseEnded            409  the response has no more events; ask how it ended
     ├── QueueFull                429  too many requests wait for the target; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
     ├── DrainCut                 503  the request was still running at the drain deadline
@@ -286,7 +286,7 @@ class UnknownResponse(HotswapError):
 
 
 class ResponseEnded(HotswapError):
-    """Ends the event stream of a response that ended in another way than by being complete."""
+    """Ends the event stream of a response that has no more events, and does not end by itself."""
 
     status = 409
     type = "conflict_error"
@@ -294,7 +294,7 @@ class ResponseEnded(HotswapError):
 
     def __init__(self, response_id: str) -> None:
         super().__init__(
-            f"response {response_id!r} was cancelled or failed, and has no more events; "
+            f"response {response_id!r} has ended, and has no more events; "
             f"GET /v1/responses/{response_id} tells how it ended"
         )
 

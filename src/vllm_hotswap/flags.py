@@ -18,6 +18,7 @@ from typing import Any
 from vllm_hotswap.compat.configuration import validate_serve_args
 from vllm_hotswap.config import ModelConfig, unknown_key
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.paths import beside
 from vllm_hotswap.settings import ModelKeys
 
 SERVER_FLAGS = frozenset(
@@ -39,6 +40,8 @@ SERVER_FLAGS = frozenset(
         "headless",
         "host",
         "log_config_file",
+        "log_level",
+        "logging_config",
         "port",
         "root_path",
         "shutdown_timeout",
@@ -80,9 +83,8 @@ def model_namespace(
     extra = [
         word
         for action, key in settings.items()
-        for word in _flag(
-            action, _resolved(action, model.settings[key], path), f"{path}: {model.place(key)}"
-        )
+        for place in [f"{path}: {model.place(key)}"]
+        for word in _flag(action, _resolved(action, model.settings[key], path, place), place)
     ]
     try:
         # A rank that nobody sets stays None: it is to follow from the adapters.
@@ -153,35 +155,43 @@ def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -
     return actions[name]
 
 
-def _resolved(action: argparse.Action, value: Any, path: Path) -> Any:
+def _resolved(action: argparse.Action, value: Any, path: Path, place: str) -> Any:
     """The value, a path in it made absolute if it is written as one relative to the YAML file."""
     if action.dest == "chat_template" and value is not None:
-        return _resolve_template(str(value), path)
+        return _resolve_template(str(value), path, place)
+    return _absolute(value, path, place)
+
+
+def _absolute(value: Any, path: Path, place: str) -> Any:
+    """The value with texts in it that begin with `./` or `../` as absolute paths."""
+    if isinstance(value, list):
+        return [_absolute(item, path, place) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute(item, path, place) for key, item in value.items()}
     if isinstance(value, str) and value.startswith(("./", "../")):
-        return str((path.parent / value).resolve())
+        return str(beside(path, value, place))
     return value
 
 
-def _resolve_template(template: str, path: Path) -> str:
+def _resolve_template(template: str, path: Path, place: str) -> str:
     """A template file next to the YAML file as an absolute path; anything else as it is."""
     if "\n" in template or "{" in template:
         return template
-    beside = (path.parent / Path(template).expanduser()).resolve()
-    return str(beside) if beside.is_file() else template
+    file = beside(path, template, place)
+    return str(file) if file.is_file() else template
 
 
 def _flag(action: argparse.Action, value: Any, place: str) -> Iterator[str]:
     """The command line's form of one YAML value; nothing for null, which is vLLM's default."""
     name = action.option_strings[0] if len(action.option_strings) == 1 else _longest(action)
-    if value is None:
+    if value is None or (value == [] and action.nargs == "+"):
         return
     if isinstance(value, bool):
         yield from _switch_flag(action, name, value, place)
     elif isinstance(value, list) and action.nargs in ("+", "*"):
-        yield from (name, *map(_text, value))
+        yield from (name, *(_word(item, place) for item in value))
     elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
-        for item in value:
-            yield from (name, _text(item))
+        yield from (f"{name}={_text(item)}" for item in value)
     else:
         # One word, so that a value that begins with a dash is not taken for a flag.
         yield f"{name}={_text(value)}"
@@ -202,6 +212,14 @@ def _switch_flag(action: argparse.Action, name: str, value: bool, place: str) ->
 def _longest(action: argparse.Action) -> str:
     names = [n for n in action.option_strings if not n.startswith("--no-")]
     return max(names, key=len)
+
+
+def _word(value: Any, place: str) -> str:
+    """One of several values of a flag, which must not be taken for another flag."""
+    text = _text(value)
+    if text.startswith("-"):
+        raise ConfigError(f"{place}: {text!r} begins with a dash, as flags do; it can't be a value")
+    return text
 
 
 def _text(value: Any) -> str:

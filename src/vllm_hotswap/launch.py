@@ -85,6 +85,13 @@ def prepare_model(
     Raises:
         ConfigError: vLLM refuses it; the message names the alias.
     """
+    with config.references.hidden_in_errors():
+        return _prepare_model(model, args, config, variables)
+
+
+def _prepare_model(
+    model: ModelConfig, args: argparse.Namespace, config: ServerConfig, variables: Variables
+) -> ModelLaunch:
     adapters = take_adapters(args, model, config.path)
     variables.learn(model.alias, model.environment)
     try:
@@ -92,8 +99,7 @@ def prepare_model(
             vllm_config = engine_config(args)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
-        reason = config.references.hide(_reason(error))
-        raise ConfigError(f"{config.path}: models.{model.alias}: {reason}") from error
+        raise ConfigError(f"{config.path}: models.{model.alias}: {_reason(error)}") from error
     check_support(adapters, vllm_config, f"{config.path}: {model.place('lora_modules')}")
     return ModelLaunch(
         alias=model.alias,

@@ -16,6 +16,7 @@ from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of, smalles
 from vllm_hotswap.compat.adapters import allowed_ranks, check_adapter, default_rank
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.paths import beside
 
 
 def take_adapters(
@@ -85,16 +86,16 @@ def _read(
         )
     is_3d = bool(getattr(module, "is_3d_lora_weight", False))
     try:
-        return read_adapter(module.name, _folder(module.path, path), base, is_3d)
+        return read_adapter(module.name, _folder(module.path, path, place), base, is_3d)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error.message} ({module.path})") from error
 
 
-def _folder(name: str, path: Path) -> Path:
+def _folder(name: str, path: Path, place: str) -> Path:
     """Beside the YAML file, or in the hub's cache."""
-    beside = (path.parent / Path(name).expanduser()).resolve()
+    local = beside(path, name, place)
     looks_like_path = name.startswith((".", "/", "~"))
-    return beside if looks_like_path or beside.exists() else hub.local_folder(name, None) or beside
+    return local if looks_like_path or local.exists() else hub.local_folder(name, None) or local
 
 
 def _check_ranks(adapters: Iterable[AdapterFiles], most: int, place: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ class References:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
         self._secrets: dict[str, str] = {}
-        """Values, with the references that they came from."""
+        """Values in every form in which a message may show them, and where they came from."""
 
     def fill(self, value: Any, place: str, *keys: str) -> Any:
         """The value with every `${NAME}` and `${NAME:-default}` in it replaced.
@@ -47,8 +48,8 @@ class References:
 
     def hide(self, text: str) -> str:
         """The text with references where the values of their variables were."""
-        for value, reference in self._secrets.items():
-            text = text.replace(value, reference)
+        for value in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(value, self._secrets[value])
         return text
 
     @contextmanager
@@ -63,15 +64,24 @@ class References:
         name, default = match.groups()
         if name is None:
             return "${"
-        value = self._environment.get(name, default)
+        value = self._environment.get(name)
+        is_given = bool(value) or default is None
+        value = value if is_given else default
         if value is None:
             raise ConfigError(
                 f"{place}: {'.'.join(keys)}: the environment variable {name!r} is not set; set it, "
                 f"give a default with ${{{name}:-default}}, or write $${{ for a plain ${{"
             )
-        if name in self._environment and len(value) >= SECRET_LENGTH:
-            self._secrets[value] = match.group()
+        if is_given:
+            forms = {form: match.group() for form in _forms(value) if len(form) >= SECRET_LENGTH}
+            self._secrets.update(forms)
         return value
+
+
+def _forms(value: str) -> tuple[str, ...]:
+    """The value as it is, quoted by Python or JSON, on one line, and read as a number."""
+    quoted, as_json = repr(value)[1:-1], json.dumps(value)[1:-1]
+    return value, quoted, as_json, " ".join(value.split()), str(read_scalar(value))
 
 
 def read_scalar(text: str) -> Any:

@@ -30,7 +30,7 @@ _CANCEL = re.compile(r"/v1/responses/([^/]+)/cancel/?")
 
 def named_response(method: str, path: str) -> str | None:
     """The id of the response that a request is about, where that is all that it says."""
-    pattern = {"GET": _READ, "HEAD": _READ, "POST": _CANCEL}.get(method)
+    pattern = {"GET": _READ, "POST": _CANCEL}.get(method)
     match = pattern.fullmatch(path) if pattern is not None else None
     return match.group(1) if match else None
 
@@ -83,6 +83,8 @@ class Following:
         self._answer = answer
         self._response_id = ""
         self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        """The work, while nobody has been told of its end."""
         self._is_over = False
 
     def begin_with_answer(self) -> None:
@@ -92,8 +94,9 @@ class Following:
     def begin(self, response_id: str) -> None:
         """Follow a response that is kept."""
         self._response_id = response_id
-        if task := self._responses.running.get(response_id):
-            task.add_done_callback(self._has_ended)
+        self._task = self._responses.running.get(response_id)
+        if self._task is not None:
+            self._task.add_done_callback(self._has_ended)
         else:
             self._has_ended(None)
 
@@ -103,10 +106,12 @@ class Following:
             await asyncio.wait([self._lease.work])
 
     def stop(self) -> None:
-        """The answer has been given."""
+        """The answer has been given. Whoever has begun the work has outlasted it by now."""
         self._is_over = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._task is not None and not self._task.done():
+            self._task.remove_done_callback(self._has_ended)
 
     def _answered(self, body: bytes) -> None:
         running = self._responses.running

@@ -82,25 +82,27 @@ class RouteTable:
             MethodNotAllowed: there is, for other methods.
         """
         path = path.rstrip("/") or "/"
-        routes, match = self._match(path)
-        if method in routes:
-            return routes[method], match.groupdict() if match else {}
-        allowed = routes.keys() - {WEBSOCKET}
+        allowed: set[str] = set()
+        for routes, parts in self._matches(path):
+            if method in routes:
+                return routes[method], parts
+            allowed |= routes.keys() - {WEBSOCKET}
         if method == WEBSOCKET or not allowed:
             raise UnknownRoute(method, path)
         raise MethodNotAllowed(method, path, allowed)
 
-    def _match(self, path: str) -> tuple[Mapping[str, Route], re.Match[str] | None]:
+    def _matches(self, path: str) -> Iterator[tuple[Mapping[str, Route], Mapping[str, str]]]:
+        """A plain path is one thing; where patterns overlap, whoever has the method counts."""
         if path in self._plain:
-            return self._plain[path], None
+            yield self._plain[path], {}
+            return
         for pattern, routes in self._patterns:
             if match := pattern.fullmatch(path):
-                return routes, match
-        return {}, None
+                yield routes, match.groupdict()
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    several = re.sub(r"\{(\w+):path\}", r"(?P<\1>.+)", path)
+    several = re.sub(r"\{(\w+):path\}", r"(?P<\1>.+?)", path)
     return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", several), re.DOTALL)
 
 
@@ -165,7 +167,7 @@ VLLM_ADMIN_ROUTES = (
 
 
 def vllm_routes() -> Iterator[Route]:
-    for role, lines in ((Role.USER, VLLM_USER_ROUTES), (Role.ADMIN, VLLM_ADMIN_ROUTES)):
+    for role, lines in ((Role.USER, VLLM_USER_ROUTES), (Role.ADMIN_KEY, VLLM_ADMIN_ROUTES)):
         for line in lines:
             method, _, path = line.partition(" ")
             yield Route(method, path, role)

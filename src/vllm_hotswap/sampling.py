@@ -31,6 +31,9 @@ GENERATING_PATHS = frozenset(
 )
 """Routes whose body has sampling parameters at its top level."""
 
+LIMITS = frozenset(["max_tokens", "max_completion_tokens", "max_output_tokens"])
+"""One parameter that has several names; which one counts depends on the route."""
+
 NOT_SAMPLING = frozenset(["model", "messages", "prompt", "input", "stream"])
 """What a request is about is nobody else's to set."""
 
@@ -76,18 +79,30 @@ class SamplingPolicy:
     def is_empty(self) -> bool:
         return not (self.defaults or self.force or self.drop or self.drop_unsupported)
 
-    def apply(self, body: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
+    def apply(
+        self, body: Mapping[str, Any], known: frozenset[str] | None, limit: str = "max_tokens"
+    ) -> dict[str, Any]:
         """The body of a request as the model is to see it.
 
         Args:
             body: what the client sent.
             known: what the route knows and the model supports; None if that is not known.
+            limit: what the route calls `max_tokens`.
         """
+        defaults, force = _renamed(self.defaults, limit), _renamed(self.force, limit)
         dropped = set(self.drop)
         if self.drop_unsupported and known is not None:
             dropped |= body.keys() - known
+        if limit in force:
+            dropped |= LIMITS
         kept = {name: value for name, value in body.items() if name not in dropped}
-        return {**self.defaults, **kept, **self.force}
+        if LIMITS & kept.keys():
+            defaults.pop(limit, None)
+        return {**defaults, **kept, **force}
+
+
+def _renamed(parameters: Mapping[str, Any], limit: str) -> dict[str, Any]:
+    return {limit if name in LIMITS else name: value for name, value in parameters.items()}
 
 
 class SamplingFilter:
@@ -129,11 +144,12 @@ class SamplingFilter:
     def _rewrite(self, path: str, body: bytes) -> bytes:
         try:
             parsed = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return body
         if not isinstance(parsed, dict):
             return body
-        return json.dumps(self._policy.apply(parsed, self._known.get(path))).encode()
+        limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        return json.dumps(self._policy.apply(parsed, self._known.get(path), limit)).encode()
 
 
 def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:

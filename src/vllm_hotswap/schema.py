@@ -53,7 +53,7 @@ def json_schema(flags: Mapping[str, argparse.Action] | None = None) -> dict[str,
             "minProperties": 1,
             "additionalProperties": {"$ref": "#/$defs/model"},
         },
-        **{name: {"$ref": f"#/$defs/{name}"} for name in SECTIONS},
+        **{name: {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]} for name in SECTIONS},
     }
     for name, schema in properties.items():
         schema["description"] = TOP_LEVEL[name]
@@ -94,7 +94,7 @@ def _untitled(schema: dict[str, Any]) -> dict[str, Any]:
         name: {key: item for key, item in value.items() if key != "title"}
         for name, value in schema["properties"].items()
     }
-    return {"type": "object", "additionalProperties": False, "properties": properties}
+    return _object({name: _or_reference(value) for name, value in properties.items()})
 
 
 _KINDS = {int: ["integer", "string"], float: ["number", "string"]}
@@ -108,7 +108,9 @@ def _flag_schema(action: argparse.Action) -> dict[str, Any]:
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
         schema |= {"anyOf": [{"type": ["boolean", "null"]}, _TO_REFERENCE]}
     elif action.choices is not None:
-        schema |= {"anyOf": [{"enum": [*action.choices, None]}, _TO_REFERENCE]}
+        one = {"enum": list(dict.fromkeys([*action.choices, None]))}
+        several = [{"type": "array", "items": one}] if action.nargs in ("+", "*") else []
+        schema |= {"anyOf": [one, *several, _TO_REFERENCE]}
     elif isinstance(action.type, type) and action.type in _KINDS:
         schema["type"] = [*_KINDS[action.type], "null"]
     elif action.nargs in ("+", "*"):

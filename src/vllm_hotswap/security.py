@@ -7,6 +7,7 @@ could say so, too; that is why the permission is no key of the file.
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,9 @@ from typing import Any
 from vllm_hotswap.errors import ConfigError
 
 ALLOW_VARIABLE = "VLLM_HOTSWAP_ALLOW"
+
+CUSTOM_CLASS = "custom_class"
+"""The method of speculative decoding whose model is the name of a class."""
 
 DANGERS: Mapping[str, str] = {
     "trust_remote_code": "models whose `trust_remote_code` is true in the file",
@@ -29,6 +33,9 @@ _NAMES_CODE = re.compile(
     r"(^|_)(cls|class|classes|plugin|module_path|logits_processors|middleware|"
     r"class_overrides|inductor_passes|custom_passes)$"
 )
+_NO_CODE = frozenset(["splitting_ops"])
+"""Nested keys whose values have dots and are names of operators."""
+
 _QUALIFIED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:\w+)?")
 
 
@@ -77,16 +84,46 @@ def code_keys(settings: Mapping[str, Any]) -> Iterator[str]:
             continue
         if _NAMES_CODE.search(key) or _is_code(key, value):
             yield key
-        elif isinstance(value, Mapping):
-            yield from (f"{key}.{inner}" for inner in code_keys(_text_keys(value)))
+        else:
+            yield from (f"{key}{inner}" for inner in _nested(_parsed(value)))
+
+
+def _nested(value: object) -> Iterator[str]:
+    """Where code is named inside a value: vLLM imports what several such keys name."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _nested(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            key = str(name).replace("-", "_")
+            if item in (None, "", [], {}) or key in _NO_CODE:
+                continue
+            if _NAMES_CODE.search(key) or _is_qualified(item) or item == CUSTOM_CLASS:
+                yield f".{key}"
+            else:
+                yield from (f".{key}{inner}" for inner in _nested(item))
 
 
 def _is_code(key: str, value: object) -> bool:
     if key == "tool_server":
         return value == "demo"
-    is_backend = key == "backend" or key.endswith("_backend")
-    return is_backend and isinstance(value, str) and bool(_QUALIFIED.fullmatch(value))
+    if value == CUSTOM_CLASS:  # of speculative decoding
+        return True
+    return key.endswith("_backend") and _is_qualified(value)
 
 
-def _text_keys(value: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_"): item for key, item in value.items()}
+def _is_qualified(value: object) -> bool:
+    """Whether a value reads like the qualified name of a class, and not like a file's name."""
+    if not isinstance(value, str) or not _QUALIFIED.fullmatch(value):
+        return False
+    return not value.endswith((".json", ".yaml", ".yml", ".safetensors", ".gguf", ".txt"))
+
+
+def _parsed(value: object) -> object:
+    """A text that vLLM reads as JSON, as it reads it."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

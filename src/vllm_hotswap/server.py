@@ -74,6 +74,9 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
     require_vllm()
     folders = config.adapter_folders
     _clean_environment()
+    if access.has_files:
+        # Until there is a loop to handle it; the engine host never does.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     link = HostLink()
     link.spawn()
     try:

@@ -210,16 +210,15 @@ def overrides(environment: Mapping[str, str], flags: Mapping[str, str | None]) -
         environment: all variables; an empty one counts as not set.
         flags: values by flag; None for one that was not given.
     """
-    given = [
-        (setting, values.get(name), name)
-        for values, names in ((environment, "variable"), (flags, "flag"))
-        for setting in server_settings()
-        for name in [getattr(setting, names)]
-    ]
+    settings = list(server_settings())
+    variables = [(s, environment.get(s.variable) or None, s.variable) for s in settings]
     return [
         Override(setting.section, setting.key, value, origin)
-        for setting, value, origin in given
-        if value
+        for setting, value, origin in [
+            *variables,
+            *((s, flags.get(s.flag), s.flag) for s in settings),
+        ]
+        if value is not None
     ]
 
 
@@ -229,7 +228,8 @@ CONFIG_VARIABLES = ("VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG")
 VARIABLES: Mapping[str, str] = {
     CONFIG_VARIABLES[0]: "the YAML file, for the quickstart's start",
     CONFIG_VARIABLES[1]: "the same, as the quickstart names it",
-    "VLLM_SERVER_DEV_MODE": "`1` opens switching without an admin key, and nothing else",
+    "VLLM_SERVER_DEV_MODE": "`1` opens our own routes that change state without an admin key, and "
+    "none of vLLM's",
     "VLLM_HOTSWAP_ALLOW": "what `--allow` accepts; the flag adds to it",
     "VLLM_HOTSWAP_ADMIN_KEY": "admin keys, with commas or spaces between; `--admin-key` wins over "
     "it",

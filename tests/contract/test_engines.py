@@ -225,12 +225,16 @@ async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:
     assert not host.died.done()
 
 
+def free() -> None:
+    """Nobody objects to an adapter."""
+
+
 async def test_an_adapter_is_answered_for_by_its_name(host: EngineHost, tmp_path: Path) -> None:
     """Added while its engine is parked, it outlives a reload; removed, it is unknown."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     folder = write_adapter(tmp_path / "pirate", "llama")
     await qwen.activate(22)
-    added = await llama.add_adapter("pirate", folder, is_3d=False, now=True)
+    added = await llama.add_adapter("pirate", folder, is_3d=False, now=True, check=free)
     names = list(llama.adapters)
     await llama.activate(23)
     before = await complete(llama, 10, "pirate")
@@ -256,11 +260,11 @@ async def test_an_adapter_that_cannot_be_used_leaves_all_as_it_was(
     llama = host.engines["llama"]
     good = write_adapter(tmp_path / "good", "llama")
     high = write_adapter(tmp_path / "high", "llama", rank=17)
-    first = await llama.add_adapter("pirate", good, is_3d=False, now=False)
+    first = await llama.add_adapter("pirate", good, is_3d=False, now=False, check=free)
     with pytest.raises(ConfigError, match=r"'pirate' .*rank 17"):
-        await llama.add_adapter("pirate", high, is_3d=False, now=True)
+        await llama.add_adapter("pirate", high, is_3d=False, now=True, check=free)
     kept = llama.adapters["pirate"]
-    second = await llama.add_adapter("pirate", good, is_3d=False, now=True)
+    second = await llama.add_adapter("pirate", good, is_3d=False, now=True, check=free)
     await llama.activate(26)
     answered = await complete(llama, 3, "pirate")
     llama.remove_adapter("pirate")

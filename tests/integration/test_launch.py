@@ -183,6 +183,38 @@ def test_other_paths_relative_to_the_file_are_written_with_a_dot(tmp_path: Path)
     assert "cache" == parsed["plain"].download_dir
 
 
+def test_paths_inside_of_values_are_relative_to_the_file_too(tmp_path: Path) -> None:
+    """In mappings and lists; an empty list is vLLM's default."""
+    text = """
+        models:
+          own:
+            model: LLAMA
+            hf_overrides: {path: ./a, paths: [../b, c]}
+            allowed_media_domains: []
+    """
+    path = tmp_path / "models.yaml"
+    path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
+    own = parse_flags(load_config(path), ["--allowed-media-domains", "x"])["own"]
+
+    expected = {"path": str(tmp_path / "a"), "paths": [str(tmp_path.parent / "b"), "c"]}
+    assert (expected, None) == (own.hf_overrides, own.allowed_media_domains)
+
+
+def test_values_of_the_environment_are_not_shown_by_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever part of it something is wrong."""
+    monkeypatch.setenv("SECRET", "canary-secret")
+    for line in (
+        "lora_modules: [{name: x, path: '${SECRET}/a'}]",
+        "max_model_len: '${SECRET}'",
+        "tool_call_parser: '${SECRET}'",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            launch(f"models: {{a: {{model: LLAMA, {line}}}}}", tmp_path)
+        assert "canary" not in caught.value.message, line
+
+
 def test_defaults_are_settings_of_every_model(tmp_path: Path) -> None:
     """More than the command line, less than the model's own."""
     text = """
@@ -245,8 +277,11 @@ MISTAKES = {
     "data_parallel_size: 2": "--data-parallel-size above 1 is not supported",
     "lora_modules: [a=/b]": "adapter 'a' cannot be used: it is no folder (/b)",
     "reasoning_parser: deepsek": "reasoning_parser 'deepsek' is not known",
-    "{max_model_len: 8, max-model-len: 9}": "'max_model_len' and 'max-model-len' are the same",
+    "{max_model_len: 8, max-model-len: 9}": "'max_model_len' is given twice",
     "shutdown_timeout: 3": "'shutdown_timeout' is a setting of the server",
+    "logging_config: {pylogging_config_file: a}": "'logging_config' is a setting of the server",
+    "ignore_patterns: [a, --tool-parser-plugin=b]": "begins with a dash",
+    "chat_template: ~nobody-has-this-name/x": "is no path",
 }
 
 

@@ -74,7 +74,7 @@ def test_an_unknown_alias_is_refused_with_the_configured_ones(server: ServerProc
 
 
 def test_development_routes_of_vllm_are_not_mounted(server: ServerProcess) -> None:
-    """`VLLM_SERVER_DEV_MODE=1` opens switching and nothing else."""
+    """`VLLM_SERVER_DEV_MODE=1` mounts none of them."""
     paths = ["/collective_rpc", "/sleep", "/wake_up", "/reset_prefix_cache", "/update_weights"]
 
     assert [404] * len(paths) == [server.post(path, {}).status_code for path in paths]

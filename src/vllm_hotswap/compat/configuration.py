@@ -86,11 +86,16 @@ def validate_serve_args(args: argparse.Namespace) -> None:
     _check_reasoning_parser(args)
 
 
+def reasoning_parser(args: argparse.Namespace) -> str | None:
+    """Its name, wherever it was given."""
+    return args.reasoning_parser or args.structured_outputs_config.reasoning_parser or None
+
+
 def _check_reasoning_parser(args: argparse.Namespace) -> None:
     """Refuse a name that vLLM would only look up when the model's frontend is made."""
     from vllm.reasoning import ReasoningParserManager
 
-    name = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
+    name = reasoning_parser(args)
     known = ReasoningParserManager.list_registered()
     if name and name not in known:
         raise ConfigError(

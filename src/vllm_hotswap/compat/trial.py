@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllm_hotswap.compat.configuration import reasoning_parser
 from vllm_hotswap.compat.names import find
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -46,15 +47,10 @@ def make_parsers(args: argparse.Namespace, tokenizer: Any) -> None:
         ReasoningParserManager.get_reasoning_parser(name)(tokenizer)
 
 
-def reasoning_parser(args: argparse.Namespace) -> str | None:
-    """Its name, wherever it was given."""
-    return args.reasoning_parser or args.structured_outputs_config.reasoning_parser or None
-
-
 def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | None:
     """A short conversation as the chat template renders it, with a tool if the model has a parser.
 
-    None where there is no template, or where it is no Jinja template that renders.
+    The empty text where there is no template; None where the tokenizer renders by other means.
     """
     from vllm.renderers.hf import ChatTemplateResolutionError, safe_apply_chat_template
 
@@ -67,10 +63,12 @@ def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | 
             list(MESSAGES),
             tools=[TOOL] if args.tool_call_parser else None,
             chat_template=find("load_chat_template")(args.chat_template),
-            tokenize=False,
-            add_generation_prompt=True,
-            **(args.default_chat_template_kwargs or {}),
+            **{
+                "add_generation_prompt": True,
+                **(args.default_chat_template_kwargs or {}),
+                "tokenize": False,
+            },
         )
     except ChatTemplateResolutionError:
-        return None
+        return ""
     return text

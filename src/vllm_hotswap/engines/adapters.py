@@ -63,16 +63,23 @@ class AdapterShelf:
         for file in files:
             self._adapters[file.name] = Adapter(file, self._number())
 
-    async def add(self, files: AdapterFiles, door: AdapterDoor | None, now: bool) -> Adapter:
-        """Serve an adapter, loaded at once or later.
+    async def add(
+        self,
+        files: AdapterFiles,
+        door: AdapterDoor | None,
+        now: bool,
+        check: Callable[[], None],
+    ) -> Adapter:
+        """Serve an adapter, loaded at once or later, unless `check` raises just before.
 
         Raises:
             ConfigError: the engine cannot load it; what was served under its name is served on.
         """
         adapter = Adapter(files, self._number())
+        if door is not None and now:
+            await self._load(adapter, door)
+        check()
         if door is not None:
-            if now:
-                await self._load(adapter, door)
             serve_adapter(door.models, self._request(adapter))
         self._adapters[files.name] = adapter
         return adapter

@@ -137,7 +137,9 @@ class Engine(Protocol):
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""
 
-    async def add_adapter(self, name: str, path: Path, is_3d: bool, now: bool) -> Adapter:
+    async def add_adapter(
+        self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
+    ) -> Adapter:
         """Serve an adapter from a folder, instead of one of the same name if there is one.
 
         Args:
@@ -146,6 +148,7 @@ class Engine(Protocol):
             is_3d: vLLM's `is_3d_lora_weight`.
             now: the engine is loaded, and is to load the adapter. Otherwise that is the next
                 load's, or the first request's.
+            check: called just before requests may ask for it; raises if it must not be served.
 
         Raises:
             ConfigError: it cannot be used; nothing has changed, and the message tells no path.

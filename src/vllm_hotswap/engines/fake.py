@@ -176,7 +176,9 @@ class FakeEngine:
         await self.host.operate("unload", self.alias, self.settings.unload_s)
         self._leave_memory(None)
 
-    async def add_adapter(self, name: str, path: Path, is_3d: bool, now: bool) -> Adapter:
+    async def add_adapter(
+        self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
+    ) -> Adapter:
         files = read_adapter(name, path, {}, is_3d)
         if files.rank > MAX_RANK:
             raise ConfigError(f"adapter {name!r} has rank {files.rank}, the most is {MAX_RANK}")
@@ -185,6 +187,7 @@ class FakeEngine:
                 await self.host.operate("add_adapter", self.alias, 0)
             except HotswapError as error:
                 raise ConfigError(error.message) from error
+        check()
         self.adapters[name] = adapter = Adapter(files, next(self.host.adapter_ids))
         return adapter
 

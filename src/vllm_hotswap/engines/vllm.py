@@ -205,9 +205,11 @@ class VllmEngine:
             return 0
         return await read_ahead(weight_files(folder), limit_bytes)
 
-    async def add_adapter(self, name: str, path: Path, is_3d: bool, now: bool) -> Adapter:
+    async def add_adapter(
+        self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
+    ) -> Adapter:
         files = await asyncio.to_thread(self._read_adapter, name, path, is_3d)
-        return await self._unless_host_dies(self._shelf.add(files, self._door, now))
+        return await self._unless_host_dies(self._shelf.add(files, self._door, now, check))
 
     def _read_adapter(self, name: str, path: Path, is_3d: bool) -> AdapterFiles:
         base = hub.local_folder(self._launch.model, self._launch.vllm_config.model_config.revision)
