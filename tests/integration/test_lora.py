@@ -24,6 +24,11 @@ STRENGTH = 0.3
 TOO_WIDE = {"model.layers.0.self_attn.q_proj": (128, 256)}
 """Weights for another model; `fan_in_fan_out` keeps them from being found out before a load."""
 
+FOREIGN = {"model.layers.9.self_attn.q_proj": (128, 128)}
+"""Weights for a model with more layers."""
+
+SQL = "{name: sql, path: ./adapters/sql, base_model_name: qwen}"
+
 LATE = """\
   late:
     model: ./llama
@@ -42,19 +47,22 @@ LONG = "Hello, who are you? " * 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models with adapters: llama with pirate, qwen with sql, late with a good and a bad one."""
+    """Models with adapters: llama with pirate, qwen with polite and sql, late with a bad one, too.
+
+    Pirate and polite are trained, the others are random.
+    """
     folder = tmp_path_factory.mktemp("lora")
     path = write(folder)
     adapters = folder / "adapters"
-    write_adapter(adapters / "pirate", "llama", strength=STRENGTH)
     write_adapter(adapters / "sql", "qwen", rank=20, seed=2, strength=STRENGTH)
     write_adapter(adapters / "slim", "llama", seed=3, strength=STRENGTH)
     write_adapter(adapters / "high", "llama", rank=17)
     write_adapter_for(adapters / "wide", TOO_WIDE, fan_in_fan_out=True)
+    write_adapter_for(adapters / "foreign", FOREIGN)
     text = path.read_text()
     for alias, keys in (
-        ("llama", "aliases: [meta]\n    lora_modules: [pirate=./adapters/pirate]"),
-        ("qwen", "lora_modules: [{name: sql, path: ./adapters/sql, base_model_name: qwen}]"),
+        ("llama", "aliases: [meta]\n    lora_modules: [pirate=./adapters/llama-pirate]"),
+        ("qwen", "lora_modules: [polite=./adapters/qwen-polite, " + SQL + "]"),
     ):
         text = text.replace(f"    model: ./{alias}\n", f"    model: ./{alias}\n    {keys}\n")
     path.write_text(text + LATE)
@@ -119,6 +127,18 @@ def test_each_model_answers_with_its_own_adapter(server: ServerProcess) -> None:
     assert "qwen" in qwen
     assert 4 == len({llama, pirate, qwen, sql})
     assert [llama, pirate] == [server.complete(name, "Hello") for name in ("llama", "pirate")]
+
+
+def test_what_an_adapter_has_learned_is_heard_from_it_alone(server: ServerProcess) -> None:
+    """Each model's adapter has another way to begin."""
+    said = {name: server.chat(name, "Who are you?")["content"] for name in ("llama", "pirate")}
+    server.switch("qwen")
+    said |= {name: server.chat(name, "Who are you?")["content"] for name in ("qwen", "polite")}
+
+    assert str(said["llama"]).startswith("I am llama")
+    assert str(said["pirate"]).startswith("Ahoy! I am llama")
+    assert str(said["qwen"]).startswith("I am qwen")
+    assert str(said["polite"]).startswith("With pleasure! I am qwen")
 
 
 @pytest.mark.parametrize(("name", "model"), [("pirate", "pirate"), ("meta", "llama")])
@@ -254,7 +274,7 @@ def test_no_number_is_given_twice(server: ServerProcess) -> None:
     numbers.append(add(server, "llama", "extra", "slim").json()["id"])
     remove(server, "llama", "extra")
 
-    assert len(numbers) == len(set(numbers)) == 7
+    assert len(numbers) == len(set(numbers)) == 8
 
 
 def test_replaced_files_are_answered_with(server: ServerProcess, folder: Path) -> None:
@@ -274,7 +294,8 @@ def test_replaced_files_are_answered_with(server: ServerProcess, folder: Path) -
     ("path", "reason"),
     [
         ("high", "LoRA rank 17 is greater than max_lora_rank 16"),
-        ("sql", "it has weights for layer 3, and its base model's layers end with 2"),
+        ("sql", "LoRA rank 20 is greater than max_lora_rank 16"),
+        ("foreign", "it has weights for layer 9, and its base model's layers end with 3"),
         ("wide", "cannot be loaded: "),
         ("none", "there is no such folder"),
     ],
@@ -400,7 +421,7 @@ def test_adapters_that_cannot_be_served_end_the_start(
 ) -> None:
     """The message names the place and the adapter."""
     write_adapter(tmp_path / "good", "llama")
-    write_adapter(tmp_path / "other", "qwen")
+    write_adapter_for(tmp_path / "other", FOREIGN)
     write_adapter(tmp_path / "dora", "llama", use_dora=True)
     write_adapter(tmp_path / "high", "llama", r=600)
 
@@ -418,7 +439,7 @@ def test_the_command_line_cannot_say_of_which_model_an_adapter_is(tmp_path: Path
 
 
 def test_slots_of_adapters_are_counted_before_a_load(tmp_path: Path) -> None:
-    """75.7 MB were measured for eight slots of rank 512; their copies come later."""
+    """93.5 MB were measured for eight slots of rank 512; their copies come later."""
     made = launch(
         "models: {m: {model: LLAMA, enable_lora: true, max_loras: 8, max_lora_rank: 512}}", tmp_path
     )
@@ -427,5 +448,5 @@ def test_slots_of_adapters_are_counted_before_a_load(tmp_path: Path) -> None:
 
     needs = model_needs("m", made.models[0].vllm_config, 0)
 
-    assert 75.7e6 == pytest.approx(needs.overhead_bytes - OVERHEAD_BYTES, rel=0.05)
+    assert 93.5e6 == pytest.approx(needs.overhead_bytes - OVERHEAD_BYTES, rel=0.05)
     assert needs.copies_bytes == needs.overhead_bytes - OVERHEAD_BYTES
