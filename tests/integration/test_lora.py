@@ -279,15 +279,15 @@ def test_no_number_is_given_twice(server: ServerProcess) -> None:
 
 def test_replaced_files_are_answered_with(server: ServerProcess, folder: Path) -> None:
     """Under the same name and path: what vLLM keeps of the adapter before is not used."""
-    own = folder / "adapters" / "own"
-    answers = []
-    for seed in (11, 12, 11):
-        write_adapter(own, "llama", seed=seed, strength=STRENGTH)
-        add(server, "llama", "own")
-        answers.append(server.complete("own", LONG))
-        remove(server, "llama", "own")
+    answers = {}
+    for name, path, seed in (("own", "own", 11), ("own", "own", 12), ("fresh", "fresh", 12)):
+        write_adapter(folder / "adapters" / path, "llama", seed=seed, strength=STRENGTH)
+        add(server, "llama", name, path)
+        answers[name, seed] = server.complete(name, LONG)
+        remove(server, "llama", name)
 
-    assert answers[0] == answers[2] != answers[1]
+    assert answers["own", 12] == answers["fresh", 12]
+    assert answers["own", 11] != answers["own", 12]
 
 
 @pytest.mark.parametrize(
