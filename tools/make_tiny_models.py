@@ -473,7 +473,7 @@ LLAMA_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|assistant|>\\n' -}}
-{%- if thinking is defined and thinking -%}{{- '<think>' -}}{%- endif -%}
+{%- if thinking or enable_thinking -%}{{- '<think>' -}}{%- endif -%}
 {%- endif -%}
 """
 
