@@ -73,6 +73,7 @@ LET_IN = {
     Role.PUBLIC: {"nobody", "user", "admin"},
     Role.USER: {"user", "admin"},
     Role.ADMIN: {"admin"},
+    Role.ADMIN_KEY: {"admin"},
     None: set(),
 }
 
