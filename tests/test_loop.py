@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -80,8 +81,10 @@ class Stage:
     def end(self) -> None:
         """Let the thread end after its current turn; a real one ends with its process."""
         self.is_over = True
-        self.loop.ring()
-        self.thread.join(LONG_S)
+        deadline = time.monotonic() + LONG_S
+        while self.thread.is_alive() and time.monotonic() < deadline:
+            self.loop.ring()  # again: a turn that has just begun takes no notice of the first
+            self.thread.join(0.01)
 
     def do(self, command: Callable[[], T]) -> T:
         """Have a command obeyed; wait for its result."""
