@@ -15,18 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
-
-from vllm_hotswap.budget import resolve_budget, share_kv_memory
+from vllm_hotswap.budget import share_kv_memory
 from vllm_hotswap.checkpoint import check_weights, weight_files
 from vllm_hotswap.compat import trial
 from vllm_hotswap.compat.configuration import serve_parser
-from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
-from vllm_hotswap.launch import ModelLaunch, prepare_model
+from vllm_hotswap.launch import ModelLaunch, budget_of, prepare_model
 from vllm_hotswap.lora_modules import check_names
 from vllm_hotswap.variables import Variables
 
@@ -172,17 +169,10 @@ class _Look:
 
 def _check_memory(config: ServerConfig, launches: Sequence[ModelLaunch], report: Report) -> None:
     """Plan the memory as a start would, on what is free now."""
-    first = launches[0].vllm_config
-    fraction = max(launch.vllm_config.cache_config.gpu_memory_utilization for launch in launches)
-    needs = [
-        model_needs(launch.alias, launch.vllm_config, launch.weights_bytes, launch.pinned)
-        for launch in launches
-    ]
+    device = device_of(launches[0].vllm_config)
     try:
-        memory = device_of(first).memory()
-        free = psutil.virtual_memory().available
-        report.budget_bytes = resolve_budget(config.memory, memory, free, fraction).device
-        shares = share_kv_memory(needs, report.budget_bytes)
+        report.budget_bytes = budget_of(launches, config.memory, device.memory()).device
+        shares = share_kv_memory([launch.needs for launch in launches], report.budget_bytes)
     except ConfigError as error:
         report.problems.append(f"memory: {one_line(error)}")
         return

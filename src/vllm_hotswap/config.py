@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class ModelConfig(ModelKeys):
 
     def place(self, key: str) -> str:
         """Where in the file a key of it stands."""
-        return f"defaults.{key}" if key in self.inherited else f"models.{self.alias}.{key}"
+        return _place(self.alias, key, self.inherited)
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class _Reader:
         check_settings(values, place, self._allowed)
 
         def place_of(key: str) -> str:
-            return f"{self._path}: defaults.{key}" if key in inherited else f"{place}.{key}"
+            return f"{self._path}: {_place(alias, key, inherited)}"
 
         if "sampling" in ours:
             ours["sampling"] = _sampling(ours["sampling"], place_of("sampling"))
@@ -244,6 +244,11 @@ class _Reader:
         if not file.is_file():
             raise ConfigError(f"{place}: the file {str(file)!r} does not exist")
         return {QUANT_VARIABLE: str(file)}
+
+
+def _place(alias: str, key: str, inherited: Container[str]) -> str:
+    section = "defaults" if key in inherited else f"models.{alias}"
+    return f"{section}.{key}"
 
 
 def _keys(kind: type[Any], section: object, place: str) -> Mapping[str, Any]:

@@ -144,15 +144,14 @@ def model_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -> argparse.Action:
-    name = key.replace("-", "_")
-    if name in SERVER_FLAGS:
+    if key in SERVER_FLAGS:
         raise ConfigError(f"{place}: {key!r} is a setting of the server; give it as a flag")
-    if name == "served_model_name":
+    if key == "served_model_name":
         raise ConfigError(f"{place}: the alias is the served name; put others into 'aliases'")
-    if name not in actions:
+    if key not in actions:
         known = sorted({*actions, *(item.name for item in fields(ModelKeys))})
         raise unknown_key(place, key, known)
-    return actions[name]
+    return actions[key]
 
 
 def _resolved(action: argparse.Action, value: Any, path: Path, place: str) -> Any:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import ValidationError
 
 from vllm_hotswap.adapters import AdapterFiles
+from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget
 from vllm_hotswap.checkpoint import weight_files_bytes
 from vllm_hotswap.compat.configuration import engine_config, serve_parser
+from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
+from vllm_hotswap.devices import DeviceMemory
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.hub import hub_weights_bytes
 from vllm_hotswap.lora_modules import check_names, check_support, take_adapters
+from vllm_hotswap.planner import Usage
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.variables import Variables, Wishes
 
@@ -38,6 +43,11 @@ class ModelLaunch:
     sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
     aliases: tuple[str, ...] = ()
     adapters: tuple[AdapterFiles, ...] = ()
+
+    @property
+    def needs(self) -> ModelNeeds:
+        """What is known of its memory before it is loaded."""
+        return model_needs(self.alias, self.vllm_config, self.weights_bytes, self.pinned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,16 @@ def _prepare_model(
         aliases=model.aliases,
         adapters=adapters,
     )
+
+
+def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: DeviceMemory) -> Usage:
+    """What all models together may hold, with the host memory that is free now.
+
+    Raises:
+        ConfigError: there is less than is asked for, or nothing is left for models.
+    """
+    fraction = max(launch.vllm_config.cache_config.gpu_memory_utilization for launch in launches)
+    return resolve_budget(memory, device, psutil.virtual_memory().available, fraction)
 
 
 def _reason(error: Exception) -> str:

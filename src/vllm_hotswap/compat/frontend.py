@@ -7,11 +7,9 @@ Relies on: `AsyncLLM(client_addresses=...)`, `build_app`, `init_app_state`, `vll
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +20,7 @@ import uvicorn
 from vllm_hotswap.compat.loading import executor_class
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.compat.responses import KeptResponses
-from vllm_hotswap.errors import ConfigError, EngineUnavailable, one_line
+from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.model_routes import ModelRoutes
 
@@ -132,17 +130,6 @@ def name_in_parser_metrics(alias: str) -> None:
 
     if metrics._model_name is not None:
         metrics._model_name = alias
-
-
-@contextlib.contextmanager
-def engine_errors() -> Iterator[None]:
-    """Turn vLLM's sign of a dead engine into ours."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except EngineDeadError as error:
-        raise EngineUnavailable("the engine died; see the server's log") from error
 
 
 def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -18,16 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from starlette.types import ASGIApp
 
 from vllm_hotswap import hub
 from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
-from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
+from vllm_hotswap.budget import MemoryBudget, ModelNeeds, share_kv_memory
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend
 from vllm_hotswap.compat.adapters import ids_of_vllm
-from vllm_hotswap.compat.memory import kv_shares, model_needs
+from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
 from vllm_hotswap.engines.base import Adapter, EngineMemory, HostStats, Progress, Responses
@@ -46,7 +45,7 @@ from vllm_hotswap.host.messages import (
     Unload,
     Wake,
 )
-from vllm_hotswap.launch import ModelLaunch
+from vllm_hotswap.launch import ModelLaunch, budget_of
 from vllm_hotswap.metrics import adopting_frontend_metrics
 from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
@@ -74,9 +73,7 @@ class VllmEngine:
         self._new_sockets = sockets
         self._one_frontend_at_a_time = one_frontend_at_a_time
         self._device = device_of(launch.vllm_config)
-        self._needs = model_needs(
-            launch.alias, launch.vllm_config, launch.weights_bytes, launch.pinned
-        )
+        self._needs = launch.needs
         self._sockets: SocketPaths | None = None
         self._frontend: frontend.Frontend | None = None
         self._door: AdapterDoor | None = None
@@ -386,13 +383,8 @@ class VllmHost:
         engines = list(self._engines.values())
         device = engines[0].device
         memory: DeviceMemory = await self._link.call(lambda number: Measure(number, device))
-        fraction = max(
-            launch.vllm_config.cache_config.gpu_memory_utilization for launch in self._launches
-        )
         self._base_bytes = memory.held
-        self._budget = resolve_budget(
-            self._memory, memory, psutil.virtual_memory().available, fraction
-        )
+        self._budget = budget_of(self._launches, self._memory, memory)
         shares = share_kv_memory([engine.needs for engine in engines], self._budget.device)
         for engine in engines:
             engine.give_kv_memory(shares[engine.alias])
