@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ class Server:
         policies: Mapping[str, ModelPolicy] | None = None,
         further: Mapping[str, tuple[str, ...]] | None = None,
         adapter_folders: Sequence[Path] = (),
+        clock: Callable[[], float] = time.monotonic,
         **switching: Any,
     ) -> None:
         self._load, self._default = load, default
@@ -202,6 +204,7 @@ class Server:
             observers=(self.events,),
             policies=policies,
             adapter_folders=adapter_folders,
+            clock=clock,
         )
         self.coordinator = self.app.coordinator
         self.answered: list[str] = []

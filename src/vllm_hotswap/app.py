@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from vllm_hotswap import openai
 from vllm_hotswap.access import Access
 from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
-from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.coordinator import Clock, Coordinator
 from vllm_hotswap.description import describe
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import HotswapError
@@ -48,12 +49,13 @@ class HotswapApp:
         vllm_version: str = "none",
         policies: Mapping[str, ModelPolicy] | None = None,
         adapter_folders: Sequence[Path] = (),
+        clock: Clock = time.monotonic,
     ) -> None:
         self.host = host
         self.access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)
-        self.coordinator = Coordinator(host, observer, switching, policies)
+        self.coordinator = Coordinator(host, observer, switching, policies, clock)
         self.metrics = SwitchMetrics(
             active=lambda: self.coordinator.active,
             epoch=lambda: self.coordinator.epoch,

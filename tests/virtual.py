@@ -1,0 +1,106 @@
+"""An event loop under virtual time: hours of timers, deadlines and back-offs in milliseconds.
+
+When nothing is ready the loop does not sleep: its clock jumps to the next timer. Where there is no
+timer either, nothing can ever happen again, and whoever waits would wait for ever: that is an
+error which names the waiting tasks, not a test that is timed out. Nothing in a run depends on
+how fast the machine is, so that a run which is replayed takes the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+START_S = 1000.0
+"""What the clock shows first. Not zero, which code might take for "never"."""
+
+MOST_TURNS = 100_000
+"""Turns of the loop at one moment. Who needs more is busy waiting for a time that never comes."""
+
+
+class NothingCanHappen(Exception):
+    """Everybody waits, and there is neither a timer nor anything else that could end it."""
+
+
+class TimeStandsStill(Exception):
+    """Something goes on and on without letting time pass."""
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting for it.
+
+    Work for threads is done at once, in the loop's own: another one would bring back real time.
+    """
+
+    def __init__(self) -> None:
+        self._now_s = START_S
+        super().__init__(_Jumping(self._jump))
+
+    def time(self) -> float:
+        return self._now_s
+
+    def _jump(self, seconds: float) -> None:
+        self._now_s += seconds
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: object, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:  # noqa: BLE001  # it is the caller's, as it would be otherwise
+            future.set_exception(error)
+        return future
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine, and leave whatever else is under way as it is then."""
+        task = self.create_task(main)
+        try:
+            return self.run_until_complete(task)
+        except NothingCanHappen as error:
+            raise NothingCanHappen(f"{error}\n{self._who_waits()}") from None
+
+    def _who_waits(self) -> str:
+        tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
+        return "\n".join(f"  {task.get_name()}: {_where(task)}" for task in tasks)
+
+
+class _Jumping(selectors.DefaultSelector):
+    """Never waits: it has time jump by as long as the loop would have waited."""
+
+    def __init__(self, jump: Callable[[float], None]) -> None:
+        super().__init__()
+        self._jump_by = jump
+        self._turns = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if timeout is None and not ready:
+            raise NothingCanHappen("nothing can ever happen again; still waiting are")
+        self._count(is_moment_over=bool(timeout))
+        if timeout and not ready:
+            self._jump_by(timeout)
+        return ready
+
+    def _count(self, *, is_moment_over: bool) -> None:
+        self._turns = 0 if is_moment_over else self._turns + 1
+        if self._turns > MOST_TURNS:
+            self._turns = 0
+            raise TimeStandsStill(f"{MOST_TURNS} turns of the loop, and no time has passed")
+
+
+def _where(task: asyncio.Task[Any]) -> str:
+    """The innermost line at which a task waits."""
+    coroutine: Any = task.get_coro()
+    while getattr(coroutine, "cr_await", None) is not None and hasattr(
+        coroutine.cr_await, "cr_frame"
+    ):
+        coroutine = coroutine.cr_await
+    frame = getattr(coroutine, "cr_frame", None)
+    if frame is None:
+        return "has ended"
+    return f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
