@@ -21,7 +21,7 @@ from vllm_hotswap.engines.fake import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.events import Event
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import ModelPolicy
-from vllm_hotswap.settings import SwitchingConfig
+from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 
 CHAT = "/v1/chat/completions"
 OPEN = Access(dev_mode=True)
@@ -192,6 +192,8 @@ class Server:
         further: Mapping[str, tuple[str, ...]] | None = None,
         adapter_folders: Sequence[Path] = (),
         clock: Callable[[], float] = time.monotonic,
+        limits: LimitsConfig | None = None,
+        recovery: RecoveryConfig | None = None,
         **switching: Any,
     ) -> None:
         self._load, self._default = load, default
@@ -205,6 +207,8 @@ class Server:
             policies=policies,
             adapter_folders=adapter_folders,
             clock=clock,
+            limits=limits,
+            recovery=recovery,
         )
         self.coordinator = self.app.coordinator
         self.answered: list[str] = []

@@ -11,6 +11,7 @@ from tests.support import Server
 from vllm_hotswap.access import Access
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.planner import Usage
+from vllm_hotswap.settings import RecoveryConfig
 
 SWITCH = "/v1/models/switch"
 MIB = 1 << 20
@@ -46,7 +47,8 @@ async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Serve
         "requests_cut": 0,
         "evicted": [],
     }.items() <= body.items()
-    assert ["validate", "drain", "make_room", "bring_up", "activate"] == list(body["phases"])
+    phases = ["validate", "drain", "make_room", "bring_up", "activate", "verify"]
+    assert phases == list(body["phases"])
     assert 0 <= body["reconfigure_ms"] <= body["duration_ms"]
     assert body["operation_id"].startswith("switch-")
 
@@ -450,18 +452,38 @@ async def test_health_can_be_asked_with_head(server: Server) -> None:
     assert 200 == (await server.request("HEAD", "/health").finish()).status
 
 
-async def test_health_tells_why_nothing_can_be_served(server: Server) -> None:
-    """503 with the reason, after the active engine's death and after the host's."""
-    server.host.kill_engine("llama")
-    response = await server.get("/health")
+async def test_ready_tells_why_nothing_can_be_served(server: Server) -> None:
+    """503 with state and reason while a model is brought back; the server lives all the time."""
+    assert {"ready": True, "active": "llama", "epoch": 1} == (await server.get("/ready")).json()
+
+    server.host.kill("the engine host was killed by signal 9")
+    server.host.hold("load", "llama")
+    await server.settled()
+
+    response = await server.get("/ready")
     error = response.json()["error"]
-    assert (503, "no model is active") == (response.status_code, error["message"])
+    assert (503, "not_ready") == (response.status_code, error["code"])
+    assert "the server is recovering: the engine host was killed by signal 9" in error["message"]
+    assert 200 == (await server.get("/health")).status_code
+
+    server.host.release("load", "llama")
+    await server.settled()
+    assert {"ready": True, "active": "llama", "epoch": 2} == (await server.get("/ready")).json()
+
+
+async def test_server_that_has_given_up_is_not_live(make_server: MakeServer) -> None:
+    """The reason is told, and stays."""
+    server = await make_server(recovery=RecoveryConfig(max_restarts=0))
 
     server.host.kill("the engine host was killed by signal 9")
     await server.settled()
-    response = await server.get("/health")
-    assert 503 == response.status_code
-    assert "killed by signal 9" in response.json()["error"]["message"]
+
+    for path in ("/health", "/ready"):
+        response = await server.get(path)
+        assert 503 == response.status_code
+        assert "killed by signal 9; that was death 1 within 600 s" in response.text
+    assert "failed" == (await server.get("/admin/status")).json()["state"]
+    assert "killed by signal 9" in await server.coordinator.given_up
 
 
 # --- metrics --------------------------------------------------------------------------------

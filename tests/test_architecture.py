@@ -15,6 +15,7 @@ LAYERS = [
     {
         "states",
         "answers",
+        "canary",
         "disclosure",
         "platforms",
         "devices",
@@ -35,8 +36,18 @@ LAYERS = [
     {"host.weights", "host.compiled", "host.lora"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
-    {"config", "hub", "registry", "access", "openai", "host.loop", "host.progress", "host.threads"},
-    {"ladder", "switch", "metrics", "progress", "listen", "feed", "routes"},
+    {
+        "limits",
+        "config",
+        "hub",
+        "registry",
+        "access",
+        "openai",
+        "host.loop",
+        "host.progress",
+        "host.threads",
+    },
+    {"drain", "ladder", "switch", "metrics", "recovery", "progress", "listen", "feed", "routes"},
     {"description"},
     {
         "coordinator",
@@ -49,9 +60,11 @@ LAYERS = [
     },
     {
         "compat.adapters",
+        "compat.canary",
         "compat.configuration",
         "compat.frontend",
         "compat.responses",
+        "compat.stamps",
         "compat.trial",
         "exchange",
         "responses",
@@ -71,6 +84,7 @@ LAYERS = [
 
 VLLM_DOORS = {
     "compat.adapters",
+    "compat.canary",
     "compat.configuration",
     "compat.cpu_worker",
     "compat.frontend",

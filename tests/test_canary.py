@@ -120,8 +120,9 @@ async def ask_everything(planted: Planted) -> None:
     assert 503 == await planted.ask("POST", "/v1/models/switch", model="qwen")
     host.fail_next("load", "qwen", RuntimeError(TRACE.format(folder=folder)))  # type: ignore[arg-type]
     assert 500 == await planted.ask("POST", "/admin/models/qwen/load")
+    host.hold("load", "llama")
     host.kill_engine("llama", f"OSError: {folder}/llama/model.safetensors: cannot be read")
-    assert 503 == await planted.ask("POST", CHAT, model="llama")
+    assert 503 == await planted.ask("POST", CHAT, model="qwen")
     for path in ("/health", "/admin/status", "/metrics", "/v1/models", "/nowhere", "/docs"):
         await planted.ask("GET", path, "user")
     (folder / "keys").chmod(0o604)

@@ -58,7 +58,7 @@ def test_shortest_file_has_one_model(load: Load) -> None:
     assert ("llama",) == config.aliases
     assert "llama" == config.default_model
     assert "startup" == config.models[0].load
-    assert SwitchingConfig(60.0, 1024, 600.0) == config.switching
+    assert SwitchingConfig() == config.switching
 
 
 def test_first_model_is_the_default(load: Load) -> None:
@@ -97,7 +97,7 @@ def test_switching_section_is_read(load: Load) -> None:
         "models: {a: {model: org/a}}\nswitching: {drain_timeout: 0, max_waiting: 3, max_wait: 1.5}"
     )
 
-    assert SwitchingConfig(0, 3, 1.5) == config.switching
+    assert SwitchingConfig(drain_timeout=0, max_waiting=3, max_wait=1.5) == config.switching
 
 
 def test_empty_switching_section_means_the_defaults(load: Load) -> None:
@@ -264,7 +264,7 @@ def test_shape_that_cannot_work_is_named(
     assert "models.yaml" in message
 
 
-KNOWN = "known keys: default_model, defaults, models, switching, memory, adapters"
+KNOWN = "known keys: default_model, defaults, models, switching, limits, recovery, memory, adapters"
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ KNOWN = "known keys: default_model, defaults, models, switching, memory, adapter
             "switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",
         ),
         (
-            "models: {a: {model: x}}\nswitching: {mode: auto}",
-            "switching: unknown key 'mode'; known keys: drain_timeout, max_waiting, max_wait",
+            "models: {a: {model: x}}\nmemory: {mode: auto}",
+            "memory: unknown key 'mode'; known keys: device, host",
         ),
         (
             "models: {a: {model: x}}\nmemory: {gpu: 1GiB}",
@@ -434,10 +434,9 @@ def test_max_waiting_is_a_whole_number(refusal: Callable[[str], str]) -> None:
 
 def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
     """The section is a mapping or left out."""
-    assert (
-        "switching must be a mapping with the keys drain_timeout, max_waiting and max_wait, "
-        "not int 3"
-    ) in refusal("models: {a: {model: x}}\nswitching: 3")
+    assert ("memory must be a mapping with the keys device and host, not int 3") in refusal(
+        "models: {a: {model: x}}\nmemory: 3"
+    )
 
 
 # --- what counts for several models ---------------------------------------------------------

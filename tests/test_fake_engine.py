@@ -281,13 +281,13 @@ async def test_killed_host_fails_operations(host: FakeHost) -> None:
 
 
 async def test_killed_engine_is_reported(host: FakeHost) -> None:
-    """Whoever registered is told the alias and the cause."""
-    told: list[tuple[str, str]] = []
-    host.on_engine_failed(lambda alias, cause: told.append((alias, cause)))
+    """Whoever registered is told the alias, the cause, and which load has died."""
+    told: list[tuple[str, str, int]] = []
+    host.on_engine_failed(lambda *failure: told.append(failure))
 
     host.kill_engine("llama", "boom")
 
-    assert [("llama", "boom")] == told
+    assert [("llama", "boom", 1)] == told
     assert not host.engines["llama"].is_stepped
 
 

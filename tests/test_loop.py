@@ -55,7 +55,7 @@ class CountingEngine:
     def die(self) -> None:
         if self.die_fails:
             raise OSError("socket is closed")
-        self.dead = True
+        self.dead, self.fails_at = True, None
 
     def _happens(self, what: str) -> None:
         self.stage.happened.append(f"{self.name} {what}")
@@ -220,25 +220,24 @@ def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str)
     assert stage.do(lambda: stage.a.dead)
     assert [("a", f"a cannot {at}")] == stage.failed
     assert stage.loop.active is None
-    assert stage.loop.find("a") is None
 
     stage.activate("b")
     stage.b.send(1)
     assert stage.b.finished.wait(LONG_S)
 
 
-def test_engine_that_cannot_even_die_takes_nothing_with_it(stage: Stage) -> None:
-    """Its clients may be gone, too."""
-    stage.activate("a")
+def test_engine_that_cannot_even_die_ends_the_loop() -> None:
+    """What it holds is lost: the process is to end, and another one to begin anew."""
+    stage = Stage()
+    stage.loop.activate("a")
     stage.a.fails_at = "step"
     stage.a.die_fails = True
-
     stage.a.send(1)
-    assert stage.failure.wait(LONG_S)
 
-    stage.activate("b")
-    stage.b.send(1)
-    assert stage.b.finished.wait(LONG_S)
+    with pytest.raises(OSError, match="socket is closed"):
+        stage.loop.turn()
+
+    assert [("a", "a cannot step")] == stage.failed
 
 
 def test_death_of_another_engine_leaves_the_active_one_serving(stage: Stage) -> None:

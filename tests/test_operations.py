@@ -417,6 +417,8 @@ async def test_events_tell_the_story_of_a_switch(make_server: MakeServer) -> Non
         ("bring_up", "finished"),
         ("activate", "started"),
         ("activate", "finished"),
+        ("verify", "started"),
+        ("verify", "finished"),
     ] == [(data["phase"], data["status"]) for name, data in events if name == "phase_changed"]
     assert [
         ("llama", "active", "parked"),

@@ -55,7 +55,7 @@ def test_illegal_step_leaves_the_residency(registry: Registry) -> None:
 def test_model_tells_its_state(registry: Registry) -> None:
     """Logs and failing tests can be read."""
     model = registry.resolve("llama")
-    model.leases.add(Lease("llama", 1, None))
+    model.leases[Lease("llama", 1, None)] = None
 
     assert "<Model llama cold in_flight=1>" == repr(model)
 

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -27,14 +28,17 @@ from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.listen import Listener
 from vllm_hotswap.progress import StartupProgress
+from vllm_hotswap.settings import RecoveryConfig
 
 Serving = asyncio.Task[int]
 PAGE = "https://page.example"
 
 
-def serve(host: FakeHost, listener: Listener, access: Access | None = None) -> Serving:
+def serve(
+    host: FakeHost, listener: Listener, access: Access | None = None, **recovery: Any
+) -> Serving:
     """Start a server of the host's models in this process."""
-    app = HotswapApp(host, access or Access())
+    app = HotswapApp(host, access or Access(), recovery=RecoveryConfig(**recovery))
     load = list(host.engines)
     return asyncio.create_task(server.serve(app, listener, load, load[0], StartupProgress(load)))
 
@@ -134,12 +138,16 @@ async def test_a_server_that_cannot_listen_ends_with_status_1(
     assert "No such file or directory" in caplog.text
 
 
-async def test_death_of_the_host_ends_the_server_with_status_1(tmp_path: Path) -> None:
-    """A supervisor can see it."""
+async def test_too_many_deaths_of_the_host_end_the_server_with_status_1(tmp_path: Path) -> None:
+    """One is recovered from; a supervisor can see the last one."""
     host = FakeHost(("llama",))
-    serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))))
+    serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))), max_restarts=1)
     await answer(tmp_path / "s")
 
+    host.kill()
+    while not host.engines["llama"].is_stepped:  # noqa: ASYNC110  # a fake tells no more
+        await asyncio.sleep(0.01)
+    assert 200 == (await answer(tmp_path / "s")).status_code
     host.kill()
 
     assert 1 == await serving

@@ -56,6 +56,7 @@ LISTED = [
     ("discarded", "wake_failed", "cold"),
     ("discarded", "unload", "cold"),
     ("discarded", "fail", "failed"),
+    ("failed", "revive", "cold"),
 ]
 
 

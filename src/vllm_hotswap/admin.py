@@ -13,15 +13,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm_hotswap import metrics
-from vllm_hotswap.answers import MemoryStatus, ModelStatus, StatusAnswer, SwitchAnswer
+from vllm_hotswap.answers import (
+    MemoryStatus,
+    ModelStatus,
+    ReadyAnswer,
+    StatusAnswer,
+    SwitchAnswer,
+)
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import EngineUnavailable, InvalidRequest
+from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import move_body, usage_body
 from vllm_hotswap.registry import Model
-from vllm_hotswap.states import Residency
+from vllm_hotswap.settings import DrainPolicy
+from vllm_hotswap.states import Residency, ServerState
 from vllm_hotswap.switch import SwitchResult
 
 MAX_DRAIN_TIMEOUT_S = 86_400.0
@@ -48,6 +55,8 @@ class SwitchRequest(BaseModel):
     model: str = Field(min_length=1)
     drain_timeout: float | None = Field(default=None, ge=0, le=MAX_DRAIN_TIMEOUT_S)
     """Seconds; None for the configured default."""
+    on_drain_timeout: DrainPolicy | None = None
+    """None for the configured default."""
 
 
 class Admin:
@@ -70,7 +79,9 @@ class Admin:
 
     async def switch(self, request: Request) -> Response:
         call = _parse(await request.body())
-        result = await self._coordinator.switch(call.model, call.drain_timeout)
+        result = await self._coordinator.switch(
+            call.model, call.drain_timeout, call.on_drain_timeout
+        )
         return JSONResponse(switch_body(result))
 
     async def status(self, request: Request) -> Response:
@@ -80,6 +91,7 @@ class Admin:
         """The server now, as JSON. Bytes and seconds."""
         coordinator, stats = self._coordinator, self._host.stats()
         return {
+            "state": coordinator.state.value,
             "active": coordinator.active,
             "epoch": coordinator.epoch,
             "phase": coordinator.phase,
@@ -90,16 +102,33 @@ class Admin:
             "models": {
                 model.alias: _model_status(model, coordinator) for model in coordinator.registry
             },
-            "host": {"pid": stats.pid, "used_bytes": stats.used_bytes},
+            "host": {
+                "pid": stats.pid,
+                "used_bytes": stats.used_bytes,
+                "restarts": coordinator.recovery.restarts,
+            },
             "memory": _memory(coordinator, self._host),
             "switches": {"total": coordinator.switches, "failed": coordinator.switches_failed},
         }
 
     async def health(self, request: Request) -> Response:
-        failure = self._coordinator.failure
-        if failure is not None:
-            raise EngineUnavailable(failure)
+        """Live: it serves, or it can recover by itself."""
+        if self._coordinator.state is ServerState.FAILED:
+            raise EngineUnavailable(self._coordinator.failure or "")
         return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        coordinator = self._coordinator
+        if not coordinator.is_ready:
+            reason = coordinator.failure or f"phase {coordinator.phase}"
+            raise NotReady(f"the server is {coordinator.state.value}: {reason}; ask again")
+        assert coordinator.active is not None
+        body: ReadyAnswer = {
+            "ready": True,
+            "active": coordinator.active,
+            "epoch": coordinator.epoch,
+        }
+        return JSONResponse(body)
 
     async def metrics(self, request: Request) -> Response:
         body = metrics.exposition([self._registry])
@@ -182,6 +211,8 @@ def switch_body(result: SwitchResult) -> SwitchAnswer:
         "epoch": result.epoch,
         "phases": {name: _ms(seconds) for name, seconds in result.phases_s.items()},
         "requests_cut": result.requests_cut,
+        "requests_parked": result.requests_parked,
+        "requests_lost": result.requests_lost,
         "evicted": [move_body(move) for move in result.evicted],
     }
 
@@ -194,7 +225,9 @@ def _parse(body: bytes) -> SwitchRequest:
         field = ".".join(str(part) for part in first["loc"]) or None
         place = f"{field}: " if field else "body: "
         raise InvalidRequest(
-            f'{place}{first["msg"]}; expected {{"model": alias, "drain_timeout": seconds}}', field
+            f'{place}{first["msg"]}; expected {{"model": alias, "drain_timeout": seconds, '
+            '"on_drain_timeout": abort|park|refuse}}',
+            field,
         ) from None
 
 
@@ -203,6 +236,7 @@ def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
     return {
         "residency": model.residency.value,
         "in_flight": len(model.leases),
+        "parked": len(model.parked),
         "waiting": coordinator.waiting if coordinator.target == model.alias else 0,
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,

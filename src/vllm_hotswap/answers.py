@@ -70,6 +70,8 @@ class SwitchAnswer(TypedDict):
     epoch: int
     phases: dict[str, float]
     requests_cut: int
+    requests_parked: int
+    requests_lost: int
     evicted: list[MoveAnswer]
 
 
@@ -159,6 +161,7 @@ class ModelStatus(TypedDict):
 
     residency: str
     in_flight: int
+    parked: int
     waiting: int
     weights_bytes: int
     kv_bytes: int
@@ -174,6 +177,7 @@ class HostStatus(TypedDict):
 
     pid: int
     used_bytes: int
+    restarts: int
 
 
 class DeviceMemoryStatus(TypedDict):
@@ -208,6 +212,7 @@ class SwitchCounts(TypedDict):
 class StatusAnswer(TypedDict):
     """The whole server now."""
 
+    state: str
     active: str | None
     epoch: int
     phase: str
@@ -219,6 +224,14 @@ class StatusAnswer(TypedDict):
     host: HostStatus
     memory: MemoryStatus
     switches: SwitchCounts
+
+
+class ReadyAnswer(TypedDict):
+    """Requests for the active model are served now."""
+
+    ready: bool
+    active: str
+    epoch: int
 
 
 class VersionAnswer(TypedDict):

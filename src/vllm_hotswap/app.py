@@ -22,17 +22,18 @@ from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Clock, Coordinator
 from vllm_hotswap.description import describe
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.errors import HotswapError, NotReady
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
+from vllm_hotswap.limits import ClientGone
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import Operations
 from vllm_hotswap.own_routes import own_routes
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import RouteTable, vllm_routes
-from vllm_hotswap.routing import Router
-from vllm_hotswap.settings import SwitchingConfig
+from vllm_hotswap.routing import BODY_METHODS, Router
+from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -50,17 +51,21 @@ class HotswapApp:
         policies: Mapping[str, ModelPolicy] | None = None,
         adapter_folders: Sequence[Path] = (),
         clock: Clock = time.monotonic,
+        limits: LimitsConfig | None = None,
+        recovery: RecoveryConfig | None = None,
     ) -> None:
         self.host = host
         self.access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)
-        self.coordinator = Coordinator(host, observer, switching, policies, clock)
+        self.coordinator = Coordinator(host, observer, switching, policies, clock, limits, recovery)
         self.metrics = SwitchMetrics(
             active=lambda: self.coordinator.active,
             epoch=lambda: self.coordinator.epoch,
             in_flight=lambda: {m.alias: len(m.leases) for m in self.coordinator.registry},
+            parked=lambda: {m.alias: len(m.parked) for m in self.coordinator.registry},
             waiting=lambda: self.coordinator.waiting,
+            is_ready=lambda: self.coordinator.is_ready,
             held=lambda: {
                 m.alias: m.engine.footprint.at(m.residency).device
                 for m in self.coordinator.registry
@@ -69,7 +74,7 @@ class HotswapApp:
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)
-        self._router = Router(self.coordinator)
+        self.router = Router(self.coordinator, limits)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
@@ -83,8 +88,10 @@ class HotswapApp:
             raise RuntimeError("the server starts and stops the models; run with lifespan off")
         try:
             answer = await self._answer(scope, receive)
+        except ClientGone:
+            return
         except HotswapError as error:
-            if error.status >= 500:  # clients are told less
+            if error.status >= 500 and not isinstance(error, NotReady):  # clients are told less
                 log.warning("event=request_failed code=%s cause=%r", error.code, error.message)
             await openai.refuse(error, scope, receive, send)
         except Exception:
@@ -99,8 +106,11 @@ class HotswapApp:
         route, parameters = self.routes.find(*request_of(scope))
         self.access.check(route.role, Headers(scope=scope))
         if route.handler is None:
-            return self._router
-        return await route.handler(Request({**scope, "path_params": parameters}, receive))
+            return self.router
+        with self.router.bodies.hold() as held:
+            body = await held.read(receive) if scope["method"] in BODY_METHODS else b""
+            request = Request({**scope, "path_params": parameters}, _replayed(body, receive))
+            return await route.handler(request)
 
     async def _events(self, request: Request) -> Response:
         if request.method == "HEAD":
@@ -118,6 +128,16 @@ class HotswapApp:
     def _described(self) -> dict[str, Any]:
         """Made once: that takes a fifth of a second."""
         return describe(self.routes)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Says the body, which has been read, and then whatever the client says."""
+    said: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return said.pop() if said else await receive()
+
+    return receive_again
 
 
 class CrossOrigin(CORSMiddleware):

@@ -85,6 +85,19 @@ GivenSize = Annotated[
 ]
 
 
+def _parse_bytes(value: object) -> int:
+    size = parse_size(value)
+    if isinstance(size, float):
+        raise ValueError("give bytes, or a size such as 64MiB")
+    return size
+
+
+ByteSize = Annotated[
+    int, BeforeValidator(_parse_bytes), WithJsonSchema({"type": ["integer", "string"]})
+]
+"""Bytes, or a size such as `64MiB`."""
+
+
 @validated_dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class MemoryBudget:
     """The `memory` section: what the engine host may hold, None for a default.

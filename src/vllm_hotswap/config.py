@@ -28,8 +28,10 @@ from vllm_hotswap.settings import (
     STRICT,
     TOP_LEVEL,
     AdapterConfig,
+    LimitsConfig,
     ModelKeys,
     Override,
+    RecoveryConfig,
     SwitchingConfig,
     wanted,
 )
@@ -79,6 +81,8 @@ class ServerConfig:
     default_model: str
     models: tuple[ModelConfig, ...]
     switching: SwitchingConfig = field(default_factory=SwitchingConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     references: References = field(default_factory=References, repr=False)

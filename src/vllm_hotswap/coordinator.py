@@ -15,11 +15,14 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from vllm_hotswap import drain
 from vllm_hotswap.engines.base import Adapter, EngineHost
 from vllm_hotswap.errors import (
     AdapterRefused,
+    ClientStalled,
     ConfigError,
     DrainCut,
+    DrainRefused,
     EngineUnavailable,
     HotswapError,
     ModelInUse,
@@ -30,16 +33,32 @@ from vllm_hotswap.errors import (
     QueueFull,
     SwitchFailed,
     SwitchInProgress,
+    SwitchRateLimited,
     UnknownAdapter,
     WaitTimeout,
+    WrongStamp,
     one_line,
 )
-from vllm_hotswap.events import Observer, PhaseChanged, RequestEnded, SwitchEnded
+from vllm_hotswap.events import (
+    ClientEvicted,
+    EngineDied,
+    HostDied,
+    Observer,
+    OutputRefused,
+    PhaseChanged,
+    RequestEnded,
+    RequestsParked,
+    RequestsResumed,
+    SwitchEnded,
+    SwitchStatus,
+)
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
+from vllm_hotswap.limits import Rate
 from vllm_hotswap.planner import Plan
-from vllm_hotswap.registry import Cut, Lease, Model, ModelPolicy, Registry
-from vllm_hotswap.settings import SwitchingConfig
-from vllm_hotswap.states import Residency, Step, SwitchPhase
+from vllm_hotswap.recovery import Recovery
+from vllm_hotswap.registry import Lease, Model, ModelPolicy, Registry
+from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.states import Residency, ServerState, Step, SwitchPhase
 from vllm_hotswap.switch import Switch, SwitchResult
 
 Clock = Callable[[], float]
@@ -49,9 +68,6 @@ log = logging.getLogger("vllm_hotswap")
 IDLE_CHECK_S = 1.0
 """How often models are looked at that may rest when nobody uses them."""
 
-CUT_GRACE_S = 5.0
-"""Seconds that a request which was ended gets to notice, and then again to send its error."""
-
 
 class Coordinator:
     """Admits requests and switches models.
@@ -59,10 +75,13 @@ class Coordinator:
     The whole mutable state is:
 
     - `_active`: the model that is stepped, None before the first activation or after its death;
+    - `_last_active`: the one that was active last, which recovery brings back;
     - `_epoch`: raised at every activation, never lowered;
     - `_switch`: the switch under way, if any, with the requests held for its target;
-    - `_dead`: why the engine host is gone, once it is;
-    - leases of each model in the registry; residencies change through `ladder`.
+    - `_host_down`: why there is no engine host now, until there is one again;
+    - `_ended`: why nothing will be served any more, once that is so;
+    - leases of each model in the registry; residencies change through `ladder`, and `recovery`
+      counts what has failed.
 
     All of it is changed by methods of this class, on the event loop, and nowhere else.
     """
@@ -74,17 +93,27 @@ class Coordinator:
         settings: SwitchingConfig | None = None,
         policies: Mapping[str, ModelPolicy] | None = None,
         clock: Clock = time.monotonic,
+        limits: LimitsConfig | None = None,
+        recovery: RecoveryConfig | None = None,
     ) -> None:
         self._host = host
         self._observer = observer
         self._settings = settings or SwitchingConfig()
+        self._limits = limits or LimitsConfig()
         self._clock = clock
+        recovery = recovery or RecoveryConfig()
         self.registry = Registry(host.engines, policies)
-        self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch)
+        self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
+        self.recovery = Recovery(self, host, observer, recovery, clock)
+        self._rate = Rate(self._settings.rate, self._settings.burst, clock)
         self._active: Model | None = None
+        self._last_active: Model | None = None
         self._epoch = 0
         self._switch: Switch | None = None
-        self._dead: str | None = None
+        self._host_down: str | None = None
+        self._ended: str | None = None
+        self._is_started = False
+        self._given_up: asyncio.Future[str] | None = None
         self._last_switch_s = 1.0
         self.switches = 0
         """Switches that have ended."""
@@ -132,11 +161,41 @@ class Coordinator:
     @property
     def failure(self) -> str | None:
         """Why nothing can be served, or None."""
-        if self._dead is not None:
-            return self._dead
-        if self._active is None and self._switch is None:
-            return "no model is active"
-        return None
+        if self._why_down is not None:
+            return self._why_down
+        if self._active is not None:
+            return None
+        return self.recovery.failure or "no model is active"
+
+    @property
+    def _why_down(self) -> str | None:
+        return self._ended or self._host_down
+
+    @property
+    def state(self) -> ServerState:
+        if self._ended is not None:
+            given_up = self._given_up is not None and self._given_up.done()
+            return ServerState.FAILED if given_up else ServerState.STOPPING
+        if self._host_down is None and self._active is not None:
+            return ServerState.SERVING if self._switch is None else ServerState.SWITCHING
+        if self.recovery.is_degraded:
+            return ServerState.DEGRADED
+        if self.recovery.is_under_way or self._switch is None:
+            return ServerState.RECOVERING
+        return ServerState.SWITCHING
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request for the active model is served now."""
+        is_open = self._switch is None or self._switch.phase is SwitchPhase.VALIDATE
+        return self._why_down is None and self._active is not None and is_open
+
+    @property
+    def given_up(self) -> asyncio.Future[str]:
+        """Done when nothing will be served any more, although nobody has asked for that."""
+        if self._given_up is None:
+            self._given_up = asyncio.get_running_loop().create_future()
+        return self._given_up
 
     # --- start ----------------------------------------------------------------------------
 
@@ -150,6 +209,7 @@ class Coordinator:
             HotswapError: one of them cannot be loaded; the message names it.
         """
         self._host.died.add_done_callback(self._host_died)
+        _ = self.given_up  # belongs to this loop
         self.ladder.check()
         first = self.registry.resolve(default)
         others = [self.registry.resolve(alias) for alias in load if alias != default]
@@ -160,8 +220,10 @@ class Coordinator:
                 await self._start_together(first, others)
             else:
                 await self._start_in_turn(first, others)
+            await self._verify(first)
         for model in (first, *others):
             _refuse_failed_adapters(model)
+        self._is_started = True
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
         # All at once: the host makes the next engine while this process builds a frontend.
@@ -211,9 +273,8 @@ class Coordinator:
 
     def _usable(self, alias: str) -> Model:
         model = self.registry.model(alias)
-        if self._dead is not None:
-            raise EngineUnavailable(self._dead)
-        refuse_failed(model)
+        if self._why_down is not None:
+            raise EngineUnavailable(self._why_down)
         return model
 
     # --- adapters ---------------------------------------------------------------------------
@@ -236,7 +297,6 @@ class Coordinator:
         """
         model = self._usable(alias)
         async with self.ladder.turn():
-            refuse_failed(model)  # it may have died meanwhile
 
             def check() -> None:
                 self._refuse_taken(model, name, in_place)
@@ -244,7 +304,8 @@ class Coordinator:
             check()
             try:
                 # Looked at again once it is loaded: requests have come and gone meanwhile.
-                return await model.engine.add_adapter(name, path, is_3d, model.is_loaded, check)
+                adding = model.engine.add_adapter(name, path, is_3d, model.is_loaded, check)
+                return await self.ladder.told(model, "add_adapter", adding)
             except ConfigError as error:
                 raise AdapterRefused(error.message) from error
 
@@ -304,26 +365,31 @@ class Coordinator:
 
     def _admit(self, alias: str | None) -> Lease | asyncio.Future[Lease]:
         """Grant a lease now, hold the request for the switch under way, or refuse it."""
-        if self._dead is not None:
-            raise EngineUnavailable(self._dead)
+        if self._why_down is not None:
+            raise EngineUnavailable(self._why_down)
         switch = self._switch
         model = self.registry.resolve(alias) if alias is not None else None
         if switch is not None and model in (switch.target, None):
             return self._hold(switch)
         if model is None:
             model = self._active
-        if model is None:
-            raise EngineUnavailable("no model is active; switch to one")
-        refuse_failed(model)
+        if model is None or (self._active is None and self.recovery.is_under_way):
+            raise EngineUnavailable(self.failure or "no model is active")
         if model is not self._active:
             raise ModelNotActive(model.alias, self.active, alias)
         if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
             raise ModelSwitching(model.alias, switch.target.alias, self._retry_after_s())
+        if len(model.leases) >= self._limits.in_flight:
+            raise QueueFull(
+                f"{len(model.leases)} requests of {model.alias!r} are in flight already "
+                "(limits.in_flight); retry later",
+                retry_after_s=1,
+            )
         return self._grant(model, asyncio.current_task())
 
     def _grant(self, model: Model, task: asyncio.Task[object] | None) -> Lease:
         lease = Lease(model.alias, self._epoch, task)
-        model.leases.add(lease)
+        model.leases[lease] = None
         model.last_used_s = self._clock()
         return lease
 
@@ -358,10 +424,11 @@ class Coordinator:
                 self._switch.held.pop(held, None)
 
     def _release(self, lease: Lease) -> None:
-        model = self.registry.resolve(lease.alias)
-        model.leases.discard(lease)
-        if not model.leases and model.emptied is not None and not model.emptied.done():
-            model.emptied.set_result(None)
+        drain.release(self.registry.model(lease.alias), lease)
+        if isinstance(lease.cut, WrongStamp):
+            self._observer.notify(OutputRefused(self._epoch, lease.alias, lease.cut.stamp))
+        elif isinstance(lease.cut, ClientStalled):
+            self._observer.notify(ClientEvicted(self._epoch, lease.alias))
         self._observer.notify(RequestEnded(lease.epoch, lease.alias, lease.result))
 
     def _retry_after_s(self) -> int:
@@ -369,38 +436,51 @@ class Coordinator:
 
     # --- switching ------------------------------------------------------------------------
 
-    async def switch(self, alias: str, drain_timeout_s: float | None = None) -> SwitchResult:
+    async def switch(
+        self,
+        alias: str,
+        drain_timeout_s: float | None = None,
+        on_drain_timeout: DrainPolicy | None = None,
+    ) -> SwitchResult:
         """Make `alias` the active model; wait until it is.
 
         Calls for the target that is being switched to join that switch. A caller who leaves
         does not stop it.
 
         Raises:
-            UnknownModel, SwitchInProgress, SwitchFailed, EngineUnavailable.
+            UnknownModel, SwitchInProgress, SwitchRateLimited, DrainRefused, SwitchFailed,
+            EngineUnavailable.
         """
         target = self.registry.resolve(alias)
-        if self._dead is not None:
-            raise EngineUnavailable(self._dead)
+        if self._why_down is not None:
+            raise EngineUnavailable(self._why_down)
         if self._switch is None:
             if target is self._active:
                 return self._unswitched()
+            if wait_s := self._rate.take():
+                raise SwitchRateLimited(
+                    f"more than {self._settings.rate:g} switches per second "
+                    f"(switching.rate); retry in {wait_s} s",
+                    retry_after_s=wait_s,
+                )
             if drain_timeout_s is None:
                 drain_timeout_s = self._settings.drain_timeout
-            self._begin(target, drain_timeout_s)
+            policy = on_drain_timeout or self._settings.on_drain_timeout
+            self._begin(target, drain_timeout_s, policy)
         switch = self._switch
         assert switch is not None
-        assert switch.task is not None
         if switch.target is not target:
             raise SwitchInProgress(switch.target.alias, alias, switch.operation_id)
-        return await asyncio.shield(switch.task)
+        return await _result(switch)
 
-    def _begin(self, target: Model, drain_timeout_s: float) -> None:
+    def _begin(self, target: Model, drain_timeout_s: float, policy: DrainPolicy) -> Switch:
         self._switch = switch = Switch(
-            _operation_id(), self._active, target, drain_timeout_s, self._clock()
+            _operation_id(), self._active, target, drain_timeout_s, self._clock(), policy
         )
         switch.task = asyncio.create_task(self._run_switch(switch), name=f"switch-{target.alias}")
         # A switch whose caller has left may fail with nobody to retrieve the exception.
         switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return switch
 
     async def _run_switch(self, switch: Switch) -> SwitchResult:
         try:
@@ -408,36 +488,39 @@ class Coordinator:
                 try:
                     await self._take_over(switch)
                 except BaseException:
-                    if self._active is not None and self._dead is None:
-                        await self._restore(self._active, switch.phase)
+                    await self._roll_back(switch)
                     raise
                 return self._finish(switch)
         except BaseException as error:
             # Also if it was cancelled while it waited for its turn, or on the way back.
-            raise self._give_up(switch, error) from error
+            raise self._give_up_switch(switch, error) from error
 
     async def _take_over(self, switch: Switch) -> None:
         target = switch.target
-        switch.moves = not target.is_loaded
-        switch.memory_before_bytes = self._host.stats().used_bytes
         async with self._phase(switch, SwitchPhase.VALIDATE):
             self._validate(switch)
+        switch.moves = not target.is_loaded
+        switch.memory_before_bytes = self._host.stats().used_bytes
         async with self._phase(switch, SwitchPhase.DRAIN):
             await self._drain(switch)
         self.ladder.cancel_prefetch(target)  # the load reads on
         async with self._phase(switch, SwitchPhase.MAKE_ROOM):
-            switch.evicted = await self.ladder.make_room(target, drained=switch.source)
+            room = await self.ladder.make_room(target)
+            switch.evicted, switch.requests_lost = room.evicted, room.requests_lost
         if switch.moves:
             switch.memory_unloaded_bytes = self._host.stats().used_bytes
         async with self._phase(switch, SwitchPhase.BRING_UP):
             await self.ladder.bring_up(target)
         async with self._phase(switch, SwitchPhase.ACTIVATE):
             await self._activate(target)
+        if not target.is_verified:
+            async with self._phase(switch, SwitchPhase.VERIFY):
+                await self._verify(target)
 
     def _validate(self, switch: Switch) -> None:
         """Refuse what cannot work while the source has given up nothing."""
         target = switch.target
-        refuse_failed(target)
+        self.ladder.revive(target)
         reads_files = target.residency in (Residency.COLD, Residency.DISCARDED)
         if reads_files:
             target.engine.validate()
@@ -447,48 +530,67 @@ class Coordinator:
             self.ladder.begin_prefetch(target)
 
     async def _drain(self, switch: Switch) -> None:
-        """Wait for the source's leases; end with an explicit error what is left at the deadline."""
-        if switch.source is None:
+        """Wait for the source's leases; do what the policy says with those left at the deadline."""
+        source = switch.source
+        if source is None:
             return
-        await self._until_empty(switch.source, switch.drain_timeout_s)
-        cut = DrainCut(switch.source.alias, switch.target.alias, switch.drain_timeout_s)
-        switch.requests_cut = self._end_all(switch.source, cut)
-        await self._until_ended(switch.source)
-
-    async def _until_ended(self, model: Model) -> None:
-        """Wait for requests that `_end_all` has ended."""
-        await self._until_empty(model, 2 * CUT_GRACE_S)
-
-    async def _until_empty(self, model: Model, timeout_s: float) -> None:
-        """Return when the model has no leases, or after `timeout_s`."""
-        if not model.leases or timeout_s <= 0:
+        await drain.until_empty(source, switch.drain_timeout_s)
+        if not source.leases or source.residency is not Residency.ACTIVE:
             return
-        model.emptied = asyncio.get_running_loop().create_future()
-        await asyncio.wait([model.emptied], timeout=timeout_s)
-        model.emptied = None
+        target, timeout_s = switch.target.alias, switch.drain_timeout_s
+        match switch.policy:
+            case "refuse":
+                raise DrainRefused(source.alias, target, len(source.leases), timeout_s)
+            case "park":
+                self._park(switch, source)
+        # Those that cannot be parked, or all.
+        cut = DrainCut(source.alias, target, timeout_s)
+        running = [lease for lease in source.leases if not lease.is_parked]
+        switch.requests_cut = drain.end_all(source, cut, running)
+        await drain.until_ended(source)
 
-    def _end_all(self, model: Model, cause: Cut) -> int:
-        """End the model's requests; cancel, after a grace, those that go on all the same."""
-        ended = [lease for lease in model.leases if lease.cut is None]
-        for lease in ended:
-            lease.end(cause)
-        if ended:
-            asyncio.get_running_loop().call_later(CUT_GRACE_S, self._kill, model, ended)
-        return len(ended)
-
-    def _kill(self, model: Model, ended: Iterable[Lease]) -> None:
-        for lease in ended:
-            if lease in model.leases:
-                lease.kill()
+    def _park(self, switch: Switch, source: Model) -> None:
+        timeout_s, at_most = self._settings.parked_timeout, self._settings.max_parked
+        switch.requests_parked = count = drain.park(source, timeout_s, at_most)
+        if count:
+            self._observer.notify(RequestsParked(self._epoch, source.alias, count))
 
     async def _activate(self, target: Model) -> None:
-        await target.engine.activate(self._epoch + 1)
+        """Have the target stepped, and its parked requests go on."""
+        epoch = self._epoch + 1
+        parked = target.parked
+        for lease in parked:
+            # Before the engine is told: its first outputs may come before its answer.
+            lease.await_verdict(epoch)
+        activating = target.engine.activate(epoch)
+        await self.ladder.told(target, Step.ACTIVATE.value, activating)
         refuse_failed(target)  # it may have died meanwhile
         if self._active is not None and self._active.residency is Residency.ACTIVE:
             self.ladder.step(self._active, Step.PARK)
         self.ladder.step(target, Step.ACTIVATE)
-        self._epoch += 1
+        self._epoch = epoch
         self._active = target
+        if target.is_verified:
+            self._serve_on(target)
+
+    async def _verify(self, target: Model) -> None:
+        """See that the target generates what it should, before anybody is served by it."""
+        if self._settings.verify:
+            await self.ladder.told(target, "verify", target.engine.verify())
+            refuse_failed(target)  # it may have died meanwhile
+        target.is_verified = True
+        self._serve_on(target)
+
+    def _serve_on(self, target: Model) -> None:
+        self._last_active = target
+        self._resume(target)
+
+    def _resume(self, target: Model) -> None:
+        parked = target.parked
+        for lease in parked:
+            lease.settle()
+        if parked:
+            self._observer.notify(RequestsResumed(self._epoch, target.alias, len(parked)))
 
     def _finish(self, switch: Switch) -> SwitchResult:
         """Re-open admission: whoever was held is served by the new epoch, in order of arrival."""
@@ -509,6 +611,8 @@ class Coordinator:
             duration_s=duration_s,
             phases_s=switch.phases_s,
             requests_cut=switch.requests_cut,
+            requests_parked=switch.requests_parked,
+            requests_lost=switch.requests_lost,
             memory_before_bytes=switch.memory_before_bytes,
             memory_unloaded_bytes=switch.memory_unloaded_bytes or switch.memory_before_bytes,
             memory_after_bytes=self._host.stats().used_bytes
@@ -517,31 +621,52 @@ class Coordinator:
             evicted=switch.evicted,
         )
 
-    def _give_up(self, switch: Switch, cause: BaseException) -> BaseException:
+    def _give_up_switch(self, switch: Switch, cause: BaseException) -> BaseException:
         """Settle everybody who waits; return what the caller of the switch is told."""
         self._switch = None
         failed: HotswapError
-        if self._dead is not None:
-            failed = EngineUnavailable(self._dead)
+        if self._why_down is not None or self._host.died.done():
+            failed = EngineUnavailable(self._why_down or self._host.died.result())
         else:
             failed = SwitchFailed(switch.target.alias, switch.phase.value, cause, self.active)
         for future in switch.held:
             if not future.done():
                 future.set_exception(failed)
-        self._notify_ended(switch, self._clock() - switch.started_s, one_line(cause))
+        self._notify_ended(switch, self._clock() - switch.started_s, cause)
+        self._recover_if_needed(one_line(cause))
+        if isinstance(cause, DrainRefused):
+            return cause
         # A switch is cancelled at shutdown, and its callers are to be told.
         return failed if isinstance(cause, Exception | asyncio.CancelledError) else cause
 
+    async def _roll_back(self, switch: Switch) -> None:
+        """Have the source be stepped again, wherever it and the target are by now."""
+        if self._host.died.done():
+            return
+        try:
+            if self._active is switch.target:  # which is not what it should be
+                self._active = None
+                await self.ladder.move_down(switch.target, Residency.COLD)
+            if switch.source is not None and switch.source.residency is not Residency.FAILED:
+                await self._restore(switch.source, switch.phase)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
+            log.error(
+                "event=rollback_failed target=%s cause=%r", switch.target.alias, one_line(error)
+            )
+            self._host.kill(f"the engine host was ended: a switch was not undone: {error}")
+
     async def _restore(self, source: Model, phase: SwitchPhase) -> None:
-        """Have the source be stepped again, wherever it has been moved to meanwhile."""
         try:
             if source.residency is not Residency.ACTIVE:
                 await self._bring_back(source)
             elif phase is SwitchPhase.ACTIVATE:
                 # The pointer may have moved although the answer was lost.
-                await source.engine.activate(self._epoch)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
+                await self.ladder.told(source, "activate", source.engine.activate(self._epoch))
+        except Exception as error:  # noqa: BLE001  # it is not the last word: recovery goes on
             await self._lose(source, one_line(error))
+            return
+        if source.is_verified:
+            self._resume(source)
 
     async def _bring_back(self, source: Model) -> None:
         if not source.is_loaded:
@@ -551,30 +676,35 @@ class Coordinator:
                 await self.ladder.make_all_room(source)
             await self.ladder.bring_up(source)
         await self._activate(source)
+        if not source.is_verified:
+            await self._verify(source)
 
     async def _lose(self, source: Model, cause: str) -> None:
-        """The source could not be brought back: no model is active until the next switch."""
+        """The source could not be brought back: no model is active until recovery, or a switch."""
         log.error("event=source_lost model=%s cause=%r", source.alias, cause)
         self._active = None
-        if source.is_loaded:
-            try:
-                await self.ladder.move_down(source, Residency.COLD)
-            except Exception as error:  # noqa: BLE001  # its memory cannot be told any more
-                self._engine_failed(source.alias, one_line(error))
+        self._last_active = source
+        if source.is_loaded and not self._host.died.done():
+            await self.ladder.move_down(source, Residency.COLD)
 
-    def _notify_ended(self, switch: Switch, duration_s: float, cause: str | None) -> None:
+    def _notify_ended(self, switch: Switch, duration_s: float, cause: BaseException | None) -> None:
+        status: SwitchStatus = "switched"
+        if cause is not None:
+            status = "refused" if isinstance(cause, DrainRefused) else "failed"
         self.switches += 1
-        self.switches_failed += cause is not None
+        self.switches_failed += status == "failed"
         self._observer.notify(
             SwitchEnded(
                 switch.operation_id,
                 self._epoch,
                 switch.source.alias if switch.source else None,
                 switch.target.alias,
-                "switched" if cause is None else "failed",
+                status,
                 duration_s,
                 switch.requests_cut,
-                cause,
+                None if cause is None else one_line(cause),
+                switch.requests_parked,
+                switch.requests_lost,
             )
         )
 
@@ -583,7 +713,15 @@ class Coordinator:
         assert self._active is not None
         alias = self._active.alias
         return SwitchResult(
-            _operation_id(), self._epoch, alias, alias, False, 0.0, {}, 0, used, used, used
+            operation_id=_operation_id(),
+            epoch=self._epoch,
+            previous_model=alias,
+            current_model=alias,
+            switched=False,
+            duration_s=0.0,
+            memory_before_bytes=used,
+            memory_unloaded_bytes=used,
+            memory_after_bytes=used,
         )
 
     @asynccontextmanager
@@ -617,44 +755,98 @@ class Coordinator:
 
     async def shut_down(self, timeout_s: float) -> None:
         """Admit nothing more; end with an explicit error what still runs after `timeout_s`."""
-        if self._dead is None:
-            self._dead = "the server is shutting down"
+        if self._ended is None:
+            self._ended = "the server is shutting down"
+        await self.recovery.stop()
         if self._switch is not None and self._switch.task is not None:
             switching = self._switch.task
             await asyncio.wait([switching], timeout=timeout_s)
             switching.cancel("the server is shutting down")
-            await asyncio.wait([switching])
+            await asyncio.wait([switching], timeout=drain.CUT_GRACE_S)
+            if not switching.done():  # it waits for the host, which is stuck
+                self._host.kill("the server is shutting down")
+                await asyncio.wait([switching])
         busy = [model for model in self.registry if model.leases]
+        gone = EngineUnavailable("the server is shutting down")
         for model in busy:
-            await self._until_empty(model, timeout_s)
-            self._end_all(model, EngineUnavailable("the server is shutting down"))
+            drain.end_all(model, gone, model.parked)  # nobody steps them any more
+            await drain.until_empty(model, timeout_s)
+            drain.end_all(model, gone)
         for model in busy:
-            await self._until_ended(model)
+            await drain.until_ended(model)
 
     # --- what may happen at any time --------------------------------------------------------
 
     def _host_died(self, died: asyncio.Future[str]) -> None:
-        """Every open request of every model fails explicitly; nothing is admitted any more."""
-        if died.cancelled():
+        """Every open request of every model fails explicitly, and recovery begins."""
+        if died.cancelled() or died is not self._host.died:
             return
-        self._dead = f"{died.result()}; restart the server"
+        how = died.result()
+        self._host_down = how
         for model in self.registry:
             if model.residency is not Residency.COLD:
-                self._fail(model, self._dead)
+                self._fail(model, how)
         self._active = None
+        self._observer.notify(HostDied(self._epoch, how))
+        if self._is_started and self._ended is None:
+            self.recovery.host_died(how)
 
-    def _engine_failed(self, alias: str, cause: str) -> None:
+    def _engine_failed(self, alias: str, cause: str, load: int) -> None:
         """One engine died in a step; the others go on."""
-        model = self.registry.resolve(alias)
+        model = self.registry.model(alias)
+        if load != model.engine.loads:
+            log.info("event=stale_event_dropped model=%s load=%d", alias, load)
+            return
         self._fail(model, cause)
+        self._observer.notify(EngineDied(self._epoch, alias, cause))
         if model is self._active:
             self._active = None
+        self._recover_if_needed(f"the engine of {alias!r} died: {cause}")
 
     def _fail(self, model: Model, cause: str) -> None:
         model.failure = cause
         if model.residency is not Residency.FAILED:
             self.ladder.step(model, Step.FAIL)
-        self._end_all(model, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
+        drain.end_all(model, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
+
+    # --- recovery ---------------------------------------------------------------------------
+
+    @property
+    def is_host_down(self) -> bool:
+        return self._host_down is not None or self._host.died.done()
+
+    @property
+    def needs_recovery(self) -> bool:
+        return self._active is None and self._is_started and self._ended is None
+
+    def _recover_if_needed(self, why: str) -> None:
+        if self.needs_recovery and self._switch is None and not self.recovery.is_under_way:
+            self.recovery.begin(why)
+
+    def turn(self) -> asyncio.Lock:
+        return self.ladder.turn()
+
+    def host_is_back(self) -> None:
+        self._host_down = None
+        self._host.died.add_done_callback(self._host_died)
+
+    async def bring_back(self) -> None:
+        switch = self._switch
+        if switch is None:
+            assert self._last_active is not None
+            switch = self._begin(self._last_active, 0.0, "abort")
+        await _result(switch)
+
+    def give_up(self, why: str) -> None:
+        if self._ended is None:
+            self._ended = why
+            self.given_up.set_result(why)
+
+
+async def _result(switch: Switch) -> SwitchResult:
+    """What a switch has done, once it has; whoever waits for it may leave."""
+    assert switch.task is not None
+    return await asyncio.shield(switch.task)
 
 
 def _refuse_failed_adapters(model: Model) -> None:

@@ -25,9 +25,18 @@
     ├── WrongTask                404  the model has no such route; ask for one that has
     ├── UnknownResponse          404  no model keeps a response of that id
     ├── ResponseEnded            409  the response has no more events; ask how it ended
-    ├── QueueFull                429  too many requests wait for the target; retry later
+    ├── QueueFull                429  too many requests wait or run; retry later
+    ├── SwitchRateLimited        429  too many switches in a short time; retry later
+    ├── BodyTooLarge             413  the body is longer than the server takes
+    ├── BodyTimeout              408  the body did not arrive in time
     ├── WaitTimeout              504  the switch took longer than a request may wait
+    ├── DrainRefused             409  requests still run; wait for them, or park or abort them
     ├── DrainCut                 503  the request was still running at the drain deadline
+    ├── ParkedEnded              503  the request was parked and cannot be resumed; repeat it
+    ├── ClientStalled            503  the client took in nothing of its answer
+    ├── WrongStamp               500  an output was not of the request's model and epoch
+    ├── VerifyFailed             503  the canary of a model is not that of its first load
+    ├── NotReady                 503  nothing can be served now; the reason is named
     └── EngineUnavailable        503  the engine or its host died
 
 Domain code raises these; `openai.error_response` turns them into HTTP in one place.
@@ -322,6 +331,108 @@ class DrainCut(HotswapError):
             f"after a switch to {target!r} began to drain; repeat it when {source!r} is active",
             retry_after_s=1,
         )
+
+
+class DrainRefused(HotswapError):
+    status = 409
+    type = "conflict_error"
+    code = "drain_refused"
+
+    def __init__(self, source: str, target: str, running: int, drain_timeout_s: float) -> None:
+        super().__init__(
+            f"the switch to {target!r} was given up: {running} requests of {source!r} were still "
+            f"running after {drain_timeout_s:g} s, and on_drain_timeout is refuse; "
+            f"{source!r} serves on; retry later, or switch with on_drain_timeout park or abort",
+            retry_after_s=1,
+        )
+
+
+class ParkedEnded(HotswapError):
+    """A parked request cannot be resumed; `why` says what happened meanwhile."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "parked_request_ended"
+
+    def __init__(self, alias: str, why: str) -> None:
+        super().__init__(
+            f"the request to {alias!r} was parked and cannot go on: {why}; "
+            f"repeat it when {alias!r} is active",
+            retry_after_s=1,
+        )
+
+
+class ClientStalled(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "client_stalled"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"the client took in nothing for {timeout_s:g} s (limits.client_timeout); "
+            "read the answer as it comes"
+        )
+
+
+class WrongStamp(HotswapError):
+    """An output came from another model or epoch than the request's; it was not delivered."""
+
+    status = 500
+    type = "internal_error"
+    code = "wrong_stamp"
+
+    def __init__(self, alias: str, stamp: str) -> None:
+        self.stamp = stamp
+        super().__init__(
+            f"an output for a request to {alias!r} was stamped {stamp!r} and was not delivered; "
+            "repeat the request"
+        )
+
+
+class VerifyFailed(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "verify_failed"
+
+    def __init__(self, alias: str, why: str) -> None:
+        super().__init__(f"model {alias!r} does not generate what it should: {why}")
+
+
+class SwitchRateLimited(HotswapError):
+    status = 429
+    type = "rate_limit_error"
+    code = "switch_rate_limited"
+
+
+class BodyTooLarge(HotswapError):
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"the body is longer than {limit_bytes} bytes (limits.body_bytes); send less at once"
+        )
+
+
+class BodyTimeout(HotswapError):
+    status = 408
+    type = "timeout_error"
+    code = "body_timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout); send it faster"
+        )
+
+
+class NotReady(HotswapError):
+    """Nothing can be served now. The message has the state and the reason."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "not_ready"
+    retry_after_s = 1
 
 
 class EngineUnavailable(HotswapError):

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from vllm_hotswap.states import Residency, SwitchPhase
 
 PhaseStatus = Literal["started", "finished", "failed"]
-SwitchStatus = Literal["switched", "failed"]
+SwitchStatus = Literal["switched", "refused", "failed"]
 RequestResult = Literal["served", "cut", "left"]
 
 
@@ -41,6 +41,8 @@ class SwitchEnded:
     duration_s: float
     requests_cut: int
     cause: str | None = None
+    requests_parked: int = 0
+    requests_lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,77 @@ class RequestEnded:
     result: RequestResult
 
 
+@dataclass(frozen=True, slots=True)
+class RequestsParked:
+    """Requests froze with their engine."""
+
+    epoch: int
+    model: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsResumed:
+    """Parked requests go on: their model is active again."""
+
+    epoch: int
+    model: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRefused:
+    """An output of another model or epoch was not delivered, and its request was ended."""
+
+    epoch: int
+    model: str
+    stamp: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEvicted:
+    """A client that took in nothing was let go."""
+
+    epoch: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """One engine died, and the host goes on."""
+
+    epoch: int
+    model: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostDied:
+    """The engine host died, or was killed because it hung."""
+
+    epoch: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostRestarted:
+    """There is an engine host again, without models."""
+
+    epoch: int
+    restarts: int
+    """Of this server so far."""
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceDegraded:
+    """No model is active, and bringing one back has failed; it is tried again."""
+
+    epoch: int
+    cause: str
+    retry_s: float
+
+
 Event = (
     PhaseChanged
     | SwitchEnded
@@ -100,6 +173,14 @@ Event = (
     | PinChanged
     | LoadProgress
     | RequestEnded
+    | RequestsParked
+    | RequestsResumed
+    | OutputRefused
+    | ClientEvicted
+    | EngineDied
+    | HostDied
+    | HostRestarted
+    | ServiceDegraded
 )
 
 

@@ -19,6 +19,10 @@ from vllm_hotswap.registry import Cut, Lease
 LAST_SEND_S = 3.0
 """Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
 
+PARKED_COMMENT = b": parked\n\n"
+PARKED_COMMENT_S = 10.0
+"""How often the event stream of a parked request says that it is still there."""
+
 
 class AnswerCut(Exception):
     """An answer was cut after its first byte, and there is no way to say so in it.
@@ -142,11 +146,23 @@ class Answer:
         self.started = False
         self.complete = False
         self.is_sending = False
+        self.sent = 0
+        """Messages that were sent: what does not grow while one is being sent has stalled."""
         self.is_event_stream = False
+        self._is_between_events = True
+        self._commenting: asyncio.Task[None] | None = None
+
+    def follow(self, lease: Lease) -> None:
+        """Answer for this lease from now on."""
+        self.lease = lease
+        lease.on_park = self._parked
 
     async def send(self, message: Message) -> None:
-        if self.lease is not None and self.lease.cut is not None:
-            return  # what an application says after it was cut is not the answer
+        if self.lease is not None:
+            if self.lease.gate is not None:
+                await asyncio.wait([self.lease.gate])
+            if self.lease.cut is not None:
+                return  # what an application says after it was cut is not the answer
         match message["type"]:
             case "http.response.start":
                 self.started = True
@@ -157,14 +173,37 @@ class Answer:
                 self.started = True
             case "websocket.close":
                 self.started = self.complete = True
+        await self._pass_on(message)
+
+    async def _pass_on(self, message: Message) -> None:
         self.is_sending = True
         try:
             await self._send(message)
         finally:
             self.is_sending = False
+            self.sent += 1
+
+    def _parked(self) -> None:
+        self._commenting = asyncio.create_task(self._comment())
+
+    async def _comment(self) -> None:
+        """Keep an event stream open while its request is parked: proxies and clients time out."""
+        comment = {"type": "http.response.body", "body": PARKED_COMMENT, "more_body": True}
+        while self.lease is not None and self.lease.is_parked:
+            can_comment = self.is_event_stream and self._is_between_events
+            if can_comment and not (self.is_sending or self.complete):
+                await self._pass_on(comment)
+            await asyncio.sleep(PARKED_COMMENT_S)
+
+    def close(self) -> None:
+        """The request is over."""
+        if self._commenting is not None:
+            self._commenting.cancel()
 
     def _look_at(self, body: Message) -> None:
         self.complete = not body.get("more_body", False)
+        if self.is_event_stream and (text := body.get("body")):
+            self._is_between_events = text.endswith(b"\n\n")
         if self.on_body is not None and body.get("body"):
             on_body, self.on_body = self.on_body, None
             on_body(body["body"])

@@ -2,6 +2,7 @@
 
 `planner` decides who moves; this module moves them: it steps a model's residency, has the engine
 do the work, measures the time, and tells observers. The coordinator's switches go through it, too.
+Everything that an engine is told to do has a deadline: `within`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+from vllm_hotswap import drain
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import (
     ConfigError,
@@ -20,19 +23,31 @@ from vllm_hotswap.errors import (
     LoadFailed,
     ModelInUse,
     NoRoom,
+    ParkedEnded,
 )
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
 from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
 from vllm_hotswap.registry import Model, Registry
+from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import DOWN, Residency, Step, is_below
 
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
 """Where a sleep level leads."""
 
 READ_BYTES_PER_S = 500e6
 """How fast weights are read, for the cost of a load that has not been measured yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What was done to make room."""
+
+    evicted: tuple[Move, ...] = ()
+    requests_lost: int = 0
+    """Parked requests that were ended, because their model had to be unloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +82,13 @@ class Ladder:
         observer: Observer,
         clock: Clock,
         epoch: Callable[[], int],
+        deadlines: RecoveryConfig | None = None,
     ) -> None:
         self._registry = registry
         self._host = host
         self._observer = observer
         self._clock = clock
+        self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
 
@@ -89,15 +106,31 @@ class Ladder:
     def used(self) -> Usage:
         return self.snapshot().used
 
-    def snapshot(self, drained: Model | None = None) -> Snapshot:
-        """What the planner is told; requests of `drained` will have ended before anything moves."""
-        return Snapshot(
-            tuple(self._view(model, model is drained) for model in self._registry), self.budget
-        )
+    def snapshot(self, drained: Model | None = None, without_parked: bool = False) -> Snapshot:
+        """What the planner is told.
+
+        Args:
+            drained: a model whose requests will have ended before anything moves.
+            without_parked: parked requests need not be kept.
+        """
+        views = [
+            self._view(model, model is drained or (without_parked and bool(model.parked)))
+            for model in self._registry
+        ]
+        return Snapshot(tuple(views), self.budget)
 
     def plan(self, target: Model, active: Model | None) -> Plan:
         """What a switch to `target` would do. Raises `NoRoom`."""
-        return make_plan(self.snapshot(drained=active), target.alias)
+        return self._plan(target, drained=active)
+
+    def _plan(self, target: Model, keep: Iterable[str] = (), drained: Model | None = None) -> Plan:
+        """Parked requests are only given up if there is no other way."""
+        try:
+            return make_plan(self.snapshot(drained), target.alias, keep)
+        except NoRoom:
+            if not any(model.parked for model in self._registry):
+                raise
+            return make_plan(self.snapshot(drained, without_parked=True), target.alias, keep)
 
     def check(self) -> None:
         """See that every model can be loaded beside the pinned ones.
@@ -122,9 +155,11 @@ class Ladder:
         return fits_together([self._view(model, drained=True) for model in models], self.budget)
 
     def _view(self, model: Model, drained: bool, residency: Residency | None = None) -> ModelView:
+        residency = residency or model.residency
         return ModelView(
             alias=model.alias,
-            residency=residency or model.residency,
+            # A dead engine holds nothing, and can be loaded again.
+            residency=Residency.COLD if residency is Residency.FAILED else residency,
             footprint=model.engine.footprint,
             pinned=model.pinned,
             in_flight=0 if drained else len(model.leases),
@@ -196,7 +231,7 @@ class Ladder:
 
     async def _raise(self, operation: str, model: Model) -> OperationResult:
         async with self.turn(), _named_failure(model, operation):
-            refuse_failed(model)
+            self.revive(model)
             before, started_s = model.residency, self._clock()
             evicted: tuple[Move, ...] = ()
             if operation == "wake" and before is Residency.COLD:
@@ -207,7 +242,7 @@ class Ladder:
                 model.engine.validate()
                 # Whoever is active now, not when this was asked for.
                 active = [m for m in self._registry if m.residency is Residency.ACTIVE]
-                evicted = await self.make_room(model, keep=active)
+                evicted = (await self.make_room(model, keep=active)).evicted
                 await self.bring_up(model)
             took_s = self._clock() - started_s
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
@@ -228,38 +263,76 @@ class Ladder:
         """Held by whoever moves models: `async with ladder.turn()`."""
         return self._turn
 
-    async def make_room(
-        self, target: Model, keep: Iterable[Model] = (), drained: Model | None = None
-    ) -> tuple[Move, ...]:
+    def revive(self, model: Model) -> None:
+        """A model whose engine has died is as cold as one that was never loaded."""
+        if model.residency is Residency.FAILED:
+            self.step(model, Step.REVIVE)
+
+    async def within(self, work: Awaitable[T], timeout_s: float, what: str) -> T:
+        """The result of what an engine was told to do.
+
+        The engine host's one compute thread cannot be stopped: if the work is not done by its
+        deadline, the host is ended, and recovery starts another one.
+
+        Raises:
+            EngineUnavailable: it was not done in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError:
+            why = f"{what} was not done within {timeout_s:g} s"
+            self._host.kill(f"the engine host was ended: {why}")
+            raise EngineUnavailable(why) from None
+
+    async def told(self, model: Model, what: str, work: Awaitable[T]) -> T:
+        """`within` the deadline of everything but loads."""
+        timeout_s = self._deadlines.command_timeout
+        try:
+            return await self.within(work, timeout_s, f"{what} of model {model.alias!r}")
+        except HotswapError:
+            refuse_failed(model)  # which is why it could not be done
+            raise
+
+    async def make_room(self, target: Model, keep: Iterable[Model] = ()) -> Room:
         """Move models down until `target` can come up. The caller holds the turn.
 
         Raises:
             NoRoom: it cannot; nothing has been moved.
         """
         if target.is_loaded:
-            return ()  # needs nothing, and is what most switches are to
-        kept = [model.alias for model in keep]
-        plan = make_plan(self.snapshot(drained), target.alias, kept)
+            return Room()  # needs nothing, and is what most switches are to
+        plan = self._plan(target, [model.alias for model in keep])
+        lost = 0
         for move in plan.evictions:
-            await self.move_down(self._registry.resolve(move.alias), move.after)
-        return plan.evictions
+            lost += await self.move_down(self._registry.resolve(move.alias), move.after)
+        return Room(plan.evictions, lost)
 
-    async def make_all_room(self, target: Model) -> None:
+    async def make_all_room(self, target: Model) -> int:
         """Unload every model but pinned ones and `target`, whatever a plan says."""
+        lost = 0
         for model in self._registry:
             is_held = model.residency not in (Residency.COLD, Residency.FAILED)
             if model is not target and is_held and not model.pinned:
-                await self.move_down(model, Residency.COLD)
+                lost += await self.move_down(model, Residency.COLD)
+        return lost
 
-    async def move_down(self, model: Model, to: Residency) -> None:
-        """Have one model give memory back. The caller holds the turn."""
+    async def move_down(self, model: Model, to: Residency) -> int:
+        """Have one model give memory back. The caller holds the turn.
+
+        Returns how many of its requests could not be kept, and were ended.
+        """
         if model.residency is Residency.ACTIVE:
             self.step(model, Step.PARK)
-        if to is Residency.COLD:
-            work = model.engine.unload()
-        else:
+        if to is not Residency.COLD:
             work = model.engine.sleep(1 if to is Residency.ASLEEP else 2)
-        await self._timed(model, DOWN[to], work)
+            await self._timed(model, DOWN[to], work)
+            return 0
+        lost = drain.end_all(model, ParkedEnded(model.alias, "its model was unloaded"))
+        if lost:
+            await drain.until_ended(model)
+        await self._timed(model, DOWN[to], model.engine.unload())
+        return lost
 
     async def bring_up(self, model: Model) -> None:
         """Load or wake one model, for which there is room. The caller holds the turn."""
@@ -277,13 +350,17 @@ class Ladder:
         refuse_failed(model)
         started_s = self._clock()
         self.step(model, Step.LOAD)
+        model.failure, model.is_verified = None, False
 
         def progress(stage: str) -> None:
             elapsed_s = self._clock() - started_s
             self._observer.notify(LoadProgress(self._epoch(), model.alias, stage, elapsed_s))
 
         try:
-            await model.engine.load(progress)
+            timeout_s = self._deadlines.load_timeout
+            await self.within(
+                model.engine.load(progress), timeout_s, f"the load of {model.alias!r}"
+            )
             refuse_failed(model)  # it may have died meanwhile
         except BaseException:
             if model.residency is not Residency.FAILED:
@@ -295,7 +372,8 @@ class Ladder:
 
     async def _timed(self, model: Model, step: Step, work: Awaitable[None]) -> None:
         before, started_s = model.residency, self._clock()
-        await work
+        model.is_verified = False
+        await self.told(model, step.value, work)
         refuse_failed(model)  # it may have died meanwhile
         self.step(model, step)
         took_s = self._clock() - started_s

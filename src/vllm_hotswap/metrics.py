@@ -8,7 +8,7 @@ every metric of vLLM has a `model_name` label already. HTTP metrics, which have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,18 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from vllm_hotswap.events import Event, PhaseChanged, RequestEnded, ResidencyChanged, SwitchEnded
+from vllm_hotswap.events import (
+    ClientEvicted,
+    EngineDied,
+    Event,
+    HostDied,
+    HostRestarted,
+    OutputRefused,
+    PhaseChanged,
+    RequestEnded,
+    ResidencyChanged,
+    SwitchEnded,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -162,7 +173,9 @@ class SwitchMetrics:
         active: Callable[[], str | None],
         epoch: Callable[[], int],
         in_flight: Callable[[], dict[str, int]],
+        parked: Callable[[], dict[str, int]],
         waiting: Callable[[], int],
+        is_ready: Callable[[], bool],
         held: Callable[[], dict[str, int]],
         budget: Callable[[], int],
         aliases: Iterable[str],
@@ -207,6 +220,45 @@ class SwitchMetrics:
             ["model"],
             registry=self.registry,
         )
+        ready_gauge = Gauge(
+            "hotswap_ready", "1 if requests are served now.", registry=self.registry
+        )
+        ready_gauge.set_function(lambda: float(is_ready()))
+        parked_gauge = Gauge(
+            "hotswap_requests_parked",
+            "Requests that are frozen with the model's engine.",
+            ["model"],
+            registry=self.registry,
+        )
+        refused = Counter(
+            "hotswap_outputs_refused",
+            "Requests that were ended because an output was of another model or epoch.",
+            ["model"],
+            registry=self.registry,
+        )
+        evicted_clients = Counter(
+            "hotswap_clients_evicted",
+            "Requests that were ended because their client took in nothing.",
+            ["model"],
+            registry=self.registry,
+        )
+        engine_failures = Counter(
+            "hotswap_engine_failures",
+            "Engines that died in a host that went on.",
+            ["model"],
+            registry=self.registry,
+        )
+        self._by_model: Mapping[type[Event], Counter] = {
+            OutputRefused: refused,
+            ClientEvicted: evicted_clients,
+            EngineDied: engine_failures,
+        }
+        self._host_deaths = Counter(
+            "hotswap_host_deaths", "Engine hosts that died or hung.", registry=self.registry
+        )
+        self._restarts = Counter(
+            "hotswap_host_restarts", "Restarts of the engine host.", registry=self.registry
+        )
         self._moves = Counter(
             "hotswap_moves",
             "Changes of residency.",
@@ -228,6 +280,7 @@ class SwitchMetrics:
         for alias in aliases:
             held_gauge.labels(alias).set_function(partial(_item, held, alias))
             active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
+            parked_gauge.labels(alias).set_function(partial(_item, parked, alias))
             in_flight_gauge.labels(alias).set_function(partial(_item, in_flight, alias))
 
     def notify(self, event: Event) -> None:
@@ -239,6 +292,12 @@ class SwitchMetrics:
                 self._phase_seconds.labels(target, phase.value).observe(seconds)
             case RequestEnded(model=model, result=result):
                 self._requests.labels(model, result).inc()
+            case OutputRefused() | ClientEvicted() | EngineDied():
+                self._by_model[type(event)].labels(event.model).inc()
+            case HostDied():
+                self._host_deaths.inc()
+            case HostRestarted():
+                self._restarts.inc()
             case ResidencyChanged(model=model, before=before, after=after):
                 self._moves.labels(model, after.value).inc()
                 if (before.value, after.value) == ("loading", "parked"):

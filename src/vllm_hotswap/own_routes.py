@@ -21,6 +21,7 @@ from vllm_hotswap.answers import (
     OperationAnswer,
     PinAnswer,
     PlanAnswer,
+    ReadyAnswer,
     RemovedAdapter,
     StatusAnswer,
     SwitchAnswer,
@@ -29,14 +30,17 @@ from vllm_hotswap.answers import (
 from vllm_hotswap.errors import (
     AdapterRefused,
     AdaptersNotAllowed,
+    DrainRefused,
     EngineUnavailable,
     InvalidRequest,
     LoadFailed,
     ModelInUse,
     NameTaken,
     NoRoom,
+    NotReady,
     SwitchFailed,
     SwitchInProgress,
+    SwitchRateLimited,
     UnknownAdapter,
     UnknownModel,
 )
@@ -56,12 +60,22 @@ MODEL = "/admin/models/{alias:path}"
 OF_MODEL = (InvalidRequest, UnknownModel, EngineUnavailable)
 UP = (*OF_MODEL, NoRoom, LoadFailed)
 DOWN = (*OF_MODEL, ModelInUse, LoadFailed)
-SWITCH = (InvalidRequest, UnknownModel, SwitchInProgress, SwitchFailed, EngineUnavailable)
+SWITCH = (
+    InvalidRequest,
+    UnknownModel,
+    DrainRefused,
+    SwitchInProgress,
+    SwitchRateLimited,
+    SwitchFailed,
+    EngineUnavailable,
+)
 
 ADDING = (*OF_MODEL, AdaptersNotAllowed, AdapterRefused, NameTaken, ModelInUse)
 REMOVING = (*OF_MODEL, UnknownAdapter)
 
-HEALTH = About("Whether requests can be served now", media_type="", errors=(EngineUnavailable,))
+HEALTH = About(
+    "Whether the server lives: it serves, or recovers", media_type="", errors=(EngineUnavailable,)
+)
 MODELS = About("Every alias, with the status of its model", ModelList)
 
 
@@ -77,6 +91,8 @@ def own_routes(
     yield Route("GET", "/health", PUBLIC, admin.health, HEALTH)
     yield Route("GET", "/ping", PUBLIC, admin.health, HEALTH)
     yield Route("POST", "/ping", PUBLIC, admin.health, HEALTH)
+    about = About("Whether requests are served now", ReadyAnswer, errors=(NotReady,))
+    yield Route("GET", "/ready", PUBLIC, admin.ready, about)
     about = About("vLLM's version", VersionAnswer)
     yield Route("GET", "/version", PUBLIC, version, about)
     about = About("Prometheus metrics of all models and of switching", media_type="text/plain")

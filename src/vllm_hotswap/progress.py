@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
-from vllm_hotswap.events import Event, LoadProgress, PhaseChanged, ResidencyChanged, SwitchEnded
+from vllm_hotswap.events import (
+    ClientEvicted,
+    EngineDied,
+    Event,
+    HostDied,
+    HostRestarted,
+    LoadProgress,
+    OutputRefused,
+    PhaseChanged,
+    RequestsParked,
+    RequestsResumed,
+    ServiceDegraded,
+    SwitchEnded,
+)
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -44,26 +57,51 @@ class StartupProgress:
             self._bar.update()
 
 
+LINES: Mapping[type[Event], tuple[int, str, tuple[str, ...]]] = {
+    HostDied: (logging.ERROR, "event=host_died cause=%r", ("cause",)),
+    HostRestarted: (
+        logging.WARNING,
+        "event=host_restarted restarts=%d seconds=%.2f",
+        ("restarts", "duration_s"),
+    ),
+    EngineDied: (logging.ERROR, "event=engine_failed model=%s cause=%r", ("model", "cause")),
+    ServiceDegraded: (logging.ERROR, "event=degraded cause=%r retry_s=%.0f", ("cause", "retry_s")),
+    OutputRefused: (logging.ERROR, "event=output_refused model=%s stamp=%s", ("model", "stamp")),
+    ClientEvicted: (logging.WARNING, "event=client_evicted model=%s", ("model",)),
+    RequestsParked: (logging.INFO, "event=requests_parked model=%s count=%d", ("model", "count")),
+    RequestsResumed: (logging.INFO, "event=requests_resumed model=%s count=%d", ("model", "count")),
+    LoadProgress: (
+        logging.INFO,
+        "event=load model=%s stage=%s elapsed_s=%.2f",
+        ("model", "stage", "elapsed_s"),
+    ),
+}
+"""Level, text, and the fields that stand in it, of events that are always told in the same way."""
+
+
 class EventLog:
     """An observer that writes one line per event, in the words of metrics and events."""
 
     def notify(self, event: Event) -> None:
         match event:
-            case LoadProgress(model=model, stage=stage, elapsed_s=seconds):
-                log.info("event=load model=%s stage=%s elapsed_s=%.2f", model, stage, seconds)
             case SwitchEnded(status="switched"):
                 log.info(
-                    "event=switch source=%s target=%s epoch=%d seconds=%.4f cut=%d operation=%s",
+                    "event=switch source=%s target=%s epoch=%d seconds=%.4f cut=%d parked=%d "
+                    "lost=%d operation=%s",
                     event.source,
                     event.target,
                     event.epoch,
                     event.duration_s,
                     event.requests_cut,
+                    event.requests_parked,
+                    event.requests_lost,
                     event.operation_id,
                 )
             case SwitchEnded():
-                log.error(
-                    "event=switch_failed source=%s target=%s cause=%r operation=%s",
+                log.log(
+                    logging.WARNING if event.status == "refused" else logging.ERROR,
+                    "event=switch_%s source=%s target=%s cause=%r operation=%s",
+                    event.status,
                     event.source,
                     event.target,
                     event.cause,
@@ -71,8 +109,9 @@ class EventLog:
                 )
             case PhaseChanged(status="failed"):
                 log.error("event=phase_failed phase=%s target=%s", event.phase.value, event.target)
-            case ResidencyChanged(after=after, model=model) if after.value == "failed":
-                log.error("event=engine_failed model=%s", model)
+            case _ if type(event) in LINES:
+                level, text, fields = LINES[type(event)]
+                log.log(level, text, *(getattr(event, name) for name in fields))
             case _:
                 log.debug("event=%r", event)
 

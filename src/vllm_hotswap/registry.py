@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from vllm_hotswap.engines.base import Engine
 from vllm_hotswap.errors import (
     AdapterUnavailable,
+    ClientStalled,
     DrainCut,
     EngineUnavailable,
     InvalidRequest,
+    ParkedEnded,
     ResponseEnded,
     UnknownModel,
+    WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
 from vllm_hotswap.states import Residency, Step, advance
 
-Cut = DrainCut | EngineUnavailable | ResponseEnded
+Cut = DrainCut | EngineUnavailable | ResponseEnded | ParkedEnded | ClientStalled | WrongStamp
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +31,9 @@ class Lease:
 
     A lease that is ended says why in `cut`, and calls `on_cut`, which whoever answers sets. Where
     the request has begun work that outlives its answer, the lease does, too, and ends it.
+
+    A parked lease's request is frozen with its engine. When its model is active again, its `epoch`
+    is that of the new activation; outputs of all epochs from `first_epoch` on are its own.
     """
 
     alias: str
@@ -38,6 +45,16 @@ class Lease:
     client_left: bool = False
     name: str | None = None
     """What the request calls its model: an alias, an adapter, or nothing."""
+    is_parked: bool = False
+    on_park: Callable[[], object] | None = None
+    gate: asyncio.Future[None] | None = None
+    """Nothing of the answer is sent before it is done: the engine has not been verified yet."""
+    deadline: asyncio.TimerHandle | None = None
+    """When a parked request is ended."""
+    first_epoch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_epoch = self.epoch
 
     @property
     def result(self) -> RequestResult:
@@ -46,12 +63,17 @@ class Lease:
             return "cut"
         return "left" if self.client_left else "served"
 
+    def owns(self, alias: str, epoch: int) -> bool:
+        """Whether an output with this stamp may be the request's."""
+        return alias == self.alias and self.first_epoch <= epoch <= self.epoch
+
     def end(self, cause: Cut) -> None:
         """End the request. Only the first cause counts."""
         if self.cut is None:
             self.cut = cause
             if self.work is not None:
                 self.work.cancel()
+            self.settle()
             if self.on_cut is not None:
                 self.on_cut()
 
@@ -59,6 +81,34 @@ class Lease:
         """Cancel the task of a request that was ended and goes on all the same."""
         if self.task is not None:
             self.task.cancel()
+
+    def park(self, timeout_s: float, expire: Callable[[], object]) -> None:
+        """Freeze the request; call `expire` unless it goes on within `timeout_s`."""
+        self.is_parked = True
+        self.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
+        if self.on_park is not None:
+            self.on_park()
+
+    def await_verdict(self, epoch: int) -> None:
+        """Its engine is stepped again, in `epoch`, but nothing is told before it is verified."""
+        self.epoch = epoch
+        if self.gate is None:
+            self.gate = asyncio.get_running_loop().create_future()
+
+    def settle(self) -> None:
+        """Go on, or end: no longer parked, and whatever there is to tell is told."""
+        self.is_parked = False
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+        if self.gate is not None:
+            if not self.gate.done():
+                self.gate.set_result(None)
+            self.gate = None
+
+
+current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=None)
+"""The lease of the request that the running task works on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +127,16 @@ class Model:
     alias: str
     engine: Engine
     residency: Residency = Residency.COLD
-    leases: set[Lease] = field(default_factory=set)
+    leases: dict[Lease, None] = field(default_factory=dict)
+    """Of its requests, in the order in which they were admitted."""
     emptied: asyncio.Future[None] | None = None
     """Whoever drains the model waits here for its last lease."""
     last_used_s: float | None = None
     failure: str | None = None
     policy: ModelPolicy = field(default_factory=ModelPolicy)
     pinned: bool = False
+    is_verified: bool = False
+    """Whether it has generated what it should since it was loaded or woken."""
     up_s: dict[Residency, float] = field(default_factory=dict)
     """Measured seconds that it took to bring it up from there."""
     prefetch: asyncio.Task[int] | None = None
@@ -101,6 +154,11 @@ class Model:
     def is_loaded(self) -> bool:
         """Whether it can be activated as it is."""
         return self.residency in (Residency.PARKED, Residency.ACTIVE)
+
+    @property
+    def parked(self) -> list[Lease]:
+        """Requests that are frozen with its engine."""
+        return [lease for lease in self.leases if lease.is_parked]
 
     def in_flight_as(self, name: str) -> int:
         """Requests that hold a lease and call the model by this name."""

@@ -16,31 +16,43 @@ from starlette.types import Receive, Scope, Send
 
 from vllm_hotswap import model_field, responses
 from vllm_hotswap.coordinator import Coordinator
-from vllm_hotswap.errors import HotswapError, InvalidRequest, WrongTask
+from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
 from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
+from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
-from vllm_hotswap.registry import Lease, Model
+from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
+from vllm_hotswap.settings import LimitsConfig
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
-
-
-class ClientGone(Exception):
-    """The client left before its request was complete or admitted."""
 
 
 class Router:
     """An ASGI application that hands each request, whole, to its model's application."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, limits: LimitsConfig | None = None) -> None:
         self._coordinator = coordinator
         self._registry = coordinator.registry
+        self._limits = limits or LimitsConfig()
+        self.bodies = Bodies(self._limits)
+        self._answers: set[Answer] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method, path = request_of(scope)
         answer = Answer(scope, receive, send)
+        self._answers.add(answer)
         try:
-            body = await _read_body(receive) if method in BODY_METHODS else b""
+            with self.bodies.hold() as body:
+                await self._take(scope, receive, answer, body)
+        except ClientGone:
+            pass
+        finally:
+            self._answers.discard(answer)
+            answer.close()
+
+    async def _take(self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody) -> None:
+        method, path = request_of(scope)
+        try:
+            body = await held.read(receive) if method in BODY_METHODS else b""
             alias = _find_model(scope, body)
             owner = None
             if response_id := responses.named_response(method, path):
@@ -49,15 +61,27 @@ class Router:
                 if path == responses.PATH:
                     alias = responses.alias_that_goes_on(self._registry, body, alias)
                 self._check_route(alias, method, path)
-        except ClientGone:
-            return
         except HotswapError as error:
             await answer.refuse(error)
             return
         if owner is not None and response_id:
+            held.let_go()
             await self._visit(owner, response_id, scope, receive, body, answer)
         else:
-            await self._route(scope, receive, answer, alias, None if method == WEBSOCKET else body)
+            sent = None if method == WEBSOCKET else body
+            await self._route(scope, receive, answer, alias, sent, held)
+
+    async def let_go_of_stalled_clients(self) -> None:
+        """Until cancelled, end requests whose clients take in nothing of their answers."""
+        timeout_s = self._limits.client_timeout
+        before: dict[Answer, int] = {}
+        while True:
+            await asyncio.sleep(timeout_s)
+            sending = {answer: answer.sent for answer in self._answers if answer.is_sending}
+            for answer, sent in sending.items():
+                if before.get(answer) == sent and answer.lease is not None:
+                    answer.lease.end(ClientStalled(timeout_s))
+            before = sending
 
     async def _visit(
         self,
@@ -72,7 +96,7 @@ class Router:
         keeper = owner.engine.responses
         assert keeper is not None
         lease = Lease(owner.alias, self._coordinator.epoch, asyncio.current_task())
-        answer.lease = lease
+        answer.follow(lease)
         client = Client(scope, receive, body, [], lease, answer)
         following = Following(keeper, lease, answer)
         following.begin(response_id)
@@ -82,13 +106,20 @@ class Router:
             following.stop()
 
     async def _route(
-        self, scope: Scope, receive: Receive, answer: Answer, alias: str | None, body: bytes | None
+        self,
+        scope: Scope,
+        receive: Receive,
+        answer: Answer,
+        alias: str | None,
+        body: bytes | None,
+        held: HeldBody,
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
             async with self._coordinator.lease(alias) as lease:
                 await waiting.end()
-                answer.lease = lease
+                held.let_go()
+                answer.follow(lease)
                 client = Client(scope, receive, body, waiting.heard, lease, answer)
                 await self._serve(lease, scope, client, answer)
         except asyncio.CancelledError:
@@ -120,7 +151,8 @@ class Router:
 
     async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Run the model's application; if it is cut meanwhile, tell the client."""
-        app = self._registry.resolve(lease.alias).engine.app
+        app = self._registry.model(lease.alias).engine.app
+        current_lease.set(lease)
         try:
             await app(scope, receive, answer.send)
         except (Exception, asyncio.CancelledError):
@@ -151,17 +183,6 @@ class Router:
         others = [name for name, routes in known if routes and routes.serve(method, path)]
         unknown = [name for name, routes in known if routes is None]
         return WrongTask(alias, tasks, f"{method} {path}", others, unknown)
-
-
-async def _read_body(receive: Receive) -> bytes:
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks) if len(chunks) > 1 else chunks[0]
 
 
 def _find_model(scope: Scope, body: bytes) -> str | None:

@@ -110,6 +110,8 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
         vllm_version=version,
         policies=policies(config),
         adapter_folders=folders,
+        limits=config.limits,
+        recovery=config.recovery,
     )
     return _run_loop(serve(app, listener, load, config.default_model, progress))
 
@@ -190,12 +192,17 @@ async def _serve(app: HotswapApp, listener: Listener, stop: asyncio.Future[None]
     config = listener.uvicorn_config(_with_origins(app, listener.args))
     server = Server(config, on_started=lambda: _announce(app, listener))
     serving = asyncio.create_task(server.serve([listener.sock] if listener.sock else None))
-    resting = asyncio.create_task(app.coordinator.rest_idle_models())
+    coordinator = app.coordinator
     with contextlib.ExitStack() as exits:
-        exits.callback(resting.cancel)
+        for lasting in (
+            coordinator.rest_idle_models(),
+            coordinator.recovery.watch(),
+            app.router.let_go_of_stalled_clients(),
+        ):
+            exits.callback(asyncio.create_task(lasting).cancel)
         if listener.refresher is not None:
             exits.callback(listener.refresher(config).stop)
-        ends: list[asyncio.Future[Any]] = [serving, stop, app.host.died]
+        ends: list[asyncio.Future[Any]] = [serving, stop, coordinator.given_up]
         await asyncio.wait(ends, return_when="FIRST_COMPLETED")
         await _shut_down(app, server, serving, listener.args)
     return _exit_status(app, serving, stop)
@@ -217,9 +224,9 @@ async def _shut_down(
 
 def _exit_status(app: HotswapApp, serving: asyncio.Task[None], stop: asyncio.Future[None]) -> int:
     """1 if the server ended by itself, whatever the reason: a supervisor is to restart it."""
-    died = app.host.died
-    if died.done() and not died.cancelled():
-        log.error("event=engine_host_died cause=%r", died.result())
+    given_up = app.coordinator.given_up
+    if given_up.done():
+        log.error("event=given_up cause=%r", given_up.result())
         return 1
     error = None if serving.cancelled() else serving.exception()
     if error is not None:

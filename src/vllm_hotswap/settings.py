@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from vllm_hotswap.budget import MemoryBudget
+from vllm_hotswap.budget import ByteSize, MemoryBudget
 from vllm_hotswap.sampling import SamplingPolicy
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 LoadWhen = Literal["startup", "on_demand"]
+DrainPolicy = Literal["abort", "park", "refuse"]
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -33,7 +34,13 @@ Text = Annotated[str, Field(pattern=r"\S")]
 Seconds = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
 SecondsAboveZero = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 
+Count = Annotated[int, Field(ge=0, lt=10**9)]
+CountAboveZero = Annotated[int, Field(gt=0, lt=10**9)]
+PerSecond = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
+
 AT_LEAST_ZERO = Wanted("a number of at least 0")
+ABOVE_ZERO = Wanted("a number above 0")
+SIZE = Wanted("bytes, or a size such as 64MiB")
 IDLE = Wanted("a number of seconds above 0, or null")
 NAMES = Wanted("a list of names")
 
@@ -49,20 +56,131 @@ class SwitchingConfig:
             description="seconds that a switch waits for running requests, if the call is silent"
         ),
     ] = 60.0
-    max_waiting: Annotated[
-        int,
+    on_drain_timeout: Annotated[
+        DrainPolicy,
+        Wanted("abort, park or refuse"),
         Field(
-            ge=0,
-            lt=10**9,
-            description="requests that may be held for the target of a switch; more get 429",
+            description="what becomes of requests that still run then, if the call is silent: "
+            "`abort` ends them with an error, `park` freezes them until their model is active "
+            "again, `refuse` gives the switch up"
         ),
+    ] = "abort"
+    max_parked: Annotated[
+        Count,
         AT_LEAST_ZERO,
+        Field(description="requests of one model that may be parked; more are ended"),
+    ] = 1024
+    parked_timeout: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(description="seconds that a request may be parked; then it is ended with an error"),
+    ] = 600.0
+    max_waiting: Annotated[
+        Count,
+        AT_LEAST_ZERO,
+        Field(description="requests that may be held for the target of a switch; more get 429"),
     ] = 1024
     max_wait: Annotated[
         Seconds,
         AT_LEAST_ZERO,
         Field(description="seconds that a request may be held; then it gets 504"),
     ] = 600.0
+    verify: Annotated[
+        bool,
+        Wanted("true or false"),
+        Field(
+            description="whether a model that was loaded or woken generates a canary token, which "
+            "is compared with that of its first load, before it is served"
+        ),
+    ] = True
+    rate: Annotated[
+        PerSecond,
+        ABOVE_ZERO,
+        Field(description="switches per second in the long run; calls beyond it get 429"),
+    ] = 20.0
+    burst: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(description="switches that may come at once before `rate` counts"),
+    ] = 2000
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
+class LimitsConfig:
+    """The `limits` section."""
+
+    body_bytes: Annotated[
+        ByteSize, SIZE, Field(description="size of a request's body; a longer one gets 413")
+    ] = 64 << 20
+    held_bytes: Annotated[
+        ByteSize,
+        SIZE,
+        Field(
+            description="bytes of all bodies that are being read or held together; a request "
+            "beyond it gets 429"
+        ),
+    ] = 512 << 20
+    body_timeout: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(description="seconds in which a request's body must have arrived; then it gets 408"),
+    ] = 300.0
+    in_flight: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(description="requests that one model may have in flight; more get 429"),
+    ] = 10_000
+    client_timeout: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="seconds in which a client must take in something of what it is sent; then "
+            "its connection is closed and its request ended"
+        ),
+    ] = 60.0
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
+class RecoveryConfig:
+    """The `recovery` section."""
+
+    max_restarts: Annotated[
+        Count,
+        AT_LEAST_ZERO,
+        Field(
+            description="restarts of the engine host within `restart_window`; at the next death "
+            "the server ends with status 1"
+        ),
+    ] = 5
+    restart_window: Annotated[
+        SecondsAboveZero, ABOVE_ZERO, Field(description="seconds in which restarts are counted")
+    ] = 600.0
+    max_backoff: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(description="seconds between two attempts to recover, at most"),
+    ] = 60.0
+    hang_timeout: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="seconds without a sign of life of the engine host after which it is "
+            "killed and restarted"
+        ),
+    ] = 30.0
+    step_timeout: Annotated[
+        SecondsAboveZero, ABOVE_ZERO, Field(description="the same for one step of an engine")
+    ] = 600.0
+    load_timeout: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(description="the same for loading a model, and for starting the engine host"),
+    ] = 1800.0
+    command_timeout: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(description="the same for everything else that an engine is told to do"),
+    ] = 300.0
 
 
 def _folders(value: object) -> object:
@@ -140,6 +258,8 @@ class ModelKeys:
 
 SECTIONS: Mapping[str, type[Any]] = {
     "switching": SwitchingConfig,
+    "limits": LimitsConfig,
+    "recovery": RecoveryConfig,
     "memory": MemoryBudget,
     "adapters": AdapterConfig,
 }
@@ -150,6 +270,8 @@ TOP_LEVEL: Mapping[str, str] = {
     "defaults": "keys of a model (but `model` and `aliases`) that count for every model",
     "models": "the models: a mapping of alias to keys",
     "switching": "how switches go",
+    "limits": "what requests and clients may take",
+    "recovery": "what happens when engines or the engine host fail",
     "memory": "what all models together may hold",
     "adapters": "adapters that are added while the server runs",
 }

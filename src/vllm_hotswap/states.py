@@ -28,7 +28,7 @@ class Residency(StrEnum):
     DISCARDED = "discarded"
     """Weights are dropped, too; structure and compiled code stay (vLLM sleep level 2)."""
     FAILED = "failed"
-    """Its engine died after it had been loaded; it needs a restart of the server."""
+    """Its engine died after it had been loaded; it is cold again when it is next asked for."""
 
 
 class Step(StrEnum):
@@ -45,6 +45,7 @@ class Step(StrEnum):
     WAKE_FAILED = "wake_failed"
     UNLOAD = "unload"
     FAIL = "fail"
+    REVIVE = "revive"
 
 
 TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
@@ -76,7 +77,7 @@ TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
         Step.UNLOAD: Residency.COLD,
         Step.FAIL: Residency.FAILED,
     },
-    Residency.FAILED: {},
+    Residency.FAILED: {Step.REVIVE: Residency.COLD},
 }
 
 
@@ -106,6 +107,21 @@ class SwitchPhase(StrEnum):
     MAKE_ROOM = "make_room"
     BRING_UP = "bring_up"
     ACTIVATE = "activate"
+    VERIFY = "verify"
+
+
+class ServerState(StrEnum):
+    """What the server as a whole is doing."""
+
+    SERVING = "serving"
+    SWITCHING = "switching"
+    RECOVERING = "recovering"
+    """The engine host, or the active engine, died; it is being brought back."""
+    DEGRADED = "degraded"
+    """No model is active, and bringing one back has failed; it is tried again."""
+    STOPPING = "stopping"
+    FAILED = "failed"
+    """The engine host has died too often; the server ends."""
 
 
 class IllegalTransition(HotswapError):

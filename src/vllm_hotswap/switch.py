@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vllm_hotswap.planner import Move
 from vllm_hotswap.registry import Lease, Model
+from vllm_hotswap.settings import DrainPolicy
 from vllm_hotswap.states import SwitchPhase
 
 
@@ -20,12 +21,16 @@ class SwitchResult:
     current_model: str
     switched: bool
     duration_s: float
-    phases_s: dict[str, float]
-    requests_cut: int
     memory_before_bytes: int
     memory_unloaded_bytes: int
     """Once there was room, before the target took any."""
     memory_after_bytes: int
+    phases_s: dict[str, float] = field(default_factory=dict)
+    requests_cut: int = 0
+    """Ended because they were still running at the deadline of the drain."""
+    requests_parked: int = 0
+    requests_lost: int = 0
+    """Parked, and ended because their model had to be unloaded."""
     evicted: tuple[Move, ...] = ()
 
     @property
@@ -43,9 +48,12 @@ class Switch:
     target: Model
     drain_timeout_s: float
     started_s: float
+    policy: DrainPolicy = "abort"
     phase: SwitchPhase = SwitchPhase.VALIDATE
     phases_s: dict[str, float] = field(default_factory=dict)
     requests_cut: int = 0
+    requests_parked: int = 0
+    requests_lost: int = 0
     moves: bool = False
     """Whether memory is moved, rather than a pointer."""
     memory_before_bytes: int = 0

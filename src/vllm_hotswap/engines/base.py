@@ -21,6 +21,9 @@ from vllm_hotswap.planner import Footprint, Usage
 Progress = Callable[[str], None]
 """Called with the name of each stage that a load reaches."""
 
+EngineFailure = Callable[[str, str, int], None]
+"""Called with an alias, the cause, and the number of the load (`Engine.loads`) that has died."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
@@ -36,6 +39,14 @@ class HostStats:
 
     pid: int
     used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A sign of life of the engine host."""
+
+    step_s: float
+    """Seconds that the step under way has taken so far; 0 where there is none."""
 
 
 class Responses(Protocol):
@@ -80,6 +91,10 @@ class Engine(Protocol):
         """What it is served with besides itself, by name; they outlive unloading."""
 
     @property
+    def loads(self) -> int:
+        """Loads that have been begun; what happens to one of them carries its number."""
+
+    @property
     def app(self) -> ASGIApp:
         """The model's own ASGI application. Only defined after the first `load`."""
 
@@ -119,7 +134,18 @@ class Engine(Protocol):
         """
 
     async def activate(self, epoch: int) -> None:
-        """Step this engine from now on, and no other one. Idempotent."""
+        """Step this engine from now on, and no other one. Idempotent.
+
+        Its outputs are stamped with its alias and `epoch`; one that comes to a request whose lease
+        does not own the stamp ends the request, and is not delivered.
+        """
+
+    async def verify(self) -> None:
+        """Have the engine, which is stepped, generate its canary.
+
+        Raises:
+            VerifyFailed: it is not what it was after the first load, or no number at all.
+        """
 
     async def sleep(self, level: int) -> None:
         """Give memory back (vLLM's sleep levels 1 and 2); requests in the engine are kept.
@@ -180,7 +206,10 @@ class EngineHost(Protocol):
 
     @property
     def died(self) -> asyncio.Future[str]:
-        """Done when the host died without being asked to; the result says how."""
+        """Done when the host died without being asked to; the result says how.
+
+        A new one after each `restart`.
+        """
 
     async def start(self) -> None:
         """Start the host. Raises `EngineUnavailable` if it does not come up."""
@@ -188,7 +217,19 @@ class EngineHost(Protocol):
     async def stop(self) -> None:
         """Stop the host and everything in it. Idempotent."""
 
+    def kill(self, why: str) -> None:
+        """End the host at once; `died` says `why`. What waits for it fails. Idempotent."""
+
+    async def restart(self) -> None:
+        """Start the host again after its death, with nothing loaded; frontends stay.
+
+        Raises `EngineUnavailable` if it does not come up.
+        """
+
+    async def ping(self) -> Pulse:
+        """A sign of life, given whatever the engines do. Raises `EngineUnavailable`."""
+
     def stats(self) -> HostStats: ...
 
-    def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
-        """Register who is told (alias, cause) when one engine dies and the host goes on."""
+    def on_engine_failed(self, callback: EngineFailure) -> None:
+        """Register who is told when one engine dies and the host goes on."""

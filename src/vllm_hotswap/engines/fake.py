@@ -7,8 +7,8 @@ running when its engine is parked freezes and goes on later. Its answers name th
 same every time.
 
 Tests drive it: `hold` and `release` gate an operation, `fail_next` makes it fail, `kill` ends the
-host or one engine; witnesses (`operations`, `stepped_while_parked`, `most_held_bytes`) tell what
-happened.
+host or one engine, `hang` has nothing go on any more, `corrupt` spoils what an engine generates;
+witnesses (`operations`, `verified`, `stepped_while_parked`, `most_held_bytes`) tell what happened.
 """
 
 from __future__ import annotations
@@ -31,11 +31,25 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vllm_hotswap.adapters import read_adapter
-from vllm_hotswap.engines.base import Adapter, EngineMemory, HostStats, Progress
+from vllm_hotswap.engines.base import (
+    Adapter,
+    EngineFailure,
+    EngineMemory,
+    HostStats,
+    Progress,
+    Pulse,
+)
 from vllm_hotswap.engines.fake_responses import FakeResponses
-from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+from vllm_hotswap.errors import (
+    ConfigError,
+    EngineUnavailable,
+    HotswapError,
+    VerifyFailed,
+    WrongStamp,
+)
 from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
+from vllm_hotswap.registry import current_lease
 from vllm_hotswap.states import Residency
 
 UNLIMITED = Usage(1 << 60, 1 << 60)
@@ -82,6 +96,12 @@ class FakeEngine:
         self.level: int | None = None
         """0: loaded, 1 or 2: asleep at that level, None: not loaded."""
         self.has_frontend = False
+        self.loads = 0
+        self.canary = "canary"
+        """What it generates to be verified; that of the first load is remembered."""
+        self.stamp = (self.alias, 0)
+        """Alias and epoch of its outputs."""
+        self._first_canary: str | None = None
         self.prefetched = 0
         self.aborted = 0
         self.served = 0
@@ -144,6 +164,7 @@ class FakeEngine:
             )
 
     async def load(self, progress: Progress) -> None:
+        self.loads += 1
         for stage in ("weights", "kv_cache", "warm_up"):
             progress(stage)
         await self.host.operate("load", self.alias, self.settings.load_s)
@@ -157,7 +178,14 @@ class FakeEngine:
         await self.host.operate("activate", self.alias, self.settings.activate_s)
         if not self.is_loaded:
             raise HotswapError(f"engine {self.alias!r} is not loaded")
+        self.stamp = (self.alias, epoch)
         self.host.step_only(self)
+
+    async def verify(self) -> None:
+        await self.host.operate("verify", self.alias, 0)
+        self._first_canary = self._first_canary or self.canary
+        if self.canary != self._first_canary:
+            raise VerifyFailed(self.alias, f"the canary is {self.canary!r}")
 
     async def sleep(self, level: int) -> None:
         await self.host.operate("sleep", self.alias, self.settings.sleep_s)
@@ -215,11 +243,19 @@ class FakeEngine:
                     await asyncio.sleep(self.settings.token_s)
                 await self.host.gate("step", self.alias)
                 self.host.check_stepped(self)
+                self._check_stamp()
                 yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
             self.served += 1
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted += 1
             raise
+
+    def _check_stamp(self) -> None:
+        """As the real frontend does for every output."""
+        lease = current_lease.get()
+        if lease is not None and not lease.owns(*self.stamp):
+            lease.end(WrongStamp(lease.alias, "#".join(map(str, self.stamp))))
+            raise asyncio.CancelledError
 
     def set_stepped(self, stepped: bool) -> None:
         if stepped:
@@ -352,11 +388,18 @@ class FakeHost:
         self._died: asyncio.Future[str] | None = None
         self._gates: dict[tuple[str, str], asyncio.Event] = {}
         self._failures: dict[tuple[str, str], list[HotswapError]] = defaultdict(list)
-        self._callbacks: list[Callable[[str, str], None]] = []
+        self._callbacks: list[EngineFailure] = []
+        self._answers = asyncio.Event()
+        self._answers.set()
+        self.restarts = 0
         self.operations: list[tuple[str, str]] = []
+        """What engines were told to do, but for canaries."""
+        self.verified: list[str] = []
         self.stepped_while_parked = 0
         self.most_held_bytes = 0
         self.is_running = False
+        self.step_s = 0.0
+        """How long the step under way has taken, as `ping` tells it."""
 
     def __repr__(self) -> str:
         stepped = [engine.alias for engine in self._engines.values() if engine.is_stepped]
@@ -381,18 +424,36 @@ class FakeHost:
     def stats(self) -> HostStats:
         return HostStats(os.getpid(), sum(e.held_bytes for e in self._engines.values()))
 
-    def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
+    def on_engine_failed(self, callback: EngineFailure) -> None:
         self._callbacks.append(callback)
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        self._died = asyncio.get_running_loop().create_future()
+        await self.operate("restart", "", 0)
+
+    async def ping(self) -> Pulse:
+        died = self.died
+        await self._answers.wait()
+        if died.done():
+            raise EngineUnavailable(died.result())
+        return Pulse(self.step_s)
 
     # --- what engines do through it ---------------------------------------------------------
 
     async def operate(self, operation: str, alias: str, duration_s: float) -> None:
-        self.operations.append((operation, alias))
+        died = self.died
+        if operation == "verify":
+            self.verified.append(alias)
+        else:
+            self.operations.append((operation, alias))
         if duration_s:
-            await asyncio.sleep(duration_s)
+            await asyncio.wait([died], timeout=duration_s)
         await self.gate(operation, alias)
-        if self.died.done():
-            raise EngineUnavailable(self.died.result())
+        if not self._answers.is_set():
+            await self._answers.wait()
+        if died.done():
+            raise EngineUnavailable(died.result())
         if failures := self._failures[operation, alias]:
             raise failures.pop(0)
 
@@ -426,20 +487,35 @@ class FakeHost:
         failure = error or HotswapError(f"{operation} of {alias!r} was made to fail")
         self._failures[operation, alias].append(failure)
 
-    def kill(self, how: str = "the engine host was killed by signal 9") -> None:
-        """End the host as a signal would: nothing is stepped, and no operation is waited for."""
+    def kill(self, why: str = "the engine host was killed by signal 9") -> None:
+        """End the host as a signal would: nothing is stepped, and what is asked of it fails."""
         for engine in self._engines.values():
             engine.set_stepped(False)
+            engine.level = None
         for (operation, _), gate in self._gates.items():
-            if operation != "step":
+            if operation not in ("step", "restart"):
                 gate.set()
-        self.died.set_result(how)
+        self._answers.set()
+        if not self.died.done():
+            self.died.set_result(why)
 
     def kill_engine(self, alias: str, cause: str = "RuntimeError: step failed") -> None:
         """End one engine as an exception in its step would."""
-        self._engines[alias].set_stepped(False)
+        engine = self._engines[alias]
+        engine.set_stepped(False)
+        engine.level = None
         for callback in self._callbacks:
-            callback(alias, cause)
+            callback(alias, cause, engine.loads)
+
+    def hang(self) -> None:
+        """Do nothing and answer nothing any more, until it is killed."""
+        for engine in self._engines.values():
+            engine.set_stepped(False)
+        self._answers.clear()
+
+    def corrupt(self, alias: str) -> None:
+        """Have an engine generate something else from now on."""
+        self._engines[alias].canary = "corrupt"
 
 
 def _says(text: str) -> dict[str, Any]:

@@ -27,11 +27,14 @@ class HostLink:
     """A running engine host process.
 
     The mutable state is `_pending` (answers awaited, by command id), `_ready` and `died`;
-    all of it is changed on the event loop, by `_on_readable` and `_closed` alone.
+    all of it is changed on the event loop, by `_on_readable` and `_closed` alone. After a death,
+    `spawn` and `watch` begin anew, with another process.
     """
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
+        # As it is before vLLM, imported by this process, writes into it.
+        self._environment = host_environment(os.environ)
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._stopping = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,13 +50,13 @@ class HostLink:
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
-                env=host_environment(os.environ),
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
             )
         self._channel = Connection(ours.detach())
 
     def watch(self, on_message: Callable[[Message], None]) -> None:
-        """Begin to listen; call once, on the event loop."""
+        """Begin to listen; call once for every process, on the event loop."""
         self._on_message = on_message
         loop = asyncio.get_running_loop()
         self.died: asyncio.Future[str] = loop.create_future()
@@ -109,6 +112,12 @@ class HostLink:
             self._process.kill()
             self._process.wait()
 
+    def end(self, why: str) -> None:
+        """End a process that does not do what it should; it has died then, and this is why."""
+        if not self.died.done() and self._process is not None:
+            self._process.kill()
+            self._closed(why)
+
     @property
     def _connection(self) -> Connection[Command, Message]:
         assert self._channel is not None, "spawn() comes first"
@@ -141,10 +150,12 @@ class HostLink:
             case _:
                 self._on_message(message)
 
-    def _closed(self) -> None:
+    def _closed(self, why: str | None = None) -> None:
+        if self._connection.closed:
+            return
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
-        how = self._how_it_ended()
+        how = why or self._how_it_ended()
         error = EngineUnavailable(how)
         for future in (self._ready, *self._pending.values()):
             if not future.done():

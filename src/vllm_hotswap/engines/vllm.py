@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import shutil
 import tempfile
 import threading
@@ -23,15 +24,32 @@ from starlette.types import ASGIApp
 from vllm_hotswap import hub
 from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, share_kv_memory
+from vllm_hotswap.canary import Canary
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend
 from vllm_hotswap.compat.adapters import ids_of_vllm
+from vllm_hotswap.compat.canary import ask_for_canary
 from vllm_hotswap.compat.memory import kv_shares
+from vllm_hotswap.compat.stamps import StampedCore, make_stamp
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
-from vllm_hotswap.engines.base import Adapter, EngineMemory, HostStats, Progress, Responses
+from vllm_hotswap.engines.base import (
+    Adapter,
+    EngineFailure,
+    EngineMemory,
+    HostStats,
+    Progress,
+    Pulse,
+    Responses,
+)
 from vllm_hotswap.engines.link import HostLink
-from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError, one_line
+from vllm_hotswap.errors import (
+    ConfigError,
+    EngineUnavailable,
+    HotswapError,
+    VerifyFailed,
+    one_line,
+)
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -40,6 +58,7 @@ from vllm_hotswap.host.messages import (
     LoadStage,
     Measure,
     Message,
+    Ping,
     Sleep,
     SocketPaths,
     Unload,
@@ -53,6 +72,8 @@ from vllm_hotswap.sampling import SamplingFilter
 from vllm_hotswap.states import Residency
 
 T = TypeVar("T")
+
+log = logging.getLogger("vllm_hotswap")
 
 
 class VllmEngine:
@@ -83,6 +104,9 @@ class VllmEngine:
         self._progress: Progress | None = None
         self._died: asyncio.Future[str] | None = None
         """Whoever asks the engine something waits for its death, too."""
+        self._canary: Canary | None = None
+        """Of its first load."""
+        self.loads = 0
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -170,21 +194,45 @@ class VllmEngine:
         config, variables = self._launch.vllm_config, self._launch.variables
         log_stats = not self._launch.args.disable_log_stats
         self._progress = progress
+        self.loads += 1
         try:
             self._loaded = await self._link.call(
-                lambda number: Load(number, self.alias, config, log_stats, sockets, variables)
+                lambda number: Load(
+                    number, self.alias, self.loads, config, log_stats, sockets, variables
+                )
             )
         finally:
             self._progress = None
         if self._frontend is None:
             progress("frontend")
             await self._add_frontend(sockets)
+        elif config.model_config.is_multimodal_model:
+            # It would send the new engine less than that needs.
+            await self._unless_host_dies(self._client.reset_mm_cache())
         if self._door is not None:
             await self._unless_host_dies(self._shelf.load_all(self._door))
 
     async def activate(self, epoch: int) -> None:
-        await self._link.call(lambda number: Activate(number, self.alias))
+        stamp = make_stamp(self.alias, epoch)
+        await self._link.call(lambda number: Activate(number, self.alias, stamp))
         frontend.name_in_parser_metrics(self.alias)
+
+    async def verify(self) -> None:
+        tasks = self._frontend.routes.tasks if self._frontend else ()
+        config = self._launch.vllm_config.model_config
+        try:
+            canary = await self._unless_host_dies(ask_for_canary(self._client, config, tasks))
+        except EngineUnavailable:
+            raise
+        except Exception as error:
+            raise VerifyFailed(self.alias, one_line(error)) from error
+        if canary is None:
+            log.info("event=not_verified model=%s reason='no canary for its tasks'", self.alias)
+            return
+        why = canary.flaw() or (self._canary and canary.difference(self._canary))
+        if why:
+            raise VerifyFailed(self.alias, why)
+        self._canary = self._canary or canary
 
     async def sleep(self, level: int) -> None:
         await self._link.call(lambda number: Sleep(number, self.alias, level))
@@ -267,6 +315,7 @@ class VllmEngine:
         client = await _on_daemon_thread(lambda: frontend.make_client(config, sockets, args))
         self._client = client
         self._exits.callback(client.shutdown)
+        client.engine_core = StampedCore(self.alias, client.engine_core)
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)
             app = made.app
@@ -352,7 +401,7 @@ class VllmHost:
             launch.alias: VllmEngine(launch, link, self._new_sockets, lock, self._new_shelf(launch))
             for launch in launches
         }
-        self._on_engine_failed: list[Callable[[str, str], None]] = []
+        self._on_engine_failed: list[EngineFailure] = []
         self._budget = Usage()
         self._base_bytes = 0
 
@@ -379,15 +428,29 @@ class VllmHost:
         """Wait for the host and have all models share the memory."""
         self._link.watch(self._receive)
         self._preparing = asyncio.create_task(self._prepare_frontends())
-        await self._link.ready()
         engines = list(self._engines.values())
-        device = engines[0].device
-        memory: DeviceMemory = await self._link.call(lambda number: Measure(number, device))
+        memory = await self._ready(engines[0].device)
         self._base_bytes = memory.held
         self._budget = budget_of(self._launches, self._memory, memory)
         shares = share_kv_memory([engine.needs for engine in engines], self._budget.device)
         for engine in engines:
             engine.give_kv_memory(shares[engine.alias])
+
+    async def _ready(self, device: Device) -> DeviceMemory:
+        await self._link.ready()
+        memory: DeviceMemory = await self._link.call(lambda number: Measure(number, device))
+        return memory
+
+    def kill(self, why: str) -> None:
+        self._link.end(why)
+
+    async def restart(self) -> None:
+        self._link.spawn()
+        self._link.watch(self._receive)
+        await self._ready(next(iter(self._engines.values())).device)
+
+    async def ping(self) -> Pulse:
+        return Pulse(await self._link.call(Ping))
 
     async def stop(self) -> None:
         try:
@@ -400,7 +463,7 @@ class VllmHost:
     def stats(self) -> HostStats:
         return HostStats(self._link.pid, anonymous_bytes(self._link.pid))
 
-    def on_engine_failed(self, callback: Callable[[str, str], None]) -> None:
+    def on_engine_failed(self, callback: EngineFailure) -> None:
         self._on_engine_failed.append(callback)
 
     async def _prepare_frontends(self) -> None:
@@ -420,7 +483,7 @@ class VllmHost:
         match message:
             case LoadStage(alias=alias, stage=stage):
                 self._engines[alias].stage_reached(stage)
-            case EngineFailed(alias=alias, cause=cause):
+            case EngineFailed(alias=alias, load=load, cause=cause):
                 self._engines[alias].engine_died(cause)
                 for callback in self._on_engine_failed:
-                    callback(alias, cause)
+                    callback(alias, cause, load)

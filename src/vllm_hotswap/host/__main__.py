@@ -43,7 +43,11 @@ def main() -> None:
     with no_collection():
         obedience.prepare()
     channel.send(Ready())
-    obedience.loop.run()
+    try:
+        obedience.loop.run()
+    except BaseException:
+        log.exception("event=compute_thread_failed action=exit")
+        _exit(1)
 
 
 def _read(channel: Connection[object, Command], obedience: Obedience) -> NoReturn:
@@ -58,6 +62,7 @@ def _read(channel: Connection[object, Command], obedience: Obedience) -> NoRetur
             obedience.take(command)
     except (EOFError, OSError):
         log.warning("event=parent_gone action=exit")
+        obedience.remove_sockets()
         _exit(1)
     except Exception:
         log.exception("event=command_unreadable action=exit")

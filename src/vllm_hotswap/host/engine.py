@@ -10,7 +10,7 @@ thread, and builds no frontend.
 Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` overridable;
 `EngineCore.__init__` callable again on the same object; `_process_input_queue` not blocking when
 `process_input_queue_block` is false; `_process_engine_step`; `has_work`; `_initialize_kv_caches`;
-`pause_scheduler` with mode "keep"; `_reset_caches`; `_send_engine_dead`; `add_request`, `add_lora`
+`pause_scheduler` with mode "keep"; `_reset_caches`; `set_weight_version`; `add_request`, `add_lora`
 and `remove_lora`; the two IO threads it starts, which touch `aborts_queue` and `input_queue` while
 no model is loaded.
 """
@@ -132,9 +132,14 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self._process_engine_step()
 
     def die(self) -> None:
-        self._send_engine_dead()
+        # Its client is not told: it would never work again. Whoever waits there is told otherwise.
         if self.is_loaded:
             self._forget_model()
+
+    def stamp_outputs(self, stamp: str) -> None:
+        """Have every output from now on carry `stamp`, as its weight version."""
+        if hasattr(self, "set_weight_version"):  # since vLLM 0.32
+            self.set_weight_version(stamp)
 
     def _turn_away_input(self) -> None:
         """Answer calls with an error and forget aborts: there is no model."""

@@ -11,14 +11,12 @@ This module knows no vLLM: engines are whatever has the methods of `SteppedEngin
 
 from __future__ import annotations
 
-import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import NoReturn, Protocol
-
-log = logging.getLogger("vllm_hotswap.host")
 
 IDLE_S = 1.0
 """After so many seconds without anything to do, there is time for what may wait."""
@@ -40,16 +38,16 @@ class SteppedEngine(Protocol):
         """Run one step and send its outputs."""
 
     def die(self) -> None:
-        """Tell the engine's clients that it is dead."""
+        """Give up everything of the model, which has failed; take in messages as before."""
 
 
 class EngineLoop:
     """Steps the active engine, services the others, obeys commands between two steps.
 
     The mutable state is `_engines`, `_active` (both touched by the compute thread only),
-    `_commands` (a thread-safe deque that other threads append to) and the doorbell, which
-    whoever leaves something to do rings *after* leaving it. `when_idle` is called on the compute
-    thread once per pause.
+    `_commands` (a thread-safe deque that other threads append to), when the step under way began,
+    and the doorbell, which whoever leaves something to do rings *after* leaving it. `when_idle` is
+    called on the compute thread once per pause.
     """
 
     def __init__(
@@ -61,11 +59,18 @@ class EngineLoop:
         self._active: str | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._doorbell = threading.Event()
+        self._step_began_s: float | None = None
         self._on_engine_failed = on_engine_failed
         self._when_idle = when_idle
 
     def __repr__(self) -> str:
         return f"<EngineLoop active={self._active} engines={list(self._engines)}>"
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that the step under way has taken; 0 if there is none. For any thread."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     @property
     def active(self) -> str | None:
@@ -128,7 +133,11 @@ class EngineLoop:
         if self._active is None:
             return False
         engine = self._engines[self._active]
-        return self._guarded(self._active, partial(_step, engine))
+        self._step_began_s = time.monotonic()
+        try:
+            return self._guarded(self._active, partial(_step, engine))
+        finally:
+            self._step_began_s = None
 
     def _guarded(self, alias: str, act: Callable[[], bool]) -> bool:
         """The result of `act`; its failure ends this engine only."""
@@ -139,14 +148,10 @@ class EngineLoop:
             return False
 
     def _bury(self, alias: str, error: Exception) -> None:
-        engine = self._engines.pop(alias)
-        if self._active == alias:
-            self._active = None
+        """Tell of it, and give up the engine's model. If that fails, the process is to end."""
+        self.park(alias)
         self._on_engine_failed(alias, error)
-        try:
-            engine.die()
-        except Exception:
-            log.exception("event=engine_died_badly model=%s", alias)
+        self._engines[alias].die()
 
 
 def _step(engine: SteppedEngine) -> bool:

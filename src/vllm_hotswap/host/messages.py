@@ -8,6 +8,7 @@ their outputs never come this way: they use vLLM's own sockets, one pair per mod
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.variables import Wishes
@@ -20,6 +21,11 @@ class SocketPaths:
     input: str
     output: str
 
+    @property
+    def folder(self) -> str:
+        """Where their files are."""
+        return str(Path(self.input.removeprefix("ipc://")).parent)
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -27,6 +33,13 @@ class Measure:
 
     id: int
     device: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Give a sign of life, whatever the compute thread does. Answer: seconds that its step took."""
+
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,8 @@ class Load:
 
     id: int
     alias: str
+    number: int
+    """Which load of this model it is; tells of its engine carry it."""
     vllm_config: Any
     log_stats: bool
     sockets: SocketPaths
@@ -47,10 +62,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Activate:
-    """Step this engine from now on, and no other one. Answer: None."""
+    """Step this engine from now on, and no other one; stamp its outputs. Answer: None."""
 
     id: int
     alias: str
+    stamp: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +105,7 @@ class Stop:
     id: int
 
 
-Command = Measure | Load | Activate | Sleep | Wake | Unload | Stop
+Command = Measure | Ping | Load | Activate | Sleep | Wake | Unload | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +137,8 @@ class EngineFailed:
     """One engine died; the host and the other engines go on."""
 
     alias: str
+    load: int
+    """The number of the load that has died."""
     cause: str
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from vllm_hotswap.host.messages import (
     LoadStage,
     Measure,
     Message,
+    Ping,
     Sleep,
     Unload,
     Wake,
@@ -44,14 +46,17 @@ MAX_SHELLS = 8
 class Obedience:
     """Turns commands into work on the compute thread and sends the answers.
 
-    The mutable state is `_shells` (unloads whose shells wait for a collection), the environment
-    variables of models, and the engines, which are the loop's.
+    The mutable state is `_shells` (unloads whose shells wait for a collection), the number of each
+    model's last load, the folders of its sockets, the environment variables of models, and the
+    engines, which are the loop's.
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
         self._channel_send = send
         self._send_lock = threading.Lock()
         self._shells = 0
+        self._loads: dict[str, int] = {}
+        self._folders: set[str] = set()
         self._variables = Variables()
         self.loop = EngineLoop(self._engine_failed, self._tidy_up)
 
@@ -61,7 +66,17 @@ class Obedience:
 
     def take(self, command: Command) -> None:
         """Have `command` obeyed on the compute thread. Called by the channel's thread."""
+        if isinstance(command, Ping):
+            self._send(Answer(command.id, result=self.loop.step_s))
+            return
+        if isinstance(command, Load):
+            self._folders.add(command.sockets.folder)
         self.loop.submit(lambda: self._answer(command))
+
+    def remove_sockets(self) -> None:
+        """Remove what the parent would have removed, which is gone."""
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _answer(self, command: Command) -> None:
         try:
@@ -81,12 +96,13 @@ class Obedience:
         match command:
             case Measure(device=device):
                 return device.memory()
-            case Load(alias=alias, variables=wishes):
+            case Load(alias=alias, number=number, variables=wishes):
+                self._loads[alias] = number
                 self._variables.learn(alias, wishes)
                 with self._variables.of(alias):
                     return self._load(command)
-            case Activate(alias=alias):
-                return self._activate(alias)
+            case Activate(alias=alias, stamp=stamp):
+                return self._activate(alias, stamp)
             case Sleep(alias=alias, level=level):
                 return self._sleep(alias, level)
             case Wake(alias=alias):
@@ -147,8 +163,8 @@ class Obedience:
         self.loop.add(command.alias, engine)
         return engine
 
-    def _activate(self, alias: str) -> None:
-        self._loaded(alias)
+    def _activate(self, alias: str, stamp: str) -> None:
+        self._loaded(alias).stamp_outputs(stamp)
         self.loop.activate(alias)
         self._variables.activate(alias)
 
@@ -200,7 +216,7 @@ class Obedience:
     def _engine_failed(self, alias: str, error: Exception) -> None:
         log.error("event=engine_failed model=%s", alias, exc_info=error)
         self._shells += 1
-        self._send(EngineFailed(alias, one_line(error)))
+        self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
 
     def _send(self, message: Message) -> None:
         # A parent that is gone is noticed by the thread that reads the channel.

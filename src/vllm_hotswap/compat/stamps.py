@@ -1,0 +1,84 @@
+"""The stamp on every output, checked against the lease of its request. Checked on vLLM 0.32.0.
+
+Relies on: `AsyncLLM.engine_core`, whose `add_request_async` and `get_output_async` are called once
+per request and per step; `EngineCoreOutputs.weight_version`, which is new in 0.32: outputs of
+older versions have no stamp, and are delivered unchecked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_hotswap.errors import EngineUnavailable, WrongStamp
+from vllm_hotswap.registry import Lease, current_lease
+
+
+def make_stamp(alias: str, epoch: int) -> str:
+    return f"{alias}#{epoch}"
+
+
+def read_stamp(stamp: str) -> tuple[str, int]:
+    """Alias and epoch; what is no stamp of ours is of no epoch."""
+    alias, _, epoch = stamp.rpartition("#")
+    return (alias, int(epoch)) if epoch.isdecimal() else (stamp, -1)
+
+
+class StampedCore:
+    """vLLM's client of one engine core, between it and the `AsyncLLM` that uses it.
+
+    The mutable state is `_leases`, by the id that vLLM gives a request, from its beginning to its
+    last output; and the last stamp, read.
+    """
+
+    def __init__(self, alias: str, core: Any) -> None:
+        self._alias = alias
+        self._core = core
+        self._leases: dict[str, Lease] = {}
+        self._stamp = ""
+        self._owner = ("", -1)
+
+    def __repr__(self) -> str:
+        return f"<StampedCore {self._alias} requests={len(self._leases)} stamp={self._stamp!r}>"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    async def add_request_async(self, request: Any) -> None:
+        lease = current_lease.get()
+        if lease is not None:
+            if lease.alias != self._alias:
+                raise WrongStamp(lease.alias, self._alias)
+            if lease.cut is not None:  # while the request was being tokenised
+                raise EngineUnavailable(lease.cut.message)
+            self._leases[request.request_id] = lease
+        await self._core.add_request_async(request)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._leases.pop(request_id, None)
+        await self._core.abort_requests_async(request_ids)
+
+    async def get_output_async(self) -> Any:
+        outputs = await self._core.get_output_async()
+        stamp = getattr(outputs, "weight_version", None)
+        if stamp is not None and outputs.outputs:
+            self._check(outputs, stamp)
+        return outputs
+
+    def _check(self, outputs: Any, stamp: str) -> None:
+        """Take out what does not belong to its request, and end the request."""
+        if stamp != self._stamp:
+            self._stamp, self._owner = stamp, read_stamp(stamp)
+        leases, (alias, epoch) = self._leases, self._owner
+        refused = set()
+        for output in outputs.outputs:
+            lease = leases.get(output.request_id)
+            if lease is None:
+                continue
+            if not lease.owns(alias, epoch):
+                refused.add(output.request_id)
+                lease.end(WrongStamp(lease.alias, stamp))
+            elif output.finish_reason is not None:
+                del leases[output.request_id]
+        if refused:
+            outputs.outputs = [o for o in outputs.outputs if o.request_id not in refused]

@@ -1,0 +1,75 @@
+"""Waiting for the requests of one model, ending them, and parking them.
+
+Whoever decides is the coordinator; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from functools import partial
+
+from vllm_hotswap.errors import ParkedEnded
+from vllm_hotswap.registry import Cut, Lease, Model
+
+CUT_GRACE_S = 5.0
+"""Seconds that a request which was ended gets to notice, and then again to send its error."""
+
+
+async def until_empty(model: Model, timeout_s: float) -> None:
+    """Return when no request of the model runs any more, or after `timeout_s`.
+
+    Parked requests do not run.
+    """
+    if not _is_running(model) or timeout_s <= 0:
+        return
+    model.emptied = asyncio.get_running_loop().create_future()
+    await asyncio.wait([model.emptied], timeout=timeout_s)
+    model.emptied = None
+
+
+async def until_ended(model: Model) -> None:
+    """Wait for requests that `end_all` has ended."""
+    await until_empty(model, 2 * CUT_GRACE_S)
+
+
+def release(model: Model, lease: Lease) -> None:
+    """The request is over."""
+    lease.settle()
+    model.leases.pop(lease, None)
+    if model.emptied is not None and not model.emptied.done() and not _is_running(model):
+        model.emptied.set_result(None)
+
+
+def _is_running(model: Model) -> bool:
+    return not all(lease.is_parked for lease in model.leases)
+
+
+def end_all(model: Model, cause: Cut, leases: Iterable[Lease] | None = None) -> int:
+    """End requests, all of the model's by default; how many.
+
+    Those that go on all the same are cancelled after a grace.
+    """
+    asked = model.leases if leases is None else leases
+    ended = [lease for lease in asked if lease.cut is None]
+    for lease in ended:
+        lease.end(cause)
+    if ended:
+        asyncio.get_running_loop().call_later(CUT_GRACE_S, _kill, model, ended)
+    return len(ended)
+
+
+def _kill(model: Model, ended: Iterable[Lease]) -> None:
+    for lease in ended:
+        if lease in model.leases:
+            lease.kill()
+
+
+def park(model: Model, timeout_s: float, at_most: int) -> int:
+    """Freeze the model's requests with its engine, the oldest first; how many."""
+    cause = ParkedEnded(model.alias, f"nobody is parked for longer than {timeout_s:g} s")
+    running = [lease for lease in model.leases if lease.cut is None and not lease.is_parked]
+    parked = running[: max(0, at_most - len(model.parked))]
+    for lease in parked:
+        lease.park(timeout_s, partial(end_all, model, cause, [lease]))
+    return len(parked)

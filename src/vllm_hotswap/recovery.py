@@ -1,0 +1,212 @@
+"""Bringing the server back after the engine host, or the active engine, has died.
+
+What is decided here: when the host counts as hung, how long to wait before the next attempt, and
+when to give up. What is done is the coordinator's: a switch back to the last active model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from vllm_hotswap.engines.base import EngineHost, Pulse
+from vllm_hotswap.errors import HotswapError, one_line
+from vllm_hotswap.events import HostRestarted, Observer, ServiceDegraded
+from vllm_hotswap.settings import RecoveryConfig
+
+log = logging.getLogger("vllm_hotswap")
+
+PING_S = 1.0
+"""How often the engine host is asked for a sign of life."""
+
+
+class Recoverable(Protocol):
+    """The coordinator, as far as recovery knows it."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def is_host_down(self) -> bool: ...
+
+    @property
+    def needs_recovery(self) -> bool:
+        """Nothing is active, and nobody has asked for that."""
+
+    def turn(self) -> AbstractAsyncContextManager[object]:
+        """Entered when nobody does anything with the host any more."""
+
+    def host_is_back(self) -> None:
+        """There is a host again, with nothing loaded."""
+
+    async def bring_back(self) -> None:
+        """Make the last active model the active one. Raises `HotswapError`."""
+
+    def give_up(self, why: str) -> None:
+        """Nothing will be served any more."""
+
+
+class Recovery:
+    """One task at a time that recovers, and a watch over the host.
+
+    The mutable state is `_task`, `_attempts_s` (when recovery was tried), `_deaths_s` (when the
+    host died), `restarts`, `failure` and
+    `is_degraded`.
+    """
+
+    def __init__(
+        self,
+        server: Recoverable,
+        host: EngineHost,
+        observer: Observer,
+        settings: RecoveryConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self._server = server
+        self._host = host
+        self._observer = observer
+        self._settings = settings
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+        self._attempts_s: deque[float] = deque()
+        self._deaths_s: deque[float] = deque()
+        self.restarts = 0
+        """Of the engine host, so far."""
+        self.failure: str | None = None
+        """Why it is under way: what has died, or why the last attempt failed."""
+        self.is_degraded = False
+        """Whether an attempt has failed."""
+
+    def __repr__(self) -> str:
+        return f"<Recovery under_way={self.is_under_way} restarts={self.restarts}>"
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def host_died(self, how: str) -> None:
+        """Count it. Recovery begins, or the server is given up."""
+        self._remember(self._deaths_s)
+        if len(self._deaths_s) > self._settings.max_restarts:
+            self._server.give_up(
+                f"{how}; that was death {len(self._deaths_s)} within "
+                f"{self._settings.restart_window:g} s (recovery.max_restarts)"
+            )
+        else:
+            self.begin(how)
+
+    def begin(self, why: str) -> None:
+        """Recover, unless that is under way."""
+        self.failure = why
+        if not self.is_under_way:
+            self._task = asyncio.create_task(self._run(), name="recovery")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while self._server.needs_recovery:
+            await asyncio.sleep(self._backoff_s())
+            await self._try()
+        self.failure, self.is_degraded = None, False
+
+    async def _try(self) -> None:
+        if not self._server.needs_recovery:
+            return  # somebody has switched meanwhile
+        self._remember(self._attempts_s)
+        try:
+            await self._attempt()
+        except HotswapError as error:
+            self._failed(error)
+        except Exception as error:
+            log.exception("event=recovery_failed")
+            self._failed(error)
+
+    async def _attempt(self) -> None:
+        if self._server.is_host_down:
+            await self._restart()
+        await self._server.bring_back()
+
+    async def _restart(self) -> None:
+        started_s = self._clock()
+        self.restarts += 1
+        async with self._server.turn():
+            try:
+                await self._start_host(self._settings.load_timeout)
+            except HotswapError as error:
+                self.host_died(error.message)
+                raise
+            self._server.host_is_back()
+        took_s = self._clock() - started_s
+        self._observer.notify(HostRestarted(self._server.epoch, self.restarts, took_s))
+
+    async def _start_host(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._host.restart()
+        except TimeoutError:
+            why = f"the engine host did not start within {timeout_s:g} s"
+            self._host.kill(why)
+            raise HotswapError(why) from None
+
+    def _failed(self, error: Exception) -> None:
+        self.failure, self.is_degraded = one_line(error), True
+        event = ServiceDegraded(self._server.epoch, self.failure, self._backoff_s())
+        self._observer.notify(event)
+
+    def _backoff_s(self) -> float:
+        """0 before the first attempt, then 1, 2, 4 ... seconds, as long as attempts come often."""
+        self._forget(self._attempts_s)
+        tried = len(self._attempts_s)
+        return min(2.0 ** (tried - 1), self._settings.max_backoff) if tried else 0.0
+
+    def _remember(self, times_s: deque[float]) -> None:
+        self._forget(times_s)
+        times_s.append(self._clock())
+
+    def _forget(self, times_s: deque[float]) -> None:
+        while times_s and times_s[0] <= self._clock() - self._settings.restart_window:
+            times_s.popleft()
+
+    # --- watching ---------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Until cancelled, end a host that gives no sign of life, or is stuck in a step.
+
+        What counts is how often the host was asked in vain, not the time: while this process was
+        stopped, or its loop blocked, the host could not have been heard.
+        """
+        silent_s = 0.0
+        asking: asyncio.Task[Pulse] | None = None
+        try:
+            while True:
+                asking = asking or asyncio.create_task(self._host.ping())
+                await asyncio.sleep(PING_S)
+                if asking.done():
+                    self._hear(asking)
+                    silent_s, asking = 0.0, None
+                    continue
+                silent_s += PING_S
+                if silent_s >= self._settings.hang_timeout:
+                    self._host.kill(
+                        f"the engine host was ended: no sign of life for {silent_s:g} s "
+                        "(recovery.hang_timeout)"
+                    )
+        finally:
+            if asking is not None:
+                asking.cancel()
+
+    def _hear(self, asking: asyncio.Task[Pulse]) -> None:
+        if asking.exception() is not None:
+            return  # it is dead, which is known already
+        step_s = asking.result().step_s
+        if step_s >= self._settings.step_timeout:
+            self._host.kill(
+                f"the engine host was ended: one step took {step_s:.0f} s (recovery.step_timeout)"
+            )
