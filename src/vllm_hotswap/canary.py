@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+CANARY_ID = "hotswap-canary-"
+"""How the ids of requests for canaries begin."""
+
 LOGPROB_TOLERANCE = 0.1
 """Nats. Other weights are further off than that; another batch in half precision is not."""
 

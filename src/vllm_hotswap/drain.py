@@ -56,7 +56,7 @@ def end_all(model: Model, cause: Cut, leases: Iterable[Lease] | None = None) -> 
         lease.end(cause)
     if ended:
         asyncio.get_running_loop().call_later(CUT_GRACE_S, _kill, model, ended)
-    return len(ended)
+    return sum(lease.was_cut for lease in ended)
 
 
 def _kill(model: Model, ended: Iterable[Lease]) -> None:
@@ -68,7 +68,7 @@ def _kill(model: Model, ended: Iterable[Lease]) -> None:
 def park(model: Model, timeout_s: float, at_most: int) -> int:
     """Freeze the model's requests with its engine, the oldest first; how many."""
     cause = ParkedEnded(model.alias, f"nobody is parked for longer than {timeout_s:g} s")
-    running = [lease for lease in model.leases if lease.cut is None and not lease.is_parked]
+    running = [lease for lease in model.leases if lease.is_open and not lease.is_parked]
     parked = running[: max(0, at_most - len(model.parked))]
     for lease in parked:
         lease.park(timeout_s, partial(end_all, model, cause, [lease]))

@@ -165,7 +165,6 @@ class Answer:
                 return  # what an application says after it was cut is not the answer
         match message["type"]:
             case "http.response.start":
-                self.started = True
                 self.is_event_stream = _content_type(message).startswith(b"text/event-stream")
             case "http.response.body":
                 self._look_at(message)
@@ -174,6 +173,10 @@ class Answer:
             case "websocket.close":
                 self.started = self.complete = True
         await self._pass_on(message)
+        if message["type"] == "http.response.start":
+            self.started = True  # not before: a cut must not send a body without it
+        if self.complete and self.lease is not None:
+            self.lease.is_answered = True
 
     async def _pass_on(self, message: Message) -> None:
         self.is_sending = True

@@ -188,6 +188,8 @@ class Recovery:
             while True:
                 asking = asking or asyncio.create_task(self._host.ping())
                 await asyncio.sleep(PING_S)
+                if self._server.is_host_down:  # or starting, which has a deadline of its own
+                    silent_s = 0.0
                 if asking.done():
                     self._hear(asking)
                     silent_s, asking = 0.0, None

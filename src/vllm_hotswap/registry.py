@@ -43,6 +43,10 @@ class Lease:
     on_cut: Callable[[], object] | None = None
     work: asyncio.Task[object] | None = None
     client_left: bool = False
+    is_answered: bool = False
+    """Whether the last byte of the answer has been sent."""
+    was_cut: bool = False
+    """Whether there was something left that is missing now."""
     name: str | None = None
     """What the request calls its model: an alias, an adapter, or nothing."""
     is_parked: bool = False
@@ -59,7 +63,7 @@ class Lease:
     @property
     def result(self) -> RequestResult:
         """How the request ended, for whoever counts."""
-        if self.cut is not None:
+        if self.was_cut:
             return "cut"
         return "left" if self.client_left else "served"
 
@@ -67,9 +71,16 @@ class Lease:
         """Whether an output with this stamp may be the request's."""
         return alias == self.alias and self.first_epoch <= epoch <= self.epoch
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to end: an answer, or work that outlives it."""
+        is_at_work = self.work is not None and not self.work.done()
+        return self.cut is None and (is_at_work or not self.is_answered)
+
     def end(self, cause: Cut) -> None:
-        """End the request. Only the first cause counts."""
+        """End the request, and whatever goes on after its answer. Only the first cause counts."""
         if self.cut is None:
+            self.was_cut = self.is_open
             self.cut = cause
             if self.work is not None:
                 self.work.cancel()

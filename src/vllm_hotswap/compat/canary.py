@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
-from vllm_hotswap.canary import Canary
+from vllm_hotswap.canary import CANARY_ID, Canary
 
 LENGTH = 4
 """Tokens of the prompt."""
@@ -22,8 +22,8 @@ POOLED_VALUES = 32
 
 async def ask_for_canary(client: Any, model_config: Any, tasks: Collection[str]) -> Canary | None:
     """What the engine generates now; None for a model that cannot be asked with token ids alone."""
-    prompt = {"prompt_token_ids": prompt_ids(model_config)}
-    number = f"hotswap-canary-{uuid.uuid4().hex[:12]}"
+    prompt = {"type": "token", "prompt_token_ids": prompt_ids(model_config)}
+    number = f"{CANARY_ID}{uuid.uuid4().hex[:12]}"
     if "generate" in tasks:
         return await _generate(client, prompt, number, model_config.max_logprobs)
     task = next((task for task in POOLING_TASKS if task in tasks), None)

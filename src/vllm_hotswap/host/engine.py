@@ -25,11 +25,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
+from vllm_hotswap.canary import CANARY_ID
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
@@ -100,6 +102,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         # vLLM calls this between reading the weights and its first run of the model.
         self._code.lend_to(self.model_executor)
         self._tried_adapters: set[int] = set()
+        self._canary: str | None = None
         return super()._initialize_kv_caches(vllm_config)
 
     def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
@@ -129,7 +132,14 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         return self.is_loaded and super().has_work()
 
     def run_step(self) -> None:
-        self._process_engine_step()
+        if self._canary is None:
+            self._process_engine_step()
+        elif self._canary not in self.scheduler.requests:
+            self._canary = None
+            self._process_engine_step()
+        else:
+            with torch.compiler.set_stance("force_eager"):
+                self._process_engine_step()
 
     def die(self) -> None:
         # Its client is not told: it would never work again. Whoever waits there is told otherwise.
@@ -154,6 +164,9 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def add_request(self, request: Any, request_wave: int = 0) -> None:
         """Take a request in, unless its adapter cannot be loaded: that would end a step."""
+        if request.request_id.startswith(CANARY_ID) and self.vllm_config.model_config.enforce_eager:
+            # Its log-probability would have vLLM compile the one function that counts ranks.
+            self._canary = request.request_id
         try:
             self._try_adapter(request.lora_request)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone

@@ -3,15 +3,16 @@
 A model on one device runs inside the engine host, a tensor-parallel one in worker processes that
 the host starts and ends with it. Both are named by their qualified names in
 `distributed_executor_backend`, so that the CPU platform, which replaces the word "uni" by the
-multi-process executor, lets them be. Checked on vLLM 0.32.0.
+multi-process executor, lets them be. Checked on vLLM 0.32.0 (`UniProcExecutor._distributed_args`).
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm import envs
@@ -49,6 +50,15 @@ class _Reporting:
 
 class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM's types stop here
     """`UniProcExecutor` for one of several engines in a process."""
+
+    folder: ClassVar[str] = tempfile.gettempdir()
+    """Where torch's store of the process group lies: it is never removed by the process itself."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        method, rank, local_rank = super()._distributed_args()
+        if method.startswith("file://"):
+            method = f"file://{self.folder}/{method.rpartition('/')[2]}"
+        return method, rank, local_rank
 
     def shutdown(self) -> None:
         """End what the worker has started; `host.teardown` gives its memory back.

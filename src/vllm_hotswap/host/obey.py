@@ -147,7 +147,9 @@ class Obedience:
         """A new engine at the first load, the same one at every later load."""
         from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
+        from vllm_hotswap.host.executor import HostedExecutor
 
+        HostedExecutor.folder = command.sockets.folder
         engine = self._find(command.alias)
         with forgetting_failed_load():
             if engine is not None:
