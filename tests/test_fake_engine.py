@@ -220,6 +220,22 @@ async def test_request_that_is_parked_freezes_and_goes_on(host: FakeHost) -> Non
     assert ["I", "am", "llama,"] == [first, await second, await anext(words)]
 
 
+async def test_word_that_takes_its_time_waits_for_its_engine(host: FakeHost) -> None:
+    """Its engine was parked in the middle of it; it is told when that is stepped again."""
+    qwen = host.engines["qwen"]
+    await qwen.activate(2)
+    word = asyncio.ensure_future(anext(qwen.tokens(1)))
+    await settled()
+
+    await host.engines["llama"].activate(3)
+    await asyncio.sleep(2 * qwen.settings.token_s)
+    assert not word.done()
+
+    await qwen.activate(4)
+    assert "I" == await word
+    assert 0 == host.stepped_while_parked
+
+
 async def test_engine_that_is_stepped_while_parked_is_witnessed(host: FakeHost) -> None:
     """A switch that moves the pointer in the middle of a step is found out."""
     host.hold("step", "llama")

@@ -517,6 +517,24 @@ async def test_pinned_model_is_never_evicted(make_server: MakeServer) -> None:
     assert {"llama": "asleep", "qwen": "parked", "mistral": "active"} == server.residencies
 
 
+async def test_target_that_is_pinned_meanwhile_leaves_its_memory_to_the_source(
+    make_server: MakeServer,
+) -> None:
+    """A switch that fails gives back what it has taken; a pin holds nothing that never served."""
+    server = await make_server(load=("llama",), settings=sized(), budget=Usage(4 * MIB))
+    server.host.hold("load", "mistral")
+    server.host.fail_next("activate", "mistral")
+    switching = server.switch("mistral")
+    await server.settled()
+    await server.operate("mistral", "pin", pinned=True)
+
+    server.host.release("load", "mistral")
+
+    assert (503, "switch_failed") == await code(switching)
+    assert {"llama": "active", "qwen": "cold", "mistral": "cold"} == server.residencies
+    assert 4 * MIB == server.host.most_held_bytes
+
+
 async def test_requests_of_a_parked_model_keep_it_from_losing_its_weights(server: Server) -> None:
     """It may sleep, because its requests survive that, but no more."""
     with request_of(server, "qwen"):

@@ -648,18 +648,18 @@ class Coordinator:
                 self._active = None
                 await self.ladder.move_down(switch.target, Residency.COLD)
             if switch.source is not None and switch.source.residency is not Residency.FAILED:
-                await self._restore(switch.source, switch.phase)
+                await self._restore(switch.source, switch)
         except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
             log.error(
                 "event=rollback_failed target=%s cause=%r", switch.target.alias, one_line(error)
             )
             self._host.kill(f"the engine host was ended: a switch was not undone: {error}")
 
-    async def _restore(self, source: Model, phase: SwitchPhase) -> None:
+    async def _restore(self, source: Model, switch: Switch) -> None:
         try:
             if source.residency is not Residency.ACTIVE:
-                await self._bring_back(source)
-            elif phase is SwitchPhase.ACTIVATE:
+                await self._bring_back(source, switch.target)
+            elif switch.phase is SwitchPhase.ACTIVATE:
                 # The pointer may have moved although the answer was lost.
                 await self.ladder.told(source, "activate", source.engine.activate(self._epoch))
         except Exception as error:  # noqa: BLE001  # it is not the last word: recovery goes on
@@ -668,12 +668,12 @@ class Coordinator:
         if source.is_verified:
             self._resume(source)
 
-    async def _bring_back(self, source: Model) -> None:
+    async def _bring_back(self, source: Model, target: Model) -> None:
         if not source.is_loaded:
             try:
                 await self.ladder.make_room(source)
-            except NoRoom:  # it has turned out to hold more than was thought
-                await self.ladder.make_all_room(source)
+            except NoRoom:  # it holds more than was thought, or the target was pinned meanwhile
+                await self.ladder.make_all_room(source, even=target)
             await self.ladder.bring_up(source)
         await self._activate(source)
         if not source.is_verified:

@@ -24,8 +24,10 @@ async def until_empty(model: Model, timeout_s: float) -> None:
     if not _is_running(model) or timeout_s <= 0:
         return
     model.emptied = asyncio.get_running_loop().create_future()
-    await asyncio.wait([model.emptied], timeout=timeout_s)
-    model.emptied = None
+    try:
+        await asyncio.wait([model.emptied], timeout=timeout_s)
+    finally:
+        model.emptied = None
 
 
 async def until_ended(model: Model) -> None:

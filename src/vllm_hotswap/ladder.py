@@ -308,12 +308,15 @@ class Ladder:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
 
-    async def make_all_room(self, target: Model) -> int:
-        """Unload every model but pinned ones and `target`, whatever a plan says."""
+    async def make_all_room(self, target: Model, even: Model | None = None) -> int:
+        """Unload every model but pinned ones and `target`, whatever a plan says.
+
+        `even` is one that is unloaded although it is pinned.
+        """
         lost = 0
         for model in self._registry:
             is_held = model.residency not in (Residency.COLD, Residency.FAILED)
-            if model is not target and is_held and not model.pinned:
+            if model is not target and is_held and (model is even or not model.pinned):
                 lost += await self.move_down(model, Residency.COLD)
         return lost
 

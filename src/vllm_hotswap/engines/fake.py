@@ -241,6 +241,7 @@ class FakeEngine:
                 await self._stepped.wait()
                 if self.settings.token_s:
                     await asyncio.sleep(self.settings.token_s)
+                    await self._stepped.wait()  # parked meanwhile, it goes on later
                 await self.host.gate("step", self.alias)
                 self.host.check_stepped(self)
                 self._check_stamp()
