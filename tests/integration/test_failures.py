@@ -28,8 +28,8 @@ models:
 def test_the_hosts_death_fails_every_request_and_ends_the_server_with_status_1(
     tmp_path: Path,
 ) -> None:
-    """A killed engine host leaves no request hanging, and a supervisor can see the death."""
-    (tmp_path / "models.yaml").write_text(ONE_MODEL)
+    """Where it may not be restarted: no request hangs, and a supervisor can see the death."""
+    (tmp_path / "models.yaml").write_text(ONE_MODEL + "recovery: {max_restarts: 0}\n")
     environment = {"VLLM_HOTSWAP_CONFIG": str(tmp_path / "models.yaml")}
     command = ["-m", QUICKSTART_MODULE]
     server = ServerProcess.start(command, free_port(), tmp_path / "log", environment)

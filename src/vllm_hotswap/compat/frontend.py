@@ -1,6 +1,7 @@
 """vLLM's frontend of one model, and what its server would be made of. Checked on vLLM 0.32.0.
 
-Relies on: `AsyncLLM(client_addresses=...)`, `build_app`, `init_app_state`, `vllm.parser.metrics`,
+Relies on: `AsyncLLM(client_addresses=...)` and its `engine_core.input_socket`, to which an engine
+says first that it is ready; `build_app`, `init_app_state`, `vllm.parser.metrics`,
 `get_uvicorn_log_config`, `SSLCertRefresher`, the names of `HANDLERS` in the application's state.
 """
 
@@ -53,11 +54,12 @@ def prepare_frontends() -> None:
 
 def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> Any:
     """An `AsyncLLM` for an engine that the host has loaded. Blocks until the engine answers."""
+    import zmq
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from vllm_hotswap.metrics import shared_stat_logger
 
-    return AsyncLLM(
+    client = AsyncLLM(
         vllm_config=config,
         executor_class=executor_class(config),
         log_stats=not args.disable_log_stats,
@@ -65,6 +67,22 @@ def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> 
         stat_loggers=[] if args.disable_log_stats else [shared_stat_logger()],
         client_addresses={"input_address": sockets.input, "output_address": sockets.output},
     )
+    # After a death of the host its next engine connects under the same identity. ZeroMQ would
+    # refuse it as long as the socket has not read that the one before is gone.
+    client.engine_core.input_socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    return client
+
+
+async def forget_engine(client: Any) -> None:
+    """Take in whatever an engine has said that has died since."""
+    socket = client.engine_core.input_socket
+    while await socket.poll(0):
+        await socket.recv_multipart()
+
+
+async def await_engine(client: Any) -> None:
+    """Wait until a new engine has said that it is ready: what is sent to it before that is lost."""
+    await client.engine_core.input_socket.recv_multipart()
 
 
 @dataclass(frozen=True, slots=True)

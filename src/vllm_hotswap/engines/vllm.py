@@ -107,6 +107,8 @@ class VllmEngine:
         self._canary: Canary | None = None
         """Of its first load."""
         self.loads = 0
+        self._is_engine_lost = False
+        """Whether the engine that the frontend is connected to went with its host."""
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -195,6 +197,8 @@ class VllmEngine:
         log_stats = not self._launch.args.disable_log_stats
         self._progress = progress
         self.loads += 1
+        if self._client is not None and self._is_engine_lost:
+            await frontend.forget_engine(self._client)
         try:
             self._loaded = await self._link.call(
                 lambda number: Load(
@@ -206,7 +210,10 @@ class VllmEngine:
         if self._frontend is None:
             progress("frontend")
             await self._add_frontend(sockets)
-        elif config.model_config.is_multimodal_model:
+        elif self._is_engine_lost:
+            await self._unless_host_dies(frontend.await_engine(self._client))
+        self._is_engine_lost = False
+        if config.model_config.is_multimodal_model:
             # It would send the new engine less than that needs.
             await self._unless_host_dies(self._client.reset_mm_cache())
         if self._door is not None:
@@ -273,6 +280,9 @@ class VllmEngine:
         if self._died is not None and not self._died.done():
             self._died.set_result(f"the engine of {self.alias!r} died: {cause}")
 
+    def host_restarted(self) -> None:
+        self._is_engine_lost = True
+
     def stage_reached(self, stage: str) -> None:
         if self._progress is not None:
             self._progress(stage)
@@ -283,7 +293,7 @@ class VllmEngine:
             try:
                 await self._unless_host_dies(self._build_frontend(sockets))
             except BaseException as error:
-                self._sockets = None
+                self._sockets = self._client = None
                 await self._exits.aclose()
                 with suppress(HotswapError):  # the first cause counts
                     await self._link.call(lambda number: Unload(number, self.alias, forget=True))
@@ -447,6 +457,8 @@ class VllmHost:
     async def restart(self) -> None:
         self._link.spawn()
         self._link.watch(self._receive)
+        for engine in self._engines.values():
+            engine.host_restarted()
         await self._ready(next(iter(self._engines.values())).device)
 
     async def ping(self) -> Pulse:
