@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import errors, reference
+from vllm_hotswap import errors, failpoints, reference
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.fake import FakeHost
@@ -69,6 +69,13 @@ def test_every_phase_is_described() -> None:
     text = page("design.md")
     for word in SwitchPhase:
         assert f"| `{word}` |" in text
+
+
+def test_every_failpoint_is_described() -> None:
+    """With every action."""
+    text = page("reliability.md")
+    assert [] == [p for p in failpoints.PLACES if f"`{p}`" not in text]
+    assert [] == [a for a in failpoints.ACTIONS if not re.search(rf"`{a}[`(]", text)]
 
 
 def test_every_state_is_described() -> None:

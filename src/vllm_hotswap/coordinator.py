@@ -52,6 +52,7 @@ from vllm_hotswap.events import (
     SwitchEnded,
     SwitchStatus,
 )
+from vllm_hotswap.failpoints import async_failpoint
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
 from vllm_hotswap.limits import Rate
 from vllm_hotswap.planner import Plan
@@ -644,6 +645,7 @@ class Coordinator:
         if self._host.died.done():
             return
         try:
+            await async_failpoint("switch.rollback", switch.target.alias)
             if self._active is switch.target:  # which is not what it should be
                 self._active = None
                 await self.ladder.move_down(switch.target, Residency.COLD)
@@ -731,6 +733,7 @@ class Coordinator:
         started_s = self._clock()
         self._notify_phase(switch, phase, "started", 0.0)
         try:
+            await async_failpoint(f"switch.{phase.value}", switch.target.alias)
             yield
         except BaseException:
             self._notify_phase(switch, phase, "failed", self._clock() - started_s)

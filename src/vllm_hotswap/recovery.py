@@ -190,6 +190,7 @@ class Recovery:
                 await asyncio.sleep(PING_S)
                 if self._server.is_host_down:  # or starting, which has a deadline of its own
                     silent_s = 0.0
+                    continue
                 if asking.done():
                     self._hear(asking)
                     silent_s, asking = 0.0, None

@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from vllm_hotswap import __version__
+from vllm_hotswap import __version__, failpoints
 from vllm_hotswap.access import Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.compat.versions import require_vllm
@@ -71,6 +71,7 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
         HotswapError: it cannot be started; the message says why.
     """
     access = Access.from_environment(os.environ, keys)
+    _enable_failpoints()
     require_vllm()
     folders = config.adapter_folders
     _clean_environment()
@@ -122,6 +123,12 @@ def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
         model.alias: ModelPolicy(model.pinned, model.idle_sleep, model.idle_unload)
         for model in config.models
     }
+
+
+def _enable_failpoints() -> None:
+    if specification := os.environ.get(failpoints.VARIABLE):
+        failpoints.enable(specification)
+        log.warning("event=failpoints_enabled specification=%r", specification)
 
 
 def _clean_environment() -> None:

@@ -361,6 +361,8 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "accepted, not needed, not passed on; see `adapters`",
+    "VLLM_HOTSWAP_FAILPOINTS": "for tests: where the server is to fail; see "
+    "[reliability](reliability.md#failpoints)",
     "QUANT_CONFIG": "kept for models without `quant_config`, replaced or cleared for those with it",
     "VLLM_CPU_OMP_THREADS_BIND": "CPU: cores of the compute threads, as in vLLM. Here `auto` uses "
     "every physical core of a NUMA node; vLLM keeps one for its scheduler process, which does not "

@@ -8,6 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.faults import wait_until
+from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from vllm_hotswap.demo import MODELS, free_port
 
@@ -66,6 +68,10 @@ def host(server: ServerProcess) -> psutil.Process:
     return psutil.Process(status["pid"])
 
 
+def workers(server: ServerProcess) -> list[psutil.Process]:
+    return [child for child in host(server).children() if child.name().startswith("VLLM::Worker")]
+
+
 def operate(server: ServerProcess, alias: str, name: str, **body: object) -> str:
     response = server.post(f"/admin/models/{alias}/{name}", body)
     assert response.status_code == 200, response.text
@@ -77,11 +83,11 @@ def test_a_model_of_two_workers_answers_like_one_of_one(server: ServerProcess) -
     expected = [server.complete("llama", prompt) for prompt in PROMPTS]
     server.switch("wide")
     wide = [server.complete("wide", prompt) for prompt in PROMPTS]
-    workers = host(server).children()
+    divided_among = len(workers(server))
     server.switch("llama")
 
     assert expected == wide
-    assert len(workers) >= 2
+    assert 2 == divided_among
     assert expected == [server.complete("llama", prompt) for prompt in PROMPTS]
 
 
@@ -91,12 +97,12 @@ def test_its_workers_sleep_and_wake(server: ServerProcess, level: int) -> None:
     server.switch("wide")
     expected = server.complete("wide", PROMPTS[0])
     server.switch("llama")
-    workers = host(server).children()
+    before = workers(server)
     slept = operate(server, "wide", "sleep", level=level)
     server.switch("wide")
 
     assert {1: "asleep", 2: "discarded"}[level] == slept
-    assert workers == host(server).children()
+    assert before == workers(server)
     assert expected == server.complete("wide", PROMPTS[0])
 
 
@@ -105,11 +111,31 @@ def test_its_workers_end_with_an_unload(server: ServerProcess) -> None:
     server.switch("llama")
     before: Any = server.status()["host"]
     assert "cold" == operate(server, "wide", "unload")
-    workers = [child for child in host(server).children() if "spawn_main" in str(child.cmdline())]
+    left = workers(server)
     after: Any = server.status()["host"]
     text = server.complete("llama", PROMPTS[0])
     server.switch("wide")
 
-    assert workers == []
+    assert left == []
     assert after["used_bytes"] < before["used_bytes"] - (200 << 20)
     assert text == server.complete("wide", PROMPTS[0])
+
+
+def test_the_death_of_a_worker_is_the_death_of_its_engine_alone(server: ServerProcess) -> None:
+    """Its request ends with an error at once; the other model, in the same host, is served."""
+    server.switch("wide")
+    expected, before = server.complete("wide", PROMPTS[0]), host(server)
+    body = {"model": "wide", "prompt": "Hello", "stream": True, "max_tokens": 400}
+    body |= {"ignore_eos": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        stream = events(response.iter_lines())
+        next(stream)
+        workers(server)[0].kill()
+        rest: list[Any] = list(stream)
+
+    assert "engine_unavailable" == rest[-1]["error"]["code"]
+    wait_until(lambda: server.post("/v1/models/switch", {"model": "llama"}).status_code == 200)
+    assert "llama" in server.complete("llama", "Who are you?")
+    assert before == host(server)
+    server.switch("wide")
+    assert expected == server.complete("wide", PROMPTS[0])

@@ -368,6 +368,8 @@ class FakeEngine:
 class FakeHost:
     """Holds fake engines; steps the active one."""
 
+    engine_type: type[FakeEngine] = FakeEngine
+
     def __init__(
         self,
         aliases: tuple[str, ...],
@@ -380,7 +382,7 @@ class FakeHost:
         self.budget = budget
         self.base_bytes = 0
         self._engines = {
-            alias: FakeEngine(
+            alias: self.engine_type(
                 alias, self, settings.get(alias, FakeSettings()), aliases=further.get(alias, ())
             )
             for alias in aliases

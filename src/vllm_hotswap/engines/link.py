@@ -16,6 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vllm_hotswap import failpoints
 from vllm_hotswap.errors import EngineUnavailable, HotswapError
 from vllm_hotswap.host.messages import Answer, Command, Message, Ready, Stop
 from vllm_hotswap.platforms import host_environment
@@ -31,7 +32,9 @@ class HostLink:
     `spawn` and `watch` begin anew, with another process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "vllm_hotswap.host") -> None:
+        """`module` is what the process runs."""
+        self._module = module
         self._ids = itertools.count(1)
         # As it is before vLLM, imported by this process, writes into it.
         self._environment = host_environment(os.environ)
@@ -43,9 +46,11 @@ class HostLink:
     def spawn(self) -> None:
         """Start the process; it imports while the caller goes on. Needs no running loop."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "vllm_hotswap.host", "--channel", str(theirs.fileno())]
+        command = [sys.executable, "-m", self._module, "--channel", str(theirs.fileno())]
         if hasattr(os, "sched_getaffinity"):
             command += ["--cores", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
+        if specification := failpoints.enabled():
+            command += ["--failpoints", specification]
         with theirs:
             self._process = subprocess.Popen(
                 command,

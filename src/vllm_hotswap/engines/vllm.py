@@ -50,6 +50,7 @@ from vllm_hotswap.errors import (
     VerifyFailed,
     one_line,
 )
+from vllm_hotswap.failpoints import async_failpoint
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -321,6 +322,7 @@ class VllmEngine:
 
     async def _build_frontend(self, sockets: SocketPaths) -> None:
         config, args = self._launch.vllm_config, self._launch.args
+        await async_failpoint("frontend.build", self.alias)
         # The constructor blocks until the engine's ready message, hence the thread.
         client = await _on_daemon_thread(lambda: frontend.make_client(config, sockets, args))
         self._client = client

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn, Protocol
 
+from vllm_hotswap.failpoints import failpoint
+
 IDLE_S = 1.0
 """After so many seconds without anything to do, there is time for what may wait."""
 
@@ -135,7 +137,7 @@ class EngineLoop:
         engine = self._engines[self._active]
         self._step_began_s = time.monotonic()
         try:
-            return self._guarded(self._active, partial(_step, engine))
+            return self._guarded(self._active, partial(_step, self._active, engine))
         finally:
             self._step_began_s = None
 
@@ -154,10 +156,11 @@ class EngineLoop:
         self._engines[alias].die()
 
 
-def _step(engine: SteppedEngine) -> bool:
+def _step(alias: str, engine: SteppedEngine) -> bool:
     """Step the engine if a step would do something. Returns whether it did."""
     if not engine.has_work():
         return False
+    failpoint("host.step", alias)
     engine.run_step()
     return True
 

@@ -14,6 +14,7 @@ from vllm_hotswap.compat import loading
 from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.devices import Device, device_of
 from vllm_hotswap.errors import HotswapError, one_line
+from vllm_hotswap.failpoints import failpoint
 from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
@@ -97,18 +98,23 @@ class Obedience:
             case Measure(device=device):
                 return device.memory()
             case Load(alias=alias, number=number, variables=wishes):
+                failpoint("host.load", alias)
                 self._loads[alias] = number
                 self._variables.learn(alias, wishes)
                 with self._variables.of(alias):
                     return self._load(command)
             case Activate(alias=alias, stamp=stamp):
+                failpoint("host.activate", alias)
                 return self._activate(alias, stamp)
             case Sleep(alias=alias, level=level):
+                failpoint("host.sleep", alias)
                 return self._sleep(alias, level)
             case Wake(alias=alias):
+                failpoint("host.wake", alias)
                 with self._variables.of(alias):
                     return self._wake(alias)
             case Unload(alias=alias, forget=forget):
+                failpoint("host.unload", alias)
                 self._unload(alias)
                 return self.loop.remove(alias) if forget else None
             case _:
@@ -123,7 +129,7 @@ class Obedience:
         if (engine := self._find(command.alias)) is not None and engine.is_loaded:
             raise HotswapError(f"engine {command.alias!r} is loaded already")
         try:
-            with reporting_to(lambda stage: self._send(LoadStage(command.alias, stage))):
+            with reporting_to(lambda stage: self._reached(command.alias, stage)):
                 engine = self._make(command)
             can_discard = _can_discard(device, engine)
         except BaseException:
@@ -142,6 +148,10 @@ class Obedience:
             held,
         )
         return Loaded(engine.kv_bytes(), held, can_discard)
+
+    def _reached(self, alias: str, stage: str) -> None:
+        self._send(LoadStage(alias, stage))
+        failpoint(f"host.load.{stage}", alias)
 
     def _make(self, command: Load) -> HostedEngine:
         """A new engine at the first load, the same one at every later load."""

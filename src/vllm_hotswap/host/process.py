@@ -1,0 +1,110 @@
+"""The process of an engine host: its two threads, its channel, and how it ends.
+
+The thread that runs `serve` is the compute thread. A second one reads commands from the parent
+and passes them on; when the parent is gone, it ends the process at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn, Protocol
+
+from vllm_hotswap import failpoints
+from vllm_hotswap.garbage import no_collection
+from vllm_hotswap.host.loop import EngineLoop
+from vllm_hotswap.host.messages import Ready, Stop
+from vllm_hotswap.host.threads import remember_cores, use_all_cores
+from vllm_hotswap.platforms import parse_cores
+from vllm_hotswap.progress import configure_logging
+
+log = logging.getLogger("vllm_hotswap.host")
+
+
+class Obeying(Protocol):
+    """Who does what the parent commands."""
+
+    loop: EngineLoop
+
+    def prepare(self) -> None:
+        """Do once what every command would otherwise wait for."""
+
+    def take(self, command: Any) -> None:
+        """Have `command` obeyed on the compute thread. Called by the channel's thread."""
+
+    def remove_sockets(self) -> None:
+        """Remove what the parent would have removed, which is gone."""
+
+
+def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoReturn:
+    """Be the engine host that `HostLink` has started as `python -m MODULE`.
+
+    Args:
+        module: what the process is called in its help.
+        make: makes what obeys, from what sends a message to the parent.
+    """
+    args = _arguments(module)
+    if args.cores:
+        remember_cores(parse_cores(args.cores))
+    channel: Connection[object, Any] = Connection(args.channel)
+    configure_logging()
+    if args.failpoints:
+        failpoints.enable(args.failpoints)
+    # The parent decides when the host ends; a Ctrl-C in the terminal reaches both, and so may a
+    # SIGHUP, at which the parent reads its key files again.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    obedience = make(channel.send)
+    threading.Thread(target=_read, args=(channel, obedience), daemon=True, name="channel").start()
+    with no_collection():
+        obedience.prepare()
+    channel.send(Ready())
+    try:
+        obedience.loop.run()
+    except BaseException:
+        log.exception("event=compute_thread_failed action=exit")
+        _exit(1)
+
+
+def _arguments(module: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=module)
+    parser.add_argument("--channel", type=int, required=True, help="inherited file descriptor")
+    parser.add_argument("--cores", default="", help="cores that threads without a binding may use")
+    parser.add_argument("--failpoints", default="", help="what a test wants to fail")
+    return parser.parse_args()
+
+
+def _read(channel: Connection[object, Any], obedience: Obeying) -> NoReturn:
+    """Pass commands on until there are no more, then end the process.
+
+    `os._exit` skips interpreter finalisation, where native threads of torch and ZeroMQ may hang: a
+    host that is to end has nothing left to save.
+    """
+    use_all_cores()
+    try:
+        while not isinstance(command := channel.recv(), Stop):
+            obedience.take(command)
+    except (EOFError, OSError):
+        log.warning("event=parent_gone action=exit")
+        obedience.remove_sockets()
+        _exit(1)
+    except Exception:
+        log.exception("event=command_unreadable action=exit")
+        _exit(1)
+    _exit(0)
+
+
+def _exit(status: int) -> NoReturn:
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(1)
+    logging.shutdown()
+    os._exit(status)

@@ -1,0 +1,473 @@
+"""Faults of the engine host, of files and of clients, on the real vLLM: one server for all.
+
+`docs/reliability.md` has the whole matrix; what needs no real engine is in `tests/test_faults.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.faults import Faults, RawClient, wait_until
+from tests.integration.conftest import events
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.demo import MODELS, free_port
+
+HANG_S = 4
+LOAD_S = 20
+
+MODELS_YAML = f"""\
+default_model: llama
+switching: {{drain_timeout: 2}}
+recovery:
+  hang_timeout: {HANG_S}
+  command_timeout: 20
+  load_timeout: {LOAD_S}
+  max_restarts: 100
+  max_backoff: 1
+defaults:
+  max_model_len: 2048
+  enforce_eager: true
+  kv_cache_memory_bytes: 64M
+  enable_prompt_tokens_details: true
+models:
+  llama: {{model: {MODELS / "llama"}}}
+  qwen: {{model: {MODELS / "qwen"}}}
+  frail: {{model: ./frail, load: on_demand}}
+  untouched: {{model: ./untouched, load: on_demand}}
+"""
+
+CUT = {"engine_unavailable"}
+
+
+class Faulty:
+    """The server, the failpoints in it, and what its models answer when all is well."""
+
+    def __init__(self, server: ServerProcess, faults: Faults, folder: Path) -> None:
+        self.server = server
+        self.faults = faults
+        self.frail = folder / "frail"
+        self.untouched = folder / "untouched"
+        self.port = int(server.url.rsplit(":", 1)[1])
+        self.golden = {alias: self.say(alias) for alias in ("qwen", "llama")}
+
+    def say(self, alias: str) -> str:
+        self.server.switch(alias)
+        return self.server.complete(alias, "Who are you?")
+
+    @property
+    def status(self) -> Any:
+        return self.server.status()
+
+    @property
+    def host(self) -> psutil.Process:
+        return psutil.Process(self.status["host"]["pid"])
+
+    @property
+    def restarts(self) -> int:
+        return int(self.status["host"]["restarts"])
+
+    @property
+    def is_ready(self) -> bool:
+        return self.server.client.get("/ready").status_code == 200
+
+    def post(self, path: str, body: object) -> httpx.Response:
+        return self.server.post(path, body)
+
+    def switch(self, alias: str) -> httpx.Response:
+        return self.post("/v1/models/switch", {"model": alias})
+
+    @contextmanager
+    def stream(self, alias: str) -> Iterator[Iterator[Any]]:
+        """A long stream, entered after its first token."""
+        body = {"model": alias, "prompt": "Hello", "stream": True, "max_tokens": 1500}
+        body |= {"temperature": 0, "ignore_eos": True}
+        with self.server.client.stream("POST", "/v1/completions", json=body) as response:
+            stream = events(response.iter_lines())
+            next(stream)
+            yield stream
+
+    def serves_as_ever(self) -> bool:
+        """Each model answers, word for word, as it did before any fault."""
+        return self.golden == {alias: self.say(alias) for alias in self.golden}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    """One server for all; the last test ends it."""
+    folder = tmp_path_factory.mktemp("faulty")
+    shutil.copytree(MODELS / "llama", folder / "frail")
+    shutil.copytree(MODELS / "qwen", folder / "untouched")
+    (folder / "models.yaml").write_text(MODELS_YAML)
+    faults = Faults(folder / "failpoints")
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_HOTSWAP_CONFIG": str(folder / "models.yaml"),
+        "VLLM_HOTSWAP_FAILPOINTS": faults.variable,
+        "TMPDIR": str(folder),
+    }
+    command = ["-m", QUICKSTART_MODULE]
+    server = ServerProcess.start(command, free_port(), folder / "server.log", environment)
+    try:
+        yield Faulty(server, faults, folder)
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Clients that ask beside the test."""
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def recovered(faulty: Faulty) -> Iterator[None]:
+    """Every test begins and ends with a server that serves; the last one has ended it."""
+    yield
+    faulty.faults.clear()
+    if faulty.server.process.poll() is None:
+        wait_until(lambda: faulty.is_ready, timeout_s=60)
+
+
+def code(response: httpx.Response) -> str:
+    return str(response.json()["error"]["code"])
+
+
+# --- the engine host ------------------------------------------------------------------------
+
+
+def test_a_killed_host_fails_every_request_and_comes_back(
+    faulty: Faulty, pool: ThreadPoolExecutor
+) -> None:
+    """Streams and answers end with an error at once; the active model serves again, by itself."""
+    assert faulty.serves_as_ever()
+    restarts, old = faulty.restarts, faulty.host
+    body = {"model": "llama", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True}
+    with faulty.stream("llama") as stream:
+        waiting = pool.submit(faulty.post, "/v1/completions", body)
+        wait_until(lambda: faulty.status["models"]["llama"]["in_flight"] == 2)
+        killed_s = time.monotonic()
+        old.kill()
+        rest = list(stream)
+        answer = waiting.result()
+        took_s = time.monotonic() - killed_s
+    live = faulty.server.client.get("/health").status_code
+    ready = faulty.server.client.get("/ready")
+    held = pool.submit(faulty.server.complete, "llama", "Who are you?")
+
+    assert "engine_unavailable" == rest[-1]["error"]["code"]
+    assert "[DONE]" not in rest
+    assert (503, "engine_unavailable") == (answer.status_code, code(answer))
+    assert took_s < 5
+    assert (200, 503, "not_ready") == (live, ready.status_code, code(ready))
+    assert faulty.golden["llama"] == held.result()
+    assert restarts + 1 == faulty.restarts
+    assert old.pid != faulty.host.pid
+    assert "llama" == faulty.status["active"]
+    assert faulty.serves_as_ever()
+
+
+def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
+    """SIGSEGV: the call ends with the cause instead of hanging, and the source is back."""
+    assert faulty.serves_as_ever()
+    faulty.faults.inject("host.load.weights@frail=1*segv")
+
+    failed = faulty.switch("frail")
+
+    assert (503, "signal 11") == (failed.status_code, failed.json()["error"]["message"][-9:]) or (
+        "signal 11" in failed.text
+    )
+    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    assert "llama" == faulty.status["active"]
+    assert faulty.serves_as_ever()
+
+
+def test_a_host_that_dies_as_it_activates_fails_the_switch(faulty: Faulty) -> None:
+    """The frontends stay as they are, and never answer for the wrong engine."""
+    faulty.server.switch("llama")
+    faulty.faults.inject("host.activate@qwen=1*kill")
+
+    failed = faulty.switch("qwen")
+
+    assert 503 == failed.status_code
+    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    assert faulty.serves_as_ever()
+
+
+def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
+    """SIGSTOP: alive, but silent. Its requests end with an error, and another host serves."""
+    faulty.server.switch("llama")
+    old = faulty.host
+    with faulty.stream("llama") as stream:
+        old.send_signal(signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        rest = list(stream)
+        took_s = time.monotonic() - stopped_s
+
+    assert "engine_unavailable" == rest[-1]["error"]["code"]
+    assert took_s < HANG_S + 5
+    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    assert not old.is_running()
+    assert faulty.serves_as_ever()
+
+
+def test_a_load_that_never_ends_is_ended(faulty: Faulty) -> None:
+    """A pipe in place of the weights: nobody can interrupt that read but the end of the host."""
+    faulty.server.switch("llama")
+    weights = faulty.frail / "model.safetensors"
+    weights.rename(faulty.frail / "away")
+    os.mkfifo(weights)
+    started_s = time.monotonic()
+    failed = faulty.switch("frail")
+    took_s = time.monotonic() - started_s
+    weights.unlink()
+    (faulty.frail / "away").rename(weights)
+
+    assert (503, "switch_failed") == (failed.status_code, code(failed))
+    assert LOAD_S <= took_s < LOAD_S + 40
+    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    assert faulty.serves_as_ever()
+    assert 200 == faulty.switch("frail").status_code
+
+
+def test_an_engine_that_fails_in_a_step_is_loaded_again(faulty: Faulty) -> None:
+    """Its requests end with an error, the host and the other engine stay."""
+    faulty.server.switch("llama")
+    host = faulty.host
+    with faulty.stream("llama") as stream:
+        faulty.faults.inject("host.step@llama=1*raise(a bad kernel)")
+        rest = list(stream)
+
+    assert "engine_unavailable" == rest[-1]["error"]["code"]
+    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    assert host.pid == faulty.host.pid
+    assert faulty.serves_as_ever()
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def test_weights_that_became_no_numbers_are_found_by_the_canary(faulty: Faulty) -> None:
+    """They load without an error. The source serves on; mended, the next attempt works."""
+    assert 200 == faulty.switch("frail").status_code
+    faulty.server.switch("llama")
+    assert 200 == faulty.post("/admin/models/frail/unload", {}).status_code
+    weights = faulty.frail / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(with_nan(whole, "model.norm.weight"))
+    failed = faulty.switch("frail")
+    active = faulty.status["active"]
+    weights.write_bytes(whole)
+
+    assert (503, "switch_failed") == (failed.status_code, code(failed))
+    assert "verify" in failed.json()["error"]["message"]
+    assert "llama" == active
+    assert faulty.serves_as_ever()
+    assert 200 == faulty.switch("frail").status_code
+
+
+def with_nan(file: bytes, tensor: str) -> bytes:
+    """A safetensors file in which one tensor is all ones in binary, which is no number."""
+    length = int.from_bytes(file[:8], "little")
+    begin, end = json.loads(file[8 : 8 + length])[tensor]["data_offsets"]
+    start = 8 + length + begin
+    return file[:start] + b"\xff" * (end - begin) + file[start + end - begin :]
+
+
+def test_a_broken_tokenizer_is_refused_before_the_drain(faulty: Faulty) -> None:
+    """Of a model that has never been loaded: a stream of the source goes on meanwhile."""
+    faulty.server.switch("llama")
+    tokenizer = faulty.untouched / "tokenizer.json"
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(whole[:1000])
+    with faulty.stream("llama") as stream:
+        failed = faulty.switch("untouched")
+        next(stream)
+    tokenizer.write_bytes(whole)
+
+    assert (503, "switch_failed") == (failed.status_code, code(failed))
+    assert "phase validate" in failed.json()["error"]["message"]
+    assert faulty.serves_as_ever()
+
+
+def test_a_frontend_that_cannot_be_built_brings_the_source_back(faulty: Faulty) -> None:
+    """The engine was loaded already: it is given up, too, and both are made anew by the next."""
+    faulty.server.switch("llama")
+    faulty.faults.inject("frontend.build@untouched=1*raise(no template)")
+
+    failed = faulty.switch("untouched")
+
+    assert (503, "switch_failed") == (failed.status_code, code(failed))
+    assert "no template" in failed.json()["error"]["message"]
+    assert "cold" == faulty.status["models"]["untouched"]["residency"]
+    assert faulty.serves_as_ever()
+    assert 200 == faulty.switch("untouched").status_code
+
+
+# --- a switch that fails, and its way back ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "switch.drain@qwen=1*raise",
+        "switch.make_room@qwen=1*raise",
+        "switch.bring_up@qwen=1*raise",
+        "switch.activate@qwen=1*raise",
+        "host.activate@qwen=1*raise",
+    ],
+)
+def test_a_switch_that_fails_in_any_phase_leaves_the_source_serving(
+    faulty: Faulty, rule: str
+) -> None:
+    """The caller is told; nothing is loaded anew."""
+    faulty.server.switch("llama")
+    host = faulty.host
+    faulty.faults.inject(rule)
+
+    failed = faulty.switch("qwen")
+
+    assert (503, "switch_failed") == (failed.status_code, code(failed))
+    assert "llama" == faulty.status["active"]
+    assert host.pid == faulty.host.pid
+    assert faulty.serves_as_ever()
+
+
+def test_a_server_without_any_model_says_so_until_one_is_back(faulty: Faulty) -> None:
+    """Neither the target nor the source comes up: degraded, alive, and repaired by itself."""
+    faulty.server.switch("llama")
+    faulty.faults.inject("host.activate=raise(no device)")
+    failed = faulty.switch("qwen")
+    ready = faulty.server.client.get("/ready")
+    live = faulty.server.client.get("/health").status_code
+    state = faulty.status["state"]
+    refused = faulty.post("/v1/completions", {"model": "qwen", "prompt": "Hello"})
+    faulty.faults.clear()
+
+    assert 503 == failed.status_code
+    assert (200, 503, "not_ready") == (live, ready.status_code, code(ready))
+    assert state in ("degraded", "recovering")
+    assert refused.status_code in (404, 503)
+    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    assert faulty.serves_as_ever()
+
+
+# --- clients --------------------------------------------------------------------------------
+
+
+def test_a_client_that_is_reset_while_it_waits_is_never_served(
+    faulty: Faulty, pool: ThreadPoolExecutor
+) -> None:
+    """It leaves the queue within a second, while the load goes on."""
+    faulty.server.switch("llama")
+    faulty.post("/admin/models/frail/unload", {})
+    faulty.faults.inject("host.load@frail=1*sleep(3)")
+    switch = pool.submit(faulty.switch, "frail")
+    wait_until(lambda: faulty.status["phase"] == "bring_up")
+    with RawClient(faulty.port) as client:
+        client.post("/v1/completions", {"model": "frail", "prompt": "Hello"})
+        wait_until(lambda: faulty.status["waiting"] == 1)
+        client.reset()
+    took_s = wait_until(lambda: faulty.status["waiting"] == 0)
+    was_loading = not switch.done()
+
+    assert took_s < 1
+    assert was_loading
+    assert 200 == switch.result().status_code
+
+
+@pytest.mark.parametrize("phase", ["drain", "make_room", "bring_up", "activate"])
+def test_a_switch_goes_on_without_its_caller(faulty: Faulty, phase: str) -> None:
+    """RST at the moment at which each phase begins; its result is in the status."""
+    faulty.server.switch("llama")
+    before = faulty.faults.hits(f"switch.{phase}")
+    faulty.faults.inject(f"switch.{phase}=1*sleep(0.3)")
+    with RawClient(faulty.port) as caller:
+        caller.post("/v1/models/switch", {"model": "qwen"})
+        wait_until(lambda: faulty.faults.hits(f"switch.{phase}") > before)
+        caller.reset()
+
+    wait_until(lambda: faulty.status["active"] == "qwen")
+    assert faulty.serves_as_ever()
+
+
+def test_many_calls_for_one_target_load_it_once(faulty: Faulty, pool: ThreadPoolExecutor) -> None:
+    """Twenty at once: one operation, one load."""
+    faulty.server.switch("llama")
+    faulty.post("/admin/models/frail/unload", {})
+    loads = faulty.server.log.read_text().count("event=loaded model=frail")
+    faulty.faults.inject("host.load@frail=1*sleep(1)")
+    calls: list[Future[httpx.Response]] = [pool.submit(faulty.switch, "frail") for _ in range(20)]
+    answers = [call.result() for call in calls]
+
+    assert {200} == {answer.status_code for answer in answers}
+    assert 1 == len({answer.json()["operation_id"] for answer in answers})
+    assert loads + 1 == faulty.server.log.read_text().count("event=loaded model=frail")
+
+
+def test_no_cache_outlives_an_unload(faulty: Faulty) -> None:
+    """A cached prompt is cached while the model stays whole, and never after it was loaded anew."""
+    prompt = "The quick brown fox jumps over the lazy dog. " * 8
+    faulty.server.switch("frail")
+    first, again = cached_tokens(faulty, prompt), cached_tokens(faulty, prompt)
+    faulty.server.switch("llama")
+    faulty.server.switch("frail")
+    after_switches = cached_tokens(faulty, prompt)
+    faulty.server.switch("llama")
+    faulty.post("/admin/models/frail/unload", {})
+    faulty.server.switch("frail")
+
+    assert 0 == first
+    assert again == after_switches > 0
+    assert 0 == cached_tokens(faulty, prompt)
+
+
+def cached_tokens(faulty: Faulty, prompt: str) -> int:
+    body = {"model": "frail", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    usage = faulty.post("/v1/completions", body).json()["usage"]
+    return int((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
+
+
+def test_a_file_that_is_rewritten_changes_nothing(faulty: Faulty) -> None:
+    """Only a start reads the YAML file."""
+    path = faulty.frail.parent / "models.yaml"
+    before = path.read_text()
+    path.write_text("models: {")
+    assert faulty.serves_as_ever()
+    path.write_text(before)
+
+
+# --- the end: there is no server after this test ----------------------------------------------
+
+
+def test_the_death_of_the_server_takes_its_host_with_it(
+    faulty: Faulty, pool: ThreadPoolExecutor
+) -> None:
+    """SIGKILL in the middle of a load: no process stays, and no socket."""
+    faulty.server.switch("llama")
+    faulty.post("/admin/models/frail/unload", {})
+    before = faulty.faults.hits("host.load")
+    faulty.faults.inject("host.load@frail=hang")
+    call = pool.submit(faulty.switch, "frail")
+    wait_until(lambda: faulty.faults.hits("host.load") > before)
+    children = faulty.server.descendants()
+    faulty.server.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=10)
+
+    assert [] == alive
+    assert isinstance(call.exception(timeout=10), httpx.TransportError)
+    assert [] == list(faulty.frail.parent.glob("vllm-hotswap-*"))

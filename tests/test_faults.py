@@ -1,0 +1,487 @@
+"""Rows of the fault matrix in docs/reliability.md that need no real engine.
+
+Where a signal is part of the fault, the engine host is a process: `tests/killable.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import resource
+import signal
+import time
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.faults import RawClient, wait_until
+from tests.killable import KillableServer
+from tests.support import Server
+from tests.virtual import VirtualLoop
+from vllm_hotswap.engines.fake import FakeSettings
+
+SLOW = {alias: FakeSettings(token_s=1) for alias in ("llama", "qwen")}
+"""Eight words, and so eight seconds, for an answer."""
+
+
+def in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main)
+
+
+def test_a_drain_ends_under_steady_arrivals() -> None:
+    """Row 7: fifty requests a second, for source and target alike, do not hold it up."""
+
+    async def main() -> None:
+        server = await Server(load=("llama", "qwen"), settings=SLOW, drain_timeout=5).start()
+        loop = asyncio.get_running_loop()
+        calls = []
+        for number in range(500):
+            if number == 250:
+                began_s, switch = loop.time(), server.switch("qwen")
+                switch.add_done_callback(lambda _: ends_s.append(loop.time()))
+            calls.append(server.ask(("llama", "qwen")[number % 2]))
+            await asyncio.sleep(0.02)
+        answers = await asyncio.gather(*calls)
+        told = await switch
+        await server.stop()
+
+        codes = [a.json()["error"]["code"] if a.status_code != 200 else "ok" for a in answers]
+        assert 200 == told.status_code
+        assert ends_s[0] - began_s < 6
+        assert {"ok", "drain_timeout", "model_switching", "model_not_active"} >= set(codes)
+        assert 125 <= codes[251::2].count("ok")
+        assert told.json()["requests_cut"] == codes.count("drain_timeout") > 0
+
+    ends_s: list[float] = []
+    in_virtual_time(main())
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_a_jump_of_the_clock_changes_no_deadline(
+    monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    """Row 58: the wall clock is set while a drain is under way."""
+
+    async def main() -> None:
+        server = await Server(load=("llama", "qwen"), settings=SLOW, drain_timeout=5).start()
+        loop = asyncio.get_running_loop()
+        running = server.ask("llama")
+        await server.settled()
+        began_s, switch = loop.time(), server.switch("qwen")
+        await asyncio.sleep(2)
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + jump_s)
+        answer = await running
+        await switch
+        await server.stop()
+
+        assert "drain_timeout" == answer.json()["error"]["code"]
+        assert 5 <= loop.time() - began_s < 7
+
+    in_virtual_time(main())
+
+
+# --- what is generated --------------------------------------------------------------------------
+
+
+async def test_a_late_output_of_another_epoch_is_never_delivered(server: Server) -> None:
+    """Row 60: it is counted, and its request ends with an error."""
+    stream = await server.start_stream("llama", words=5)
+    server.host.engines["llama"].stamp = ("llama", 0)
+    answer = await stream.finish()
+    metrics = (await server.get("/metrics")).text
+
+    assert 1 == answer.body.decode().count('"content"')
+    assert "wrong_stamp" == json.loads(answer.events[-1].removeprefix("data: "))["error"]["code"]
+    assert 'hotswap_outputs_refused_total{model="llama"} 1.0' in metrics
+
+
+async def test_a_wrong_canary_keeps_the_gate_shut(server: Server) -> None:
+    """Row 43: nobody is served by the target; who waited for it is told, the source serves on."""
+    await server.switch("mistral")
+    await server.switch("llama")
+    await server.post("/admin/models/mistral/unload")
+    server.host.corrupt("mistral")
+    server.host.hold("load", "mistral")
+    switch = server.switch("mistral")
+    await server.settled()
+    held = server.ask("mistral")
+    await server.settled()
+    server.host.release("load", "mistral")
+    failed, answer = await switch, await held
+
+    assert (503, "switch_failed") == (failed.status_code, failed.json()["error"]["code"])
+    assert "verify" in failed.json()["error"]["message"]
+    assert (503, "switch_failed") == (answer.status_code, answer.json()["error"]["code"])
+    assert 200 == (await server.ask("llama")).status_code
+
+
+# --- the engine host's process --------------------------------------------------------------------
+
+HANG_S = 2
+QUICK = {"hang_timeout": HANG_S, "step_timeout": 2, "load_timeout": 6, "command_timeout": 3}
+PATIENT = {**QUICK, "max_restarts": 1000, "max_backoff": 0}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KillableServer]:
+    """One server whose host dies again and again."""
+    with KillableServer(tmp_path_factory.mktemp("killable"), recovery=PATIENT) as server:
+        yield server
+
+
+@pytest.fixture
+def killable(shared: KillableServer) -> Iterator[KillableServer]:
+    """It serves llama, with qwen parked and mistral cold, and does so again in the end."""
+    for alias in ("qwen", "llama"):
+        switched = shared.switch(alias)
+        assert 200 == switched.status_code, switched.text
+    shared.client.post("/admin/models/mistral/unload", json={})
+    yield shared
+    shared.faults.clear()
+    wait_until(lambda: shared.is_ready)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Clients beside the test."""
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+DEATHS = {
+    "a step of the source": "host.step@llama",
+    "making room": "host.sleep",
+    "load": "host.load@mistral",
+    "weights": "host.load.weights@mistral",
+    "kv_cache": "host.load.kv_cache@mistral",
+    "warm_up": "host.load.warm_up@mistral",
+    "activate": "host.activate@mistral",
+    "verify": "host.step@mistral",
+}
+
+
+@pytest.mark.parametrize(
+    ("phase", "action"),
+    [
+        *((phase, "kill") for phase in DEATHS),
+        ("weights", "segv"),
+        ("a step of the source", "stop"),
+        ("weights", "stop"),
+        ("activate", "stop"),
+    ],
+)
+def test_the_hosts_end_in_any_phase_fails_everything_at_once_and_is_repaired(
+    killable: KillableServer, pool: ThreadPoolExecutor, phase: str, action: str
+) -> None:
+    """Rows 22 to 27 and 37: nobody hangs, nobody gets half an answer, and all models are back."""
+    restarts = killable.restarts
+    killable.faults.inject(f"switch.drain@mistral=1*sleep(0.2);{DEATHS[phase]}=1*{action}")
+    running = pool.submit(killable.ask, "llama", 30)
+    wait_until(lambda: running.done() or killable.status["models"]["llama"]["in_flight"] == 1)
+    switch = pool.submit(killable.switch, "mistral")
+    held = pool.submit(killable.ask, "mistral")
+    answers = [call.result(timeout=10) for call in (running, switch, held)]
+    wait_until(lambda: killable.restarts > restarts and killable.is_ready)
+
+    assert {200, 503, 404} >= {answer.status_code for answer in answers}
+    assert all(answer.status_code == 200 or answer.json()["error"]["code"] for answer in answers)
+    assert restarts + 1 == killable.restarts
+    assert killable.serves_all()
+
+
+@pytest.mark.parametrize("place", ["host.load@mistral", "host.activate@mistral", "host.step@llama"])
+def test_what_hangs_is_ended_at_its_deadline(
+    killable: KillableServer, pool: ThreadPoolExecutor, place: str
+) -> None:
+    """Rows 19 and 33: the host gives signs of life, but its thread does not come back."""
+    restarts, before = killable.restarts, killable.faults.hits(place)
+    killable.faults.inject(f"{place}=1*hang")
+    running = pool.submit(killable.ask, "llama", 30)
+    answer = killable.switch("mistral", drain_timeout=1)
+    running.result(timeout=10)
+
+    wait_until(lambda: killable.restarts > restarts and killable.is_ready)
+    assert before + 1 == killable.faults.hits(place)
+    assert answer.status_code in (200, 503)
+    assert killable.serves_all()
+
+
+def test_a_target_that_kills_the_host_is_not_brought_back(killable: KillableServer) -> None:
+    """Row 25: it never was verified, and the source was fine."""
+    killable.faults.inject("host.step@mistral=kill")
+
+    failed = killable.switch("mistral")
+
+    assert 503 == failed.status_code
+    wait_until(lambda: killable.is_ready)
+    assert "llama" == killable.status["active"]
+    assert 200 == killable.ask("llama").status_code
+
+
+def test_an_engine_that_dies_in_a_drain_ends_its_requests_alone(
+    killable: KillableServer, pool: ThreadPoolExecutor
+) -> None:
+    """Row 18: the exception of a step is not the host's death."""
+    host = killable.host
+    running = pool.submit(killable.ask, "llama", 300)
+    wait_until(lambda: killable.status["models"]["llama"]["in_flight"] == 1)
+    switch = pool.submit(killable.switch, "qwen")
+    wait_until(lambda: killable.status["phase"] == "drain")
+    killable.faults.inject("host.step@llama=1*raise(a bad kernel)")
+
+    assert (503, "engine_unavailable") == (
+        running.result().status_code,
+        running.result().json()["error"]["code"],
+    )
+    assert 200 == switch.result().status_code
+    assert host == killable.host
+    assert killable.serves_all()
+
+
+def test_a_host_that_dies_on_the_way_back_too_is_repaired(killable: KillableServer) -> None:
+    """Row 45: the rollback's own failure."""
+    killable.faults.inject("host.activate@qwen=1*raise;host.activate@llama=1*kill")
+
+    failed = killable.switch("qwen")
+
+    assert 503 == failed.status_code
+    wait_until(lambda: killable.is_ready)
+    assert killable.serves_all()
+
+
+def test_a_server_without_any_model_is_repaired_when_its_files_are(
+    killable: KillableServer,
+) -> None:
+    """Rows 44 and 46: alive, not ready, and it says why; no restart of the server is needed."""
+    killable.faults.inject("host.activate=raise(no device)")
+    failed = killable.switch("qwen")
+    wait_until(lambda: "no device" in killable.client.get("/ready").text)
+    ready = killable.client.get("/ready")
+    live, state = killable.client.get("/health"), killable.status["state"]
+    asked = killable.ask("llama")
+    killable.faults.clear()
+
+    assert 503 == failed.status_code
+    assert (503, "not_ready") == (ready.status_code, ready.json()["error"]["code"])
+    assert "degraded" == state
+    assert 200 == live.status_code
+    assert 503 == asked.status_code
+    wait_until(lambda: killable.is_ready)
+    assert killable.serves_all()
+
+
+def test_a_host_that_cannot_live_is_given_up(tmp_path: Path) -> None:
+    """Row 45: a bounded number of restarts, then status 1, and nobody is left."""
+    recovery = {"max_restarts": 3, "max_backoff": 0}
+    with KillableServer(tmp_path, recovery=recovery) as server:
+        server.faults.inject("host.load=kill;host.step=kill")
+        asked = server.ask("llama")
+        status = server.process.wait(timeout=30)
+
+        assert 503 == asked.status_code
+        assert 1 == status
+        assert 4 == server.log.read_text().count("event=host_died")
+        assert 1 == server.log.read_text().count("event=given_up")
+
+
+def test_a_server_that_was_stopped_does_not_take_its_host_for_dead(
+    killable: KillableServer,
+) -> None:
+    """Row 42: for longer than the host may be silent, as when its loop is blocked."""
+    host = killable.host
+    killable.process.suspend()
+    time.sleep(HANG_S + 1.5)
+    killable.process.resume()
+
+    assert 200 == killable.ask("llama").status_code
+    time.sleep(HANG_S + 0.5)
+    assert host == killable.host
+
+
+# --- the process of the server --------------------------------------------------------------------
+
+PLACES = {
+    "serving": "host.step@llama",
+    "drain": "switch.drain",
+    "make_room": "host.sleep",
+    "bring_up": "host.load@mistral",
+    "activate": "host.activate@mistral",
+    "verify": "host.step@mistral",
+    "rollback": "switch.rollback",
+}
+
+
+def led_to(server: KillableServer, pool: ThreadPoolExecutor, place: str) -> list[Any]:
+    """Clients of a server that is stuck at the place."""
+    before = server.faults.hits(place)
+    fails = "switch.activate=raise;" if place == "switch.rollback" else ""
+    server.faults.inject(f"{fails}{place}=hang")
+    calls = [pool.submit(server.ask, "llama", 3)]
+    if place != "host.step@llama":
+        calls.append(pool.submit(server.switch, "mistral", drain_timeout=0.1))
+    wait_until(lambda: server.faults.hits(place) > before)
+    return calls
+
+
+@dataclass
+class Ended:
+    """How a server ended that was told to stop while it was stuck somewhere."""
+
+    status: int
+    alive: list[psutil.Process]
+    answers: list[int]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """By phase. All at once: what takes time is that they wait."""
+    with ThreadPoolExecutor() as pool:
+        folders = [tmp_path_factory.mktemp(phase) for phase in PLACES]
+        return dict(zip(PLACES, pool.map(end, folders, PLACES.values()), strict=True))
+
+
+def end(folder: Path, place: str) -> Ended:
+    recovery = {"command_timeout": 60}
+    with KillableServer(folder, recovery=recovery) as server, ThreadPoolExecutor() as pool:
+        calls = led_to(server, pool, place)
+        everybody = [server.process, *server.children()]
+        server.process.terminate()
+        status = server.process.wait(timeout=30)
+        _, alive = psutil.wait_procs(everybody, timeout=5)
+        return Ended(status, alive, [call.result(timeout=5).status_code for call in calls])
+
+
+@pytest.mark.parametrize("phase", PLACES)
+def test_a_server_that_is_told_to_stop_stops_in_any_phase(
+    ended: dict[str, Ended], phase: str
+) -> None:
+    """Row 53: everybody is answered, and no process is left."""
+    assert 0 == ended[phase].status
+    assert [] == ended[phase].alive
+    assert {200, 503} >= set(ended[phase].answers)
+
+
+def test_a_server_that_is_told_twice_stops_at_once(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """Row 54: although its requests have a minute, and its host is stuck."""
+    with KillableServer(tmp_path, shutdown_timeout=60) as server:
+        led_to(server, pool, "host.load@mistral")
+        everybody = [server.process, *server.children()]
+        server.process.terminate()
+        wait_until(lambda: "event=shutdown" in server.log.read_text())
+        server.process.terminate()
+        _, alive = psutil.wait_procs(everybody, timeout=10)
+
+        assert [] == alive
+        assert -signal.SIGTERM == server.process.wait()
+
+
+@pytest.mark.parametrize("place", ["host.step@llama", "host.load@mistral", "switch.drain"])
+def test_the_death_of_the_server_takes_its_host_with_it(
+    tmp_path: Path, pool: ThreadPoolExecutor, place: str
+) -> None:
+    """Row 55: SIGKILL, whatever the host's compute thread is stuck in."""
+    with KillableServer(tmp_path) as server:
+        calls = led_to(server, pool, place)
+        children = server.children()
+        server.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=10)
+
+        assert [] == alive
+        assert isinstance(calls[-1].exception(timeout=5), httpx.TransportError)
+
+
+def test_a_server_without_descriptors_serves_who_is_connected(killable: KillableServer) -> None:
+    """Row 56: no new connection gets in; a switch over an open one works, and all do later."""
+    pid = killable.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    assert 200 == killable.ask("llama").status_code  # this connection stays open
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (killable.process.num_fds(), limits[1]))
+    try:
+        with RawClient(killable.port) as outside:
+            outside.post("/v1/completions", {"model": "qwen"})
+            switched, answer = killable.switch("qwen"), killable.ask("qwen")
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+    assert 200 == switched.status_code
+    assert 200 == answer.status_code
+    assert 200 == httpx.get(f"http://127.0.0.1:{killable.port}/health", timeout=10).status_code
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+def test_a_client_that_never_reads_is_let_go(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    """Row 8: it holds neither a drain up nor its place in the engine."""
+    limits = {"client_timeout": 1}
+    with KillableServer(tmp_path, limits=limits, token_s=0) as server:
+        body = {"model": "llama", "stream": True, "max_tokens": 10**6}
+        with RawClient(server.port, receive_bytes=1024) as reader:
+            reader.post("/v1/completions", body)
+            wait_until(lambda: server.status["models"]["llama"]["in_flight"] == 1)
+            wait_until(lambda: server.status["models"]["llama"]["in_flight"] == 0)
+        metrics = server.client.get("/metrics").text
+
+        assert re.search(r"hotswap_clients_evicted_total.* 1\.0", metrics)
+        assert server.serves_all()
+
+
+@pytest.mark.parametrize("place", ["switch.drain", "switch.bring_up", "host.load@mistral"])
+def test_a_client_that_is_reset_while_it_waits_is_never_served(
+    killable: KillableServer, pool: ThreadPoolExecutor, place: str
+) -> None:
+    """Row 9: it leaves the queue within a second."""
+    before = killable.faults.hits(place)
+    killable.faults.inject(f"{place}=1*sleep(1.5)")
+    switch = pool.submit(killable.switch, "mistral")
+    wait_until(lambda: killable.faults.hits(place) > before)
+    with RawClient(killable.port) as client:
+        client.post("/v1/completions", {"model": "mistral"})
+        wait_until(lambda: killable.status["waiting"] == 1)
+        client.reset()
+    took_s = wait_until(lambda: killable.status["waiting"] == 0)
+
+    assert took_s < 1
+    assert not switch.done()
+    assert 200 == switch.result().status_code
+
+
+def test_a_client_that_is_reset_frees_its_engine(killable: KillableServer) -> None:
+    """Row 10: while it streams; a drain does not wait for it."""
+    with RawClient(killable.port) as client:
+        client.post("/v1/completions", {"model": "llama", "stream": True, "max_tokens": 10**6})
+        client.read()
+        client.reset()
+    switched = killable.switch("qwen", drain_timeout=20)
+
+    assert 200 == switched.status_code
+    assert switched.json()["duration_ms"] < 5000
+    assert 0 == switched.json()["requests_cut"]
+
+
+@pytest.mark.parametrize(
+    "phase", ["validate", "drain", "make_room", "bring_up", "activate", "verify"]
+)
+def test_a_switch_goes_on_without_its_caller(killable: KillableServer, phase: str) -> None:
+    """Row 11: RST while a phase is under way."""
+    before = killable.faults.hits(f"switch.{phase}")
+    killable.faults.inject(f"switch.{phase}=1*sleep(0.2)")
+    with RawClient(killable.port) as caller:
+        caller.post("/v1/models/switch", {"model": "mistral"})
+        wait_until(lambda: killable.faults.hits(f"switch.{phase}") > before)
+        caller.reset()
+
+    wait_until(lambda: killable.status["active"] == "mistral")
+    wait_until(lambda: killable.is_ready)
+    assert 200 == killable.ask("mistral").status_code
