@@ -425,7 +425,10 @@ class Coordinator:
                 self._switch.held.pop(held, None)
 
     def _release(self, lease: Lease) -> None:
-        drain.release(self.registry.model(lease.alias), lease)
+        model = self.registry.model(lease.alias)
+        if lease.requests:
+            model.engine.release(lease.requests)
+        drain.release(model, lease)
         if isinstance(lease.cut, WrongStamp):
             self._observer.notify(OutputRefused(self._epoch, lease.alias, lease.cut.stamp))
         elif isinstance(lease.cut, ClientStalled):

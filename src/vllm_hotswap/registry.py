@@ -53,6 +53,8 @@ class Lease:
     on_park: Callable[[], object] | None = None
     gate: asyncio.Future[None] | None = None
     """Nothing of the answer is sent before it is done: the engine has not been verified yet."""
+    requests: set[str] = field(default_factory=set)
+    """What its engine works on for it, by the ids that the engine gave."""
     deadline: asyncio.TimerHandle | None = None
     """When a parked request is ended."""
     first_epoch: int = field(init=False)

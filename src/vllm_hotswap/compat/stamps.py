@@ -51,11 +51,12 @@ class StampedCore:
             if lease.cut is not None:  # while the request was being tokenised
                 raise EngineUnavailable(lease.cut.message)
             self._leases[request.request_id] = lease
+            lease.requests.add(request.request_id)
         await self._core.add_request_async(request)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._leases.pop(request_id, None)
+            self._forget(request_id)
         await self._core.abort_requests_async(request_ids)
 
     async def get_output_async(self) -> Any:
@@ -64,6 +65,11 @@ class StampedCore:
         if stamp is not None and outputs.outputs:
             self._check(outputs, stamp)
         return outputs
+
+    def _forget(self, request_id: str) -> None:
+        lease = self._leases.pop(request_id, None)
+        if lease is not None:
+            lease.requests.discard(request_id)
 
     def _check(self, outputs: Any, stamp: str) -> None:
         """Take out what does not belong to its request, and end the request."""
@@ -79,6 +85,6 @@ class StampedCore:
                 refused.add(output.request_id)
                 lease.end(WrongStamp(lease.alias, stamp))
             elif output.finish_reason is not None:
-                del leases[output.request_id]
+                self._forget(output.request_id)
         if refused:
             outputs.outputs = [o for o in outputs.outputs if o.request_id not in refused]

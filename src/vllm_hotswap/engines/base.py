@@ -7,7 +7,7 @@ vLLM, for tests and for working on the server). `tests/contract` runs the same c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,6 +145,15 @@ class Engine(Protocol):
 
         Raises:
             VerifyFailed: it is not what it was after the first load, or no number at all.
+        """
+
+    def release(self, requests: Collection[str]) -> None:
+        """Have the engine end what it still does for somebody who is gone.
+
+        A frontend does that by itself, but one whose client takes in nothing may do it late.
+
+        Args:
+            requests: ids of the engine's, from `Lease.requests`.
         """
 
     async def sleep(self, level: int) -> None:

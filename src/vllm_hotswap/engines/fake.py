@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +104,7 @@ class FakeEngine:
         self._first_canary: str | None = None
         self.prefetched = 0
         self.aborted = 0
+        self._released: set[str] = set()
         self.served = 0
         self.adapters: dict[str, Adapter] = {}
         self._stepped = asyncio.Event()
@@ -187,6 +188,10 @@ class FakeEngine:
         if self.canary != self._first_canary:
             raise VerifyFailed(self.alias, f"the canary is {self.canary!r}")
 
+    def release(self, requests: Collection[str]) -> None:
+        self.aborted += len(requests)
+        self._released.update(requests)
+
     async def sleep(self, level: int) -> None:
         await self.host.operate("sleep", self.alias, self.settings.sleep_s)
         self._leave_memory(level)
@@ -236,6 +241,9 @@ class FakeEngine:
 
     async def tokens(self, max_tokens: int, name: str | None = None) -> AsyncIterator[str]:
         """The words of an answer, as `name`; each one waits until the engine is stepped."""
+        lease, request_id = current_lease.get(), f"fake-{next(self.host.request_ids)}"
+        if lease is not None:
+            lease.requests.add(request_id)
         try:
             for number in range(max_tokens):
                 await self._stepped.wait()
@@ -248,8 +256,12 @@ class FakeEngine:
                 yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
             self.served += 1
         except (asyncio.CancelledError, GeneratorExit):
-            self.aborted += 1
+            self.aborted += request_id not in self._released
             raise
+        finally:
+            self._released.discard(request_id)
+            if lease is not None:
+                lease.requests.discard(request_id)
 
     def _check_stamp(self) -> None:
         """As the real frontend does for every output."""
@@ -388,6 +400,7 @@ class FakeHost:
             for alias in aliases
         }
         self.adapter_ids = itertools.count(1)
+        self.request_ids = itertools.count(1)
         self._died: asyncio.Future[str] | None = None
         self._gates: dict[tuple[str, str], asyncio.Event] = {}
         self._failures: dict[tuple[str, str], list[HotswapError]] = defaultdict(list)
@@ -499,6 +512,7 @@ class FakeHost:
             if operation not in ("step", "restart"):
                 gate.set()
         self._answers.set()
+        self.step_s = 0.0
         if not self.died.done():
             self.died.set_result(why)
 

@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +108,7 @@ class VllmEngine:
         self._canary: Canary | None = None
         """Of its first load."""
         self.loads = 0
+        self._aborting: set[asyncio.Task[None]] = set()
         self._is_engine_lost = False
         """Whether the engine that the frontend is connected to went with its host."""
         self._exits = AsyncExitStack()
@@ -241,6 +242,11 @@ class VllmEngine:
         if why:
             raise VerifyFailed(self.alias, why)
         self._canary = self._canary or canary
+
+    def release(self, requests: Collection[str]) -> None:
+        task = asyncio.create_task(self._client.abort(list(requests), internal=True))
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
 
     async def sleep(self, level: int) -> None:
         await self._link.call(lambda number: Sleep(number, self.alias, level))

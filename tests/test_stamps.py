@@ -1,0 +1,152 @@
+"""Outputs are delivered to requests that own their stamps, and to nobody else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.compat.stamps import StampedCore, make_stamp, read_stamp
+from vllm_hotswap.errors import DrainCut, EngineUnavailable, WrongStamp
+from vllm_hotswap.registry import Lease, current_lease
+
+
+@dataclass
+class Request:
+    request_id: str
+
+
+@dataclass
+class Output:
+    request_id: str
+    finish_reason: int | None = None
+
+
+@dataclass
+class Outputs:
+    weight_version: str | None
+    outputs: list[Output]
+
+
+@dataclass
+class Core:
+    """What vLLM's client of an engine core says and is told."""
+
+    says: list[Any] = field(default_factory=list)
+    told: list[Any] = field(default_factory=list)
+    name = "core"
+
+    async def add_request_async(self, request: Request) -> None:
+        self.told.append(request.request_id)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        self.told.append(request_ids)
+
+    async def get_output_async(self) -> Any:
+        return self.says.pop(0)
+
+
+@pytest.fixture
+def core() -> Core:
+    return Core()
+
+
+@pytest.fixture
+def stamped(core: Core) -> StampedCore:
+    return StampedCore("llama", core)
+
+
+async def begin(stamped: StampedCore, request_id: str, lease: Lease | None) -> None:
+    current_lease.set(lease)
+    await stamped.add_request_async(Request(request_id))
+
+
+async def delivered(stamped: StampedCore, core: Core, stamp: str | None, *ids: str) -> list[str]:
+    core.says.append(Outputs(stamp, [Output(request_id) for request_id in ids]))
+    return [output.request_id for output in (await stamped.get_output_async()).outputs]
+
+
+@pytest.mark.parametrize("alias", ["llama", "org/model#2", "a#b"])
+def test_stamp_says_alias_and_epoch(alias: str) -> None:
+    """Whatever the alias is made of."""
+    assert (alias, 17) == read_stamp(make_stamp(alias, 17))
+
+
+def test_no_stamp_is_of_no_epoch() -> None:
+    """vLLM's own, before an engine was ever activated."""
+    assert ("default", -1) == read_stamp("default")
+
+
+async def test_output_of_the_leases_epoch_is_delivered(stamped: StampedCore, core: Core) -> None:
+    """And so is one without a stamp: older versions of vLLM give none."""
+    lease = Lease("llama", 3, None)
+    await begin(stamped, "r", lease)
+
+    assert ["r"] == await delivered(stamped, core, "llama#3", "r")
+    assert ["r"] == await delivered(stamped, core, None, "r")
+    assert lease.cut is None
+
+
+@pytest.mark.parametrize("stamp", ["llama#2", "llama#4", "qwen#3", "default", "llama#x"])
+async def test_output_of_another_epoch_or_model_ends_its_request(
+    stamped: StampedCore, core: Core, stamp: str
+) -> None:
+    """It is not delivered; a canary, which is of nobody, is."""
+    lease = Lease("llama", 3, None)
+    await begin(stamped, "r", lease)
+    await begin(stamped, "canary", None)
+
+    assert ["canary"] == await delivered(stamped, core, stamp, "r", "canary")
+
+    assert isinstance(lease.cut, WrongStamp)
+    assert stamp in lease.cut.message
+
+
+async def test_resumed_request_owns_all_its_epochs(stamped: StampedCore, core: Core) -> None:
+    """What its engine said before it was parked may be read after it goes on."""
+    lease = Lease("llama", 3, None)
+    await begin(stamped, "r", lease)
+    lease.await_verdict(7)
+
+    for stamp in ("llama#3", "llama#7"):
+        assert ["r"] == await delivered(stamped, core, stamp, "r")
+    assert [] == await delivered(stamped, core, "llama#8", "r")
+
+
+async def test_request_that_was_cut_meanwhile_does_not_reach_the_engine(
+    stamped: StampedCore, core: Core
+) -> None:
+    """It was still being tokenised."""
+    lease = Lease("llama", 3, None)
+    lease.end(DrainCut("llama", "qwen", 0))
+
+    with pytest.raises(EngineUnavailable, match="drain"):
+        await begin(stamped, "r", lease)
+
+    assert [] == core.told
+
+
+async def test_request_of_another_models_lease_does_not_reach_the_engine(
+    stamped: StampedCore, core: Core
+) -> None:
+    """No way leads there; if one ever does, nothing is generated."""
+    with pytest.raises(WrongStamp):
+        await begin(stamped, "r", Lease("qwen", 3, None))
+
+    assert [] == core.told
+
+
+async def test_nothing_is_kept_of_requests_that_ended(stamped: StampedCore, core: Core) -> None:
+    """By their last output, or by an abort; the lease knows what is left."""
+    lease = Lease("llama", 3, None)
+    for request_id in ("a", "b", "c"):
+        await begin(stamped, request_id, lease)
+
+    core.says.append(Outputs("llama#3", [Output("a", finish_reason=0)]))
+    await stamped.get_output_async()
+    await stamped.abort_requests_async(["b"])
+
+    assert {"c"} == lease.requests
+    assert "<StampedCore llama requests=1 stamp='llama#3'>" == repr(stamped)
+    assert "core" == stamped.name
