@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from tests.serving import flags
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.listen import Listener, bind
+from vllm_hotswap.listen import Listener, bind, most_connections
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,3 +139,41 @@ def test_the_address_is_told_in_the_form_that_clients_use(
 ) -> None:
     """In the banner."""
     assert address == Listener(flags(**given), None).address
+
+
+def test_clients_that_vanish_are_noticed() -> None:
+    """The system probes silent connections; those that are accepted take it over."""
+    with bind("127.0.0.1", 0) as listening:
+        listening.listen()
+        with (
+            socket.create_connection(listening.getsockname()),
+            listening.accept()[0] as connection,
+        ):
+            assert 1 == connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert 30 == connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised", "connections"),
+    [
+        ((1024, 1 << 20), (65_535, 1 << 20), 65_279),
+        ((1024, 4096), (4096, 4096), 3840),
+        ((100, 100), None, 50),
+        ((1 << 20, 1 << 20), None, (1 << 20) - 256),
+        ((1024, resource.RLIM_INFINITY), (65_535, resource.RLIM_INFINITY), 65_279),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 65_279),
+    ],
+)
+def test_connections_leave_files_for_the_models(
+    limits: tuple[int, int],
+    raised: tuple[int, int] | None,
+    connections: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However few there are; the limit is raised as far as it may be."""
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: given.append(new))
+
+    assert connections == most_connections()
+    assert ([raised] if raised else []) == given

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -22,6 +24,13 @@ KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = 5
 LAST_ANSWERS_S = 3
 """Seconds that open connections get, at shutdown, to take in their last answer."""
+
+WANTED_FILES = 65_535
+KEPT_FILES = 256
+"""Open files that connections may not take."""
+
+TCP_PROBES = MappingProxyType({"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3})
+"""Seconds of silence before a client is probed, seconds between probes, and how many."""
 
 MAX_UDS_BYTES = 107
 """Of a socket's path, on Linux."""
@@ -96,6 +105,7 @@ class Listener:
                 root_path=args.root_path or "",
                 timeout_keep_alive=_keep_alive_s(),
                 timeout_graceful_shutdown=LAST_ANSWERS_S,
+                limit_concurrency=most_connections(),
                 h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
                 ssl_keyfile=args.ssl_keyfile,
                 ssl_certfile=args.ssl_certfile,
@@ -118,6 +128,7 @@ def bind(host: str | None, port: int) -> socket.socket:
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _notice_vanished_clients(sock)
     try:
         sock.bind((host or "", port))
     except (OSError, OverflowError, UnicodeError) as error:
@@ -125,6 +136,14 @@ def bind(host: str | None, port: int) -> socket.socket:
         raise _cannot_bind(host, port, error) from error
     sock.set_inheritable(True)
     return sock
+
+
+def _notice_vanished_clients(sock: socket.socket) -> None:
+    """Have connections end whose clients are gone without a word; they take this over."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in TCP_PROBES.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _cannot_bind(host: str | None, port: int, error: Exception) -> ConfigError:
@@ -136,6 +155,21 @@ def _cannot_bind(host: str | None, port: int, error: Exception) -> ConfigError:
         f"cannot listen on {host or '0.0.0.0'}:{port}: {reason}; "
         f"choose another {'--host' if is_name else '--port'}"
     )
+
+
+def most_connections() -> int:
+    """How many connections there may be; more are answered 503.
+
+    The soft limit of open files is raised, as vLLM does for its server; what is kept back of it is
+    for the models: files that a load reads, sockets, the engine host.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    files = WANTED_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(files - KEPT_FILES, files // 2)
 
 
 def check_uds(path: Path) -> None:
