@@ -17,9 +17,12 @@ from starlette.routing import Route
 
 from tests.conftest import MakeServer
 from tests.support import CHAT, Server
+from tests.walk import Shape, World
+from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import EngineUnavailable
-from vllm_hotswap.exchange import AnswerCut
+from vllm_hotswap.events import ClientEvicted
+from vllm_hotswap.exchange import PARKED_COMMENT, AnswerCut
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
 EMBEDDINGS = "/v1/embeddings"
@@ -822,3 +825,52 @@ async def test_shutdown_ends_a_stream_with_an_error_event(server: Server) -> Non
     answer = await stream.finish()
     assert "the server is shutting down" in answer.events[-1]
     assert answer.complete
+
+
+# --- slow clients ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_client_that_takes_nothing_is_let_go(streamed: bool) -> None:
+    """In twice `limits.client_timeout`, and the time that a cut request has to end."""
+    with contextlib.closing(World(Shape(client_timeout=20))) as world:
+        ask = world.ask("llama", words=3, streamed=streamed)
+        world.let_pass(2)
+        ask.stop_reading()
+
+        world.let_pass(2 * 20 + 2 * CUT_GRACE_S)
+
+        assert not world.leases
+        assert ask.broken
+        [told] = world.all_of(ClientEvicted)
+        assert "llama" == told.model
+
+
+def test_client_that_takes_its_time_is_not_let_go() -> None:
+    """What counts is that it takes something now and then."""
+    with contextlib.closing(World(Shape(client_timeout=20))) as world:
+        ask = world.ask("llama", words=5)
+        for _ in range(8):
+            ask.stop_reading()
+            world.let_pass(15)
+            ask.go_on_reading()
+            world.settle()
+
+        world.let_pass(10)
+
+        assert "answered" == ask.outcome
+
+
+def test_stream_that_is_parked_again_gets_as_many_comments_as_before() -> None:
+    """One now and one every ten seconds, however often it has been parked."""
+    with contextlib.closing(World(Shape())) as world:
+        ask = world.ask("llama", words=20)
+        for alias in ("qwen", "llama", "qwen"):
+            world.let_pass(2)
+            world.switch(alias, 0, "park")
+            world.let_pass(2)
+        before = ask.answer.count(PARKED_COMMENT)
+
+        world.let_pass(30)
+
+        assert 3 == ask.answer.count(PARKED_COMMENT) - before

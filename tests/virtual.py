@@ -43,6 +43,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now_s
 
+    @property
+    def timers(self) -> int:
+        """Timers that are set."""
+        handles: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        return sum(not handle.cancelled() for handle in handles)
+
     def _jump(self, seconds: float) -> None:
         self._now_s += seconds
 

@@ -187,6 +187,7 @@ class Answer:
             self.sent += 1
 
     def _parked(self) -> None:
+        self.close()  # it may have been parked a moment ago, too
         self._commenting = asyncio.create_task(self._comment())
 
     async def _comment(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import model_field, responses
+from vllm_hotswap import drain, model_field, responses
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
 from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
@@ -80,7 +80,9 @@ class Router:
             sending = {answer: answer.sent for answer in self._answers if answer.is_sending}
             for answer, sent in sending.items():
                 if before.get(answer) == sent and answer.lease is not None:
-                    answer.lease.end(ClientStalled(timeout_s))
+                    model = self._registry.model(answer.lease.alias)
+                    # Nobody may listen who could tell the application, so it is cancelled in time.
+                    drain.end_all(model, ClientStalled(timeout_s), [answer.lease])
             before = sending
 
     async def _visit(
