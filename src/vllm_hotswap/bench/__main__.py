@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hotswap import demo
-from vllm_hotswap.bench import environment, medium, parts, report
+from vllm_hotswap.bench import environment, gap, medium, parts, report
 from vllm_hotswap.bench.client import BadAnswer
 from vllm_hotswap.bench.load import Load
 from vllm_hotswap.bench.servers import Launcher, Model, Server, ServerFailed
@@ -27,7 +27,7 @@ from vllm_hotswap.errors import ConfigError, HotswapError
 log = logging.getLogger("vllm_hotswap.bench")
 
 BUSY_LOAD = 0.5
-PARTS = ("switch", "steady", "restart", "startup")
+PARTS = ("switch", "steady", "gap", "restart", "startup")
 KV_CACHE_BYTES = {"tiny": 256 << 20, "medium": 1 << 30}
 
 TINY_LOADS = (Load(clients=1, requests=30, output_tokens=64), Load(32, 6, 64))
@@ -66,6 +66,10 @@ class Bench:
         options, started_any = self.options, False
         if options.only & {"switch", "steady"}:
             await self._switch_and_steady()
+            started_any = True
+        if "gap" in options.only:
+            rounds, restarts = (3, 1) if options.quick else (12, min(options.runs, 3))
+            self._finish(await gap.gap(self.launcher, self.models, rounds, restarts))
             started_any = True
         if "restart" in options.only:
             self._finish(

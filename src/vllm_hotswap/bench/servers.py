@@ -108,18 +108,29 @@ class Server:
             return False
         return True
 
+    @property
+    def exit_status(self) -> int | None:
+        """None as long as it runs."""
+        return self._process.poll()
+
     async def stop(self) -> None:
         """SIGTERM, wait for the exit, then kill whatever of it is left."""
-        family = self._family()
+        family = self.family()
         self.thaw()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGTERM)
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+            await self.terminate()
         finally:
             self._kill(family)
             self._process.wait()
+
+    async def terminate(self) -> int | None:
+        """SIGTERM. Returns the exit status, None if it runs on for `STOP_TIMEOUT_S`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGTERM)
+        try:
+            return await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _kill(self, family: Iterable[psutil.Process]) -> None:
         """Kill what is left of it, also the children of a process that has died."""
@@ -137,11 +148,12 @@ class Server:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._family():
+        for process in self.family():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
 
-    def _family(self) -> list[psutil.Process]:
+    def family(self) -> list[psutil.Process]:
+        """It and all that it has started, directly or not."""
         try:
             parent = psutil.Process(self._process.pid)
             return [parent, *parent.children(recursive=True)]
@@ -151,7 +163,7 @@ class Server:
     def cpu_s(self) -> float:
         """CPU time that all its processes have taken."""
         total = 0.0
-        for process in self._family():
+        for process in self.family():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 total += times.user + times.system

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 Side = Literal["hotswap", "plain"]
 SIDES: tuple[Side, Side] = ("hotswap", "plain")
+
+Point = tuple[float, float]
+MAX_CORRELATION = 0.95
+MIN_FREEDOM = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +90,64 @@ def alternate(runs: int) -> Iterator[Side]:
     """The sides in the order A B, B A, A B, ...: `runs` turns of each, neither always first."""
     for run in range(runs):
         yield from SIDES if run % 2 == 0 else SIDES[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """How much something grows per step."""
+
+    value: float
+    upper: float
+    """With 95 % confidence, it is not more."""
+    points: int
+
+
+def pooled_slope(segments: Sequence[Sequence[Point]]) -> Slope | None:
+    """The one slope that fits all segments best, each of which has a level of its own.
+
+    By least squares. Neighbouring samples of one process resemble each other, so they tell less
+    than as many independent ones: the bound allows for the correlation of neighbours' residuals.
+
+    Returns:
+        None if there is too little to tell: fewer than three points beyond what a line with these
+        levels needs, or no two places in any segment.
+    """
+    segments = [segment for segment in segments if len(segment) > 1]
+    centred = [_centred(segment) for segment in segments]
+    flat = [point for segment in centred for point in segment]
+    freedom = len(flat) - len(segments) - 1
+    width = sum(x * x for x, _ in flat)
+    if freedom < MIN_FREEDOM or not width:
+        return None
+    value = sum(x * y for x, y in flat) / width
+    residuals = [[y - value * x for x, y in segment] for segment in centred]
+    squares = sum(r * r for segment in residuals for r in segment)
+    error = math.sqrt(squares / freedom / width) * _widened(residuals, squares)
+    return Slope(value, value + student_t(0.95, freedom) * error, len(flat))
+
+
+def _centred(points: Sequence[Point]) -> list[Point]:
+    x_mean = sum(x for x, _ in points) / len(points)
+    y_mean = sum(y for _, y in points) / len(points)
+    return [(x - x_mean, y - y_mean) for x, y in points]
+
+
+def _widened(residuals: Sequence[Sequence[float]], squares: float) -> float:
+    """What the standard error grows by because neighbours resemble each other."""
+    if not squares:
+        return 1.0
+    products = sum(a * b for segment in residuals for a, b in itertools.pairwise(segment))
+    correlation = min(MAX_CORRELATION, max(0.0, products / squares))
+    return math.sqrt((1 + correlation) / (1 - correlation))
+
+
+def student_t(probability: float, freedom: int) -> float:
+    """Student's quantile above the median; 1 % off at most, from 3 degrees of freedom.
+
+    By the expansion of Cornish and Fisher around the normal one.
+    """
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
