@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 import httpx
 
 from vllm_hotswap.errors import HotswapError, one_line
 from vllm_hotswap.keys import split_keys
+from vllm_hotswap.settings import DrainPolicy
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "VLLM_HOTSWAP_URL"
@@ -41,9 +42,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ("load", "bring a model up beside the active one"),
         ("unload", "give back everything of a model"),
         ("wake", "bring a sleeping model up beside the active one"),
-        ("switch", "make a model the active one"),
     ):
         _command(commands, name, about, _operate)
+    switch = _command(commands, "switch", "make a model the active one", _switch)
+    switch.add_argument("--drain-timeout", type=float, help="seconds to wait for running requests")
+    switch.add_argument(
+        "--on-drain-timeout",
+        choices=get_args(DrainPolicy),
+        help="what becomes of those that still run then",
+    )
     sleep = _command(commands, "sleep", "have a model give memory back", _operate)
     sleep.add_argument(
         "--level", type=int, choices=(1, 2), default=1, help="1 keeps the weights, 2 drops them"
@@ -83,11 +90,15 @@ def _options(
 
 
 def _operate(args: argparse.Namespace, _: Sequence[str]) -> int:
-    if args.command == "switch":
-        answer = call(args, "POST", "/v1/models/switch", {"model": args.alias})
-        return _print(args, answer, switch_text)
     path = f"/admin/models/{quote(args.alias)}/{args.command}"
     return _print(args, call(args, "POST", path, _options_of(args)), told)
+
+
+def _switch(args: argparse.Namespace, _: Sequence[str]) -> int:
+    options = {"drain_timeout": args.drain_timeout, "on_drain_timeout": args.on_drain_timeout}
+    given = {name: value for name, value in options.items() if value is not None}
+    answer = call(args, "POST", "/v1/models/switch", {"model": args.alias, **given})
+    return _print(args, answer, switch_text)
 
 
 def _options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,7 +195,9 @@ def _message(content: Any, status: int) -> str:
 
 def switch_text(answer: Mapping[str, Any]) -> str:
     how = f"active after {answer['duration_ms']} ms" if answer["switched"] else "active already"
-    return f"{answer['current_model']}: {how}"
+    counts = {word: answer[f"requests_{word}"] for word in ("cut", "parked", "lost")}
+    requests = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{answer['current_model']}: {how}{f' (requests: {requests})' if requests else ''}"
 
 
 def told(answer: Mapping[str, Any]) -> str:
