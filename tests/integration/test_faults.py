@@ -26,7 +26,6 @@ from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from vllm_hotswap.demo import MODELS, free_port
 
 HANG_S = 4
-LOAD_S = 20
 
 MODELS_YAML = f"""\
 default_model: llama
@@ -34,7 +33,7 @@ switching: {{drain_timeout: 2}}
 recovery:
   hang_timeout: {HANG_S}
   command_timeout: 20
-  load_timeout: {LOAD_S}
+  load_timeout: 60
   max_restarts: 100
   max_backoff: 1
 defaults:
@@ -48,8 +47,6 @@ models:
   frail: {{model: ./frail, load: on_demand}}
   untouched: {{model: ./untouched, load: on_demand}}
 """
-
-CUT = {"engine_unavailable"}
 
 
 class Faulty:
@@ -167,14 +164,14 @@ def test_a_killed_host_fails_every_request_and_comes_back(
         took_s = time.monotonic() - killed_s
     live = faulty.server.client.get("/health").status_code
     ready = faulty.server.client.get("/ready")
-    held = pool.submit(faulty.server.complete, "llama", "Who are you?")
+    back_s = wait_until(lambda: faulty.is_ready, timeout_s=60)
 
     assert "engine_unavailable" == rest[-1]["error"]["code"]
     assert "[DONE]" not in rest
     assert (503, "engine_unavailable") == (answer.status_code, code(answer))
     assert took_s < 5
     assert (200, 503, "not_ready") == (live, ready.status_code, code(ready))
-    assert faulty.golden["llama"] == held.result()
+    assert back_s < 60
     assert restarts + 1 == faulty.restarts
     assert old.pid != faulty.host.pid
     assert "llama" == faulty.status["active"]
@@ -188,9 +185,8 @@ def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
 
     failed = faulty.switch("frail")
 
-    assert (503, "signal 11") == (failed.status_code, failed.json()["error"]["message"][-9:]) or (
-        "signal 11" in failed.text
-    )
+    assert 503 == failed.status_code
+    assert "signal 11" in failed.json()["error"]["message"]
     wait_until(lambda: faulty.is_ready, timeout_s=60)
     assert "llama" == faulty.status["active"]
     assert faulty.serves_as_ever()
@@ -226,19 +222,20 @@ def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
 
 
 def test_a_load_that_never_ends_is_ended(faulty: Faulty) -> None:
-    """A pipe in place of the weights: nobody can interrupt that read but the end of the host."""
+    """A pipe in place of the weights: nothing can interrupt that read but the end of the host.
+
+    It reads in native code, and keeps the whole process from giving a sign of life.
+    """
     faulty.server.switch("llama")
     weights = faulty.frail / "model.safetensors"
     weights.rename(faulty.frail / "away")
     os.mkfifo(weights)
-    started_s = time.monotonic()
     failed = faulty.switch("frail")
-    took_s = time.monotonic() - started_s
     weights.unlink()
     (faulty.frail / "away").rename(weights)
 
-    assert (503, "switch_failed") == (failed.status_code, code(failed))
-    assert LOAD_S <= took_s < LOAD_S + 40
+    assert (503, "engine_unavailable") == (failed.status_code, code(failed))
+    assert "no sign of life" in failed.json()["error"]["message"]
     wait_until(lambda: faulty.is_ready, timeout_s=60)
     assert faulty.serves_as_ever()
     assert 200 == faulty.switch("frail").status_code
