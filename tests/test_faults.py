@@ -485,3 +485,20 @@ def test_a_switch_goes_on_without_its_caller(killable: KillableServer, phase: st
     wait_until(lambda: killable.status["active"] == "mistral")
     wait_until(lambda: killable.is_ready)
     assert 200 == killable.ask("mistral").status_code
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+async def test_a_frontend_that_cannot_be_built_is_refused_before_the_drain(server: Server) -> None:
+    """Row 38: a stream of the source goes on untouched, and mended files are enough."""
+    stream = await server.start_stream("llama", words=3)
+    server.host.engines["mistral"].broken_tokenizer = True
+    failed = await server.switch("mistral", drain_timeout=0)
+    answer = await stream.finish()
+    server.host.engines["mistral"].broken_tokenizer = False
+
+    assert (503, "switch_failed") == (failed.status_code, failed.json()["error"]["code"])
+    assert "phase validate" in failed.json()["error"]["message"]
+    assert answer.is_whole
+    assert 200 == (await server.switch("mistral")).status_code

@@ -503,6 +503,7 @@ class Coordinator:
         target = switch.target
         async with self._phase(switch, SwitchPhase.VALIDATE):
             self._validate(switch)
+            await target.engine.rehearse()
         switch.moves = not target.is_loaded
         switch.memory_before_bytes = self._host.stats().used_bytes
         async with self._phase(switch, SwitchPhase.DRAIN):

@@ -285,19 +285,31 @@ def with_nan(file: bytes, tensor: str) -> bytes:
     return file[:start] + b"\xff" * (end - begin) + file[start + end - begin :]
 
 
-def test_a_broken_tokenizer_is_refused_before_the_drain(faulty: Faulty) -> None:
+@pytest.mark.parametrize(
+    ("file", "broken", "says"),
+    [
+        ("tokenizer.json", b'{"version"', "tokenizer"),
+        ("chat_template.jinja", b"{% for message in messages %}", "chat template"),
+    ],
+)
+def test_what_a_frontend_needs_is_checked_before_the_drain(
+    faulty: Faulty, file: str, broken: bytes, says: str
+) -> None:
     """Of a model that has never been loaded: a stream of the source goes on meanwhile."""
     faulty.server.switch("llama")
-    tokenizer = faulty.untouched / "tokenizer.json"
-    whole = tokenizer.read_bytes()
-    tokenizer.write_bytes(whole[:1000])
+    path = faulty.untouched / file
+    whole = path.read_bytes() if path.exists() else None
+    path.write_bytes(broken)
     with faulty.stream("llama") as stream:
         failed = faulty.switch("untouched")
         next(stream)
-    tokenizer.write_bytes(whole)
+    path.unlink()
+    if whole is not None:
+        path.write_bytes(whole)
 
     assert (503, "switch_failed") == (failed.status_code, code(failed))
     assert "phase validate" in failed.json()["error"]["message"]
+    assert says in failed.json()["error"]["message"]
     assert faulty.serves_as_ever()
 
 

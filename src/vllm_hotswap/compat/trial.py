@@ -1,16 +1,21 @@
 """What a model's frontend will do at its first request, tried without an engine.
 
-Relies on: `cached_tokenizer_from_config`, `safe_apply_chat_template`, `load_chat_template`, the
-managers of parsers. Checked on vLLM 0.32.0.
+Relies on: `cached_tokenizer_from_config` and its cache, `safe_apply_chat_template`,
+`load_chat_template`, the managers of parsers. Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from vllm_hotswap.compat.configuration import reasoning_parser
 from vllm_hotswap.compat.names import find
+from vllm_hotswap.errors import ConfigError, one_line
+
+T = TypeVar("T")
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -45,6 +50,51 @@ def make_parsers(args: argparse.Namespace, tokenizer: Any) -> None:
         ToolParserManager.get_tool_parser(args.tool_call_parser)(tokenizer)
     if name := reasoning_parser(args):
         ReasoningParserManager.get_reasoning_parser(name)(tokenizer)
+
+
+def rehearse(args: argparse.Namespace, config: Any) -> None:
+    """Make what a frontend needs of the model's files, and give it up again.
+
+    That a template cannot render this conversation is no reason to refuse a model: it may be meant
+    for others. One that cannot be compiled renders none.
+
+    Raises:
+        ConfigError: something cannot be made; the message names it.
+    """
+    tokenizer = _made("tokenizer", lambda: make_tokenizer(config))
+    try:
+        if tokenizer is not None and generates(config):
+            _made("parsers", lambda: make_parsers(args, tokenizer))
+            _made("chat template", lambda: _compile_template(args, config, tokenizer))
+    except ConfigError:
+        _forget_tokenizers()  # so that files which are mended are read again
+        raise
+
+
+def _forget_tokenizers() -> None:
+    with suppress(ImportError, AttributeError):
+        from vllm.tokenizers.registry import cached_get_tokenizer
+
+        cached_get_tokenizer.cache_clear()
+
+
+def _made(what: str, make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except Exception as error:
+        raise ConfigError(f"{what}: {one_line(error)}") from error
+
+
+def _compile_template(args: argparse.Namespace, config: Any, tokenizer: Any) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        render_once(args, config, tokenizer)
+    except Exception as error:
+        if isinstance(error, TemplateSyntaxError) or isinstance(
+            error.__cause__, TemplateSyntaxError
+        ):
+            raise
 
 
 def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | None:

@@ -125,6 +125,13 @@ class Engine(Protocol):
             ConfigError: it cannot be loaded; the message says why.
         """
 
+    async def rehearse(self) -> None:
+        """Make, without an engine, what its frontend will need, unless it has one already.
+
+        Raises:
+            ConfigError: the frontend could not be built; the message says why.
+        """
+
     async def load(self, progress: Progress) -> None:
         """Make the engine and, the first time, its frontend; the engine is parked afterwards.
 

@@ -90,6 +90,7 @@ class FakeEngine:
     host: FakeHost
     settings: FakeSettings = field(default_factory=FakeSettings)
     missing_files: bool = False
+    broken_tokenizer: bool = False
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,6 +164,10 @@ class FakeEngine:
             raise ConfigError(
                 f"model {self.alias!r}: the folder 'fake/{self.alias}' does not exist"
             )
+
+    async def rehearse(self) -> None:
+        if self.broken_tokenizer and not self.has_frontend:
+            raise ConfigError(f"model {self.alias!r}: tokenizer: it cannot be read")
 
     async def load(self, progress: Progress) -> None:
         self.loads += 1

@@ -26,7 +26,7 @@ from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, share_kv_memory
 from vllm_hotswap.canary import Canary
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
-from vllm_hotswap.compat import frontend
+from vllm_hotswap.compat import frontend, trial
 from vllm_hotswap.compat.adapters import ids_of_vllm
 from vllm_hotswap.compat.canary import ask_for_canary
 from vllm_hotswap.compat.memory import kv_shares
@@ -75,6 +75,9 @@ from vllm_hotswap.states import Residency
 T = TypeVar("T")
 
 log = logging.getLogger("vllm_hotswap")
+
+REHEARSAL_S = 120.0
+"""In which a tokenizer must be there, its download included."""
 
 
 class VllmEngine:
@@ -188,6 +191,21 @@ class VllmEngine:
         if path.is_dir():
             try:
                 check_weights(path)
+            except ConfigError as error:
+                raise ConfigError(f"model {self.alias!r}: {error.message}") from error
+
+    async def rehearse(self) -> None:
+        if self._frontend is not None:
+            return
+        args, config = self._launch.args, self._launch.vllm_config
+        async with self._one_frontend_at_a_time:
+            try:
+                async with asyncio.timeout(REHEARSAL_S):
+                    await _on_daemon_thread(lambda: trial.rehearse(args, config))
+            except TimeoutError:
+                raise ConfigError(
+                    f"model {self.alias!r}: its tokenizer was not read within {REHEARSAL_S:g} s"
+                ) from None
             except ConfigError as error:
                 raise ConfigError(f"model {self.alias!r}: {error.message}") from error
 
