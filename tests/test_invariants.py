@@ -9,7 +9,8 @@ down here once more.
 Not here, because a fake engine cannot show it: that a model which was away answers exactly as one
 that never was (I7, held on the real engine: `tests/integration/test_residency.py`), that no cache
 of one load is seen by another (I6), and memory that is really used (I11; here the budget is never
-exceeded by what the fake engines say that they hold).
+exceeded by what the fake engines say that they hold). Nobody switches but who is told to, so that
+there is no fairness between models to hold (I15).
 """
 
 # ruff: noqa: N802  # invariants are called by their numbers
@@ -54,6 +55,7 @@ from vllm_hotswap.events import (
     PhaseChanged,
     RequestEnded,
     ResidencyChanged,
+    ServiceDegraded,
     SwitchEnded,
 )
 from vllm_hotswap.registry import Lease
@@ -128,7 +130,7 @@ SHAPES = (
     Shape(models_that_fit=2),
     Shape(models_that_fit=1),
     Shape(models_that_fit=2, max_wait=3, max_waiting=2, max_parked=1, parked_timeout=15),
-    Shape(models_that_fit=2, max_wait=7, in_flight=3, burst=2, client_timeout=4),
+    Shape(max_wait=7, in_flight=3, max_parked=2, burst=2, client_timeout=4),
     Shape(is_watched=True),
     Shape(models_that_fit=1, is_watched=True),
     Shape(models_that_fit=2, is_watched=True, idles=True),
@@ -650,7 +652,29 @@ def test_I8_atomic_switch() -> None:
 
 
 class TruthfulHealth(Invariant):
-    """Who says to be ready is: a request that is sent now is answered."""
+    """Who says to be ready is: a request that is sent now is answered. Who is not will be."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._down_s: float | None = None
+        self._hung_s: float | None = None
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, SwitchEnded | ServiceDegraded):
+            self._down_s = None  # somebody has tried
+
+    def at_any_time(self) -> None:
+        world, now_s = self.world, self.world.now_s
+        over = world.is_given_up or world.stopping is not None
+        is_down = world.coordinator.active is None and world.coordinator.phase == "idle"
+        self._down_s = (self._down_s or now_s) if is_down and not over else None
+        bound_s = RECOVERY.max_backoff + (RECOVERY.load_timeout if world.hangs else 0) + 1
+        tries = self._down_s is None or now_s - self._down_s <= bound_s
+        self.expect(tries, "nobody is active, and nobody tries to change that")
+        is_hung = world.host.is_hung and not world.coordinator.is_host_down  # nor starting
+        self._hung_s = (self._hung_s or now_s) if is_hung and not over else None
+        seen = self._hung_s is None or now_s - self._hung_s <= RECOVERY.hang_timeout + 2
+        self.expect(seen, "the host hangs, and nobody sees it")
 
     def when_settled(self) -> None:
         live, ready = self.world.get("/health"), self.world.get("/ready")
@@ -771,6 +795,8 @@ class Idempotent(Invariant):
         if told["switched"]:
             done = event is not None and event.status == "switched"
             self.expect(done, f"{call} tells of {told['operation_id']}, which is {event}")
+            moved = told["previous_model"] != told["current_model"]
+            self.expect(moved, f"{call} was done, and nothing was to be done: {told}")
         else:
             self.expect(event is None, f"{call} tells of {event}, and that nothing was done")
             self.expect(told["current_model"] == call.target, f"{call}: {told}")
@@ -1045,7 +1071,7 @@ class CleanStop(Invariant):
         left = self.world.left_by_stop
         self.expect(not left, f"it has stopped, and {left} go on")
         took_s = self.world.stop_took_s
-        bound_s = 2 * (self.world.stop_timeout_s + CUT_S) + 30
+        bound_s = self.world.stop_timeout_s + CUT_S
         self.expect(took_s <= bound_s, f"it took {took_s} s to stop")
         late = [self.world.ask("llama"), self.world.switch("qwen")]
         self.world.settle()

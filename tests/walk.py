@@ -55,7 +55,7 @@ class Shape:
     models_that_fit: int = 3
     max_waiting: int = 1024
     max_parked: int = 1024
-    max_wait: float = 60
+    max_wait: float = 20
     drain_timeout: float = 10
     parked_timeout: float = 40
     in_flight: int = 10_000
@@ -335,6 +335,10 @@ class Host(FakeHost):
         for operation, alias in self.held:
             self.release(operation, alias)
         self.held.clear()
+
+    @property
+    def is_hung(self) -> bool:
+        return not self._answers.is_set()
 
     def misstamp(self, alias: str) -> None:
         """Have an engine's outputs be somebody else's, until it is activated again."""
