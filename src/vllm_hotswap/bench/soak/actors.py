@@ -41,6 +41,8 @@ OPERATIONS: Sequence[tuple[str, dict[str, int]]] = (
 )
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV)
+TROUBLED = frozenset({"recovering", "degraded", "failed"})
+"""States of a server that knows that its host, or the active model's engine, is gone."""
 POLL_S = 0.05
 SAMPLE_S = 3.0
 
@@ -182,7 +184,7 @@ async def _is_back(run: Run, kill: Kill, pid: int) -> bool:
     _, status = await run.get("/admin/status")
     since_s = time.perf_counter() - kill.at_s
     has_new_host = status is not None and status["host"]["pid"] not in {pid, None}
-    if kill.noticed_s is None and (ready != 200 or has_new_host):
+    if kill.noticed_s is None and status is not None and status["state"] in TROUBLED:
         kill.noticed_s = since_s
     if has_new_host and ready == 200:
         kill.ready_s = since_s

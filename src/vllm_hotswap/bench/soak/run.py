@@ -64,7 +64,7 @@ class Kill:
     """Of the switch under way then."""
     at_s: float
     noticed_s: float | None = None
-    """Not ready, or with another host."""
+    """To a status that says so."""
     ready_s: float | None = None
     answered_s: float | None = None
     """To the end of the first answer to a request that was sent after it."""
