@@ -34,7 +34,7 @@ LAYERS = [
         "compat.versions",
     },
     {"planner", "host.messages", "host.arena", "host.heap", "host.teardown"},
-    {"host.weights", "host.compiled", "host.lora"},
+    {"host.weights", "host.canaries", "host.compiled", "host.lora"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
     {

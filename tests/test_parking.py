@@ -341,3 +341,39 @@ def test_switch_calls_are_limited(play: Play) -> None:
         await switch(server, "llama")
 
     play(story, rate=0.5, burst=3)
+
+
+def test_held_requests_count_as_in_flight(play: Play) -> None:
+    """What waits for a switch is not more than the model may have then."""
+
+    async def story(server: Server) -> None:
+        server.host.hold("activate", "qwen")
+        switching = server.switch("qwen")
+        await server.settled()
+        held = [server.ask("qwen") for _ in range(2)]
+        await server.settled()
+
+        assert 429 == (await server.ask("qwen")).status_code
+
+        server.host.release("activate", "qwen")
+        await switching
+        assert [200, 200] == [(await request).status_code for request in held]
+
+    play(story, limits=LimitsConfig(in_flight=2))
+
+
+def test_a_parked_request_ends_when_its_model_cannot_be_woken(play: Play) -> None:
+    """Explicitly; nothing of it is left for the next load."""
+
+    async def story(server: Server) -> None:
+        stream = await parked_stream(server)
+        server.host.fail_next("wake", "llama", ConfigError("weights are gone"))
+
+        assert 503 == (await server.switch("llama")).status_code
+
+        answer = await stream.finish()
+        assert "its model could not be woken" in answer.events[-1]
+        assert 0 == server.in_flight["llama"]
+
+    size = FakeSettings(weights_bytes=2 * MIB, kv_bytes=2 * MIB)
+    play(story, settings={"llama": size, "qwen": size}, budget=Usage(6 * MIB), load=("llama",))

@@ -278,7 +278,8 @@ def test_a_host_that_does_not_start_is_started_again(play: Play) -> None:
         await asyncio.sleep(5)
 
         assert await is_ready(server)
-        assert 2 == (await status(server))["host"]["restarts"]
+        assert 1 == (await status(server))["host"]["restarts"]
+        assert 2 == len(server.events.of(HostDied))
 
     play(story, load_timeout=50.0)
 
@@ -333,3 +334,38 @@ def test_a_stop_ends_recovery(play: Play) -> None:
         assert "stopping" == server.coordinator.state
 
     play(story)
+
+
+def test_attempts_go_on_for_ever(play: Play) -> None:
+    """However many there have been."""
+
+    async def story(server: Server) -> None:
+        server.host.engines["llama"].missing_files = True
+        server.host.kill()
+        await asyncio.sleep(300)
+        assert len(server.events.of(ServiceDegraded)) > 1100
+
+        server.host.engines["llama"].missing_files = False
+        await asyncio.sleep(1)
+        assert await is_ready(server)
+
+    play(story, max_backoff=0.0, restart_window=3600.0)
+
+
+def test_a_death_after_a_switch_has_healed_the_server_is_a_new_one(play: Play) -> None:
+    """What an earlier attempt still waited for is over."""
+
+    async def story(server: Server) -> None:
+        server.host.engines["llama"].missing_files = True
+        server.host.kill()
+        await asyncio.sleep(200)
+        await server.coordinator.switch("qwen")
+        assert not server.coordinator.recovery.is_degraded
+        await asyncio.sleep(400)
+
+        server.host.kill_engine("qwen")
+        await server.settled()
+
+        assert "qwen" == server.coordinator.active
+
+    play(story, restart_window=300.0)

@@ -150,3 +150,28 @@ async def test_nothing_is_kept_of_requests_that_ended(stamped: StampedCore, core
     assert {"c"} == lease.requests
     assert "<StampedCore llama requests=1 stamp='llama#3'>" == repr(stamped)
     assert "core" == stamped.name
+
+
+async def test_output_without_a_stamp_ends_its_request_too(
+    stamped: StampedCore, core: Core
+) -> None:
+    """Nothing is kept of it: all outputs of older versions are like that."""
+    lease = Lease("llama", 3, None)
+    await begin(stamped, "r", lease)
+
+    core.says.append(Outputs(None, [Output("r", finish_reason=0)]))
+    await stamped.get_output_async()
+
+    assert set() == lease.requests
+    assert "requests=0" in repr(stamped)
+
+
+async def test_what_is_released_is_forgotten(stamped: StampedCore, core: Core) -> None:
+    """Although the engine may have more to say of it."""
+    lease = Lease("llama", 3, None)
+    await begin(stamped, "r", lease)
+
+    stamped.forget(lease.requests)
+
+    assert set() == lease.requests
+    assert ["r"] == await delivered(stamped, core, "llama#9", "r")

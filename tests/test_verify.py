@@ -36,7 +36,7 @@ def test_rounding_makes_no_difference(first: Canary, now: Canary) -> None:
     ("first", "now", "why"),
     [
         (FIRST, Canary(9, {9: -0.1, 7: -2.5}), "generates token 9, not 7"),
-        (FIRST, Canary(7, {7: -0.4, 9: -1.5}), "log-probability of its token is -0.400, not -0.1"),
+        (FIRST, Canary(7, {7: -0.7, 9: -1.5}), "log-probability of its token is -0.700, not -0.1"),
         (TIED, Canary(8, {8: -0.70, 7: -0.71}), "generates token 8, not 7"),
         (POOLED, Canary(pooled=(0.8, -0.6)), "vector is off by 25%"),
         (POOLED, Canary(pooled=(0.6,)), "pools 1 values, not 2"),

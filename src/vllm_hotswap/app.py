@@ -55,6 +55,7 @@ class HotswapApp:
         recovery: RecoveryConfig | None = None,
     ) -> None:
         self.host = host
+        self.recovery = recovery or RecoveryConfig()
         self.access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)

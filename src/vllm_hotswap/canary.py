@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 CANARY_ID = "hotswap-canary-"
 """How the ids of requests for canaries begin."""
 
-LOGPROB_TOLERANCE = 0.1
-"""Nats. Other weights are further off than that; another batch in half precision is not."""
+LOGPROB_TOLERANCE = 0.5
+"""Nats. Logits in bfloat16 are 0.125 or 0.25 apart where they are large, so a kernel that rounds
+otherwise may be off by as much."""
 
-POOLED_TOLERANCE = 0.02
+POOLED_TOLERANCE = 0.05
 """Of the largest value of the vector."""
 
 

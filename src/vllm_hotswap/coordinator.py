@@ -106,6 +106,7 @@ class Coordinator:
         self.registry = Registry(host.engines, policies)
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
         self.recovery = Recovery(self, host, observer, recovery, clock)
+        self._adding_timeout_s = recovery.command_timeout
         self._rate = Rate(self._settings.rate, self._settings.burst, clock)
         self._active: Model | None = None
         self._last_active: Model | None = None
@@ -305,8 +306,12 @@ class Coordinator:
             check()
             try:
                 # Looked at again once it is loaded: requests have come and gone meanwhile.
-                adding = model.engine.add_adapter(name, path, is_3d, model.is_loaded, check)
-                return await self.ladder.told(model, "add_adapter", adding)
+                async with asyncio.timeout(self._adding_timeout_s):
+                    return await model.engine.add_adapter(name, path, is_3d, model.is_loaded, check)
+            except TimeoutError:  # its folder may lie on a slow disk: no reason to end the host
+                raise AdapterRefused(
+                    f"adapter {name!r} was not added within {self._adding_timeout_s:g} s"
+                ) from None
             except ConfigError as error:
                 raise AdapterRefused(error.message) from error
 
@@ -381,12 +386,15 @@ class Coordinator:
         if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
             raise ModelSwitching(model.alias, switch.target.alias, self._retry_after_s())
         if len(model.leases) >= self._limits.in_flight:
-            raise QueueFull(
-                f"{len(model.leases)} requests of {model.alias!r} are in flight already "
-                "(limits.in_flight); retry later",
-                retry_after_s=1,
-            )
+            raise self._too_many(model)
         return self._grant(model, asyncio.current_task())
+
+    def _too_many(self, model: Model) -> QueueFull:
+        return QueueFull(
+            f"{self._limits.in_flight} requests of {model.alias!r} are in flight, or wait for it "
+            "(limits.in_flight); retry later",
+            retry_after_s=1,
+        )
 
     def _grant(self, model: Model, task: asyncio.Task[object] | None) -> Lease:
         lease = Lease(model.alias, self._epoch, task)
@@ -395,6 +403,8 @@ class Coordinator:
         return lease
 
     def _hold(self, switch: Switch) -> asyncio.Future[Lease]:
+        if len(switch.held) + len(switch.target.leases) >= self._limits.in_flight:
+            raise self._too_many(switch.target)
         if len(switch.held) >= self._settings.max_waiting:
             raise QueueFull(
                 f"{len(switch.held)} requests wait for {switch.target.alias!r} already "
@@ -551,7 +561,7 @@ class Coordinator:
         # Those that cannot be parked, or all.
         cut = DrainCut(source.alias, target, timeout_s)
         running = [lease for lease in source.leases if not lease.is_parked]
-        switch.requests_cut = drain.end_all(source, cut, running)
+        switch.requests_cut = drain.end(running, cut)
         await drain.until_ended(source)
 
     def _park(self, switch: Switch, source: Model) -> None:
@@ -567,7 +577,8 @@ class Coordinator:
         for lease in parked:
             # Before the engine is told: its first outputs may come before its answer.
             lease.await_verdict(epoch)
-        activating = target.engine.activate(epoch)
+        is_to_be_verified = self._settings.verify and not target.is_verified
+        activating = target.engine.activate(epoch, is_to_be_verified)
         await self.ladder.told(target, Step.ACTIVATE.value, activating)
         refuse_failed(target)  # it may have died meanwhile
         if self._active is not None and self._active.residency is Residency.ACTIVE:
@@ -588,6 +599,7 @@ class Coordinator:
 
     def _serve_on(self, target: Model) -> None:
         self._last_active = target
+        self.recovery.succeeded()
         self._resume(target)
 
     def _resume(self, target: Model) -> None:
@@ -776,9 +788,9 @@ class Coordinator:
         busy = [model for model in self.registry if model.leases]
         gone = EngineUnavailable("the server is shutting down")
         for model in busy:
-            drain.end_all(model, gone, model.parked)  # nobody steps them any more
+            drain.end(model.parked, gone)  # nobody steps them any more
             await drain.until_empty(model, timeout_s)
-            drain.end_all(model, gone)
+            drain.end(model.leases, gone)
         for model in busy:
             await drain.until_ended(model)
 
@@ -793,6 +805,8 @@ class Coordinator:
         for model in self.registry:
             if model.residency is not Residency.COLD:
                 self._fail(model, how)
+            else:
+                _end_with_engine(model, how)  # what was parked with it
         self._active = None
         self._observer.notify(HostDied(self._epoch, how))
         if self._is_started and self._ended is None:
@@ -814,7 +828,7 @@ class Coordinator:
         model.failure = cause
         if model.residency is not Residency.FAILED:
             self.ladder.step(model, Step.FAIL)
-        drain.end_all(model, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
+        _end_with_engine(model, cause)
 
     # --- recovery ---------------------------------------------------------------------------
 
@@ -848,6 +862,10 @@ class Coordinator:
         if self._ended is None:
             self._ended = why
             self.given_up.set_result(why)
+
+
+def _end_with_engine(model: Model, cause: str) -> None:
+    drain.end(model.leases, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))
 
 
 async def _result(switch: Switch) -> SwitchResult:

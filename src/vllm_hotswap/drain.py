@@ -31,12 +31,13 @@ async def until_empty(model: Model, timeout_s: float) -> None:
 
 
 async def until_ended(model: Model) -> None:
-    """Wait for requests that `end_all` has ended."""
+    """Wait for requests that `end` has ended."""
     await until_empty(model, 2 * CUT_GRACE_S)
 
 
 def release(model: Model, lease: Lease) -> None:
     """The request is over."""
+    lease.is_over = True
     lease.settle()
     model.leases.pop(lease, None)
     if model.emptied is not None and not model.emptied.done() and not _is_running(model):
@@ -47,23 +48,22 @@ def _is_running(model: Model) -> bool:
     return not all(lease.is_parked for lease in model.leases)
 
 
-def end_all(model: Model, cause: Cut, leases: Iterable[Lease] | None = None) -> int:
-    """End requests, all of the model's by default; how many.
+def end(leases: Iterable[Lease], cause: Cut) -> int:
+    """End requests; how many were not answered yet.
 
     Those that go on all the same are cancelled after a grace.
     """
-    asked = model.leases if leases is None else leases
-    ended = [lease for lease in asked if lease.cut is None]
+    ended = [lease for lease in leases if lease.cut is None]
     for lease in ended:
         lease.end(cause)
     if ended:
-        asyncio.get_running_loop().call_later(CUT_GRACE_S, _kill, model, ended)
+        asyncio.get_running_loop().call_later(CUT_GRACE_S, _kill, ended)
     return sum(lease.was_cut for lease in ended)
 
 
-def _kill(model: Model, ended: Iterable[Lease]) -> None:
+def _kill(ended: Iterable[Lease]) -> None:
     for lease in ended:
-        if lease in model.leases:
+        if not lease.is_over:
             lease.kill()
 
 
@@ -73,5 +73,5 @@ def park(model: Model, timeout_s: float, at_most: int) -> int:
     running = [lease for lease in model.leases if lease.is_open and not lease.is_parked]
     parked = running[: max(0, at_most - len(model.parked))]
     for lease in parked:
-        lease.park(timeout_s, partial(end_all, model, cause, [lease]))
+        lease.park(timeout_s, partial(end, [lease], cause))
     return len(parked)

@@ -331,7 +331,7 @@ class Ladder:
             work = model.engine.sleep(1 if to is Residency.ASLEEP else 2)
             await self._timed(model, DOWN[to], work)
             return 0
-        lost = drain.end_all(model, ParkedEnded(model.alias, "its model was unloaded"))
+        lost = drain.end(model.leases, ParkedEnded(model.alias, "its model was unloaded"))
         if lost:
             await drain.until_ended(model)
         await self._timed(model, DOWN[to], model.engine.unload())
@@ -342,9 +342,12 @@ class Ladder:
         if model.residency is Residency.COLD:
             await self._load(model)
         elif not model.is_loaded:
+            for lease in model.parked:
+                lease.shut()  # an engine that cannot be woken is unloaded, and aborts them
             try:
                 await self._timed(model, Step.WAKE, model.engine.wake())
             except Exception:
+                drain.end(model.leases, ParkedEnded(model.alias, "its model could not be woken"))
                 refuse_failed(model)
                 self.step(model, Step.WAKE_FAILED)
                 raise

@@ -10,15 +10,17 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
 
 from vllm_hotswap.engines.base import EngineHost, Pulse
 from vllm_hotswap.errors import HotswapError, one_line
-from vllm_hotswap.events import HostRestarted, Observer, ServiceDegraded
+from vllm_hotswap.events import HostDied, HostRestarted, Observer, ServiceDegraded
 from vllm_hotswap.settings import RecoveryConfig
 
 log = logging.getLogger("vllm_hotswap")
+
+LEAST_BACKOFF_S = 0.1
 
 PING_S = 1.0
 """How often the engine host is asked for a sign of life."""
@@ -72,6 +74,7 @@ class Recovery:
         self._settings = settings
         self._clock = clock
         self._task: asyncio.Task[None] | None = None
+        self._is_well = asyncio.Event()
         self._attempts_s: deque[float] = deque()
         self._deaths_s: deque[float] = deque()
         self.restarts = 0
@@ -112,9 +115,21 @@ class Recovery:
 
     async def _run(self) -> None:
         while self._server.needs_recovery:
-            await asyncio.sleep(self._backoff_s())
+            await self._pause(self._backoff_s())
             await self._try()
         self.failure, self.is_degraded = None, False
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait; whoever makes a model active meanwhile ends it."""
+        self._is_well.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._is_well.wait()
+
+    def succeeded(self) -> None:
+        """A model is active."""
+        self.failure, self.is_degraded = None, False
+        self._is_well.set()
 
     async def _try(self) -> None:
         if not self._server.needs_recovery:
@@ -135,13 +150,16 @@ class Recovery:
 
     async def _restart(self) -> None:
         started_s = self._clock()
-        self.restarts += 1
         async with self._server.turn():
             try:
                 await self._start_host(self._settings.load_timeout)
-            except HotswapError as error:
-                self.host_died(error.message)
+            except Exception as error:
+                why = f"the engine host could not be started: {one_line(error)}"
+                self._host.kill(why)
+                self._observer.notify(HostDied(self._server.epoch, why))
+                self.host_died(why)
                 raise
+            self.restarts += 1
             self._server.host_is_back()
         took_s = self._clock() - started_s
         self._observer.notify(HostRestarted(self._server.epoch, self.restarts, took_s))
@@ -151,9 +169,7 @@ class Recovery:
             async with asyncio.timeout(timeout_s):
                 await self._host.restart()
         except TimeoutError:
-            why = f"the engine host did not start within {timeout_s:g} s"
-            self._host.kill(why)
-            raise HotswapError(why) from None
+            raise HotswapError(f"it was not ready within {timeout_s:g} s") from None
 
     def _failed(self, error: Exception) -> None:
         self.failure, self.is_degraded = one_line(error), True
@@ -164,7 +180,10 @@ class Recovery:
         """0 before the first attempt, then 1, 2, 4 ... seconds, as long as attempts come often."""
         self._forget(self._attempts_s)
         tried = len(self._attempts_s)
-        return min(2.0 ** (tried - 1), self._settings.max_backoff) if tried else 0.0
+        if not tried:
+            return 0.0
+        doubled = 2.0 ** min(tried - 1, 30)
+        return max(LEAST_BACKOFF_S, min(doubled, self._settings.max_backoff))
 
     def _remember(self, times_s: deque[float]) -> None:
         self._forget(times_s)

@@ -45,6 +45,8 @@ class Lease:
     client_left: bool = False
     is_answered: bool = False
     """Whether the last byte of the answer has been sent."""
+    is_over: bool = False
+    """Whether nobody works on it any more."""
     was_cut: bool = False
     """Whether there was something left that is missing now."""
     name: str | None = None
@@ -105,6 +107,10 @@ class Lease:
     def await_verdict(self, epoch: int) -> None:
         """Its engine is stepped again, in `epoch`, but nothing is told before it is verified."""
         self.epoch = epoch
+        self.shut()
+
+    def shut(self) -> None:
+        """Tell nothing more until the request is settled."""
         if self.gate is None:
             self.gate = asyncio.get_running_loop().create_future()
 

@@ -80,9 +80,8 @@ class Router:
             sending = {answer: answer.sent for answer in self._answers if answer.is_sending}
             for answer, sent in sending.items():
                 if before.get(answer) == sent and answer.lease is not None:
-                    model = self._registry.model(answer.lease.alias)
                     # Nobody may listen who could tell the application, so it is cancelled in time.
-                    drain.end_all(model, ClientStalled(timeout_s), [answer.lease])
+                    drain.end([answer.lease], ClientStalled(timeout_s))
             before = sending
 
     async def _visit(
@@ -105,6 +104,7 @@ class Router:
         try:
             await self._answer(lease, scope, client, answer)
         finally:
+            lease.is_over = True
             following.stop()
 
     async def _route(

@@ -26,6 +26,8 @@ from vllm_hotswap.access import Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
+from vllm_hotswap.drain import CUT_GRACE_S
+from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
@@ -173,17 +175,34 @@ async def _start(
     app: HotswapApp, load: Sequence[str], default: str, stop: asyncio.Future[None]
 ) -> bool:
     """Load the models; False if the server was told to stop before they were loaded."""
-    if not await _first(app.host.start(), stop):
+    if not await _first(app.host, _start_host(app), stop):
         return False
     died = app.host.died
-    if await _first(app.coordinator.start(load, default), stop, died):
-        return True
+    watching = asyncio.create_task(app.coordinator.recovery.watch())
+    try:
+        if await _first(app.host, app.coordinator.start(load, default), stop, died):
+            return True
+    finally:
+        watching.cancel()
     if died.done():
         raise EngineUnavailable(f"{died.result()} while models were loaded; see the log above")
     return False
 
 
-async def _first(work: Coroutine[Any, Any, None], *ends: asyncio.Future[Any]) -> bool:
+async def _start_host(app: HotswapApp) -> None:
+    timeout_s = app.recovery.load_timeout
+    try:
+        async with asyncio.timeout(timeout_s):
+            await app.host.start()
+    except TimeoutError:
+        raise EngineUnavailable(
+            f"the engine host was not ready within {timeout_s:g} s (recovery.load_timeout)"
+        ) from None
+
+
+async def _first(
+    host: EngineHost, work: Coroutine[Any, Any, None], *ends: asyncio.Future[Any]
+) -> bool:
     """Do the work; give it up, and return False, if one of `ends` is done before it."""
     task = asyncio.create_task(work)
     await asyncio.wait([task, *ends], return_when="FIRST_COMPLETED")
@@ -191,6 +210,9 @@ async def _first(work: Coroutine[Any, Any, None], *ends: asyncio.Future[Any]) ->
         await task
         return True
     task.cancel()
+    await asyncio.wait([task], timeout=CUT_GRACE_S)
+    if not task.done():  # it waits for the host, which is busy, or stuck
+        host.kill("the server is shutting down")
     await asyncio.gather(task, return_exceptions=True)
     return False
 

@@ -134,8 +134,8 @@ class LimitsConfig:
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(
-            description="seconds in which a client must take in something of what it is sent; then "
-            "its connection is closed and its request ended"
+            description="seconds in which nothing more could be sent to a client; then, or at most "
+            "after twice as long, its connection is closed and its request ended"
         ),
     ] = 60.0
 

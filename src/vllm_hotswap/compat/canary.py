@@ -20,14 +20,37 @@ POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
 POOLED_VALUES = 32
 
 
-async def ask_for_canary(client: Any, model_config: Any, tasks: Collection[str]) -> Canary | None:
-    """What the engine generates now; None for a model that cannot be asked with token ids alone."""
+def can_be_asked(tasks: Collection[str]) -> bool:
+    """Whether a model can be asked with token ids alone: one for speech, say, cannot."""
+    return "generate" in tasks or any(task in tasks for task in POOLING_TASKS)
+
+
+def is_overflow(error: Exception) -> bool:
+    """Whether vLLM has refused one more request, whatever the model: its own queue limits."""
+    return type(error).__name__ in ("QueueOverflowError", "MaxQueuedTokensError")
+
+
+async def ask_for_canary(client: Any, config: Any, tasks: Collection[str]) -> Canary:
+    """What the engine generates now."""
+    model_config = config.model_config
     prompt = {"type": "token", "prompt_token_ids": prompt_ids(model_config)}
     number = f"{CANARY_ID}{uuid.uuid4().hex[:12]}"
     if "generate" in tasks:
-        return await _generate(client, prompt, number, model_config.max_logprobs)
-    task = next((task for task in POOLING_TASKS if task in tasks), None)
-    return None if task is None else await _pool(client, prompt, number, task)
+        return await _generate(client, prompt, number, _logprobs(config))
+    return await _pool(client, prompt, number, next(t for t in POOLING_TASKS if t in tasks))
+
+
+def _logprobs(config: Any) -> int | None:
+    """How many log-probabilities to ask for.
+
+    Asked for any, vLLM compiles a function. Where nothing else is compiled, and other processes do
+    the work, in which that cannot be prevented, the token alone must do.
+    """
+    model_config = config.model_config
+    if model_config.enforce_eager and config.parallel_config.world_size > 1:
+        return None
+    allowed: int = model_config.max_logprobs
+    return 2 if allowed < 0 else min(2, allowed) or None
 
 
 def prompt_ids(model_config: Any) -> list[int]:
@@ -37,16 +60,15 @@ def prompt_ids(model_config: Any) -> list[int]:
     return [size * number // (2 * LENGTH) for number in range(1, length + 1)]
 
 
-async def _generate(client: Any, prompt: Any, number: str, max_logprobs: int) -> Canary:
+async def _generate(client: Any, prompt: Any, number: str, logprobs: int | None) -> Canary:
     from vllm.sampling_params import SamplingParams
 
-    wanted = 2 if max_logprobs < 0 else min(2, max_logprobs)
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=wanted or None)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=logprobs)
     *_, last = [output async for output in client.generate(prompt, params, number)]
     completion = last.outputs[0]
     likeliest = completion.logprobs[0] if completion.logprobs else {}
-    logprobs = {token: entry.logprob for token, entry in likeliest.items()}
-    return Canary(completion.token_ids[0], logprobs)
+    found = {token: entry.logprob for token, entry in likeliest.items()}
+    return Canary(completion.token_ids[0], found)
 
 
 async def _pool(client: Any, prompt: Any, number: str, task: str) -> Canary:

@@ -7,8 +7,10 @@ older versions have no stamp, and are delivered unchecked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from vllm_hotswap import drain
 from vllm_hotswap.errors import EngineUnavailable, WrongStamp
 from vllm_hotswap.registry import Lease, current_lease
 
@@ -46,34 +48,40 @@ class StampedCore:
     async def add_request_async(self, request: Any) -> None:
         lease = current_lease.get()
         if lease is not None:
+            lease.requests.add(request.request_id)  # vLLM's frontend knows it already
             if lease.alias != self._alias:
                 raise WrongStamp(lease.alias, self._alias)
             if lease.cut is not None:  # while the request was being tokenised
                 raise EngineUnavailable(lease.cut.message)
             self._leases[request.request_id] = lease
-            lease.requests.add(request.request_id)
         await self._core.add_request_async(request)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self._forget(request_id)
+        self.forget(request_ids)
         await self._core.abort_requests_async(request_ids)
 
     async def get_output_async(self) -> Any:
         outputs = await self._core.get_output_async()
-        stamp = getattr(outputs, "weight_version", None)
-        if stamp is not None and outputs.outputs:
-            self._check(outputs, stamp)
+        if outputs.outputs:
+            self._check(outputs, getattr(outputs, "weight_version", None))
         return outputs
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Whoever asked for them is gone."""
+        for request_id in list(request_ids):
+            self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         lease = self._leases.pop(request_id, None)
         if lease is not None:
             lease.requests.discard(request_id)
 
-    def _check(self, outputs: Any, stamp: str) -> None:
-        """Take out what does not belong to its request, and end the request."""
-        if stamp != self._stamp:
+    def _check(self, outputs: Any, stamp: str | None) -> None:
+        """Take out what does not belong to its request, and end the request.
+
+        What has no stamp tells of requests that never ran, or comes from an older version.
+        """
+        if stamp is not None and stamp != self._stamp:
             self._stamp, self._owner = stamp, read_stamp(stamp)
         leases, (alias, epoch) = self._leases, self._owner
         refused = set()
@@ -81,9 +89,9 @@ class StampedCore:
             lease = leases.get(output.request_id)
             if lease is None:
                 continue
-            if not lease.owns(alias, epoch):
+            if stamp is not None and not lease.owns(alias, epoch):
                 refused.add(output.request_id)
-                lease.end(WrongStamp(lease.alias, stamp))
+                drain.end([lease], WrongStamp(lease.alias, stamp))
             elif output.finish_reason is not None:
                 self._forget(output.request_id)
         if refused:

@@ -140,8 +140,11 @@ class Engine(Protocol):
             HotswapError: the model cannot be loaded; nothing of it is left behind.
         """
 
-    async def activate(self, epoch: int) -> None:
+    async def activate(self, epoch: int, canary_first: bool = False) -> None:
         """Step this engine from now on, and no other one. Idempotent.
+
+        With `canary_first`, nothing is stepped before `verify` has asked for the canary, nor beside
+        it.
 
         Its outputs are stamped with its alias and `epoch`; one that comes to a request whose lease
         does not own the stamp ends the request, and is not delivered.

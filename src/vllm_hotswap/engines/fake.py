@@ -180,7 +180,7 @@ class FakeEngine:
         self.level = 0
         self.host.check_budget()
 
-    async def activate(self, epoch: int) -> None:
+    async def activate(self, epoch: int, canary_first: bool = False) -> None:
         await self.host.operate("activate", self.alias, self.settings.activate_s)
         if not self.is_loaded:
             raise HotswapError(f"engine {self.alias!r} is not loaded")

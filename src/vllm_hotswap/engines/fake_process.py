@@ -42,7 +42,7 @@ class ProcessEngine(FakeEngine):
 
     host: FakeProcessHost
 
-    async def activate(self, epoch: int) -> None:
+    async def activate(self, epoch: int, canary_first: bool = False) -> None:
         stamp = f"{self.alias}#{epoch}"
         await self.host.tell(lambda number: Activate(number, self.alias, stamp))
         self.host.step_only(self)

@@ -9,11 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from vllm_hotswap import failpoints
@@ -22,6 +28,8 @@ from vllm_hotswap.host.messages import Answer, Command, Message, Ready, Stop
 from vllm_hotswap.platforms import host_environment
 
 STOP_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 10.0
+"""Seconds in which a command must go into the channel; it holds 200 KB and more."""
 
 
 class HostLink:
@@ -42,11 +50,21 @@ class HostLink:
         self._stopping = False
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection[Command, Message] | None = None
+        self.folder = Path()
+        """For sockets and whatever else belongs to no other server; 0700. Made by `spawn`."""
 
     def spawn(self) -> None:
         """Start the process; it imports while the caller goes on. Needs no running loop."""
+        if self._process is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
+            # Where tensor-parallel workers of vLLM meet.
+            self._environment["VLLM_RPC_BASE_PATH"] = str(self.folder)
         ours, theirs = socket.socketpair()
+        # A stopped host must not stop this process, too, when there is more to tell than fits.
+        seconds = struct.pack("ll", int(SEND_TIMEOUT_S), 0)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         command = [sys.executable, "-m", self._module, "--channel", str(theirs.fileno())]
+        command += ["--folder", str(self.folder)]
         if hasattr(os, "sched_getaffinity"):
             command += ["--cores", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
         if specification := failpoints.enabled():
@@ -57,6 +75,7 @@ class HostLink:
                 pass_fds=[theirs.fileno()],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # so that the host can be ended with all that it has started
             )
         self._channel = Connection(ours.detach())
 
@@ -89,38 +108,55 @@ class HostLink:
         future = asyncio.get_running_loop().create_future()
         self._pending[command.id] = future
         try:
-            self._connection.send(command)
+            self._send(command)
             return await future
-        except OSError as error:
-            raise EngineUnavailable(f"the engine host is gone: {error}") from error
         finally:
             self._pending.pop(command.id, None)
+
+    def _send(self, command: Command) -> None:
+        try:
+            self._connection.send(command)
+        except OSError as error:  # half of it may have gone: nothing more can follow
+            why = f"the engine host takes no commands: {error}"
+            self.end(why)
+            raise EngineUnavailable(why) from error
 
     async def stop(self) -> None:
         """End the process: ask, then kill what has not ended in time. Idempotent."""
         self._stopping = True
-        if self._process is None or self._process.poll() is not None:
-            return
+        if self._process is not None and self._process.poll() is None:
+            with suppress(EngineUnavailable):
+                self._send(Stop(next(self._ids)))
+            await self.gone()
+        self._remove_folder()
+
+    async def gone(self) -> None:
+        """Wait for the end of a process that has been told to end, or kill it."""
         try:
-            self._connection.send(Stop(next(self._ids)))
-        except OSError:
-            self._process.kill()
-        try:
-            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+            await asyncio.to_thread(self._running.wait, STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+            self._kill_group()
+            await asyncio.to_thread(self._running.wait)
 
     def kill(self) -> None:
         """End the process at once; for a start-up that failed before there was a loop."""
         if self._process is not None:
-            self._process.kill()
+            self._kill_group()
             self._process.wait()
+            self._remove_folder()
+
+    def _kill_group(self) -> None:
+        """The process, and those that it has started and that may hold memory."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._running.pid, signal.SIGKILL)
+
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def end(self, why: str) -> None:
         """End a process that does not do what it should; it has died then, and this is why."""
         if not self.died.done() and self._process is not None:
-            self._process.kill()
+            self._kill_group()
             self._closed(why)
 
     @property
@@ -161,6 +197,7 @@ class HostLink:
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
         how = why or self._how_it_ended()
+        self._kill_group()  # workers may have outlived it
         error = EngineUnavailable(how)
         for future in (self._ready, *self._pending.values()):
             if not future.done():

@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -28,7 +26,7 @@ from vllm_hotswap.canary import Canary
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend, trial
 from vllm_hotswap.compat.adapters import ids_of_vllm
-from vllm_hotswap.compat.canary import ask_for_canary
+from vllm_hotswap.compat.canary import ask_for_canary, can_be_asked, is_overflow
 from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
@@ -76,6 +74,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("vllm_hotswap")
 
+FORGET_TIMEOUT_S = 30.0
+"""Seconds in which the host must forget an engine whose frontend could not be built."""
+
 REHEARSAL_S = 120.0
 """In which a tokenizer must be there, its download included."""
 
@@ -111,6 +112,7 @@ class VllmEngine:
         self._canary: Canary | None = None
         """Of its first load."""
         self.loads = 0
+        self._stamp = ""
         self._aborting: set[asyncio.Task[None]] = set()
         self._is_engine_lost = False
         """Whether the engine that the frontend is connected to went with its host."""
@@ -217,8 +219,6 @@ class VllmEngine:
         log_stats = not self._launch.args.disable_log_stats
         self._progress = progress
         self.loads += 1
-        if self._client is not None and self._is_engine_lost:
-            await frontend.forget_engine(self._client)
         try:
             self._loaded = await self._link.call(
                 lambda number: Load(
@@ -239,30 +239,46 @@ class VllmEngine:
         if self._door is not None:
             await self._unless_host_dies(self._shelf.load_all(self._door))
 
-    async def activate(self, epoch: int) -> None:
-        stamp = make_stamp(self.alias, epoch)
-        await self._link.call(lambda number: Activate(number, self.alias, stamp))
+    async def activate(self, epoch: int, canary_first: bool = False) -> None:
+        self._stamp = stamp = make_stamp(self.alias, epoch)
+        first = canary_first and can_be_asked(self._tasks)
+        await self._link.call(lambda number: Activate(number, self.alias, stamp, first))
         frontend.name_in_parser_metrics(self.alias)
 
     async def verify(self) -> None:
-        tasks = self._frontend.routes.tasks if self._frontend else ()
-        config = self._launch.vllm_config.model_config
-        try:
-            canary = await self._unless_host_dies(ask_for_canary(self._client, config, tasks))
-        except EngineUnavailable:
-            raise
-        except Exception as error:
-            raise VerifyFailed(self.alias, one_line(error)) from error
+        canary = await self._asked_for_canary()
         if canary is None:
-            log.info("event=not_verified model=%s reason='no canary for its tasks'", self.alias)
             return
         why = canary.flaw() or (self._canary and canary.difference(self._canary))
         if why:
             raise VerifyFailed(self.alias, why)
         self._canary = self._canary or canary
 
+    @property
+    def _tasks(self) -> Collection[str]:
+        return self._frontend.routes.tasks if self._frontend else ()
+
+    async def _asked_for_canary(self) -> Canary | None:
+        """The canary; None if it cannot be had, which says nothing of the model."""
+        if not can_be_asked(self._tasks):
+            log.info("event=not_verified model=%s reason='no canary for its tasks'", self.alias)
+            return None
+        config, stamp = self._launch.vllm_config, self._stamp
+        try:
+            return await self._unless_host_dies(ask_for_canary(self._client, config, self._tasks))
+        except EngineUnavailable:
+            raise
+        except Exception as error:
+            if not is_overflow(error):
+                raise VerifyFailed(self.alias, one_line(error)) from error
+            log.warning("event=not_verified model=%s reason=%r", self.alias, one_line(error))
+        # Its parked requests are as many as may be, and are not to wait for it any longer.
+        await self._link.call(lambda number: Activate(number, self.alias, stamp))
+        return None
+
     def release(self, requests: Collection[str]) -> None:
         task = asyncio.create_task(self._client.abort(list(requests), internal=True))
+        self._client.engine_core.forget(requests)
         self._aborting.add(task)
         task.add_done_callback(self._aborting.discard)
 
@@ -305,8 +321,11 @@ class VllmEngine:
         if self._died is not None and not self._died.done():
             self._died.set_result(f"the engine of {self.alias!r} died: {cause}")
 
-    def host_restarted(self) -> None:
-        self._is_engine_lost = True
+    async def host_died(self) -> None:
+        """Forget the engine; the next one, in another host, says that it is ready."""
+        if self._client is not None:
+            await frontend.forget_engine(self._client)
+            self._is_engine_lost = True
 
     def stage_reached(self, stage: str) -> None:
         if self._progress is not None:
@@ -320,14 +339,23 @@ class VllmEngine:
             except BaseException as error:
                 self._sockets = self._client = None
                 await self._exits.aclose()
-                with suppress(HotswapError):  # the first cause counts
-                    await self._link.call(lambda number: Unload(number, self.alias, forget=True))
+                await self._forget_engine()
                 if isinstance(error, Exception) and not isinstance(error, EngineUnavailable):
                     raise ConfigError(
                         f"the frontend of model {self.alias!r} could not be built: "
                         f"{one_line(error)}"
                     ) from error
                 raise
+
+    async def _forget_engine(self) -> None:
+        """Have the host forget it; one that does not do that soon is stuck, or loads another."""
+        forgetting = self._link.call(lambda number: Unload(number, self.alias, forget=True))
+        try:
+            with suppress(HotswapError):  # the first cause counts
+                async with asyncio.timeout(FORGET_TIMEOUT_S):
+                    await forgetting
+        except TimeoutError:
+            self._link.end(f"the engine host was ended: it does not forget {self.alias!r}")
 
     async def _unless_host_dies(self, asking: Coroutine[Any, Any, T]) -> T:
         """Wait for what asks the engine, and would wait for ever for one that has died."""
@@ -426,8 +454,6 @@ class VllmHost:
         self._link = link
         self._launches = launches
         self._memory = memory or MemoryBudget()
-        # 0700, so that nobody else of the machine can reach the engines' sockets.
-        self._folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
         self._numbers = itertools.count()
         # vLLM's constructors set module globals; two at a time could mix them.
         self._one_frontend_at_a_time = lock = asyncio.Lock()
@@ -481,10 +507,11 @@ class VllmHost:
         self._link.end(why)
 
     async def restart(self) -> None:
+        await self._link.gone()
+        for engine in self._engines.values():
+            await engine.host_died()
         self._link.spawn()
         self._link.watch(self._receive)
-        for engine in self._engines.values():
-            engine.host_restarted()
         await self._ready(next(iter(self._engines.values())).device)
 
     async def ping(self) -> Pulse:
@@ -496,7 +523,6 @@ class VllmHost:
                 await engine.close()
         finally:
             await self._link.stop()
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def stats(self) -> HostStats:
         return HostStats(self._link.pid, anonymous_bytes(self._link.pid))
@@ -510,11 +536,11 @@ class VllmHost:
             await asyncio.to_thread(frontend.prepare_frontends)
 
     def _new_sockets(self) -> SocketPaths:
-        stem = f"ipc://{self._folder}/{next(self._numbers)}"
+        stem = f"ipc://{self._link.folder}/{next(self._numbers)}"
         return SocketPaths(input=f"{stem}-in", output=f"{stem}-out")
 
     def _new_shelf(self, launch: ModelLaunch) -> AdapterShelf:
-        links = self._folder / "adapters"
+        links = self._link.folder / "adapters"
         return AdapterShelf(launch.vllm_config, links, self._adapter_ids.__next__)
 
     def _receive(self, message: Message) -> None:

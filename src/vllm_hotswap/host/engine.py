@@ -25,14 +25,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
-from vllm_hotswap.canary import CANARY_ID
 from vllm_hotswap.errors import one_line
+from vllm_hotswap.host.canaries import Canaries
 from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.teardown import dismantle
@@ -71,6 +70,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self._ring = ring
         self._executor_class = executor_class
         self._code = CompiledCode()
+        self._canaries = Canaries()
         try:
             super().__init__(
                 vllm_config=vllm_config,
@@ -102,7 +102,6 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         # vLLM calls this between reading the weights and its first run of the model.
         self._code.lend_to(self.model_executor)
         self._tried_adapters: set[int] = set()
-        self._canary: str | None = None
         return super()._initialize_kv_caches(vllm_config)
 
     def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
@@ -129,17 +128,19 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             self._turn_away_input()
 
     def has_work(self) -> bool:
-        return self.is_loaded and super().has_work()
+        return self.is_loaded and not self._canaries.is_expected and super().has_work()
 
     def run_step(self) -> None:
-        if self._canary is None:
+        if not self._canaries.is_under_way:
             self._process_engine_step()
-        elif self._canary not in self.scheduler.requests:
-            self._canary = None
+            return
+        is_eager = self.vllm_config.model_config.enforce_eager
+        with self._canaries.step(self.scheduler, is_eager):
             self._process_engine_step()
-        else:
-            with torch.compiler.set_stance("force_eager"):
-                self._process_engine_step()
+
+    def expect_canary(self, is_expected: bool) -> None:
+        """Step nothing before a canary, and nothing beside it; or wait for none any more."""
+        self._canaries.expect(self.scheduler, is_expected)
 
     def die(self) -> None:
         # Its client is not told: it would never work again. Whoever waits there is told otherwise.
@@ -164,9 +165,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def add_request(self, request: Any, request_wave: int = 0) -> None:
         """Take a request in, unless its adapter cannot be loaded: that would end a step."""
-        if request.request_id.startswith(CANARY_ID) and self.vllm_config.model_config.enforce_eager:
-            # Its log-probability would have vLLM compile the one function that counts ranks.
-            self._canary = request.request_id
+        self._canaries.look_at(request)
         try:
             self._try_adapter(request.lora_request)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone
@@ -263,6 +262,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def _forget_model(self) -> None:
         """Drop every attribute that loading a model has set, and what hangs on it."""
         assert self._lasting is not None
+        self._canaries.forget()
         model = {name: value for name, value in vars(self).items() if name not in self._lasting}
         try:
             if executor := model.get("model_executor"):

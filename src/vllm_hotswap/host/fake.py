@@ -118,9 +118,6 @@ class FakeObedience:
     def prepare(self) -> None:
         """There is nothing to import."""
 
-    def remove_sockets(self) -> None:
-        """There are none."""
-
     def take(self, command: Any) -> None:
         if isinstance(command, Ping):
             self._send(Answer(command.id, result=self.loop.step_s))

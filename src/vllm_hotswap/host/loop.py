@@ -70,7 +70,7 @@ class EngineLoop:
 
     @property
     def step_s(self) -> float:
-        """Seconds that the step under way has taken; 0 if there is none. For any thread."""
+        """Seconds that taking in messages and stepping have taken by now. For any thread."""
         began_s = self._step_began_s
         return 0.0 if began_s is None else time.monotonic() - began_s
 
@@ -118,8 +118,13 @@ class EngineLoop:
         # Cleared first: whatever is left after this line rings again.
         self._doorbell.clear()
         self._obey()
-        self._service()
-        if not self._step_active() and not self._doorbell.wait(IDLE_S):
+        self._step_began_s = time.monotonic()
+        try:
+            self._service()
+            has_stepped = self._step_active()
+        finally:
+            self._step_began_s = None
+        if not has_stepped and not self._doorbell.wait(IDLE_S):
             self._when_idle()
             self._doorbell.wait()
 
@@ -135,11 +140,7 @@ class EngineLoop:
         if self._active is None:
             return False
         engine = self._engines[self._active]
-        self._step_began_s = time.monotonic()
-        try:
-            return self._guarded(self._active, partial(_step, self._active, engine))
-        finally:
-            self._step_began_s = None
+        return self._guarded(self._active, partial(_step, self._active, engine))
 
     def _guarded(self, alias: str, act: Callable[[], bool]) -> bool:
         """The result of `act`; its failure ends this engine only."""

@@ -67,6 +67,8 @@ class Activate:
     id: int
     alias: str
     stamp: str
+    canary_first: bool = False
+    """Nothing is stepped before a canary, and nothing beside it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -48,7 +47,7 @@ class Obedience:
     """Turns commands into work on the compute thread and sends the answers.
 
     The mutable state is `_shells` (unloads whose shells wait for a collection), the number of each
-    model's last load, the folders of its sockets, the environment variables of models, and the
+    model's last load, the environment variables of models, and the
     engines, which are the loop's.
     """
 
@@ -57,7 +56,6 @@ class Obedience:
         self._send_lock = threading.Lock()
         self._shells = 0
         self._loads: dict[str, int] = {}
-        self._folders: set[str] = set()
         self._variables = Variables()
         self.loop = EngineLoop(self._engine_failed, self._tidy_up)
 
@@ -70,14 +68,7 @@ class Obedience:
         if isinstance(command, Ping):
             self._send(Answer(command.id, result=self.loop.step_s))
             return
-        if isinstance(command, Load):
-            self._folders.add(command.sockets.folder)
         self.loop.submit(lambda: self._answer(command))
-
-    def remove_sockets(self) -> None:
-        """Remove what the parent would have removed, which is gone."""
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _answer(self, command: Command) -> None:
         try:
@@ -103,9 +94,9 @@ class Obedience:
                 self._variables.learn(alias, wishes)
                 with self._variables.of(alias):
                     return self._load(command)
-            case Activate(alias=alias, stamp=stamp):
+            case Activate(alias=alias):
                 failpoint("host.activate", alias)
-                return self._activate(alias, stamp)
+                return self._activate(command)
             case Sleep(alias=alias, level=level):
                 failpoint("host.sleep", alias)
                 return self._sleep(alias, level)
@@ -175,10 +166,12 @@ class Obedience:
         self.loop.add(command.alias, engine)
         return engine
 
-    def _activate(self, alias: str, stamp: str) -> None:
-        self._loaded(alias).stamp_outputs(stamp)
-        self.loop.activate(alias)
-        self._variables.activate(alias)
+    def _activate(self, command: Activate) -> None:
+        engine = self._loaded(command.alias)
+        engine.stamp_outputs(command.stamp)
+        engine.expect_canary(command.canary_first)
+        self.loop.activate(command.alias)
+        self._variables.activate(command.alias)
 
     def _sleep(self, alias: str, level: int) -> None:
         self._inactive(alias).sleep(level)

@@ -7,10 +7,13 @@ and passes them on; when the parent is gone, it ends the process at once.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -26,6 +29,8 @@ from vllm_hotswap.progress import configure_logging
 
 log = logging.getLogger("vllm_hotswap.host")
 
+PR_SET_PDEATHSIG = 1
+
 
 class Obeying(Protocol):
     """Who does what the parent commands."""
@@ -37,9 +42,6 @@ class Obeying(Protocol):
 
     def take(self, command: Any) -> None:
         """Have `command` obeyed on the compute thread. Called by the channel's thread."""
-
-    def remove_sockets(self) -> None:
-        """Remove what the parent would have removed, which is gone."""
 
 
 def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoReturn:
@@ -61,7 +63,9 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     obedience = make(channel.send)
-    threading.Thread(target=_read, args=(channel, obedience), daemon=True, name="channel").start()
+    _wake_when_orphaned()
+    reading = (channel, obedience, args.folder)
+    threading.Thread(target=_read, args=reading, daemon=True, name="channel").start()
     with no_collection():
         obedience.prepare()
     channel.send(Ready())
@@ -75,12 +79,22 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
 def _arguments(module: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=module)
     parser.add_argument("--channel", type=int, required=True, help="inherited file descriptor")
+    parser.add_argument("--folder", required=True, help="of the server's sockets")
     parser.add_argument("--cores", default="", help="cores that threads without a binding may use")
     parser.add_argument("--failpoints", default="", help="what a test wants to fail")
     return parser.parse_args()
 
 
-def _read(channel: Connection[object, Any], obedience: Obeying) -> NoReturn:
+def _wake_when_orphaned() -> None:
+    """Have a process that was stopped go on when its parent has died, so that it sees it and ends.
+
+    https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGCONT))
+
+
+def _read(channel: Connection[object, Any], obedience: Obeying, folder: str) -> NoReturn:
     """Pass commands on until there are no more, then end the process.
 
     `os._exit` skips interpreter finalisation, where native threads of torch and ZeroMQ may hang: a
@@ -92,7 +106,7 @@ def _read(channel: Connection[object, Any], obedience: Obeying) -> NoReturn:
             obedience.take(command)
     except (EOFError, OSError):
         log.warning("event=parent_gone action=exit")
-        obedience.remove_sockets()
+        shutil.rmtree(folder, ignore_errors=True)  # as the parent would have done
         _exit(1)
     except Exception:
         log.exception("event=command_unreadable action=exit")

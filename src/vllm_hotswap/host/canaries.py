@@ -1,0 +1,75 @@
+"""A canary is generated before whatever else waits in its engine, and apart from it.
+
+After a wake, requests that were parked wait in the scheduler. Were they scheduled first, the canary
+would wait for them, who wait for its verdict; were they scheduled with it, another batch could
+round its numbers differently. So they are set aside until it is done.
+
+Relies on vLLM's `Scheduler.requests` and `Scheduler.waiting` with its `remove_requests` and
+`prepend_request`. Checked on vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_hotswap.canary import CANARY_ID
+
+
+class Canaries:
+    """The canary of one engine, if one is expected or under way.
+
+    The mutable state is `is_expected`, `_id` of the one under way, and `_aside`, the requests that
+    wait for its end. All of it is changed on the compute thread.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The engine's requests are gone."""
+        self.is_expected = False
+        self._id: str | None = None
+        self._aside: list[Any] = []
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._id is not None
+
+    def expect(self, scheduler: Any, is_expected: bool) -> None:
+        """Nothing is stepped until a canary has come; or nobody waits for one any more."""
+        self._put_back(scheduler)
+        self.is_expected = is_expected
+        if is_expected:
+            self._aside = list(scheduler.waiting)
+            scheduler.waiting.remove_requests(self._aside)
+
+    def look_at(self, request: Any) -> None:
+        """A request has come."""
+        if request.request_id.startswith(CANARY_ID):
+            self._id, self.is_expected = request.request_id, False
+
+    @contextmanager
+    def step(self, scheduler: Any, is_eager: bool) -> Iterator[None]:
+        """A step with the canary.
+
+        Its log-probability would have vLLM compile the one function that counts ranks, for which an
+        engine that compiles nothing may have no compiler.
+        """
+        if is_eager:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+        if self._id not in scheduler.requests:
+            self._put_back(scheduler)
+
+    def _put_back(self, scheduler: Any) -> None:
+        self._id = None
+        for request in reversed(self._aside):
+            if request.request_id in scheduler.requests:  # it may have been aborted meanwhile
+                scheduler.waiting.prepend_request(request)
+        self._aside = []
