@@ -120,10 +120,13 @@ TEST = r"`(tests/[\w/]+\.py)::(test_\w+)`"
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), sorted(set(re.findall(TEST, page("quickstart-compatibility.md"))))
+    ("path", "name"),
+    sorted(
+        set(re.findall(TEST, page("quickstart-compatibility.md") + page("reliability.md"))),
+    ),
 )
-def test_promises_of_the_quickstart_are_held_by_tests_that_exist(path: str, name: str) -> None:
-    """Every test that the page names."""
+def test_what_is_promised_is_held_by_tests_that_exist(path: str, name: str) -> None:
+    """Every test that the pages name."""
     assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
 
 
@@ -135,6 +138,20 @@ def test_every_promise_of_the_quickstart_names_its_test() -> None:
 
     assert len(rows) > 20
     assert [] == [promise for promise, held in rows if not re.search(TEST, held)]
+
+
+def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:
+    """All but those that say why not; most of them on the real vLLM or a process that is killed."""
+    rows = [line.split(" | ") for line in page("reliability.md").splitlines()]
+    faults = [row for row in rows if re.fullmatch(r"\| \d+", row[0])]
+
+    assert [f"| {number}" for number in range(1, 61)] == [row[0] for row in faults]
+    assert [] == [
+        row[0]
+        for row in faults
+        if not re.search(TEST, row[-1]) and not row[3].startswith("does not apply: ")
+    ]
+    assert 50 <= sum(bool({"V", "P"} & set(row[5].split(", "))) for row in faults)
 
 
 @pytest.mark.parametrize("path", sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")]))

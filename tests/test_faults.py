@@ -198,6 +198,15 @@ def test_the_hosts_end_in_any_phase_fails_everything_at_once_and_is_repaired(
     assert killable.serves_all()
 
 
+def test_the_host_is_the_first_to_go_when_memory_runs_out(killable: KillableServer) -> None:
+    """Row 37: the kernel prefers it to the server, which can start it again."""
+
+    def score(process: psutil.Process) -> int:
+        return int(Path(f"/proc/{process.pid}/oom_score_adj").read_text())
+
+    assert score(killable.host) > score(killable.process)
+
+
 @pytest.mark.parametrize("place", ["host.load@mistral", "host.activate@mistral", "host.step@llama"])
 def test_what_hangs_is_ended_at_its_deadline(
     killable: KillableServer, pool: ThreadPoolExecutor, place: str

@@ -25,7 +25,7 @@ from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from vllm_hotswap.demo import MODELS, free_port
 
-HANG_S = 4
+HANG_S = 6
 
 MODELS_YAML = f"""\
 default_model: llama
@@ -33,7 +33,7 @@ switching: {{drain_timeout: 2}}
 recovery:
   hang_timeout: {HANG_S}
   command_timeout: 20
-  load_timeout: 60
+  load_timeout: 240
   max_restarts: 100
   max_backoff: 1
 defaults:
@@ -120,6 +120,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     try:
         yield Faulty(server, faults, folder)
     finally:
+        server.client.close()
         if server.process.poll() is None:
             server.stop()
 
@@ -137,7 +138,7 @@ def recovered(faulty: Faulty) -> Iterator[None]:
     yield
     faulty.faults.clear()
     if faulty.server.process.poll() is None:
-        wait_until(lambda: faulty.is_ready, timeout_s=60)
+        wait_until(lambda: faulty.is_ready, timeout_s=240)
 
 
 def code(response: httpx.Response) -> str:
@@ -164,14 +165,14 @@ def test_a_killed_host_fails_every_request_and_comes_back(
         took_s = time.monotonic() - killed_s
     live = faulty.server.client.get("/health").status_code
     ready = faulty.server.client.get("/ready")
-    back_s = wait_until(lambda: faulty.is_ready, timeout_s=60)
+    back_s = wait_until(lambda: faulty.is_ready, timeout_s=240)
 
     assert "engine_unavailable" == rest[-1]["error"]["code"]
     assert "[DONE]" not in rest
     assert (503, "engine_unavailable") == (answer.status_code, code(answer))
     assert took_s < 5
     assert (200, 503, "not_ready") == (live, ready.status_code, code(ready))
-    assert back_s < 60
+    assert back_s < 240
     assert restarts + 1 == faulty.restarts
     assert old.pid != faulty.host.pid
     assert "llama" == faulty.status["active"]
@@ -187,7 +188,7 @@ def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
 
     assert 503 == failed.status_code
     assert "signal 11" in failed.json()["error"]["message"]
-    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    wait_until(lambda: faulty.is_ready, timeout_s=240)
     assert "llama" == faulty.status["active"]
     assert faulty.serves_as_ever()
 
@@ -200,7 +201,7 @@ def test_a_host_that_dies_as_it_activates_fails_the_switch(faulty: Faulty) -> No
     failed = faulty.switch("qwen")
 
     assert 503 == failed.status_code
-    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    wait_until(lambda: faulty.is_ready, timeout_s=240)
     assert faulty.serves_as_ever()
 
 
@@ -216,7 +217,7 @@ def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
 
     assert "engine_unavailable" == rest[-1]["error"]["code"]
     assert took_s < HANG_S + 5
-    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    wait_until(lambda: faulty.is_ready, timeout_s=240)
     assert not old.is_running()
     assert faulty.serves_as_ever()
 
@@ -236,7 +237,7 @@ def test_a_load_that_never_ends_is_ended(faulty: Faulty) -> None:
 
     assert (503, "engine_unavailable") == (failed.status_code, code(failed))
     assert "no sign of life" in failed.json()["error"]["message"]
-    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    wait_until(lambda: faulty.is_ready, timeout_s=240)
     assert faulty.serves_as_ever()
     assert 200 == faulty.switch("frail").status_code
 
@@ -250,7 +251,7 @@ def test_an_engine_that_fails_in_a_step_is_loaded_again(faulty: Faulty) -> None:
         rest = list(stream)
 
     assert "engine_unavailable" == rest[-1]["error"]["code"]
-    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    wait_until(lambda: faulty.is_ready, timeout_s=240)
     assert host.pid == faulty.host.pid
     assert faulty.serves_as_ever()
 
@@ -356,6 +357,106 @@ def test_a_switch_that_fails_in_any_phase_leaves_the_source_serving(
     assert faulty.serves_as_ever()
 
 
+@pytest.mark.parametrize("stage", ["weights", "kv_cache", "warm_up"])
+def test_a_load_that_fails_on_its_way_leaves_nothing_behind(faulty: Faulty, stage: str) -> None:
+    """As if memory ran out: the source serves on, and the next attempt works."""
+    faulty.server.switch("llama")
+    assert 200 == faulty.post("/admin/models/frail/unload", {}).status_code
+    faulty.faults.inject(f"host.load.{stage}@frail=1*raise(out of memory)")
+
+    failed = faulty.switch("frail")
+
+    assert (503, "switch_failed") == (failed.status_code, code(failed))
+    assert "out of memory" in failed.json()["error"]["message"]
+    assert faulty.serves_as_ever()
+    assert 200 == faulty.switch("frail").status_code
+
+
+def test_a_model_that_cannot_be_unloaded_stays_as_it_is(faulty: Faulty) -> None:
+    """The operation fails, and nothing is half gone."""
+    text = faulty.say("qwen")
+    faulty.server.switch("llama")
+    faulty.faults.inject("host.unload@qwen=1*raise(busy)")
+    failed = faulty.post("/admin/models/qwen/unload", {})
+
+    assert (503, "load_failed") == (failed.status_code, code(failed))
+    assert text == faulty.say("qwen")
+
+
+def test_a_switch_that_is_no_switch_touches_nothing(faulty: Faulty) -> None:
+    """To the active model, to an unknown one, to none: nothing is drained, and no epoch passes."""
+    faulty.server.switch("llama")
+    epoch = faulty.status["epoch"]
+    with faulty.stream("llama") as stream:
+        same = faulty.switch("llama")
+        unknown = faulty.switch("../llama")
+        malformed = faulty.post("/v1/models/switch", {"model": ["llama"]})
+        next(stream)
+
+    assert (200, False) == (same.status_code, same.json()["switched"])
+    assert (404, 400) == (unknown.status_code, malformed.status_code)
+    assert epoch == faulty.status["epoch"]
+
+
+def test_a_slow_load_leaves_the_server_alive_and_not_ready(
+    faulty: Faulty, pool: ThreadPoolExecutor
+) -> None:
+    """Who waits for the target is served when it is up."""
+    faulty.server.switch("llama")
+    faulty.post("/admin/models/frail/unload", {})
+    faulty.faults.inject("host.load.weights@frail=1*sleep(2)")
+    switch = pool.submit(faulty.switch, "frail")
+    wait_until(lambda: faulty.status["phase"] == "bring_up")
+    held = pool.submit(faulty.server.complete, "frail", "Who are you?")
+    wait_until(lambda: faulty.status["waiting"] == 1)
+    live = faulty.server.client.get("/health").status_code
+    ready = faulty.server.client.get("/ready").status_code
+
+    assert (200, 503) == (live, ready)
+    assert faulty.golden["llama"] == held.result()  # it is a copy of that model
+    assert 200 == switch.result().status_code
+
+
+def test_a_structured_answer_survives_being_parked(faulty: Faulty) -> None:
+    """Its grammar is its own engine's: what it goes on with fits the schema."""
+    faulty.server.switch("llama")
+    faulty.faults.inject("host.step@llama=sleep(0.05)")
+    schema = {
+        "type": "object",
+        "properties": {"model": {"type": "string"}, "answer": {"type": "string"}},
+        "required": ["model", "answer"],
+        "additionalProperties": False,
+    }
+    body = {
+        "model": "llama",
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": 100,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": schema},
+        },
+    }
+    with faulty.server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        stream: Iterator[Any] = events(response.iter_lines())
+        began = [next(stream), next(stream)]
+        parked = faulty.post(
+            "/v1/models/switch",
+            {"model": "qwen", "drain_timeout": 0, "on_drain_timeout": "park"},
+        )
+        faulty.faults.clear()
+        other = faulty.server.complete("qwen", "Who are you?")
+        faulty.server.switch("llama")
+        rest = list(stream)
+    parts = [event["choices"][0]["delta"].get("content") or "" for event in [*began, *rest[:-1]]]
+
+    assert 1 == parked.json()["requests_parked"]
+    assert faulty.golden["qwen"] == other
+    assert "[DONE]" == rest[-1]
+    assert {"model", "answer"} == set(json.loads("".join(parts)))
+
+
 def test_a_server_without_any_model_says_so_until_one_is_back(faulty: Faulty) -> None:
     """Neither the target nor the source comes up: degraded, alive, and repaired by itself."""
     faulty.server.switch("llama")
@@ -371,7 +472,7 @@ def test_a_server_without_any_model_says_so_until_one_is_back(faulty: Faulty) ->
     assert (200, 503, "not_ready") == (live, ready.status_code, code(ready))
     assert state in ("degraded", "recovering")
     assert refused.status_code in (404, 503)
-    wait_until(lambda: faulty.is_ready, timeout_s=60)
+    wait_until(lambda: faulty.is_ready, timeout_s=240)
     assert faulty.serves_as_ever()
 
 

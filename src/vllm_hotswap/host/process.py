@@ -16,7 +16,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from vllm_hotswap import failpoints
@@ -62,6 +64,7 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     # SIGHUP, at which the parent reads its key files again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _be_the_first_to_go()
     obedience = make(channel.send)
     _wake_when_orphaned()
     reading = (channel, obedience, args.folder)
@@ -74,6 +77,12 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     except BaseException:
         log.exception("event=compute_thread_failed action=exit")
         _exit(1)
+
+
+def _be_the_first_to_go() -> None:
+    """Where memory runs out, the kernel is to end the host, which can be restarted."""
+    with suppress(OSError):  # not on Linux, or lowered already by whoever started the server
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
 
 
 def _arguments(module: str) -> argparse.Namespace:
