@@ -856,7 +856,7 @@ class BoundedQueue(Invariant):
             return
         shape, waiting = self.world.shape, self.world.coordinator.waiting
         most = max(len(model.leases) for model in self.world.registry)
-        is_full = waiting >= shape.max_waiting or most >= shape.in_flight
+        is_full = waiting >= shape.max_waiting or waiting + most >= shape.in_flight
         self.expect(is_full, f"{call} refused, {waiting} wait, {most} in flight")
         self.expect(int(call.headers["retry-after"]) >= 1, f"{call}: {call.headers}")
         at_once = not call.has_always_read or self.world.now_s == call.began_s
@@ -868,8 +868,7 @@ class BoundedQueue(Invariant):
         for model in self.world.registry:
             parked, in_flight = len(model.parked), len(model.leases)
             self.expect(parked <= shape.max_parked, f"{parked} are parked")
-            most = shape.in_flight + shape.max_waiting
-            self.expect(in_flight <= most, f"{in_flight} are in flight")
+            self.expect(in_flight <= shape.in_flight, f"{in_flight} are in flight")
 
     def when_settled(self) -> None:
         held = self.world.app.router.bodies.held_bytes

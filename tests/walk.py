@@ -680,10 +680,10 @@ class World:
             await asyncio.wait(tasks, timeout=LONG_S)
 
     def close(self) -> None:
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        self.loop.run(self._gather(tasks))
+        while tasks := asyncio.all_tasks(self.loop):  # one that ends may begin another, to recover
+            for task in tasks:
+                task.cancel()
+            self.loop.run(self._gather(tasks))
         self.loop.run(self.loop.shutdown_asyncgens())
         self.loop.close()
 
