@@ -32,7 +32,9 @@ def test_the_default_model_answers_then_the_other_one_after_a_switch(
     assert ("llama", "qwen", True) == tuple(
         switched[key] for key in ("previous_model", "current_model", "switched")
     )
-    assert {"validate", "drain", "make_room", "bring_up", "activate"} == set(switched["phases"])  # type: ignore[call-overload]
+    # `verify` is among them after a load, which may have been an earlier switch's.
+    phases = set(switched["phases"]) - {"verify"}  # type: ignore[call-overload]
+    assert {"validate", "drain", "make_room", "bring_up", "activate"} == phases
 
 
 def test_only_the_model_that_is_configured_for_tools_calls_them(server: ServerProcess) -> None:
