@@ -271,7 +271,8 @@ def test_a_switch_is_planned_and_told(server: ServerProcess) -> None:
         for move, planned in zip(result["evicted"], plan["evict"], strict=True)  # type: ignore[call-overload]
     ]
     phases = [event["phase"] for event in told if "phase" in event]  # type: ignore[operator,index]
-    assert ["validate", "drain", "make_room", "bring_up", "activate"] == list(dict.fromkeys(phases))
+    expected = ["validate", "drain", "make_room", "bring_up", "activate", "verify"]
+    assert expected == list(dict.fromkeys(phases))
 
 
 def test_truncated_weights_are_refused_before_anything_moves(
