@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 from hypothesis import settings
 
 from tests.support import Server
+from tests.virtual import VirtualLoop
 
 settings.register_profile("fast", deadline=None, max_examples=40)
 settings.load_profile("fast")
 
 MakeServer = Callable[..., Awaitable[Server]]
+Story = Callable[[Server], Awaitable[None]]
+Play = Callable[..., None]
 
 
 @pytest.fixture
@@ -34,3 +38,24 @@ async def make_server() -> AsyncIterator[MakeServer]:
 async def server(make_server: MakeServer) -> Server:
     """llama is active, qwen is parked, mistral is cold."""
     return await make_server()
+
+
+@pytest.fixture
+def play() -> Iterator[Play]:
+    """Runs a story on a server of its own, under virtual time."""
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+
+    async def whole(story: Story, **kwargs: object) -> None:
+        server = await Server(clock=loop.time, **kwargs).start()  # type: ignore[arg-type]
+        try:
+            await story(server)
+        finally:
+            await server.stop()
+
+    def run(story: Story, **kwargs: object) -> None:
+        loop.run(whole(story, **kwargs))
+
+    yield run
+    asyncio.set_event_loop(None)
+    loop.close()

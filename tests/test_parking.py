@@ -6,15 +6,12 @@ Under virtual time, on a whole server with fake engines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import pytest
-
+from tests.conftest import Play
 from tests.support import Server, Stream
-from tests.virtual import VirtualLoop
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestsParked, RequestsResumed
@@ -25,30 +22,6 @@ from vllm_hotswap.settings import LimitsConfig
 MIB = 1 << 20
 NO_SLEEP = FakeSettings(weights_bytes=2 * MIB, kv_bytes=2 * MIB, levels=frozenset())
 """A model that can only be unloaded to make room."""
-
-Story = Callable[[Server], Awaitable[None]]
-Play = Callable[..., None]
-
-
-@pytest.fixture
-def play() -> Iterator[Play]:
-    """Runs a story on a server of its own, under virtual time."""
-    loop = VirtualLoop()
-    asyncio.set_event_loop(loop)
-
-    async def whole(story: Story, **kwargs: Any) -> None:
-        server = await Server(clock=loop.time, **kwargs).start()
-        try:
-            await story(server)
-        finally:
-            await server.stop()
-
-    def run(story: Story, **kwargs: Any) -> None:
-        loop.run(whole(story, **kwargs))
-
-    yield run
-    asyncio.set_event_loop(None)
-    loop.close()
 
 
 async def switch(server: Server, alias: str, **body: Any) -> dict[str, Any]:

@@ -7,43 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.conftest import Play, Story
 from tests.support import Recorder, Server
-from tests.virtual import VirtualLoop
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.events import HostDied, HostRestarted, ServiceDegraded
 from vllm_hotswap.settings import RecoveryConfig
 
-Story = Callable[[Server], Awaitable[None]]
-Play = Callable[..., None]
-
 
 @pytest.fixture
-def play() -> Iterator[Play]:
-    """Runs a story on a watched server of its own, under virtual time."""
-    loop = VirtualLoop()
-    asyncio.set_event_loop(loop)
-
-    async def whole(story: Story, recovery: dict[str, Any]) -> None:
-        server = Server(clock=loop.time, recovery=RecoveryConfig(**recovery))
-        await server.start()
-        watching = asyncio.create_task(server.coordinator.recovery.watch())
-        try:
-            await story(server)
-        finally:
-            watching.cancel()
-            await server.stop()
+def play(play: Play) -> Play:
+    """Runs a story on a server that is watched, under virtual time."""
 
     def run(story: Story, **recovery: Any) -> None:
-        loop.run(whole(story, recovery))
+        async def watched(server: Server) -> None:
+            watching = asyncio.create_task(server.coordinator.recovery.watch())
+            try:
+                await story(server)
+            finally:
+                watching.cancel()
 
-    yield run
-    asyncio.set_event_loop(None)
-    loop.close()
+        play(watched, recovery=RecoveryConfig(**recovery))
+
+    return run
 
 
 def now_s() -> float:
