@@ -31,6 +31,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vllm_hotswap.adapters import read_adapter
+from vllm_hotswap.compat.stamps import make_stamp
 from vllm_hotswap.engines.base import (
     Adapter,
     EngineFailure,
@@ -272,7 +273,7 @@ class FakeEngine:
         """As the real frontend does for every output."""
         lease = current_lease.get()
         if lease is not None and not lease.owns(*self.stamp):
-            lease.end(WrongStamp(lease.alias, "#".join(map(str, self.stamp))))
+            lease.end(WrongStamp(lease.alias, make_stamp(*self.stamp)))
             raise asyncio.CancelledError
 
     def set_stepped(self, stepped: bool) -> None:

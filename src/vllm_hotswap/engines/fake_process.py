@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from vllm_hotswap.compat.stamps import make_stamp, read_stamp
 from vllm_hotswap.engines.base import HostStats, Pulse
 from vllm_hotswap.engines.fake import UNLIMITED, WORDS, FakeEngine, FakeHost, FakeSettings
 from vllm_hotswap.engines.link import HostLink
@@ -43,7 +44,7 @@ class ProcessEngine(FakeEngine):
     host: FakeProcessHost
 
     async def activate(self, epoch: int, canary_first: bool = False) -> None:
-        stamp = f"{self.alias}#{epoch}"
+        stamp = make_stamp(self.alias, epoch)
         await self.host.tell(lambda number: Activate(number, self.alias, stamp))
         self.host.step_only(self)
 
@@ -56,8 +57,7 @@ class ProcessEngine(FakeEngine):
         try:
             async with self.host.request(self.alias, max_tokens) as stamps:
                 for number in range(max_tokens):
-                    alias, _, epoch = (await stamps.next()).rpartition("#")
-                    self.stamp = (alias, int(epoch))
+                    self.stamp = read_stamp(await stamps.next())
                     self._check_stamp()
                     yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
             self.served += 1
