@@ -94,10 +94,11 @@ def test_load_may_wait_for_the_first_switch(load: Load) -> None:
 def test_switching_section_is_read(load: Load) -> None:
     """Every key of `switching` may be set, to zero as well."""
     config = load(
-        "models: {a: {model: org/a}}\nswitching: {drain_timeout: 0, max_waiting: 3, max_wait: 1.5}"
+        "models: {a: {model: org/a}}\n"
+        "switching: {drain_timeout: 0, max_waiting: 3, wait_timeout: 1.5}"
     )
 
-    assert SwitchingConfig(drain_timeout=0, max_waiting=3, max_wait=1.5) == config.switching
+    assert SwitchingConfig(drain_timeout=0, max_waiting=3, wait_timeout=1.5) == config.switching
 
 
 def test_empty_switching_section_means_the_defaults(load: Load) -> None:
@@ -415,7 +416,7 @@ def test_memory_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["drain_timeout", "max_wait", "max_waiting"])
+@pytest.mark.parametrize("key", ["drain_timeout", "wait_timeout", "max_wait", "max_waiting"])
 @pytest.mark.parametrize("value", ["-1", "x", "true", ".nan", ".inf", "1.0e+10", "[1]", ""])
 def test_switching_values_are_numbers_of_at_least_zero(
     refusal: Callable[[str], str], key: str, value: str

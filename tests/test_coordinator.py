@@ -224,8 +224,8 @@ async def test_queue_has_an_end(make_server: MakeServer) -> None:
 
 
 async def test_wait_has_an_end(make_server: MakeServer) -> None:
-    """A request that has waited for `max_wait` is told so and waits no more."""
-    server = await make_server(max_wait=0, verify=False)
+    """A request that has waited for `wait_timeout` is told so and waits no more."""
+    server = await make_server(wait_timeout=0, verify=False)
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
 
@@ -241,7 +241,7 @@ async def test_wait_has_an_end(make_server: MakeServer) -> None:
 
 async def test_lease_granted_as_the_time_runs_out_is_used(make_server: MakeServer) -> None:
     """Admission and timeout in one turn of the loop: the request is served, no lease is lost."""
-    server = await make_server(max_wait=0, verify=False)
+    server = await make_server(wait_timeout=0, verify=False)
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
 

@@ -129,8 +129,8 @@ SHAPES = (
     Shape(),
     Shape(models_that_fit=2),
     Shape(models_that_fit=1),
-    Shape(models_that_fit=2, max_wait=3, max_waiting=2, max_parked=1, parked_timeout=15),
-    Shape(max_wait=7, in_flight=3, max_parked=2, burst=2, client_timeout=4),
+    Shape(models_that_fit=2, wait_timeout=3, max_waiting=2, max_parked=1, parked_timeout=15),
+    Shape(wait_timeout=7, in_flight=3, max_parked=2, burst=2, client_timeout=4),
     Shape(is_watched=True),
     Shape(models_that_fit=1, is_watched=True),
     Shape(models_that_fit=2, is_watched=True, idles=True),
@@ -451,7 +451,7 @@ class BoundedWait(Invariant):
             return  # whoever does not read has only himself to wait for
         if ask.task not in self.world.leases:
             waited_s = self.world.now_s - ask.began_s
-            self.expect(waited_s <= self.world.shape.max_wait, f"{ask} held for {waited_s} s")
+            self.expect(waited_s <= self.world.shape.wait_timeout, f"{ask} held for {waited_s} s")
         elif (lease := self.world.leases[ask.task]).cut is None:
             assert ask.admitted_s is not None
             active_s = self.world.active_s(lease.alias, ask.admitted_s)

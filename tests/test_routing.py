@@ -574,8 +574,8 @@ async def test_held_request_of_a_full_queue_is_refused(make_server: MakeServer) 
 
 
 async def test_request_that_waits_too_long_is_told(make_server: MakeServer) -> None:
-    """504 after `max_wait`; the switch goes on."""
-    server = await make_server(max_wait=0.01)
+    """504 after `wait_timeout`; the switch goes on."""
+    server = await make_server(wait_timeout=0.01)
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()

@@ -55,7 +55,7 @@ class Shape:
     models_that_fit: int = 3
     max_waiting: int = 1024
     max_parked: int = 1024
-    max_wait: float = 20
+    wait_timeout: float = 20
     drain_timeout: float = 10
     parked_timeout: float = 40
     in_flight: int = 10_000
@@ -410,7 +410,7 @@ class World:
         switching = SwitchingConfig(
             max_waiting=shape.max_waiting,
             max_parked=shape.max_parked,
-            max_wait=shape.max_wait,
+            wait_timeout=shape.wait_timeout,
             drain_timeout=shape.drain_timeout,
             parked_timeout=shape.parked_timeout,
             rate=0.1,

@@ -417,14 +417,14 @@ class Coordinator:
 
     async def _wait(self, held: asyncio.Future[Lease]) -> Lease:
         try:
-            async with asyncio.timeout(self._settings.max_wait):
+            async with asyncio.timeout(self._settings.wait_timeout):
                 return await held
         except TimeoutError:
             if lease := _granted(held):  # in the very turn in which the time was up
                 return lease
             raise WaitTimeout(
-                f"the request waited {self._settings.max_wait:g} s for a switch "
-                "(switching.max_wait); retry when it has ended"
+                f"the request waited {self._settings.wait_timeout:g} s for a switch "
+                "(switching.wait_timeout); retry when it has ended"
             ) from None
         except asyncio.CancelledError:
             if lease := _granted(held):  # in the very turn in which the client left

@@ -21,6 +21,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 LoadWhen = Literal["startup", "on_demand"]
 DrainPolicy = Literal["abort", "park", "refuse"]
+SwitchingMode = Literal["manual", "auto"]
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -36,10 +37,12 @@ SecondsAboveZero = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 
 Count = Annotated[int, Field(ge=0, lt=10**9)]
 CountAboveZero = Annotated[int, Field(gt=0, lt=10**9)]
+Priority = Annotated[int, Field(ge=-100, le=100)]
 PerSecond = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 
 AT_LEAST_ZERO = Wanted("a number of at least 0")
 ABOVE_ZERO = Wanted("a number above 0")
+PRIORITY = Wanted("a whole number from -100 to 100")
 SIZE = Wanted("bytes, or a size such as 64MiB")
 IDLE = Wanted("a number of seconds above 0, or null")
 NAMES = Wanted("a list of names")
@@ -49,6 +52,40 @@ NAMES = Wanted("a list of names")
 class SwitchingConfig:
     """The `switching` section."""
 
+    mode: Annotated[
+        SwitchingMode,
+        Wanted("manual or auto"),
+        Field(
+            description="`manual`: only the active model is served, and somebody switches. `auto`: "
+            "requests for every model are accepted, and the server switches by `policy`"
+        ),
+    ] = "manual"
+    policy: Annotated[
+        Text,
+        Wanted("the name of a policy"),
+        Field(
+            description="when to switch in the mode `auto`: `batch`, `fifo`, `round_robin`, or one "
+            "that an installed package adds"
+        ),
+    ] = "batch"
+    max_wait: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(
+            description="auto: seconds after which a request that waits is due: its model is next, "
+            "whatever the policy says"
+        ),
+    ] = 30.0
+    min_active: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(description="`batch`: seconds that a model stays active at least, if nobody is due"),
+    ] = 0.0
+    slice: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(description="`round_robin`: seconds of a model with the weight 1"),
+    ] = 2.0
     drain_timeout: Annotated[
         Seconds,
         AT_LEAST_ZERO,
@@ -80,7 +117,7 @@ class SwitchingConfig:
         AT_LEAST_ZERO,
         Field(description="requests that may be held for the target of a switch; more get 429"),
     ] = 1024
-    max_wait: Annotated[
+    wait_timeout: Annotated[
         Seconds,
         AT_LEAST_ZERO,
         Field(description="seconds that a request may be held; then it gets 504"),
@@ -241,6 +278,21 @@ class ModelKeys:
     idle_unload: Annotated[
         SecondsAboveZero | None, IDLE, Field(description="the same for unloading")
     ] = None
+    priority: Annotated[
+        Priority,
+        PRIORITY,
+        Field(description="auto: requests of a model with a higher one go first"),
+    ] = 0
+    max_wait: Annotated[
+        Seconds | None,
+        Wanted("a number of at least 0, or null"),
+        Field(description="auto: `switching.max_wait` for this model; null: as given there"),
+    ] = None
+    weight: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(description="auto: the model's share of time, compared with those of others"),
+    ] = 1.0
     quant_config: Annotated[
         Text | None,
         Wanted("the path of a file, or null"),

@@ -61,7 +61,7 @@ def configuration(models: Path, plan: Plan) -> dict[str, Any]:
     }
     config: dict[str, Any] = {"default_model": ALIASES[0], "models": entries}
     if "park" in plan.policies:
-        config["switching"] = {"parked_timeout": 6.0, "max_wait": 60.0}
+        config["switching"] = {"parked_timeout": 6.0, "wait_timeout": 60.0}
     if plan.kill_every_s:
         config["recovery"] = {"max_restarts": 1000, "hang_timeout": 5.0}
     return config

@@ -1,0 +1,173 @@
+"""When to switch, and to which model: values in, a decision out.
+
+A policy is a function of a `Snapshot`. It knows no clock, no engine and no request: time is a field
+of the snapshot, and so is whatever else it may look at. `decide` asks it, and keeps the promises
+that hold whatever it says: a job's lease is kept, and who has waited too long is next.
+
+The theory of what is decided here is that of polling systems with switch-over times: H. Takagi,
+"Queuing analysis of polling models", ACM Computing Surveys 20(1), 1988.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+NEVER = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """Who waits for one model. Times are seconds of the snapshot's clock."""
+
+    alias: str
+    position: int
+    """Of the model among the configured ones, from 0."""
+    requests: int
+    """How many there are."""
+    parked: int
+    """Those of them that are frozen with its engine, and would go on; the others would begin."""
+    first: int
+    """The order of arrival, among all requests, of its first one."""
+    oldest_s: float
+    """Since when that one waits."""
+    mean_arrival_s: float
+    """The mean of since when they wait."""
+    due_s: float
+    """When the first of them will have waited as long as it may (`max_wait`)."""
+    priority: int
+    """The highest of its requests'."""
+    weight: float
+    tokens: int
+    """Prompt and output tokens that they ask for at most."""
+    service_s: float
+    """Seconds that one of its requests took lately, from admission to its end; 0 if not known."""
+    switch_cost_s: float
+    """Seconds from the active model to it without draining, as both lie now."""
+    back_cost_s: float
+    """Seconds from it to the model that is active now."""
+
+    def waited_s(self, now_s: float) -> float:
+        """Seconds that all of them have waited together."""
+        return self.requests * (now_s - self.mean_arrival_s)
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveView:
+    """The active model."""
+
+    alias: str
+    position: int
+    since_s: float
+    in_flight: int
+    priority: int
+    """The highest of the requests that it works on."""
+    weight: float
+    service_s: float
+    leased_until_s: float | None = None
+    """Until when it is held for a job; None if it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a policy may look at."""
+
+    now_s: float
+    active: ActiveView | None
+    own: QueueView | None
+    """Who waits for the active model, if anybody does."""
+    others: tuple[QueueView, ...]
+    """Every other model that somebody waits for, in the order of the configuration."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the active model, if there is one, has nothing to do."""
+        return self.own is None and (self.active is None or self.active.in_flight == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOn:
+    """Go on with the active model until something changes.
+
+    Its requests that came before `before` (an order of arrival) are admitted; None: all.
+    """
+
+    before: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitUntil:
+    """The same, but look again at `time_s`."""
+
+    time_s: float
+    before: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchTo:
+    """Admit nothing more to the active model, and make `alias` active.
+
+    Requests that run are waited for; with `park` they are frozen at once.
+    """
+
+    alias: str
+    park: bool = False
+
+
+Decision = ServeOn | WaitUntil | SwitchTo
+
+Policy = Callable[[Snapshot], Decision]
+"""Decides. It is only asked while no switch is under way, and `others` is not empty.
+
+It must not keep anything from one call to the next, block, or raise.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """What a policy is made with."""
+
+    min_active_s: float = 0.0
+    slice_s: float = 2.0
+
+
+PolicyFactory = Callable[[PolicySettings], Policy]
+"""What an entry point of the group `vllm_hotswap.policies` names."""
+
+
+def decide(policy: Policy, snapshot: Snapshot) -> Decision:
+    """What is to be done now: what the policy says, within what every request is promised.
+
+    - Where nobody waits for another model, the active one is served.
+    - While the active model is held for a job, it is served.
+    - Who has waited for as long as it may is next, whoever was due first.
+
+    Raises whatever the policy raises, and `ValueError` for a model that nobody waits for.
+    """
+    if not snapshot.others:
+        return ServeOn()
+    active = snapshot.active
+    if active is not None and (active.leased_until_s or 0.0) > snapshot.now_s:
+        assert active.leased_until_s is not None
+        return WaitUntil(active.leased_until_s)
+    first_due = min(snapshot.others, key=_due)
+    is_due = first_due.due_s <= snapshot.now_s
+    if is_due and (snapshot.own is None or first_due.due_s < snapshot.own.due_s):
+        return SwitchTo(first_due.alias)
+    decision = policy(snapshot)
+    match decision:
+        case SwitchTo(alias=alias):
+            if all(queue.alias != alias for queue in snapshot.others):
+                raise ValueError(f"the policy switches to {alias!r}, for which nobody waits")
+            return decision
+        case _ if is_due:
+            return decision
+        case WaitUntil(time_s=time_s):
+            return replace(decision, time_s=min(time_s, first_due.due_s))
+        case _:
+            return WaitUntil(first_due.due_s, decision.before)
+
+
+def _due(queue: QueueView) -> float:
+    return queue.due_s

@@ -1,0 +1,337 @@
+"""Who waits for which model, and what the policy makes of it.
+
+The coordinator and the simulator both drive this one class: arrivals, departures and activations go
+in, admissions and decisions come out. It knows no engine and no clock: whoever calls says what time
+it is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vllm_hotswap.costs import NEW
+from vllm_hotswap.policy import (
+    ActiveView,
+    Decision,
+    Policy,
+    QueueView,
+    ServeOn,
+    Snapshot,
+    WaitUntil,
+    decide,
+)
+
+CostEstimate = Callable[[str | None, str], float]
+"""Seconds of a switch from a model (None: from none) to another one, as it lies now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTerms:
+    """What the configuration says of how a model takes its turn."""
+
+    alias: str
+    priority: int = 0
+    max_wait_s: float = 30.0
+    weight: float = 1.0
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One request's place, from its arrival to its end. Times are seconds of the caller's clock."""
+
+    alias: str
+    order: int
+    """Of arrival, among all requests."""
+    arrived_s: float
+    due_s: float
+    """When it will have waited for as long as it may."""
+    priority: int = 0
+    tokens: int = 0
+    is_parked: bool = False
+    admitted_s: float | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Line:
+    """One model's waiting and running requests, with what a snapshot says of them."""
+
+    terms: ModelTerms
+    position: int
+    waiting: OrderedDict[Ticket, None] = field(default_factory=OrderedDict)
+    priorities: Counter[int] = field(default_factory=Counter)
+    running: Counter[int] = field(default_factory=Counter)
+    """Priorities of the requests that run."""
+    in_flight: int = 0
+    due: list[tuple[float, int, Ticket]] = field(default_factory=list)
+    """A heap; those that wait no longer are taken out when they come up."""
+    arrivals_s: float = 0.0
+    tokens: int = 0
+    parked: int = 0
+    service_s: float = 0.0
+    view: QueueView | None = None
+    """As it was last told; None if that is no longer so."""
+
+    def put(self, ticket: Ticket) -> None:
+        """In the order of arrival: who came first may have been longer in coming here."""
+        later = []
+        for other in reversed(self.waiting):
+            if other.order < ticket.order:
+                break
+            later.append(other)
+        self.waiting[ticket] = None
+        for other in reversed(later):
+            self.waiting.move_to_end(other)
+        self.priorities[ticket.priority] += 1
+        heapq.heappush(self.due, (ticket.due_s, ticket.order, ticket))
+        self._count(ticket, 1)
+
+    def take(self, ticket: Ticket) -> None:
+        del self.waiting[ticket]
+        self.priorities[ticket.priority] -= 1
+        if not self.priorities[ticket.priority]:
+            del self.priorities[ticket.priority]
+        self._count(ticket, -1)
+
+    def _count(self, ticket: Ticket, change: int) -> None:
+        self.arrivals_s += change * ticket.arrived_s
+        self.tokens += change * ticket.tokens
+        self.parked += change * ticket.is_parked
+        self.view = None
+
+    def begin(self, ticket: Ticket) -> None:
+        self.running[ticket.priority] += 1
+        self.in_flight += 1
+
+    def end(self, ticket: Ticket) -> None:
+        self.running[ticket.priority] -= 1
+        if not self.running[ticket.priority]:
+            del self.running[ticket.priority]
+        self.in_flight -= 1
+
+    def first(self) -> Ticket:
+        return next(iter(self.waiting))
+
+    def due_s(self) -> float:
+        while self.due[0][2] not in self.waiting:
+            heapq.heappop(self.due)
+        return self.due[0][0]
+
+
+class Scheduler:
+    """Queues of all models, and the policy that decides between them.
+
+    Its mutable state is the line of each model, which of them is active and since when, until when
+    that is held for a job, the number of the last arrival, and how many are in all lines.
+    """
+
+    def __init__(self, models: Iterable[ModelTerms], policy: Policy, cost_s: CostEstimate) -> None:
+        self._lines = {terms.alias: _Line(terms, position) for position, terms in enumerate(models)}
+        self._policy = policy
+        self._cost_s = cost_s
+        self._active: _Line | None = None
+        self._since_s = 0.0
+        self._arrivals = 0
+        self._queued = 0
+        self.leased_until_s: float | None = None
+        """Until when the active model is held for a job."""
+
+    def __repr__(self) -> str:
+        waiting = {alias: len(line.waiting) for alias, line in self._lines.items() if line.waiting}
+        return f"<Scheduler active={self.active} waiting={waiting}>"
+
+    @property
+    def active(self) -> str | None:
+        return self._active.terms.alias if self._active else None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait, for whatever model; parked ones are not among them."""
+        return self._queued - sum(line.parked for line in self._lines.values())
+
+    def waiting_for(self, alias: str) -> int:
+        line = self._lines[alias]
+        return len(line.waiting) - line.parked
+
+    def ahead_of(self, ticket: Ticket) -> int:
+        """How many requests wait for the same model that came before."""
+        waiting = self._lines[ticket.alias].waiting
+        return sum(other.order < ticket.order for other in waiting)
+
+    def queue(self, alias: str) -> list[Ticket]:
+        """Whoever waits for the model, in order."""
+        return list(self._lines[alias].waiting)
+
+    # --- what happens -------------------------------------------------------------------------
+
+    def ticket(
+        self, alias: str, now_s: float, priority: int | None = None, max_wait_s: float | None = None
+    ) -> Ticket:
+        """A place for a request that has arrived; it counts from `enter` on.
+
+        Args:
+            alias: the model.
+            now_s: the time.
+            priority, max_wait_s: the request's own; None for those of its model.
+        """
+        terms = self._lines[alias].terms
+        self._arrivals += 1
+        wait_s = terms.max_wait_s if max_wait_s is None else max_wait_s
+        own = terms.priority if priority is None else priority
+        return Ticket(alias, self._arrivals, now_s, now_s + wait_s, own)
+
+    def enter(self, ticket: Ticket, now_s: float) -> bool:
+        """Have a request wait; whether it is admitted at once, because nobody else waits."""
+        line = self._lines[ticket.alias]
+        if line is self._active and not self._queued:
+            self._begin(line, ticket, now_s)
+            return True
+        self._put(line, ticket)
+        return False
+
+    def leave(self, ticket: Ticket, now_s: float) -> None:
+        """The request has ended, or waits no longer. Idempotent."""
+        line = self._lines[ticket.alias]
+        if ticket in line.waiting:
+            self._take(line, ticket)
+        elif ticket.admitted_s is not None:
+            line.end(ticket)
+            took_s = now_s - ticket.admitted_s
+            line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
+            line.view = None
+            ticket.admitted_s = None
+
+    def park(self, tickets: Iterable[Ticket], now_s: float) -> None:
+        """Running requests froze with their engine: they wait again, from now on."""
+        for ticket in tickets:
+            line = self._lines[ticket.alias]
+            line.end(ticket)
+            allowed_s = ticket.due_s - ticket.arrived_s
+            ticket.is_parked, ticket.admitted_s = True, None
+            ticket.arrived_s, ticket.due_s = now_s, now_s + allowed_s
+            self._put(line, ticket)
+
+    def activate(self, alias: str, now_s: float) -> list[Ticket]:
+        """The model is active from now on; who is admitted at once, parked requests among them.
+
+        That is as many as the policy would let it serve, and at least one.
+        """
+        self._active, self._since_s = self._lines[alias], now_s
+        self.costs_changed()
+        return [*self._resume(self._active, now_s), *self._admit_some(self._active, now_s)]
+
+    def deactivate(self) -> None:
+        """No model is active."""
+        self._active = None
+        self.costs_changed()
+
+    def costs_changed(self) -> None:
+        """What the cost estimate says may be different from now on."""
+        for line in self._lines.values():
+            line.view = None
+
+    def advance(self, now_s: float) -> tuple[list[Ticket], Decision]:
+        """What is to be done now, and who is admitted.
+
+        The decision is `ServeOn` where there is no reason to look again. Raises what `decide` does.
+        """
+        decision = decide(self._policy, self.snapshot(now_s))
+        match decision:
+            case ServeOn(before=before) | WaitUntil(before=before) if self._active is not None:
+                return self._admit(self._active, now_s, before), decision
+            case _:
+                return [], decision
+
+    # --- the snapshot -------------------------------------------------------------------------
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        active = self._active
+        own = self._view(active) if active is not None and active.waiting else None
+        others = tuple(
+            line.view or self._view(line)
+            for line in self._lines.values()
+            if line.waiting and line is not active
+        )
+        return Snapshot(now_s, self._active_view(), own, others)
+
+    def _active_view(self) -> ActiveView | None:
+        line = self._active
+        if line is None:
+            return None
+        return ActiveView(
+            alias=line.terms.alias,
+            position=line.position,
+            since_s=self._since_s,
+            in_flight=line.in_flight,
+            priority=max(line.running, default=line.terms.priority),
+            weight=line.terms.weight,
+            service_s=line.service_s,
+            leased_until_s=self.leased_until_s,
+        )
+
+    def _view(self, line: _Line) -> QueueView:
+        if line.view is None:
+            count, first = len(line.waiting), line.first()
+            active, alias = self.active, line.terms.alias
+            line.view = QueueView(
+                alias=alias,
+                position=line.position,
+                requests=count,
+                parked=line.parked,
+                first=first.order,
+                oldest_s=first.arrived_s,
+                mean_arrival_s=line.arrivals_s / count,
+                due_s=line.due_s(),
+                priority=max(line.priorities),
+                weight=line.terms.weight,
+                tokens=line.tokens,
+                service_s=line.service_s,
+                switch_cost_s=0.0 if alias == active else self._cost_s(active, alias),
+                back_cost_s=0.0 if active in (alias, None) else self._cost_s(alias, active),
+            )
+        return line.view
+
+    # --- admission ----------------------------------------------------------------------------
+
+    def _admit_some(self, line: _Line, now_s: float) -> list[Ticket]:
+        if not line.waiting:
+            return []
+        snapshot = self.snapshot(now_s)
+        decision = self._policy(snapshot) if snapshot.others else ServeOn()
+        match decision:
+            case ServeOn(before=before) | WaitUntil(before=before):
+                admitted = self._admit(line, now_s, before)
+            case _:
+                admitted = []
+        return admitted or self._admit(line, now_s, line.first().order + 1)
+
+    def _admit(self, line: _Line, now_s: float, before: int | None) -> list[Ticket]:
+        admitted = []
+        while line.waiting and (before is None or line.first().order < before):
+            ticket = line.first()
+            self._take(line, ticket)
+            self._begin(line, ticket, now_s)
+            admitted.append(ticket)
+        return admitted
+
+    def _resume(self, line: _Line, now_s: float) -> Sequence[Ticket]:
+        resumed = [ticket for ticket in line.waiting if ticket.is_parked] if line.parked else []
+        for ticket in resumed:
+            self._take(line, ticket)
+            ticket.is_parked = False
+            self._begin(line, ticket, now_s)
+        return resumed
+
+    def _put(self, line: _Line, ticket: Ticket) -> None:
+        line.put(ticket)
+        self._queued += 1
+
+    def _take(self, line: _Line, ticket: Ticket) -> None:
+        line.take(ticket)
+        self._queued -= 1
+
+    def _begin(self, line: _Line, ticket: Ticket, now_s: float) -> None:
+        ticket.admitted_s = now_s
+        line.begin(ticket)
