@@ -32,6 +32,7 @@ async def make_server() -> AsyncIterator[MakeServer]:
     for server in servers:
         await server.stop()
         assert 0 == server.host.stepped_while_parked
+        assert 0 == server.host.operated_for_a_request
 
 
 @pytest.fixture

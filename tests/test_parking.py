@@ -15,7 +15,7 @@ from tests.support import Server, Stream
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestsParked, RequestsResumed
-from vllm_hotswap.exchange import PARKED_COMMENT_S
+from vllm_hotswap.exchange import COMMENT_S
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.settings import LimitsConfig
 
@@ -76,7 +76,7 @@ def test_a_parked_stream_is_kept_open_with_comments(play: Play) -> None:
             times_s.append(asyncio.get_running_loop().time())
 
         assert [": parked\n\n"] * 4 == comments
-        assert [PARKED_COMMENT_S] * 3 == [b - a for a, b in pairwise(times_s)]
+        assert [COMMENT_S] * 3 == [b - a for a, b in pairwise(times_s)]
         await switch(server, "llama")
         assert 4 == (await stream.finish()).events.count(": parked")
 

@@ -15,12 +15,15 @@ from vllm_hotswap.registry import Lease, current_lease
 @dataclass
 class Request:
     request_id: str
+    prompt_token_ids: tuple[int, ...] = (1, 2, 3)
+    sampling_params: None = None
 
 
 @dataclass
 class Output:
     request_id: str
     finish_reason: int | None = None
+    new_token_ids: tuple[int, ...] = (7,)
 
 
 @dataclass

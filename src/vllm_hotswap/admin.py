@@ -237,7 +237,7 @@ def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
         "residency": model.residency.value,
         "in_flight": len(model.leases),
         "parked": len(model.parked),
-        "waiting": coordinator.waiting if coordinator.target == model.alias else 0,
+        "waiting": coordinator.waiting_for(model),
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,
         "held": usage_body(held),

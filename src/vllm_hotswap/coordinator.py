@@ -13,9 +13,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import Context
 from pathlib import Path
 
 from vllm_hotswap import drain
+from vllm_hotswap.dispatch import Dispatcher
 from vllm_hotswap.engines.base import Adapter, EngineHost
 from vllm_hotswap.errors import (
     AdapterRefused,
@@ -58,6 +60,7 @@ from vllm_hotswap.limits import Rate
 from vllm_hotswap.planner import Plan
 from vllm_hotswap.recovery import Recovery
 from vllm_hotswap.registry import Lease, Model, ModelPolicy, Registry
+from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency, ServerState, Step, SwitchPhase
 from vllm_hotswap.switch import Switch, SwitchResult
@@ -81,6 +84,7 @@ class Coordinator:
     - `_switch`: the switch under way, if any, with the requests held for its target;
     - `_host_down`: why there is no engine host now, until there is one again;
     - `_ended`: why nothing will be served any more, once that is so;
+    - `_orders`: calls for a switch that wait until one that was not ordered has ended;
     - leases of each model in the registry; residencies change through `ladder`, and `recovery`
       counts what has failed.
 
@@ -106,6 +110,12 @@ class Coordinator:
         self.registry = Registry(host.engines, policies)
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
         self.recovery = Recovery(self, host, observer, recovery, clock)
+        self.dispatcher: Dispatcher | None = None
+        """Has requests wait and switches, in the mode `auto`."""
+        if self._settings.mode == "auto":
+            self.dispatcher = Dispatcher(
+                self, self.registry, self.ladder, self._settings, self._limits, clock
+            )
         self._adding_timeout_s = recovery.command_timeout
         self._rate = Rate(self._settings.rate, self._settings.burst, clock)
         self._active: Model | None = None
@@ -117,6 +127,7 @@ class Coordinator:
         self._is_started = False
         self._given_up: asyncio.Future[str] | None = None
         self._last_switch_s = 1.0
+        self._orders = 0
         self.switches = 0
         """Switches that have ended."""
         self.switches_failed = 0
@@ -158,7 +169,15 @@ class Coordinator:
 
     @property
     def waiting(self) -> int:
+        """Requests that wait for their model, but for parked ones."""
+        if self.dispatcher is not None:
+            return self.dispatcher.scheduler.waiting
         return len(self._switch.held) if self._switch else 0
+
+    def waiting_for(self, model: Model) -> int:
+        if self.dispatcher is not None:
+            return self.dispatcher.scheduler.waiting_for(model.alias)
+        return self.waiting if self._switch and self._switch.target is model else 0
 
     @property
     def failure(self) -> str | None:
@@ -226,6 +245,7 @@ class Coordinator:
         for model in (first, *others):
             _refuse_failed_adapters(model)
         self._is_started = True
+        self._is_activated(first)
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
         # All at once: the host makes the next engine while this process builds a frontend.
@@ -351,23 +371,60 @@ class Coordinator:
     # --- requests -------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, alias: str | None) -> AsyncIterator[Lease]:
+    async def lease(self, alias: str | None, terms: RequestTerms = NO_WISH) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
-        Entering may wait for the switch under way. A body whose lease is cut (`Lease.on_cut`) has
-        `CUT_GRACE_S` to end by itself before its task is cancelled.
+        Entering may wait for the switch under way. In the mode `auto` it does not: before it gives
+        anything to the engine, the body has to wait for its turn (`Lease.ask`). A body whose lease
+        is cut (`Lease.on_cut`) has `CUT_GRACE_S` to end by itself before its task is cancelled.
+
+        Args:
+            alias: the model, by any of its names; None for the active one.
+            terms: what the request asks for of its turn, in the mode `auto`.
 
         Raises:
             UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,
-            EngineUnavailable: the request is not admitted.
+            SwitchNotAllowed, EngineUnavailable: the request is not admitted.
         """
-        held = self._admit(alias)
-        lease = held if isinstance(held, Lease) else await self._wait(held)
+        lease = await (
+            self._take_in(alias) if self.dispatcher is None else self._let_in(alias, terms)
+        )
         lease.name = alias
         try:
             yield lease
         finally:
             self._release(lease)
+
+    async def _take_in(self, alias: str | None) -> Lease:
+        arrived_s, epoch = self._clock(), self._epoch
+        held = self._admit(alias)
+        lease = held if isinstance(held, Lease) else await self._wait(held)
+        lease.arrived_s, lease.switched = arrived_s, lease.epoch - epoch
+        return lease
+
+    async def _let_in(self, alias: str | None, terms: RequestTerms) -> Lease:
+        assert self.dispatcher is not None
+        if self._why_down is not None:
+            raise EngineUnavailable(self._why_down)
+        switch = self._switch
+        model = self.registry.resolve(alias) if alias is not None else None
+        model = model or (switch.target if switch else self._active) or self._last_active
+        assert model is not None
+        lease = self.dispatcher.enter(model, terms)
+        if model.engine.routes is None:
+            # It has no frontend yet that could look at the request.
+            await self._wait_for_frontend(lease)
+        return lease
+
+    async def _wait_for_frontend(self, lease: Lease) -> None:
+        assert self.dispatcher is not None
+        try:
+            await self.dispatcher.ask(lease)
+            if lease.cut is not None:
+                raise lease.cut
+        except BaseException:
+            self._release(lease)
+            raise
 
     def _admit(self, alias: str | None) -> Lease | asyncio.Future[Lease]:
         """Grant a lease now, hold the request for the switch under way, or refuse it."""
@@ -398,9 +455,14 @@ class Coordinator:
 
     def _grant(self, model: Model, task: asyncio.Task[object] | None) -> Lease:
         lease = Lease(model.alias, self._epoch, task)
-        model.leases[lease] = None
-        model.last_used_s = self._clock()
+        self.grant(model, lease)
         return lease
+
+    def grant(self, model: Model, lease: Lease) -> None:
+        """Have a request use its model from now on."""
+        model.last_used_s = now_s = self._clock()
+        lease.admit(self._epoch, now_s)
+        model.leases[lease] = None
 
     def _hold(self, switch: Switch) -> asyncio.Future[Lease]:
         if len(switch.held) + len(switch.target.leases) >= self._limits.in_flight:
@@ -443,7 +505,25 @@ class Coordinator:
             self._observer.notify(OutputRefused(self._epoch, lease.alias, lease.cut.stamp))
         elif isinstance(lease.cut, ClientStalled):
             self._observer.notify(ClientEvicted(self._epoch, lease.alias))
-        self._observer.notify(RequestEnded(lease.epoch, lease.alias, lease.result))
+        self._observer.notify(self._ended_request(lease))
+        if self.dispatcher is not None:
+            self.dispatcher.left(lease)
+
+    def _ended_request(self, lease: Lease) -> RequestEnded:
+        admitted_s, ticket = lease.admitted_s, lease.ticket
+        return RequestEnded(
+            lease.epoch,
+            lease.alias,
+            lease.result,
+            arrived_s=lease.arrived_s,
+            waited_s=lease.waited_s,
+            service_s=None if admitted_s is None else self._clock() - admitted_s,
+            switched=lease.switched,
+            prompt_tokens=lease.prompt_tokens,
+            output_tokens=lease.output_tokens,
+            priority=ticket.priority if ticket else 0,
+            max_wait_s=ticket.max_wait_s if ticket else 0.0,
+        )
 
     def _retry_after_s(self) -> int:
         return max(1, round(self._last_switch_s + 0.5))
@@ -458,14 +538,15 @@ class Coordinator:
     ) -> SwitchResult:
         """Make `alias` the active model; wait until it is.
 
-        Calls for the target that is being switched to join that switch. A caller who leaves
-        does not stop it.
+        Calls for the target that is being switched to join that switch; a switch that the server
+        has decided on is waited for. A caller who leaves does not stop it.
 
         Raises:
             UnknownModel, SwitchInProgress, SwitchRateLimited, DrainRefused, SwitchFailed,
             EngineUnavailable.
         """
         target = self.registry.resolve(alias)
+        await self._until_ordered(target)
         if self._why_down is not None:
             raise EngineUnavailable(self._why_down)
         if self._switch is None:
@@ -487,11 +568,39 @@ class Coordinator:
             raise SwitchInProgress(switch.target.alias, alias, switch.operation_id)
         return await _result(switch)
 
+    async def _until_ordered(self, target: Model) -> None:
+        """Wait for a switch to another target that nobody has ordered; no further one begins."""
+        self._orders += 1
+        try:
+            while (switch := self._switch) and switch.automatic and switch.target is not target:
+                assert switch.task is not None
+                await asyncio.wait([switch.task])
+        finally:
+            self._orders -= 1
+            if self.dispatcher is not None:
+                asyncio.get_running_loop().call_soon(self.dispatcher.advance)
+
+    @property
+    def can_switch(self) -> bool:
+        """Whether the server may switch by itself now, and may admit requests."""
+        if self._switch is not None or self._why_down is not None or self._orders:
+            return False
+        return self._is_started and (self._active is not None or self.recovery.is_degraded)
+
+    def begin_switch(self, target: Model, drain_timeout_s: float) -> Switch:
+        """Switch without ending anybody's request: who runs longer is parked."""
+        switch = self._begin(target, drain_timeout_s, "park")
+        switch.automatic = True
+        return switch
+
     def _begin(self, target: Model, drain_timeout_s: float, policy: DrainPolicy) -> Switch:
         self._switch = switch = Switch(
             _operation_id(), self._active, target, drain_timeout_s, self._clock(), policy
         )
-        switch.task = asyncio.create_task(self._run_switch(switch), name=f"switch-{target.alias}")
+        # In a context of its own: what it asks of engines is no part of whichever request began it.
+        switch.task = asyncio.create_task(
+            self._run_switch(switch), name=f"switch-{target.alias}", context=Context()
+        )
         # A switch whose caller has left may fail with nobody to retrieve the exception.
         switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return switch
@@ -514,7 +623,7 @@ class Coordinator:
         async with self._phase(switch, SwitchPhase.VALIDATE):
             self._validate(switch)
             await target.engine.rehearse()
-        switch.moves = not target.is_loaded
+        switch.moves, switch.residency = not target.is_loaded, target.residency
         switch.memory_before_bytes = self._host.stats().used_bytes
         async with self._phase(switch, SwitchPhase.DRAIN):
             await self._drain(switch)
@@ -553,6 +662,9 @@ class Coordinator:
         if not source.leases or source.residency is not Residency.ACTIVE:
             return
         target, timeout_s = switch.target.alias, switch.drain_timeout_s
+        if switch.automatic:
+            await self._drain_to_the_end(switch, source)
+            return
         match switch.policy:
             case "refuse":
                 raise DrainRefused(source.alias, target, len(source.leases), timeout_s)
@@ -564,9 +676,17 @@ class Coordinator:
         switch.requests_cut = drain.end(running, cut)
         await drain.until_ended(source)
 
+    async def _drain_to_the_end(self, switch: Switch, source: Model) -> None:
+        """Park who still runs, if nobody is lost by that; wait for the others."""
+        if self.ladder.can_keep_parked(switch.target):
+            self._park(switch, source)
+        await drain.until_empty(source, None)
+
     def _park(self, switch: Switch, source: Model) -> None:
         timeout_s, at_most = self._settings.parked_timeout, self._settings.max_parked
         switch.requests_parked = count = drain.park(source, timeout_s, at_most)
+        if self.dispatcher is not None:
+            self.dispatcher.parked(source)
         if count:
             self._observer.notify(RequestsParked(self._epoch, source.alias, count))
 
@@ -602,6 +722,11 @@ class Coordinator:
         self.recovery.succeeded()
         self._resume(target)
 
+    def _is_activated(self, model: Model) -> None:
+        """A model is served from now on: in the mode `auto`, whoever waits for it."""
+        if self.dispatcher is not None:
+            self.dispatcher.activated(model.alias)
+
     def _resume(self, target: Model) -> None:
         parked = target.parked
         for lease in parked:
@@ -619,6 +744,9 @@ class Coordinator:
         self._last_switch_s = duration_s
         source = switch.source.alias if switch.source else None
         self._notify_ended(switch, duration_s, None)
+        if self.dispatcher is not None:
+            self.dispatcher.switched(switch, duration_s - switch.drain_s)
+        self._is_activated(switch.target)
         return SwitchResult(
             operation_id=switch.operation_id,
             epoch=self._epoch,
@@ -651,6 +779,10 @@ class Coordinator:
                 future.set_exception(failed)
         self._notify_ended(switch, self._clock() - switch.started_s, cause)
         self._recover_if_needed(one_line(cause))
+        if self.dispatcher is not None:
+            self.dispatcher.failed(switch, failed)
+        if self._active is not None:
+            self._is_activated(self._active)
         if isinstance(cause, DrainRefused):
             return cause
         # A switch is cancelled at shutdown, and its callers are to be told.
@@ -723,6 +855,9 @@ class Coordinator:
                 None if cause is None else one_line(cause),
                 switch.requests_parked,
                 switch.requests_lost,
+                switch.automatic,
+                switch.residency,
+                switch.drain_s,
             )
         )
 
@@ -787,6 +922,8 @@ class Coordinator:
                 await asyncio.wait([switching])
         busy = [model for model in self.registry if model.leases]
         gone = EngineUnavailable("the server is shutting down")
+        if self.dispatcher is not None:
+            self.dispatcher.close(gone)
         for model in busy:
             drain.end(model.parked, gone)  # nobody steps them any more
             await drain.until_empty(model, timeout_s)

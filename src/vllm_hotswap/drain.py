@@ -16,12 +16,12 @@ CUT_GRACE_S = 5.0
 """Seconds that a request which was ended gets to notice, and then again to send its error."""
 
 
-async def until_empty(model: Model, timeout_s: float) -> None:
-    """Return when no request of the model runs any more, or after `timeout_s`.
+async def until_empty(model: Model, timeout_s: float | None) -> None:
+    """Return when no request of the model runs any more, or after `timeout_s`, if there is one.
 
     Parked requests do not run.
     """
-    if not _is_running(model) or timeout_s <= 0:
+    if not _is_running(model) or (timeout_s is not None and timeout_s <= 0):
         return
     model.emptied = asyncio.get_running_loop().create_future()
     try:

@@ -172,9 +172,19 @@ class SwitchFailed(HotswapError):
     type = "service_unavailable_error"
     code = "switch_failed"
 
-    def __init__(self, target: str, phase: str, cause: BaseException, serving: str | None) -> None:
+    def __init__(
+        self,
+        target: str,
+        phase: str,
+        cause: BaseException,
+        serving: str | None,
+        retry_after_s: int | None = None,
+    ) -> None:
         then = f"{serving!r} serves on" if serving else "no model is active"
-        super().__init__(f"switch to {target!r} failed in phase {phase}: {one_line(cause)}; {then}")
+        super().__init__(
+            f"switch to {target!r} failed in phase {phase}: {one_line(cause)}; {then}",
+            retry_after_s=retry_after_s,
+        )
 
 
 class LoadFailed(HotswapError):

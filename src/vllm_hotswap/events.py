@@ -43,6 +43,11 @@ class SwitchEnded:
     cause: str | None = None
     requests_parked: int = 0
     requests_lost: int = 0
+    automatic: bool = False
+    """Whether the server decided on it."""
+    residency: Residency | None = None
+    """Where the target lay before."""
+    drain_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +92,25 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """A request gave its lease back: answered, ended by the server, or left by its client."""
+    """A request gave its lease back: answered, ended by the server, or left by its client.
+
+    Times are of the server's clock, in seconds.
+    """
 
     epoch: int
     model: str
     result: RequestResult
+    arrived_s: float = 0.0
+    waited_s: float = 0.0
+    """Until its turn."""
+    service_s: float | None = None
+    """From then on; None if it has never asked for its engine."""
+    switched: int = 0
+    """Activations that it waited for."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    priority: int = 0
+    max_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ LAST_SEND_S = 3.0
 """Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
 
 PARKED_COMMENT = b": parked\n\n"
-PARKED_COMMENT_S = 10.0
-"""How often the event stream of a parked request says that it is still there."""
+COMMENT_S = 10.0
+"""How often the event stream of a request that waits or is parked says that it is still there."""
 
 
 class AnswerCut(Exception):
@@ -151,11 +151,19 @@ class Answer:
         self.is_event_stream = False
         self._is_between_events = True
         self._commenting: asyncio.Task[None] | None = None
+        self._on_admit: Callable[[], None] | None = None
 
-    def follow(self, lease: Lease) -> None:
-        """Answer for this lease from now on."""
-        self.lease = lease
+    def follow(self, lease: Lease, on_admit: Callable[[], None] | None = None) -> None:
+        """Answer for this lease from now on.
+
+        Args:
+            lease: the request's.
+            on_admit: called when it has its turn, if it has not had it.
+        """
+        self.lease, self._on_admit = lease, on_admit
         lease.on_park = self._parked
+        lease.on_wait = self._waits
+        lease.on_admit = self._admitted
 
     async def send(self, message: Message) -> None:
         if self.lease is not None:
@@ -165,6 +173,7 @@ class Answer:
                 return  # what an application says after it was cut is not the answer
         match message["type"]:
             case "http.response.start":
+                message = self._with_headers(message)
                 self.is_event_stream = _content_type(message).startswith(b"text/event-stream")
             case "http.response.body":
                 self._look_at(message)
@@ -186,18 +195,41 @@ class Answer:
             self.is_sending = False
             self.sent += 1
 
-    def _parked(self) -> None:
-        self.close()  # it may have been parked a moment ago, too
-        self._commenting = asyncio.create_task(self._comment())
+    def _with_headers(self, start: Message) -> Message:
+        """What became of the request so far, for whoever wants to know."""
+        if self.lease is None:
+            return start
+        return {**start, "headers": [*start.get("headers", ()), *_headers(self.lease)]}
 
-    async def _comment(self) -> None:
-        """Keep an event stream open while its request is parked: proxies and clients time out."""
-        comment = {"type": "http.response.body", "body": PARKED_COMMENT, "more_body": True}
-        while self.lease is not None and self.lease.is_parked:
-            can_comment = self.is_event_stream and self._is_between_events
+    def _parked(self) -> None:
+        self._begin_to_comment(PARKED_COMMENT)
+
+    def _waits(self) -> None:
+        assert self.lease is not None
+        self._begin_to_comment(f": waiting for {self.lease.alias}\n\n".encode())
+
+    def _admitted(self) -> None:
+        """If it had to wait, its headers have been sent before there was anything to tell."""
+        if self._on_admit is not None:
+            self._on_admit()
+        if self._commenting is not None and self.lease is not None:
+            told = " ".join(f"{name}={value}" for name, value in _turn(self.lease).items())
+            self._begin_to_comment(f": served {told}\n\n".encode(), is_last=True)
+
+    def _begin_to_comment(self, comment: bytes, is_last: bool = False) -> None:
+        self.close()  # there may be an older one
+        self._commenting = asyncio.create_task(self._comment(comment, is_last))
+
+    async def _comment(self, comment: bytes, is_last: bool) -> None:
+        """Keep an event stream open while its request is frozen: proxies and clients time out."""
+        message = {"type": "http.response.body", "body": comment, "more_body": True}
+        while self.lease is not None and (is_last or self.lease.is_frozen):
+            can_comment = self.started and self.is_event_stream and self._is_between_events
             if can_comment and not (self.is_sending or self.complete):
-                await self._pass_on(comment)
-            await asyncio.sleep(PARKED_COMMENT_S)
+                await self._pass_on(message)
+            if is_last:
+                return
+            await asyncio.sleep(COMMENT_S)
 
     def close(self) -> None:
         """The request is over."""
@@ -237,6 +269,25 @@ class Answer:
     async def refuse(self, error: HotswapError) -> None:
         """The whole answer."""
         await openai.refuse(error, self._scope, self._receive, self._send)
+
+
+def _turn(lease: Lease) -> dict[str, str]:
+    """How the request came to have its turn."""
+    return {
+        "waited": f"{lease.waited_s:.3f}",
+        "switched": str(lease.switched),
+        "epoch": str(lease.epoch),
+    }
+
+
+def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
+    turn = _turn(lease) if lease.admitted_s is not None else {}
+    values = {"model": lease.alias, **turn}
+    # An alias may be any text; header values are latin-1.
+    return [
+        (f"x-hotswap-{name}".encode(), value.encode("latin-1", "replace"))
+        for name, value in values.items()
+    ]
 
 
 def _content_type(start: Message) -> bytes:

@@ -132,6 +132,14 @@ class Ladder:
                 raise
             return make_plan(self.snapshot(drained, without_parked=True), target.alias, keep)
 
+    def can_keep_parked(self, target: Model) -> bool:
+        """Whether there is room for `target` although every parked request is kept."""
+        try:
+            make_plan(self.snapshot(), target.alias)
+        except NoRoom:
+            return False
+        return True
+
     def check(self) -> None:
         """See that every model can be loaded beside the pinned ones.
 

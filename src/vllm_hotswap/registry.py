@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -15,14 +15,28 @@ from vllm_hotswap.errors import (
     EngineUnavailable,
     InvalidRequest,
     ParkedEnded,
+    QueueFull,
     ResponseEnded,
+    SwitchFailed,
     UnknownModel,
+    WaitTimeout,
     WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
+from vllm_hotswap.scheduler import Ticket
 from vllm_hotswap.states import Residency, Step, advance
 
-Cut = DrainCut | EngineUnavailable | ResponseEnded | ParkedEnded | ClientStalled | WrongStamp
+Cut = (
+    DrainCut
+    | EngineUnavailable
+    | ResponseEnded
+    | ParkedEnded
+    | ClientStalled
+    | WrongStamp
+    | SwitchFailed
+    | QueueFull
+    | WaitTimeout
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -59,6 +73,20 @@ class Lease:
     """What its engine works on for it, by the ids that the engine gave."""
     deadline: asyncio.TimerHandle | None = None
     """When a parked request is ended."""
+    ask: Callable[[int], Awaitable[None]] | None = None
+    """Called, with the tokens that it asks for, before its engine is given anything of it: in the
+    mode `auto` it waits there for its turn. None: it has had its turn."""
+    ticket: Ticket | None = None
+    """Its place among those that wait, in the mode `auto`."""
+    on_wait: Callable[[], object] | None = None
+    on_admit: Callable[[], object] | None = None
+    arrived_s: float = 0.0
+    admitted_s: float | None = None
+    """When it had its turn; None: it has not had it yet."""
+    switched: int = 0
+    """Activations that it waited for."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
     first_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +98,24 @@ class Lease:
         if self.was_cut:
             return "cut"
         return "left" if self.client_left else "served"
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from its arrival to its turn."""
+        return 0.0 if self.admitted_s is None else self.admitted_s - self.arrived_s
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of it goes on before its model is active."""
+        return self.is_parked or self.admitted_s is None
+
+    def admit(self, epoch: int, now_s: float) -> None:
+        """It is its turn."""
+        self.switched = epoch - self.epoch
+        self.epoch = self.first_epoch = epoch
+        self.admitted_s, self.ask = now_s, None
+        if self.on_admit is not None:
+            self.on_admit()
 
     def owns(self, alias: str, epoch: int) -> bool:
         """Whether an output with this stamp may be the request's."""
@@ -132,11 +178,18 @@ current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=No
 
 @dataclass(frozen=True, slots=True)
 class ModelPolicy:
-    """What the configuration says of one model's residency; times in seconds, None for never."""
+    """What the configuration says of one model's residency, and of how it takes its turn.
+
+    Times are in seconds, None for never.
+    """
 
     pinned: bool = False
     idle_sleep_s: float | None = None
     idle_unload_s: float | None = None
+    priority: int = 0
+    max_wait_s: float | None = None
+    """None: the server's."""
+    weight: float = 1.0
 
 
 @dataclass(eq=False, slots=True)

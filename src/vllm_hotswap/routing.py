@@ -120,8 +120,9 @@ class Router:
         try:
             async with self._coordinator.lease(alias) as lease:
                 await waiting.end()
-                held.let_go()
-                answer.follow(lease)
+                if lease.ask is None:
+                    held.let_go()  # otherwise it counts as long as the request waits
+                answer.follow(lease, held.let_go)
                 client = Client(scope, receive, body, waiting.heard, lease, answer)
                 await self._serve(lease, scope, client, answer)
         except asyncio.CancelledError:

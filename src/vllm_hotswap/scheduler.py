@@ -38,6 +38,19 @@ class ModelTerms:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class RequestTerms:
+    """What a request asks for of its turn; None: as its model has it."""
+
+    priority: int | None = None
+    max_wait_s: float | None = None
+    may_switch: bool = True
+    """Whether it may wait for a model to which nobody switches."""
+
+
+NO_WISH = RequestTerms()
+
+
 @dataclass(eq=False, slots=True)
 class Ticket:
     """One request's place, from its arrival to its end. Times are seconds of the caller's clock."""
@@ -52,6 +65,10 @@ class Ticket:
     tokens: int = 0
     is_parked: bool = False
     admitted_s: float | None = None
+    max_wait_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.max_wait_s = self.due_s - self.arrived_s
 
 
 @dataclass(eq=False, slots=True)
@@ -129,7 +146,7 @@ class Scheduler:
 
     def __init__(self, models: Iterable[ModelTerms], policy: Policy, cost_s: CostEstimate) -> None:
         self._lines = {terms.alias: _Line(terms, position) for position, terms in enumerate(models)}
-        self._policy = policy
+        self.policy = policy
         self._cost_s = cost_s
         self._active: _Line | None = None
         self._since_s = 0.0
@@ -145,6 +162,11 @@ class Scheduler:
     @property
     def active(self) -> str | None:
         return self._active.terms.alias if self._active else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits, and nobody is parked."""
+        return not self._queued
 
     @property
     def waiting(self) -> int:
@@ -164,28 +186,27 @@ class Scheduler:
         """Whoever waits for the model, in order."""
         return list(self._lines[alias].waiting)
 
+    def service_s(self, alias: str) -> float:
+        """Seconds that a request of the model took lately, from admission to its end."""
+        return self._lines[alias].service_s
+
     # --- what happens -------------------------------------------------------------------------
 
-    def ticket(
-        self, alias: str, now_s: float, priority: int | None = None, max_wait_s: float | None = None
-    ) -> Ticket:
-        """A place for a request that has arrived; it counts from `enter` on.
-
-        Args:
-            alias: the model.
-            now_s: the time.
-            priority, max_wait_s: the request's own; None for those of its model.
-        """
+    def ticket(self, alias: str, now_s: float, asked: RequestTerms = NO_WISH) -> Ticket:
+        """A place for a request that has arrived; it counts from `enter` on."""
         terms = self._lines[alias].terms
         self._arrivals += 1
-        wait_s = terms.max_wait_s if max_wait_s is None else max_wait_s
-        own = terms.priority if priority is None else priority
-        return Ticket(alias, self._arrivals, now_s, now_s + wait_s, own)
+        wait_s = terms.max_wait_s if asked.max_wait_s is None else asked.max_wait_s
+        priority = terms.priority if asked.priority is None else asked.priority
+        return Ticket(alias, self._arrivals, now_s, now_s + wait_s, priority)
 
-    def enter(self, ticket: Ticket, now_s: float) -> bool:
-        """Have a request wait; whether it is admitted at once, because nobody else waits."""
+    def enter(self, ticket: Ticket, now_s: float, is_open: bool = True) -> bool:
+        """Have a request wait; whether it is admitted at once, because nobody else waits.
+
+        While a switch is under way, which is to be said with `is_open`, nobody is.
+        """
         line = self._lines[ticket.alias]
-        if line is self._active and not self._queued:
+        if is_open and line is self._active and not self._queued:
             self._begin(line, ticket, now_s)
             return True
         self._put(line, ticket)
@@ -208,9 +229,8 @@ class Scheduler:
         for ticket in tickets:
             line = self._lines[ticket.alias]
             line.end(ticket)
-            allowed_s = ticket.due_s - ticket.arrived_s
             ticket.is_parked, ticket.admitted_s = True, None
-            ticket.arrived_s, ticket.due_s = now_s, now_s + allowed_s
+            ticket.arrived_s, ticket.due_s = now_s, now_s + ticket.max_wait_s
             self._put(line, ticket)
 
     def activate(self, alias: str, now_s: float) -> list[Ticket]:
@@ -237,7 +257,7 @@ class Scheduler:
 
         The decision is `ServeOn` where there is no reason to look again. Raises what `decide` does.
         """
-        decision = decide(self._policy, self.snapshot(now_s))
+        decision = decide(self.policy, self.snapshot(now_s))
         match decision:
             case ServeOn(before=before) | WaitUntil(before=before) if self._active is not None:
                 return self._admit(self._active, now_s, before), decision
@@ -299,7 +319,7 @@ class Scheduler:
         if not line.waiting:
             return []
         snapshot = self.snapshot(now_s)
-        decision = self._policy(snapshot) if snapshot.others else ServeOn()
+        decision = self.policy(snapshot) if snapshot.others else ServeOn()
         match decision:
             case ServeOn(before=before) | WaitUntil(before=before):
                 admitted = self._admit(line, now_s, before)

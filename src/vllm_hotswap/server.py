@@ -120,9 +120,16 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
 
 
 def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
-    """What the file says of each model's residency."""
+    """What the file says of each model's residency, and of how it takes its turn."""
     return {
-        model.alias: ModelPolicy(model.pinned, model.idle_sleep, model.idle_unload)
+        model.alias: ModelPolicy(
+            model.pinned,
+            model.idle_sleep,
+            model.idle_unload,
+            model.priority,
+            model.max_wait,
+            model.weight,
+        )
         for model in config.models
     }
 

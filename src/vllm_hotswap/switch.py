@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vllm_hotswap.planner import Move
 from vllm_hotswap.registry import Lease, Model
 from vllm_hotswap.settings import DrainPolicy
-from vllm_hotswap.states import SwitchPhase
+from vllm_hotswap.states import Residency, SwitchPhase
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,10 @@ class Switch:
     drain_timeout_s: float
     started_s: float
     policy: DrainPolicy = "abort"
+    automatic: bool = False
+    """Whether the server decided on it: then nobody is ended for it."""
+    residency: Residency | None = None
+    """Where the target lay."""
     phase: SwitchPhase = SwitchPhase.VALIDATE
     phases_s: dict[str, float] = field(default_factory=dict)
     requests_cut: int = 0
@@ -62,3 +66,7 @@ class Switch:
     held: dict[asyncio.Future[Lease], asyncio.Task[object] | None] = field(default_factory=dict)
     """Requests that wait for the target, in order of arrival, each with its task."""
     task: asyncio.Task[SwitchResult] | None = None
+
+    @property
+    def drain_s(self) -> float:
+        return self.phases_s.get(SwitchPhase.DRAIN.value, 0.0)

@@ -7,7 +7,7 @@ older versions have no stamp, and are delivered unchecked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from vllm_hotswap import drain
@@ -29,13 +29,15 @@ class StampedCore:
     """vLLM's client of one engine core, between it and the `AsyncLLM` that uses it.
 
     The mutable state is `_leases`, by the id that vLLM gives a request, from its beginning to its
-    last output; and the last stamp, read.
+    last output; `_held`, those that wait for their turn, or were given up before it; and the last
+    stamp, read.
     """
 
     def __init__(self, alias: str, core: Any) -> None:
         self._alias = alias
         self._core = core
         self._leases: dict[str, Lease] = {}
+        self._held: set[str] = set()
         self._stamp = ""
         self._owner = ("", -1)
 
@@ -51,14 +53,26 @@ class StampedCore:
             lease.requests.add(request.request_id)  # vLLM's frontend knows it already
             if lease.alias != self._alias:
                 raise WrongStamp(lease.alias, self._alias)
+            if lease.ask is not None:
+                await self._until_its_turn(lease.ask, request)
             if lease.cut is not None:  # while the request was being tokenised
                 raise EngineUnavailable(lease.cut.message)
+            lease.prompt_tokens += _prompt_tokens(request)
             self._leases[request.request_id] = lease
         await self._core.add_request_async(request)
 
+    async def _until_its_turn(self, ask: Callable[[int], Awaitable[None]], request: Any) -> None:
+        """Hold the request here, where it is known to be a good one, and is in no engine yet."""
+        self._held.add(request.request_id)
+        await ask(_most_tokens(request))
+        self._held.discard(request.request_id)
+
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         self.forget(request_ids)
-        await self._core.abort_requests_async(request_ids)
+        sent = [request_id for request_id in request_ids if request_id not in self._held]
+        self._held.difference_update(request_ids)
+        if sent:
+            await self._core.abort_requests_async(sent)
 
     async def get_output_async(self) -> Any:
         outputs = await self._core.get_output_async()
@@ -92,7 +106,20 @@ class StampedCore:
             if stamp is not None and not lease.owns(alias, epoch):
                 refused.add(output.request_id)
                 drain.end([lease], WrongStamp(lease.alias, stamp))
-            elif output.finish_reason is not None:
+                continue
+            lease.output_tokens += len(output.new_token_ids)
+            if output.finish_reason is not None:
                 self._forget(output.request_id)
         if refused:
             outputs.outputs = [o for o in outputs.outputs if o.request_id not in refused]
+
+
+def _prompt_tokens(request: Any) -> int:
+    """Embeddings given instead of tokens are not counted."""
+    return len(request.prompt_token_ids or ())
+
+
+def _most_tokens(request: Any) -> int:
+    """Tokens of the prompt, and of the longest answer that is asked for."""
+    sampling = request.sampling_params
+    return _prompt_tokens(request) + ((sampling.max_tokens or 0) if sampling else 0)

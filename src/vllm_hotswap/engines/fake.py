@@ -250,6 +250,8 @@ class FakeEngine:
         lease, request_id = current_lease.get(), f"fake-{next(self.host.request_ids)}"
         if lease is not None:
             lease.requests.add(request_id)
+            if lease.ask is not None:
+                await lease.ask(max_tokens)
         try:
             for number in range(max_tokens):
                 await self._stepped.wait()
@@ -259,6 +261,8 @@ class FakeEngine:
                 await self.host.gate("step", self.alias)
                 self.host.check_stepped(self)
                 self._check_stamp()
+                if lease is not None:
+                    lease.output_tokens += 1
                 yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
             self.served += 1
         except (asyncio.CancelledError, GeneratorExit):
@@ -323,7 +327,9 @@ class FakeEngine:
         if asked not in (self.alias, *self.aliases, *self.adapters):
             return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
         name = asked if asked in self.adapters else self.alias
-        max_tokens = int(body.get("max_tokens", len(WORDS)))
+        max_tokens = body.get("max_tokens", len(WORDS))
+        if not isinstance(max_tokens, int):
+            return JSONResponse({"error": {"message": "max_tokens", "code": 400}}, 400)
         if body.get("stream"):
             return StreamingResponse(
                 self._events(max_tokens, kind, name), media_type="text/event-stream"
@@ -418,6 +424,8 @@ class FakeHost:
         """What engines were told to do, but for canaries."""
         self.verified: list[str] = []
         self.stepped_while_parked = 0
+        self.operated_for_a_request = 0
+        """What an engine is told to do is no part of a request, whoever has caused it."""
         self.most_held_bytes = 0
         self.is_running = False
         self.step_s = 0.0
@@ -465,6 +473,7 @@ class FakeHost:
 
     async def operate(self, operation: str, alias: str, duration_s: float) -> None:
         died = self.died
+        self.operated_for_a_request += current_lease.get() is not None
         if operation == "verify":
             self.verified.append(alias)
         else:

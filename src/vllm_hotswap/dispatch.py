@@ -1,0 +1,365 @@
+"""The mode `auto`: requests wait at the door of their engine, and the server switches by itself.
+
+A request is in its model's own frontend from the beginning: what is wrong with it is told at once,
+and no switch is made for it. Before its engine is given anything of it, it waits here for its turn.
+`scheduler` and its policy decide; what is decided is the coordinator's to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+from vllm_hotswap import drain
+from vllm_hotswap.costs import SwitchCosts
+from vllm_hotswap.errors import (
+    EngineUnavailable,
+    HotswapError,
+    QueueFull,
+    SwitchFailed,
+    SwitchNotAllowed,
+    WaitTimeout,
+    one_line,
+)
+from vllm_hotswap.ladder import Ladder, up_cost_s
+from vllm_hotswap.policies import batch, make_policy
+from vllm_hotswap.policy import Decision, PolicySettings, SwitchTo, WaitUntil
+from vllm_hotswap.registry import Cut, Lease, Model, Registry
+from vllm_hotswap.scheduler import ModelTerms, RequestTerms, Scheduler, Ticket
+from vllm_hotswap.settings import LimitsConfig, SwitchingConfig
+from vllm_hotswap.switch import Switch
+
+log = logging.getLogger("vllm_hotswap")
+
+ACTIVATE_S = 0.005
+"""What a switch costs besides bringing the target up, until one has been measured."""
+
+LEAST_DELAY_S = 0.001
+"""Before the policy is asked again, whatever time it names."""
+
+MAX_BACKOFF_S = 60.0
+"""How long requests for a model that cannot be brought up are refused, at most."""
+
+
+class Switching(Protocol):
+    """The coordinator, as far as it is known here."""
+
+    @property
+    def active(self) -> str | None: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def target(self) -> str | None: ...
+
+    @property
+    def can_switch(self) -> bool:
+        """Whether nothing is under way that would have to end first."""
+
+    def grant(self, model: Model, lease: Lease) -> None:
+        """Give a request its turn."""
+
+    def begin_switch(self, target: Model, drain_timeout_s: float) -> Switch:
+        """Switch, without ending anybody's request."""
+
+
+class Dispatcher:
+    """Who waits, and what is done about it.
+
+    Its mutable state is the scheduler; `_leases`, those of all requests that have not had their
+    turn yet, by ticket, each with a future if it waits; `_entered`, how many those are by model;
+    `_timer`, for when the policy wants to look
+    again; and `_failures`, how often in a row a model could not be brought up, and until when it is
+    not tried again.
+    """
+
+    def __init__(
+        self,
+        server: Switching,
+        registry: Registry,
+        ladder: Ladder,
+        settings: SwitchingConfig,
+        limits: LimitsConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self._server = server
+        self._registry = registry
+        self._ladder = ladder
+        self._settings = settings
+        self._limits = limits
+        self._clock = clock
+        self._policy_settings = PolicySettings(settings.min_active, settings.slice)
+        self.costs = SwitchCosts()
+        self.scheduler = Scheduler(
+            [self._terms(model) for model in registry],
+            make_policy(settings.policy, self._policy_settings),
+            self._cost_s,
+        )
+        self._leases: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
+        self._entered: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+        self._failures: dict[str, tuple[int, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher not_admitted={len(self._leases)} {self.scheduler!r}>"
+
+    def _terms(self, model: Model) -> ModelTerms:
+        policy = model.policy
+        wait_s = self._settings.max_wait if policy.max_wait_s is None else policy.max_wait_s
+        return ModelTerms(model.alias, policy.priority, wait_s, policy.weight)
+
+    def _cost_s(self, source: str | None, target: str) -> float:
+        model = self._registry.model(target)
+        unknown_s = up_cost_s(model, model.residency) + ACTIVATE_S
+        return self.costs.estimate(source, target, model.residency, unknown_s)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def enter(self, model: Model, terms: RequestTerms) -> Lease:
+        """A request that is to be validated now, and to have its turn later.
+
+        Raises:
+            QueueFull: too many wait or run already.
+            SwitchNotAllowed: it may not wait for this model.
+            SwitchFailed: the model could not be brought up a moment ago.
+        """
+        alias, now_s = model.alias, self._clock()
+        if not terms.may_switch and alias not in (self._server.active, self._server.target):
+            raise SwitchNotAllowed(
+                f"model {alias!r} is not active, and this key may not cause a switch to it "
+                "(rights); ask for another model, or retry when it is active"
+            )
+        self._refuse_while_it_fails(model, now_s)
+        if len(model.leases) + self._entered[alias] >= self._limits.in_flight:
+            raise QueueFull(
+                f"{self._limits.in_flight} requests of {alias!r} are in flight, or wait for it "
+                "(limits.in_flight); retry later",
+                retry_after_s=self.retry_after_s(model),
+            )
+        if not self._is_served_now(model):
+            self._refuse_if_full(model)
+        lease = Lease(alias, self._server.epoch, asyncio.current_task())
+        lease.arrived_s, lease.ticket = now_s, self.scheduler.ticket(alias, now_s, terms)
+        lease.ask = partial(self._ask_at_the_door, lease)
+        self._leases[lease.ticket] = (lease, None)
+        self._entered[alias] += 1
+        return lease
+
+    def _is_served_now(self, model: Model) -> bool:
+        return model.alias == self._server.active and self._server.can_switch
+
+    def _refuse_if_full(self, model: Model) -> None:
+        if error := self._full(model):
+            raise error
+
+    def _full(self, model: Model) -> QueueFull | None:
+        if self.scheduler.waiting < self._settings.max_waiting:
+            return None
+        return QueueFull(
+            f"{self._settings.max_waiting} requests wait for their models already "
+            "(switching.max_waiting); retry later",
+            retry_after_s=self.retry_after_s(model),
+        )
+
+    def retry_after_s(self, model: Model) -> int:
+        """Seconds until a request may hope to be served: what runs now, then the switch."""
+        active = self._server.active
+        if active == model.alias:
+            return 1
+        runs_s = self.scheduler.service_s(active) if active else 0.0
+        return max(1, math.ceil(runs_s + self._cost_s(active, model.alias)))
+
+    async def ask(self, lease: Lease, tokens: int = 0) -> None:
+        """Return when it is the request's turn, or it has been cut."""
+        ticket = lease.ticket
+        assert ticket is not None
+        if lease.admitted_s is not None or lease.cut is not None:
+            return
+        _, future = self._leases[ticket]
+        if future is None:  # one request of a client may be several of the engine's
+            future = self._begin_to_wait(lease, ticket, tokens)
+        if future is not None:
+            timeout_s = lease.arrived_s + self._settings.wait_timeout - self._clock()
+            await asyncio.wait([future], timeout=max(0.0, timeout_s))
+            if not future.done():
+                self._time_out(lease)
+
+    async def _ask_at_the_door(self, lease: Lease, tokens: int) -> None:
+        await self.ask(lease, tokens)
+        if lease.cut is not None:
+            raise asyncio.CancelledError(lease.cut.message)
+
+    def _begin_to_wait(
+        self, lease: Lease, ticket: Ticket, tokens: int
+    ) -> asyncio.Future[None] | None:
+        """Take its place; None if it is its turn, or there is no place."""
+        now_s = self._clock()
+        ticket.tokens = tokens
+        model = self._registry.model(lease.alias)
+        if not self._is_served_now(model) and (full := self._full(model)):
+            drain.end([lease], full)
+            return None
+        if self.scheduler.enter(ticket, now_s, is_open=self._server.can_switch):
+            self._admit([ticket])
+            return None
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leases[ticket] = (lease, future)
+        self.advance()
+        if not future.done() and lease.on_wait is not None:
+            lease.on_wait()
+        return future
+
+    def _time_out(self, lease: Lease) -> None:
+        timeout = WaitTimeout(
+            f"the request waited {self._settings.wait_timeout:g} s for model {lease.alias!r} "
+            "(switching.wait_timeout); retry later"
+        )
+        self._end([lease], timeout)
+
+    def left(self, lease: Lease) -> None:
+        """The request is over, whether or not it has had its turn."""
+        assert lease.ticket is not None
+        self._forget(lease.ticket)
+        self.scheduler.leave(lease.ticket, self._clock())
+        self.advance()
+
+    def _forget(self, ticket: Ticket) -> asyncio.Future[None] | None:
+        """It does not wait any more; who waits for that."""
+        if (entry := self._leases.pop(ticket, None)) is None:
+            return None
+        self._entered[ticket.alias] -= 1
+        return entry[1]
+
+    def position(self, lease: Lease) -> int:
+        """How many wait before it."""
+        assert lease.ticket is not None
+        return self.scheduler.ahead_of(lease.ticket)
+
+    def _end(self, leases: Iterable[Lease], cause: Cut) -> None:
+        leases = list(leases)
+        drain.end(leases, cause)
+        for lease in leases:
+            if lease.ticket is not None:
+                self.scheduler.leave(lease.ticket, self._clock())
+                _settle(self._forget(lease.ticket))
+
+    def _admit(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket in self._leases:  # a parked one has had its turn before
+                lease, _ = self._leases[ticket]
+                self._server.grant(self._registry.model(ticket.alias), lease)
+                _settle(self._forget(ticket))
+
+    # --- switches -----------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """See what is to be done now. To be called after every change; never waits."""
+        if not self._server.can_switch:
+            return
+        if self._server.active is None and self.scheduler.active is not None:
+            self.scheduler.deactivate()
+        self._cancel_timer()
+        if not self.scheduler.is_empty:
+            self._obey(self._decide())
+
+    def _decide(self) -> Decision:
+        try:
+            admitted, decision = self.scheduler.advance(self._clock())
+        except Exception as error:  # noqa: BLE001  # somebody else's code
+            self._replace_policy(error)
+            admitted, decision = self.scheduler.advance(self._clock())
+        self._admit(admitted)
+        return decision
+
+    def _replace_policy(self, error: Exception) -> None:
+        log.error(
+            "event=policy_failed policy=%s cause=%r then='batch decides from now on'",
+            self._settings.policy,
+            one_line(error),
+        )
+        self.scheduler.policy = batch(self._policy_settings)
+
+    def _obey(self, decision: Decision) -> None:
+        match decision:
+            case SwitchTo(alias=alias, park=park):
+                target = self._registry.model(alias)
+                drain_timeout_s = 0.0 if park else self._settings.drain_timeout
+                self._server.begin_switch(self._possible(target), drain_timeout_s)
+            case WaitUntil(time_s=time_s):
+                delay_s = max(LEAST_DELAY_S, time_s - self._clock())
+                self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
+
+    def _possible(self, target: Model) -> Model:
+        """Who has to be served first, where `target` needs the memory of parked requests."""
+        busy = [model for model in self._registry if model.parked]
+        if not busy or self._ladder.can_keep_parked(target):
+            return target
+        others = [model for model in busy if model.alias not in (target.alias, self._server.active)]
+        return others[0] if others else target
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def parked(self, model: Model) -> None:
+        """Requests of the model have been frozen with its engine."""
+        tickets = [lease.ticket for lease in model.parked if lease.ticket is not None]
+        frozen = [ticket for ticket in tickets if not ticket.is_parked]
+        self.scheduler.park(reversed(frozen), self._clock())
+
+    def activated(self, alias: str) -> None:
+        """A model is active, verified, and served from now on."""
+        self._failures.pop(alias, None)
+        now_s = self._clock()
+        try:
+            admitted = self.scheduler.activate(alias, now_s)
+        except Exception as error:  # noqa: BLE001  # somebody else's code
+            self._replace_policy(error)
+            admitted = self.scheduler.activate(alias, now_s)
+        self._admit(admitted)
+        self.advance()
+
+    def switched(self, switch: Switch, cost_s: float) -> None:
+        """A switch has ended well; it took `cost_s` without draining."""
+        source = switch.source.alias if switch.source else None
+        if switch.residency is not None:
+            self.costs.add(source, switch.target.alias, switch.residency, cost_s)
+
+    def failed(self, switch: Switch, error: HotswapError) -> None:
+        """A model could not be brought up: whoever waits for it is told, and it is left for now."""
+        if not isinstance(error, SwitchFailed):
+            return  # the host has died; who waits can be served when there is another one
+        alias = switch.target.alias
+        count = self._failures.get(alias, (0, 0.0))[0] + 1
+        pause_s = min(MAX_BACKOFF_S, 2.0**count)
+        self._failures[alias] = (count, self._clock() + pause_s)
+        waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
+        self._end(waiting, error)
+
+    def _refuse_while_it_fails(self, model: Model, now_s: float) -> None:
+        count, until_s = self._failures.get(model.alias, (0, 0.0))
+        if now_s < until_s and model.alias != self._server.active:
+            raise SwitchFailed(
+                model.alias,
+                "bring_up",
+                EngineUnavailable(f"it has failed {count} times in a row"),
+                self._server.active,
+                retry_after_s=math.ceil(until_s - now_s),
+            )
+
+    def close(self, cause: Cut) -> None:
+        """Decide nothing more, and end whatever has not had its turn."""
+        self._cancel_timer()
+        self._end([lease for lease, _ in self._leases.values()], cause)
+
+
+def _settle(future: asyncio.Future[None] | None) -> None:
+    if future is not None and not future.done():
+        future.set_result(None)

@@ -1,0 +1,373 @@
+"""Mode `auto`: clients name a model, and the server switches."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.conftest import MakeServer, Play
+from tests.support import CHAT, Server
+from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.events import RequestEnded, SwitchEnded
+from vllm_hotswap.registry import ModelPolicy
+
+
+@pytest.fixture
+async def auto(make_server: MakeServer) -> Server:
+    """llama is active, qwen is parked, mistral is cold, and the server switches by itself."""
+    return await make_server(mode="auto")
+
+
+def targets(server: Server) -> list[str]:
+    return [event.target for event in server.events.of(SwitchEnded)]
+
+
+def model_of(response: Any) -> str:
+    assert 200 == response.status_code, response.text
+    return str(response.json()["model"])
+
+
+# --- who is served ------------------------------------------------------------------------------
+
+
+async def test_request_for_another_model_switches_to_it(auto: Server) -> None:
+    """Nobody has to call for a switch; the answer is the named model's."""
+    assert "qwen" == model_of(await auto.ask("qwen"))
+    assert "qwen" == auto.coordinator.active
+    assert "llama" == model_of(await auto.ask("llama"))
+    assert ["qwen", "llama"] == targets(auto)
+
+
+async def test_request_for_the_active_model_switches_nothing(auto: Server) -> None:
+    """As in the mode `manual`; so does one that names none."""
+    assert "llama" == model_of(await auto.ask("llama"))
+    assert "llama" == model_of(await auto.ask(None))
+    assert [] == targets(auto)
+
+
+async def test_cold_model_is_loaded_by_its_first_request(auto: Server) -> None:
+    """A model that has never been loaded has no frontend yet, and is waited for all the same."""
+    assert "mistral" == model_of(await auto.ask("mistral"))
+    assert ["mistral"] == targets(auto)
+
+
+async def test_request_waits_for_those_that_run(auto: Server) -> None:
+    """The active model's are served to their end; nobody is cut."""
+    first = await auto.start_stream("llama")
+    second = auto.ask("qwen")
+    await auto.settled()
+    assert "llama" == auto.coordinator.active
+    assert 1 == auto.coordinator.waiting
+
+    assert (await first.finish()).is_whole
+    assert "qwen" == model_of(await second)
+
+
+async def test_while_others_wait_the_active_model_serves_on(make_server: MakeServer) -> None:
+    """`batch` admits whoever comes for the active model, too, until others have lost enough."""
+    server = await make_server(mode="auto", min_active=1000)
+    first = await server.start_stream("llama")
+    waiting = server.ask("qwen")
+    await server.settled()
+
+    assert "llama" == model_of(await server.ask("llama"))
+    assert not waiting.done()
+    await first.finish()
+
+
+async def test_queue_of_a_model_is_served_by_one_switch(auto: Server) -> None:
+    """Requests that alternate are grouped by model."""
+    auto.host.hold("step", "llama")
+    asked = [auto.ask(("llama", "qwen")[n % 2]) for n in range(20)]
+    await auto.settled()
+    auto.host.release("step", "llama")
+
+    assert ["llama", "qwen"] * 10 == [model_of(await one) for one in asked]
+    assert len(targets(auto)) <= 2
+
+
+async def test_fifo_serves_strictly_in_order(make_server: MakeServer) -> None:
+    """One switch for every change of name: what grouping is compared with."""
+    server = await make_server(mode="auto", policy="fifo")
+    names = ["llama", "qwen"] * 4
+    asked = [server.ask(name, name=f"{name}{n}") for n, name in enumerate(names)]
+    assert names == [model_of(await one) for one in asked]
+    assert [f"{name}{n}" for n, name in enumerate(names)] == server.answered
+    assert names[1:] == targets(server)
+
+
+async def test_order_within_a_model_is_kept(auto: Server) -> None:
+    """Whoever came first is admitted first."""
+    auto.host.hold("activate", "qwen")
+    asked = [auto.ask("qwen", name=str(n)) for n in range(5)]
+    await auto.settled()
+    auto.host.release("activate", "qwen")
+    await asyncio.gather(*asked)
+    assert ["0", "1", "2", "3", "4"] == auto.answered
+
+
+# --- what never switches ------------------------------------------------------------------------
+
+
+async def test_bad_request_never_switches(auto: Server) -> None:
+    """Its own frontend refuses it at once, while another model serves on."""
+    response = await auto.post(CHAT, content=b'{"model": "qwen", "max_tokens": "many"}')
+    assert 400 == response.status_code
+    assert [] == targets(auto)
+    assert "llama" == auto.coordinator.active
+
+
+async def test_request_that_needs_no_engine_never_switches(auto: Server) -> None:
+    """Its frontend answers it, whatever model is active."""
+    response = await auto.post("/tokenize", json={"model": "qwen", "prompt": "a b"})
+    assert 200 == response.status_code
+    assert [] == targets(auto)
+
+
+async def test_unknown_model_is_refused(auto: Server) -> None:
+    response = await auto.ask("gpt-9")
+    assert 404 == response.status_code
+
+
+# --- what the client sees -----------------------------------------------------------------------
+
+
+async def test_answer_tells_how_long_it_waited(auto: Server) -> None:
+    """In headers, where they have not been sent before."""
+    served = await auto.ask("llama")
+    assert ("llama", "0", "1") == tuple(
+        served.headers[f"x-hotswap-{name}"] for name in ("model", "switched", "epoch")
+    )
+    assert 0 <= float(served.headers["x-hotswap-waited"]) < 1
+    switched = await auto.ask("qwen")
+    assert ("qwen", "1", "2") == tuple(
+        switched.headers[f"x-hotswap-{name}"] for name in ("model", "switched", "epoch")
+    )
+
+
+async def test_waiting_stream_is_told_so_at_once(auto: Server) -> None:
+    """With comments, which clients pass over and which keep the connection open."""
+    first = await auto.start_stream("llama")
+    second = auto.stream("qwen")
+    assert ": waiting for qwen\n\n" == await second.next_event()
+    await first.finish()
+    answer = await second.finish()
+    assert answer.is_whole
+    told = next(event for event in answer.events if event.startswith(": served"))
+    assert "switched=1 epoch=2" in told
+    assert "x-hotswap-waited" not in answer.headers
+
+
+def test_comments_are_repeated(play: Play) -> None:
+    """As long as it waits."""
+
+    async def story(server: Server) -> None:
+        server.host.hold("activate", "qwen")
+        stream = server.stream("qwen")
+        assert [": waiting for qwen\n\n"] * 3 == [await stream.next_event() for _ in range(3)]
+        server.host.release("activate", "qwen")
+        assert (await stream.finish()).is_whole
+
+    play(story, mode="auto")
+
+
+# --- who leaves, and who is refused -------------------------------------------------------------
+
+
+async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:
+    """Nothing is done for it any more."""
+    first = await auto.start_stream("llama")
+    second = auto.stream("qwen")
+    await second.next_event()
+    assert 1 == auto.coordinator.waiting
+    second.disconnect()
+    await auto.settled()
+    assert 0 == auto.coordinator.waiting
+    await first.finish()
+
+
+async def test_full_queue_refuses(make_server: MakeServer) -> None:
+    """429, with the time until it is worth to try again."""
+    server = await make_server(mode="auto", max_waiting=1)
+    first = await server.start_stream("llama")
+    second = server.ask("qwen")
+    await server.settled()
+    refused = await server.ask("qwen")
+    assert 429 == refused.status_code
+    assert "switching.max_waiting" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    await first.finish()
+    assert "qwen" == model_of(await second)
+
+
+def test_request_waits_no_longer_than_it_may(play: Play) -> None:
+    """504 after `wait_timeout`."""
+
+    async def story(server: Server) -> None:
+        first = await server.start_stream("llama", words=2)
+        response = await server.ask("qwen")
+        assert 504 == response.status_code
+        assert "wait_timeout" == response.json()["error"]["code"]
+        assert 0 == server.coordinator.waiting
+        assert (await first.finish()).is_whole
+
+    play(story, mode="auto", wait_timeout=5, drain_timeout=100)
+
+
+async def test_model_that_cannot_be_loaded_is_left_alone_for_a_while(auto: Server) -> None:
+    """Who waits is told why; nobody else makes the server try again at once."""
+    auto.host.fail_next("load", "mistral", HotswapError("no such file"))
+    response = await auto.ask("mistral")
+    assert (503, "switch_failed") == (response.status_code, response.json()["error"]["code"])
+    assert "no such file" in response.json()["error"]["message"]
+
+    again = await auto.ask("mistral")
+    assert (503, "switch_failed") == (again.status_code, again.json()["error"]["code"])
+    assert int(again.headers["retry-after"]) >= 1
+    assert 1 == len(targets(auto))
+    assert "llama" == model_of(await auto.ask("llama"))
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def test_who_waits_too_long_is_next(play: Play) -> None:
+    """After `max_wait` the active model admits nothing more, however much there is to do."""
+
+    async def keep_busy(server: Server) -> None:
+        while True:
+            await asyncio.gather(server.ask("llama"), asyncio.sleep(0.5))
+
+    async def story(server: Server) -> None:
+        clients = [asyncio.create_task(keep_busy(server)) for _ in range(3)]
+        await asyncio.sleep(5)
+        answer = await server.ask("qwen")
+        assert "qwen" == model_of(answer)
+        assert 3 <= float(answer.headers["x-hotswap-waited"]) <= 3 + 0.8
+        for client in clients:
+            client.cancel()
+
+    play(
+        story,
+        mode="auto",
+        max_wait=3,
+        min_active=1000,
+        settings={"llama": FakeSettings(token_s=0.1)},
+    )
+
+
+def test_long_request_is_parked_for_one_that_is_due(play: Play) -> None:
+    """After `drain_timeout` it is frozen, and goes on when its model is active again."""
+
+    async def story(server: Server) -> None:
+        long = server.stream("llama", words=400)
+        reading = asyncio.create_task(long.finish())
+        await asyncio.sleep(1)
+        answer = await server.ask("qwen")
+        assert "qwen" == model_of(answer)
+        assert 1 <= float(answer.headers["x-hotswap-waited"]) <= 4
+        whole = await reading
+        assert whole.is_whole
+        assert 400 == sum('"content"' in event for event in whole.events)
+        assert ["qwen", "llama"] == targets(server)
+
+    play(
+        story,
+        mode="auto",
+        max_wait=2,
+        drain_timeout=1,
+        settings={"llama": FakeSettings(token_s=0.1)},
+    )
+
+
+def test_round_robin_parks_at_the_end_of_a_slice(play: Play) -> None:
+    """Two long requests of two models advance in turn."""
+
+    async def story(server: Server) -> None:
+        both = [server.stream(alias, words=100) for alias in ("llama", "qwen")]
+        answers = await asyncio.gather(*(stream.finish() for stream in both))
+        assert all(answer.is_whole for answer in answers)
+        assert len(targets(server)) >= 8
+        assert 0 == sum(event.requests_cut for event in server.events.of(SwitchEnded))
+
+    play(
+        story,
+        mode="auto",
+        policy="round_robin",
+        slice=1.0,
+        settings={name: FakeSettings(token_s=0.1) for name in ("llama", "qwen")},
+    )
+
+
+def test_more_urgent_model_goes_first(play: Play) -> None:
+    """Of two that wait, the one with the higher priority."""
+
+    async def story(server: Server) -> None:
+        first = await server.start_stream("llama")
+        asked = [server.ask("qwen"), server.ask("mistral")]
+        await server.settled()
+        await first.finish()
+        await asyncio.gather(*asked)
+        assert ["mistral", "qwen"] == targets(server)
+
+    play(
+        story,
+        mode="auto",
+        load=("llama", "qwen", "mistral"),
+        policies={"mistral": ModelPolicy(priority=5)},
+    )
+
+
+# --- explicit switches, failures ------------------------------------------------------------------
+
+
+async def test_explicit_switch_waits_for_one_that_nobody_ordered(auto: Server) -> None:
+    """It is not refused because the server happens to switch."""
+    auto.host.hold("activate", "qwen")
+    waiting = auto.ask("qwen")
+    await auto.settled()
+    order = auto.switch("mistral")
+    await auto.settled()
+    auto.host.release("activate", "qwen")
+    response = await order
+    assert (200, "mistral") == (response.status_code, response.json()["current_model"])
+    assert "qwen" == model_of(await waiting)
+
+
+async def test_death_of_the_host_keeps_who_waits(auto: Server) -> None:
+    """They are in no engine, and are served by the next host."""
+    first = await auto.start_stream("llama")
+    waiting = auto.ask("qwen")
+    await auto.settled()
+    auto.host.kill()
+    assert not (await first.finish()).is_whole
+    assert "qwen" == model_of(await waiting)
+
+
+async def test_stop_tells_who_waits(auto: Server) -> None:
+    """Nobody is left without an answer."""
+    auto.host.hold("activate", "qwen")
+    waiting = auto.ask("qwen")
+    await auto.settled()
+    await auto.coordinator.shut_down(0)
+    assert 503 == (await waiting).status_code
+
+
+async def test_events_tell_of_waiting(auto: Server) -> None:
+    """For metrics and recordings."""
+    await auto.ask("qwen", max_tokens=3)
+    await auto.settled()
+    [ended] = auto.events.of(RequestEnded)
+    assert ("qwen", "served", 1, 3) == (
+        ended.model,
+        ended.result,
+        ended.switched,
+        ended.output_tokens,
+    )
+    assert ended.waited_s > 0
+    assert ended.service_s is not None
+    [switch] = auto.events.of(SwitchEnded)
+    assert (True, "parked") == (switch.automatic, switch.residency)
