@@ -50,6 +50,11 @@ LAYERS = [
         "host.progress",
         "host.threads",
     },
+    {"trace"},
+    {"simulate.service", "simulate.costs", "simulate.generate"},
+    {"simulate.run", "simulate.fit"},
+    {"simulate.report"},
+    {"simulate.command"},
     {
         "drain",
         "ladder",

@@ -16,6 +16,7 @@ from vllm_hotswap.compat.versions import is_installed, require_vllm
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS, parse_allowed
 from vllm_hotswap.settings import Override, overrides, server_settings
+from vllm_hotswap.simulate import command as simulate
 
 WITH_FLAGS = ("serve", "check")
 """Commands that take a YAML file and flags of `vllm serve`."""
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_schema(commands)
     _add_demo(commands)
+    simulate.add_command(commands)
     remote.add_commands(commands)
     return parser
 

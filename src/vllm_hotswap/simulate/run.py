@@ -1,0 +1,281 @@
+"""The simulation: the server's scheduler and a policy under virtual time.
+
+Four things can happen next: a request comes, a request ends, a switch gets on, and the moment
+until which the policy waits. Whichever is first happens, and time jumps there. As in the server, a
+switch admits nothing more to its source, waits for what runs there, for `drain_timeout` at most,
+parks what is left, takes its cost, and then admits to its target.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from vllm_hotswap.policy import NEVER, Decision, Policy, SwitchTo, WaitUntil
+from vllm_hotswap.scheduler import ModelTerms, Scheduler, Ticket
+from vllm_hotswap.simulate.costs import Costs, Whereabouts
+from vllm_hotswap.simulate.service import Engine, Service
+from vllm_hotswap.trace import Trace, TracedRequest
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What is simulated, apart from the trace and the policy."""
+
+    costs: Costs
+    services: Mapping[str, Service] = field(default_factory=dict)
+    """By alias."""
+    service: Service = field(default_factory=Service)
+    """Of the other models."""
+    drain_timeout_s: float = 60.0
+    resident: int | None = None
+    """How many models are parked at most, the active one among them; None: all."""
+
+    def service_of(self, alias: str) -> Service:
+        return self.services.get(alias, self.service)
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """One switch. Times are seconds since the trace began."""
+
+    source: str | None
+    target: str
+    began_s: float
+    drained_s: float
+    active_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What became of one request."""
+
+    request: TracedRequest
+    arrived_s: float
+    due_s: float
+    admitted_s: float
+    """For the first time."""
+    ended_s: float
+
+    @property
+    def waited_s(self) -> float:
+        """Until it was admitted."""
+        return self.admitted_s - self.arrived_s
+
+    @property
+    def took_s(self) -> float:
+        """From its arrival to its end, parked or not."""
+        return self.ended_s - self.arrived_s
+
+
+@dataclass(slots=True)
+class Run:
+    """One policy's way through a trace."""
+
+    requests: tuple[TracedRequest, ...]
+    arrived: array[float]
+    due: array[float]
+    admitted: array[float]
+    ended: array[float]
+    switches: list[Switched] = field(default_factory=list)
+    serving_s: float = 0.0
+    """During which at least one request was worked on."""
+    end_s: float = 0.0
+
+    def __iter__(self) -> Iterator[Served]:
+        """What became of every request, in the order of the trace."""
+        times = zip(self.arrived, self.due, self.admitted, self.ended, strict=True)
+        return (Served(r, *t) for r, t in zip(self.requests, times, strict=True))
+
+
+@dataclass(slots=True)
+class _Switch:
+    """A switch that is under way."""
+
+    source: str | None
+    target: str
+    began_s: float
+    next_s: float
+    """When it gets on: when it stops to wait for what runs, or when it is done."""
+    drained_s: float | None = None
+
+
+class Simulation:
+    """One run. The mutable state is the time and all that happens next, the engines, the scheduler,
+    the switch under way, and what became of requests so far.
+    """
+
+    def __init__(self, trace: Trace, policy: Policy, world: World) -> None:
+        self._world = world
+        self._requests = trace.requests
+        self._terms = {
+            alias: ModelTerms(alias, model.priority, model.max_wait_s, model.weight)
+            for alias, model in trace.head.models.items()
+        }
+        self._whereabouts = Whereabouts(world.costs, world.resident)
+        self.scheduler = Scheduler(self._terms.values(), policy, self._whereabouts.cost_s)
+        self._engines = {alias: Engine[Ticket](world.service_of(alias)) for alias in self._terms}
+        self._active: Engine[Ticket] | None = None
+        self._arrivals: list[tuple[float, int]] = []
+        self._followers: dict[int, list[int]] = defaultdict(list)
+        self._numbers: dict[Ticket, int] = {}
+        self._arrived = 0
+        self._switch: _Switch | None = None
+        self._timer_s = NEVER
+        self._now_s = 0.0
+        self._left = len(self._requests)
+        blank = array("d", [NEVER]) * self._left
+        self.run = Run(self._requests, blank[:], blank[:], blank[:], blank[:])
+        self._line_up()
+        if trace.head.active is not None:
+            self._whereabouts.activate(trace.head.active)
+            self._activate(trace.head.active)
+
+    def __repr__(self) -> str:
+        return f"<Simulation now={self._now_s:.3f} left={self._left} {self.scheduler!r}>"
+
+    def play(self, progress: Callable[[int], object] = lambda _: None) -> Run:
+        """All of it; `progress` is told of how many requests have ended now."""
+        while self._left:
+            before = self._left
+            self.step()
+            if before != self._left:
+                progress(before - self._left)
+        self.run.end_s = self._now_s
+        return self.run
+
+    def step(self) -> None:
+        """Whatever is next."""
+        end_s = self._active.next_end_s() if self._active else NEVER
+        switch_s = self._switch.next_s if self._switch else NEVER
+        arrival_s = self._arrivals[0][0] if self._arrivals else NEVER
+        now_s = min(end_s, switch_s, arrival_s, self._timer_s)
+        assert now_s < NEVER  # whoever waits is due at some time
+        self._pass_to(now_s)
+        if now_s == end_s:
+            self._end()
+        elif now_s == switch_s:
+            self._get_on()
+        elif now_s == arrival_s:
+            self._arrive()
+        if self._switch is None:
+            self._advance()
+
+    def _pass_to(self, now_s: float) -> None:
+        if self._active is not None and self._active.running:
+            self.run.serving_s += now_s - self._now_s
+        self._now_s = now_s
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def _line_up(self) -> None:
+        places = {request.id: place for place, request in enumerate(self._requests)}
+        for place, request in enumerate(self._requests):
+            if request.arrived_s is not None:
+                self._arrivals.append((request.arrived_s, place))
+            else:
+                assert request.after is not None
+                self._followers[places[request.after]].append(place)
+        heapq.heapify(self._arrivals)
+
+    def _arrive(self) -> None:
+        _, place = heapq.heappop(self._arrivals)
+        request = self._requests[place]
+        terms = self._terms[request.model]
+        wait_s = terms.max_wait_s if request.max_wait_s is None else request.max_wait_s
+        due_s = self._now_s + wait_s
+        priority = terms.priority if request.priority is None else request.priority
+        tokens = request.prompt_tokens + request.output_tokens
+        self._arrived += 1
+        ticket = Ticket(request.model, self._arrived, self._now_s, due_s, priority, tokens)
+        self._numbers[ticket] = place
+        self.run.arrived[place], self.run.due[place] = self._now_s, due_s
+        if self.scheduler.enter(ticket, self._now_s):
+            self._begin(ticket)
+
+    def _begin(self, ticket: Ticket) -> None:
+        place = self._numbers[ticket]
+        if self.run.admitted[place] < NEVER:
+            return  # it was parked, and is in its engine already
+        self.run.admitted[place] = self._now_s
+        request = self._requests[place]
+        engine = self._engines[ticket.alias]
+        engine.begin(ticket, request.prompt_tokens, request.output_tokens, self._now_s)
+
+    def _end(self) -> None:
+        assert self._active is not None
+        ticket = self._active.end_next(self._now_s)
+        self.scheduler.leave(ticket, self._now_s)
+        place = self._numbers.pop(ticket)
+        self.run.ended[place] = self._now_s
+        self._left -= 1
+        for follower in self._followers.pop(place, ()):
+            when_s = self._now_s + self._requests[follower].think_s
+            heapq.heappush(self._arrivals, (when_s, follower))
+        if self._switch is not None and self._switch.drained_s is None and not self._active.running:
+            self._drained()
+
+    # --- switches -----------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        admitted, decision = self.decide()
+        for ticket in admitted:
+            self._begin(ticket)
+        self._timer_s = NEVER
+        match decision:
+            case WaitUntil(time_s=time_s):
+                self._timer_s = max(time_s, self._now_s)
+            case SwitchTo(alias=alias, park=park):
+                self._begin_switch(alias, 0.0 if park else self._world.drain_timeout_s)
+
+    def decide(self) -> tuple[list[Ticket], Decision]:
+        """What the scheduler says now."""
+        return self.scheduler.advance(self._now_s)
+
+    def _begin_switch(self, target: str, drain_s: float) -> None:
+        end_s = self._now_s + drain_s
+        self._switch = _Switch(self.scheduler.active, target, self._now_s, end_s)
+        if self._active is None or not self._active.running or not drain_s:
+            self._drained()
+
+    def _drained(self) -> None:
+        """Nothing runs any more, or has to be parked."""
+        assert self._switch is not None
+        if self._active is not None:
+            self.scheduler.park(self._active.jobs, self._now_s)
+            self._active.stop(self._now_s)
+            self._active = None
+        cost_s = self._whereabouts.cost_s(self._switch.source, self._switch.target)
+        self._switch.drained_s, self._switch.next_s = self._now_s, self._now_s + cost_s
+
+    def _get_on(self) -> None:
+        assert self._switch is not None
+        if self._switch.drained_s is None:
+            self._drained()
+            return
+        switch, drained_s = self._switch, self._switch.drained_s
+        self._switch = None
+        self.run.switches.append(
+            Switched(switch.source, switch.target, switch.began_s, drained_s, self._now_s)
+        )
+        self._whereabouts.activate(switch.target)
+        self._activate(switch.target)
+
+    def _activate(self, alias: str) -> None:
+        self._active = self._engines[alias]
+        self._active.start(self._now_s)
+        for ticket in self.scheduler.activate(alias, self._now_s):
+            self._begin(ticket)
+
+
+def simulate(
+    trace: Trace,
+    policy: Policy,
+    world: World,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Run:
+    """One policy's way through a trace."""
+    return Simulation(trace, policy, world).play(progress)

@@ -1,0 +1,102 @@
+"""How long an engine takes for its requests, when they run together.
+
+While `n` requests decode, each of them gets one token in every step, which takes
+`step_s + per_request_s * n`. A prompt holds everybody up for `prefill_s_per_token` a token. That is
+processor sharing: all that has to be remembered is one clock of tokens for each engine, and at what
+tokens of it which request ends. Nothing has to be changed for those that run when another one
+begins or ends, and when their engine is not stepped, the clock simply stands still.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from vllm_hotswap.policy import NEVER
+
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the work of one model takes."""
+
+    step_s: float = 0.008
+    per_request_s: float = 0.0005
+    prefill_s_per_token: float = 0.0001
+
+    def step(self, running: int) -> float:
+        """Seconds of one token for each of that many requests."""
+        return self.step_s + self.per_request_s * running
+
+    def alone_s(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Seconds of one request with nothing beside it."""
+        return prompt_tokens * self.prefill_s_per_token + output_tokens * self.step(1)
+
+
+class Engine(Generic[Job]):
+    """The requests of one model, and when they end as long as the model is active.
+
+    The mutable state is the clock of tokens, seconds of prompts that have to be worked through
+    before it goes on, until when both are known, and a heap of when, by that clock, who ends.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tokens = 0.0
+        self._prefill_s = 0.0
+        self._at_s = NEVER
+        self._ends: list[tuple[float, int, Job]] = []
+        self._begun = 0
+
+    def __repr__(self) -> str:
+        return f"<Engine running={self.running} tokens={self._tokens:.1f}>"
+
+    @property
+    def running(self) -> int:
+        return len(self._ends)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Whoever runs, or is frozen with it."""
+        return [job for _, _, job in self._ends]
+
+    def begin(self, job: Job, prompt_tokens: int, output_tokens: int, now_s: float) -> None:
+        self._run(now_s)
+        self._prefill_s += prompt_tokens * self._service.prefill_s_per_token
+        self._begun += 1
+        heapq.heappush(self._ends, (self._tokens + output_tokens, self._begun, job))
+
+    def start(self, now_s: float) -> None:
+        """It is stepped from now on."""
+        self._at_s = now_s
+
+    def stop(self, now_s: float) -> None:
+        """It is not stepped any more; whoever runs is frozen."""
+        self._run(now_s)
+        self._at_s = NEVER
+
+    def next_end_s(self) -> float:
+        """When the next request ends if nothing begins before; `NEVER` if none runs."""
+        if not self._ends or self._at_s == NEVER:
+            return NEVER
+        left = max(0.0, self._ends[0][0] - self._tokens)
+        return self._at_s + self._prefill_s + left * self._service.step(len(self._ends))
+
+    def end_next(self, now_s: float) -> Job:
+        """The next request ends; `now_s` is what `next_end_s` said."""
+        end, _, job = self._ends[0]
+        self._tokens, self._prefill_s, self._at_s = max(end, self._tokens), 0.0, now_s
+        heapq.heappop(self._ends)
+        return job
+
+    def _run(self, now_s: float) -> None:
+        if self._at_s >= now_s:  # not stepped, or up to date
+            return
+        passed_s = now_s - self._at_s
+        prefill_s = min(passed_s, self._prefill_s)
+        self._prefill_s -= prefill_s
+        if self._ends:
+            self._tokens += (passed_s - prefill_s) / self._service.step(len(self._ends))
+        self._at_s = now_s

@@ -1,0 +1,81 @@
+"""What service takes is found again from what a simulated server did."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vllm_hotswap.policies import make_policy
+from vllm_hotswap.policy import PolicySettings
+from vllm_hotswap.simulate.costs import Costs
+from vllm_hotswap.simulate.fit import common, least_squares, non_negative, service, services
+from vllm_hotswap.simulate.generate import Shape, generate
+from vllm_hotswap.simulate.run import World, simulate
+from vllm_hotswap.simulate.service import Service
+from vllm_hotswap.trace import Trace, TracedModel, TracedRequest, TracedSwitching
+
+
+def recorded(world: World, shape: Shape) -> Trace:
+    """A generated trace with what became of it."""
+    trace = generate(shape, TracedModel(), TracedSwitching())
+    run = simulate(trace, make_policy("batch", PolicySettings()), world)
+    return replace(
+        trace,
+        requests=tuple(
+            replace(
+                served.request,
+                arrived_s=served.arrived_s,
+                after=None,
+                waited_s=served.waited_s,
+                service_s=served.ended_s - served.admitted_s,
+                result="served",
+            )
+            for served in run
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", ["poisson", "agents"])
+def test_the_service_is_found_again(kind: str) -> None:
+    """Of two models that differ: what it predicts is right to 10 %."""
+    truth = {"m0": Service(0.02, 0.001, 0.0002), "m1": Service(0.005, 0.004, 0.0004)}
+    shape = Shape(kind=kind, models=2, requests=2000, rate=4, agents=6)  # type: ignore[arg-type]
+    found = services(recorded(World(Costs(0.01), truth), shape))
+
+    for alias, expected in truth.items():
+        for running in (1, 4):
+            assert expected.step(running) == pytest.approx(found[alias].step(running), rel=0.1)
+        assert expected.alone_s(64, 32) == pytest.approx(found[alias].alone_s(64, 32), rel=0.1)
+
+
+def test_one_request_is_enough_to_know_a_step() -> None:
+    """What it shares with others cannot be told."""
+    request = TracedRequest(0, "a", 1.0, output_tokens=10, waited_s=0.0, service_s=0.5)
+
+    assert 0.5 == pytest.approx(service([request]).alone_s(0, 10))
+
+
+def test_nothing_is_below_zero() -> None:
+    """Where plain least squares would be, a column is left out."""
+    rows, values = [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0)], [3.0, 2.0, 1.0]
+
+    assert (3.0, -1.0) == pytest.approx(least_squares(rows, values))
+    assert (2.0, 0.0) == pytest.approx(non_negative(rows, values))
+
+
+def test_columns_that_say_the_same_are_not_both_used() -> None:
+    """The normal equations have no one solution then."""
+    rows, values = [(1.0, 2.0), (2.0, 4.0)], [1.0, 2.0]
+
+    assert least_squares(rows, values) is None
+    first, second = non_negative(rows, values)
+    assert 1.0 == pytest.approx(first + 2 * second)
+
+
+def test_models_of_which_nothing_is_known_are_like_the_others() -> None:
+    """The medians; the defaults where no model is known."""
+    known = [Service(1.0, 5.0, 2.0), Service(2.0, 6.0, 1.0), Service(3.0, 4.0, 3.0)]
+
+    assert Service(2.0, 5.0, 2.0) == common(known)
+    assert Service() == common([])

@@ -1,0 +1,131 @@
+"""`vllm-hotswap simulate`: from flags to figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap import trace as traces
+from vllm_hotswap.cli import main
+from vllm_hotswap.states import Residency
+from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
+
+Printed = pytest.CaptureFixture[str]
+
+
+def simulated(printed: Printed, *words: str) -> list[dict[str, float]]:
+    assert 0 == main(["simulate", *words, "--json"])
+    found: list[dict[str, float]] = json.loads(printed.readouterr().out)
+    return found
+
+
+def test_policies_are_compared_on_a_generated_trace(capsys: Printed) -> None:
+    """A line for each of them; the burst shows what `batch` is for."""
+    words = ["--generate", "burst", "--rate", "50", "--requests", "90", "--switch-cost", "1"]
+    status = main(["simulate", *words, "--policy", "batch", "--policy", "fifo"])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert 0 == status
+    assert ["policy", "batch", "fifo"] == [line.split()[0] for line in lines]
+
+
+def test_batch_needs_a_fraction_of_the_switches_of_fifo(capsys: Printed) -> None:
+    """On a burst that alternates; its waits are shorter, too."""
+    words = ["--generate", "burst", "--rate", "50", "--requests", "90", "--switch-cost", "1"]
+    batch, fifo = simulated(capsys, *words, "--policy", "batch", "--policy", "fifo")
+
+    assert batch["switches"] <= fifo["switches"] / 4
+    assert batch["wait_p95_s"] <= fifo["wait_p95_s"]
+
+
+def test_a_generated_trace_is_written_and_read(tmp_path: Path, capsys: Printed) -> None:
+    """It gives the same figures."""
+    path = str(tmp_path / "trace.jsonl")
+    words = ["--generate", "bursty", "--models", "4", "--requests", "80", "--max-wait", "7"]
+    made = simulated(capsys, *words, "--write", path, "--policy", "fifo")
+
+    assert made == simulated(capsys, path, "--policy", "fifo")
+
+
+def test_writing_a_trace_needs_no_policy(tmp_path: Path, capsys: Printed) -> None:
+    """Nothing is simulated then."""
+    path = tmp_path / "trace.jsonl"
+    status = main(["simulate", "--generate", "agents", "--write", str(path)])
+
+    assert (0, "") == (status, capsys.readouterr().out)
+    assert 300 == len(traces.read(path).requests)
+
+
+def recording(path: Path, step_s: float, cost_s: float) -> str:
+    """Two requests of 10 tokens each, one after the other, and a switch between them."""
+    known = {"prompt_tokens": 0, "output_tokens": 10, "waited_s": 0.0, "result": "served"}
+    requests = (
+        TracedRequest(0, "a", 0.0, service_s=10 * step_s, **known),  # type: ignore[arg-type]
+        TracedRequest(1, "b", 50.0, service_s=10 * step_s, **known),  # type: ignore[arg-type]
+    )
+    switches = (TracedSwitch(40.0, "a", "b", Residency.PARKED, cost_s),)
+    head = Head({"a": TracedModel(), "b": TracedModel()}, "a")
+    traces.write(path, Trace(head, requests, switches))
+    return str(path)
+
+
+def test_a_recording_is_simulated_with_its_own_times(tmp_path: Path, capsys: Printed) -> None:
+    """Of service and of switches."""
+    path = recording(tmp_path / "trace.jsonl", step_s=0.5, cost_s=2.0)
+    (found,) = simulated(capsys, path)
+
+    assert "batch" == found["policy"]
+    assert (1, 57.0) == (found["switches"], pytest.approx(found["end_s"]))
+    assert 2.0 == pytest.approx(found["wait_max_s"])
+
+
+def test_times_of_another_recording_may_be_used(tmp_path: Path, capsys: Printed) -> None:
+    """And flags count more than any recording."""
+    measured = recording(tmp_path / "measured.jsonl", step_s=0.5, cost_s=2.0)
+    trace = recording(tmp_path / "trace.jsonl", step_s=9.0, cost_s=9.0)
+    (found,) = simulated(capsys, trace, "--measured", measured)
+    (flagged,) = simulated(capsys, trace, "--measured", measured, "--switch-cost", "0")
+
+    assert (2.0, 57.0) == pytest.approx((found["wait_max_s"], found["end_s"]))
+    assert (0.0, 55.0) == pytest.approx((flagged["wait_max_s"], flagged["end_s"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "name a trace, or make one with --generate"),
+        ("x.jsonl --generate burst", "one of the two"),
+        ("missing.jsonl", "trace 'missing.jsonl' cannot be read: No such file or directory"),
+        ("x.jsonl --rate 3", "--rate shapes a generated trace; x.jsonl is one already"),
+        ("--generate burst --rate 0", "--rate must be above 0"),
+        ("--generate burst --models 0", "--models must be at least 1"),
+        ("--generate burst --step -1", "--step must be at least 0"),
+        ("--generate burst --switch-cost nan", "--switch-cost must be at least 0"),
+        ("--generate burst --slice 0", "--slice must be above 0"),
+        ("--generate burst --max-wait 1e10", "--max-wait must be below 1e+09"),
+        ("--generate burst --policy best", "switching.policy 'best' is not known"),
+        ("--generate burst --write no/folder/x", "trace 'no/folder/x' cannot be written"),
+    ],
+)
+def test_what_cannot_be_simulated_is_told_in_one_line(
+    words: str, message: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the status 1."""
+    monkeypatch.chdir(tmp_path)
+    status = main(["simulate", *words.split()])
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 1 == status
+    assert line.startswith("vllm-hotswap: error: ")
+    assert message in line
+
+
+def test_a_measurement_must_tell_of_something(tmp_path: Path, capsys: Printed) -> None:
+    """A generated trace was never served."""
+    path = str(tmp_path / "t.jsonl")
+    main(["simulate", "--generate", "burst", "--write", path])
+
+    assert 1 == main(["simulate", "--generate", "burst", "--measured", path])
+    assert "tells of no served request" in capsys.readouterr().err

@@ -1,0 +1,300 @@
+"""The simulator against what can be worked out by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vllm_hotswap.policies import make_policy
+from vllm_hotswap.policy import NEVER, PolicySettings, ServeOn, Snapshot, SwitchTo
+from vllm_hotswap.simulate.costs import Costs, measured
+from vllm_hotswap.simulate.report import figures, jain, table
+from vllm_hotswap.simulate.run import Run, Served, World, simulate
+from vllm_hotswap.simulate.service import Engine, Service
+from vllm_hotswap.states import Residency
+from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
+
+SECOND = Service(step_s=1.0, per_request_s=0.0, prefill_s_per_token=0.0)
+"""One token a second, however many run."""
+
+
+def trace_of(*requests: TracedRequest, max_wait_s: float = 1000.0) -> Trace:
+    return Trace(Head({alias: TracedModel(0, max_wait_s) for alias in "abc"}, "a"), requests)
+
+
+def ask(number: int, model: str, arrived_s: float, tokens: int = 1) -> TracedRequest:
+    return TracedRequest(number, model, arrived_s, output_tokens=tokens)
+
+
+def play(
+    trace: Trace,
+    policy: str = "fifo",
+    cost_s: float = 10.0,
+    service: Service = SECOND,
+    drain_timeout_s: float = 60.0,
+    settings: PolicySettings = PolicySettings(),  # noqa: B008  # frozen
+) -> Run:
+    world = World(Costs(cost_s), service=service, drain_timeout_s=drain_timeout_s)
+    return simulate(trace, make_policy(policy, settings), world)
+
+
+def by_id(run: Run) -> dict[int, Served]:
+    return {served.request.id: served for served in run}
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+def test_one_request_takes_its_prompt_and_its_steps() -> None:
+    """3 tokens of prompt at 0.5 s, 4 steps of 1.25 s."""
+    service = Service(step_s=1.0, per_request_s=0.25, prefill_s_per_token=0.5)
+    run = play(
+        trace_of(TracedRequest(0, "a", 2.0, prompt_tokens=3, output_tokens=4)), "fifo", 1.0, service
+    )
+
+    assert 8.5 == by_id(run)[0].ended_s == 2.0 + service.alone_s(3, 4)
+
+
+def test_requests_that_run_together_share_steps() -> None:
+    """The first is alone for 2 s, then two of them run: steps of 1.5 s instead of 1."""
+    service = Service(step_s=0.5, per_request_s=0.5, prefill_s_per_token=0.0)
+    run = play(trace_of(ask(0, "a", 0.0, 4), ask(1, "a", 2.0, 4)), service=service)
+
+    assert (5.0, 7.0) == (by_id(run)[0].ended_s, by_id(run)[1].ended_s)
+
+
+def test_a_prompt_holds_everybody_up() -> None:
+    """10 tokens of prompt at 0.1 s, in the middle of four steps of another request."""
+    service = Service(step_s=1.0, per_request_s=0.0, prefill_s_per_token=0.1)
+    second = TracedRequest(1, "a", 2.0, prompt_tokens=10, output_tokens=1)
+    run = play(trace_of(ask(0, "a", 0.0, 4), second), service=service)
+
+    assert (5.0, 4.0) == (by_id(run)[0].ended_s, by_id(run)[1].ended_s)
+
+
+def test_many_requests_end_when_step_by_step_they_would() -> None:
+    """The clock of tokens against a loop over small steps of time."""
+    chance = random.Random(7)  # noqa: S311  # any numbers will do
+    service = Service(step_s=0.3, per_request_s=0.1, prefill_s_per_token=0.01)
+    jobs = [
+        (chance.uniform(0, 30), chance.randrange(20), 1 + chance.randrange(9)) for _ in range(40)
+    ]
+    requests = [
+        TracedRequest(i, "a", at, prompt_tokens=prompt, output_tokens=output)
+        for i, (at, prompt, output) in enumerate(jobs)
+    ]
+    ended = {
+        i: served.ended_s for i, served in by_id(play(trace_of(*requests), service=service)).items()
+    }
+
+    assert ended == pytest.approx(step_by_step(jobs, service), abs=0.02)
+
+
+def step_by_step(jobs: list[tuple[float, int, int]], service: Service) -> dict[int, float]:
+    now_s, tick_s, prefill_s = 0.0, 0.0005, 0.0
+    waiting = sorted((at, i) for i, (at, _, _) in enumerate(jobs))
+    left: dict[int, float] = {}
+    ended: dict[int, float] = {}
+    while waiting or left:
+        while waiting and waiting[0][0] <= now_s:
+            _, i = waiting.pop(0)
+            left[i] = float(jobs[i][2])
+            prefill_s += jobs[i][1] * service.prefill_s_per_token
+        now_s += tick_s
+        if prefill_s > 0:
+            prefill_s -= tick_s
+            continue
+        share = tick_s / service.step(len(left)) if left else 0.0
+        left = {i: tokens - share for i, tokens in left.items()}
+        ended |= {i: now_s for i, tokens in left.items() if tokens <= 0}
+        left = {i: tokens for i, tokens in left.items() if tokens > 0}
+    return ended
+
+
+def test_an_engine_that_is_not_stepped_stands_still() -> None:
+    """Stopped for 10 s in the middle."""
+    engine: Engine[str] = Engine(SECOND)
+    engine.start(0.0)
+    engine.begin("x", 0, 4, 0.0)
+    engine.stop(1.0)
+    assert NEVER == engine.next_end_s()
+
+    engine.start(11.0)
+
+    assert 14.0 == engine.next_end_s()
+    assert "x" == engine.end_next(14.0)
+
+
+# --- switches -------------------------------------------------------------------------------------
+
+
+def test_fifo_drains_and_switches_for_every_change_of_model() -> None:
+    """a, b, a: each switch waits for what runs, and takes 10 s."""
+    run = play(trace_of(ask(0, "a", 0.0, 5), ask(1, "b", 1.0, 5), ask(2, "a", 2.0, 5)))
+
+    times = [(served.admitted_s, served.ended_s) for served in run]
+    assert [(0.0, 5.0), (15.0, 20.0), (30.0, 35.0)] == times
+    assert [("a", "b", 1.0, 5.0, 15.0), ("b", "a", 15.0, 20.0, 30.0)] == [
+        (s.source, s.target, s.began_s, s.drained_s, s.active_s) for s in run.switches
+    ]
+
+
+def test_batch_serves_the_queue_of_a_model_together() -> None:
+    """Of a burst that alternates, all of one model and then all of the other."""
+    run = play(trace_of(*(ask(i, "ab"[i % 2], 0.0, 5) for i in range(10))), "batch")
+
+    assert 1 == len(run.switches)
+    assert {0.0, 15.0} == {served.admitted_s for served in run}
+
+
+def test_what_runs_beyond_the_drain_timeout_is_parked_and_goes_on() -> None:
+    """It has 6 of its 10 s to go when its model is active again."""
+    requests = (ask(0, "a", 0.0, 10), ask(1, "b", 1.0, 2))
+    run = play(trace_of(*requests), drain_timeout_s=3.0)
+
+    assert 4.0 == run.switches[0].drained_s
+    assert (16.0, 26.0 + 6.0) == (by_id(run)[1].ended_s, by_id(run)[0].ended_s)
+    assert 0.0 == by_id(run)[0].waited_s
+
+
+def test_round_robin_parks_at_the_end_of_a_slice() -> None:
+    """Slices of 4 s of the model with the weight 1."""
+    requests = (ask(0, "a", 0.0, 6), ask(1, "b", 0.0, 6))
+    run = play(trace_of(*requests), "round_robin", 1.0, settings=PolicySettings(slice_s=4.0))
+
+    assert [4.0, 9.0, 12.0] == [switch.began_s for switch in run.switches]
+    assert (12.0, 15.0) == (by_id(run)[0].ended_s, by_id(run)[1].ended_s)
+
+
+def test_a_request_may_wait_for_the_answer_to_another_one() -> None:
+    """Its arrival is the end of that one, and what somebody thinks about it."""
+    run = play(trace_of(ask(0, "a", 1.0, 2), TracedRequest(1, "a", after=0, think_s=0.5)))
+
+    assert 3.5 == by_id(run)[1].arrived_s
+
+
+def test_a_policy_that_never_switches_is_overruled_when_a_request_is_due() -> None:
+    """10 s of `max_wait`, and the switch."""
+
+    def stubborn(_: Snapshot) -> ServeOn:
+        return ServeOn()
+
+    trace = trace_of(ask(0, "a", 0.0, 100), ask(1, "b", 5.0), max_wait_s=10.0)
+    run = simulate(trace, stubborn, World(Costs(1.0), service=SECOND, drain_timeout_s=0.0))
+
+    assert 11.0 == by_id(run)[1].waited_s
+
+
+def test_a_policy_that_asks_for_nonsense_is_told() -> None:
+    """Rather than simulated."""
+    with pytest.raises(ValueError, match="for which nobody waits"):
+        simulate(trace_of(ask(0, "b", 0.0)), lambda _: SwitchTo("c"), World(Costs(1.0)))
+
+
+def test_a_trace_without_a_model_at_first_begins_with_a_switch() -> None:
+    """From none."""
+    trace = Trace(Head({"a": TracedModel()}, None), (ask(0, "a", 0.0),))
+    run = play(trace)
+
+    assert [(None, "a")] == [(switch.source, switch.target) for switch in run.switches]
+
+
+def test_an_empty_trace_takes_no_time() -> None:
+    """And has figures."""
+    assert 0 == figures("fifo", play(trace_of())).requests
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def switch(at_s: float, source: str, target: str, residency: str, cost_s: float) -> TracedSwitch:
+    return TracedSwitch(at_s, source, target, Residency(residency), cost_s)
+
+
+def test_costs_are_the_medians_of_what_was_recorded() -> None:
+    """By source, target and residency; then by fewer of them."""
+    costs = measured(
+        [
+            switch(1, "a", "b", "cold", 5.0),
+            switch(2, "b", "a", "parked", 0.1),
+            switch(3, "a", "b", "parked", 0.2),
+            switch(4, "c", "b", "parked", 0.4),
+            switch(5, "a", "b", "parked", 0.4),
+            TracedSwitch(6, "a", "b", Residency.PARKED, 99.0, result="failed"),
+        ],
+        default_s=1.0,
+    )
+
+    assert 5.0 == costs.of("a", "b", Residency.COLD)
+    assert 0.3 == pytest.approx(costs.of("a", "b", Residency.PARKED))
+    assert 0.4 == costs.of("x", "b", Residency.PARKED)
+    assert 5.0 == costs.of("x", "c", Residency.COLD)
+    assert 0.4 == costs.of("x", "c", Residency.ASLEEP)
+    assert {"a": Residency.PARKED, "b": Residency.COLD} == costs.first
+
+
+def test_the_first_switch_to_a_cold_model_costs_what_it_did() -> None:
+    """Later ones find it parked."""
+    costs = Costs(1.0, by_residency={Residency.COLD: 7.0}, first={"b": Residency.COLD})
+    requests = (ask(0, "b", 0.0), ask(1, "a", 10.0), ask(2, "b", 20.0))
+    run = simulate(
+        trace_of(*requests), make_policy("fifo", PolicySettings()), World(costs, service=SECOND)
+    )
+
+    assert [7.0, 1.0, 1.0] == [s.active_s - s.drained_s for s in run.switches]
+
+
+def test_only_so_many_models_stay_parked() -> None:
+    """With two places, the one that was active longest ago is cold."""
+    costs = Costs(1.0, by_residency={Residency.COLD: 7.0})
+    requests = tuple(ask(i, model, 20.0 * i) for i, model in enumerate("bacbca"))
+    world = World(costs, service=SECOND, resident=2)
+    run = simulate(trace_of(*requests), make_policy("fifo", PolicySettings()), world)
+
+    assert [("b", 7.0), ("a", 1.0), ("c", 7.0), ("b", 7.0), ("c", 1.0), ("a", 7.0)] == [
+        (s.target, s.active_s - s.drained_s) for s in run.switches
+    ]
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_the_figures_say_where_the_time_went() -> None:
+    """a for 5 s, a switch of 10 s, b for 5 s, nothing for 20 s, b for 1 s."""
+    run = play(trace_of(ask(0, "a", 0.0, 5), ask(1, "b", 1.0, 5), ask(2, "b", 40.0, 1)))
+    found = figures("fifo", run)
+
+    assert (41.0, 1) == (found.end_s, found.switches)
+    assert (11 / 41, 10 / 41, 20 / 41) == pytest.approx(
+        (found.serving, found.switching, found.idle)
+    )
+    assert (14 / 3, 0.0, 14.0) == pytest.approx(
+        (found.wait_mean_s, found.wait_p50_s, found.wait_max_s)
+    )
+    assert (5 + 19 + 1) / 3 == pytest.approx(found.took_mean_s)
+    assert 0.5 == found.fairness
+
+
+def test_who_waits_longer_than_promised_is_counted() -> None:
+    """Three models are due at once: the last one waits for two switches."""
+    trace = trace_of(ask(0, "a", 0.0, 1), ask(1, "b", 0.0), ask(2, "c", 0.0), max_wait_s=0.0)
+
+    assert 1 == figures("fifo", play(trace)).late
+
+
+@pytest.mark.parametrize(
+    ("values", "index"), [([1, 1, 1], 1.0), ([5, 0, 0, 0], 0.25), ([0, 0], 1.0), ([], 1.0)]
+)
+def test_the_index_of_fairness(values: list[float], index: float) -> None:
+    """1 if all are equal, 1/n if one has everything."""
+    assert index == jain(values)
+
+
+def test_a_table_has_a_line_for_every_policy() -> None:
+    """Under one of titles."""
+    run = play(trace_of(ask(0, "b", 0.0)))
+    lines = table([figures("fifo", run), figures("batch", run)]).splitlines()
+
+    assert ["policy", "fifo", "batch"] == [line.split()[0] for line in lines]
+    assert "90.9%" in lines[1]
