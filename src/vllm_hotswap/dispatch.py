@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
@@ -73,8 +72,7 @@ class Dispatcher:
     """Who waits, and what is done about it.
 
     Its mutable state is the scheduler; `_leases`, those of all requests that have not had their
-    turn yet, by ticket, each with a future if it waits; `_entered`, how many those are by model;
-    `_timer`, for when the policy wants to look
+    turn yet, by ticket, each with a future if it waits; `_timer`, for when the policy wants to look
     again; and `_failures`, how often in a row a model could not be brought up, and until when it is
     not tried again.
     """
@@ -102,7 +100,6 @@ class Dispatcher:
             self._cost_s,
         )
         self._leases: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
-        self._entered: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._failures: dict[str, tuple[int, float]] = {}
 
@@ -136,7 +133,7 @@ class Dispatcher:
                 "(rights); ask for another model, or retry when it is active"
             )
         self._refuse_while_it_fails(model, now_s)
-        if len(model.leases) + self._entered[alias] >= self._limits.in_flight:
+        if len(model.leases) + len(model.entered) >= self._limits.in_flight:
             raise QueueFull(
                 f"{self._limits.in_flight} requests of {alias!r} are in flight, or wait for it "
                 "(limits.in_flight); retry later",
@@ -148,7 +145,7 @@ class Dispatcher:
         lease.arrived_s, lease.ticket = now_s, self.scheduler.ticket(alias, now_s, terms)
         lease.ask = partial(self._ask_at_the_door, lease)
         self._leases[lease.ticket] = (lease, None)
-        self._entered[alias] += 1
+        model.entered[lease] = None
         return lease
 
     def _is_served_now(self, model: Model) -> bool:
@@ -233,8 +230,9 @@ class Dispatcher:
         """It does not wait any more; who waits for that."""
         if (entry := self._leases.pop(ticket, None)) is None:
             return None
-        self._entered[ticket.alias] -= 1
-        return entry[1]
+        lease, future = entry
+        self._registry.model(ticket.alias).entered.pop(lease)
+        return future
 
     def position(self, lease: Lease) -> int:
         """How many wait before it."""

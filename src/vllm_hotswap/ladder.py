@@ -8,6 +8,7 @@ Everything that an engine is told to do has a deadline: `within`.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -171,7 +172,8 @@ class Ladder:
             footprint=model.engine.footprint,
             pinned=model.pinned,
             in_flight=0 if drained else len(model.leases),
-            last_used_s=model.last_used_s or 0.0,
+            # Who is waited for would have to come up again soon.
+            last_used_s=math.inf if model.entered else model.last_used_s or 0.0,
             up_s={where: up_cost_s(model, where) for where in Residency},
         )
 

@@ -201,6 +201,8 @@ class Model:
     residency: Residency = Residency.COLD
     leases: dict[Lease, None] = field(default_factory=dict)
     """Of its requests, in the order in which they were admitted."""
+    entered: dict[Lease, None] = field(default_factory=dict)
+    """Of requests that its frontend looks at, or that wait for their turn, in the mode `auto`."""
     emptied: asyncio.Future[None] | None = None
     """Whoever drains the model waits here for its last lease."""
     last_used_s: float | None = None
@@ -233,8 +235,8 @@ class Model:
         return [lease for lease in self.leases if lease.is_parked]
 
     def in_flight_as(self, name: str) -> int:
-        """Requests that hold a lease and call the model by this name."""
-        return sum(lease.name == name for lease in self.leases)
+        """Requests that hold a lease, or will, and call the model by this name."""
+        return sum(lease.name == name for lease in (*self.leases, *self.entered))
 
 
 class Registry:
