@@ -41,6 +41,7 @@ LAYERS = [
         "limits",
         "policies",
         "scheduler",
+        "rights",
         "config",
         "hub",
         "registry",

@@ -15,6 +15,7 @@ from vllm_hotswap.config import (
     unknown_key,
 )
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.rights import Rights
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.settings import SwitchingConfig, overrides
 
@@ -265,7 +266,10 @@ def test_shape_that_cannot_work_is_named(
     assert "models.yaml" in message
 
 
-KNOWN = "known keys: default_model, defaults, models, switching, limits, recovery, memory, adapters"
+KNOWN = (
+    "known keys: default_model, defaults, models, switching, limits, recovery, memory, adapters, "
+    "rights"
+)
 
 
 @pytest.mark.parametrize(
@@ -694,3 +698,81 @@ def test_a_long_value_is_not_repeated(refusal: Callable[[str], str]) -> None:
     message = refusal("models: " + "x" * 200)
 
     assert message.endswith("models must be a mapping of alias to settings, not str")
+
+
+# --- rights -----------------------------------------------------------------------------------
+
+ONE = "models: {llama: {model: org/a, aliases: [big]}, qwen: {model: org/b}}\n"
+
+
+def test_groups_have_keys_and_rights(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aliases in every form, keys from the environment as they are, a file beside the YAML file."""
+    monkeypatch.setenv("TEAM_KEY", "00123")
+    config = load(
+        ONE + "rights:\n"
+        "  team: {keys: ['${TEAM_KEY}', b], switch_to: [big], max_priority: 5, min_max_wait: 1}\n"
+        "  jobs: {key_file: keys.txt, switch_to: all}\n"
+        "  default: {switch_to: []}\n"
+    )
+    team, jobs, others = config.rights
+
+    assert Rights("team", frozenset(["llama"]), 5, 1.0) == team.rights
+    assert [True, True, False] == [team.source.given.know(key) for key in (b"00123", b"b", b"123")]
+    assert (Rights("jobs"), [config.path.parent / "keys.txt"]) == (jobs.rights, jobs.source.files)
+    assert (Rights("default", frozenset()), 0) == (others.rights, len(others.source.given))
+
+
+@pytest.mark.parametrize("section", ["", "rights:", "rights: {}"])
+def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
+    """Everybody's requests may cause every switch then."""
+    assert () == load(ONE + section).rights
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("[sk-secret]", "rights must be a mapping of a group's name to its rights, not list"),
+        ("{team: sk-secret}", "rights.team must be a mapping with the keys"),
+        ("{team: [sk-secret]}", "rights.team must be a mapping with the keys"),
+        ("{7: {keys: [sk-secret]}}", "rights: a group's name must be a text"),
+        ("{team: {keys: sk-secret}}", "rights.team.keys cannot be used; it must be a list of"),
+        ("{team: {keys: {sk-secret: 1}}}", "rights.team.keys cannot be used"),
+        ("{team: {keys: [sk-secret, 5]}}", "rights.team.keys.1 cannot be used"),
+        ("{team: {keys: ['sk secret']}}", "rights.team.keys: a key may only have printable ASCII"),
+        ("{team: {keys: [sk-secret], key: 1}}", "rights.team: unknown key 'key'; did you mean"),
+        ("{default: {keys: [sk-secret]}}", "rights.default is for everybody who is in no other"),
+        ("{default: {key_file: sk-secret}}", "rights.default is for everybody who is in no other"),
+        ("{team: {}}", "rights.team has no key; give it keys or a key_file"),
+        ("{team: {keys: ['']}}", "rights.team has no key; give it keys or a key_file"),
+        (
+            "{team: {keys: [k], switch_to: [lama]}}",
+            "team.switch_to 'lama' is not configured",
+        ),
+        (
+            "{team: {keys: [k], switch_to: llama}}",
+            "switch_to is 'llama'; it must be all, or a",
+        ),
+        ("{team: {keys: [k], switch_to: [1]}}", "switch_to is [1]; it must be all, or a list"),
+        ("{team: {keys: [k], max_priority: 101}}", "it must be a whole number from -100 to 100"),
+        ("{team: {keys: [k], min_max_wait: -1}}", "min_max_wait is -1; it must be a number of at"),
+        ("{a: {keys: [sk-secret]}, b: {keys: [sk-secret]}}", "rights.b: a key of it is one of"),
+    ],
+)
+def test_rights_that_cannot_work_are_refused_by_place(
+    refusal: Callable[[str], str], section: str, message: str
+) -> None:
+    """And without showing a key."""
+    told = refusal(ONE + f"rights: {section}")
+
+    assert message in told
+    assert "secret" not in told
+
+
+def test_key_that_came_from_the_environment_is_not_shown(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by a configuration that is printed."""
+    monkeypatch.setenv("TEAM_KEY", "sk-secret")
+    config = load(ONE + "rights: {team: {keys: ['${TEAM_KEY}']}}")
+
+    assert "sk-secret" not in repr(config)

@@ -53,12 +53,15 @@ def test_it_is_a_schema() -> None:
         "models: {a: {model: x, traces: [model, worker]}}\nswitching:\nmemory:",
         "models: {a: {model: x, sampling: {drop_unsupported: '${B:-true}'}}}",
         "defaults: {max_model_len: 3, pinned: true}\nmodels: {a: {model: x}}",
+        "models: {a: {model: x}}\nrights: {team: {keys: ['${K}'], switch_to: [a]}, default: {}}",
+        "models: {a: {model: x}}\nrights:\n  jobs: {key_file: f, switch_to: all, max_priority: 9}",
         "models: {a: {model: x}}\nmemory: {device: 20GiB, host: 0.5}\nswitching: {max_wait: 1}",
     ],
 )
 def test_what_the_server_accepts_is_accepted(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the schema, too."""
     monkeypatch.setenv("M", "org/model")
+    monkeypatch.setenv("K", "key")
     parse_config(yaml.safe_load(text), Path("models.yaml"))
 
     assert [] == mistakes(text)
@@ -76,6 +79,9 @@ def test_what_the_server_accepts_is_accepted(text: str, monkeypatch: pytest.Monk
         "models: {a: {model: x, sampling: {defalts: {}}}}",
         "models: {a: {model: x}}\nswitching: {drain_timeout: -1}",
         "models: {a: {model: x}}\nmemory: {gpu: 1}",
+        "models: {a: {model: x}}\nrights: {team: {keys: k}}",
+        "models: {a: {model: x}}\nrights: {team: {keys: [k], switch_to: a}}",
+        "models: {a: {model: x}}\nrights: {team: {keys: [k], max_priority: 101}}",
         "defaults: {aliases: [b]}\nmodels: {a: {model: x}}",
     ],
 )
@@ -108,7 +114,7 @@ def test_every_setting_is_described() -> None:
     assert {f.name for f in ModelKeys.__dataclass_fields__.values()} <= set(  # type: ignore[attr-defined]
         definitions["model"]["properties"]
     )
-    for name in (*SECTIONS, "SamplingPolicy"):
+    for name in (*SECTIONS, "group", "SamplingPolicy"):
         for key, value in definitions[name]["properties"].items():
             assert value["description"], key
     assert "Longest sequence." == definitions["flags"]["max_model_len"]["description"]

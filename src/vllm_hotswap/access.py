@@ -18,6 +18,8 @@ from starlette.datastructures import Headers
 
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
 from vllm_hotswap.keys import Keys, KeySource, split_keys
+from vllm_hotswap.rights import ADMIN, DEFAULT, Group, Rights, read_members, read_terms
+from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -44,9 +46,9 @@ class KeyFlags:
 class Access:
     """The keys of a server, and the decision about a caller.
 
-    The mutable state is where user keys come from, and the keys of both roles as they were read
-    last: `use_user_keys` and `read_again` change them, all at once or not at all. Where a role has
-    no keys, none is asked for.
+    The mutable state is where user keys come from, and the keys of both roles and of every group as
+    they were read last: `use_user_keys` and `read_again` change them, all at once or not at all.
+    Where a role has no keys, none is asked for; keys of groups are user keys.
     """
 
     def __init__(
@@ -56,9 +58,13 @@ class Access:
         dev_mode: bool = False,
         user_key_files: Sequence[Path] = (),
         admin_key_files: Sequence[Path] = (),
+        groups: Iterable[Group] = (),
     ) -> None:
-        """Raises `ConfigError` if a file cannot be used."""
+        """Raises `ConfigError` if a file cannot be used, or a key is in two groups."""
         self._dev_mode = dev_mode
+        rights = {group.rights.group: group for group in groups}
+        self._others = rights.pop(DEFAULT).rights if DEFAULT in rights else Rights()
+        self._groups = tuple(rights.values())
         users = Keys.of(user_keys, "--api-key or VLLM_API_KEY")
         admins = Keys.of(admin_keys, "--admin-key or VLLM_HOTSWAP_ADMIN_KEY")
         self._user_source = KeySource(users, user_key_files)
@@ -73,7 +79,10 @@ class Access:
 
     @classmethod
     def from_environment(
-        cls, environment: Mapping[str, str], flags: KeyFlags | None = None
+        cls,
+        environment: Mapping[str, str],
+        flags: KeyFlags | None = None,
+        groups: Iterable[Group] = (),
     ) -> Access:
         """A flag wins over the variable that says the same; keys and files add up."""
         flags = flags or KeyFlags()
@@ -83,6 +92,7 @@ class Access:
             _is_on(environment.get("VLLM_SERVER_DEV_MODE", "")),
             flags.api_key_files or _paths(environment.get("VLLM_HOTSWAP_API_KEY_FILE")),
             flags.admin_key_files or _paths(environment.get("VLLM_HOTSWAP_ADMIN_KEY_FILE")),
+            groups,
         )
 
     def use_user_keys(self, keys: Iterable[str] | None) -> None:
@@ -93,7 +103,8 @@ class Access:
 
     @property
     def has_files(self) -> bool:
-        return bool(self._user_source.files or self._admin_source.files)
+        sources = [self._user_source, self._admin_source, *(g.source for g in self._groups)]
+        return any(source.files for source in sources)
 
     def read_again(self) -> None:
         """Take the keys that the files hold now; keep those from before if that fails."""
@@ -105,7 +116,10 @@ class Access:
             log.info("event=keys_read user=%d admin=%d", len(self._user), len(self._admin))
 
     def _read(self) -> None:
-        self._user, self._admin = self._user_source.read(), self._admin_source.read()
+        users, admins = self._user_source.read(), self._admin_source.read()
+        members = read_members(self._groups)
+        self._user = sum((keys for _, keys in members), users)
+        self._admin, self._members = admins, members
 
     def check(self, role: Role, headers: Headers) -> None:
         """Let the caller pass.
@@ -122,6 +136,21 @@ class Access:
             raise Unauthorized("a valid API key is needed; send Authorization: Bearer <key>")
         if role in (Role.ADMIN, Role.ADMIN_KEY) and not is_admin:
             self._check_admin(role)
+
+    def rights(self, headers: Headers) -> Rights:
+        """Those of the caller, who has been let in."""
+        key = _key(headers)
+        if self._admin.know(key):
+            return ADMIN
+        of_groups = (rights for rights, keys in self._members if keys.know(key))
+        return next(of_groups, self._others)
+
+    def terms(self, headers: Headers, alias: str, own_priority: int = 0) -> RequestTerms:
+        """What counts of what a request for a model asks for. Raises `InvalidRequest`."""
+        asked = read_terms(headers)
+        if asked is NO_WISH and self._others.switch_to is None and not self._members:
+            return NO_WISH
+        return self.rights(headers).bound(asked, alias, own_priority)
 
     def _check_admin(self, role: Role) -> None:
         if self._admin:

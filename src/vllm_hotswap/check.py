@@ -25,6 +25,7 @@ from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.launch import ModelLaunch, budget_of, prepare_model
 from vllm_hotswap.lora_modules import check_names
+from vllm_hotswap.rights import read_members
 from vllm_hotswap.variables import Variables
 
 T = TypeVar("T")
@@ -85,7 +86,16 @@ def check(
     else:
         report.problems.append("memory: not planned, because not every model could be looked at")
     _check_adapters(config, launches, report)
+    _check_rights(config, report)
     return report
+
+
+def _check_rights(config: ServerConfig, report: Report) -> None:
+    """Key files of groups, as far as whoever checks may read them."""
+    try:
+        read_members(config.rights)
+    except ConfigError as error:
+        report.problems.append(error.message)
 
 
 def _check_adapters(config: ServerConfig, launches: Iterable[ModelLaunch], report: Report) -> None:

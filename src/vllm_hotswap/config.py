@@ -19,20 +19,25 @@ from pydantic.dataclasses import dataclass
 
 from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References, read_scalar
+from vllm_hotswap.rights import DEFAULT, Group, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.security import check_mode, check_settings
 from vllm_hotswap.settings import (
+    ALL,
     SECTIONS,
     STRICT,
     TOP_LEVEL,
     AdapterConfig,
+    GroupConfig,
     LimitsConfig,
     ModelKeys,
     Override,
     RecoveryConfig,
     SwitchingConfig,
+    is_secret,
     wanted,
 )
 
@@ -85,6 +90,7 @@ class ServerConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    rights: tuple[Group, ...] = ()
     references: References = field(default_factory=References, repr=False)
     """What came from environment variables, and is not to be shown."""
 
@@ -146,7 +152,7 @@ def unknown_key(place: str, key: object, known: Iterable[str]) -> ConfigError:
     """The error for a key that nobody knows, with the nearest right one."""
     known = list(known)
     hint = _did_you_mean(key, known)
-    if not hint and len(known) <= 8:
+    if not hint and len(known) <= 10:
         hint = f"; known keys: {', '.join(known)}"
     return ConfigError(f"{place}: unknown key {key!r}{hint}")
 
@@ -173,6 +179,7 @@ class _Reader:
             path=self._path,
             default_model=self._default_model(top, models),
             models=models,
+            rights=self._rights(top.get("rights"), models),
             **{name: self._section(name, kind, top) for name, kind in SECTIONS.items()},
         )
 
@@ -180,14 +187,43 @@ class _Reader:
         default, origin = top.get("default_model", models[0].alias), f"{self._path}: default_model"
         for override in self._given(""):
             default, origin = override.value, override.origin
-        for model in models:
-            if default in model.names:
-                return model.alias
-        aliases = [model.alias for model in models]
-        raise ConfigError(
-            f"{origin} {default!r} is not configured{_did_you_mean(default, aliases)}; "
-            f"configured: {', '.join(aliases)}"
-        )
+        return _configured(default, models, origin)
+
+    def _rights(self, section: object, models: Sequence[ModelConfig]) -> tuple[Group, ...]:
+        groups = tuple(self._groups(section, models))
+        refuse_shared([(group, group.source.given) for group in groups])
+        return groups
+
+    def _groups(self, section: object, models: Sequence[ModelConfig]) -> Iterator[Group]:
+        if section is None:
+            return
+        place = f"{self._path}: rights"
+        groups = _mapping(section, place, "a mapping of a group's name to its rights", shown=False)
+        for name, entry in groups.items():
+            if not isinstance(name, str) or not name.strip():
+                raise ConfigError(f"{place}: a group's name must be a text; put it in quotes")
+            yield self._group(name, entry, models)
+
+    def _group(self, name: str, entry: object, models: Sequence[ModelConfig]) -> Group:
+        place = f"{self._path}: rights.{name}"
+        values = _keys(GroupConfig, entry, place, shown=False)
+        given: GroupConfig = _validated(GroupConfig, values, lambda key: f"{place}.{key}")
+        if name == DEFAULT and (given.keys or given.key_file):
+            raise ConfigError(
+                f"{place} is for everybody who is in no other group, and has no keys; give them to "
+                "a group of another name"
+            )
+        keys = Keys.of([key.get_secret_value() for key in given.keys], f"{place}.keys")
+        if name != DEFAULT and not (keys or given.key_file):
+            raise ConfigError(f"{place} has no key; give it keys or a key_file")
+        file_place = f"{place}.key_file"
+        files = [beside(self._path, given.key_file, file_place)] if given.key_file else []
+        switch_to = None
+        if given.switch_to != ALL:
+            where = f"{place}.switch_to"
+            switch_to = frozenset(_configured(alias, models, where) for alias in given.switch_to)
+        rights = Rights(name, switch_to, given.max_priority, given.min_max_wait)
+        return Group(rights, place, KeySource(keys, files))
 
     def _section(self, name: str, kind: type[Any], top: Mapping[str, Any]) -> Any:
         place = f"{self._path}: {name}"
@@ -250,18 +286,30 @@ class _Reader:
         return {QUANT_VARIABLE: str(file)}
 
 
+def _configured(name: object, models: Sequence[ModelConfig], place: str) -> str:
+    """The alias of the model that has this name. Raises `ConfigError`."""
+    for model in models:
+        if name in model.names:
+            return model.alias
+    aliases = [model.alias for model in models]
+    raise ConfigError(
+        f"{place} {name!r} is not configured{_did_you_mean(name, aliases)}; "
+        f"configured: {', '.join(aliases)}"
+    )
+
+
 def _place(alias: str, key: str, inherited: Container[str]) -> str:
     section = "defaults" if key in inherited else f"models.{alias}"
     return f"{section}.{key}"
 
 
-def _keys(kind: type[Any], section: object, place: str) -> Mapping[str, Any]:
+def _keys(kind: type[Any], section: object, place: str, shown: bool = True) -> Mapping[str, Any]:
     """The keys of a section, each of which is known. Nothing at all means the defaults."""
     if section is None:
         return {}
     known = [item.name for item in fields(kind)]
     values = _mapping(
-        section, place, f"a mapping with the keys {', '.join(known[:-1])} and {known[-1]}"
+        section, place, f"a mapping with the keys {', '.join(known[:-1])} and {known[-1]}", shown
     )
     _refuse_unknown(values, known, place)
     return values
@@ -283,9 +331,8 @@ def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[[str]
         if first["type"] == "missing":
             raise ConfigError(f"{place(key)} is missing; name {wanted(kind, key)}") from None
         where = ".".join([place(key), *rest])
-        raise ConfigError(
-            f"{where} is {first['input']!r}; {_complaint(first, kind, key)}"
-        ) from None
+        value = "cannot be used" if is_secret(kind, key) else f"is {first['input']!r}"
+        raise ConfigError(f"{where} {value}; {_complaint(first, kind, key)}") from None
 
 
 def _complaint(first: Any, kind: type[Any], key: str) -> str:
@@ -348,9 +395,10 @@ def _resolve_model(model: str, place: str, path: Path) -> str:
     return str(local)
 
 
-def _mapping(value: object, place: str, wanted: str) -> Mapping[Any, Any]:
+def _mapping(value: object, place: str, wanted: str, shown: bool = True) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{place} must be {wanted}, not {_kind(value)}")
+        kind = _kind(value) if shown or value is None else type(value).__name__
+        raise ConfigError(f"{place} must be {wanted}, not {kind}")
     return value
 
 

@@ -46,6 +46,10 @@ class Keys:
     def __add__(self, other: Keys) -> Keys:
         return Keys(self._digests + other._digests)
 
+    def shares(self, other: Keys) -> bool:
+        """Whether some key is one of both."""
+        return not set(self._digests).isdisjoint(other._digests)
+
     def know(self, key: bytes) -> bool:
         """Whether it is one of them. Every one is compared, each in constant time."""
         digest = _digest(key)

@@ -22,6 +22,7 @@ from vllm_hotswap.settings import (
     SECTIONS,
     TOP_LEVEL,
     VARIABLES,
+    GroupConfig,
     ModelKeys,
     describe,
     server_settings,
@@ -55,6 +56,8 @@ def _lines() -> Iterator[str]:
     for section, kind in SECTIONS.items():
         yield f"\n### Keys of `{section}`\n"
         yield from _settings(kind)
+    yield "\n### Keys of a group under `rights`\n"
+    yield from _settings(GroupConfig)
     yield "\n## Flags and environment variables for settings of the file\n"
     yield "A flag counts more than its variable, and that more than the file.\n"
     yield from _table(

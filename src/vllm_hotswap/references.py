@@ -31,7 +31,8 @@ class References:
     def fill(self, value: Any, place: str, *keys: str) -> Any:
         """The value with every `${NAME}` and `${NAME:-default}` in it replaced.
 
-        A text that is nothing but one reference may become a number, a boolean or null.
+        A text that is nothing but one reference may become a number, a boolean or null; keys of
+        clients stay what they are.
 
         Raises:
             ConfigError: a variable is not set; the message names it, its place and the ways on.
@@ -44,7 +45,7 @@ class References:
             return value
         filled = _REFERENCE.sub(lambda match: self._value(match, place, keys), value)
         is_one = (whole := _REFERENCE.fullmatch(value)) and whole[1]
-        return read_scalar(filled) if is_one else filled
+        return read_scalar(filled) if is_one and not _is_client_key(keys) else filled
 
     def hide(self, text: str) -> str:
         """The text with references where the values of their variables were."""
@@ -76,6 +77,10 @@ class References:
             forms = {form: match.group() for form in _forms(value) if len(form) >= SECRET_LENGTH}
             self._secrets.update(forms)
         return value
+
+
+def _is_client_key(keys: tuple[str, ...]) -> bool:
+    return keys[:1] == ("rights",) and keys[2:] == ("keys",)
 
 
 def _forms(value: str) -> tuple[str, ...]:

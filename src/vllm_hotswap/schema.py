@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vllm_hotswap.config import NOT_SHARED
-from vllm_hotswap.settings import SECTIONS, TOP_LEVEL, ModelKeys
+from vllm_hotswap.settings import SECTIONS, TOP_LEVEL, GroupConfig, ModelKeys
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 """The one that the YAML language server knows best."""
@@ -43,6 +43,7 @@ def json_schema(flags: Mapping[str, argparse.Action] | None = None) -> dict[str,
     definitions |= {
         "model": _object({**vllm, **model}, is_open) | {"required": ["model"]},
         "defaults": _object({**vllm, **shared}, is_open),
+        "group": _object(_properties(GroupConfig, definitions)),
         **{name: _object(_properties(kind, definitions)) for name, kind in SECTIONS.items()},
     }
     properties: dict[str, dict[str, Any]] = {
@@ -52,6 +53,10 @@ def json_schema(flags: Mapping[str, argparse.Action] | None = None) -> dict[str,
             "type": "object",
             "minProperties": 1,
             "additionalProperties": {"$ref": "#/$defs/model"},
+        },
+        "rights": {
+            "type": ["object", "null"],
+            "additionalProperties": {"$ref": "#/$defs/group"},
         },
         **{name: {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]} for name in SECTIONS},
     }

@@ -72,7 +72,7 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
-    access = Access.from_environment(os.environ, keys)
+    access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()
     require_vllm()
     folders = config.adapter_folders

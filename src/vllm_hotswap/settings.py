@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
 from vllm_hotswap.budget import ByteSize, MemoryBudget
 from vllm_hotswap.sampling import SamplingPolicy
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+
+ALL = "all"
+"""In the place of a list of aliases."""
 
 LoadWhen = Literal["startup", "on_demand"]
 DrainPolicy = Literal["abort", "park", "refuse"]
@@ -30,6 +33,13 @@ class Wanted:
 
     text: str
 
+
+@plain_dataclass(frozen=True, slots=True)
+class Secret:
+    """Marks a field whose value no message may show."""
+
+
+SECRET = Secret()
 
 Text = Annotated[str, Field(pattern=r"\S")]
 Seconds = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
@@ -308,6 +318,59 @@ class ModelKeys:
     ] = Field(default_factory=SamplingPolicy)
 
 
+def _all_or_names(value: object) -> object:
+    if value == ALL:
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError("it must be all, or a list of aliases")
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
+class GroupConfig:
+    """A group of keys under `rights`."""
+
+    keys: Annotated[
+        tuple[SecretStr, ...],
+        SECRET,
+        Wanted("a list of texts"),
+        Field(
+            strict=False,
+            description="its keys, which count as user keys; `${NAME}` keeps them out of the file; "
+            "the group `default` has none",
+        ),
+    ] = field(default=(), repr=False)
+    key_file: Annotated[
+        Text | None,
+        Wanted("the path of a file, or null"),
+        Field(
+            description="a file with more of them, one a line (absolute or relative to the YAML "
+            "file); read again on SIGHUP"
+        ),
+    ] = None
+    switch_to: Annotated[
+        Literal["all"] | tuple[str, ...],
+        BeforeValidator(_all_or_names),
+        Field(
+            description="auto: models to which its requests may cause a switch: `all`, or a list "
+            "of aliases, which may be empty",
+        ),
+    ] = "all"
+    max_priority: Annotated[
+        Priority,
+        PRIORITY,
+        Field(
+            description="auto: the highest priority that its requests get by "
+            "`x-hotswap-priority`, where their model's own is not higher"
+        ),
+    ] = 0
+    min_max_wait: Annotated[
+        Seconds,
+        AT_LEAST_ZERO,
+        Field(description="auto: the shortest time, in seconds, that `x-hotswap-max-wait` gives"),
+    ] = 0.0
+
+
 SECTIONS: Mapping[str, type[Any]] = {
     "switching": SwitchingConfig,
     "limits": LimitsConfig,
@@ -326,6 +389,8 @@ TOP_LEVEL: Mapping[str, str] = {
     "recovery": "what happens when engines or the engine host fail",
     "memory": "what all models together may hold",
     "adapters": "adapters that are added while the server runs",
+    "rights": "who may cause which switch: a mapping of a group's name to its keys and rights; "
+    "`default` is for everybody else",
 }
 
 
@@ -364,6 +429,10 @@ def wanted(kind: type[Any], name: str) -> str | None:
     """What the value of a field must be, in words of ours where there are any."""
     metadata = kind.__pydantic_fields__[name].metadata
     return next((item.text for item in metadata if isinstance(item, Wanted)), None)
+
+
+def is_secret(kind: type[Any], name: str) -> bool:
+    return SECRET in kind.__pydantic_fields__[name].metadata
 
 
 @plain_dataclass(frozen=True, slots=True)

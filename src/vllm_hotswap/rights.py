@@ -1,0 +1,126 @@
+"""What a request may ask of the server, by the key that it was sent with.
+
+A request asks with two headers. What counts of them is bounded by the rights of the group that its
+key belongs to; so is whether it may cause a switch. Pure: headers and rights in, terms out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Protocol
+
+from vllm_hotswap.errors import ConfigError, InvalidRequest
+from vllm_hotswap.keys import Keys, KeySource
+from vllm_hotswap.scheduler import NO_WISH, RequestTerms
+
+DEFAULT = "default"
+"""The group of everybody who is in no other one."""
+
+PRIORITY_HEADER = "x-hotswap-priority"
+MAX_WAIT_HEADER = "x-hotswap-max-wait"
+HIGHEST_PRIORITY = 100
+
+_PRIORITY = re.compile(r"[+-]?\d{1,3}", re.ASCII)
+_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+_MAX_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What requests of one group may do."""
+
+    group: str = DEFAULT
+    switch_to: frozenset[str] | None = None
+    """Aliases; None: all."""
+    max_priority: int = 0
+    min_max_wait_s: float = 0.0
+
+    def may_switch_to(self, alias: str) -> bool:
+        return self.switch_to is None or alias in self.switch_to
+
+    def bound(self, asked: RequestTerms, alias: str, own_priority: int = 0) -> RequestTerms:
+        """What counts of what a request for a model asks for.
+
+        `own_priority` is its model's: nobody gets less by asking for more.
+        """
+        priority, wait_s = asked.priority, asked.max_wait_s
+        if priority is not None:
+            priority = min(priority, max(self.max_priority, own_priority))
+        if wait_s is not None:
+            wait_s = max(wait_s, self.min_max_wait_s)
+        rule = f"rights.{self.group}.switch_to"
+        return RequestTerms(priority, wait_s, self.may_switch_to(alias), rule)
+
+
+ADMIN = Rights("admin", max_priority=HIGHEST_PRIORITY)
+"""Admins may do everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rights, who has them, and where that is written."""
+
+    rights: Rights
+    place: str
+    source: KeySource = field(default_factory=KeySource)
+
+
+def read_members(groups: Iterable[Group]) -> list[tuple[Rights, Keys]]:
+    """The keys of every group, as its file has them now.
+
+    Raises:
+        ConfigError: a file cannot be used, or a key is in two groups; the message has the place.
+    """
+    members = [(group, group.source.read()) for group in groups]
+    refuse_shared(members)
+    return [(group.rights, keys) for group, keys in members]
+
+
+def refuse_shared(members: Sequence[tuple[Group, Keys]]) -> None:
+    """See that no key is in two groups. Raises `ConfigError`."""
+    for (one, ones), (other, others) in combinations(members, 2):
+        if ones.shares(others):
+            raise ConfigError(
+                f"{other.place}: a key of it is one of {one.place}, too; "
+                "every key may be in one group"
+            )
+
+
+class Headers(Protocol):
+    """Header fields of a request, by lower-case names."""
+
+    def getlist(self, key: str) -> Sequence[str]: ...
+
+
+def read_terms(headers: Headers) -> RequestTerms:
+    """What a request asks for.
+
+    Raises:
+        InvalidRequest: a header is not what it must be; the message names it.
+    """
+    priority, wait = _one(headers, PRIORITY_HEADER), _one(headers, MAX_WAIT_HEADER)
+    terms = NO_WISH
+    if priority is not None:
+        if not _PRIORITY.fullmatch(priority) or abs(int(priority)) > HIGHEST_PRIORITY:
+            raise _wrong(PRIORITY_HEADER, priority, "a whole number from -100 to 100")
+        terms = replace(terms, priority=int(priority))
+    if wait is not None:
+        if not _SECONDS.fullmatch(wait):
+            raise _wrong(MAX_WAIT_HEADER, wait, "a number of seconds of at least 0, such as 2.5")
+        terms = replace(terms, max_wait_s=float(wait))
+    return terms
+
+
+def _one(headers: Headers, name: str) -> str | None:
+    values = headers.getlist(name)
+    if len(values) > 1:
+        raise InvalidRequest(f"the header {name} is given {len(values)} times; send it once", name)
+    return values[0].strip() if values else None
+
+
+def _wrong(name: str, value: str, wanted: str) -> InvalidRequest:
+    shown = repr(value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}...")
+    return InvalidRequest(f"the header {name} is {shown}; it must be {wanted}", name)
