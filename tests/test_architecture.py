@@ -46,6 +46,7 @@ LAYERS = [
         "hub",
         "registry",
         "access",
+        "job_leases",
         "openai",
         "host.loop",
         "host.progress",
@@ -62,6 +63,7 @@ LAYERS = [
         "switch",
         "dispatch",
         "metrics",
+        "jobs",
         "recovery",
         "progress",
         "listen",
@@ -94,6 +96,7 @@ LAYERS = [
     {
         "admin",
         "adapter_routes",
+        "job_routes",
         "check",
         "schema",
         "engines.vllm",

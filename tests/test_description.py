@@ -42,6 +42,15 @@ async def test_description_tells_roles_bodies_and_errors(server: Server) -> None
     assert "security" not in description["paths"]["/health"]["get"]
 
 
+async def test_every_operation_has_an_id_of_its_own(server: Server) -> None:
+    """Which generators of clients make names of."""
+    paths = (await server.get("/admin/openapi.json")).json()["paths"]
+    ids = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+
+    assert len(ids) == len(set(ids))
+    assert {"post_admin_leases", "post_admin_leases_by_id"} < set(ids)
+
+
 async def test_description_is_the_users(make_server: MakeServer) -> None:
     """Not everybody's."""
     server = await make_server(access=Access(user_keys=["user"]))

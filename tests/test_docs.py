@@ -56,6 +56,7 @@ def test_every_metric_is_described() -> None:
         is_ready=lambda: True,
         held=lambda: {"a": 0},
         budget=lambda: 0,
+        job_leases=lambda: {"a": 0},
         aliases=host.engines,
     )
     text = page("http-api.md")

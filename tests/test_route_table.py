@@ -66,7 +66,7 @@ NEVER = (
 
 def example(path: str) -> str:
     """A path that a pattern matches."""
-    for name in ("{alias:path}", "{response_id}", "{file:path}"):
+    for name in ("{alias:path}", "{response_id}", "{file:path}", "{id}"):
         path = path.replace(name, "llama")
     return path
 
@@ -76,7 +76,13 @@ async def ask(server: Server, method: str, path: str, caller: str) -> httpx.Resp
     return await server.call(method, path, headers=CALLERS[caller], **body)
 
 
-BY_THE_ROUTER = ("model_not_found", "adapter_not_found", "response_not_found", "wrong_task")
+BY_THE_ROUTER = (
+    "model_not_found",
+    "adapter_not_found",
+    "response_not_found",
+    "lease_not_found",
+    "wrong_task",
+)
 
 
 def refusal(response: httpx.Response) -> tuple[int, str] | None:

@@ -24,6 +24,7 @@ from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
+from vllm_hotswap.job_routes import leases_body
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import move_body, usage_body
 from vllm_hotswap.registry import Model
@@ -109,6 +110,7 @@ class Admin:
             },
             "memory": _memory(coordinator, self._host),
             "switches": {"total": coordinator.switches, "failed": coordinator.switches_failed},
+            "job_leases": leases_body(coordinator.jobs),
         }
 
     async def health(self, request: Request) -> Response:

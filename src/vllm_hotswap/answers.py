@@ -156,6 +156,32 @@ class PlanAnswer(TypedDict):
     memory: PlanMemory
 
 
+class JobLeaseAnswer(TypedDict):
+    """A model that is held for a job; `created` is in seconds since 1970."""
+
+    id: str
+    model: str
+    owner: str
+    note: str
+    created: int
+    expires_in_s: float
+    pending: bool
+
+
+class JobLeaseList(TypedDict):
+    """Every job lease that lives."""
+
+    leases: list[JobLeaseAnswer]
+
+
+class RevokedLease(TypedDict):
+    """A job lease that has been ended."""
+
+    id: str
+    model: str
+    revoked: bool
+
+
 class ModelStatus(TypedDict):
     """One model now."""
 
@@ -224,6 +250,7 @@ class StatusAnswer(TypedDict):
     host: HostStatus
     memory: MemoryStatus
     switches: SwitchCounts
+    job_leases: list[JobLeaseAnswer]
 
 
 class ReadyAnswer(TypedDict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import HotswapError, NotReady
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
+from vllm_hotswap.job_routes import JobRoutes
 from vllm_hotswap.limits import ClientGone
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
@@ -72,6 +74,7 @@ class HotswapApp:
                 for m in self.coordinator.registry
             },
             budget=lambda: self.coordinator.ladder.budget.device,
+            job_leases=lambda: Counter(lease.model for lease in self.coordinator.jobs.leases),
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)
@@ -81,7 +84,10 @@ class HotswapApp:
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
         self.feed = EventFeed(admin.snapshot)
         observer.add(self.feed)
-        own = own_routes(admin, moves, adapters, self._version, self._events, self._description)
+        jobs = JobRoutes(self.coordinator)
+        own = own_routes(
+            admin, moves, adapters, jobs, self._version, self._events, self._description
+        )
         self.routes = RouteTable([*own, *vllm_routes()])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -55,6 +55,8 @@ from vllm_hotswap.events import (
     SwitchStatus,
 )
 from vllm_hotswap.failpoints import async_failpoint
+from vllm_hotswap.job_leases import JobLease
+from vllm_hotswap.jobs import Jobs
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
 from vllm_hotswap.limits import Rate
 from vllm_hotswap.planner import Plan
@@ -110,6 +112,7 @@ class Coordinator:
         self.registry = Registry(host.engines, policies)
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
         self.recovery = Recovery(self, host, observer, recovery, clock)
+        self.jobs = Jobs(self, observer, self._settings.max_lease, clock)
         self.dispatcher: Dispatcher | None = None
         """Has requests wait and switches, in the mode `auto`."""
         if self._settings.mode == "auto":
@@ -542,8 +545,8 @@ class Coordinator:
         has decided on is waited for. A caller who leaves does not stop it.
 
         Raises:
-            UnknownModel, SwitchInProgress, SwitchRateLimited, DrainRefused, SwitchFailed,
-            EngineUnavailable.
+            UnknownModel, ModelLeased, SwitchInProgress, SwitchRateLimited, DrainRefused,
+            SwitchFailed, EngineUnavailable.
         """
         target = self.registry.resolve(alias)
         await self._until_ordered(target)
@@ -552,6 +555,7 @@ class Coordinator:
         if self._switch is None:
             if target is self._active:
                 return self._unswitched()
+            self.jobs.refuse_other(target.alias)
             if wait_s := self._rate.take():
                 raise SwitchRateLimited(
                     f"more than {self._settings.rate:g} switches per second "
@@ -592,6 +596,13 @@ class Coordinator:
         switch = self._begin(target, drain_timeout_s, "park")
         switch.automatic = True
         return switch
+
+    async def hold(self, alias: str, owner: str, ttl_s: float, note: str = "") -> JobLease:
+        """Hold a model for a job; see `Jobs.hold`."""
+        return await self.jobs.hold(self._usable(alias).alias, owner, ttl_s, note)
+
+    def leases_changed(self) -> None:
+        """Jobs hold another model than before, or until another time."""
 
     def _begin(self, target: Model, drain_timeout_s: float, policy: DrainPolicy) -> Switch:
         self._switch = switch = Switch(
@@ -911,6 +922,7 @@ class Coordinator:
         """Admit nothing more; end with an explicit error what still runs after `timeout_s`."""
         if self._ended is None:
             self._ended = "the server is shutting down"
+        self.jobs.close()
         await self.recovery.stop()
         if self._switch is not None and self._switch.task is not None:
             switching = self._switch.task

@@ -104,7 +104,8 @@ def _operation(route: Route, about: About, schemas: _Schemas) -> Json:
 
 
 def _operation_id(route: Route) -> str:
-    words = re.findall(r"\w+", _PARAMETER.sub("", route.path))
+    path = re.sub(rf"{_PARAMETER.pattern}$", r"by_\1", route.path)
+    words = re.findall(r"\w+", _PARAMETER.sub("", path))
     return "_".join([route.method.lower(), *words])
 
 

@@ -17,6 +17,8 @@
     ├── LoadFailed               503  the model could not be moved; repair it and try again
     ├── NoRoom                   409  the memory budget does not hold it; free or unpin a model
     ├── ModelInUse               409  the model is active, pinned or busy; it is said what to do
+    ├── ModelLeased              409  another model is held for a job; its lease is named
+    ├── UnknownLease             404  no job lease has that id
     ├── SwitchNotAllowed         403  the server was not started with switching open
     ├── Unauthorized             401  send a valid key
     ├── InvalidRequest           400  the body or a parameter is wrong
@@ -218,6 +220,35 @@ class ModelInUse(HotswapError):
 
     def __init__(self, alias: str, operation: str, why: str) -> None:
         super().__init__(f"{operation} of model {alias!r} is refused: {why}")
+
+
+class ModelLeased(HotswapError):
+    """A job holds another model, so this one cannot be switched to, or held."""
+
+    status = 409
+    type = "conflict_error"
+    code = "model_leased"
+
+    def __init__(
+        self, asked: str, held: str, owner: str, lease_id: str, expires_in_s: float
+    ) -> None:
+        super().__init__(
+            f"model {held!r} is held for a job of {owner!r} for another {expires_in_s:.0f} s, so "
+            f"{asked!r} cannot be made active; wait, or end that with "
+            f"DELETE /admin/leases/{lease_id}",
+            retry_after_s=max(1, round(expires_in_s + 0.5)),
+        )
+
+
+class UnknownLease(HotswapError):
+    status = 404
+    type = "invalid_request_error"
+    code = "lease_not_found"
+
+    def __init__(self, lease_id: str) -> None:
+        super().__init__(
+            f"there is no job lease {lease_id!r}, or not any more; GET /admin/leases lists them"
+        )
 
 
 class SwitchNotAllowed(HotswapError):

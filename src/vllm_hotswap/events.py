@@ -14,6 +14,7 @@ from vllm_hotswap.states import Residency, SwitchPhase
 
 PhaseStatus = Literal["started", "finished", "failed"]
 SwitchStatus = Literal["switched", "refused", "failed"]
+JobLeaseChange = Literal["granted", "renewed", "revoked", "expired"]
 RequestResult = Literal["served", "cut", "left"]
 
 
@@ -132,6 +133,18 @@ class RequestsResumed:
 
 
 @dataclass(frozen=True, slots=True)
+class JobLeaseChanged:
+    """A model is held for a job, or is no longer."""
+
+    epoch: int
+    lease: str
+    model: str
+    owner: str
+    change: JobLeaseChange
+    expires_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class OutputRefused:
     """An output of another model or epoch was not delivered, and its request was ended."""
 
@@ -194,6 +207,7 @@ Event = (
     | RequestEnded
     | RequestsParked
     | RequestsResumed
+    | JobLeaseChanged
     | OutputRefused
     | ClientEvicted
     | EngineDied

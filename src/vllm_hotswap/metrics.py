@@ -178,6 +178,7 @@ class SwitchMetrics:
         is_ready: Callable[[], bool],
         held: Callable[[], dict[str, int]],
         budget: Callable[[], int],
+        job_leases: Callable[[], Mapping[str, int]],
         aliases: Iterable[str],
     ) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
@@ -277,7 +278,14 @@ class SwitchMetrics:
             registry=self.registry,
         )
         budget_gauge.set_function(budget)
+        job_leases_gauge = Gauge(
+            "hotswap_job_leases",
+            "Job leases that hold the model.",
+            ["model"],
+            registry=self.registry,
+        )
         for alias in aliases:
+            job_leases_gauge.labels(alias).set_function(partial(_item, job_leases, alias))
             held_gauge.labels(alias).set_function(partial(_item, held, alias))
             active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
             parked_gauge.labels(alias).set_function(partial(_item, parked, alias))
@@ -308,5 +316,5 @@ def _is_equal(active: Callable[[], str | None], alias: str) -> float:
     return float(active() == alias)
 
 
-def _item(in_flight: Callable[[], dict[str, int]], alias: str) -> float:
-    return in_flight()[alias]
+def _item(counts: Callable[[], Mapping[str, int]], alias: str) -> float:
+    return counts()[alias]

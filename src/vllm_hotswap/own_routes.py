@@ -16,6 +16,8 @@ from vllm_hotswap.answers import (
     AdapterList,
     AddedAdapter,
     CancelAnswer,
+    JobLeaseAnswer,
+    JobLeaseList,
     ModelCard,
     ModelList,
     OperationAnswer,
@@ -23,6 +25,7 @@ from vllm_hotswap.answers import (
     PlanAnswer,
     ReadyAnswer,
     RemovedAdapter,
+    RevokedLease,
     StatusAnswer,
     SwitchAnswer,
     VersionAnswer,
@@ -35,6 +38,7 @@ from vllm_hotswap.errors import (
     InvalidRequest,
     LoadFailed,
     ModelInUse,
+    ModelLeased,
     NameTaken,
     NoRoom,
     NotReady,
@@ -42,8 +46,10 @@ from vllm_hotswap.errors import (
     SwitchInProgress,
     SwitchRateLimited,
     UnknownAdapter,
+    UnknownLease,
     UnknownModel,
 )
+from vllm_hotswap.job_routes import JobRoutes, LeaseOptions, RenewOptions
 from vllm_hotswap.operations import (
     NoOptions,
     Operations,
@@ -64,6 +70,7 @@ SWITCH = (
     InvalidRequest,
     UnknownModel,
     DrainRefused,
+    ModelLeased,
     SwitchInProgress,
     SwitchRateLimited,
     SwitchFailed,
@@ -83,6 +90,7 @@ def own_routes(
     admin: Admin,
     moves: Operations,
     adapters: AdapterRoutes,
+    jobs: JobRoutes,
     version: Handler,
     events: Handler,
     description: Handler,
@@ -116,8 +124,27 @@ def own_routes(
     yield Route("GET", "/admin/events", USER, events, about)
     about = About("This description", dict)
     yield Route("GET", "/admin/openapi.json", USER, description, about)
+    yield from _jobs(jobs)
     yield from _moves(moves)
     yield from _adapters(adapters)
+
+
+def _jobs(jobs: JobRoutes) -> Iterator[Route]:
+    about = About("Every job lease", JobLeaseList)
+    yield Route("GET", "/admin/leases", USER, jobs.show, about)
+    about = About(
+        "Hold a model for a job, once it is active",
+        JobLeaseAnswer,
+        LeaseOptions,
+        True,
+        errors=(*SWITCH, UnknownLease),
+    )
+    yield Route("POST", "/admin/leases", ADMIN, jobs.hold, about)
+    known = (InvalidRequest, UnknownLease)
+    about = About("Have a lease last longer", JobLeaseAnswer, RenewOptions, True, errors=known)
+    yield Route("POST", "/admin/leases/{id}", ADMIN, jobs.renew, about)
+    about = About("End a lease", RevokedLease, errors=(UnknownLease,))
+    yield Route("DELETE", "/admin/leases/{id}", ADMIN, jobs.revoke, about)
 
 
 def _moves(moves: Operations) -> Iterator[Route]:

@@ -14,6 +14,7 @@ from vllm_hotswap.events import (
     Event,
     HostDied,
     HostRestarted,
+    JobLeaseChanged,
     LoadProgress,
     OutputRefused,
     PhaseChanged,
@@ -70,6 +71,11 @@ LINES: Mapping[type[Event], tuple[int, str, tuple[str, ...]]] = {
     ClientEvicted: (logging.WARNING, "event=client_evicted model=%s", ("model",)),
     RequestsParked: (logging.INFO, "event=requests_parked model=%s count=%d", ("model", "count")),
     RequestsResumed: (logging.INFO, "event=requests_resumed model=%s count=%d", ("model", "count")),
+    JobLeaseChanged: (
+        logging.INFO,
+        "event=job_lease change=%s lease=%s model=%s owner=%r expires_in_s=%.0f",
+        ("change", "lease", "model", "owner", "expires_in_s"),
+    ),
     LoadProgress: (
         logging.INFO,
         "event=load model=%s stage=%s elapsed_s=%.2f",

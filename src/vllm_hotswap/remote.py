@@ -60,6 +60,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     pin = _command(commands, "pin", "keep a model from being moved down", _operate)
     pin.add_argument("--off", action="store_true", help="allow it to be moved down again")
     _command(commands, "plan", "what a switch to a model would do and cost", _plan)
+    lease = _command(commands, "lease", "hold a model for a job, once it is active", _lease)
+    lease.add_argument("--owner", required=True, help="whose job it is; everybody sees it")
+    lease.add_argument("--ttl", type=float, required=True, help="seconds that it is held")
+    lease.add_argument("--note", default="", help="what the job is")
+    leases = commands.add_parser("leases", help="which model is held for which jobs", **_about())
+    _options(leases, _leases)
+    release = commands.add_parser("release", help="end a job lease", **_about())
+    release.add_argument("id", help="of the lease")
+    _options(release, _release)
     _options(commands.add_parser("status", help="where every model is", **_about()), _status)
 
 
@@ -99,6 +108,20 @@ def _switch(args: argparse.Namespace, _: Sequence[str]) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     answer = call(args, "POST", "/v1/models/switch", {"model": args.alias, **given})
     return _print(args, answer, switch_text)
+
+
+def _lease(args: argparse.Namespace, _: Sequence[str]) -> int:
+    body = {"model": args.alias, "owner": args.owner, "ttl": args.ttl, "note": args.note}
+    return _print(args, call(args, "POST", "/admin/leases", body), lease_text)
+
+
+def _leases(args: argparse.Namespace, _: Sequence[str]) -> int:
+    return _print(args, call(args, "GET", "/admin/leases"), leases_text)
+
+
+def _release(args: argparse.Namespace, _: Sequence[str]) -> int:
+    answer = call(args, "DELETE", f"/admin/leases/{quote(args.id, safe='')}")
+    return _print(args, answer, lambda lease: f"{lease['model']}: {lease['id']} has ended")
 
 
 def _options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,6 +221,19 @@ def switch_text(answer: Mapping[str, Any]) -> str:
     counts = {word: answer[f"requests_{word}"] for word in ("cut", "parked", "lost")}
     requests = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     return f"{answer['current_model']}: {how}{f' (requests: {requests})' if requests else ''}"
+
+
+def lease_text(lease: Mapping[str, Any]) -> str:
+    state = "from when it is active, for" if lease["pending"] else "for another"
+    note = f" ({lease['note']})" if lease["note"] else ""
+    return (
+        f"{lease['model']}: held {state} {lease['expires_in_s']:.0f} s for {lease['owner']}{note}, "
+        f"lease {lease['id']}"
+    )
+
+
+def leases_text(answer: Mapping[str, Any]) -> str:
+    return "\n".join(map(lease_text, answer["leases"])) or "no model is held"
 
 
 def told(answer: Mapping[str, Any]) -> str:

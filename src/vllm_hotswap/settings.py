@@ -140,6 +140,11 @@ class SwitchingConfig:
             "is compared with that of its first load, before it is served"
         ),
     ] = True
+    max_lease: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(description="seconds that a job lease may last; it can be renewed"),
+    ] = 3600.0
     rate: Annotated[
         PerSecond,
         ABOVE_ZERO,

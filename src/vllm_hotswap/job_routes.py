@@ -1,0 +1,75 @@
+"""Routes that hold a model for a job."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from vllm_hotswap.answers import JobLeaseAnswer, JobLeaseList, RevokedLease
+from vllm_hotswap.coordinator import Coordinator
+from vllm_hotswap.job_leases import JobLease
+from vllm_hotswap.jobs import Jobs
+from vllm_hotswap.operations import Body, parse_body
+
+
+class LeaseOptions(Body):
+    """Body of `POST /admin/leases`."""
+
+    model: str = Field(min_length=1)
+    owner: str = Field(min_length=1, max_length=200)
+    ttl: float = Field(gt=0, lt=1e9)
+    """Seconds, from when the model is active."""
+    note: str = Field(default="", max_length=1000)
+
+
+class RenewOptions(Body):
+    """Body of `POST /admin/leases/{id}`."""
+
+    ttl: float = Field(gt=0, lt=1e9)
+    """Seconds from now."""
+
+
+class JobRoutes:
+    """Handlers of `/admin/leases`."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def show(self, request: Request) -> Response:
+        body: JobLeaseList = {"leases": leases_body(self._coordinator.jobs)}
+        return JSONResponse(body)
+
+    async def hold(self, request: Request) -> Response:
+        options = parse_body(LeaseOptions, await request.body())
+        lease = await self._coordinator.hold(
+            options.model, options.owner, options.ttl, options.note
+        )
+        return JSONResponse(lease_body(lease, self._coordinator.jobs))
+
+    async def renew(self, request: Request) -> Response:
+        options, jobs = parse_body(RenewOptions, await request.body()), self._coordinator.jobs
+        lease = jobs.renew(request.path_params["id"], options.ttl)
+        return JSONResponse(lease_body(lease, jobs))
+
+    async def revoke(self, request: Request) -> Response:
+        lease = self._coordinator.jobs.revoke(request.path_params["id"])
+        body: RevokedLease = {"id": lease.id, "model": lease.model, "revoked": True}
+        return JSONResponse(body)
+
+
+def leases_body(jobs: Jobs) -> list[JobLeaseAnswer]:
+    """Every job lease, as JSON."""
+    return [lease_body(lease, jobs) for lease in jobs.leases]
+
+
+def lease_body(lease: JobLease, jobs: Jobs) -> JobLeaseAnswer:
+    return {
+        "id": lease.id,
+        "model": lease.model,
+        "owner": lease.owner,
+        "note": lease.note,
+        "created": lease.created,
+        "expires_in_s": round(jobs.expires_in_s(lease), 3),
+        "pending": lease.is_pending,
+    }

@@ -1,0 +1,296 @@
+"""A model that is held for a job stays active until the job is done, or its time is over."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, strategies as st
+
+from tests.conftest import MakeServer, Play
+from tests.support import Server
+from vllm_hotswap.access import Access
+from vllm_hotswap.errors import HotswapError, ModelLeased, UnknownLease
+from vllm_hotswap.events import JobLeaseChanged
+from vllm_hotswap.job_leases import JobLease, JobLeases
+
+NOW_S = 100.0
+
+
+def held(*leases: JobLease) -> JobLeases:
+    """Leases whose models are active since `NOW_S`."""
+    table = JobLeases()
+    for lease in leases:
+        table.add(lease, NOW_S)
+        table.begin(lease.id, NOW_S)
+    return table
+
+
+# --- the table of leases ----------------------------------------------------------------------
+
+
+def test_nothing_is_held_without_a_lease() -> None:
+    """And every model may be asked for."""
+    table = JobLeases()
+
+    table.refuse_other("llama", NOW_S)
+    assert (None, None, math.inf, []) == (table.model, table.until_s, table.next_end_s, list(table))
+
+
+def test_several_jobs_may_hold_one_model() -> None:
+    """It is held until the last one ends."""
+    table = held(JobLease("a", "llama", "ann", 10.0), JobLease("b", "llama", "bob", 30.0))
+
+    assert ("llama", 130.0, 110.0) == (table.model, table.until_s, table.next_end_s)
+    assert ["a"] == [lease.id for lease in table.expire(110.0)]
+    assert ("llama", 130.0, 130.0) == (table.model, table.until_s, table.next_end_s)
+    assert ["b"] == [lease.id for lease in table.expire(200.0)]
+    assert table.model is None
+
+
+def test_other_model_is_refused_by_who_holds_for_longest() -> None:
+    """The message names the owner, what is left, and the route that ends it."""
+    table = held(JobLease("a", "llama", "ann", 10.0), JobLease("b", "llama", "bob", 30.0))
+
+    with pytest.raises(ModelLeased) as caught:
+        table.add(JobLease("c", "qwen", "cay", 5.0), NOW_S + 1)
+
+    assert caught.value.message == (
+        "model 'llama' is held for a job of 'bob' for another 29 s, so 'qwen' cannot be made "
+        "active; wait, or end that with DELETE /admin/leases/b"
+    )
+    assert (409, 30) == (caught.value.status, caught.value.retry_after_s)
+    assert 2 == len(table)
+
+
+def test_lease_has_no_end_before_its_model_is_active() -> None:
+    """A load takes as long as it takes; the whole time of the lease is left then."""
+    table = JobLeases()
+    table.add(JobLease("a", "llama", "ann", 10.0), NOW_S)
+
+    assert [] == table.expire(NOW_S + 1000)
+    assert 20.0 == table.renew("a", 20.0, NOW_S + 1000).expires_in_s(NOW_S + 1000)
+    assert NOW_S + 1020 == table.begin("a", NOW_S + 1000).end_s
+
+
+@pytest.mark.parametrize("call", ["renew", "remove", "find"])
+def test_lease_that_does_not_live_is_not_known(call: str) -> None:
+    """Whether it has ended or never was."""
+    arguments: tuple[Any, ...] = (1.0, NOW_S) if call == "renew" else ()
+
+    with pytest.raises(UnknownLease, match="'gone'"):
+        getattr(JobLeases(), call)("gone", *arguments)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "begin", "renew", "remove", "expire"]),
+        st.sampled_from(["a", "b", "c"]),
+        st.sampled_from(["llama", "qwen"]),
+        st.floats(0.1, 50.0),
+    ),
+    max_size=30,
+)
+
+
+@given(STEPS)
+def test_leases_that_live_are_for_one_model(steps: list[tuple[str, str, str, float]]) -> None:
+    """Whatever happens in whatever order; and none outlives its time."""
+    table, now_s = JobLeases(), NOW_S
+    for step, lease_id, model, ttl_s in steps:
+        now_s += 1.0
+        try:
+            match step:
+                case "add":
+                    table.add(JobLease(lease_id, model, "ann", ttl_s), now_s)
+                case "begin":
+                    table.begin(lease_id, now_s)
+                case "renew":
+                    table.renew(lease_id, ttl_s, now_s)
+                case "remove":
+                    table.remove(lease_id)
+        except HotswapError:
+            pass
+        table.expire(now_s)
+
+        assert len({lease.model for lease in table}) <= 1
+        assert all(lease.end_s > now_s for lease in table)
+
+
+# --- on a server ------------------------------------------------------------------------------
+
+
+async def hold(server: Server, model: str, ttl: float = 60.0, **more: Any) -> httpx.Response:
+    body = {"model": model, "owner": "ann", "ttl": ttl, **more}
+    return await server.post("/admin/leases", json=body)
+
+
+async def test_lease_is_answered_when_its_model_is_active(server: Server) -> None:
+    """With its id, and how long it lasts; everybody can see it."""
+    answer = (await hold(server, "qwen", note="nightly")).json()
+
+    assert "qwen" == server.coordinator.active
+    assert {"model": "qwen", "owner": "ann", "note": "nightly", "pending": False}.items() <= (
+        answer.items()
+    )
+    assert 59 < answer["expires_in_s"] <= 60
+    listed = (await server.get("/admin/leases")).json()["leases"]
+    status = (await server.get("/admin/status")).json()["job_leases"]
+    assert [answer["id"]] == [lease["id"] for lease in listed] == [lease["id"] for lease in status]
+    assert 'hotswap_job_leases{model="qwen"} 1.0' in (await server.get("/metrics")).text
+
+
+async def test_held_model_is_not_switched_away_from(server: Server) -> None:
+    """Until the lease is revoked; a switch to the held model itself is none."""
+    lease = (await hold(server, "llama")).json()
+
+    refused = await server.switch("qwen")
+    assert (409, "model_leased") == (refused.status_code, refused.json()["error"]["code"])
+    assert f"DELETE /admin/leases/{lease['id']}" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) in range(59, 62)
+    assert not (await server.switch("llama")).json()["switched"]
+
+    revoked = await server.call("DELETE", f"/admin/leases/{lease['id']}")
+    assert {"id": lease["id"], "model": "llama", "revoked": True} == revoked.json()
+    assert (await server.switch("qwen")).json()["switched"]
+
+
+async def test_lease_for_another_model_is_refused_while_one_lives(server: Server) -> None:
+    """Several for the same model are fine."""
+    await hold(server, "llama")
+
+    assert 409 == (await hold(server, "qwen")).status_code
+    assert 200 == (await hold(server, "llama")).status_code
+    assert ["llama", "llama"] == [lease.model for lease in server.coordinator.jobs.leases]
+
+
+async def test_lease_whose_model_cannot_be_made_active_is_none(server: Server) -> None:
+    """Its caller is told why, and nothing is held."""
+    server.host.fail_next("activate", "qwen")
+
+    answer = await hold(server, "qwen")
+
+    assert (503, "switch_failed") == (answer.status_code, answer.json()["error"]["code"])
+    assert [] == server.coordinator.jobs.leases
+    assert 200 == (await server.switch("qwen")).status_code
+
+
+async def test_model_is_held_from_the_moment_in_which_it_is_asked_for(server: Server) -> None:
+    """Nobody gets in between the end of the switch and the answer."""
+    server.host.hold("activate", "qwen")
+    asked = asyncio.create_task(hold(server, "qwen"))
+    await server.settled()
+
+    assert [(True, 60.0)] == [
+        (lease["pending"], lease["expires_in_s"])
+        for lease in (await server.get("/admin/leases")).json()["leases"]
+    ]
+    assert 409 == (await hold(server, "mistral")).status_code
+    server.host.release("activate", "qwen")
+    assert not (await asked).json()["pending"]
+
+
+async def test_lease_that_is_revoked_before_its_model_is_active_is_over(server: Server) -> None:
+    """Whoever asked for it learns that; the switch goes on."""
+    server.host.hold("activate", "qwen")
+    asked = asyncio.create_task(hold(server, "qwen"))
+    await server.settled()
+    (lease,) = server.coordinator.jobs.leases
+
+    await server.call("DELETE", f"/admin/leases/{lease.id}")
+    server.host.release("activate", "qwen")
+
+    assert "lease_not_found" == (await asked).json()["error"]["code"]
+    assert "qwen" == server.coordinator.active
+    assert (await server.switch("llama")).json()["switched"]
+
+
+def test_lease_expires(play: Play) -> None:
+    """By itself, unless it is renewed; every change is an event."""
+
+    async def story(server: Server) -> None:
+        lease = (await hold(server, "llama", ttl=60)).json()
+        await asyncio.sleep(50)
+        renewed = await server.post(f"/admin/leases/{lease['id']}", json={"ttl": 30})
+        assert 30 == renewed.json()["expires_in_s"]
+        await asyncio.sleep(29)
+        assert 409 == (await server.switch("qwen")).status_code
+
+        await asyncio.sleep(2)
+        assert 200 == (await server.switch("qwen")).status_code
+        gone = await server.post(f"/admin/leases/{lease['id']}", json={"ttl": 30})
+        assert (404, "lease_not_found") == (gone.status_code, gone.json()["error"]["code"])
+        changes = server.events.of(JobLeaseChanged)
+        assert [("granted", 60.0), ("renewed", 30.0), ("expired", 0.0)] == [
+            (change.change, change.expires_in_s) for change in changes
+        ]
+
+    play(story)
+
+
+def test_lease_outlives_the_engine_host(play: Play) -> None:
+    """Its model is brought back, and held."""
+
+    async def story(server: Server) -> None:
+        await hold(server, "qwen")
+
+        server.host.kill()
+        await asyncio.sleep(5)
+
+        assert "qwen" == server.coordinator.active
+        assert 409 == (await server.switch("llama")).status_code
+
+    play(story)
+
+
+def test_lease_may_not_last_longer_than_the_setting_says(play: Play) -> None:
+    """Neither at first nor when it is renewed."""
+
+    async def story(server: Server) -> None:
+        refused = await hold(server, "llama", ttl=11)
+        assert (400, "ttl") == (refused.status_code, refused.json()["error"]["param"])
+        assert "10 s at most (switching.max_lease)" in refused.json()["error"]["message"]
+
+        lease = (await hold(server, "llama", ttl=10)).json()
+        longer = await server.post(f"/admin/leases/{lease['id']}", json={"ttl": 11})
+        assert 400 == longer.status_code
+
+    play(story, max_lease=10.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"owner": "ann", "ttl": 1}, "model"),
+        ({"model": "llama", "ttl": 1}, "owner"),
+        ({"model": "llama", "owner": "", "ttl": 1}, "owner"),
+        ({"model": "llama", "owner": "ann"}, "ttl"),
+        ({"model": "llama", "owner": "ann", "ttl": 0}, "ttl"),
+        ({"model": "llama", "owner": "ann", "ttl": 1, "for": "x"}, "for"),
+    ],
+)
+async def test_lease_that_is_asked_for_wrongly_is_refused(
+    server: Server, body: dict[str, object], param: str
+) -> None:
+    """400 names the field; nothing is held."""
+    answer = await server.post("/admin/leases", json=body)
+
+    assert (400, param) == (answer.status_code, answer.json()["error"]["param"])
+    assert [] == server.coordinator.jobs.leases
+
+
+async def test_unknown_model_cannot_be_held(server: Server) -> None:
+    """404, as with a switch."""
+    assert "model_not_found" == (await hold(server, "gpt")).json()["error"]["code"]
+
+
+async def test_users_see_leases_and_admins_make_them(make_server: MakeServer) -> None:
+    """A user's key reads; it neither holds nor ends."""
+    server = await make_server(access=Access(user_keys=("user",), admin_keys=("admin",)))
+    user = {"authorization": "Bearer user"}
+
+    assert 200 == (await server.get("/admin/leases", headers=user)).status_code
+    assert 403 == (await server.call("DELETE", "/admin/leases/x", headers=user)).status_code
