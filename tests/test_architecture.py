@@ -26,6 +26,7 @@ LAYERS = [
         "model_field",
         "model_routes",
         "references",
+        "prediction",
         "sampling",
         "security",
         "paths",
@@ -70,7 +71,7 @@ LAYERS = [
         "feed",
         "routes",
     },
-    {"dispatch", "description", "host.process", "host.fake"},
+    {"dispatch", "foresight", "description", "host.process", "host.fake"},
     {
         "coordinator",
         "compat.cpu_worker",

@@ -123,7 +123,7 @@ async def test_unload_gives_everything_back_but_the_frontend(host: FakeHost) -> 
 @pytest.mark.parametrize(("limit", "read"), [(3, 3), (100, 10)])
 async def test_prefetch_reads_as_far_as_it_may(host: FakeHost, limit: int, read: int) -> None:
     """At most the limit, at most the weights."""
-    assert read == await host.engines["qwen"].prefetch(limit)
+    assert read == await host.engines["qwen"].prefetch(limit, lambda _: None)
 
 
 @pytest.mark.parametrize(

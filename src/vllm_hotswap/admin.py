@@ -26,7 +26,7 @@ from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
 from vllm_hotswap.job_routes import leases_body
 from vllm_hotswap.ladder import up_cost_s
-from vllm_hotswap.operations import move_body, usage_body
+from vllm_hotswap.operations import move_body, predictions_body, usage_body
 from vllm_hotswap.registry import Model
 from vllm_hotswap.settings import DrainPolicy
 from vllm_hotswap.states import Residency, ServerState
@@ -111,6 +111,7 @@ class Admin:
             "memory": _memory(coordinator, self._host),
             "switches": {"total": coordinator.switches, "failed": coordinator.switches_failed},
             "job_leases": leases_body(coordinator.jobs),
+            "predictions": predictions_body(coordinator.foresight),
         }
 
     async def health(self, request: Request) -> Response:
@@ -255,7 +256,10 @@ def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
     budget, used, base = coordinator.ladder.budget, coordinator.ladder.used, host.base_bytes
     return {
         "device": {"budget": budget.device + base, "used": used.device + base, "base": base},
-        "host": {"budget": budget.host, "used": used.host},
+        "host": {
+            "budget": budget.host,
+            "used": used.host + coordinator.ladder.prefetched_bytes,
+        },
     }
 
 

@@ -182,6 +182,32 @@ class RevokedLease(TypedDict):
     revoked: bool
 
 
+class NextAnswer(TypedDict):
+    """What was done for a model that was announced; `limit_bytes` is what is read at most."""
+
+    model: str
+    residency: str
+    prefetch: str
+    limit_bytes: int
+
+
+class PredictedModel(TypedDict):
+    """What is expected to follow the active model."""
+
+    model: str
+    probability: float
+
+
+class PredictionStatus(TypedDict):
+    """What predictions and announcements were good for, since the start."""
+
+    next: PredictedModel | None
+    hits: int
+    misses: int
+    used_bytes: int
+    wasted_bytes: int
+
+
 class ModelStatus(TypedDict):
     """One model now."""
 
@@ -251,6 +277,7 @@ class StatusAnswer(TypedDict):
     memory: MemoryStatus
     switches: SwitchCounts
     job_leases: list[JobLeaseAnswer]
+    predictions: PredictionStatus
 
 
 class ReadyAnswer(TypedDict):

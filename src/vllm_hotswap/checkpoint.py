@@ -10,7 +10,7 @@ import asyncio
 import json
 import operator
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,12 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
     return entries
 
 
-async def read_ahead(files: Iterable[Path], limit_bytes: int) -> int:
+async def read_ahead(
+    files: Iterable[Path], limit_bytes: int, tell: Callable[[int], None] = lambda _: None
+) -> int:
     """Read files into the page cache, on a thread; stops when it is cancelled.
+
+    `tell` is called there, with the bytes read so far.
 
     Returns:
         The bytes read, at most `limit_bytes` rounded up to a chunk.
@@ -124,12 +128,14 @@ async def read_ahead(files: Iterable[Path], limit_bytes: int) -> int:
     """
     stop = threading.Event()
     try:
-        return await asyncio.to_thread(_read, list(files), limit_bytes, stop)
+        return await asyncio.to_thread(_read, list(files), limit_bytes, stop, tell)
     finally:
         stop.set()
 
 
-def _read(files: Iterable[Path], limit_bytes: int, stop: threading.Event) -> int:
+def _read(
+    files: Iterable[Path], limit_bytes: int, stop: threading.Event, tell: Callable[[int], None]
+) -> int:
     buffer = bytearray(CHUNK_BYTES)
     done = 0
     for file in files:
@@ -137,6 +143,7 @@ def _read(files: Iterable[Path], limit_bytes: int, stop: threading.Event) -> int
             with file.open("rb", buffering=0) as content:
                 while not stop.is_set() and done < limit_bytes and (n := content.readinto(buffer)):
                     done += n
+                    tell(done)
         except OSError as error:
             raise _unreadable(file, error) from error
     return done

@@ -55,6 +55,7 @@ from vllm_hotswap.events import (
     SwitchStatus,
 )
 from vllm_hotswap.failpoints import async_failpoint
+from vllm_hotswap.foresight import Announcement, Foresight
 from vllm_hotswap.job_leases import JobLease
 from vllm_hotswap.jobs import Jobs
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
@@ -112,6 +113,9 @@ class Coordinator:
         self.registry = Registry(host.engines, policies)
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
         self.recovery = Recovery(self, host, observer, recovery, clock)
+        self.foresight = Foresight(
+            self.registry, self.ladder, observer, lambda: self._epoch, self._settings.predict
+        )
         self.jobs = Jobs(self, observer, self._settings.max_lease, clock)
         self.dispatcher: Dispatcher | None = None
         """Has requests wait and switches, in the mode `auto`."""
@@ -248,6 +252,7 @@ class Coordinator:
         for model in (first, *others):
             _refuse_failed_adapters(model)
         self._is_started = True
+        self.foresight.switched(first)
         self._is_activated(first)
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
@@ -292,6 +297,10 @@ class Coordinator:
 
     def cancel_prefetch(self, alias: str) -> None:
         self.ladder.cancel_prefetch(self._usable(alias))
+
+    def announce(self, alias: str) -> Announcement:
+        """Somebody says that a model is next."""
+        return self.foresight.announce(self._usable(alias))
 
     def pin(self, alias: str, pinned: bool) -> None:
         self.ladder.pin(self._usable(alias), pinned)
@@ -608,6 +617,7 @@ class Coordinator:
         self._switch = switch = Switch(
             _operation_id(), self._active, target, drain_timeout_s, self._clock(), policy
         )
+        self.foresight.switch_begins(target)
         # In a context of its own: what it asks of engines is no part of whichever request began it.
         switch.task = asyncio.create_task(
             self._run_switch(switch), name=f"switch-{target.alias}", context=Context()
@@ -755,6 +765,7 @@ class Coordinator:
         self._last_switch_s = duration_s
         source = switch.source.alias if switch.source else None
         self._notify_ended(switch, duration_s, None)
+        self.foresight.switched(switch.target)
         if self.dispatcher is not None:
             self.dispatcher.switched(switch, duration_s - switch.drain_s)
         self._is_activated(switch.target)

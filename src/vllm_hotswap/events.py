@@ -145,6 +145,26 @@ class JobLeaseChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionSettled:
+    """Another model has become active than before, and one had been predicted."""
+
+    epoch: int
+    predicted: str
+    model: str
+    hit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchSettled:
+    """Files that were read ahead for an announcement or a prediction were of use, or were not."""
+
+    epoch: int
+    model: str
+    prefetched_bytes: int
+    used: bool
+
+
+@dataclass(frozen=True, slots=True)
 class OutputRefused:
     """An output of another model or epoch was not delivered, and its request was ended."""
 
@@ -208,6 +228,8 @@ Event = (
     | RequestsParked
     | RequestsResumed
     | JobLeaseChanged
+    | PredictionSettled
+    | PrefetchSettled
     | OutputRefused
     | ClientEvicted
     | EngineDied

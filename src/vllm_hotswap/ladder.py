@@ -28,7 +28,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
 from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
-from vllm_hotswap.registry import Model, Registry
+from vllm_hotswap.registry import Model, Prefetch, Registry
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import DOWN, Residency, Step, is_below
 
@@ -213,24 +213,39 @@ class Ladder:
         done = 0
         if residency in (Residency.COLD, Residency.DISCARDED):
             reading = self.begin_prefetch(model)
-            await asyncio.wait([reading])  # and let it go on if whoever waits has left
-            done = 0 if reading.cancelled() else reading.result()
+            await asyncio.wait([reading.task])  # and let it go on if whoever waits has left
+            done = 0 if reading.task.cancelled() else reading.task.result()
         return OperationResult(
             "prefetch", model.alias, residency, model.residency, self._clock() - started_s, (), done
         )
 
-    def begin_prefetch(self, model: Model) -> asyncio.Task[int]:
+    def begin_prefetch(self, model: Model) -> Prefetch:
         """Begin to read a model's files, or go on with it."""
-        if model.prefetch is None or model.prefetch.done():
-            limit = max(0, self.budget.host - self.used.host)
-            model.prefetch = asyncio.create_task(model.engine.prefetch(limit))
+        if model.prefetch is None or not model.prefetch.is_under_way:
+            limit_bytes = self.spare_host_bytes(model)
+            if weights_bytes := model.engine.memory.weights_bytes:  # 0 where it is not known
+                limit_bytes = min(limit_bytes, weights_bytes)
+            model.prefetch = prefetch = Prefetch(limit_bytes)
+            reading = model.engine.prefetch(limit_bytes, prefetch.tell)
+            prefetch.task = asyncio.create_task(reading)
             # Nobody may be waiting: a file that cannot be read is the load's to report.
-            model.prefetch.add_done_callback(lambda task: task.cancelled() or task.exception())
+            prefetch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return model.prefetch
 
+    def spare_host_bytes(self, model: Model) -> int:
+        """Host memory for files of a model, beside weights asleep and files of other models."""
+        others = self.prefetched_bytes - (model.prefetch.held_bytes if model.prefetch else 0)
+        return max(0, self.budget.host - self.used.host - others)
+
+    @property
+    def prefetched_bytes(self) -> int:
+        """Host memory for files that were read ahead, and not yet needed."""
+        return sum(model.prefetch.held_bytes for model in self._registry if model.prefetch)
+
     def cancel_prefetch(self, model: Model) -> None:
+        """Stop the reading, and give back its place in the host budget."""
         if model.prefetch is not None:
-            model.prefetch.cancel()
+            model.prefetch.task.cancel()
             model.prefetch = None
 
     def pin(self, model: Model, pinned: bool) -> None:
@@ -401,6 +416,8 @@ class Ladder:
 
     def step(self, model: Model, step: Step) -> None:
         before = model.step(step)
+        if step in (Step.LOAD, Step.WAKE):
+            self.cancel_prefetch(model)  # the engine has its weights, or reads on
         if step in (Step.LOADED, Step.WAKE, Step.PARK):
             model.last_used_s = self._clock()  # it was used until now, or will be used soon
         self._observer.notify(ResidencyChanged(self._epoch(), model.alias, before, model.residency))

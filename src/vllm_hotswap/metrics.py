@@ -26,6 +26,8 @@ from vllm_hotswap.events import (
     HostRestarted,
     OutputRefused,
     PhaseChanged,
+    PredictionSettled,
+    PrefetchSettled,
     RequestEnded,
     ResidencyChanged,
     SwitchEnded,
@@ -260,6 +262,18 @@ class SwitchMetrics:
         self._restarts = Counter(
             "hotswap_host_restarts", "Restarts of the engine host.", registry=self.registry
         )
+        self._predictions = Counter(
+            "hotswap_predictions",
+            "Predictions of the next model, by whether it was.",
+            ["result"],
+            registry=self.registry,
+        )
+        self._prefetched = Counter(
+            "hotswap_prefetched_bytes",
+            "Bytes read ahead for predictions and announcements, by whether they were of use.",
+            ["result"],
+            registry=self.registry,
+        )
         self._moves = Counter(
             "hotswap_moves",
             "Changes of residency.",
@@ -306,10 +320,19 @@ class SwitchMetrics:
                 self._host_deaths.inc()
             case HostRestarted():
                 self._restarts.inc()
+            case PredictionSettled() | PrefetchSettled():
+                self._count_foresight(event)
             case ResidencyChanged(model=model, before=before, after=after):
                 self._moves.labels(model, after.value).inc()
                 if (before.value, after.value) == ("loading", "parked"):
                     self._loads.labels(model).inc()
+
+    def _count_foresight(self, event: PredictionSettled | PrefetchSettled) -> None:
+        if isinstance(event, PredictionSettled):
+            self._predictions.labels("hit" if event.hit else "miss").inc()
+        else:
+            result = "used" if event.used else "wasted"
+            self._prefetched.labels(result).inc(event.prefetched_bytes)
 
 
 def _is_equal(active: Callable[[], str | None], alias: str) -> float:

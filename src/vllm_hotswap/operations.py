@@ -11,13 +11,16 @@ from starlette.responses import JSONResponse, Response
 from vllm_hotswap.answers import (
     CancelAnswer,
     MoveAnswer,
+    NextAnswer,
     OperationAnswer,
     PinAnswer,
     PlanAnswer,
+    PredictionStatus,
     UsageAnswer,
 )
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.foresight import Foresight
 from vllm_hotswap.ladder import OperationResult
 from vllm_hotswap.planner import Move, Plan, Usage
 
@@ -50,6 +53,12 @@ class PrefetchOptions(Body):
     cancel: bool = False
 
 
+class NextOptions(Body):
+    """Body of `POST /admin/next`."""
+
+    model: str = Field(min_length=1)
+
+
 class PlanQuery(BaseModel):
     """Query of `/admin/plan`."""
 
@@ -60,7 +69,7 @@ Options = TypeVar("Options", bound=Body)
 
 
 class Operations:
-    """Handlers of `/admin/models/{alias}/{operation}` and `/admin/plan`."""
+    """Handlers of `/admin/models/{alias}/{operation}`, `/admin/plan` and `/admin/next`."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -71,6 +80,17 @@ class Operations:
         except ValidationError:
             raise InvalidRequest("name a model: /admin/plan?model=alias", "model") from None
         return JSONResponse(plan_body(self._coordinator.plan(alias), self._coordinator.active))
+
+    async def announce(self, request: Request) -> Response:
+        options = parse_body(NextOptions, await request.body())
+        announced = self._coordinator.announce(options.model)
+        body: NextAnswer = {
+            "model": announced.model.alias,
+            "residency": announced.model.residency.value,
+            "prefetch": announced.prefetch,
+            "limit_bytes": announced.limit_bytes,
+        }
+        return JSONResponse(body)
 
     async def load(self, request: Request) -> Response:
         alias, _ = await self._read(request, NoOptions)
@@ -142,6 +162,20 @@ def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
             "peak": usage_body(plan.used_peak),
             "after": usage_body(plan.used_after),
         },
+    }
+
+
+def predictions_body(foresight: Foresight) -> PredictionStatus:
+    """What predictions were good for, as JSON."""
+    predicted, tally = foresight.predicted, foresight.tally
+    return {
+        "next": None
+        if predicted is None
+        else {"model": predicted.alias, "probability": round(predicted.probability, 3)},
+        "hits": tally.hits,
+        "misses": tally.misses,
+        "used_bytes": tally.used_bytes,
+        "wasted_bytes": tally.wasted_bytes,
     }
 
 

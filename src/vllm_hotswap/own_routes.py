@@ -20,6 +20,7 @@ from vllm_hotswap.answers import (
     JobLeaseList,
     ModelCard,
     ModelList,
+    NextAnswer,
     OperationAnswer,
     PinAnswer,
     PlanAnswer,
@@ -51,6 +52,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.job_routes import JobRoutes, LeaseOptions, RenewOptions
 from vllm_hotswap.operations import (
+    NextOptions,
     NoOptions,
     Operations,
     PinOptions,
@@ -120,6 +122,8 @@ def own_routes(
         errors=(*OF_MODEL, NoRoom),
     )
     yield Route("GET", "/admin/plan", USER, moves.plan, about)
+    about = About("Announce the next model", NextAnswer, NextOptions, True, errors=OF_MODEL)
+    yield Route("POST", "/admin/next", ADMIN, moves.announce, about)
     about = About("A snapshot, then every event as it happens", media_type="text/event-stream")
     yield Route("GET", "/admin/events", USER, events, about)
     about = About("This description", dict)

@@ -193,6 +193,30 @@ class ModelPolicy:
 
 
 @dataclass(eq=False, slots=True)
+class Prefetch:
+    """A cold model's files that are being read into memory, or have been."""
+
+    limit_bytes: int
+    """What may be read at most."""
+    read_bytes: int = 0
+    """What has been read so far."""
+    task: asyncio.Task[int] = field(init=False)
+
+    @property
+    def is_under_way(self) -> bool:
+        return not self.task.done()
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of the host budget."""
+        return self.limit_bytes if self.is_under_way else self.read_bytes
+
+    def tell(self, read_bytes: int) -> None:
+        """Take note of how far it has come; on whatever thread reads."""
+        self.read_bytes = read_bytes
+
+
+@dataclass(eq=False, slots=True)
 class Model:
     """One configured model. Its residency changes through `step` alone."""
 
@@ -213,8 +237,8 @@ class Model:
     """Whether it has generated what it should since it was loaded or woken."""
     up_s: dict[Residency, float] = field(default_factory=dict)
     """Measured seconds that it took to bring it up from there."""
-    prefetch: asyncio.Task[int] | None = None
-    """Reads its files, if somebody has asked for that."""
+    prefetch: Prefetch | None = None
+    """Of its files, until it is loaded, woken, or somebody does not want it any more."""
 
     def __repr__(self) -> str:
         return f"<Model {self.alias} {self.residency.value} in_flight={len(self.leases)}>"

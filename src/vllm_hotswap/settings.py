@@ -140,6 +140,14 @@ class SwitchingConfig:
             "is compared with that of its first load, before it is served"
         ),
     ] = True
+    predict: Annotated[
+        bool,
+        Wanted("true or false"),
+        Field(
+            description="whether the files of the model that is likely to be next are read ahead, "
+            "into what `memory.host` has to spare"
+        ),
+    ] = True
     max_lease: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,

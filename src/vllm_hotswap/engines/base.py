@@ -202,10 +202,11 @@ class Engine(Protocol):
     def remove_adapter(self, name: str) -> None:
         """Serve no further request with it; those that run with it go on."""
 
-    async def prefetch(self, limit_bytes: int) -> int:
+    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         """Read weight files, up to `limit_bytes`, so that a load finds them in memory.
 
-        Returns the bytes read. Cancelling it stops the reading.
+        `tell` is called with the bytes read so far, on any thread. Returns the bytes read.
+        Cancelling it stops the reading.
         """
 
 

@@ -233,10 +233,13 @@ class FakeEngine:
     def remove_adapter(self, name: str) -> None:
         del self.adapters[name]
 
-    async def prefetch(self, limit_bytes: int) -> int:
+    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
+        size = min(limit_bytes, self.settings.weights_bytes)
+        tell(size // 2)  # while it is held
         await self.host.operate("prefetch", self.alias, 0)
-        self.prefetched = min(limit_bytes, self.settings.weights_bytes)
-        return self.prefetched
+        tell(size)
+        self.prefetched = size
+        return size
 
     def _leave_memory(self, level: int | None) -> None:
         if self.is_stepped:

@@ -291,12 +291,12 @@ class VllmEngine:
     async def unload(self) -> None:
         await self._link.call(lambda number: Unload(number, self.alias))
 
-    async def prefetch(self, limit_bytes: int) -> int:
+    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         revision = self._launch.vllm_config.model_config.revision
         folder = hub.local_folder(self._launch.model, revision)
         if folder is None or not folder.is_dir():
             return 0
-        return await read_ahead(weight_files(folder), limit_bytes)
+        return await read_ahead(weight_files(folder), limit_bytes, tell)
 
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]

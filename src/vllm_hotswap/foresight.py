@@ -1,0 +1,160 @@
+"""Reading the files of the model that is next, announced or predicted, before it is asked for.
+
+Nothing is given up for it: it takes host memory that the budget has to spare, reads for one
+prediction at a time, and stops when a switch goes elsewhere. What it was good for is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_hotswap.events import Observer, PredictionSettled, PrefetchSettled
+from vllm_hotswap.ladder import Ladder
+from vllm_hotswap.prediction import Prediction, Successions
+from vllm_hotswap.registry import Model, Prefetch, Registry
+from vllm_hotswap.states import Residency
+
+Begun = Literal["begun", "under_way", "done", "not_needed", "no_room"]
+"""What became of a wish to read a model's files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What was done for a model that was announced."""
+
+    model: Model
+    prefetch: Begun
+    limit_bytes: int
+    """What is read at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A model's files that are read because it may be next."""
+
+    model: Model
+    prefetch: Prefetch | None
+    """None: they need not be read, or there is no room."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What predictions and announcements were good for so far."""
+
+    hits: int = 0
+    misses: int = 0
+    used_bytes: int = 0
+    wasted_bytes: int = 0
+
+
+class Foresight:
+    """One announcement and one prediction at a time.
+
+    The mutable state is `_successions`, `_announced`, `_predicted`, `_reading` (what is read for
+    the prediction) and `tally`.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        ladder: Ladder,
+        observer: Observer,
+        epoch: Callable[[], int],
+        predicts: bool,
+    ) -> None:
+        self._registry = registry
+        self._ladder = ladder
+        self._observer = observer
+        self._epoch = epoch
+        self._predicts = predicts
+        self._successions = Successions()
+        self._announced: Reading | None = None
+        self._predicted: Prediction | None = None
+        self._reading: Reading | None = None
+        self.tally = Tally()
+
+    def __repr__(self) -> str:
+        return f"<Foresight predicted={self._predicted} {self.tally}>"
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What is expected to follow the active model."""
+        return self._predicted
+
+    def announce(self, model: Model) -> Announcement:
+        """Somebody says that a model is next: it has precedence over what was predicted."""
+        if self._reading is not None and self._reading.model is not model:
+            self._settle(self._reading, is_used=False)
+        self._reading = None
+        if self._announced is not None and self._announced.model is not model:
+            self._settle(self._announced, is_used=False)
+        begun, prefetch = self._begin(model)
+        self._announced = Reading(model, prefetch)
+        return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0)
+
+    def switch_begins(self, target: Model) -> None:
+        """Whatever is read for another model would only be in the way."""
+        reading = self._reading
+        if reading is not None and reading.model is not target:
+            self._cancel(reading)
+
+    def switched(self, target: Model) -> None:
+        """A model is active: see who was right, and look ahead."""
+        if self._announced is not None and self._announced.model is target:
+            self._settle(self._announced, is_used=True)
+            self._announced = None
+        if target.alias != self._successions.current:  # it was not just brought back
+            self._judge(target)
+            self._successions.observe(target.alias)
+            self._look_ahead()
+
+    def _judge(self, target: Model) -> None:
+        predicted, self._predicted = self._predicted, None
+        if predicted is None:
+            return
+        is_hit = predicted.alias == target.alias
+        if is_hit:
+            self.tally.hits += 1
+        else:
+            self.tally.misses += 1
+        event = PredictionSettled(self._epoch(), predicted.alias, target.alias, is_hit)
+        self._observer.notify(event)
+        if self._reading is not None:
+            self._settle(self._reading, is_hit)
+            self._reading = None
+
+    def _look_ahead(self) -> None:
+        self._predicted = self._successions.predict() if self._predicts else None
+        if self._predicted is not None:
+            model = self._registry.model(self._predicted.alias)
+            begun, prefetch = self._begin(model)
+            self._reading = Reading(model, prefetch) if begun == "begun" else None
+
+    def _begin(self, model: Model) -> tuple[Begun, Prefetch | None]:
+        if model.residency not in (Residency.COLD, Residency.DISCARDED):
+            return "not_needed", None
+        if (known := model.prefetch) is not None and (known.is_under_way or known.read_bytes):
+            return "under_way" if known.is_under_way else "done", known
+        if not self._ladder.spare_host_bytes(model):
+            return "no_room", None
+        return "begun", self._ladder.begin_prefetch(model)
+
+    def _settle(self, reading: Reading, is_used: bool) -> None:
+        """Count what was read; what is of no use gives its place in the budget back."""
+        if reading.prefetch is None:
+            return
+        read_bytes = reading.prefetch.read_bytes
+        if is_used:
+            self.tally.used_bytes += read_bytes
+        else:
+            self.tally.wasted_bytes += read_bytes
+            self._cancel(reading)
+        self._observer.notify(
+            PrefetchSettled(self._epoch(), reading.model.alias, read_bytes, is_used)
+        )
+
+    def _cancel(self, reading: Reading) -> None:
+        if reading.prefetch is not None and reading.model.prefetch is reading.prefetch:
+            self._ladder.cancel_prefetch(reading.model)
