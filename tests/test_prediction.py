@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -58,6 +59,67 @@ def test_prediction_is_another_model_and_likely(sequence: list[str]) -> None:
     if prediction is not None:
         assert LIKELY <= prediction.probability < 1
         assert (sequence[-1], prediction.alias) in pairwise(sequence)
+
+
+# --- what it is good for ----------------------------------------------------------------------
+
+MODELS = "abcde"
+COUNT = 10_000
+
+
+def draw() -> random.Random:
+    return random.Random(7)  # noqa: S311  # repeatable, no secret
+
+
+def in_order(at_random: float = 0.0, changes_every: int = COUNT) -> Iterator[str]:
+    """Models in a fixed order, some of them at random; now and then it is another order."""
+    number, order, chance = 0, list(MODELS), draw()
+    for turn in range(COUNT):
+        if turn % changes_every == changes_every - 1:
+            chance.shuffle(order)
+        is_random = chance.random() < at_random
+        number = chance.randrange(len(MODELS)) if is_random else (number + 1) % len(MODELS)
+        yield order[number]
+
+
+def by_chance(*weights: float) -> list[str]:
+    return draw().choices(MODELS[: len(weights)], weights, k=COUNT)
+
+
+def worth(sequence: Iterable[str]) -> tuple[float, float]:
+    """The share of switches with a prediction, and the share of those that were right."""
+    seen, switches, hits, misses = Successions(), 0, 0, 0
+    for alias in sequence:
+        prediction = None if alias == seen.current else seen.predict()
+        switches += alias != seen.current
+        hits += prediction is not None and prediction.alias == alias
+        misses += prediction is not None and prediction.alias != alias
+        seen.observe(alias)
+    return (hits + misses) / switches, hits / max(1, hits + misses)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "predicted", "right"),
+    [
+        (["a", "b"] * (COUNT // 2), 1.00, 1.00),
+        (in_order(), 1.00, 1.00),
+        (in_order(at_random=0.1), 0.98, 0.94),
+        (in_order(at_random=0.3), 0.75, 0.81),
+        (in_order(changes_every=50), 0.64, 0.83),
+    ],
+    ids=["two", "order", "some chance", "more chance", "changes"],
+)
+def test_order_is_predicted(sequence: Iterable[str], predicted: float, right: float) -> None:
+    """The figures that the documentation has."""
+    assert (predicted, right) == pytest.approx(worth(sequence), abs=0.01)
+
+
+def test_chance_is_seldom_predicted() -> None:
+    """So that little is read for nothing."""
+    zipf, alike = worth(by_chance(1, 1 / 2, 1 / 3, 1 / 4, 1 / 5)), worth(by_chance(1, 1, 1, 1, 1))
+
+    assert (0.10, 0.50) == pytest.approx(zipf, abs=0.02)
+    assert alike[0] == pytest.approx(0.01, abs=0.01)
 
 
 def test_memory_is_bounded_by_the_models() -> None:
