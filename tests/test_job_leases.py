@@ -14,7 +14,7 @@ from tests.conftest import MakeServer, Play
 from tests.support import Server
 from vllm_hotswap.access import Access
 from vllm_hotswap.errors import HotswapError, ModelLeased, UnknownLease
-from vllm_hotswap.events import JobLeaseChanged
+from vllm_hotswap.events import JobLeaseChanged, SwitchEnded
 from vllm_hotswap.job_leases import JobLease, JobLeases
 
 NOW_S = 100.0
@@ -294,3 +294,95 @@ async def test_users_see_leases_and_admins_make_them(make_server: MakeServer) ->
 
     assert 200 == (await server.get("/admin/leases", headers=user)).status_code
     assert 403 == (await server.call("DELETE", "/admin/leases/x", headers=user)).status_code
+
+
+# --- in the mode auto -------------------------------------------------------------------------
+
+
+def ended(server: Server) -> list[str]:
+    return [event.target for event in server.events.of(SwitchEnded)]
+
+
+def test_requests_for_other_models_wait_until_the_lease_is_over(play: Play) -> None:
+    """However long they are due; those for the held model are served meanwhile."""
+
+    async def story(server: Server) -> None:
+        await hold(server, "llama", ttl=100)
+        waiting = server.ask("qwen", max_tokens=1)
+        await asyncio.sleep(99)
+        assert "llama" == (await server.ask("llama")).json()["model"]
+        assert not waiting.done()
+        assert [] == ended(server)
+
+        assert "qwen" == (await waiting).json()["model"]
+        assert 101 > float((await waiting).headers["x-hotswap-waited"]) >= 100
+        assert ["qwen"] == ended(server)
+
+    play(story, mode="auto", max_wait=1.0)
+
+
+async def test_revoked_lease_lets_requests_go_on(make_server: MakeServer) -> None:
+    """At once."""
+    server = await make_server(mode="auto")
+    lease = (await hold(server, "llama")).json()
+    waiting = server.ask("qwen")
+    await server.settled()
+    assert not waiting.done()
+
+    await server.call("DELETE", f"/admin/leases/{lease['id']}")
+
+    assert "qwen" == (await waiting).json()["model"]
+
+
+async def test_lease_waits_for_a_switch_that_requests_have_caused(make_server: MakeServer) -> None:
+    """And is served next, before whoever else waits."""
+    server = await make_server(mode="auto")
+    server.host.hold("activate", "qwen")
+    first = server.ask("qwen")
+    await server.settled()
+    asked = asyncio.create_task(hold(server, "mistral"))
+    await server.settled()
+    other = server.ask("llama")
+    await server.settled()
+    server.host.release("activate", "qwen")
+
+    assert "mistral" == (await asked).json()["model"]
+    assert 200 == (await first).status_code
+    assert ["qwen", "mistral"] == ended(server)
+    assert not other.done()
+
+
+def test_held_model_is_brought_back_before_anybody_else_is_served(play: Play) -> None:
+    """Also if that fails at first: the server does not turn to others meanwhile."""
+
+    async def story(server: Server) -> None:
+        await hold(server, "llama", ttl=1000)
+        for _ in range(3):
+            server.host.fail_next("load", "llama")
+        other = server.ask("qwen", max_tokens=1)
+        await server.settled()
+
+        server.host.kill()
+        await asyncio.sleep(60)
+
+        assert "llama" == server.coordinator.active
+        assert not other.done()
+        assert {"llama"} == set(ended(server))
+
+    play(story, mode="auto")
+
+
+async def test_lease_that_is_pending_holds_from_its_first_moment(make_server: MakeServer) -> None:
+    """Requests for others that are due do not have the model switched away when it is active."""
+    server = await make_server(mode="auto", max_wait=0.0)
+    server.host.hold("activate", "qwen")
+    asked = asyncio.create_task(hold(server, "qwen"))
+    await server.settled()
+    other = server.ask("mistral")
+    await server.settled()
+    server.host.release("activate", "qwen")
+
+    assert 200 == (await asked).status_code
+    await server.settled()
+    assert ("qwen", ["qwen"]) == (server.coordinator.active, ended(server))
+    assert not other.done()

@@ -78,7 +78,7 @@ class HotswapApp:
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)
-        self.router = Router(self.coordinator, limits)
+        self.router = Router(self.coordinator, access, limits)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)

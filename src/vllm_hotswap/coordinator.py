@@ -399,7 +399,7 @@ class Coordinator:
             SwitchNotAllowed, EngineUnavailable: the request is not admitted.
         """
         lease = await (
-            self._take_in(alias) if self.dispatcher is None else self._let_in(alias, terms)
+            self._take_in(alias, terms) if self.dispatcher is None else self._let_in(alias, terms)
         )
         lease.name = alias
         try:
@@ -407,21 +407,30 @@ class Coordinator:
         finally:
             self._release(lease)
 
-    async def _take_in(self, alias: str | None) -> Lease:
+    def meant(self, alias: str | None) -> Model:
+        """The model that a request is for, by the name that it has for it, if any.
+
+        Raises `UnknownModel`, `AdapterUnavailable`.
+        """
+        if alias is not None:
+            return self.registry.resolve(alias)
+        model = (self._switch.target if self._switch else self._active) or self._last_active
+        assert model is not None
+        return model
+
+    async def _take_in(self, alias: str | None, terms: RequestTerms) -> Lease:
         arrived_s, epoch = self._clock(), self._epoch
         held = self._admit(alias)
         lease = held if isinstance(held, Lease) else await self._wait(held)
         lease.arrived_s, lease.switched = arrived_s, lease.epoch - epoch
+        lease.terms = terms
         return lease
 
     async def _let_in(self, alias: str | None, terms: RequestTerms) -> Lease:
         assert self.dispatcher is not None
         if self._why_down is not None:
             raise EngineUnavailable(self._why_down)
-        switch = self._switch
-        model = self.registry.resolve(alias) if alias is not None else None
-        model = model or (switch.target if switch else self._active) or self._last_active
-        assert model is not None
+        model = self.meant(alias)
         lease = self.dispatcher.enter(model, terms)
         if model.engine.routes is None:
             # It has no frontend yet that could look at the request.
@@ -598,6 +607,8 @@ class Coordinator:
         """Whether the server may switch by itself now, and may admit requests."""
         if self._switch is not None or self._why_down is not None or self._orders:
             return False
+        if self.jobs.model not in (None, self.active):
+            return False  # it is brought back, or up
         return self._is_started and (self._active is not None or self.recovery.is_degraded)
 
     def begin_switch(self, target: Model, drain_timeout_s: float) -> Switch:
@@ -612,6 +623,13 @@ class Coordinator:
 
     def leases_changed(self) -> None:
         """Jobs hold another model than before, or until another time."""
+        if self.dispatcher is not None:
+            self.dispatcher.held_until(self._held_until_s)
+
+    @property
+    def _held_until_s(self) -> float | None:
+        """Until when the active model is held for jobs."""
+        return self.jobs.until_s if self.jobs.model == self.active else None
 
     def _begin(self, target: Model, drain_timeout_s: float, policy: DrainPolicy) -> Switch:
         self._switch = switch = Switch(
@@ -746,6 +764,7 @@ class Coordinator:
     def _is_activated(self, model: Model) -> None:
         """A model is served from now on: in the mode `auto`, whoever waits for it."""
         if self.dispatcher is not None:
+            self.dispatcher.scheduler.leased_until_s = self._held_until_s
             self.dispatcher.activated(model.alias)
 
     def _resume(self, target: Model) -> None:

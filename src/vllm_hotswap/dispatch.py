@@ -127,11 +127,8 @@ class Dispatcher:
             SwitchFailed: the model could not be brought up a moment ago.
         """
         alias, now_s = model.alias, self._clock()
-        if not terms.may_switch and alias not in (self._server.active, self._server.target):
-            raise SwitchNotAllowed(
-                f"model {alias!r} is not active, and this key may not cause a switch to it "
-                "(rights); ask for another model, or retry when it is active"
-            )
+        if refused := self._not_allowed(alias, terms):
+            raise refused
         self._refuse_while_it_fails(model, now_s)
         if len(model.leases) + len(model.entered) >= self._limits.in_flight:
             raise QueueFull(
@@ -143,10 +140,22 @@ class Dispatcher:
             self._refuse_if_full(model)
         lease = Lease(alias, self._server.epoch, asyncio.current_task())
         lease.arrived_s, lease.ticket = now_s, self.scheduler.ticket(alias, now_s, terms)
+        lease.terms = terms
         lease.ask = partial(self._ask_at_the_door, lease)
         self._leases[lease.ticket] = (lease, None)
         model.entered[lease] = None
         return lease
+
+    def _not_allowed(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
+        """Why a request may not wait for the model, if it would cause a switch by that."""
+        coming = self._server.target or self._server.active
+        if terms.may_switch or alias == coming:
+            return None
+        now = f"{coming!r} is active, or about to be" if coming else "no model is active"
+        return SwitchNotAllowed(
+            f"{now}, and {terms.rule} does not let this caller cause a switch to {alias!r}; "
+            f"ask for another model, or retry when {alias!r} is active"
+        )
 
     def _is_served_now(self, model: Model) -> bool:
         return model.alias == self._server.active and self._server.can_switch
@@ -199,8 +208,11 @@ class Dispatcher:
         now_s = self._clock()
         ticket.tokens = tokens
         model = self._registry.model(lease.alias)
-        if not self._is_served_now(model) and (full := self._full(model)):
-            drain.end([lease], full)
+        refused: Cut | None = self._not_allowed(lease.alias, lease.terms)
+        if not self._is_served_now(model):
+            refused = refused or self._full(model)
+        if refused is not None:
+            drain.end([lease], refused)
             return None
         if self.scheduler.enter(ticket, now_s, is_open=self._server.can_switch):
             self._admit([ticket])
@@ -233,6 +245,11 @@ class Dispatcher:
         lease, future = entry
         self._registry.model(ticket.alias).entered.pop(lease)
         return future
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits, or is being looked at by a frontend."""
+        return not self._leases and self.scheduler.is_empty
 
     def position(self, lease: Lease) -> int:
         """How many wait before it."""
@@ -289,7 +306,7 @@ class Dispatcher:
                 target = self._registry.model(alias)
                 drain_timeout_s = 0.0 if park else self._settings.drain_timeout
                 self._server.begin_switch(self._possible(target), drain_timeout_s)
-            case WaitUntil(time_s=time_s):
+            case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
 
@@ -312,9 +329,15 @@ class Dispatcher:
         frozen = [ticket for ticket in tickets if not ticket.is_parked]
         self.scheduler.park(reversed(frozen), self._clock())
 
+    def held_until(self, until_s: float | None) -> None:
+        """The active model is held for a job, for ever perhaps, or is not (None)."""
+        self.scheduler.leased_until_s = until_s
+        self.advance()
+
     def activated(self, alias: str) -> None:
         """A model is active, verified, and served from now on."""
         self._failures.pop(alias, None)
+        self._refuse_who_may_not_switch()
         now_s = self._clock()
         try:
             admitted = self.scheduler.activate(alias, now_s)
@@ -323,6 +346,12 @@ class Dispatcher:
             admitted = self.scheduler.activate(alias, now_s)
         self._admit(admitted)
         self.advance()
+
+    def _refuse_who_may_not_switch(self) -> None:
+        """Requests that came while their model was active would have it switched back."""
+        for lease, future in list(self._leases.values()):
+            if future is not None and (why := self._not_allowed(lease.alias, lease.terms)):
+                self._end([lease], why)
 
     def switched(self, switch: Switch, cost_s: float) -> None:
         """A switch has ended well; it took `cost_s` without draining."""

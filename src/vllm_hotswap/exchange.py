@@ -283,6 +283,8 @@ def _turn(lease: Lease) -> dict[str, str]:
 def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
     turn = _turn(lease) if lease.admitted_s is not None else {}
     values = {"model": lease.alias, **turn}
+    if lease.terms.priority is not None:
+        values["priority"] = str(lease.terms.priority)
     # An alias may be any text; header values are latin-1.
     return [
         (f"x-hotswap-{name}".encode(), value.encode("latin-1", "replace"))

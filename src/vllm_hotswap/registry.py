@@ -18,12 +18,13 @@ from vllm_hotswap.errors import (
     QueueFull,
     ResponseEnded,
     SwitchFailed,
+    SwitchNotAllowed,
     UnknownModel,
     WaitTimeout,
     WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
-from vllm_hotswap.scheduler import Ticket
+from vllm_hotswap.scheduler import NO_WISH, RequestTerms, Ticket
 from vllm_hotswap.states import Residency, Step, advance
 
 Cut = (
@@ -36,6 +37,7 @@ Cut = (
     | SwitchFailed
     | QueueFull
     | WaitTimeout
+    | SwitchNotAllowed
 )
 
 
@@ -76,6 +78,8 @@ class Lease:
     ask: Callable[[int], Awaitable[None]] | None = None
     """Called, with the tokens that it asks for, before its engine is given anything of it: in the
     mode `auto` it waits there for its turn. None: it has had its turn."""
+    terms: RequestTerms = NO_WISH
+    """What counts of what the request asks for."""
     ticket: Ticket | None = None
     """Its place among those that wait, in the mode `auto`."""
     on_wait: Callable[[], object] | None = None

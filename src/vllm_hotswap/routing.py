@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from vllm_hotswap import drain, model_field, responses
+from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
 from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
@@ -22,6 +24,7 @@ from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
+from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
@@ -30,8 +33,11 @@ BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 class Router:
     """An ASGI application that hands each request, whole, to its model's application."""
 
-    def __init__(self, coordinator: Coordinator, limits: LimitsConfig | None = None) -> None:
+    def __init__(
+        self, coordinator: Coordinator, access: Access, limits: LimitsConfig | None = None
+    ) -> None:
         self._coordinator = coordinator
+        self._access = access
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
@@ -54,13 +60,14 @@ class Router:
         try:
             body = await held.read(receive) if method in BODY_METHODS else b""
             alias = _find_model(scope, body)
-            owner = None
+            owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
                 owner = responses.owner_of(self._registry, response_id, alias)
             else:
                 if path == responses.PATH:
                     alias = responses.alias_that_goes_on(self._registry, body, alias)
                 self._check_route(alias, method, path)
+                terms = self._terms(scope, alias)
         except HotswapError as error:
             await answer.refuse(error)
             return
@@ -69,7 +76,7 @@ class Router:
             await self._visit(owner, response_id, scope, receive, body, answer)
         else:
             sent = None if method == WEBSOCKET else body
-            await self._route(scope, receive, answer, alias, sent, held)
+            await self._route(scope, receive, answer, alias, sent, held, terms)
 
     async def let_go_of_stalled_clients(self) -> None:
         """Until cancelled, end requests whose clients take in nothing of their answers."""
@@ -115,10 +122,11 @@ class Router:
         alias: str | None,
         body: bytes | None,
         held: HeldBody,
+        terms: RequestTerms,
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
-            async with self._coordinator.lease(alias) as lease:
+            async with self._coordinator.lease(alias, terms) as lease:
                 await waiting.end()
                 if lease.ask is None:
                     held.let_go()  # otherwise it counts as long as the request waits
@@ -166,6 +174,11 @@ class Router:
             uncancel()
             if not answer.complete:
                 await answer.cut(lease.cut)
+
+    def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
+        """What the request may ask for. Raises `InvalidRequest` for a header that is wrong."""
+        model = self._coordinator.meant(alias)
+        return self._access.terms(Headers(scope=scope), model.alias, model.policy.priority)
 
     def _check_route(self, alias: str | None, method: str, path: str) -> None:
         """Refuse a request for which its model is known to have no route.

@@ -46,6 +46,8 @@ class RequestTerms:
     max_wait_s: float | None = None
     may_switch: bool = True
     """Whether it may wait for a model to which nobody switches."""
+    rule: str = "rights"
+    """The setting that says so."""
 
 
 NO_WISH = RequestTerms()
