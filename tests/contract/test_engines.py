@@ -200,9 +200,13 @@ async def test_a_sleeping_engine_can_be_unloaded(host: EngineHost) -> None:
 
 
 async def test_prefetch_reads_no_more_than_it_may(host: EngineHost) -> None:
-    """The limit is in bytes; 0 reads nothing."""
-    assert 0 == await host.engines["llama"].prefetch(0)
-    assert 0 < await host.engines["llama"].prefetch(1 << 40)
+    """The limit is in bytes; 0 reads nothing. How far it has come is told."""
+    told: list[int] = []
+    assert 0 == await host.engines["llama"].prefetch(0, told.append)
+    assert not any(told)
+
+    read = await host.engines["llama"].prefetch(1 << 40, told.append)
+    assert 0 < read == told[-1]
 
 
 async def test_what_a_model_holds_falls_along_the_ladder(host: EngineHost) -> None:
