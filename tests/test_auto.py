@@ -371,3 +371,11 @@ async def test_events_tell_of_waiting(auto: Server) -> None:
     assert ended.service_s is not None
     [switch] = auto.events.of(SwitchEnded)
     assert (True, "parked") == (switch.automatic, switch.residency)
+
+
+async def test_others_are_served_while_the_last_model_cannot_be_brought_back(auto: Server) -> None:
+    """Who waits for another model does not wait for the repair of the one that died."""
+    auto.host.fail_next("load", "llama", HotswapError("its file is gone"))
+    auto.host.kill_engine("llama")
+    assert "qwen" == model_of(await auto.ask("qwen"))
+    assert "qwen" == auto.coordinator.active

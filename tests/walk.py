@@ -65,6 +65,8 @@ class Shape:
     """Whether the host is asked for signs of life."""
     idles: bool = False
     """Whether a model is put to sleep when nobody uses it."""
+    policy: str | None = None
+    """Of the mode `auto`; None: the mode is `manual`."""
 
     @property
     def budget(self) -> Usage:
@@ -415,6 +417,10 @@ class World:
             parked_timeout=shape.parked_timeout,
             rate=0.1,
             burst=shape.burst,
+            mode="auto" if shape.policy else "manual",
+            policy=shape.policy or "batch",
+            max_wait=7,
+            slice=4,
         )
         self.app = HotswapApp(
             self.host,
@@ -461,6 +467,11 @@ class World:
         self.invariants = [kind(self) for kind in kinds]
 
     # --- what there is ----------------------------------------------------------------------
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the server switches by itself."""
+        return self.coordinator.dispatcher is not None
 
     @property
     def leases(self) -> dict[asyncio.Task[Any] | None, Lease]:

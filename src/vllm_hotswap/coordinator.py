@@ -214,8 +214,9 @@ class Coordinator:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request for the active model is served now."""
+        """Whether a request for the active model is served now; in the mode `auto`: in its turn."""
         is_open = self._switch is None or self._switch.phase is SwitchPhase.VALIDATE
+        is_open = is_open or self.dispatcher is not None
         return self._why_down is None and self._active is not None and is_open
 
     @property
@@ -1036,6 +1037,10 @@ class Coordinator:
             assert self._last_active is not None
             switch = self._begin(self._last_active, 0.0, "abort")
         await _result(switch)
+
+    def is_not_back(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.advance()
 
     def give_up(self, why: str) -> None:
         if self._ended is None:

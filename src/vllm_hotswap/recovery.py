@@ -48,6 +48,9 @@ class Recoverable(Protocol):
     async def bring_back(self) -> None:
         """Make the last active model the active one. Raises `HotswapError`."""
 
+    def is_not_back(self) -> None:
+        """An attempt has failed; until the next one, another model may be tried."""
+
     def give_up(self, why: str) -> None:
         """Nothing will be served any more."""
 
@@ -175,6 +178,7 @@ class Recovery:
         self.failure, self.is_degraded = one_line(error), True
         event = ServiceDegraded(self._server.epoch, self.failure, self._backoff_s())
         self._observer.notify(event)
+        self._server.is_not_back()
 
     def _backoff_s(self) -> float:
         """0 before the first attempt, then 1, 2, 4 ... seconds, as long as attempts come often."""
