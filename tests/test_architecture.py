@@ -92,7 +92,7 @@ LAYERS = [
         "exchange",
         "responses",
     },
-    {"lora_modules", "engines.adapters"},
+    {"lora_modules", "compat.preview", "engines.adapters"},
     {"routing", "operations", "host.obey", "flags", "launch", "engines.link", "engines.fake"},
     {
         "admin",

@@ -120,6 +120,13 @@ async def test_bad_request_never_switches(auto: Server) -> None:
     assert "llama" == auto.coordinator.active
 
 
+async def test_bad_request_never_loads_a_model(auto: Server) -> None:
+    """Not even one that has no frontend yet."""
+    response = await auto.ask("mistral", max_tokens="many")
+    assert 400 == response.status_code
+    assert ("load", "mistral") not in auto.host.operations
+
+
 async def test_request_that_needs_no_engine_never_switches(auto: Server) -> None:
     """Its frontend answers it, whatever model is active."""
     response = await auto.post("/tokenize", json={"model": "qwen", "prompt": "a b"})

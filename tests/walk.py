@@ -471,7 +471,7 @@ class World:
     @property
     def is_automatic(self) -> bool:
         """Whether the server switches by itself."""
-        return self.coordinator.dispatcher is not None
+        return self.coordinator.is_automatic
 
     @property
     def leases(self) -> dict[asyncio.Task[Any] | None, Lease]:

@@ -153,6 +153,11 @@ class Coordinator:
         return self._active.alias if self._active else None
 
     @property
+    def is_automatic(self) -> bool:
+        """Whether the server switches by itself: the mode `auto`."""
+        return self.dispatcher is not None
+
+    @property
     def epoch(self) -> int:
         return self._epoch
 

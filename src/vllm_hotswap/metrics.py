@@ -164,6 +164,14 @@ def adopting_frontend_metrics(alias: str) -> Iterator[None]:
         _by_model.add(alias, collector)
 
 
+@contextmanager
+def without_frontend_metrics() -> Iterator[None]:
+    """Forget the HTTP metrics that an application registers globally inside here."""
+    yield
+    for collector in _registered("http_"):
+        REGISTRY.unregister(collector)
+
+
 # --- switching ------------------------------------------------------------------------------
 
 

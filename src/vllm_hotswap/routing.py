@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_hotswap import drain, model_field, responses
@@ -126,6 +127,9 @@ class Router:
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
+            if body and (refusal := await self._refusal(scope, alias, body)) is not None:
+                await refusal(scope, receive, answer.send)
+                return
             async with self._coordinator.lease(alias, terms) as lease:
                 await waiting.end()
                 if lease.ask is None:
@@ -143,6 +147,16 @@ class Router:
             await answer.refuse(error)
         finally:
             waiting.stop()
+
+    async def _refusal(self, scope: Scope, alias: str | None, body: bytes) -> Response | None:
+        """What a request is refused with that would make the server load a model for nothing."""
+        if alias is None or not self._coordinator.is_automatic:
+            return None
+        engine = self._registry.resolve(alias).engine
+        if engine.routes is not None:
+            return None
+        content_type = Headers(scope=scope).get("content-type", "")
+        return await engine.preview(scope["path"], content_type, body)
 
     async def _serve(self, lease: Lease, scope: Scope, client: Receive, answer: Answer) -> None:
         """Have the model answer, and keep it until all that it has accepted is done."""

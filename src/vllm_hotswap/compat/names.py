@@ -31,6 +31,9 @@ PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "0.29": "vllm.entrypoints.launchers.api_server.app_state",
             "0.26": "vllm.entrypoints.openai.api_server",
         },
+        "init_render_app_state": {
+            "0.32": "vllm.entrypoints.launchers.render.app_state",
+        },
         "load_chat_template": {
             "0.32": "vllm.renderers.chat_utils",
             "0.26": "vllm.entrypoints.chat_utils",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_hotswap.adapters import AdapterFiles
@@ -130,6 +131,12 @@ class Engine(Protocol):
 
         Raises:
             ConfigError: the frontend could not be built; the message says why.
+        """
+
+    async def preview(self, path: str, content_type: str, body: bytes) -> Response | None:
+        """What its frontend would refuse a POST with; None if nothing is known against it.
+
+        For models that have no frontend yet: a bad request is told so without a load.
         """
 
     async def load(self, progress: Progress) -> None:

@@ -170,6 +170,9 @@ class FakeEngine:
         if self.broken_tokenizer and not self.has_frontend:
             raise ConfigError(f"model {self.alias!r}: tokenizer: it cannot be read")
 
+    async def preview(self, path: str, content_type: str, body: bytes) -> Response | None:
+        return self._refusal(json.loads(body)) if path.startswith("/v1/") else None
+
     async def load(self, progress: Progress) -> None:
         self.loads += 1
         for stage in ("weights", "kv_cache", "warm_up"):
@@ -330,9 +333,9 @@ class FakeEngine:
         if asked not in (self.alias, *self.aliases, *self.adapters):
             return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
         name = asked if asked in self.adapters else self.alias
+        if (refusal := self._refusal(body)) is not None:
+            return refusal
         max_tokens = body.get("max_tokens", len(WORDS))
-        if not isinstance(max_tokens, int):
-            return JSONResponse({"error": {"message": "max_tokens", "code": 400}}, 400)
         if body.get("stream"):
             return StreamingResponse(
                 self._events(max_tokens, kind, name), media_type="text/event-stream"
@@ -349,6 +352,12 @@ class FakeEngine:
                 "usage": {"completion_tokens": len(words)},
             }
         )
+
+    def _refusal(self, body: Mapping[str, Any]) -> Response | None:
+        """What can be wrong with a request."""
+        if isinstance(body.get("max_tokens", 1), int):
+            return None
+        return JSONResponse({"error": {"message": "max_tokens is no number", "code": 400}}, 400)
 
     async def _words(self, max_tokens: int, name: str) -> list[str]:
         return [word async for word in self.tokens(max_tokens, name)]

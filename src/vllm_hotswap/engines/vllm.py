@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_hotswap import hub
@@ -28,6 +29,7 @@ from vllm_hotswap.compat import frontend, trial
 from vllm_hotswap.compat.adapters import ids_of_vllm
 from vllm_hotswap.compat.canary import ask_for_canary, can_be_asked, is_overflow
 from vllm_hotswap.compat.memory import kv_shares
+from vllm_hotswap.compat.preview import Preview, make_preview
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
@@ -103,6 +105,9 @@ class VllmEngine:
         self._sockets: SocketPaths | None = None
         self._frontend: frontend.Frontend | None = None
         self._door: AdapterDoor | None = None
+        self._preview: Preview | None = None
+        """Looks at requests as long as there is no frontend."""
+        self._has_tried_preview = False
         self._client: Any = None
         """Kept to the end: vLLM leaves its ZeroMQ context open."""
         self._loaded: Loaded | None = None
@@ -210,6 +215,26 @@ class VllmEngine:
                 ) from None
             except ConfigError as error:
                 raise ConfigError(f"model {self.alias!r}: {error.message}") from error
+
+    async def preview(self, path: str, content_type: str, body: bytes) -> Response | None:
+        async with self._one_frontend_at_a_time:
+            if self._frontend is not None:
+                return None
+            if not self._has_tried_preview:
+                self._preview = await self._make_preview()
+                self._has_tried_preview = True
+            preview = self._preview
+        return await preview.refusal(path, content_type, body) if preview else None
+
+    async def _make_preview(self) -> Preview | None:
+        args, config = self._launch.args, self._launch.vllm_config
+        if not self._launch.sampling.is_empty:
+            return None  # a parameter may be wrong that its frontend will never see
+        try:
+            return await _on_daemon_thread(lambda: make_preview(args, config))
+        except Exception as error:  # noqa: BLE001  # the load will tell what is wrong
+            log.warning("event=no_preview model=%s cause=%r", self.alias, one_line(error))
+            return None
 
     async def load(self, progress: Progress) -> None:
         self._sockets = self._sockets or self._new_sockets()
@@ -388,6 +413,7 @@ class VllmEngine:
         await self._exits.enter_async_context(app.router.lifespan_context(app))
         self._door = AdapterDoor(client, app.state.openai_serving_models)
         self._frontend = replace(made, app=self._filtered(app))
+        self._preview = None
 
     def _filtered(self, app: Any) -> ASGIApp:
         """The application behind what the configuration says of sampling."""

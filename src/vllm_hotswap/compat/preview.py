@@ -1,0 +1,69 @@
+"""What a model's frontend would refuse a request with, as long as there is none.
+
+A frontend needs an engine to be built. vLLM's server that only renders (`vllm launch render`) needs
+none, and checks requests with the same code: every one is sent there first.
+
+Relies on: `build_app` for the task `render`, `init_render_app_state`, and routes `<path>/render`.
+Checked on vLLM 0.32.0; where there is no such server, nothing is known against any request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Any
+
+import httpx
+from starlette.responses import Response
+
+from vllm_hotswap.compat.names import find
+from vllm_hotswap.compat.trial import generates
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.metrics import without_frontend_metrics
+
+REFUSALS = (400, 422)
+"""Others say something of this server: it knows no adapters, for one thing."""
+
+
+class Preview:
+    """A server that only renders, in this process, for one model."""
+
+    def __init__(self, app: Any) -> None:
+        self._client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://preview"
+        )
+        self._paths = {getattr(route, "path", "") for route in app.routes}
+
+    def __repr__(self) -> str:
+        return f"<Preview paths={sorted(path for path in self._paths if 'render' in path)}>"
+
+    async def refusal(self, path: str, content_type: str, body: bytes) -> Response | None:
+        """The error that a request will be answered with; None if none is known."""
+        if f"{path}/render" not in self._paths:
+            return None
+        answer = await self._client.post(
+            f"{path}/render", content=body, headers={"content-type": content_type}
+        )
+        if answer.status_code not in REFUSALS:
+            return None
+        return Response(
+            answer.content, answer.status_code, media_type=answer.headers.get("content-type")
+        )
+
+
+def make_preview(args: argparse.Namespace, config: Any) -> Preview | None:
+    """None where the installed vLLM has no such server, or it is none for this model.
+
+    Raises whatever vLLM raises for files that cannot be read. To be called on a thread of its own.
+    """
+    if not generates(config):
+        return None
+    try:
+        build_app, init_state = find("build_app"), find("init_render_app_state")
+    except ConfigError:
+        return None
+    with without_frontend_metrics():
+        app = build_app(args, ("render",))
+        asyncio.run(init_state(config, app.state, args))
+        app.middleware_stack = app.build_middleware_stack()
+    return Preview(app)
