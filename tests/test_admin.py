@@ -554,7 +554,7 @@ async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> Non
     text = (await server.get("/metrics")).text
 
     assert 1 == sample(text, 'hotswap_requests_in_flight{model="llama"}')
-    assert 1 == sample(text, "hotswap_requests_waiting")
+    assert 1 == sample(text, 'hotswap_requests_waiting{model="qwen"}')
     await stream.finish()
     await switch
     await held

@@ -52,7 +52,7 @@ def test_every_metric_is_described() -> None:
         epoch=lambda: 0,
         in_flight=lambda: {"a": 0},
         parked=lambda: {"a": 0},
-        waiting=lambda: 0,
+        waiting=lambda: {"a": 0},
         is_ready=lambda: True,
         held=lambda: {"a": 0},
         budget=lambda: 0,

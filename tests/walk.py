@@ -469,6 +469,15 @@ class World:
     # --- what there is ----------------------------------------------------------------------
 
     @property
+    def has_failed_now(self) -> bool:
+        """Whether a switch has failed at this very moment, for which others had waited."""
+        return any(
+            isinstance(event, SwitchEnded) and event.status == "failed"
+            for at_s, event in self.events
+            if at_s == self.now_s
+        )
+
+    @property
     def is_automatic(self) -> bool:
         """Whether the server switches by itself."""
         return self.coordinator.is_automatic

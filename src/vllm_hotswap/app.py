@@ -67,7 +67,9 @@ class HotswapApp:
             epoch=lambda: self.coordinator.epoch,
             in_flight=lambda: {m.alias: len(m.leases) for m in self.coordinator.registry},
             parked=lambda: {m.alias: len(m.parked) for m in self.coordinator.registry},
-            waiting=lambda: self.coordinator.waiting,
+            waiting=lambda: {
+                m.alias: self.coordinator.waiting_for(m) for m in self.coordinator.registry
+            },
             is_ready=lambda: self.coordinator.is_ready,
             held=lambda: {
                 m.alias: m.engine.footprint.at(m.residency).device

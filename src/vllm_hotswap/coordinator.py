@@ -828,6 +828,7 @@ class Coordinator:
         self._recover_if_needed(one_line(cause))
         if self.dispatcher is not None:
             self.dispatcher.failed(switch, failed)
+            self.dispatcher.advance()
         if self._active is not None:
             self._is_activated(self._active)
         if isinstance(cause, DrainRefused):

@@ -171,6 +171,7 @@ class Answer:
                 await asyncio.wait([self.lease.gate])
             if self.lease.cut is not None:
                 return  # what an application says after it was cut is not the answer
+        self.close()  # the application speaks for itself
         match message["type"]:
             case "http.response.start":
                 message = self._with_headers(message)
@@ -232,9 +233,10 @@ class Answer:
             await asyncio.sleep(COMMENT_S)
 
     def close(self) -> None:
-        """The request is over."""
+        """Comment no more."""
         if self._commenting is not None:
             self._commenting.cancel()
+            self._commenting = None
 
     def _look_at(self, body: Message) -> None:
         self.complete = not body.get("more_body", False)

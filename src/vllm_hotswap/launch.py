@@ -104,6 +104,10 @@ def _prepare_model(
 ) -> ModelLaunch:
     adapters = take_adapters(args, model, config.path)
     variables.learn(model.alias, model.environment)
+    if config.switching.mode == "auto":
+        # A frontend and its engine count on the other to see the same media in the same order;
+        # requests that wait here, and may leave, would put them out of step.
+        args.mm_processor_cache_gb = 0
     try:
         with variables.of(model.alias):
             vllm_config = engine_config(args)

@@ -36,6 +36,7 @@ from vllm_hotswap.events import (
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _vllm_registry = CollectorRegistry(auto_describe=True)
+_WAIT_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _SWITCH_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
@@ -184,7 +185,7 @@ class SwitchMetrics:
         epoch: Callable[[], int],
         in_flight: Callable[[], dict[str, int]],
         parked: Callable[[], dict[str, int]],
-        waiting: Callable[[], int],
+        waiting: Callable[[], dict[str, int]],
         is_ready: Callable[[], bool],
         held: Callable[[], dict[str, int]],
         budget: Callable[[], int],
@@ -219,9 +220,18 @@ class SwitchMetrics:
         epoch_gauge = Gauge("hotswap_epoch", "Activations so far.", registry=self.registry)
         epoch_gauge.set_function(epoch)
         waiting_gauge = Gauge(
-            "hotswap_requests_waiting", "Requests held for a switch.", registry=self.registry
+            "hotswap_requests_waiting",
+            "Requests that wait for the model.",
+            ["model"],
+            registry=self.registry,
         )
-        waiting_gauge.set_function(waiting)
+        self._wait_seconds = Histogram(
+            "hotswap_request_wait_seconds",
+            "From the arrival of a request to its turn.",
+            ["model"],
+            buckets=_WAIT_BUCKETS,
+            registry=self.registry,
+        )
         active_gauge = Gauge(
             "hotswap_model_active", "1 for the active model.", ["model"], registry=self.registry
         )
@@ -312,6 +322,7 @@ class SwitchMetrics:
             active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
             parked_gauge.labels(alias).set_function(partial(_item, parked, alias))
             in_flight_gauge.labels(alias).set_function(partial(_item, in_flight, alias))
+            waiting_gauge.labels(alias).set_function(partial(_item, waiting, alias))
 
     def notify(self, event: Event) -> None:
         match event:
@@ -320,8 +331,8 @@ class SwitchMetrics:
                 self._switch_seconds.labels(target).observe(seconds)
             case PhaseChanged(status="finished", target=target, phase=phase, duration_s=seconds):
                 self._phase_seconds.labels(target, phase.value).observe(seconds)
-            case RequestEnded(model=model, result=result):
-                self._requests.labels(model, result).inc()
+            case RequestEnded():
+                self._request_ended(event)
             case OutputRefused() | ClientEvicted() | EngineDied():
                 self._by_model[type(event)].labels(event.model).inc()
             case HostDied():
@@ -341,6 +352,11 @@ class SwitchMetrics:
         else:
             result = "used" if event.used else "wasted"
             self._prefetched.labels(result).inc(event.prefetched_bytes)
+
+    def _request_ended(self, event: RequestEnded) -> None:
+        self._requests.labels(event.model, event.result).inc()
+        if event.service_s is not None:  # it has had its turn
+            self._wait_seconds.labels(event.model).observe(event.waited_s)
 
 
 def _is_equal(active: Callable[[], str | None], alias: str) -> float:

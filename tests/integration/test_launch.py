@@ -383,6 +383,14 @@ async def test_certificates_are_loaded_and_watched(tmp_path: Path) -> None:
     watcher.stop()
 
 
+def test_nothing_of_media_is_cached_where_requests_wait(tmp_path: Path) -> None:
+    """Those that give up waiting would leave a hole in the engine's half of the cache."""
+    text = "models: {llama: {model: LLAMA}}\n"
+    [manual] = launch(text, tmp_path).models
+    [auto] = launch(text + "switching: {mode: auto}", tmp_path).models
+    assert (4, 0) == (manual.args.mm_processor_cache_gb, auto.args.mm_processor_cache_gb)
+
+
 def test_the_version_is_vllms() -> None:
     """What `/version` answers."""
     assert import_module("vllm").__version__ == vllm_version()
