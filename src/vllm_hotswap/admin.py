@@ -125,7 +125,6 @@ class Admin:
         if not coordinator.is_ready:
             reason = coordinator.failure or f"phase {coordinator.phase}"
             raise NotReady(f"the server is {coordinator.state.value}: {reason}; ask again")
-        assert coordinator.active is not None
         body: ReadyAnswer = {
             "ready": True,
             "active": coordinator.active,

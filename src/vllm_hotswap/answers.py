@@ -281,10 +281,10 @@ class StatusAnswer(TypedDict):
 
 
 class ReadyAnswer(TypedDict):
-    """Requests for the active model are served now."""
+    """Requests are served now; `active` is null while no model is, because nobody has asked."""
 
     ready: bool
-    active: str
+    active: str | None
     epoch: int
 
 

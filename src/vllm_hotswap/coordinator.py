@@ -82,6 +82,8 @@ class Coordinator:
     The whole mutable state is:
 
     - `_active`: the model that is stepped, None before the first activation or after its death;
+    - `_is_resting`: whether none is, because nobody has asked for one;
+    - `_used_s`: when there was something to do last;
     - `_last_active`: the one that was active last, which recovery brings back;
     - `_epoch`: raised at every activation, never lowered;
     - `_switch`: the switch under way, if any, with the requests held for its target;
@@ -127,6 +129,9 @@ class Coordinator:
         self._rate = Rate(self._settings.rate, self._settings.burst, clock)
         self._active: Model | None = None
         self._last_active: Model | None = None
+        self._default: Model | None = None
+        self._is_resting = False
+        self._used_s = clock()
         self._epoch = 0
         self._switch: Switch | None = None
         self._host_down: str | None = None
@@ -196,7 +201,7 @@ class Coordinator:
         """Why nothing can be served, or None."""
         if self._why_down is not None:
             return self._why_down
-        if self._active is not None:
+        if self._active is not None or self._is_resting:
             return None
         return self.recovery.failure or "no model is active"
 
@@ -209,8 +214,10 @@ class Coordinator:
         if self._ended is not None:
             given_up = self._given_up is not None and self._given_up.done()
             return ServerState.FAILED if given_up else ServerState.STOPPING
-        if self._host_down is None and self._active is not None:
-            return ServerState.SERVING if self._switch is None else ServerState.SWITCHING
+        if self._host_down is None and (self._active is not None or self._is_resting):
+            if self._switch is not None:
+                return ServerState.SWITCHING
+            return ServerState.IDLE if self._is_resting else ServerState.SERVING
         if self.recovery.is_degraded:
             return ServerState.DEGRADED
         if self.recovery.is_under_way or self._switch is None:
@@ -222,7 +229,8 @@ class Coordinator:
         """Whether a request for the active model is served now; in the mode `auto`: in its turn."""
         is_open = self._switch is None or self._switch.phase is SwitchPhase.VALIDATE
         is_open = is_open or self.dispatcher is not None
-        return self._why_down is None and self._active is not None and is_open
+        is_there = self._active is not None or self._is_resting
+        return self._why_down is None and is_there and is_open
 
     @property
     def given_up(self) -> asyncio.Future[str]:
@@ -245,7 +253,7 @@ class Coordinator:
         self._host.died.add_done_callback(self._host_died)
         _ = self.given_up  # belongs to this loop
         self.ladder.check()
-        first = self.registry.resolve(default)
+        self._default = first = self.registry.resolve(default)
         others = [self.registry.resolve(alias) for alias in load if alias != default]
         for model in (first, *others):
             model.engine.validate()
@@ -376,7 +384,7 @@ class Coordinator:
 
     async def rest_idle_models(self) -> None:
         """Until cancelled, move models down that nobody has used for as long as they may stay."""
-        while self.ladder.has_idle_policies:
+        while self.ladder.has_idle_policies or self._settings.return_to_default is not None:
             await asyncio.sleep(IDLE_CHECK_S)
             try:
                 await self.rest_idle()
@@ -384,7 +392,48 @@ class Coordinator:
                 log.warning("event=rest_failed cause=%r", one_line(error))
 
     async def rest_idle(self) -> None:
+        """Whatever is to be done after a while without requests."""
         await self.ladder.rest_idle()
+        if self.dispatcher is not None:
+            await self._rest_active()
+        self._return_to_default()
+
+    def _idle_s(self) -> float:
+        """Seconds without a request, a switch and a job lease."""
+        is_asked = any(model.leases or model.entered for model in self.registry)
+        if is_asked or self._switch is not None or self.jobs.model is not None:
+            return 0.0
+        return self._clock() - self._used_s
+
+    async def _rest_active(self) -> None:
+        """Have the active model sleep, or unload it; the next request brings one up."""
+        if self._place_to_rest() is None:
+            return
+        async with self.ladder.turn():
+            # It may have been used meanwhile, or be another one.
+            model, to = self._active, self._place_to_rest()
+            if model is not None and to is not None:
+                self._active, self._is_resting = None, True
+                if self.dispatcher is not None:
+                    self.dispatcher.advance()
+                last_used_s = model.last_used_s
+                await self.ladder.move_down(model, to)
+                model.last_used_s = last_used_s  # for where it goes next
+
+    def _place_to_rest(self) -> Residency | None:
+        if self._active is None or self._why_down is not None:
+            return None
+        return self.ladder.resting_place(self._active, self._idle_s())
+
+    def _return_to_default(self) -> None:
+        after_s, default = self._settings.return_to_default, self._default
+        if after_s is None or default is None or self._active in (None, default):
+            return
+        if self._why_down is None and self._idle_s() >= after_s:
+            # In the mode `manual`, whoever comes in this very moment is served instead.
+            timeout_s = self._settings.drain_timeout if self.dispatcher else 0.0
+            switch = self._begin(default, timeout_s, "refuse")
+            switch.automatic = True
 
     # --- requests -------------------------------------------------------------------------
 
@@ -487,7 +536,7 @@ class Coordinator:
 
     def grant(self, model: Model, lease: Lease) -> None:
         """Have a request use its model from now on."""
-        model.last_used_s = now_s = self._clock()
+        self._used_s = model.last_used_s = now_s = self._clock()
         lease.admit(self._epoch, now_s)
         model.leases[lease] = None
 
@@ -528,6 +577,7 @@ class Coordinator:
         if lease.requests:
             model.engine.release(lease.requests)
         drain.release(model, lease)
+        self._used_s = model.last_used_s = self._clock()
         if isinstance(lease.cut, WrongStamp):
             self._observer.notify(OutputRefused(self._epoch, lease.alias, lease.cut.stamp))
         elif isinstance(lease.cut, ClientStalled):
@@ -615,7 +665,8 @@ class Coordinator:
             return False
         if self.jobs.model not in (None, self.active):
             return False  # it is brought back, or up
-        return self._is_started and (self._active is not None or self.recovery.is_degraded)
+        is_settled = self._active is not None or self._is_resting or self.recovery.is_degraded
+        return self._is_started and is_settled
 
     def begin_switch(self, target: Model, drain_timeout_s: float) -> Switch:
         """Switch without ending anybody's request: who runs longer is parked."""
@@ -629,6 +680,7 @@ class Coordinator:
 
     def leases_changed(self) -> None:
         """Jobs hold another model than before, or until another time."""
+        self._used_s = self._clock()
         if self.dispatcher is not None:
             self.dispatcher.held_until(self._held_until_s)
 
@@ -707,7 +759,7 @@ class Coordinator:
         if not source.leases or source.residency is not Residency.ACTIVE:
             return
         target, timeout_s = switch.target.alias, switch.drain_timeout_s
-        if switch.automatic:
+        if switch.automatic and self.dispatcher is not None:
             await self._drain_to_the_end(switch, source)
             return
         match switch.policy:
@@ -750,7 +802,7 @@ class Coordinator:
             self.ladder.step(self._active, Step.PARK)
         self.ladder.step(target, Step.ACTIVATE)
         self._epoch = epoch
-        self._active = target
+        self._active, self._is_resting = target, False
         if target.is_verified:
             self._serve_on(target)
 
@@ -890,6 +942,7 @@ class Coordinator:
         if cause is not None:
             status = "refused" if isinstance(cause, DrainRefused) else "failed"
         self.switches += 1
+        self._used_s = self._clock()
         self.switches_failed += status == "failed"
         self._observer.notify(
             SwitchEnded(
@@ -993,7 +1046,7 @@ class Coordinator:
                 self._fail(model, how)
             else:
                 _end_with_engine(model, how)  # what was parked with it
-        self._active = None
+        self._active, self._is_resting = None, False
         self._observer.notify(HostDied(self._epoch, how))
         if self._is_started and self._ended is None:
             self.recovery.host_died(how)
@@ -1024,7 +1077,8 @@ class Coordinator:
 
     @property
     def needs_recovery(self) -> bool:
-        return self._active is None and self._is_started and self._ended is None
+        is_missed = self._active is None and not self._is_resting
+        return is_missed and self._is_started and self._ended is None
 
     def _recover_if_needed(self, why: str) -> None:
         if self.needs_recovery and self._switch is None and not self.recovery.is_under_way:

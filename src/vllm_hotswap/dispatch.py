@@ -214,7 +214,7 @@ class Dispatcher:
         if refused is not None:
             drain.end([lease], refused)
             return None
-        if self.scheduler.enter(ticket, now_s, is_open=self._server.can_switch):
+        if self.scheduler.enter(ticket, now_s, is_open=self._is_served_now(model)):
             self._admit([ticket])
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

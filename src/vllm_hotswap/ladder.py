@@ -442,6 +442,13 @@ class Ladder:
                         if self._is_due(model, after_s) and _may_rest(model, to):
                             await self.move_down(model, to)
 
+    def resting_place(self, model: Model, idle_s: float) -> Residency | None:
+        """Where the active model goes that nobody has used for so long; None: it stays."""
+        if model.pinned:
+            return None
+        due = [to for after_s, to in _idle_policy(model) if idle_s >= after_s]
+        return next((to for to in reversed(due) if _knows(model, to)), None)
+
     def _is_due(self, model: Model, after_s: float) -> bool:
         return self._clock() - (model.last_used_s or 0.0) >= after_s
 
@@ -504,7 +511,10 @@ def _idle_policy(model: Model) -> list[tuple[float, Residency]]:
 
 def _may_rest(model: Model, to: Residency) -> bool:
     is_there = model.residency in (Residency.PARKED, Residency.ASLEEP, Residency.DISCARDED)
-    known = to is Residency.COLD or to in model.engine.footprint.usage
-    return (
-        is_there and is_below(to, model.residency) and known and not (model.pinned or model.leases)
-    )
+    is_used = model.pinned or model.leases or model.entered
+    return is_there and is_below(to, model.residency) and _knows(model, to) and not is_used
+
+
+def _knows(model: Model, residency: Residency) -> bool:
+    """Whether its device has that residency."""
+    return residency is Residency.COLD or residency in model.engine.footprint.usage

@@ -148,6 +148,14 @@ class SwitchingConfig:
             "into what `memory.host` has to spare"
         ),
     ] = True
+    return_to_default: Annotated[
+        SecondsAboveZero | None,
+        IDLE,
+        Field(
+            description="seconds without a request and without a job lease after which the server "
+            "switches back to the default model"
+        ),
+    ] = None
     max_lease: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
@@ -296,7 +304,10 @@ class ModelKeys:
     idle_sleep: Annotated[
         SecondsAboveZero | None,
         IDLE,
-        Field(description="seconds without a request after which it sleeps, once it is not active"),
+        Field(
+            description="seconds without a request after which it sleeps, once it is not active; "
+            "auto: also while it is, if nobody has a request for any model"
+        ),
     ] = None
     idle_unload: Annotated[
         SecondsAboveZero | None, IDLE, Field(description="the same for unloading")

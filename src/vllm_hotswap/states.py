@@ -115,6 +115,9 @@ class ServerState(StrEnum):
 
     SERVING = "serving"
     SWITCHING = "switching"
+    IDLE = "idle"
+    """Nobody has asked for anything for a while, and no model is active: the next request brings
+    one up."""
     RECOVERING = "recovering"
     """The engine host, or the active engine, died; it is being brought back."""
     DEGRADED = "degraded"
