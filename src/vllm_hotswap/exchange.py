@@ -145,7 +145,7 @@ class Answer:
         """Called once, with the first piece of the body, before it is sent."""
         self.started = False
         self.complete = False
-        self.is_sending = False
+        self._sending = 0
         self.sent = 0
         """Messages that were sent: what does not grow while one is being sent has stalled."""
         self.is_event_stream = False
@@ -171,7 +171,7 @@ class Answer:
                 await asyncio.wait([self.lease.gate])
             if self.lease.cut is not None:
                 return  # what an application says after it was cut is not the answer
-        self.close()  # the application speaks for itself
+        self._speak()
         match message["type"]:
             case "http.response.start":
                 message = self._with_headers(message)
@@ -188,13 +188,23 @@ class Answer:
         if self.complete and self.lease is not None:
             self.lease.is_answered = True
 
+    def _speak(self) -> None:
+        """No comment is needed while the application speaks, unless it is parked."""
+        if self.lease is None or not self.lease.is_frozen:
+            self.close()
+
     async def _pass_on(self, message: Message) -> None:
-        self.is_sending = True
+        self._sending += 1
         try:
             await self._send(message)
         finally:
-            self.is_sending = False
+            self._sending -= 1
             self.sent += 1
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether the application or a comment waits for the client to take something in."""
+        return self._sending > 0
 
     def _with_headers(self, start: Message) -> Message:
         """What became of the request so far, for whoever wants to know."""
