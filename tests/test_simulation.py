@@ -135,7 +135,7 @@ def test_fifo_drains_and_switches_for_every_change_of_model() -> None:
 
     times = [(served.admitted_s, served.ended_s) for served in run]
     assert [(0.0, 5.0), (15.0, 20.0), (30.0, 35.0)] == times
-    assert [("a", "b", 1.0, 5.0, 15.0), ("b", "a", 15.0, 20.0, 30.0)] == [
+    assert [("a", "b", 5.0, 5.0, 15.0), ("b", "a", 20.0, 20.0, 30.0)] == [
         (s.source, s.target, s.began_s, s.drained_s, s.active_s) for s in run.switches
     ]
 
@@ -150,12 +150,21 @@ def test_batch_serves_the_queue_of_a_model_together() -> None:
 
 def test_what_runs_beyond_the_drain_timeout_is_parked_and_goes_on() -> None:
     """It has 6 of its 10 s to go when its model is active again."""
-    requests = (ask(0, "a", 0.0, 10), ask(1, "b", 1.0, 2))
+    requests = (ask(0, "a", 30.0, 10), ask(1, "b", 31.0, 2))
     run = play(trace_of(*requests), drain_timeout_s=3.0)
 
-    assert 4.0 == run.switches[0].drained_s
-    assert (16.0, 26.0 + 6.0) == (by_id(run)[1].ended_s, by_id(run)[0].ended_s)
+    assert (31.0, 34.0) == (run.switches[0].began_s, run.switches[0].drained_s)
+    assert (46.0, 56.0 + 6.0) == (by_id(run)[1].ended_s, by_id(run)[0].ended_s)
     assert 0.0 == by_id(run)[0].waited_s
+
+
+def test_what_runs_is_not_parked_before_it_was_worth_the_switches() -> None:
+    """There and back takes 20 s: so long the other model stays active first, whatever it costs."""
+    requests = (ask(0, "a", 0.0, 30), ask(1, "b", 1.0, 30))
+    run = play(trace_of(*requests), drain_timeout_s=0.0)
+
+    assert [20.0, 50.0, 70.0] == [switch.drained_s for switch in run.switches]
+    assert (70.0, 90.0) == (by_id(run)[0].ended_s, by_id(run)[1].ended_s)
 
 
 def test_round_robin_parks_at_the_end_of_a_slice() -> None:
@@ -277,10 +286,11 @@ def test_the_figures_say_where_the_time_went() -> None:
 
 
 def test_who_waits_longer_than_promised_is_counted() -> None:
-    """Three models are due at once: the last one waits for two switches."""
-    trace = trace_of(ask(0, "a", 0.0, 1), ask(1, "b", 0.0), ask(2, "c", 0.0), max_wait_s=0.0)
+    """Four models are due at once: the last one waits for three switches."""
+    models = {alias: TracedModel(max_wait_s=0.0) for alias in "abcd"}
+    requests = tuple(ask(i, alias, 0.0) for i, alias in enumerate("abcd"))
 
-    assert 1 == figures("fifo", play(trace)).late
+    assert 1 == figures("fifo", play(Trace(Head(models, "a"), requests))).late
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 NEVER = math.inf
+
+SERVED_S = 0.05
+"""A model is active for at least as long before what it began is parked: some steps of an engine.
+Without it, switches that cost nothing could park everything before it gets anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,16 @@ class Snapshot:
         """Whether the active model, if there is one, has nothing to do."""
         return self.own is None and (self.active is None or self.active.in_flight == 0)
 
+    @property
+    def is_own_due(self) -> bool:
+        """Whether one who waits for the active model is due, and nobody else was so before."""
+        own = self.own
+        return (
+            own is not None
+            and own.due_s <= self.now_s
+            and all(own.due_s <= queue.due_s for queue in self.others)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOn:
@@ -141,7 +155,10 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
 
     - Where nobody waits for another model, the active one is served.
     - While the active model is held for a job, it is served.
-    - Who has waited for as long as it may is next, whoever was due first.
+    - Who has waited for as long as it may is next, whoever was due first. Whoever waits for the
+      active model and was due before them has been admitted already.
+    - Who runs is not parked before its model was active for as long as the way there and back
+      takes: until then, nothing more is admitted.
 
     Raises whatever the policy raises, and `ValueError` for a model that nobody waits for.
     """
@@ -152,21 +169,35 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
         assert active.leased_until_s is not None
         return WaitUntil(active.leased_until_s)
     first_due = min(snapshot.others, key=_due)
-    is_due = first_due.due_s <= snapshot.now_s
-    if is_due and (snapshot.own is None or first_due.due_s < snapshot.own.due_s):
-        return SwitchTo(first_due.alias)
+    if first_due.due_s <= snapshot.now_s:
+        return _switch(snapshot, SwitchTo(first_due.alias), first_due)
     decision = policy(snapshot)
+    if isinstance(decision, SwitchTo):
+        for queue in snapshot.others:
+            if queue.alias == decision.alias:
+                return _switch(snapshot, decision, queue)
+        raise ValueError(f"the policy switches to {decision.alias!r}, for which nobody waits")
+    return _in_time(snapshot, decision, first_due.due_s)
+
+
+def _switch(snapshot: Snapshot, decision: SwitchTo, target: QueueView) -> Decision:
+    active = snapshot.active
+    if active is None or not active.in_flight:
+        return decision
+    round_trip_s = target.switch_cost_s + target.back_cost_s
+    from_s = active.since_s + max(SERVED_S, round_trip_s)
+    return decision if from_s <= snapshot.now_s else WaitUntil(from_s, before=0)
+
+
+def _in_time(snapshot: Snapshot, decision: ServeOn | WaitUntil, due_s: float) -> WaitUntil:
+    """The same, but look again when somebody is due who waits by then."""
+    if snapshot.own is not None and decision.before is not None:
+        due_s = min(due_s, snapshot.own.due_s)
     match decision:
-        case SwitchTo(alias=alias):
-            if all(queue.alias != alias for queue in snapshot.others):
-                raise ValueError(f"the policy switches to {alias!r}, for which nobody waits")
-            return decision
-        case _ if is_due:
-            return decision
-        case WaitUntil(time_s=time_s):
-            return replace(decision, time_s=min(time_s, first_due.due_s))
+        case WaitUntil(time_s=time_s, before=before) if snapshot.now_s < time_s < due_s:
+            return WaitUntil(time_s, before)
         case _:
-            return WaitUntil(first_due.due_s, decision.before)
+            return WaitUntil(due_s, decision.before)
 
 
 def _due(queue: QueueView) -> float:

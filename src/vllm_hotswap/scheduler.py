@@ -79,13 +79,15 @@ class _Line:
 
     terms: ModelTerms
     position: int
-    waiting: OrderedDict[Ticket, None] = field(default_factory=OrderedDict)
+    waiting: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
+    """By their order, and in it."""
     priorities: Counter[int] = field(default_factory=Counter)
     running: Counter[int] = field(default_factory=Counter)
     """Priorities of the requests that run."""
     in_flight: int = 0
-    due: list[tuple[float, int, Ticket]] = field(default_factory=list)
-    """A heap; those that wait no longer are taken out when they come up."""
+    due: list[tuple[float, int]] = field(default_factory=list)
+    """A heap of when they are due, and their order; what is out of date is left in it until it
+    comes up, or nobody waits."""
     arrivals_s: float = 0.0
     tokens: int = 0
     parked: int = 0
@@ -96,19 +98,21 @@ class _Line:
     def put(self, ticket: Ticket) -> None:
         """In the order of arrival: who came first may have been longer in coming here."""
         later = []
-        for other in reversed(self.waiting):
-            if other.order < ticket.order:
+        for order in reversed(self.waiting):
+            if order < ticket.order:
                 break
-            later.append(other)
-        self.waiting[ticket] = None
-        for other in reversed(later):
-            self.waiting.move_to_end(other)
+            later.append(order)
+        self.waiting[ticket.order] = ticket
+        for order in reversed(later):
+            self.waiting.move_to_end(order)
         self.priorities[ticket.priority] += 1
-        heapq.heappush(self.due, (ticket.due_s, ticket.order, ticket))
+        heapq.heappush(self.due, (ticket.due_s, ticket.order))
         self._count(ticket, 1)
 
     def take(self, ticket: Ticket) -> None:
-        del self.waiting[ticket]
+        del self.waiting[ticket.order]
+        if not self.waiting:
+            self.due.clear()
         self.priorities[ticket.priority] -= 1
         if not self.priorities[ticket.priority]:
             del self.priorities[ticket.priority]
@@ -131,12 +135,26 @@ class _Line:
         self.in_flight -= 1
 
     def first(self) -> Ticket:
-        return next(iter(self.waiting))
+        return next(iter(self.waiting.values()))
 
     def due_s(self) -> float:
-        while self.due[0][2] not in self.waiting:
+        """When the first of those who wait is due."""
+        while not self._waits(self.due[0]):
             heapq.heappop(self.due)
         return self.due[0][0]
+
+    def last_due(self, now_s: float) -> int:
+        """The order of the last one who is due, all of whom are to be admitted now; or 0."""
+        last = 0
+        while self.due and self.due[0][0] <= now_s:
+            entry = heapq.heappop(self.due)
+            if self._waits(entry):
+                last = max(last, entry[1])
+        return last
+
+    def _waits(self, entry: tuple[float, int]) -> bool:
+        ticket = self.waiting.get(entry[1])
+        return ticket is not None and ticket.due_s == entry[0]
 
 
 class Scheduler:
@@ -182,11 +200,11 @@ class Scheduler:
     def ahead_of(self, ticket: Ticket) -> int:
         """How many requests wait for the same model that came before."""
         waiting = self._lines[ticket.alias].waiting
-        return sum(other.order < ticket.order for other in waiting)
+        return sum(order < ticket.order for order in waiting)
 
     def queue(self, alias: str) -> list[Ticket]:
         """Whoever waits for the model, in order."""
-        return list(self._lines[alias].waiting)
+        return list(self._lines[alias].waiting.values())
 
     def service_s(self, alias: str) -> float:
         """Seconds that a request of the model took lately, from admission to its end."""
@@ -217,7 +235,7 @@ class Scheduler:
     def leave(self, ticket: Ticket, now_s: float) -> None:
         """The request has ended, or waits no longer. Idempotent."""
         line = self._lines[ticket.alias]
-        if ticket in line.waiting:
+        if ticket.order in line.waiting:
             self._take(line, ticket)
         elif ticket.admitted_s is not None:
             line.end(ticket)
@@ -238,7 +256,7 @@ class Scheduler:
     def activate(self, alias: str, now_s: float) -> list[Ticket]:
         """The model is active from now on; who is admitted at once, parked requests among them.
 
-        That is as many as the policy would let it serve, and at least one.
+        That is as many as the policy would let it serve, all who are due, and at least one.
         """
         self._active, self._since_s = self._lines[alias], now_s
         self.costs_changed()
@@ -257,14 +275,19 @@ class Scheduler:
     def advance(self, now_s: float) -> tuple[list[Ticket], Decision]:
         """What is to be done now, and who is admitted.
 
-        The decision is `ServeOn` where there is no reason to look again. Raises what `decide` does.
+        The active model's own requests are admitted, whatever the policy says, if they are due
+        before any other one's. The decision is `ServeOn` where there is no reason to look again.
+        Raises what `decide` does.
         """
-        decision = decide(self.policy, self.snapshot(now_s))
+        admitted, snapshot = [], self.snapshot(now_s)
+        if self._active is not None and snapshot.is_own_due:
+            admitted = self._admit(self._active, now_s, before=0)
+            snapshot = self.snapshot(now_s)
+        decision = decide(self.policy, snapshot)
         match decision:
             case ServeOn(before=before) | WaitUntil(before=before) if self._active is not None:
-                return self._admit(self._active, now_s, before), decision
-            case _:
-                return [], decision
+                admitted += self._admit(self._active, now_s, before)
+        return admitted, decision
 
     # --- the snapshot -------------------------------------------------------------------------
 
@@ -330,6 +353,9 @@ class Scheduler:
         return admitted or self._admit(line, now_s, line.first().order + 1)
 
     def _admit(self, line: _Line, now_s: float, before: int | None) -> list[Ticket]:
+        """Who came before `before` (None: all), who is due, and who came before them."""
+        if before is not None:
+            before = max(before, line.last_due(now_s) + 1)
         admitted = []
         while line.waiting and (before is None or line.first().order < before):
             ticket = line.first()
@@ -339,7 +365,9 @@ class Scheduler:
         return admitted
 
     def _resume(self, line: _Line, now_s: float) -> Sequence[Ticket]:
-        resumed = [ticket for ticket in line.waiting if ticket.is_parked] if line.parked else []
+        if not line.parked:
+            return []
+        resumed = [ticket for ticket in line.waiting.values() if ticket.is_parked]
         for ticket in resumed:
             self._take(line, ticket)
             ticket.is_parked = False

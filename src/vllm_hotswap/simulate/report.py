@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -32,7 +33,8 @@ class Figures:
     fairness: float
     """Jain's index of the models' mean waits."""
     late: int
-    """Requests that waited longer than `max_wait` and one switch."""
+    """Requests for which it took more than two switches after they were due: one that was under way
+    and their own. They had to wait for models whose requests were due before."""
     end_s: float
 
 
@@ -43,7 +45,7 @@ def figures(policy: str, run: Run) -> Figures:
     for one in served:
         by_model[one.request.model].append(one.waited_s)
     switching_s = math.fsum(switch.active_s - switch.drained_s for switch in run.switches)
-    longest_s = max((switch.active_s - switch.began_s for switch in run.switches), default=0.0)
+    activated = [switch.active_s for switch in run.switches]
     whole_s = run.end_s or 1.0
     return Figures(
         policy=policy,
@@ -59,9 +61,13 @@ def figures(policy: str, run: Run) -> Figures:
         switching=switching_s / whole_s,
         idle=max(0.0, 1 - (run.serving_s + switching_s) / whole_s),
         fairness=jain([mean(values) for values in by_model.values()]),
-        late=sum(one.admitted_s > one.due_s + longest_s + 1e-9 for one in served),
+        late=sum(_switches(activated, one.due_s, one.admitted_s) > 2 for one in served),
         end_s=run.end_s,
     )
+
+
+def _switches(activated: Sequence[float], after_s: float, until_s: float) -> int:
+    return max(0, bisect_right(activated, until_s) - bisect_right(activated, after_s))
 
 
 def mean(values: Sequence[float]) -> float:
