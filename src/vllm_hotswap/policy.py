@@ -104,7 +104,8 @@ class Snapshot:
 class ServeOn:
     """Go on with the active model until something changes.
 
-    Its requests that came before `before` (an order of arrival) are admitted; None: all.
+    Its requests that came before `before` (an order of arrival) are admitted; None: all. Whoever
+    is due is admitted with them, and all who came before those.
     """
 
     before: int | None = None
@@ -155,8 +156,8 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
 
     - Where nobody waits for another model, the active one is served.
     - While the active model is held for a job, it is served.
-    - Who has waited for as long as it may is next, whoever was due first. Whoever waits for the
-      active model and was due before them has been admitted already.
+    - Who has waited for as long as it may is next, whoever was due first: if that is a request for
+      the active model, it is admitted, and then everybody is looked at again.
     - Who runs is not parked before its model was active for as long as the way there and back
       takes: until then, nothing more is admitted.
 
@@ -168,6 +169,8 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
     if active is not None and (active.leased_until_s or 0.0) > snapshot.now_s:
         assert active.leased_until_s is not None
         return WaitUntil(active.leased_until_s)
+    if snapshot.is_own_due:
+        return WaitUntil(snapshot.now_s, before=0)  # whoever is due is admitted nevertheless
     first_due = min(snapshot.others, key=_due)
     if first_due.due_s <= snapshot.now_s:
         return _switch(snapshot, SwitchTo(first_due.alias), first_due)

@@ -275,19 +275,14 @@ class Scheduler:
     def advance(self, now_s: float) -> tuple[list[Ticket], Decision]:
         """What is to be done now, and who is admitted.
 
-        The active model's own requests are admitted, whatever the policy says, if they are due
-        before any other one's. The decision is `ServeOn` where there is no reason to look again.
-        Raises what `decide` does.
+        The decision is `ServeOn` where there is no reason to look again. Raises what `decide` does.
         """
-        admitted, snapshot = [], self.snapshot(now_s)
-        if self._active is not None and snapshot.is_own_due:
-            admitted = self._admit(self._active, now_s, before=0)
-            snapshot = self.snapshot(now_s)
-        decision = decide(self.policy, snapshot)
+        decision = decide(self.policy, self.snapshot(now_s))
         match decision:
             case ServeOn(before=before) | WaitUntil(before=before) if self._active is not None:
-                admitted += self._admit(self._active, now_s, before)
-        return admitted, decision
+                return self._admit(self._active, now_s, before), decision
+            case _:
+                return [], decision
 
     # --- the snapshot -------------------------------------------------------------------------
 
