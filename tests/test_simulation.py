@@ -135,7 +135,7 @@ def test_fifo_drains_and_switches_for_every_change_of_model() -> None:
 
     times = [(served.admitted_s, served.ended_s) for served in run]
     assert [(0.0, 5.0), (15.0, 20.0), (30.0, 35.0)] == times
-    assert [("a", "b", 5.0, 5.0, 15.0), ("b", "a", 20.0, 20.0, 30.0)] == [
+    assert [("a", "b", 1.0, 5.0, 15.0), ("b", "a", 15.0, 20.0, 30.0)] == [
         (s.source, s.target, s.began_s, s.drained_s, s.active_s) for s in run.switches
     ]
 

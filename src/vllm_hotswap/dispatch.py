@@ -302,10 +302,10 @@ class Dispatcher:
 
     def _obey(self, decision: Decision) -> None:
         match decision:
-            case SwitchTo(alias=alias, park=park):
-                target = self._registry.model(alias)
-                drain_timeout_s = 0.0 if park else self._settings.drain_timeout
-                self._server.begin_switch(self._possible(target), drain_timeout_s)
+            case SwitchTo():
+                target = self._registry.model(decision.alias)
+                drain_s = decision.drain_s(self._clock(), self._settings.drain_timeout)
+                self._server.begin_switch(self._possible(target), drain_s)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEVER = math.inf
 
-SERVED_S = 0.05
+WORKED_S = 0.05
 """A model is active for at least as long before what it began is parked: some steps of an engine.
 Without it, switches that cost nothing could park everything before it gets anywhere."""
 
@@ -128,6 +128,12 @@ class SwitchTo:
 
     alias: str
     park: bool = False
+    park_from_s: float = 0.0
+    """When requests may be frozen; until then they are waited for. `decide` says it."""
+
+    def drain_s(self, now_s: float, drain_timeout_s: float) -> float:
+        """For how long to wait for requests that run."""
+        return max(0.0 if self.park else drain_timeout_s, self.park_from_s - now_s)
 
 
 Decision = ServeOn | WaitUntil | SwitchTo
@@ -159,7 +165,7 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
     - Who has waited for as long as it may is next, whoever was due first: if that is a request for
       the active model, it is admitted, and then everybody is looked at again.
     - Who runs is not parked before its model was active for as long as the way there and back
-      takes: until then, nothing more is admitted.
+      takes (`SwitchTo.park_from_s`).
 
     Raises whatever the policy raises, and `ValueError` for a model that nobody waits for.
     """
@@ -183,13 +189,12 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
     return _in_time(snapshot, decision, first_due.due_s)
 
 
-def _switch(snapshot: Snapshot, decision: SwitchTo, target: QueueView) -> Decision:
+def _switch(snapshot: Snapshot, decision: SwitchTo, target: QueueView) -> SwitchTo:
     active = snapshot.active
-    if active is None or not active.in_flight:
+    if active is None:
         return decision
-    round_trip_s = target.switch_cost_s + target.back_cost_s
-    from_s = active.since_s + max(SERVED_S, round_trip_s)
-    return decision if from_s <= snapshot.now_s else WaitUntil(from_s, before=0)
+    worked_s = max(WORKED_S, target.switch_cost_s + target.back_cost_s)
+    return replace(decision, park_from_s=active.since_s + worked_s)
 
 
 def _in_time(snapshot: Snapshot, decision: ServeOn | WaitUntil, due_s: float) -> WaitUntil:

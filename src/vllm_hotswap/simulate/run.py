@@ -126,8 +126,9 @@ class Simulation:
         self._switch: _Switch | None = None
         self._timer_s = NEVER
         self._now_s = 0.0
-        self._left = len(self._requests)
-        blank = array("d", [NEVER]) * self._left
+        self.left = len(self._requests)
+        """Requests that have not ended yet."""
+        blank = array("d", [NEVER]) * self.left
         self.run = Run(self._requests, blank[:], blank[:], blank[:], blank[:])
         self._line_up()
         if trace.head.active is not None:
@@ -135,15 +136,15 @@ class Simulation:
             self._activate(trace.head.active)
 
     def __repr__(self) -> str:
-        return f"<Simulation now={self._now_s:.3f} left={self._left} {self.scheduler!r}>"
+        return f"<Simulation now={self._now_s:.3f} left={self.left} {self.scheduler!r}>"
 
     def play(self, progress: Callable[[int], object] = lambda _: None) -> Run:
         """All of it; `progress` is told of how many requests have ended now."""
-        while self._left:
-            before = self._left
+        while self.left:
+            before = self.left
             self.step()
-            if before != self._left:
-                progress(before - self._left)
+            if before != self.left:
+                progress(before - self.left)
         self.run.end_s = self._now_s
         return self.run
 
@@ -211,7 +212,7 @@ class Simulation:
         self.scheduler.leave(ticket, self._now_s)
         place = self._numbers.pop(ticket)
         self.run.ended[place] = self._now_s
-        self._left -= 1
+        self.left -= 1
         for follower in self._followers.pop(place, ()):
             when_s = self._now_s + self._requests[follower].think_s
             heapq.heappush(self._arrivals, (when_s, follower))
@@ -228,8 +229,9 @@ class Simulation:
         match decision:
             case WaitUntil(time_s=time_s):
                 self._timer_s = max(time_s, self._now_s)
-            case SwitchTo(alias=alias, park=park):
-                self._begin_switch(alias, 0.0 if park else self._world.drain_timeout_s)
+            case SwitchTo():
+                drain_s = decision.drain_s(self._now_s, self._world.drain_timeout_s)
+                self._begin_switch(decision.alias, drain_s)
 
     def decide(self) -> tuple[list[Ticket], Decision]:
         """What the scheduler says now."""

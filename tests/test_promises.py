@@ -1,0 +1,223 @@
+"""What requests are promised, whatever the policy does: held over traces that hypothesis makes up.
+
+The simulator drives the scheduler of the server. The policies are those that ship, and adversaries:
+one that never switches, one that never admits what it may hold back, one that switches all the
+time, to whoever is last, and one that parks at once, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from vllm_hotswap.policies import POLICIES
+from vllm_hotswap.policy import (
+    WORKED_S,
+    Decision,
+    Policy,
+    PolicySettings,
+    ServeOn,
+    Snapshot,
+    SwitchTo,
+    WaitUntil,
+)
+from vllm_hotswap.simulate.costs import Costs
+from vllm_hotswap.simulate.run import Run, Served, Simulation, World
+from vllm_hotswap.simulate.service import Service
+from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest
+
+ALIASES = "abcd"
+SLACK_S = 1e-6
+
+
+def never(_: Snapshot) -> Decision:
+    return ServeOn()
+
+
+def stingy(snapshot: Snapshot) -> Decision:
+    return WaitUntil(snapshot.now_s - 1, before=0)
+
+
+def restless(snapshot: Snapshot) -> Decision:
+    return SwitchTo(snapshot.others[-1].alias)
+
+
+def rude(snapshot: Snapshot) -> Decision:
+    return SwitchTo(snapshot.others[0].alias, park=True)
+
+
+ADVERSARIES: dict[str, Policy] = {
+    "never": never,
+    "stingy": stingy,
+    "restless": restless,
+    "rude": rude,
+}
+SETTINGS = PolicySettings(min_active_s=0.5, slice_s=1.5)
+ALL = {name: make(SETTINGS) for name, make in POLICIES.items()} | ADVERSARIES
+
+moments = st.integers(0, 120).map(lambda quarter: quarter / 4)
+requests = st.builds(
+    TracedRequest,
+    id=st.just(0),
+    model=st.sampled_from(ALIASES),
+    arrived_s=moments,
+    priority=st.one_of(st.none(), st.integers(-2, 2)),
+    max_wait_s=st.one_of(st.none(), st.sampled_from([0.0, 1.0, 7.0])),
+    prompt_tokens=st.integers(0, 3),
+    output_tokens=st.integers(0, 12),
+)
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> Trace:
+    """Some requests; a part of them come after the end of others."""
+    drawn = draw(st.lists(requests, min_size=1, max_size=25))
+    after = draw(st.lists(st.booleans(), min_size=len(drawn), max_size=len(drawn)))
+    numbered = [
+        TracedRequest(
+            id=number,
+            model=request.model,
+            arrived_s=None if number and follows else request.arrived_s,
+            after=number // 2 if number and follows else None,
+            think_s=0.25,
+            priority=request.priority,
+            max_wait_s=request.max_wait_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+        )
+        for number, (request, follows) in enumerate(zip(drawn, after, strict=True))
+    ]
+    waits = draw(st.sampled_from([0.0, 5.0, 20.0]))
+    models = {alias: TracedModel(max_wait_s=waits) for alias in ALIASES}
+    return Trace(Head(models, draw(st.sampled_from([None, "a"]))), tuple(numbered))
+
+
+worlds = st.builds(
+    World,
+    costs=st.sampled_from([0.0, 0.01, 1.0, 10.0]).map(Costs),
+    service=st.sampled_from([Service(1.0, 0.5, 0.25), Service(0.05, 0.0, 0.0)]),
+    drain_timeout_s=st.sampled_from([0.0, 2.0, 1000.0]),
+)
+
+anything = pytest.mark.parametrize("policy", ALL.values(), ids=ALL)
+
+
+def play(trace: Trace, policy: Policy, world: World) -> Run:
+    """The whole trace; a simulation that gets nowhere is a failure rather than a hang."""
+    simulation = Simulation(trace, policy, world)
+    tokens = sum(1 + request.prompt_tokens + request.output_tokens for request in trace.requests)
+    most_s = sum(world.service.alone_s(r.prompt_tokens, r.output_tokens) for r in trace.requests)
+    for _ in range(200 * tokens + int(20 * most_s / WORKED_S) + 1000):
+        if not simulation.left:
+            return simulation.play()
+        simulation.step()
+    raise AssertionError(f"it gets nowhere: {simulation!r}")
+
+
+@anything
+@given(trace=traces(), world=worlds)
+@settings(max_examples=25, deadline=None)
+def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
+    """From when it is due until it is admitted the server does nothing but switch: it ends the
+    switch under way, goes to every other model whose requests were due before, once at most, and
+    then to its own. Nobody is admitted meanwhile but on arrival at one of these models.
+    """
+    run = play(trace, policy, world)
+    served = list(run)
+    for one in served:
+        behind = [s for s in run.switches if one.due_s < s.active_s <= one.admitted_s]
+        targets = [switch.target for switch in behind[1:]]
+        arrivals = {switch.active_s for switch in behind}
+
+        assert len(set(targets)) == len(targets)
+        assert set(targets) <= {
+            other.request.model
+            for other in served
+            if other is one or other.due_s <= one.due_s <= other.ended_s
+        }
+        assert one.admitted_s in {one.arrived_s, one.due_s} | arrivals or one.admitted_s < one.due_s
+        assert all(
+            other.admitted_s in arrivals or other.due_s <= one.due_s
+            for other in served
+            if one.due_s < other.admitted_s < one.admitted_s
+        )
+
+
+@anything
+@given(trace=traces(), world=worlds)
+@settings(max_examples=12, deadline=None)
+def test_a_switch_takes_no_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
+    """It waits for `drain_timeout`, or until its source was active for as long as there and back
+    takes, whichever is longer; and not for longer than something runs.
+    """
+    run = play(trace, policy, world)
+    cost_s = world.costs.default_s
+    worked_s = max(WORKED_S, 2 * cost_s)
+    since_s = 0.0
+    for switch in run.switches:
+        latest_s = max(switch.began_s + world.drain_timeout_s, since_s + worked_s)
+        ended = [s.ended_s for s in run if s.request.model == switch.source]
+
+        assert switch.drained_s <= latest_s + SLACK_S
+        assert (
+            switch.drained_s in {switch.began_s, *ended}
+            or switch.drained_s >= min(latest_s, since_s + worked_s) - SLACK_S
+        )
+        assert cost_s == pytest.approx(switch.active_s - switch.drained_s)
+        since_s = switch.active_s
+
+
+@anything
+@given(trace=traces(), world=worlds)
+@settings(max_examples=10, deadline=None)
+def test_requests_of_a_model_are_admitted_in_the_order_in_which_they_came(
+    policy: Policy, trace: Trace, world: World
+) -> None:
+    """Whatever their priorities, and however long they may wait."""
+    by_model: dict[str, list[Served]] = defaultdict(list)
+    for one in play(trace, policy, world):
+        by_model[one.request.model].append(one)
+
+    for served in by_model.values():
+        ordered = sorted(served, key=lambda one: one.arrived_s)
+        assert all(
+            one.admitted_s <= other.admitted_s
+            for one, other in pairwise(ordered)
+            if one.arrived_s < other.arrived_s
+        )
+
+
+@anything
+@given(trace=traces(), world=worlds)
+@settings(max_examples=10, deadline=None)
+def test_every_switch_gets_somebody_further(policy: Policy, trace: Trace, world: World) -> None:
+    """Who it was for is admitted or goes on at once, and works until it ends, until the drain is
+    over, or for as long as the way there and back takes: no two models pass the server to and fro.
+    """
+    run = play(trace, policy, world)
+    least_s = max(WORKED_S, 2 * world.costs.default_s)
+    for switch, after in pairwise(run.switches):
+        working = [
+            one
+            for one in run
+            if one.request.model == switch.target
+            and one.admitted_s <= switch.active_s <= one.ended_s
+        ]
+        assert working
+        if after.drained_s - switch.active_s < least_s - SLACK_S:
+            assert all(one.ended_s <= after.drained_s for one in run if one in working)
+
+
+@anything
+@given(trace=traces(), world=worlds)
+@settings(max_examples=10, deadline=None)
+def test_every_request_is_served(policy: Policy, trace: Trace, world: World) -> None:
+    """Once, to its end, not faster than alone, and in a time that is bounded."""
+    for one in play(trace, policy, world):
+        request = one.request
+        alone_s = world.service.alone_s(request.prompt_tokens, request.output_tokens)
+        assert one.arrived_s <= one.admitted_s
+        assert one.ended_s - one.admitted_s >= alone_s - SLACK_S
