@@ -110,7 +110,8 @@ def play(trace: Trace, policy: Policy, world: World) -> Run:
     simulation = Simulation(trace, policy, world)
     tokens = sum(1 + request.prompt_tokens + request.output_tokens for request in trace.requests)
     most_s = sum(world.service.alone_s(r.prompt_tokens, r.output_tokens) for r in trace.requests)
-    for _ in range(200 * tokens + int(20 * most_s / WORKED_S) + 1000):
+    visits = len(trace.requests) + most_s / max(WORKED_S, 2 * world.costs.default_s)
+    for _ in range(10 * tokens + int(6 * visits) + 1000):
         if not simulation.left:
             return simulation.play()
         simulation.step()

@@ -1,0 +1,208 @@
+"""Queues, admission, and what a snapshot says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_hotswap.costs import SwitchCosts
+from vllm_hotswap.policy import NEVER, Decision, Policy, ServeOn, Snapshot, SwitchTo, WaitUntil
+from vllm_hotswap.scheduler import ModelTerms, RequestTerms, Scheduler, Ticket
+from vllm_hotswap.states import Residency
+
+
+class Told:
+    """A policy that does what it is told."""
+
+    def __init__(self) -> None:
+        self.decision: Decision = ServeOn()
+
+    def __call__(self, _: Snapshot) -> Decision:
+        return self.decision
+
+
+def make(policy: Policy | None = None, active: str | None = "a") -> Scheduler:
+    terms = [ModelTerms("a", 1, 10.0, 2.0), ModelTerms("b", 0, 20.0), ModelTerms("c", 0, 20.0)]
+    scheduler = Scheduler(terms, policy or Told(), lambda source, target: 1.0 if source else 3.0)
+    if active is not None:
+        scheduler.activate(active, 0.0)
+    return scheduler
+
+
+def enter(scheduler: Scheduler, alias: str, now_s: float, **terms: float) -> Ticket:
+    ticket = scheduler.ticket(alias, now_s, RequestTerms(**terms))  # type: ignore[arg-type]
+    scheduler.enter(ticket, now_s)
+    return ticket
+
+
+def test_a_request_for_the_active_model_is_admitted_at_once() -> None:
+    """Where nobody else waits, and no switch is under way."""
+    scheduler = make()
+
+    assert scheduler.enter(scheduler.ticket("a", 1.0), 1.0)
+    assert not scheduler.enter(scheduler.ticket("a", 1.0), 1.0, is_open=False)
+    assert not scheduler.enter(scheduler.ticket("b", 2.0), 2.0)
+    assert not scheduler.enter(scheduler.ticket("a", 3.0), 3.0)
+    assert (2, 1, 3) == (scheduler.waiting_for("a"), scheduler.waiting_for("b"), scheduler.waiting)
+
+
+def test_a_request_has_the_terms_of_its_model_or_its_own() -> None:
+    """Priority, and how long it may wait."""
+    scheduler = make()
+    plain = scheduler.ticket("a", 5.0)
+    special = scheduler.ticket("a", 5.0, RequestTerms(priority=7, max_wait_s=0.5))
+
+    assert (1, 15.0) == (plain.priority, plain.due_s)
+    assert (7, 5.5) == (special.priority, special.due_s)
+
+
+def test_a_snapshot_says_who_waits() -> None:
+    """How many, since when, until when, how urgent, and what the switch costs."""
+    scheduler = make()
+    enter(scheduler, "b", 2.0, max_wait_s=9.0).tokens = 0
+    enter(scheduler, "b", 4.0, priority=5)
+
+    (view,) = scheduler.snapshot(6.0).others
+
+    assert ("b", 1, 2, 0, 1) == (view.alias, view.position, view.requests, view.parked, view.first)
+    assert (2.0, 3.0, 11.0, 5) == (view.oldest_s, view.mean_arrival_s, view.due_s, view.priority)
+    assert (1.0, 1.0, 6.0) == (view.switch_cost_s, view.back_cost_s, view.waited_s(6.0))
+
+
+def test_who_leaves_is_not_waited_for() -> None:
+    """Nor counted; what it was due is forgotten."""
+    scheduler = make()
+    first, second = enter(scheduler, "b", 2.0, max_wait_s=1.0), enter(scheduler, "b", 4.0)
+
+    scheduler.leave(first, 5.0)
+    scheduler.leave(first, 5.0)
+
+    (view,) = scheduler.snapshot(6.0).others
+    assert (1, 4.0, 24.0, 0) == (
+        view.requests,
+        view.oldest_s,
+        view.due_s,
+        scheduler.ahead_of(second),
+    )
+
+
+def test_requests_keep_their_order_though_one_took_longer_to_come() -> None:
+    """Their places are given out when they arrive, and taken when they are validated."""
+    scheduler = make()
+    tickets = [scheduler.ticket("b", float(number)) for number in range(4)]
+    for place in (1, 3, 0, 2):
+        scheduler.enter(tickets[place], 9.0)
+
+    assert tickets == scheduler.queue("b") == scheduler.activate("b", 10.0)
+
+
+def test_what_a_request_takes_is_remembered() -> None:
+    """Newer ones count for a part."""
+    scheduler = make()
+    for took_s in (2.0, 4.0):
+        ticket = enter(scheduler, "a", 10.0)
+        scheduler.leave(ticket, 10.0 + took_s)
+
+    assert 2.0 + 0.3 * 2.0 == pytest.approx(scheduler.service_s("a"))
+
+
+def test_a_model_serves_at_least_the_request_that_it_was_switched_to_for() -> None:
+    """Though the policy would go on to the next one."""
+    policy = Told()
+    scheduler = make(policy)
+    first, second = enter(scheduler, "b", 1.0), enter(scheduler, "b", 2.0)
+    enter(scheduler, "c", 3.0)
+    policy.decision = SwitchTo("c")
+
+    assert [first] == scheduler.activate("b", 4.0)
+    assert [second] == scheduler.queue("b")
+
+
+def test_a_model_serves_all_who_are_due_and_who_came_before_them() -> None:
+    """Order is kept: the first one is not due."""
+    policy = Told()
+    scheduler = make(policy)
+    early = enter(scheduler, "b", 1.0, max_wait_s=90.0)
+    due = enter(scheduler, "b", 2.0, max_wait_s=1.0)
+    late = enter(scheduler, "b", 3.0, max_wait_s=90.0)
+    enter(scheduler, "c", 3.0)
+    policy.decision = SwitchTo("c")
+
+    assert [early, due] == scheduler.activate("b", 4.0)
+    assert [late] == scheduler.queue("b")
+
+
+def test_requests_that_a_policy_holds_back_are_admitted_when_they_are_due() -> None:
+    """The policy is not asked again before."""
+    policy = Told()
+    policy.decision = ServeOn(before=0)
+    scheduler = make(policy)
+    enter(scheduler, "b", 1.0)
+    own = enter(scheduler, "a", 2.0)
+
+    assert ([], WaitUntil(12.0, before=0)) == scheduler.advance(3.0)
+    assert ([own], WaitUntil(12.0, before=0)) == scheduler.advance(12.0)
+    assert ([], WaitUntil(21.0, before=0)) == scheduler.advance(12.0)
+
+
+def test_parked_requests_wait_anew_and_go_on_first() -> None:
+    """With the time that they may wait, from now on; what they were due before is forgotten."""
+    scheduler = make()
+    enter(scheduler, "b", 0.0)
+    old = enter(scheduler, "a", 1.0)
+    assert [old] == scheduler.advance(2.0)[0]
+
+    scheduler.park([old], 8.0)
+    scheduler.activate("b", 9.0)
+    new = enter(scheduler, "a", 10.0)
+
+    (view,) = scheduler.snapshot(12.0).others
+    assert (2, 1, 18.0) == (view.requests, view.parked, view.due_s)
+    assert (1, 2) == (scheduler.waiting_for("a"), view.requests)
+    assert [old, new] == scheduler.activate("a", 13.0)
+
+
+def test_a_request_may_be_parked_twice_at_the_same_moment_of_being_due() -> None:
+    """Entries of the same time and order do not need to be told apart."""
+    scheduler = make()
+    ticket = enter(scheduler, "a", 1.0, max_wait_s=NEVER)
+    for now_s in (2.0, 3.0):
+        scheduler.park([ticket], now_s)
+        scheduler.activate("b", now_s)
+        assert NEVER == scheduler.snapshot(now_s).others[0].due_s
+        assert [ticket] == scheduler.activate("a", now_s)
+
+
+def test_without_an_active_model_everybody_waits() -> None:
+    """And a switch costs what it costs from none."""
+    scheduler = make(active=None)
+    enter(scheduler, "a", 1.0)
+    seen = scheduler.snapshot(2.0)
+
+    assert (None, None, 3.0) == (seen.active, seen.own, seen.others[0].switch_cost_s)
+    scheduler.activate("b", 3.0)
+    assert 1.0 == scheduler.snapshot(3.0).others[0].switch_cost_s
+    scheduler.deactivate()
+    assert 3.0 == scheduler.snapshot(3.0).others[0].switch_cost_s
+
+
+def test_a_model_that_is_held_for_a_job_is_told() -> None:
+    """In the snapshot."""
+    scheduler = make()
+    scheduler.leased_until_s = 50.0
+    seen = scheduler.snapshot(1.0)
+
+    assert seen.active is not None
+    assert 50.0 == seen.active.leased_until_s
+
+
+def test_costs_are_those_of_the_pair_or_else_of_the_target() -> None:
+    """By where the target lies; newer ones count for a part."""
+    costs = SwitchCosts()
+    assert 9.0 == costs.estimate("a", "b", Residency.COLD, 9.0)
+
+    costs.add("a", "b", Residency.COLD, 2.0)
+    costs.add("a", "b", Residency.COLD, 4.0)
+
+    assert 2.6 == pytest.approx(costs.estimate("a", "b", Residency.COLD, 9.0))
+    assert 2.6 == pytest.approx(costs.estimate("c", "b", Residency.COLD, 9.0))
+    assert 9.0 == costs.estimate("a", "b", Residency.PARKED, 9.0)
