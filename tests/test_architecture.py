@@ -57,7 +57,7 @@ LAYERS = [
     {"simulate.service", "simulate.costs", "simulate.generate"},
     {"simulate.run", "simulate.fit"},
     {"simulate.report"},
-    {"simulate.command"},
+    {"simulate.command", "record"},
     {
         "drain",
         "ladder",

@@ -84,6 +84,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             help=f"file with keys as of --{role}-key, one a line (also "
             f"VLLM_HOTSWAP_{role.upper()}_KEY_FILE); read again on SIGHUP; may be given again",
         )
+    serve.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of requests and switches to a new file, for `vllm-hotswap simulate`; "
+        "it holds no prompts and no answers",
+    )
     _add_settings(serve)
     serve.set_defaults(run=_serve)
 
@@ -189,7 +196,7 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap import server
 
     keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
-    return server.run(config, flags, keys)
+    return server.run(config, flags, keys, args.record)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -33,6 +34,7 @@ from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
+from vllm_hotswap.record import Recorder, head_of
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import CONFIG_VARIABLES
 
@@ -61,13 +63,19 @@ class Server(uvicorn.Server):
         yield
 
 
-def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None) -> int:
+def run(
+    config: ServerConfig,
+    flags: Sequence[str],
+    keys: KeyFlags | None = None,
+    record: Path | None = None,
+) -> int:
     """Serve until told to stop. Returns the exit status.
 
     Args:
         config: the checked YAML file.
         flags: flags of `vllm serve`, for the server and as defaults of every model.
         keys: what the command line says of keys, besides `--api-key`.
+        record: a new file for a trace of what happens.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
@@ -76,6 +84,7 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
     _enable_failpoints()
     require_vllm()
     folders = config.adapter_folders
+    recorders = () if record is None else (Recorder(record, head_of(config)),)
     _clean_environment()
     if access.has_files:
         # Until there is a loop to handle it; the engine host never does.
@@ -109,14 +118,18 @@ def run(config: ServerConfig, flags: Sequence[str], keys: KeyFlags | None = None
         host,
         access,
         config.switching,
-        observers=(EventLog(), progress),
+        observers=(EventLog(), progress, *recorders),
         vllm_version=version,
         policies=policies(config),
         adapter_folders=folders,
         limits=config.limits,
         recovery=config.recovery,
     )
-    return _run_loop(serve(app, listener, load, config.default_model, progress))
+    try:
+        return _run_loop(serve(app, listener, load, config.default_model, progress))
+    finally:
+        for recorder in recorders:
+            recorder.close()
 
 
 def policies(config: ServerConfig) -> dict[str, ModelPolicy]:

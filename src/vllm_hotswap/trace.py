@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TextIO
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -157,7 +157,7 @@ def write(path: Path, trace: Trace) -> None:
         file.writelines(f"{as_text(line)}\n" for line in lines)
 
 
-def create(path: Path) -> Any:
+def create(path: Path) -> TextIO:
     """The new file of a trace, open for writing.
 
     Raises:

@@ -1,0 +1,136 @@
+"""Recordings: what happened, line by line, as a trace that can be simulated."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap import record, trace as traces
+from vllm_hotswap.config import load_config
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.events import RequestEnded, SwitchEnded
+from vllm_hotswap.record import Recorder, head_of
+from vllm_hotswap.states import Residency
+from vllm_hotswap.trace import Head, TracedModel, TracedRequest, TracedSwitch, TracedSwitching
+
+HEAD = Head({"a": TracedModel(), "b": TracedModel()}, "a")
+REQUEST = RequestEnded(
+    3,
+    "b",
+    "served",
+    arrived_s=1002.0,
+    waited_s=0.5,
+    service_s=0.25,
+    switched=1,
+    prompt_tokens=12,
+    output_tokens=16,
+    priority=2,
+    max_wait_s=9.0,
+)
+SWITCH = SwitchEnded(
+    "op", 3, "a", "b", "switched", 0.75, 0, automatic=True, residency=Residency.COLD, drain_s=0.25
+)
+
+
+class Clock:
+    """Shows 1000 s first."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_requests_and_switches_are_in_the_file_at_once(tmp_path: Path) -> None:
+    """With times since the recording began; the server need not come to its end."""
+    path, clock = tmp_path / "t.jsonl", Clock()
+    recorder = Recorder(path, HEAD, clock)
+    clock.now_s = 1005.0
+    recorder.notify(SWITCH)
+    recorder.notify(REQUEST)
+
+    trace = traces.read(path)
+    recorder.close()
+
+    assert HEAD == trace.head
+    assert trace.requests == (
+        TracedRequest(1, "b", 2.0, None, 0.0, 2, 9.0, 12, 16, 0.5, 0.25, 1, "served"),
+    )
+    assert trace.switches == (
+        TracedSwitch(4.25, "a", "b", Residency.COLD, 0.5, 0.25, "switched", True),
+    )
+
+
+def test_what_never_asked_for_its_engine_is_not_recorded(tmp_path: Path) -> None:
+    """A refused request was nothing to schedule."""
+    recorder = Recorder(tmp_path / "t.jsonl", HEAD)
+    recorder.notify(RequestEnded(1, "a", "served"))
+    recorder.close()
+
+    assert () == traces.read(tmp_path / "t.jsonl").requests
+
+
+def test_a_recording_is_not_overwritten(tmp_path: Path) -> None:
+    """Nor begun where it cannot be written."""
+    (tmp_path / "t.jsonl").write_text("")
+
+    with pytest.raises(ConfigError, match="exists and is not overwritten"):
+        Recorder(tmp_path / "t.jsonl", HEAD)
+    with pytest.raises(ConfigError, match="cannot be written: No such file"):
+        Recorder(tmp_path / "no" / "t.jsonl", HEAD)
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged once."""
+    logger = logging.getLogger("vllm_hotswap")
+    monkeypatch.setattr(logger, "propagate", True)
+    (tmp_path / "full").symlink_to("/dev/full")
+    monkeypatch.setattr(record, "create", lambda path: path.open("w"))
+    recorder = Recorder(tmp_path / "full", HEAD)
+    recorder.notify(REQUEST)
+    recorder.close()
+
+    assert ["event=recording_ended"] == [r.getMessage().split()[0] for r in caplog.records]
+    assert "No space left on device" in caplog.text
+
+
+def test_the_head_says_how_the_server_was_set(tmp_path: Path) -> None:
+    """Models' own settings, or those of `switching`."""
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "switching: {policy: fifo, max_wait: 7, min_active: 1, slice: 3, drain_timeout: 9}\n"
+        "models:\n"
+        "  a: {model: org/a, priority: 2, weight: 1.5}\n"
+        "  b: {model: org/b, max_wait: 4}\n"
+    )
+
+    assert head_of(load_config(path)) == Head(
+        {"a": TracedModel(2, 7.0, 1.5), "b": TracedModel(0, 4.0, 1.0)},
+        "a",
+        TracedSwitching("fifo", 1.0, 3.0, 9.0),
+    )
+
+
+def test_a_file_that_exists_ends_the_start(tmp_path: Path) -> None:
+    """Before anything slow is done, with one line."""
+    (tmp_path / "models.yaml").write_text("models: {llama: {model: org/llama}}")
+    (tmp_path / "t.jsonl").write_text("precious")
+    command = ["serve", str(tmp_path / "models.yaml"), "--record", str(tmp_path / "t.jsonl")]
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "vllm_hotswap", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert 1 == ended.returncode
+    assert "exists and is not overwritten; name another file" in ended.stderr
+    assert 1 == len(ended.stderr.splitlines())
