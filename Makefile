@@ -18,7 +18,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-vllm check lint types format bench bench-residency soak reference clean
+.PHONY: help setup demo serve test test-vllm check lint types format bench bench-residency bench-scheduling soak reference clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench: setup ## Measure switches and throughput; results go to bench-results
 
 bench-residency: setup ## Measure switches from every residency, memory and drift; the same place
 	$(BIN)/python -m vllm_hotswap.bench.residency --out bench-results
+
+bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over the load; the same place
+	$(BIN)/python -m vllm_hotswap.bench.scheduling --out bench-results
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results

@@ -9,11 +9,19 @@ import pytest
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import PolicySettings
 from vllm_hotswap.simulate.costs import Costs
-from vllm_hotswap.simulate.fit import common, least_squares, non_negative, service, services
+from vllm_hotswap.simulate.fit import Clock, common, least_squares, non_negative, services
 from vllm_hotswap.simulate.generate import Shape, generate
 from vllm_hotswap.simulate.run import World, simulate
 from vllm_hotswap.simulate.service import Service
-from vllm_hotswap.trace import Trace, TracedModel, TracedRequest, TracedSwitching
+from vllm_hotswap.states import Residency
+from vllm_hotswap.trace import (
+    Head,
+    Trace,
+    TracedModel,
+    TracedRequest,
+    TracedSwitch,
+    TracedSwitching,
+)
 
 
 def recorded(world: World, shape: Shape) -> Trace:
@@ -33,6 +41,17 @@ def recorded(world: World, shape: Shape) -> Trace:
             )
             for served in run
         ),
+        switches=tuple(
+            TracedSwitch(
+                s.began_s,
+                s.source,
+                s.target,
+                Residency.PARKED,
+                s.active_s - s.drained_s,
+                s.drained_s - s.began_s,
+            )
+            for s in run.switches
+        ),
     )
 
 
@@ -51,9 +70,24 @@ def test_the_service_is_found_again(kind: str) -> None:
 
 def test_one_request_is_enough_to_know_a_step() -> None:
     """What it shares with others cannot be told."""
-    request = TracedRequest(0, "a", 1.0, output_tokens=10, waited_s=0.0, service_s=0.5)
+    request = TracedRequest(
+        0, "a", 1.0, output_tokens=10, waited_s=0.0, service_s=0.5, result="served"
+    )
 
-    assert 0.5 == pytest.approx(service([request]).alone_s(0, 10))
+    trace = Trace(Head({"a": TracedModel()}), (request,))
+
+    assert 0.5 == pytest.approx(services(trace)["a"].alone_s(0, 10))
+
+
+def test_the_clock_of_a_model_stands_still_while_it_is_parked() -> None:
+    """From when the drain is over until it is active again."""
+    away = TracedSwitch(10.0, "a", "b", Residency.PARKED, 5.0, 2.0)
+    back = TracedSwitch(20.0, "b", "a", Residency.PARKED, 5.0, 2.0)
+    failed = TracedSwitch(1.0, "a", "b", Residency.PARKED, 1.0, 1.0, "failed")
+    trace = Trace(Head({"a": TracedModel(), "b": TracedModel()}), (), (back, away, failed))
+
+    assert [5.0, 12.0, 12.0, 15.0] == [Clock("a", trace).at(at_s) for at_s in (5, 14, 27, 30)]
+    assert [0.0, 0.0, 5.0, 5.0] == [Clock("b", trace).at(at_s) for at_s in (5, 17, 22, 30)]
 
 
 def test_nothing_is_below_zero() -> None:

@@ -34,16 +34,44 @@ def services(trace: Trace) -> dict[str, Service]:
     for request in trace.requests:
         if request.was_served:
             by_model[request.model].append(request)
-    return {alias: service(requests) for alias, requests in by_model.items()}
+    return {alias: service(requests, Clock(alias, trace)) for alias, requests in by_model.items()}
 
 
-def service(requests: Sequence[TracedRequest]) -> Service:
+class Clock:
+    """Seconds for which a model has been active: it stands still while its requests are parked.
+
+    Without switches in the trace, it was active all the time.
+    """
+
+    def __init__(self, alias: str, trace: Trace) -> None:
+        self._times, self._sums, self._runs = [0.0], [0.0], [True]
+        ordered = sorted(trace.switches, key=lambda switch: switch.at_s)
+        mine = [s for s in ordered if alias in (s.source, s.target) and s.result == "switched"]
+        if mine:
+            self._runs = [mine[0].source == alias]
+        for switch in mine:
+            drained_s = switch.at_s + switch.drain_s
+            runs = switch.target == alias
+            self._turn(drained_s + switch.cost_s if runs else drained_s, runs)
+
+    def _turn(self, time_s: float, runs: bool) -> None:
+        self._sums.append(self.at(time_s))
+        self._times.append(time_s)
+        self._runs.append(runs)
+
+    def at(self, time_s: float) -> float:
+        place = max(0, bisect_right(self._times, time_s) - 1)
+        passed_s = time_s - self._times[place] if self._runs[place] else 0.0
+        return self._sums[place] + passed_s
+
+
+def service(requests: Sequence[TracedRequest], clock: Clock) -> Service:
     """The service of one model, from its served requests.
 
     How many requests ran is a mean over steps, and not over time, so that it takes to know how long
     a step is to find out how long a step is: the better the one, the better the other.
     """
-    spans = [_span(request) for request in requests]
+    spans = [_span(request, clock) for request in requests]
     prompts = _Prompts(spans, [request.prompt_tokens for request in requests])
     took = [span.end_s - span.begin_s for span in spans]
     found = Service(1.0, 0.0, 0.0)
@@ -129,18 +157,18 @@ def _squares(rows: Sequence[Row], values: Sequence[float], coefficients: Sequenc
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """From the admission of a request to its end."""
+    """From the admission of a request to its end, by the clock of its model."""
 
     begin_s: float
     end_s: float
 
 
-def _span(request: TracedRequest) -> Span:
+def _span(request: TracedRequest, clock: Clock) -> Span:
     assert request.arrived_s is not None
     assert request.waited_s is not None
     assert request.service_s is not None
     begin_s = request.arrived_s + request.waited_s
-    return Span(begin_s, begin_s + request.service_s)
+    return Span(clock.at(begin_s), clock.at(begin_s + request.service_s))
 
 
 class _Prompts:
@@ -152,7 +180,7 @@ class _Prompts:
         self._sums = list(itertools.accumulate((count for _, count in ordered), initial=0))
 
     def within(self, span: Span) -> float:
-        first, last = bisect_left(self._times, span.begin_s), bisect_right(self._times, span.end_s)
+        first, last = bisect_left(self._times, span.begin_s), bisect_left(self._times, span.end_s)
         return float(self._sums[last] - self._sums[first])
 
 
