@@ -88,8 +88,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_server(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is logged once."""
-    logger = logging.getLogger("vllm_hotswap")
-    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(record, "log", logging.getLogger("a-test-of-recordings"))
     (tmp_path / "full").symlink_to("/dev/full")
     monkeypatch.setattr(record, "create", lambda path: path.open("w"))
     recorder = Recorder(tmp_path / "full", HEAD)
