@@ -12,6 +12,7 @@ from tests.support import CHAT, Server
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
+from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import ModelPolicy
 
 
@@ -386,3 +387,141 @@ async def test_others_are_served_while_the_last_model_cannot_be_brought_back(aut
     auto.host.kill_engine("llama")
     assert "qwen" == model_of(await auto.ask("qwen"))
     assert "qwen" == auto.coordinator.active
+
+
+# --- trouble ------------------------------------------------------------------------------------
+
+
+def test_parked_request_goes_on_after_a_switch_that_failed(play: Play) -> None:
+    """However often it is parked."""
+
+    async def story(server: Server) -> None:
+        long = server.stream("llama", words=60)
+        reading = asyncio.create_task(long.finish())
+        await asyncio.sleep(3)
+        server.host.fail_next("activate", "qwen")
+        assert 503 == (await server.ask("qwen")).status_code
+        await asyncio.sleep(5)
+        assert "qwen" == model_of(await server.ask("qwen"))
+        assert (await reading).is_whole
+
+    play(
+        story,
+        mode="auto",
+        policy="round_robin",
+        slice=1.0,
+        settings={"llama": FakeSettings(token_s=1.0)},
+    )
+
+
+def test_model_that_hosts_die_of_does_not_end_the_server(play: Play) -> None:
+    """Whoever waits for it is told; it is left alone for a while."""
+
+    async def story(server: Server) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(2, server.host.kill, "out of memory")  # while it is loaded
+        response = await server.ask("mistral")
+        assert (503, "engine_unavailable") == (
+            response.status_code,
+            response.json()["error"]["code"],
+        )
+        await asyncio.sleep(30)
+        assert 1 == server.host.restarts
+        assert "llama" == model_of(await server.ask("llama"))
+
+    play(story, mode="auto", settings={"mistral": FakeSettings(load_s=5.0)})
+
+
+def test_who_is_due_is_served_however_tight_memory_is(play: Play) -> None:
+    """Requests are not parked in a circle while there is no room for a third model."""
+
+    async def keep_busy(server: Server, alias: str) -> None:
+        while True:
+            await server.ask(alias, max_tokens=8)
+
+    async def story(server: Server) -> None:
+        clients = [asyncio.create_task(keep_busy(server, alias)) for alias in ("llama", "qwen")]
+        await asyncio.sleep(10)
+        answer = await server.ask("mistral")
+        assert "mistral" == model_of(answer)
+        assert float(answer.headers["x-hotswap-waited"]) < 60
+        for client in clients:
+            client.cancel()
+
+    play(
+        story,
+        mode="auto",
+        max_wait=3,
+        drain_timeout=1,
+        settings=dict.fromkeys(("llama", "qwen", "mistral"), FakeSettings(token_s=1.0, load_s=1)),
+        budget=Usage((4 << 20) + (1 << 19), 0),
+        load=("llama", "qwen"),
+    )
+
+
+def test_parked_request_of_a_model_that_fails_does_not_make_the_server_try_all_the_time(
+    play: Play,
+) -> None:
+    """It is tried again after a while that doubles."""
+
+    async def story(server: Server) -> None:
+        long = server.stream("llama", words=1000)
+        reading = asyncio.create_task(long.finish())
+        await asyncio.sleep(1)
+        assert "qwen" == model_of(await server.ask("qwen"))
+        for _ in range(4):
+            server.host.fail_next("activate", "llama")
+        before = len(targets(server))
+        await asyncio.sleep(20)
+        assert len(targets(server)) - before <= 5
+        reading.cancel()
+
+    play(
+        story,
+        mode="auto",
+        policy="round_robin",
+        slice=1.0,
+        settings={"llama": FakeSettings(token_s=1.0), "qwen": FakeSettings(token_s=1.0)},
+    )
+
+
+async def test_switch_that_is_given_up_leaves_the_queue_alone(auto: Server) -> None:
+    """A refusal to drain says nothing of the target."""
+    first = await auto.start_stream("llama")
+    auto.coordinator.dispatcher.scheduler.leased_until_s = float("inf")  # type: ignore[union-attr]
+    waiting = auto.ask("qwen")
+    await auto.settled()
+    refused = await auto.post(
+        "/v1/models/switch",
+        json={"model": "qwen", "drain_timeout": 0, "on_drain_timeout": "refuse"},
+    )
+    assert 409 == refused.status_code
+    assert not waiting.done()
+    auto.coordinator.dispatcher.scheduler.leased_until_s = None  # type: ignore[union-attr]
+    await first.finish()
+    assert "qwen" == model_of(await waiting)
+
+
+def test_idle_connection_holds_nobody_up(play: Play) -> None:
+    """A WebSocket that asks for nothing is not waited for; it has its turn when it does."""
+
+    async def story(server: Server) -> None:
+        socket = server.websocket("/v1/realtime", "model=llama")
+        await server.settled()
+        socket.send("one two")
+        await asyncio.sleep(1)
+        answer = await server.ask("qwen")
+        assert float(answer.headers["x-hotswap-waited"]) < 1
+        await asyncio.sleep(700)
+        assert ["qwen"] == targets(server)
+        socket.send("three")
+        await asyncio.sleep(1)
+        assert ["qwen", "llama"] == targets(server)
+        assert 3 == sum(text["type"] == "transcription.delta" for text in socket.texts)
+        socket.leave()
+
+    play(
+        story,
+        mode="auto",
+        settings={"llama": FakeSettings(tasks=("generate", "realtime"))},
+    )

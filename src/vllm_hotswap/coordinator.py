@@ -26,7 +26,6 @@ from vllm_hotswap.errors import (
     DrainCut,
     DrainRefused,
     EngineUnavailable,
-    HotswapError,
     ModelInUse,
     ModelNotActive,
     ModelSwitching,
@@ -668,10 +667,10 @@ class Coordinator:
         is_settled = self._active is not None or self._is_resting or self.recovery.is_degraded
         return self._is_started and is_settled
 
-    def begin_switch(self, target: Model, drain_timeout_s: float) -> Switch:
-        """Switch without ending anybody's request: who runs longer is parked."""
+    def begin_switch(self, target: Model, drain_timeout_s: float, may_park: bool = True) -> Switch:
+        """Switch without ending anybody's request: who runs longer is parked, or waited for."""
         switch = self._begin(target, drain_timeout_s, "park")
-        switch.automatic = True
+        switch.automatic, switch.may_park = True, may_park
         return switch
 
     async def hold(self, alias: str, owner: str, ttl_s: float, note: str = "") -> JobLease:
@@ -705,6 +704,7 @@ class Coordinator:
     async def _run_switch(self, switch: Switch) -> SwitchResult:
         try:
             async with self.ladder.turn():
+                switch.turn_s = self._clock()
                 try:
                     await self._take_over(switch)
                 except BaseException:
@@ -755,6 +755,8 @@ class Coordinator:
         source = switch.source
         if source is None:
             return
+        if self.dispatcher is not None:
+            self.dispatcher.suspend_idle(source)
         await drain.until_empty(source, switch.drain_timeout_s)
         if not source.leases or source.residency is not Residency.ACTIVE:
             return
@@ -775,7 +777,7 @@ class Coordinator:
 
     async def _drain_to_the_end(self, switch: Switch, source: Model) -> None:
         """Park who still runs, if nobody is lost by that; wait for the others."""
-        if self.ladder.can_keep_parked(switch.target):
+        if switch.may_park and self.ladder.can_keep_parked(switch.target):
             self._park(switch, source)
         await drain.until_empty(source, None)
 
@@ -844,7 +846,7 @@ class Coordinator:
         self._notify_ended(switch, duration_s, None)
         self.foresight.switched(switch.target)
         if self.dispatcher is not None:
-            self.dispatcher.switched(switch, duration_s - switch.drain_s)
+            self.dispatcher.switched(switch, self._clock() - switch.turn_s - switch.drain_s)
         self._is_activated(switch.target)
         return SwitchResult(
             operation_id=switch.operation_id,
@@ -868,7 +870,7 @@ class Coordinator:
     def _give_up_switch(self, switch: Switch, cause: BaseException) -> BaseException:
         """Settle everybody who waits; return what the caller of the switch is told."""
         self._switch = None
-        failed: HotswapError
+        failed: SwitchFailed | EngineUnavailable
         if self._why_down is not None or self._host.died.done():
             failed = EngineUnavailable(self._why_down or self._host.died.result())
         else:
@@ -878,11 +880,12 @@ class Coordinator:
                 future.set_exception(failed)
         self._notify_ended(switch, self._clock() - switch.started_s, cause)
         self._recover_if_needed(one_line(cause))
-        if self.dispatcher is not None:
+        if self.dispatcher is not None and not isinstance(cause, DrainRefused):
             self.dispatcher.failed(switch, failed)
-            self.dispatcher.advance()
         if self._active is not None:
             self._is_activated(self._active)
+        elif self.dispatcher is not None:
+            self.dispatcher.advance()
         if isinstance(cause, DrainRefused):
             return cause
         # A switch is cancelled at shutdown, and its callers are to be told.
@@ -1013,6 +1016,9 @@ class Coordinator:
         if self._ended is None:
             self._ended = "the server is shutting down"
         self.jobs.close()
+        gone = EngineUnavailable("the server is shutting down")
+        if self.dispatcher is not None:
+            self.dispatcher.close(gone)
         await self.recovery.stop()
         if self._switch is not None and self._switch.task is not None:
             switching = self._switch.task
@@ -1023,9 +1029,6 @@ class Coordinator:
                 self._host.kill("the server is shutting down")
                 await asyncio.wait([switching])
         busy = [model for model in self.registry if model.leases]
-        gone = EngineUnavailable("the server is shutting down")
-        if self.dispatcher is not None:
-            self.dispatcher.close(gone)
         for model in busy:
             drain.end(model.parked, gone)  # nobody steps them any more
             await drain.until_empty(model, timeout_s)

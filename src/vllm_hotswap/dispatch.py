@@ -18,7 +18,6 @@ from vllm_hotswap import drain
 from vllm_hotswap.costs import SwitchCosts
 from vllm_hotswap.errors import (
     EngineUnavailable,
-    HotswapError,
     QueueFull,
     SwitchFailed,
     SwitchNotAllowed,
@@ -31,6 +30,7 @@ from vllm_hotswap.policy import Decision, PolicySettings, SwitchTo, WaitUntil
 from vllm_hotswap.registry import Cut, Lease, Model, Registry
 from vllm_hotswap.scheduler import ModelTerms, RequestTerms, Scheduler, Ticket
 from vllm_hotswap.settings import LimitsConfig, SwitchingConfig
+from vllm_hotswap.states import Residency, SwitchPhase
 from vllm_hotswap.switch import Switch
 
 log = logging.getLogger("vllm_hotswap")
@@ -40,6 +40,10 @@ ACTIVATE_S = 0.005
 
 LEAST_DELAY_S = 0.001
 """Before the policy is asked again, whatever time it names."""
+
+BRINGING_UP = (SwitchPhase.BRING_UP, SwitchPhase.ACTIVATE, SwitchPhase.VERIFY)
+
+MAX_DOUBLINGS = 30
 
 MAX_BACKOFF_S = 60.0
 """How long requests for a model that cannot be brought up are refused, at most."""
@@ -64,7 +68,7 @@ class Switching(Protocol):
     def grant(self, model: Model, lease: Lease) -> None:
         """Give a request its turn."""
 
-    def begin_switch(self, target: Model, drain_timeout_s: float) -> Switch:
+    def begin_switch(self, target: Model, drain_timeout_s: float, may_park: bool = True) -> Switch:
         """Switch, without ending anybody's request."""
 
 
@@ -73,8 +77,8 @@ class Dispatcher:
 
     Its mutable state is the scheduler; `_leases`, those of all requests that have not had their
     turn yet, by ticket, each with a future if it waits; `_timer`, for when the policy wants to look
-    again; and `_failures`, how often in a row a model could not be brought up, and until when it is
-    not tried again.
+    again; `_failures`, how often in a row a model could not be brought up, and until when it is
+    not tried again; and `_is_closed`, once nothing is decided any more.
     """
 
     def __init__(
@@ -102,6 +106,8 @@ class Dispatcher:
         self._leases: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._failures: dict[str, tuple[int, float]] = {}
+        self._is_closed = False
+        ladder.on_step = self.scheduler.costs_changed
 
     def __repr__(self) -> str:
         return f"<Dispatcher not_admitted={len(self._leases)} {self.scheduler!r}>"
@@ -113,8 +119,11 @@ class Dispatcher:
 
     def _cost_s(self, source: str | None, target: str) -> float:
         model = self._registry.model(target)
-        unknown_s = up_cost_s(model, model.residency) + ACTIVATE_S
-        return self.costs.estimate(source, target, model.residency, unknown_s)
+        residency = model.residency
+        if residency is Residency.ACTIVE and source is not None:  # the way back
+            residency = self._ladder.left_at(model, self._registry.model(source))
+        unknown_s = up_cost_s(model, residency) + ACTIVATE_S
+        return self.costs.estimate(source, target, residency, unknown_s)
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -139,12 +148,28 @@ class Dispatcher:
         if not self._is_served_now(model):
             self._refuse_if_full(model)
         lease = Lease(alias, self._server.epoch, asyncio.current_task())
-        lease.arrived_s, lease.ticket = now_s, self.scheduler.ticket(alias, now_s, terms)
         lease.terms = terms
-        lease.ask = partial(self._ask_at_the_door, lease)
-        self._leases[lease.ticket] = (lease, None)
-        model.entered[lease] = None
+        self._let_in(model, lease)
         return lease
+
+    def _let_in(self, model: Model, lease: Lease) -> Ticket:
+        """Have it ask for its turn, when it wants it, as one that came now."""
+        lease.arrived_s = now_s = self._clock()
+        lease.ticket = ticket = self.scheduler.ticket(model.alias, now_s, lease.terms)
+        lease.ask, lease.admitted_s = partial(self._ask_at_the_door, lease), None
+        self._leases[ticket] = (lease, None)
+        model.entered[lease] = None
+        return ticket
+
+    def suspend_idle(self, model: Model) -> None:
+        """Connections that are open and ask for nothing have their next turn when they do."""
+        idle = [lease for lease in model.leases if lease.is_connection and not lease.requests]
+        for lease in idle:
+            assert lease.ticket is not None
+            self.scheduler.leave(lease.ticket, self._clock())
+            model.leases.pop(lease)
+            lease.settle()
+            self._let_in(model, lease)
 
     def _not_allowed(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
         """Why a request may not wait for the model, if it would cause a switch by that."""
@@ -187,7 +212,12 @@ class Dispatcher:
         assert ticket is not None
         if lease.admitted_s is not None or lease.cut is not None:
             return
+        if ticket not in self._leases:
+            return  # it is over
         _, future = self._leases[ticket]
+        if future is None and lease.is_connection:  # which may have been open for long
+            self._forget(ticket)
+            ticket = self._let_in(self._registry.model(lease.alias), lease)
         if future is None:  # one request of a client may be several of the engine's
             future = self._begin_to_wait(lease, ticket, tokens)
         if future is not None:
@@ -200,6 +230,8 @@ class Dispatcher:
         await self.ask(lease, tokens)
         if lease.cut is not None:
             raise asyncio.CancelledError(lease.cut.message)
+        if lease.admitted_s is None:  # what is left of a request that is over
+            raise asyncio.CancelledError
 
     def _begin_to_wait(
         self, lease: Lease, ticket: Ticket, tokens: int
@@ -234,7 +266,7 @@ class Dispatcher:
     def left(self, lease: Lease) -> None:
         """The request is over, whether or not it has had its turn."""
         assert lease.ticket is not None
-        self._forget(lease.ticket)
+        _settle(self._forget(lease.ticket))
         self.scheduler.leave(lease.ticket, self._clock())
         self.advance()
 
@@ -250,11 +282,6 @@ class Dispatcher:
     def is_empty(self) -> bool:
         """Whether nobody waits, or is being looked at by a frontend."""
         return not self._leases and self.scheduler.is_empty
-
-    def position(self, lease: Lease) -> int:
-        """How many wait before it."""
-        assert lease.ticket is not None
-        return self.scheduler.ahead_of(lease.ticket)
 
     def _end(self, leases: Iterable[Lease], cause: Cut) -> None:
         leases = list(leases)
@@ -275,10 +302,10 @@ class Dispatcher:
 
     def advance(self) -> None:
         """See what is to be done now. To be called after every change; never waits."""
-        if not self._server.can_switch:
-            return
         if self._server.active is None and self.scheduler.active is not None:
             self.scheduler.deactivate()
+        if self._is_closed or not self._server.can_switch:
+            return
         self._cancel_timer()
         if not self.scheduler.is_empty:
             self._obey(self._decide())
@@ -305,18 +332,22 @@ class Dispatcher:
             case SwitchTo():
                 target = self._registry.model(decision.alias)
                 drain_s = decision.drain_s(self._clock(), self._settings.drain_timeout)
-                self._server.begin_switch(self._possible(target), drain_s)
+                if detour := self._detour(target):
+                    # Nobody is parked on the way: that might go round in circles.
+                    self._server.begin_switch(detour, drain_s, may_park=False)
+                else:
+                    self._server.begin_switch(target, drain_s)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
 
-    def _possible(self, target: Model) -> Model:
-        """Who has to be served first, where `target` needs the memory of parked requests."""
-        busy = [model for model in self._registry if model.parked]
-        if not busy or self._ladder.can_keep_parked(target):
-            return target
-        others = [model for model in busy if model.alias not in (target.alias, self._server.active)]
-        return others[0] if others else target
+    def _detour(self, target: Model) -> Model | None:
+        """Who has to be served first: `target` needs the memory of parked requests of others."""
+        passed_by = (target.alias, self._server.active)
+        busy = [m for m in self._registry if m.parked and m.alias not in passed_by]
+        if not busy or self._ladder.can_keep_parked(target, drained=self._server.active):
+            return None
+        return busy[0]
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -336,6 +367,8 @@ class Dispatcher:
 
     def activated(self, alias: str) -> None:
         """A model is active, verified, and served from now on."""
+        if self._is_closed:
+            return
         self._failures.pop(alias, None)
         self._refuse_who_may_not_switch()
         now_s = self._clock()
@@ -359,14 +392,23 @@ class Dispatcher:
         if switch.residency is not None:
             self.costs.add(source, switch.target.alias, switch.residency, cost_s)
 
-    def failed(self, switch: Switch, error: HotswapError) -> None:
-        """A model could not be brought up: whoever waits for it is told, and it is left for now."""
-        if not isinstance(error, SwitchFailed):
-            return  # the host has died; who waits can be served when there is another one
+    def failed(self, switch: Switch, error: SwitchFailed | EngineUnavailable) -> None:
+        """A model could not be brought up: whoever waits for it is told, and it is left for now.
+
+        Where the host has died, whoever waits can be served when there is another one, unless it
+        is just this model that hosts die of.
+        """
+        is_its_fault = switch.moves and switch.phase in BRINGING_UP
+        if not (isinstance(error, SwitchFailed) or is_its_fault):
+            return
         alias = switch.target.alias
-        count = self._failures.get(alias, (0, 0.0))[0] + 1
+        count = min(self._failures.get(alias, (0, 0.0))[0] + 1, MAX_DOUBLINGS)
         pause_s = min(MAX_BACKOFF_S, 2.0**count)
-        self._failures[alias] = (count, self._clock() + pause_s)
+        until_s = self._clock() + pause_s
+        self._failures[alias] = (count, until_s)
+        # Parked requests are tried again then: they cannot begin anew.
+        self.scheduler.pause(alias, until_s)
+        asyncio.get_running_loop().call_later(pause_s, self.advance)
         waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
         self._end(waiting, error)
 
@@ -383,6 +425,7 @@ class Dispatcher:
 
     def close(self, cause: Cut) -> None:
         """Decide nothing more, and end whatever has not had its turn."""
+        self._is_closed = True
         self._cancel_timer()
         self._end([lease for lease, _ in self._leases.values()], cause)
 

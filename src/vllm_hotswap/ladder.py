@@ -92,6 +92,8 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
+        self.on_step: Callable[[], object] | None = None
+        """Called when a model has moved."""
 
     def __repr__(self) -> str:
         where = {model.alias: model.residency.value for model in self._registry}
@@ -133,13 +135,30 @@ class Ladder:
                 raise
             return make_plan(self.snapshot(drained, without_parked=True), target.alias, keep)
 
-    def can_keep_parked(self, target: Model) -> bool:
-        """Whether there is room for `target` although every parked request is kept."""
+    def can_keep_parked(self, target: Model, drained: str | None = None) -> bool:
+        """Whether there is room for `target` although every parked request is kept.
+
+        `drained` is a model whose requests will have ended by then.
+        """
+        if target.is_loaded:
+            return True
+        source = None if drained is None else self._registry.model(drained)
         try:
-            make_plan(self.snapshot(), target.alias)
+            make_plan(self.snapshot(source), target.alias)
         except NoRoom:
             return False
         return True
+
+    def left_at(self, active: Model, target: Model) -> Residency:
+        """Where the active model will be after a switch to `target`."""
+        if target.is_loaded:
+            return Residency.PARKED
+        try:
+            plan = self._plan(target, drained=active)
+        except NoRoom:
+            return Residency.COLD
+        moves = [move.after for move in plan.evictions if move.alias == active.alias]
+        return moves[-1] if moves else Residency.PARKED
 
     def check(self) -> None:
         """See that every model can be loaded beside the pinned ones.
@@ -420,6 +439,8 @@ class Ladder:
             self.cancel_prefetch(model)  # the engine has its weights, or reads on
         if step in (Step.LOADED, Step.WAKE, Step.PARK):
             model.last_used_s = self._clock()  # it was used until now, or will be used soon
+        if self.on_step is not None:
+            self.on_step()
         self._observer.notify(ResidencyChanged(self._epoch(), model.alias, before, model.residency))
 
     def _remember(self, model: Model, before: Residency, took_s: float) -> None:

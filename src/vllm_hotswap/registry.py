@@ -82,6 +82,8 @@ class Lease:
     """What counts of what the request asks for."""
     ticket: Ticket | None = None
     """Its place among those that wait, in the mode `auto`."""
+    is_connection: bool = False
+    """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
     on_wait: Callable[[], object] | None = None
     on_admit: Callable[[], object] | None = None
     arrived_s: float = 0.0

@@ -134,6 +134,7 @@ class Router:
                 await waiting.end()
                 if lease.ask is None:
                     held.let_go()  # otherwise it counts as long as the request waits
+                lease.is_connection = scope["type"] == "websocket"
                 answer.follow(lease, held.let_go)
                 client = Client(scope, receive, body, waiting.heard, lease, answer)
                 await self._serve(lease, scope, client, answer)

@@ -73,6 +73,10 @@ class Ticket:
         self.max_wait_s = self.due_s - self.arrived_s
 
 
+MOST_OUTDATED = 64
+"""Entries of a heap that may be out of date before it is made anew."""
+
+
 @dataclass(eq=False, slots=True)
 class _Line:
     """One model's waiting and running requests, with what a snapshot says of them."""
@@ -92,21 +96,29 @@ class _Line:
     tokens: int = 0
     parked: int = 0
     service_s: float = 0.0
+    paused_until_s: float = 0.0
+    """Nobody switches to it before."""
     view: QueueView | None = None
     """As it was last told; None if that is no longer so."""
 
     def put(self, ticket: Ticket) -> None:
         """In the order of arrival: who came first may have been longer in coming here."""
+        is_first = bool(self.waiting) and ticket.order < next(iter(self.waiting))
         later = []
         for order in reversed(self.waiting):
-            if order < ticket.order:
+            if is_first or order < ticket.order:
                 break
             later.append(order)
         self.waiting[ticket.order] = ticket
         for order in reversed(later):
             self.waiting.move_to_end(order)
+        if is_first:  # as those are that were parked
+            self.waiting.move_to_end(ticket.order, last=False)
         self.priorities[ticket.priority] += 1
         heapq.heappush(self.due, (ticket.due_s, ticket.order))
+        if len(self.due) > 2 * len(self.waiting) + MOST_OUTDATED:
+            self.due = [(other.due_s, order) for order, other in self.waiting.items()]
+            heapq.heapify(self.due)
         self._count(ticket, 1)
 
     def take(self, ticket: Ticket) -> None:
@@ -259,6 +271,7 @@ class Scheduler:
         That is as many as the policy would let it serve, all who are due, and at least one.
         """
         self._active, self._since_s = self._lines[alias], now_s
+        self._active.paused_until_s = 0.0
         self.costs_changed()
         return [*self._resume(self._active, now_s), *self._admit_some(self._active, now_s)]
 
@@ -266,6 +279,10 @@ class Scheduler:
         """No model is active."""
         self._active = None
         self.costs_changed()
+
+    def pause(self, alias: str, until_s: float) -> None:
+        """Do not switch to a model before that."""
+        self._lines[alias].paused_until_s = until_s
 
     def costs_changed(self) -> None:
         """What the cost estimate says may be different from now on."""
@@ -292,7 +309,7 @@ class Scheduler:
         others = tuple(
             line.view or self._view(line)
             for line in self._lines.values()
-            if line.waiting and line is not active
+            if line.waiting and line is not active and line.paused_until_s <= now_s
         )
         return Snapshot(now_s, self._active_view(), own, others)
 
@@ -365,7 +382,6 @@ class Scheduler:
         resumed = [ticket for ticket in line.waiting.values() if ticket.is_parked]
         for ticket in resumed:
             self._take(line, ticket)
-            ticket.is_parked = False
             self._begin(line, ticket, now_s)
         return resumed
 
@@ -378,5 +394,5 @@ class Scheduler:
         self._queued -= 1
 
     def _begin(self, line: _Line, ticket: Ticket, now_s: float) -> None:
-        ticket.admitted_s = now_s
+        ticket.admitted_s, ticket.is_parked = now_s, False
         line.begin(ticket)

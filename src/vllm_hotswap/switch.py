@@ -51,8 +51,12 @@ class Switch:
     policy: DrainPolicy = "abort"
     automatic: bool = False
     """Whether the server decided on it: then nobody is ended for it."""
+    may_park: bool = True
+    """Whether requests that run may be frozen for it, if the server decided on it."""
     residency: Residency | None = None
     """Where the target lay."""
+    turn_s: float = 0.0
+    """When nobody else moved models any more."""
     phase: SwitchPhase = SwitchPhase.VALIDATE
     phases_s: dict[str, float] = field(default_factory=dict)
     requests_cut: int = 0

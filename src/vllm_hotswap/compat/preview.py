@@ -30,7 +30,8 @@ class Preview:
 
     def __init__(self, app: Any) -> None:
         self._client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://preview"
+            transport=httpx.ASGITransport(app, raise_app_exceptions=False),
+            base_url="http://preview",
         )
         self._paths = {getattr(route, "path", "") for route in app.routes}
 

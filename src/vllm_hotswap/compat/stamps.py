@@ -7,6 +7,7 @@ older versions have no stamp, and are delivered unchecked.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -65,6 +66,8 @@ class StampedCore:
         """Hold the request here, where it is known to be a good one, and is in no engine yet."""
         self._held.add(request.request_id)
         await ask(_most_tokens(request))
+        if request.request_id not in self._held:  # it was aborted meanwhile
+            raise asyncio.CancelledError
         self._held.discard(request.request_id)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
