@@ -145,7 +145,7 @@ def test_terms_are_those_of_the_callers_group() -> None:
 
     terms = [access.terms(bearer(key, **asked), "llama") for key in ("key", "admin", "other")]
 
-    assert [(5, 2.0, False), (90, 0.5, True), (0, 0.5, True)] == [
+    assert [(5, 2.0, False), (90, 0.5, True), (0, 5.0, True)] == [
         (each.priority, each.max_wait_s, each.may_switch) for each in terms
     ]
 

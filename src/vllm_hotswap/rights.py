@@ -36,7 +36,7 @@ class Rights:
     switch_to: frozenset[str] | None = None
     """Aliases; None: all."""
     max_priority: int = 0
-    min_max_wait_s: float = 0.0
+    min_max_wait_s: float = 5.0
 
     def may_switch_to(self, alias: str) -> bool:
         return self.switch_to is None or alias in self.switch_to
@@ -55,7 +55,7 @@ class Rights:
         return RequestTerms(priority, wait_s, self.may_switch_to(alias), rule)
 
 
-ADMIN = Rights("admin", max_priority=HIGHEST_PRIORITY)
+ADMIN = Rights("admin", max_priority=HIGHEST_PRIORITY, min_max_wait_s=0.0)
 """Admins may do everything."""
 
 

@@ -392,7 +392,7 @@ class GroupConfig:
         Seconds,
         AT_LEAST_ZERO,
         Field(description="auto: the shortest time, in seconds, that `x-hotswap-max-wait` gives"),
-    ] = 0.0
+    ] = 5.0
 
 
 SECTIONS: Mapping[str, type[Any]] = {
