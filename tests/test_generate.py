@@ -76,6 +76,15 @@ def test_models_are_asked_for_by_the_law_of_zipf() -> None:
     assert [0.25] * 4 == shares(4, 0.0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_whose_share_is_nothing_is_not_asked_for(kind: Kind) -> None:
+    """2 ** -2000 is zero for a float."""
+    asked = {request.model for request in make(Shape(kind=kind, requests=40, zipf=2000)).requests}
+
+    assert "m0" in asked
+    assert (kind in ("poisson", "bursty")) == (asked == {"m0"})
+
+
 def test_a_burst_asks_for_one_model_after_the_other() -> None:
     """No two neighbours are alike."""
     asked = [request.model for request in make(Shape(kind="burst")).requests]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,23 @@ def test_a_full_disk_ends_the_recording_and_not_the_server(
 
     assert ["event=recording_ended"] == [r.getMessage().split()[0] for r in caplog.records]
     assert "No space left on device" in caplog.text
+
+
+def test_what_no_trace_can_hold_is_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server and the recording go on; it is logged once."""
+    monkeypatch.setattr(record, "log", logging.getLogger("a-test-of-recordings"))
+    recorder = Recorder(tmp_path / "t.jsonl", HEAD, Clock())
+    recorder.notify(replace(REQUEST, waited_s=-1.0))
+    recorder.notify(replace(REQUEST, service_s=float("nan")))
+    recorder.notify(replace(SWITCH, duration_s=1e12))
+    recorder.notify(REQUEST)
+    recorder.close()
+
+    trace = traces.read(tmp_path / "t.jsonl")
+    assert (["served"], ()) == ([request.result for request in trace.requests], trace.switches)
+    assert ["event=line_not_recorded"] == [message.split()[0] for message in caplog.messages]
 
 
 def test_the_head_says_how_the_server_was_set(tmp_path: Path) -> None:

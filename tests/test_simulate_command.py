@@ -92,6 +92,29 @@ def test_times_of_another_recording_may_be_used(tmp_path: Path, capsys: Printed)
     assert (0.0, 55.0) == pytest.approx((flagged["wait_max_s"], flagged["end_s"]))
 
 
+def test_steps_may_take_no_time(capsys: Printed) -> None:
+    """Only prompts do then."""
+    words = "--generate poisson --rate 2000 --requests 50 --step 0 --per-request 0 --switch-cost 0"
+    (found,) = simulated(capsys, *words.split(), "--prompt-tokens", "1", "--prefill", "0.5")
+
+    assert 25.0 == pytest.approx(found["end_s"], abs=0.1)
+
+
+def test_a_recording_of_answers_without_tokens_is_simulated(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    """Embeddings: only the prompt takes time."""
+    known = {"prompt_tokens": 10, "waited_s": 0.0, "service_s": 1.0, "result": "served"}
+    requests = tuple(
+        TracedRequest(i, "a", 0.4 * i, **known)  # type: ignore[arg-type]
+        for i in range(6)
+    )
+    traces.write(tmp_path / "t", Trace(Head({"a": TracedModel()}, "a"), requests))
+    (found,) = simulated(capsys, str(tmp_path / "t"))
+
+    assert 6 == found["requests"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import NEVER, PolicySettings, ServeOn, Snapshot, SwitchTo
-from vllm_hotswap.simulate.costs import Costs, measured
+from vllm_hotswap.simulate.costs import Costs, Whereabouts, measured
 from vllm_hotswap.simulate.report import figures, jain, table
 from vllm_hotswap.simulate.run import Run, Served, World, simulate
 from vllm_hotswap.simulate.service import Engine, Service
@@ -124,6 +124,31 @@ def test_an_engine_that_is_not_stepped_stands_still() -> None:
 
     assert 14.0 == engine.next_end_s()
     assert "x" == engine.end_next(14.0)
+
+
+def test_an_engine_may_take_nothing_but_its_prompts() -> None:
+    """Tokens that take no time are done when the prompts are."""
+    service = Service(step_s=0.0, per_request_s=0.0, prefill_s_per_token=1.0)
+    requests = [
+        TracedRequest(i, "a", at_s, prompt_tokens=prompt, output_tokens=i)
+        for i, (at_s, prompt) in enumerate([(0.0, 4), (1.0, 2), (20.0, 0), (30.0, 3)])
+    ]
+
+    run = play(trace_of(*requests), service=service)
+
+    assert [6.0, 6.0, 20.0, 33.0] == [served.ended_s for served in run]
+
+
+def test_an_engine_that_is_stopped_when_its_prompts_are_done_has_nothing_left() -> None:
+    """It ends when it is stepped again."""
+    engine: Engine[str] = Engine(Service(0.0, 0.0, 1.0))
+    engine.start(0.0)
+    engine.begin("x", 3, 5, 0.0)
+    engine.stop(4.0)
+
+    engine.start(10.0)
+
+    assert 10.0 == engine.next_end_s()
 
 
 # --- switches -------------------------------------------------------------------------------------
@@ -264,6 +289,29 @@ def test_only_so_many_models_stay_parked() -> None:
     assert [("b", 7.0), ("a", 1.0), ("c", 7.0), ("b", 7.0), ("c", 1.0), ("a", 7.0)] == [
         (s.target, s.active_s - s.drained_s) for s in run.switches
     ]
+
+
+def test_the_way_back_to_a_model_that_has_to_go_is_that_from_cold() -> None:
+    """With one place; with two there is room for both."""
+    costs = Costs(1.0, by_residency={Residency.COLD: 7.0}, first={"b": Residency.PARKED})
+    back_s = {}
+    for resident in (None, 1, 2):
+        models = Whereabouts(costs, resident)
+        models.activate("a")
+        back_s[resident] = models.cost_s("b", "a")
+
+    assert {None: 1.0, 1: 7.0, 2: 1.0} == back_s
+
+
+def test_a_model_that_had_to_go_is_cold_wherever_it_lay_at_first() -> None:
+    """Until it has been active again."""
+    models = Whereabouts(Costs(1.0, first={"a": Residency.PARKED}), resident=1)
+    found = []
+    for alias in "aba":
+        models.activate(alias)
+        found.append(models.of("a"))
+
+    assert [Residency.PARKED, Residency.COLD, Residency.PARKED] == found
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,44 @@ def test_what_is_wrong_is_told_with_its_line(
 
     assert f"trace '{path}', {message}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", ["{", '{"kind": "request", "id": 2, "mod', FIRST[:-1]])
+def test_a_last_line_that_was_cut_is_left_out(
+    tmp_path: Path, cut: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server was killed, or the disk was full; a warning names the line."""
+    monkeypatch.setattr(traces, "log", logging.getLogger("a-test-of-traces"))
+    path = tmp_path / "t.jsonl"
+    path.write_text(f"{HEAD}\n{FIRST}\n{cut}")
+
+    assert [1] == [request.id for request in traces.read(path).requests]
+    assert f"event=trace_cut path='{path}' line=3: left out" == caplog.messages[0]
+
+
+def test_only_a_cut_line_is_left_out(tmp_path: Path) -> None:
+    """What is whole counts without a line end, too, and is refused if it is wrong."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(f"{HEAD}\n{FIRST}")
+    assert 1 == len(traces.read(path).requests)
+
+    path.write_text(f"{HEAD}\n{FIRST.replace('0.5', '-1')}")
+    with pytest.raises(ConfigError, match="line 2: arrived_s"):
+        traces.read(path)
+
+    path.write_text(HEAD[:-1])
+    with pytest.raises(ConfigError, match="line 1: Invalid JSON"):
+        traces.read(path)
+
+
+def test_the_last_moment_is_not_rounded_up(tmp_path: Path) -> None:
+    """What may be written can be read."""
+    late_s = 999_999_999.9999999
+    trace = Trace(Head({"a": TracedModel()}), (TracedRequest(1, "a", late_s, waited_s=late_s),))
+
+    traces.write(tmp_path / "t.jsonl", trace)
+
+    assert trace == traces.read(tmp_path / "t.jsonl")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

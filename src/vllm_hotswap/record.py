@@ -2,6 +2,7 @@
 
 The file is what `vllm-hotswap simulate` reads. A line is written when a request or a switch has
 ended, and is in the file at once: a server that is killed leaves a trace of what was before.
+Requests that never had their turn are not in it: nobody knows how long their answers would be.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vllm_hotswap.config import ServerConfig
+from vllm_hotswap.errors import one_line
 from vllm_hotswap.events import Event, RequestEnded, SwitchEnded
 from vllm_hotswap.trace import (
     Head,
@@ -32,8 +34,8 @@ log = logging.getLogger("vllm_hotswap")
 class Recorder:
     """An observer that writes a trace.
 
-    The mutable state is the open file (None after it could not be written to), and how many
-    requests have been written.
+    The mutable state is the open file (None after it could not be written to), how many requests
+    there were, and whether it was told that something cannot be written.
     """
 
     def __init__(self, path: Path, head: Head, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,6 +48,7 @@ class Recorder:
         self._clock = clock
         self._began_s = clock()
         self._requests = 0
+        self._has_warned = False
         self._file: TextIO | None = create(path)
         self._write(head)
 
@@ -53,11 +56,24 @@ class Recorder:
         return f"<Recorder path={str(self._path)!r} requests={self._requests}>"
 
     def notify(self, event: Event) -> None:
+        """Never raises: the server goes on without the line."""
+        try:
+            self._note(event)
+        except ValueError as error:  # pydantic's is one
+            self._warn(error)
+
+    def _note(self, event: Event) -> None:
         match event:
             case RequestEnded(service_s=float()):
                 self._write(self._request(event))
             case SwitchEnded():
                 self._write(self._switch(event))
+
+    def _warn(self, error: ValueError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            path, cause = str(self._path), one_line(error)
+            log.warning("event=line_not_recorded path=%r cause=%r further=silent", path, cause)
 
     def close(self) -> None:
         file, self._file = self._file, None

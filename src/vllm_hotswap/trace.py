@@ -8,6 +8,7 @@ became of them; one of them may come `after` another one's end instead of at a f
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, field
 from pathlib import Path
@@ -20,7 +21,12 @@ from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.settings import STRICT, Count, Priority, Seconds, SecondsAboveZero, Text
 from vllm_hotswap.states import Residency
 
-Moment = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
+log = logging.getLogger("vllm_hotswap")
+
+END_S = 1e9
+"""Every time is below that."""
+
+Moment = Annotated[float, Field(ge=0, lt=END_S, allow_inf_nan=False)]
 """Seconds since the recording began."""
 
 
@@ -125,14 +131,15 @@ class Trace:
 
 
 def read(path: Path) -> Trace:
-    """The trace in a file.
+    """The trace in a file. A last line that was cut in the middle is left out, with a warning.
 
     Raises:
         ConfigError: it cannot be read, or is no trace; the message names file and line.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            lines = [(number, _parse(path, number, text)) for number, text in _numbered(file)]
+            texts = _whole(path, list(_numbered(file)))
+        lines = [(number, _parse(path, number, text)) for number, text in texts]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {str(path)!r} cannot be read: {_cause(error)}") from error
     if not lines or not isinstance(lines[0][1], Head):
@@ -189,11 +196,32 @@ def _is_told(line: Line, name: str, value: object) -> bool:
 
 def _plain(value: object) -> object:
     """Times to the microsecond: more is noise, and makes files twice as long."""
-    return round(value, 6) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    rounded = round(value, 6)
+    return value if value < END_S <= rounded else rounded
 
 
 def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     return ((number, text) for number, text in enumerate(lines, 1) if text.strip())
+
+
+def _whole(path: Path, texts: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Without the beginning of a line that a killed server or a full disk has left at the end."""
+    if len(texts) < 2 or not _is_cut(texts[-1][1]):
+        return texts
+    log.warning("event=trace_cut path=%r line=%d: left out", str(path), texts[-1][0])
+    return texts[:-1]
+
+
+def _is_cut(text: str) -> bool:
+    if text.endswith("\n"):
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return True
+    return False
 
 
 def _parse(path: Path, number: int, text: str) -> Line:

@@ -74,29 +74,43 @@ def _medians(table: Mapping[Key, list[float]]) -> dict[Key, float]:
 class Whereabouts:
     """Where each model lies: the last few that were active are parked, the others are cold.
 
-    The mutable state is the models that have been active, the last one at the end.
+    The mutable state is the models that have been active and are parked, the last one at the end,
+    and those that had to go.
     """
 
     def __init__(self, costs: Costs, resident: int | None) -> None:
         self._costs = costs
         self._resident = resident
-        self._known: dict[str, None] = {}
+        self._parked: dict[str, None] = {}
+        self._evicted: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<Whereabouts parked={list(self._known)}>"
+        return f"<Whereabouts parked={list(self._parked)}>"
 
     def of(self, alias: str) -> Residency:
-        if alias in self._known:
+        if alias in self._parked:
             return Residency.PARKED
+        if alias in self._evicted:
+            return Residency.COLD
         default = Residency.PARKED if self._resident is None else Residency.COLD
         return self._costs.first.get(alias, default)
 
     def activate(self, alias: str) -> None:
-        self._known.pop(alias, None)
-        self._known[alias] = None
-        if self._resident is not None and len(self._known) > self._resident:
-            del self._known[next(iter(self._known))]
+        evicted = self._evicted_for(alias)
+        self._parked.pop(alias, None)
+        self._evicted.discard(alias)
+        self._parked[alias] = None
+        if evicted is not None:
+            del self._parked[evicted]
+            self._evicted.add(evicted)
 
     def cost_s(self, source: str | None, target: str) -> float:
-        """Of a switch now."""
-        return self._costs.of(source, target, self.of(target))
+        """Of a switch from the active model, or from one that will have become it: the way back."""
+        is_gone = source is not None and self._evicted_for(source) == target
+        return self._costs.of(source, target, Residency.COLD if is_gone else self.of(target))
+
+    def _evicted_for(self, alias: str) -> str | None:
+        """Which model has to go when that one becomes active."""
+        if self._resident is None or alias in self._parked or len(self._parked) < self._resident:
+            return None
+        return next(iter(self._parked))

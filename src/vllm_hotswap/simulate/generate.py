@@ -94,6 +94,7 @@ def bursty(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator[
     sources = [
         _on_and_off(alias, shape.rate * part, chance)
         for alias, part in zip(aliases, parts, strict=True)
+        if shape.rate * part > 0  # a share may be too small for a float
     ]
     return heapq.merge(*sources, key=lambda arrival: arrival.arrived_s or 0.0)
 

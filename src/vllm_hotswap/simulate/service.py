@@ -97,6 +97,13 @@ class Engine(Generic[Job]):
         passed_s = now_s - self._at_s
         prefill_s = min(passed_s, self._prefill_s)
         self._prefill_s -= prefill_s
-        if self._ends:
-            self._tokens += (passed_s - prefill_s) / self._service.step(len(self._ends))
+        if self._ends and not self._prefill_s:
+            self._tokens += self._steps(passed_s - prefill_s)
         self._at_s = now_s
+
+    def _steps(self, passed_s: float) -> float:
+        """How many there are in that time; as many as anybody needs, where they take none."""
+        step_s = self._service.step(len(self._ends))
+        if step_s:
+            return passed_s / step_s
+        return max(end for end, _, _ in self._ends) - self._tokens
