@@ -210,7 +210,7 @@ def test_file_must_be_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("models: [", "is not valid YAML: while parsing"),
+        ("models: [", "is not valid YAML: expected the node content, but found"),
         ("a: 1\na: 2", "key 'a' is given twice"),
         ("models: {a: {model: x, seed: 1, seed: 2}}", "key 'seed' is given twice"),
         ("? [a]\n: 1", "found unhashable key"),

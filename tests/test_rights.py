@@ -87,7 +87,10 @@ def test_header_that_is_given_twice_is_refused() -> None:
 )
 def test_priority_is_bounded_by_the_group(asked: int | None, own: int, counts: int | None) -> None:
     """But never below its model's own: nobody gets less by asking for more."""
-    assert counts == Rights(max_priority=5).bound(RequestTerms(asked), "llama", own).priority
+    assert (
+        counts
+        == Rights(max_priority=5).bound(RequestTerms(asked), "llama", RequestTerms(own)).priority
+    )
 
 
 @pytest.mark.parametrize(("asked", "counts"), [(None, None), (0.0, 2.0), (2.0, 2.0), (9.0, 9.0)])
@@ -194,3 +197,12 @@ def test_key_file_of_a_group_is_read_again(
     names = {key: access.rights(bearer(key)).group for key in ("old", "new", "job")}
     assert {"old": "default", "new": "team", "job": "jobs"} == names
     assert "event=keys_not_read" in caplog.text
+
+
+def test_nobody_waits_longer_for_having_asked_for_less() -> None:
+    """A group's least is no more than what the model gives without asking."""
+    own = RequestTerms(max_wait_s=2.0)
+    assert (
+        2.0
+        == Rights(min_max_wait_s=5.0).bound(RequestTerms(max_wait_s=1.0), "llama", own).max_wait_s
+    )

@@ -145,12 +145,12 @@ class Access:
         of_groups = (rights for rights, keys in self._members if keys.know(key))
         return next(of_groups, self._others)
 
-    def terms(self, headers: Headers, alias: str, own_priority: int = 0) -> RequestTerms:
+    def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for. Raises `InvalidRequest`."""
         asked = read_terms(headers)
         if asked is NO_WISH and self._others.switch_to is None and not self._members:
             return NO_WISH
-        return self.rights(headers).bound(asked, alias, own_priority)
+        return self.rights(headers).bound(asked, alias, own)
 
     def _check_admin(self, role: Role) -> None:
         if self._admin:

@@ -311,7 +311,7 @@ def _keys(kind: type[Any], section: object, place: str, shown: bool = True) -> M
     values = _mapping(
         section, place, f"a mapping with the keys {', '.join(known[:-1])} and {known[-1]}", shown
     )
-    _refuse_unknown(values, known, place)
+    _refuse_unknown(values, known, place, shown)
     return values
 
 
@@ -356,9 +356,16 @@ def _read_yaml(path: Path) -> object:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
+        # Without the lines themselves, which may hold keys.
         raise ConfigError(
-            f"configuration file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+            f"configuration file {str(path)!r} is not valid YAML: {_yaml_complaint(error)}"
+        ) from None
+
+
+def _yaml_complaint(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or type(error).__name__
+    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else problem
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -409,10 +416,14 @@ def _kind(value: object) -> str:
     return type(value).__name__ + (shown if len(shown) <= MAX_SHOWN else "")
 
 
-def _refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], place: str) -> None:
+def _refuse_unknown(
+    values: Mapping[Any, Any], known: Iterable[str], place: str, shown: bool = True
+) -> None:
     known = list(known)
     for key in values:
         if key not in known:
+            if not shown:
+                raise ConfigError(f"{place}: a key is unknown; known keys: {', '.join(known)}")
             raise unknown_key(place, key, known)
 
 

@@ -157,6 +157,10 @@ class Coordinator:
         return self._active.alias if self._active else None
 
     @property
+    def last_active(self) -> str | None:
+        return self._last_active.alias if self._last_active else None
+
+    @property
     def is_automatic(self) -> bool:
         """Whether the server switches by itself: the mode `auto`."""
         return self.dispatcher is not None
@@ -461,6 +465,11 @@ class Coordinator:
         finally:
             self._release(lease)
 
+    def max_wait_s(self, model: Model) -> float:
+        """For how long a request of the model waits before it is due, if it says nothing."""
+        own_s = model.policy.max_wait_s
+        return self._settings.max_wait if own_s is None else own_s
+
     def meant(self, alias: str | None) -> Model:
         """The model that a request is for, by the name that it has for it, if any.
 
@@ -581,9 +590,11 @@ class Coordinator:
             self._observer.notify(OutputRefused(self._epoch, lease.alias, lease.cut.stamp))
         elif isinstance(lease.cut, ClientStalled):
             self._observer.notify(ClientEvicted(self._epoch, lease.alias))
-        self._observer.notify(self._ended_request(lease))
-        if self.dispatcher is not None:
-            self.dispatcher.left(lease)
+        try:
+            self._observer.notify(self._ended_request(lease))
+        finally:
+            if self.dispatcher is not None:
+                self.dispatcher.left(lease)
 
     def _ended_request(self, lease: Lease) -> RequestEnded:
         admitted_s, ticket = lease.admitted_s, lease.ticket
@@ -597,8 +608,8 @@ class Coordinator:
             switched=lease.switched,
             prompt_tokens=lease.prompt_tokens,
             output_tokens=lease.output_tokens,
-            priority=ticket.priority if ticket else 0,
-            max_wait_s=ticket.max_wait_s if ticket else 0.0,
+            priority=ticket.priority if ticket else None,
+            max_wait_s=ticket.max_wait_s if ticket else None,
         )
 
     def _retry_after_s(self) -> int:

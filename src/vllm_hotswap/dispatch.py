@@ -56,6 +56,10 @@ class Switching(Protocol):
     def active(self) -> str | None: ...
 
     @property
+    def last_active(self) -> str | None:
+        """Which model is brought back, or was active before the server rested."""
+
+    @property
     def epoch(self) -> int: ...
 
     @property
@@ -173,7 +177,7 @@ class Dispatcher:
 
     def _not_allowed(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
         """Why a request may not wait for the model, if it would cause a switch by that."""
-        coming = self._server.target or self._server.active
+        coming = self._server.target or self._server.active or self._server.last_active
         if terms.may_switch or alias == coming:
             return None
         now = f"{coming!r} is active, or about to be" if coming else "no model is active"
@@ -332,11 +336,14 @@ class Dispatcher:
             case SwitchTo():
                 target = self._registry.model(decision.alias)
                 drain_s = decision.drain_s(self._clock(), self._settings.drain_timeout)
-                if detour := self._detour(target):
+                if (detour := self._detour(target)) is None:
+                    self._server.begin_switch(target, drain_s)
+                elif (until_s := self._fails_until_s(detour)) > self._clock():
+                    self._leave_alone(target.alias, until_s)
+                    self.advance()
+                else:
                     # Nobody is parked on the way: that might go round in circles.
                     self._server.begin_switch(detour, drain_s, may_park=False)
-                else:
-                    self._server.begin_switch(target, drain_s)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
@@ -407,10 +414,17 @@ class Dispatcher:
         until_s = self._clock() + pause_s
         self._failures[alias] = (count, until_s)
         # Parked requests are tried again then: they cannot begin anew.
-        self.scheduler.pause(alias, until_s)
-        asyncio.get_running_loop().call_later(pause_s, self.advance)
+        self._leave_alone(alias, until_s)
         waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
         self._end(waiting, error)
+
+    def _leave_alone(self, alias: str, until_s: float) -> None:
+        self.scheduler.pause(alias, until_s)
+        asyncio.get_running_loop().call_later(until_s - self._clock(), self.advance)
+
+    def _fails_until_s(self, model: Model) -> float:
+        """Until when a model is not tried again that could not be brought up."""
+        return self._failures.get(model.alias, (0, 0.0))[1]
 
     def _refuse_while_it_fails(self, model: Model, now_s: float) -> None:
         count, until_s = self._failures.get(model.alias, (0, 0.0))

@@ -110,8 +110,9 @@ class RequestEnded:
     """Activations that it waited for."""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    priority: int = 0
-    max_wait_s: float = 0.0
+    priority: int | None = None
+    max_wait_s: float | None = None
+    """None: its model's, of which nobody took note, as requests do not take turns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Everything that an engine is told to do has a deadline: `within`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from vllm_hotswap.errors import (
     ModelInUse,
     NoRoom,
     ParkedEnded,
+    one_line,
 )
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
 from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
@@ -34,6 +36,8 @@ from vllm_hotswap.states import DOWN, Residency, Step, is_below
 
 Clock = Callable[[], float]
 T = TypeVar("T")
+
+log = logging.getLogger("vllm_hotswap")
 
 RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
 """Where a sleep level leads."""
@@ -267,6 +271,14 @@ class Ladder:
             model.prefetch.task.cancel()
             model.prefetch = None
 
+    def _give_up_files_for(self, model: Model, to: Residency) -> None:
+        """Stop counting on files that were read ahead, where weights asleep need their place."""
+        takes = model.engine.footprint.at(to).host - model.engine.footprint.at(model.residency).host
+        for other in self._registry:
+            if self.used.host + takes + self.prefetched_bytes <= self.budget.host or takes <= 0:
+                return
+            self.cancel_prefetch(other)
+
     def pin(self, model: Model, pinned: bool) -> None:
         """Keep a model from being evicted, or allow it again. It may be anywhere."""
         if model.pinned != pinned:
@@ -372,6 +384,7 @@ class Ladder:
         if model.residency is Residency.ACTIVE:
             self.step(model, Step.PARK)
         if to is not Residency.COLD:
+            self._give_up_files_for(model, to)
             work = model.engine.sleep(1 if to is Residency.ASLEEP else 2)
             await self._timed(model, DOWN[to], work)
             return 0
@@ -459,9 +472,15 @@ class Ladder:
         for model in self._registry:
             for after_s, to in _idle_policy(model):
                 if self._is_due(model, after_s) and _may_rest(model, to):
-                    async with self.turn():
-                        if self._is_due(model, after_s) and _may_rest(model, to):
-                            await self.move_down(model, to)
+                    await self._rest(model, after_s, to)
+
+    async def _rest(self, model: Model, after_s: float, to: Residency) -> None:
+        try:
+            async with self.turn():
+                if self._is_due(model, after_s) and _may_rest(model, to):
+                    await self.move_down(model, to)
+        except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
+            log.warning("event=rest_failed model=%s cause=%r", model.alias, one_line(error))
 
     def resting_place(self, model: Model, idle_s: float) -> Residency | None:
         """Where the active model goes that nobody has used for so long; None: it stays."""

@@ -24,7 +24,7 @@ MAX_WAIT_HEADER = "x-hotswap-max-wait"
 HIGHEST_PRIORITY = 100
 
 _PRIORITY = re.compile(r"[+-]?\d{1,3}", re.ASCII)
-_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+_SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?", re.ASCII)
 _MAX_SHOWN = 40
 
 
@@ -41,16 +41,19 @@ class Rights:
     def may_switch_to(self, alias: str) -> bool:
         return self.switch_to is None or alias in self.switch_to
 
-    def bound(self, asked: RequestTerms, alias: str, own_priority: int = 0) -> RequestTerms:
+    def bound(self, asked: RequestTerms, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for.
 
-        `own_priority` is its model's: nobody gets less by asking for more.
+        `own` is what it has without that, as its model has it: nobody gets less by asking for more.
         """
         priority, wait_s = asked.priority, asked.max_wait_s
         if priority is not None:
-            priority = min(priority, max(self.max_priority, own_priority))
+            priority = min(priority, max(self.max_priority, own.priority or 0))
         if wait_s is not None:
-            wait_s = max(wait_s, self.min_max_wait_s)
+            least_s = self.min_max_wait_s
+            if own.max_wait_s is not None:
+                least_s = min(least_s, own.max_wait_s)
+            wait_s = max(wait_s, least_s)
         rule = f"rights.{self.group}.switch_to"
         return RequestTerms(priority, wait_s, self.may_switch_to(alias), rule)
 
@@ -109,7 +112,7 @@ def read_terms(headers: Headers) -> RequestTerms:
         terms = replace(terms, priority=int(priority))
     if wait is not None:
         if not _SECONDS.fullmatch(wait):
-            raise _wrong(MAX_WAIT_HEADER, wait, "a number of seconds of at least 0, such as 2.5")
+            raise _wrong(MAX_WAIT_HEADER, wait, "a number of seconds below 1000000, such as 2.5")
         terms = replace(terms, max_wait_s=float(wait))
     return terms
 

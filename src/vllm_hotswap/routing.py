@@ -193,7 +193,8 @@ class Router:
     def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
         """What the request may ask for. Raises `InvalidRequest` for a header that is wrong."""
         model = self._coordinator.meant(alias)
-        return self._access.terms(Headers(scope=scope), model.alias, model.policy.priority)
+        own = RequestTerms(model.policy.priority, self._coordinator.max_wait_s(model))
+        return self._access.terms(Headers(scope=scope), model.alias, own)
 
     def _check_route(self, alias: str | None, method: str, path: str) -> None:
         """Refuse a request for which its model is known to have no route.

@@ -366,6 +366,7 @@ class GroupConfig:
     ] = field(default=(), repr=False)
     key_file: Annotated[
         Text | None,
+        SECRET,
         Wanted("the path of a file, or null"),
         Field(
             description="a file with more of them, one a line (absolute or relative to the YAML "
