@@ -16,6 +16,7 @@ from tests.adapters import write_adapter
 from vllm_hotswap.engines.base import Engine, EngineHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.planner import Usage
+from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.states import LADDER, Residency
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -128,22 +129,46 @@ async def test_a_cancelled_request_leaves_a_parked_engine(host: EngineHost) -> N
     assert "llama" == (await complete(llama, 3))["model"]
 
 
+async def test_a_request_that_is_given_up_at_the_door_leaves_nothing(host: EngineHost) -> None:
+    """It has come as far as its engine, which is not active, and never was in it."""
+    llama, qwen = host.engines["llama"], host.engines["qwen"]
+    await llama.activate(11)
+    at_the_door = asyncio.Event()
+
+    async def wait_for_ever(_tokens: int) -> None:
+        at_the_door.set()
+        await asyncio.Event().wait()
+
+    lease = Lease("qwen", 11, None, ask=wait_for_ever)
+    asked = asyncio.create_task(complete_under(lease, qwen))
+    await asyncio.wait_for(at_the_door.wait(), 10)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert lease.requests
+    qwen.release(lease.requests)
+    await asyncio.sleep(0)
+
+    assert 0 == unfinished(qwen)
+    await qwen.activate(12)
+    assert "qwen" == (await complete(qwen, 3))["model"]
+
+
 @pytest.mark.parametrize("level", [1, 2])
 async def test_a_running_request_survives_sleep(host: EngineHost, level: int) -> None:
     """Its engine gives memory back and takes it again; the answer is that of an undisturbed run."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
-    await llama.activate(11)
+    await llama.activate(13)
     expected = await complete(llama, 400)
     running = asyncio.create_task(complete(llama, 400))
     await asyncio.sleep(0.05)
-    await qwen.activate(12)
+    await qwen.activate(14)
     await llama.sleep(level)
     between = await complete(qwen, 3)
     waiting = asyncio.create_task(complete(llama, 3))
     await asyncio.sleep(STEP_S)
     was_asleep = not running.done() and not waiting.done()
     await llama.wake()
-    await llama.activate(13)
+    await llama.activate(15)
 
     assert "qwen" == between["model"]
     assert was_asleep
@@ -284,6 +309,17 @@ async def complete(engine: Engine, max_tokens: int, model: str | None = None) ->
     assert response.status_code == 200, response.text
     answer: dict[str, object] = response.json()
     return answer
+
+
+async def complete_under(lease: Lease, engine: Engine) -> dict[str, object]:
+    current_lease.set(lease)
+    return await complete(engine, 3)
+
+
+def unfinished(engine: Engine) -> int:
+    """Requests that its frontend has and that have not ended; the fake knows of none."""
+    client = getattr(engine.app.state, "engine_client", None)  # type: ignore[attr-defined]
+    return client.get_num_unfinished_requests() if client is not None else 0
 
 
 async def answer_to(engine: Engine, max_tokens: int, model: str | None = None) -> httpx.Response:
