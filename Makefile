@@ -73,6 +73,9 @@ bench-residency: setup ## Measure switches from every residency, memory and drif
 bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over the load; the same place
 	$(BIN)/python -m vllm_hotswap.bench.scheduling --out bench-results
 
+bench-auto: setup ## Measure the mode auto under two policies, and the simulator beside it
+	$(BIN)/python -m vllm_hotswap.bench.auto --out bench-results
+
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results
 

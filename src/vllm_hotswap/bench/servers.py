@@ -182,13 +182,25 @@ class Launcher:
     folder: Path
 
     @contextlib.asynccontextmanager
-    async def hotswap(self, *models: Model) -> AsyncIterator[Server]:
-        """This project's server with all the models loaded, the first one active."""
+    async def hotswap(
+        self,
+        *models: Model,
+        sections: Mapping[str, Any] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> AsyncIterator[Server]:
+        """This project's server with all the models loaded, the first one active.
+
+        Args:
+            models: what it serves.
+            sections: of its configuration, besides the models.
+            arguments: more of its command line.
+        """
         config = self.folder / f"models-{models[0].alias}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
         # JSON is YAML, too.
-        config.write_text(json.dumps(hotswap_config(models), indent=1), encoding="utf-8")
-        command = ["-m", "vllm_hotswap", "serve", str(config)]
+        content = {**hotswap_config(models), **(sections or {})}
+        config.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        command = ["-m", "vllm_hotswap", "serve", str(config), *arguments]
         async with self._running("hotswap", command) as server:
             yield server
 

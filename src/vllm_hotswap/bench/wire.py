@@ -59,6 +59,8 @@ class Reply:
     """0 if not even the head of an answer came."""
     is_stream: bool = False
     """It is a stream of events."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """By name, in lower case."""
     body: bytearray = field(default_factory=bytearray)
     arrivals: list[tuple[int, float]] = field(default_factory=list)
     """How long the body was after each piece, and when that was."""
@@ -146,7 +148,8 @@ async def _read_head(reader: asyncio.StreamReader, reply: Reply) -> dict[str, st
     status_line, *lines = head[:-4].split("\r\n")
     reply.status = int(status_line.split(" ")[1])
     pairs = (line.partition(":") for line in lines)
-    return {name.lower(): value.strip() for name, _, value in pairs}
+    reply.headers = {name.lower(): value.strip() for name, _, value in pairs}
+    return reply.headers
 
 
 async def _read_chunks(reader: asyncio.StreamReader, manner: Manner, reply: Reply) -> End:
