@@ -209,11 +209,6 @@ class Scheduler:
         line = self._lines[alias]
         return len(line.waiting) - line.parked
 
-    def ahead_of(self, ticket: Ticket) -> int:
-        """How many requests wait for the same model that came before."""
-        waiting = self._lines[ticket.alias].waiting
-        return sum(order < ticket.order for order in waiting)
-
     def queue(self, alias: str) -> list[Ticket]:
         """Whoever waits for the model, in order."""
         return list(self._lines[alias].waiting.values())
