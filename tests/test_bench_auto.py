@@ -10,7 +10,7 @@ import pytest
 
 from vllm_hotswap.bench.auto import agreement, results, workloads
 from vllm_hotswap.bench.auto.__main__ import parse
-from vllm_hotswap.bench.auto.agreement import BEFORE_S, Simulated
+from vllm_hotswap.bench.auto.agreement import Recorded, Simulated
 from vllm_hotswap.bench.auto.checkpoints import GREETINGS
 from vllm_hotswap.bench.auto.play import Outcome, Played, judge
 from vllm_hotswap.bench.auto.run import Case, Found
@@ -140,9 +140,14 @@ def recorded(played: Trace, world: World) -> Trace:
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_simulator_agrees_with_a_server_that_is_like_it(name: str) -> None:
     """From a recording alone: neither costs nor service are told."""
-    played = asked(name, 90)
-    seen = recorded(played, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
-    found = agreement.simulated(seen, played, resident=None)
+    asked_for = asked(name, 90)
+    seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
+    outcomes = tuple(
+        Outcome(request.model, request.waited_s or 0.0, 0.0, paused_s=one.think_s)
+        for request, one in zip(seen.requests, asked_for.requests, strict=True)
+    )
+    played = Played(outcomes, len(seen.switches), 0.0)
+    found = agreement.simulated(Recorded(seen, Trace(seen.head)), asked_for, played, resident=None)
     assert found.mean_wait_s == pytest.approx(found.recorded_mean_wait_s, rel=0.03)
     assert found.switches == pytest.approx(found.recorded_switches, rel=0.03)
     assert {"parked": found.recorded_switches} == found.residencies
@@ -175,20 +180,19 @@ def test_recording_is_split_into_what_was_played() -> None:
 
     parts = list(agreement.split(whole, 1, [first, second]))
     assert [Counter(r.model for r in trace.requests) for trace in (first, second)] == [
-        Counter(r.model for r in part.requests) for part in parts
+        Counter(r.model for r in part.trace.requests) for part in parts
     ]
     assert [len(recorded(trace, world).switches) for trace in (first, second)] == [
-        len(part.switches) for part in parts
+        len(part.trace.switches) for part in parts
     ]
+    before = [1 + len(WARM_UP), 1 + 2 * len(WARM_UP) + 9]
+    assert before == [len(part.before.requests) for part in parts]
+    assert [1, 2 + len(parts[0].trace.switches)] == [len(part.before.switches) for part in parts]
 
 
-def test_warm_up_comes_before_the_trace() -> None:
-    """It leaves the trace's first model active, and is over by then."""
+def test_warm_up_leaves_the_first_model_active() -> None:
+    """As the simulator has it."""
     assert WARM_UP[-1] == asked("burst").head.active
-    world = World(Costs(1.0), service=Service(0.1, 0.0, 0.0))
-    trace = replace(asked("burst"), requests=tuple(agreement.warm_up()))
-    run = simulate(trace, make_policy("fifo", PolicySettings()), world)
-    assert run.end_s < BEFORE_S
 
 
 # --- what is made of it -------------------------------------------------------------------------

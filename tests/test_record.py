@@ -25,6 +25,7 @@ REQUEST = RequestEnded(
     "served",
     arrived_s=1002.0,
     waited_s=0.5,
+    prepared_s=0.125,
     service_s=0.25,
     switched=1,
     prompt_tokens=12,
@@ -59,7 +60,7 @@ def test_requests_and_switches_are_in_the_file_at_once(tmp_path: Path) -> None:
 
     assert HEAD == trace.head
     assert trace.requests == (
-        TracedRequest(1, "b", 2.0, None, 0.0, 2, 9.0, 12, 16, 0.5, 0.25, 1, "served"),
+        TracedRequest(1, "b", 2.0, None, 0.0, 2, 9.0, 12, 16, 0.125, 0.5, 0.25, 1, "served"),
     )
     assert trace.switches == (
         TracedSwitch(4.25, "a", "b", Residency.COLD, 0.5, 0.25, "switched", True),
@@ -105,6 +106,7 @@ def test_what_no_trace_can_hold_is_dropped(
 ) -> None:
     """The server and the recording go on; it is logged once."""
     monkeypatch.setattr(record, "log", logging.getLogger("a-test-of-recordings"))
+    caplog.set_level(logging.WARNING)
     recorder = Recorder(tmp_path / "t.jsonl", HEAD, Clock())
     recorder.notify(replace(REQUEST, waited_s=-1.0))
     recorder.notify(replace(REQUEST, service_s=float("nan")))

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import NEVER, PolicySettings, ServeOn, Snapshot, SwitchTo
-from vllm_hotswap.simulate.costs import Costs, Whereabouts, measured
+from vllm_hotswap.simulate.costs import Costs, Prices, Whereabouts, measured
 from vllm_hotswap.simulate.report import figures, jain, table
 from vllm_hotswap.simulate.run import Run, Served, World, simulate
 from vllm_hotswap.simulate.service import Engine, Service
@@ -208,6 +208,20 @@ def test_a_request_may_wait_for_the_answer_to_another_one() -> None:
     assert 3.5 == by_id(run)[1].arrived_s
 
 
+def test_who_is_looked_at_has_arrived_and_does_not_wait_yet() -> None:
+    """The place is that of the arrival, and so is the beginning of the wait."""
+    requests = (
+        TracedRequest(0, "a", 0.0, prepared_s=4.0, output_tokens=1),
+        ask(1, "b", 1.0),
+        ask(2, "a", 2.0),
+    )
+    run = play(trace_of(*requests), "batch", cost_s=0.0)
+    found = by_id(run)
+
+    assert [1.0, 2.0, 4.0] == sorted(found[number].admitted_s for number in range(3))
+    assert (4.0, 4.0) == (found[0].admitted_s, found[0].waited_s)
+
+
 def test_a_policy_that_never_switches_is_overruled_when_a_request_is_due() -> None:
     """10 s of `max_wait`, and the switch."""
 
@@ -246,7 +260,7 @@ def switch(at_s: float, source: str, target: str, residency: str, cost_s: float)
     return TracedSwitch(at_s, source, target, Residency(residency), cost_s)
 
 
-def test_costs_are_the_medians_of_what_was_recorded() -> None:
+def test_costs_are_what_was_recorded() -> None:
     """By source, target and residency; then by fewer of them."""
     costs = measured(
         [
@@ -260,17 +274,47 @@ def test_costs_are_the_medians_of_what_was_recorded() -> None:
         default_s=1.0,
     )
 
-    assert 5.0 == costs.of("a", "b", Residency.COLD)
-    assert 0.3 == pytest.approx(costs.of("a", "b", Residency.PARKED))
-    assert 0.4 == costs.of("x", "b", Residency.PARKED)
-    assert 5.0 == costs.of("x", "c", Residency.COLD)
-    assert 0.4 == costs.of("x", "c", Residency.ASLEEP)
+    found = {
+        key: list(costs.of(*key)[1])
+        for key in (
+            ("a", "b", Residency.COLD),
+            ("a", "b", Residency.PARKED),
+            ("x", "b", Residency.PARKED),
+            ("x", "c", Residency.COLD),
+            ("x", "c", Residency.ASLEEP),
+        )
+    }
+    assert [[5.0], [0.2, 0.4], [0.2, 0.4, 0.4], [5.0], [0.4]] == list(found.values())
     assert {"a": Residency.PARKED, "b": Residency.COLD} == costs.first
+
+
+def test_switches_cost_one_after_the_other_what_they_did() -> None:
+    """And then the same again; the policy expects what the server would have measured by then."""
+    costs = measured([switch(at, "a", "b", "parked", at) for at in (1.0, 3.0)], default_s=9.0)
+    prices = Prices(costs)
+    key = ("a", "b", Residency.PARKED)
+    found = []
+    for _ in range(3):
+        cost_s = prices.next_s(*key)
+        found.append((prices.expected_s(*key), cost_s))
+        prices.paid(*key, cost_s)
+
+    assert [(1.0, 1.0), (1.0, 3.0), (pytest.approx(1.6), 1.0)] == found
+    assert 2.0 == prices.next_s("b", "c", Residency.COLD)  # the median of all that is known
+
+
+def test_the_policy_knows_switches_from_before() -> None:
+    """Whatever they cost now."""
+    before = [switch(1, "a", "b", "parked", 0.5)]
+    prices = Prices(measured([switch(2, "a", "b", "parked", 4.0)], 9.0), before)
+
+    assert 0.5 == prices.expected_s("a", "b", Residency.PARKED)
+    assert 4.0 == prices.next_s("a", "b", Residency.PARKED)
 
 
 def test_the_first_switch_to_a_cold_model_costs_what_it_did() -> None:
     """Later ones find it parked."""
-    costs = Costs(1.0, by_residency={Residency.COLD: 7.0}, first={"b": Residency.COLD})
+    costs = Costs(1.0, by_residency={Residency.COLD: [7.0]}, first={"b": Residency.COLD})
     requests = (ask(0, "b", 0.0), ask(1, "a", 10.0), ask(2, "b", 20.0))
     run = simulate(
         trace_of(*requests), make_policy("fifo", PolicySettings()), World(costs, service=SECOND)
@@ -281,7 +325,7 @@ def test_the_first_switch_to_a_cold_model_costs_what_it_did() -> None:
 
 def test_only_so_many_models_stay_parked() -> None:
     """With two places, the one that was active longest ago is cold."""
-    costs = Costs(1.0, by_residency={Residency.COLD: 7.0})
+    costs = Costs(1.0, by_residency={Residency.COLD: [7.0]})
     requests = tuple(ask(i, model, 20.0 * i) for i, model in enumerate("bacbca"))
     world = World(costs, service=SECOND, resident=2)
     run = simulate(trace_of(*requests), make_policy("fifo", PolicySettings()), world)
@@ -293,19 +337,18 @@ def test_only_so_many_models_stay_parked() -> None:
 
 def test_the_way_back_to_a_model_that_has_to_go_is_that_from_cold() -> None:
     """With one place; with two there is room for both."""
-    costs = Costs(1.0, by_residency={Residency.COLD: 7.0}, first={"b": Residency.PARKED})
-    back_s = {}
+    found = {}
     for resident in (None, 1, 2):
-        models = Whereabouts(costs, resident)
+        models = Whereabouts({"b": Residency.PARKED}, resident)
         models.activate("a")
-        back_s[resident] = models.cost_s("b", "a")
+        found[resident] = models.before("b", "a")
 
-    assert {None: 1.0, 1: 7.0, 2: 1.0} == back_s
+    assert {None: Residency.PARKED, 1: Residency.COLD, 2: Residency.PARKED} == found
 
 
 def test_a_model_that_had_to_go_is_cold_wherever_it_lay_at_first() -> None:
     """Until it has been active again."""
-    models = Whereabouts(Costs(1.0, first={"a": Residency.PARKED}), resident=1)
+    models = Whereabouts({"a": Residency.PARKED}, resident=1)
     found = []
     for alias in "aba":
         models.activate(alias)

@@ -103,6 +103,7 @@ def test_a_last_line_that_was_cut_is_left_out(
 ) -> None:
     """Its server was killed, or the disk was full; a warning names the line."""
     monkeypatch.setattr(traces, "log", logging.getLogger("a-test-of-traces"))
+    caplog.set_level(logging.WARNING)
     path = tmp_path / "t.jsonl"
     path.write_text(f"{HEAD}\n{FIRST}\n{cut}")
 

@@ -604,6 +604,7 @@ class Coordinator:
             lease.result,
             arrived_s=lease.arrived_s,
             waited_s=lease.waited_s,
+            prepared_s=lease.prepared_s,
             service_s=None if admitted_s is None else self._clock() - admitted_s,
             switched=lease.switched,
             prompt_tokens=lease.prompt_tokens,

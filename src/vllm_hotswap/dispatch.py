@@ -242,6 +242,7 @@ class Dispatcher:
     ) -> asyncio.Future[None] | None:
         """Take its place; None if it is its turn, or there is no place."""
         now_s = self._clock()
+        lease.prepared_s = now_s - lease.arrived_s
         ticket.tokens = tokens
         model = self._registry.model(lease.alias)
         refused: Cut | None = self._not_allowed(lease.alias, lease.terms)

@@ -104,6 +104,8 @@ class RequestEnded:
     arrived_s: float = 0.0
     waited_s: float = 0.0
     """Until its turn."""
+    prepared_s: float = 0.0
+    """Until it asked for its turn; `waited_s` has it, too."""
     service_s: float | None = None
     """From then on; None if it has never asked for its engine."""
     switched: int = 0

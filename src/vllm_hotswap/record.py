@@ -91,6 +91,7 @@ class Recorder:
             max_wait_s=event.max_wait_s,
             prompt_tokens=event.prompt_tokens,
             output_tokens=event.output_tokens,
+            prepared_s=event.prepared_s,
             waited_s=event.waited_s,
             service_s=event.service_s,
             switched=event.switched,

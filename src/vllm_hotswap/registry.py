@@ -87,6 +87,8 @@ class Lease:
     on_wait: Callable[[], object] | None = None
     on_admit: Callable[[], object] | None = None
     arrived_s: float = 0.0
+    prepared_s: float = 0.0
+    """Seconds from its arrival until it asked for its turn: it was looked at meanwhile."""
     admitted_s: float | None = None
     """When it had its turn; None: it has not had it yet."""
     switched: int = 0

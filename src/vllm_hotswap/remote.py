@@ -170,17 +170,20 @@ def call(
     """
     key = args.admin_key or split_keys(os.environ.get(KEY_VARIABLE, ""))[0]
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    is_over = threading.Event()
     try:
         with httpx.Client(
             base_url=args.url.rstrip("/"), headers=headers, timeout=NO_LIMIT
         ) as client:
             if body is not None:
-                threading.Thread(target=_follow, args=(client,), daemon=True).start()
+                threading.Thread(target=_follow, args=(client, is_over), daemon=True).start()
             answer = client.request(method, path, json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise RemoteError(
             f"no answer from {args.url}: {one_line(error)}; give the server's --url"
         ) from error
+    finally:
+        is_over.set()
     try:
         content = answer.json()
     except ValueError as error:
@@ -192,10 +195,12 @@ def call(
     return content
 
 
-def _follow(client: httpx.Client) -> None:
-    """Tell what the server does, once it has taken a while; on a thread, until the process ends."""
+def _follow(client: httpx.Client, is_over: threading.Event) -> None:
+    """Tell what the server does, once it has taken a while; on a thread."""
     began_s = time.monotonic()
-    # The connection ends with the command, whatever is being read then.
+    if is_over.wait(QUIET_S):
+        return
+    # The connection ends with the process: one that is being read cannot be closed by others.
     with (
         contextlib.suppress(Exception),
         client.stream("GET", "/admin/events") as events,
@@ -204,8 +209,8 @@ def _follow(client: httpx.Client) -> None:
             event = json.loads(line[6:]) if line.startswith("data: ") else {}
             what = event.get("stage") or event.get("phase")
             model = event.get("model") or event.get("target")
-            after_s = time.monotonic() - began_s
-            if what and model and "models" not in event and after_s >= QUIET_S:
+            if what and model and "models" not in event:
+                after_s = time.monotonic() - began_s
                 sys.stderr.write(f"{after_s:6.1f} s  {model}: {what}\n")
 
 

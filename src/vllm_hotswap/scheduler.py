@@ -246,10 +246,14 @@ class Scheduler:
             self._take(line, ticket)
         elif ticket.admitted_s is not None:
             line.end(ticket)
-            took_s = now_s - ticket.admitted_s
-            line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
-            line.view = None
+            self.served(ticket.alias, now_s - ticket.admitted_s)
             ticket.admitted_s = None
+
+    def served(self, alias: str, took_s: float) -> None:
+        """A request of the model took that long, from its admission on."""
+        line = self._lines[alias]
+        line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
+        line.view = None
 
     def park(self, tickets: Iterable[Ticket], now_s: float) -> None:
         """Running requests froze with their engine: they wait again, from now on."""

@@ -78,6 +78,8 @@ class TracedRequest:
     """The same."""
     prompt_tokens: Count = 0
     output_tokens: Count = 0
+    prepared_s: Seconds = 0.0
+    """How long it was looked at before it asked for its turn; `waited_s` has it, too."""
     waited_s: Seconds | None = None
     service_s: Seconds | None = None
     switched: Count | None = None
@@ -190,7 +192,8 @@ def as_text(line: Line) -> str:
 
 def _is_told(line: Line, name: str, value: object) -> bool:
     if isinstance(line, TracedRequest):
-        return value is not None and not (name == "think_s" and line.after is None)
+        is_told = {"think_s": line.after is not None, "prepared_s": line.prepared_s > 0}
+        return value is not None and is_told.get(name, True)
     return True
 
 

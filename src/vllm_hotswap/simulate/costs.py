@@ -1,65 +1,78 @@
-"""What switches cost in a simulation, and where models lie."""
+"""What switches cost in a simulation, what the policy is told of it, and where models lie."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TypeVar
+from typing import Any
 
+from vllm_hotswap.costs import SwitchCosts
 from vllm_hotswap.states import Residency
 from vllm_hotswap.trace import TracedSwitch
 
-Key = TypeVar("Key")
-
 Exact = tuple[str | None, str, Residency]
+Seconds = Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of a switch without draining, by source, target and where the target lies.
+    """Seconds of switches without draining, by source, target and where the target lies.
 
-    What is not in one table is looked up in the next, ruder one.
+    What is not in one table is looked up in the next, ruder one. Where there are several figures,
+    switches cost one after the other, and then the first again: their mean counts for how long
+    requests wait, and a few dear ones make more of it than a median has of them.
     """
 
     default_s: float
-    exact: Mapping[Exact, float] = field(default_factory=dict)
-    by_target: Mapping[tuple[str, Residency], float] = field(default_factory=dict)
-    by_residency: Mapping[Residency, float] = field(default_factory=dict)
+    exact: Mapping[Exact, Seconds] = field(default_factory=dict)
+    by_target: Mapping[tuple[str, Residency], Seconds] = field(default_factory=dict)
+    by_residency: Mapping[Residency, Seconds] = field(default_factory=dict)
     first: Mapping[str, Residency] = field(default_factory=dict)
     """Where models lie before they are active for the first time; others are parked."""
 
-    def of(self, source: str | None, target: str, residency: Residency) -> float:
-        found = self.exact.get((source, target, residency))
-        if found is None:
-            found = self.by_target.get((target, residency))
-        if found is None:
-            found = self.by_residency.get(residency)
-        return self.default_s if found is None else found
+    def of(self, source: str | None, target: str, residency: Residency) -> tuple[Hashable, Seconds]:
+        """What such switches have cost, and what it is known of: the key in its table."""
+        tables: tuple[tuple[Hashable, Mapping[Any, Seconds]], ...] = (
+            ((source, target, residency), self.exact),
+            ((target, residency), self.by_target),
+            (residency, self.by_residency),
+        )
+        for key, table in tables:
+            if key in table:
+                return key, table[key]
+        return None, (self.default_s,)
 
 
 def measured(switches: Iterable[TracedSwitch], default_s: float) -> Costs:
-    """The medians of what switches of a recording have cost."""
+    """What the switches of a recording have cost, in their order."""
     exact: dict[Exact, list[float]] = defaultdict(list)
     by_target: dict[tuple[str, Residency], list[float]] = defaultdict(list)
     by_residency: dict[Residency, list[float]] = defaultdict(list)
     first: dict[str, Residency] = {}
-    for switch in sorted(switches, key=lambda switch: switch.at_s):
-        if switch.result != "switched":
-            continue
-        residency = switch.residency or Residency.PARKED
+    for switch in _ended_well(switches):
+        residency = _residency(switch)
         exact[switch.source, switch.target, residency].append(switch.cost_s)
         by_target[switch.target, residency].append(switch.cost_s)
         by_residency[residency].append(switch.cost_s)
         first.setdefault(switch.target, residency)
     return Costs(
         _default(by_residency, default_s),
-        _medians(exact),
-        _medians(by_target),
-        _medians(by_residency),
+        exact,
+        by_target,
+        by_residency,
         first,
     )
+
+
+def _ended_well(switches: Iterable[TracedSwitch]) -> Iterable[TracedSwitch]:
+    ordered = sorted(switches, key=lambda switch: switch.at_s)
+    return (switch for switch in ordered if switch.result == "switched")
+
+
+def _residency(switch: TracedSwitch) -> Residency:
+    return switch.residency or Residency.PARKED
 
 
 def _default(found: Mapping[Residency, list[float]], default_s: float) -> float:
@@ -67,8 +80,36 @@ def _default(found: Mapping[Residency, list[float]], default_s: float) -> float:
     return median(every) if every else default_s
 
 
-def _medians(table: Mapping[Key, list[float]]) -> dict[Key, float]:
-    return {key: median(values) for key, values in table.items()}
+class Prices:
+    """What each switch costs, and what the server expects it to.
+
+    The mutable state is how many of each kind there have been, and the server's own estimates.
+    """
+
+    def __init__(self, costs: Costs, before: Iterable[TracedSwitch] = ()) -> None:
+        self._costs = costs
+        self._counts: Counter[Hashable] = Counter()
+        self._estimates = SwitchCosts()
+        for switch in _ended_well(before):
+            self.paid(switch.source, switch.target, _residency(switch), switch.cost_s)
+
+    def __repr__(self) -> str:
+        return f"<Prices switches={self._counts.total()}>"
+
+    def expected_s(self, source: str | None, target: str, residency: Residency) -> float:
+        """As the server's policy is told; what it has not measured yet, it guesses well."""
+        _, figures = self._costs.of(source, target, residency)
+        return self._estimates.estimate(source, target, residency, figures[0])
+
+    def next_s(self, source: str | None, target: str, residency: Residency) -> float:
+        """Of the next such switch."""
+        key, figures = self._costs.of(source, target, residency)
+        self._counts[key] += 1
+        return figures[(self._counts[key] - 1) % len(figures)]
+
+    def paid(self, source: str | None, target: str, residency: Residency, cost_s: float) -> None:
+        """A switch has ended, and the server has measured it."""
+        self._estimates.add(source, target, residency, cost_s)
 
 
 class Whereabouts:
@@ -78,8 +119,8 @@ class Whereabouts:
     and those that had to go.
     """
 
-    def __init__(self, costs: Costs, resident: int | None) -> None:
-        self._costs = costs
+    def __init__(self, first: Mapping[str, Residency], resident: int | None) -> None:
+        self._first = first
         self._resident = resident
         self._parked: dict[str, None] = {}
         self._evicted: set[str] = set()
@@ -93,7 +134,7 @@ class Whereabouts:
         if alias in self._evicted:
             return Residency.COLD
         default = Residency.PARKED if self._resident is None else Residency.COLD
-        return self._costs.first.get(alias, default)
+        return self._first.get(alias, default)
 
     def activate(self, alias: str) -> None:
         evicted = self._evicted_for(alias)
@@ -104,10 +145,10 @@ class Whereabouts:
             del self._parked[evicted]
             self._evicted.add(evicted)
 
-    def cost_s(self, source: str | None, target: str) -> float:
-        """Of a switch from the active model, or from one that will have become it: the way back."""
+    def before(self, source: str | None, target: str) -> Residency:
+        """Where the target lies when the source, active or not yet, is switched away from."""
         is_gone = source is not None and self._evicted_for(source) == target
-        return self._costs.of(source, target, Residency.COLD if is_gone else self.of(target))
+        return Residency.COLD if is_gone else self.of(target)
 
     def _evicted_for(self, alias: str) -> str | None:
         """Which model has to go when that one becomes active."""

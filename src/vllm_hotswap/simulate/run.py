@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from vllm_hotswap.policy import NEVER, Decision, Policy, SwitchTo, WaitUntil
 from vllm_hotswap.scheduler import ModelTerms, Scheduler, Ticket
-from vllm_hotswap.simulate.costs import Costs, Whereabouts
+from vllm_hotswap.simulate.costs import Costs, Prices, Whereabouts
 from vllm_hotswap.simulate.service import Engine, Service
 from vllm_hotswap.trace import Trace, TracedRequest
 
@@ -33,6 +33,8 @@ class World:
     drain_timeout_s: float = 60.0
     resident: int | None = None
     """How many models are parked at most, the active one among them; None: all."""
+    before: Trace | None = None
+    """A recording of what the server has done before, and knows how long things take from."""
 
     def service_of(self, alias: str) -> Service:
         return self.services.get(alias, self.service)
@@ -115,13 +117,18 @@ class Simulation:
             alias: ModelTerms(alias, model.priority, model.max_wait_s, model.weight)
             for alias, model in trace.head.models.items()
         }
-        self._whereabouts = Whereabouts(world.costs, world.resident)
-        self.scheduler = Scheduler(self._terms.values(), policy, self._whereabouts.cost_s)
+        self._whereabouts = Whereabouts(world.costs.first, world.resident)
+        self._prices = Prices(world.costs, world.before.switches if world.before else ())
+        self.scheduler = Scheduler(self._terms.values(), policy, self._expected_s)
+        for request in world.before.requests if world.before else ():
+            if request.service_s is not None:
+                self.scheduler.served(request.model, request.service_s)
         self._engines = {alias: Engine[Ticket](world.service_of(alias)) for alias in self._terms}
         self._active: Engine[Ticket] | None = None
         self._arrivals: list[tuple[float, int]] = []
         self._followers: dict[int, list[int]] = defaultdict(list)
         self._numbers: dict[Ticket, int] = {}
+        self._prepared: dict[int, Ticket] = {}
         self._arrived = 0
         self._switch: _Switch | None = None
         self._timer_s = NEVER
@@ -183,7 +190,19 @@ class Simulation:
         heapq.heapify(self._arrivals)
 
     def _arrive(self) -> None:
+        """It comes, or asks for its turn after it was looked at."""
         _, place = heapq.heappop(self._arrivals)
+        if (ticket := self._prepared.pop(place, None)) is None:
+            ticket = self._ticket(place)
+            prepared_s = self._requests[place].prepared_s
+            if prepared_s:
+                self._prepared[place] = ticket
+                heapq.heappush(self._arrivals, (self._now_s + prepared_s, place))
+                return
+        if self.scheduler.enter(ticket, self._now_s, is_open=self._switch is None):
+            self._begin(ticket)
+
+    def _ticket(self, place: int) -> Ticket:
         request = self._requests[place]
         terms = self._terms[request.model]
         wait_s = terms.max_wait_s if request.max_wait_s is None else request.max_wait_s
@@ -194,8 +213,7 @@ class Simulation:
         ticket = Ticket(request.model, self._arrived, self._now_s, due_s, priority, tokens)
         self._numbers[ticket] = place
         self.run.arrived[place], self.run.due[place] = self._now_s, due_s
-        if self.scheduler.enter(ticket, self._now_s):
-            self._begin(ticket)
+        return ticket
 
     def _begin(self, ticket: Ticket) -> None:
         place = self._numbers[ticket]
@@ -237,6 +255,10 @@ class Simulation:
         """What the scheduler says now."""
         return self.scheduler.advance(self._now_s)
 
+    def _expected_s(self, source: str | None, target: str) -> float:
+        residency = self._whereabouts.before(source, target)
+        return self._prices.expected_s(source, target, residency)
+
     def _begin_switch(self, target: str, drain_s: float) -> None:
         end_s = self._now_s + drain_s
         self._switch = _Switch(self.scheduler.active, target, self._now_s, end_s)
@@ -250,7 +272,8 @@ class Simulation:
             self.scheduler.park(self._active.jobs, self._now_s)
             self._active.stop(self._now_s)
             self._active = None
-        cost_s = self._whereabouts.cost_s(self._switch.source, self._switch.target)
+        source, target = self._switch.source, self._switch.target
+        cost_s = self._prices.next_s(source, target, self._whereabouts.before(source, target))
         self._switch.drained_s, self._switch.next_s = self._now_s, self._now_s + cost_s
 
     def _get_on(self) -> None:
@@ -263,6 +286,8 @@ class Simulation:
         self.run.switches.append(
             Switched(switch.source, switch.target, switch.began_s, drained_s, self._now_s)
         )
+        residency = self._whereabouts.before(switch.source, switch.target)
+        self._prices.paid(switch.source, switch.target, residency, self._now_s - drained_s)
         self._whereabouts.activate(switch.target)
         self._activate(switch.target)
 

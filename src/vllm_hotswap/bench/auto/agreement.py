@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
-from vllm_hotswap.bench.auto.workloads import WARM_UP, WARM_UP_TOKENS
+from vllm_hotswap.bench.auto.play import Played
+from vllm_hotswap.bench.auto.workloads import WARM_UP
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import PolicySettings
 from vllm_hotswap.simulate import costs, fit
 from vllm_hotswap.simulate.run import World, simulate
 from vllm_hotswap.trace import Trace, TracedRequest
-
-BEFORE_S = 60.0
-"""How long before a simulated trace the requests of the warm-up begin."""
 
 NO_COST_S = 0.0
 """Of a switch where none was seen."""
@@ -32,31 +29,47 @@ class Simulated:
     """How often a recorded switch found its target where."""
 
 
-def split(recorded: Trace, first: int, played: Sequence[Trace]) -> Iterator[Trace]:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One trace, as the server has seen it."""
+
+    trace: Trace
+    before: Trace
+    """What came before it."""
+
+
+def split(recorded: Trace, first: int, asked: Sequence[Trace]) -> Iterator[Recorded]:
     """A recording of several traces, played one after the other, in parts.
 
     Args:
         recorded: what the server has written.
         first: requests that came before the first of them and its warm-up.
-        played: the traces.
+        asked: the traces.
     """
     requests = sorted(recorded.requests, key=_arrived_s)
     at = first
-    for one in played:
+    for one in asked:
         at += len(WARM_UP)
         part = tuple(requests[at : at + len(one.requests)])
         begin_s, end_s = _arrived_s(part[0]), max(_ended_s(request) for request in part)
-        switches = (switch for switch in recorded.switches if begin_s <= switch.at_s <= end_s)
-        yield Trace(recorded.head, part, tuple(switches))
+        switches = tuple(s for s in recorded.switches if begin_s <= s.at_s <= end_s)
+        before = Trace(
+            recorded.head,
+            tuple(requests[:at]),
+            tuple(s for s in recorded.switches if s.at_s < begin_s),
+        )
+        head = replace(recorded.head, active=one.head.active)
+        yield Recorded(Trace(head, part, switches), before)
         at += len(one.requests)
 
 
-def simulated(recorded: Trace, played: Trace, resident: int | None) -> Simulated:
+def simulated(seen: Recorded, asked: Trace, played: Played, resident: int | None) -> Simulated:
     """The same requests under the same policy, with the costs of switches and service measured.
 
     Requests come when the server got them; those that follow another one come after it, and after
     the time that the client took in between.
     """
+    recorded = seen.trace
     switching = recorded.head.switching
     services = fit.services(recorded)
     world = World(
@@ -65,46 +78,48 @@ def simulated(recorded: Trace, played: Trace, resident: int | None) -> Simulated
         fit.common(services.values()),
         switching.drain_timeout,
         resident,
+        seen.before,
     )
-    trace = replace(recorded, requests=(*warm_up(), *_asked(recorded, played)))
+    trace = replace(recorded, requests=tuple(_requests(recorded, asked, played)))
     policy = make_policy(switching.policy, PolicySettings(switching.min_active, switching.slice))
     run = simulate(trace, policy, world)
-    seen = [switch.residency.value for switch in recorded.switches if switch.residency]
+    found = [switch.residency.value for switch in recorded.switches if switch.residency]
     return Simulated(
-        mean_wait_s=_mean(one.waited_s for one in islice(run, len(WARM_UP), None)),
+        mean_wait_s=_mean(one.waited_s for one in run),
         recorded_mean_wait_s=_mean(request.waited_s or 0.0 for request in recorded.requests),
-        switches=sum(switch.began_s >= BEFORE_S for switch in run.switches),
+        switches=len(run.switches),
         recorded_switches=len(recorded.switches),
-        residencies={name: seen.count(name) for name in sorted(set(seen))},
+        residencies={name: found.count(name) for name in sorted(set(found))},
     )
 
 
-def warm_up() -> Iterator[TracedRequest]:
-    """As before the trace: one after the other."""
-    for number, alias in enumerate(WARM_UP):
-        asked = TracedRequest(id=number, model=alias, output_tokens=WARM_UP_TOKENS)
-        is_first = number == 0
-        yield replace(asked, arrived_s=0.0) if is_first else replace(asked, after=number - 1)
-
-
-def _asked(recorded: Trace, played: Trace) -> Iterator[TracedRequest]:
-    """What was asked, without what became of it, from `BEFORE_S` on."""
-    first = len(WARM_UP)
-    if any(request.after is not None for request in played.requests):
-        for request in played.requests:
-            after = None if request.after is None else first + request.after
-            arrived_s = None if request.arrived_s is None else BEFORE_S + request.arrived_s
-            yield replace(request, id=first + request.id, after=after, arrived_s=arrived_s)
+def _requests(recorded: Trace, asked: Trace, played: Played) -> Iterator[TracedRequest]:
+    """What was asked, without what became of it."""
+    if any(request.after is not None for request in asked.requests):
+        on_the_way_s = _on_the_way_s(recorded, played)
+        each = zip(asked.requests, recorded.requests, played.outcomes, strict=True)
+        for request, other, outcome in each:  # which requests of the recording are whose, is lost
+            is_first = request.after is None
+            think_s = 0.0 if is_first else (outcome.paused_s or 0.0) + on_the_way_s
+            yield replace(request, prepared_s=other.prepared_s, think_s=think_s)
         return
     begin_s = _arrived_s(recorded.requests[0])
-    for number, request in enumerate(recorded.requests, first):
+    for number, request in enumerate(recorded.requests):
         yield TracedRequest(
             id=number,
             model=request.model,
-            arrived_s=BEFORE_S + _arrived_s(request) - begin_s,
+            arrived_s=_arrived_s(request) - begin_s,
+            prepared_s=request.prepared_s,
             prompt_tokens=request.prompt_tokens,
             output_tokens=request.output_tokens,
         )
+
+
+def _on_the_way_s(recorded: Trace, played: Played) -> float:
+    """Seconds of a request that the client has seen, and the server has not, on average."""
+    took_s = _mean(outcome.took_s for outcome in played.outcomes)
+    known_s = _mean(_ended_s(request) - _arrived_s(request) for request in recorded.requests)
+    return max(0.0, took_s - known_s)
 
 
 def _arrived_s(request: TracedRequest) -> float:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_hotswap.bench.auto.checkpoints import GREETINGS
 from vllm_hotswap.bench.auto.workloads import MOST_TOKENS, PROMPTS, prompt
@@ -36,6 +36,8 @@ class Outcome:
     error: str | None = None
     is_golden: bool = True
     """Its text is, word for word, what the model says alone."""
+    paused_s: float | None = None
+    """From the answer that it follows until it was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +77,23 @@ async def take_goldens(server: Server) -> Goldens:
 async def play(server: Server, trace: Trace, goldens: Goldens) -> Played:
     """Send every request at its time, or when the one that it follows has its answer."""
     switched = await _switches(server)
-    ended = {request.id: asyncio.Event() for request in trace.requests}
+    loop = asyncio.get_running_loop()
+    ended: dict[int, asyncio.Future[float]] = {r.id: loop.create_future() for r in trace.requests}
     started_s = time.perf_counter()
 
     async def send(request: TracedRequest) -> Outcome:
+        paused_s: float | None = None
         if request.after is None:
             due_s = started_s + (request.arrived_s or 0.0)
             await asyncio.sleep(due_s - time.perf_counter())
         else:
-            await ended[request.after].wait()
+            ended_s = await asyncio.shield(ended[request.after])
             await asyncio.sleep(request.think_s)
+            paused_s = time.perf_counter() - ended_s
         body = completion(request.model, prompt(request.id), request.output_tokens)
         reply = await ask(server.port, COMPLETIONS, body, PATIENT)
-        ended[request.id].set()
-        return judge(request, reply, goldens)
+        ended[request.id].set_result(time.perf_counter())
+        return replace(judge(request, reply, goldens), paused_s=paused_s)
 
     outcomes = await asyncio.gather(*(send(request) for request in trace.requests))
     total_s = time.perf_counter() - started_s

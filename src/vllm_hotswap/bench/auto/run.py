@@ -30,7 +30,9 @@ from vllm_hotswap.trace import Trace, TracedSwitching
 
 log = logging.getLogger("vllm_hotswap.bench")
 
-POLICIES = ("fifo", "batch")
+POLICIES: dict[str, Mapping[str, object]] = {"fifo": {"max_wait": 3600}, "batch": {}}
+"""With settings. Who is due is admitted together with all who came before, so that, with a shorter
+`max_wait`, an overloaded `fifo` would group requests, too, and be nothing to compare with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ async def measure(launcher: Launcher, models: Mapping[str, Sequence[Model]], pla
     found = Found()
     for repeat in range(plan.repeats):
         for cost in plan.amounts:
-            for policy in POLICIES if repeat % 2 == 0 else POLICIES[::-1]:
+            for policy in POLICIES if repeat % 2 == 0 else reversed(POLICIES):
                 log.info("auto: %s, %s, %d of %d", cost, policy, repeat + 1, plan.repeats)
                 await _serve(launcher, models[cost], plan, (cost, policy, repeat), found)
     return found
@@ -99,7 +101,8 @@ async def _serve(
 ) -> None:
     cost, policy, repeat = which
     switching = TracedSwitching(policy=policy)
-    sections = {"switching": {"mode": "auto", "policy": policy}, **COSTS[cost].sections}
+    settings = {"mode": "auto", "policy": policy, "wait_timeout": 3600, **POLICIES[policy]}
+    sections = {"switching": settings, **COSTS[cost].sections}
     recording = launcher.folder / f"recorded-{cost}-{policy}-{repeat}.jsonl"
     asked = {name: workload(name, plan.amounts[cost], switching) for name in WORKLOADS}
     arguments = ("--record", str(recording))
@@ -117,8 +120,10 @@ async def _serve(
             )
     parts = agreement.split(traces.read(recording), len(goldens), list(asked.values()))
     for name, part in zip(asked, parts, strict=True):
-        simulated = agreement.simulated(part, asked[name], COSTS[cost].resident)
-        found.simulated[Case(cost, name, policy)].append(simulated)
+        case = Case(cost, name, policy)
+        played = found.played[case][-1]
+        simulated = agreement.simulated(part, asked[name], played, COSTS[cost].resident)
+        found.simulated[case].append(simulated)
 
 
 async def _play(server: Server, trace: Trace, goldens: Goldens) -> Played:
