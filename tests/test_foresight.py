@@ -183,6 +183,18 @@ async def test_model_that_was_predicted_and_announced_counts_once(make_server: M
     assert {"hits": 1, "used_bytes": MIB}.items() <= (await predictions(server)).items()
 
 
+async def test_prefetch_that_was_called_for_is_not_given_up(make_server: MakeServer) -> None:
+    """Whoever announces its model, and then another one."""
+    server = await make(make_server)
+    await server.operate("b", "prefetch")
+
+    assert "done" == (await announce(server, "b"))["prefetch"]
+    assert "begun" == (await announce(server, "c"))["prefetch"]
+
+    assert server.coordinator.registry.model("b").prefetch is not None
+    assert 0 == (await predictions(server))["wasted_bytes"]
+
+
 @pytest.mark.parametrize(
     ("alias", "prefetch"), [("a", "not_needed"), ("b", "no_room"), ("c", "no_room")]
 )

@@ -84,14 +84,19 @@ class Foresight:
         return self._predicted
 
     def announce(self, model: Model) -> Announcement:
-        """Somebody says that a model is next: it has precedence over what was predicted."""
+        """Somebody says that a model is next: it has precedence over what was predicted.
+
+        A prefetch that was called for by itself is not given up with the announcement.
+        """
+        mine = [reading.prefetch for reading in (self._reading, self._announced) if reading]
         if self._reading is not None and self._reading.model is not model:
             self._settle(self._reading, is_used=False)
         self._reading = None
         if self._announced is not None and self._announced.model is not model:
             self._settle(self._announced, is_used=False)
         begun, prefetch = self._begin(model)
-        self._announced = Reading(model, prefetch)
+        is_mine = begun == "begun" or prefetch in mine
+        self._announced = Reading(model, prefetch if is_mine else None)
         return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0)
 
     def switch_begins(self, target: Model) -> None:
