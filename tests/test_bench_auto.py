@@ -143,14 +143,33 @@ def test_simulator_agrees_with_a_server_that_is_like_it(name: str) -> None:
     asked_for = asked(name, 90)
     seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
     outcomes = tuple(
-        Outcome(request.model, request.waited_s or 0.0, 0.0, paused_s=one.think_s)
-        for request, one in zip(seen.requests, asked_for.requests, strict=True)
+        Outcome(one.model, 0.0, 0.0, paused_s=None if one.after is None else one.think_s)
+        for one in asked_for.requests
     )
     played = Played(outcomes, len(seen.switches), 0.0)
     found = agreement.simulated(Recorded(seen, Trace(seen.head)), asked_for, played, resident=None)
     assert found.mean_wait_s == pytest.approx(found.recorded_mean_wait_s, rel=0.03)
     assert found.switches == pytest.approx(found.recorded_switches, rel=0.03)
     assert {"parked": found.recorded_switches} == found.residencies
+    assert (agreement.SIMULATIONS if name == "agents" else 1) == len(found.simulations)
+
+
+def test_simulations_of_agents_differ_in_who_is_looked_at_for_how_long() -> None:
+    """And are the same each time."""
+    asked_for = asked("agents", 40)
+    seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
+    requests = (replace(one, prepared_s=0.2 * (one.id % 4)) for one in seen.requests)
+    seen = replace(seen, requests=tuple(requests))
+    outcomes = tuple(
+        Outcome(one.model, 0.0, 0.0, paused_s=None if one.after is None else one.think_s)
+        for one in asked_for.requests
+    )
+    found, again = (
+        agreement.simulated(Recorded(seen, Trace(seen.head)), asked_for, played, resident=None)
+        for played in [Played(outcomes, len(seen.switches), 0.0)] * 2
+    )
+    assert found == again
+    assert len(set(found.simulations)) > 1
 
 
 def test_recording_is_split_into_what_was_played() -> None:

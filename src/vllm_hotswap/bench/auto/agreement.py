@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
+from statistics import median
 
 from vllm_hotswap.bench.auto.play import Played
 from vllm_hotswap.bench.auto.workloads import WARM_UP
@@ -12,6 +14,11 @@ from vllm_hotswap.policy import PolicySettings
 from vllm_hotswap.simulate import costs, fit
 from vllm_hotswap.simulate.run import World, simulate
 from vllm_hotswap.trace import Trace, TracedRequest
+
+SIMULATIONS = 15
+"""Of a trace whose requests follow one another. How long each was looked at is lost, and so is put
+into another order each time. It takes a millisecond for one agent to be before another one, and all
+that follows is different, in a simulation as on the server from one time to the next."""
 
 NO_COST_S = 0.0
 """Of a switch where none was seen."""
@@ -22,11 +29,14 @@ class Simulated:
     """The simulator's figures beside the recorded ones."""
 
     mean_wait_s: float
+    """A median, if there are several simulations; so is the next but one."""
     recorded_mean_wait_s: float
-    switches: int
+    switches: float
     recorded_switches: int
     residencies: dict[str, int]
     """How often a recorded switch found its target where."""
+    simulations: tuple[tuple[float, int], ...] = ()
+    """The mean wait and the switches of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +90,44 @@ def simulated(seen: Recorded, asked: Trace, played: Played, resident: int | None
         resident,
         seen.before,
     )
-    trace = replace(recorded, requests=tuple(_requests(recorded, asked, played)))
     policy = make_policy(switching.policy, PolicySettings(switching.min_active, switching.slice))
-    run = simulate(trace, policy, world)
+    simulations = []
+    for requests in _variants(recorded, asked, played):
+        run = simulate(replace(recorded, requests=requests), policy, world)
+        simulations.append((_mean(one.waited_s for one in run), len(run.switches)))
     found = [switch.residency.value for switch in recorded.switches if switch.residency]
     return Simulated(
-        mean_wait_s=_mean(one.waited_s for one in run),
+        mean_wait_s=median(wait_s for wait_s, _ in simulations),
         recorded_mean_wait_s=_mean(request.waited_s or 0.0 for request in recorded.requests),
-        switches=len(run.switches),
+        switches=median(switches for _, switches in simulations),
         recorded_switches=len(recorded.switches),
         residencies={name: found.count(name) for name in sorted(set(found))},
+        simulations=tuple(simulations),
     )
 
 
-def _requests(recorded: Trace, asked: Trace, played: Played) -> Iterator[TracedRequest]:
+def _variants(recorded: Trace, asked: Trace, played: Played) -> Iterator[tuple[TracedRequest, ...]]:
     """What was asked, without what became of it."""
-    if any(request.after is not None for request in asked.requests):
-        on_the_way_s = _on_the_way_s(recorded, played)
-        each = zip(asked.requests, recorded.requests, played.outcomes, strict=True)
-        for request, other, outcome in each:  # which requests of the recording are whose, is lost
-            is_first = request.after is None
-            think_s = 0.0 if is_first else (outcome.paused_s or 0.0) + on_the_way_s
-            yield replace(request, prepared_s=other.prepared_s, think_s=think_s)
+    if all(request.after is None for request in asked.requests):
+        yield tuple(_as_they_came(recorded))
         return
+    prepared_s = [request.prepared_s for request in recorded.requests]
+    on_the_way_s = _on_the_way_s(recorded, played)
+    for seed in range(SIMULATIONS):
+        Random(seed).shuffle(prepared_s)  # noqa: S311  # no secret
+        yield tuple(
+            replace(
+                request,
+                prepared_s=looked_at_s,
+                think_s=0.0 if outcome.paused_s is None else outcome.paused_s + on_the_way_s,
+            )
+            for request, outcome, looked_at_s in zip(
+                asked.requests, played.outcomes, prepared_s, strict=True
+            )
+        )
+
+
+def _as_they_came(recorded: Trace) -> Iterator[TracedRequest]:
     begin_s = _arrived_s(recorded.requests[0])
     for number, request in enumerate(recorded.requests):
         yield TracedRequest(
