@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -167,6 +169,56 @@ async def test_waiting_stream_is_told_so_at_once(auto: Server) -> None:
     told = next(event for event in answer.events if event.startswith(": served"))
     assert "switched=1 epoch=2" in told
     assert "x-hotswap-waited" not in answer.headers
+
+
+async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Server) -> None:
+    """Before there is a frontend that could answer; what that says follows."""
+    auto.host.hold("load", "mistral")
+    stream = auto.stream("mistral")
+    assert ": waiting for mistral\n\n" == await stream.next_event()
+    assert not auto.coordinator.registry.model("mistral").is_loaded
+
+    auto.host.release("load", "mistral")
+    answer = await stream.finish()
+
+    assert answer.is_whole
+    assert (200, "mistral") == (answer.status, answer.headers["x-hotswap-model"])
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    told = next(event for event in answer.events if event.startswith(": served"))
+    assert told.endswith(" switched=1 epoch=2")
+
+
+async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto: Server) -> None:
+    """As an event: the answer has begun."""
+    auto.host.fail_next("load", "mistral")
+    stream = auto.stream("mistral")
+
+    answer = await stream.finish()
+
+    assert 200 == answer.status
+    assert '"code": "switch_failed"' in answer.events[-1]
+
+
+async def test_answer_that_is_no_stream_does_not_begin_before_its_frontend(auto: Server) -> None:
+    """It can still say with its status that the model could not be loaded."""
+    auto.host.fail_next("load", "mistral")
+
+    assert 503 == (await auto.ask("mistral")).status_code
+
+
+async def test_what_the_frontend_refuses_nevertheless_is_the_last_event(
+    auto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has looked at the request before: the installed vLLM may have nothing that can."""
+    engine = auto.coordinator.registry.model("mistral").engine
+    monkeypatch.setattr(engine, "preview", AsyncMock(return_value=None))
+    body = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
+
+    answer = await auto.request("POST", CHAT, body).finish()
+
+    assert 200 == answer.status
+    assert "max_tokens" in answer.events[-1]
+    assert "error" in json.loads(answer.events[-1].removeprefix("data: "))
 
 
 def test_comments_are_repeated(play: Play) -> None:

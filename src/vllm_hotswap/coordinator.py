@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import Context
 from pathlib import Path
@@ -441,7 +441,12 @@ class Coordinator:
     # --- requests -------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, alias: str | None, terms: RequestTerms = NO_WISH) -> AsyncIterator[Lease]:
+    async def lease(
+        self,
+        alias: str | None,
+        terms: RequestTerms = NO_WISH,
+        before_load: Callable[[Lease], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
         Entering may wait for the switch under way. In the mode `auto` it does not: before it gives
@@ -451,13 +456,17 @@ class Coordinator:
         Args:
             alias: the model, by any of its names; None for the active one.
             terms: what the request asks for of its turn, in the mode `auto`.
+            before_load: called, in that mode, if entering has to wait for its turn nevertheless:
+                the model has never been loaded, and has no frontend.
 
         Raises:
             UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,
             SwitchNotAllowed, EngineUnavailable: the request is not admitted.
         """
         lease = await (
-            self._take_in(alias, terms) if self.dispatcher is None else self._let_in(alias, terms)
+            self._take_in(alias, terms)
+            if self.dispatcher is None
+            else self._let_in(alias, terms, before_load)
         )
         lease.name = alias
         try:
@@ -489,7 +498,12 @@ class Coordinator:
         lease.terms = terms
         return lease
 
-    async def _let_in(self, alias: str | None, terms: RequestTerms) -> Lease:
+    async def _let_in(
+        self,
+        alias: str | None,
+        terms: RequestTerms,
+        before_load: Callable[[Lease], Awaitable[None]] | None,
+    ) -> Lease:
         assert self.dispatcher is not None
         if self._why_down is not None:
             raise EngineUnavailable(self._why_down)
@@ -497,12 +511,16 @@ class Coordinator:
         lease = self.dispatcher.enter(model, terms)
         if model.engine.routes is None:
             # It has no frontend yet that could look at the request.
-            await self._wait_for_frontend(lease)
+            await self._wait_for_frontend(lease, before_load)
         return lease
 
-    async def _wait_for_frontend(self, lease: Lease) -> None:
+    async def _wait_for_frontend(
+        self, lease: Lease, before_load: Callable[[Lease], Awaitable[None]] | None
+    ) -> None:
         assert self.dispatcher is not None
         try:
+            if before_load is not None:
+                await before_load(lease)
             await self.dispatcher.ask(lease)
             if lease.cut is not None:
                 raise lease.cut

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap import openai
 from vllm_hotswap.errors import HotswapError
-from vllm_hotswap.registry import Cut, Lease
+from vllm_hotswap.registry import Lease
 
 LAST_SEND_S = 3.0
 """Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
@@ -149,6 +149,10 @@ class Answer:
         self.sent = 0
         """Messages that were sent: what does not grow while one is being sent has stalled."""
         self.is_event_stream = False
+        self.is_ahead = False
+        """Whether it has begun, and its application has not."""
+        self._instead: bytearray | None = None
+        """What the application says instead of the event stream that has begun."""
         self._is_between_events = True
         self._commenting: asyncio.Task[None] | None = None
         self._on_admit: Callable[[], None] | None = None
@@ -165,6 +169,20 @@ class Answer:
         lease.on_wait = self._waits
         lease.on_admit = self._admitted
 
+    async def begin_event_stream(self) -> None:
+        """Begin the answer before its application does.
+
+        If the application answers with something else, an error, that becomes the last event.
+        """
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
+            }
+        )
+        self.is_ahead = True
+
     async def send(self, message: Message) -> None:
         if self.lease is not None:
             if self.lease.gate is not None:
@@ -172,6 +190,11 @@ class Answer:
             if self.lease.cut is not None:
                 return  # what an application says after it was cut is not the answer
         self._speak()
+        rest = self._go_on_with(message) if self.is_ahead else message
+        if rest is not None:
+            await self._tell(rest)
+
+    async def _tell(self, message: Message) -> None:
         match message["type"]:
             case "http.response.start":
                 message = self._with_headers(message)
@@ -187,6 +210,20 @@ class Answer:
             self.started = True  # not before: a cut must not send a body without it
         if self.complete and self.lease is not None:
             self.lease.is_answered = True
+
+    def _go_on_with(self, message: Message) -> Message | None:
+        """What is left to be sent of it, after the answer has begun without the application."""
+        if message["type"] == "http.response.start":
+            if _content_type(message).startswith(b"text/event-stream"):
+                self.is_ahead = False
+            else:
+                self._instead = bytearray()
+            return None
+        assert self._instead is not None
+        self._instead += message.get("body", b"")
+        if message.get("more_body", False):
+            return None
+        return {"type": "http.response.body", "body": openai.answer_event(bytes(self._instead))}
 
     def _speak(self) -> None:
         """No comment is needed while the application speaks, unless it is parked."""
@@ -256,7 +293,7 @@ class Answer:
             on_body, self.on_body = self.on_body, None
             on_body(body["body"])
 
-    async def cut(self, cause: Cut) -> None:
+    async def cut(self, cause: HotswapError) -> None:
         """End the answer with an explicit error, whatever of it has been sent.
 
         A client that does not read must not keep its lease, for which a drain waits.
@@ -267,7 +304,7 @@ class Answer:
         except TimeoutError:
             raise AnswerCut(cause.message) from None
 
-    async def _say(self, cause: Cut) -> None:
+    async def _say(self, cause: HotswapError) -> None:
         if not self.started:
             await self.refuse(cause)
         elif self._scope["type"] == "websocket":

@@ -70,6 +70,16 @@ def error_event(error: HotswapError, path: str) -> bytes:
     return _event(None, body)
 
 
+def answer_event(body: bytes) -> bytes:
+    """An application's answer, an error object, as the last event of a stream."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        message = body.decode("utf-8", "replace")
+        content = {"error": {"message": message, "type": "server_error"}}
+    return _event(None, content)
+
+
 def _event(name: str | None, data: object) -> bytes:
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data)}\n\n".encode()

@@ -10,7 +10,9 @@ response go to whoever keeps it, without a lease: they need no engine.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -20,7 +22,7 @@ from vllm_hotswap import drain, model_field, responses
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
-from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
+from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.registry import Lease, Model, current_lease
@@ -29,6 +31,9 @@ from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
+
+PREVIEWED = frozenset(["/v1/chat/completions", "/v1/completions"])
+"""Routes whose requests are looked at before their model has a frontend."""
 
 
 class Router:
@@ -130,7 +135,8 @@ class Router:
             if body and (refusal := await self._refusal(scope, alias, body)) is not None:
                 await refusal(scope, receive, answer.send)
                 return
-            async with self._coordinator.lease(alias, terms) as lease:
+            before_load = partial(self._begin_ahead, scope, body or b"", answer)
+            async with self._coordinator.lease(alias, terms, before_load) as lease:
                 await waiting.end()
                 if lease.ask is None:
                     held.let_go()  # otherwise it counts as long as the request waits
@@ -143,11 +149,30 @@ class Router:
                 raise
         except HotswapError as error:
             await waiting.end()
-            if answer.started:
+            if answer.is_ahead:
+                await answer.cut(error)
+            elif answer.started:
                 raise
-            await answer.refuse(error)
+            else:
+                await answer.refuse(error)
         finally:
             waiting.stop()
+
+    async def _begin_ahead(self, scope: Scope, body: bytes, answer: Answer, lease: Lease) -> None:
+        """An event stream of a model that has to be loaded begins before there is a frontend.
+
+        Clients and proxies would not wait for so long without a byte. What could be wrong with the
+        request has been seen by then, for the routes of which this is done.
+        """
+        if scope["path"] in PREVIEWED and _wants_events(body):
+            answer.follow(lease)
+            try:
+                await answer.begin_event_stream()
+            except asyncio.CancelledError:
+                if lease.cut is None:
+                    raise
+                uncancel()
+                raise AnswerCut(lease.cut.message) from None
 
     async def _refusal(self, scope: Scope, alias: str | None, body: bytes) -> Response | None:
         """What a request is refused with that would make the server load a model for nothing."""
@@ -215,6 +240,16 @@ class Router:
         others = [name for name, routes in known if routes and routes.serve(method, path)]
         unknown = [name for name, routes in known if routes is None]
         return WrongTask(alias, tasks, f"{method} {path}", others, unknown)
+
+
+def _wants_events(body: bytes) -> bool:
+    if b'"stream"' not in body:  # so much for most of the large ones
+        return False
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("stream") is True
 
 
 def _find_model(scope: Scope, body: bytes) -> str | None:
