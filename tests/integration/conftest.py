@@ -68,10 +68,7 @@ def server(models_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def plain_answer(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, Callable[[ServerProcess], object]], object]:
-    """Asks a plain vLLM server that serves one model alone.
-
-    The server is started for the call and stopped after it, so that no two engines compete.
-    """
+    """Asks a plain vLLM server that serves one model alone; it is started for the call."""
 
     def ask(alias: str, question: Callable[[ServerProcess], object]) -> object:
         log = tmp_path_factory.mktemp(f"plain-{alias}") / "server.log"
