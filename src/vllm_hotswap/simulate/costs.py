@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,8 +99,8 @@ class Prices:
 
     def expected_s(self, source: str | None, target: str, residency: Residency) -> float:
         """As the server's policy is told; what it has not measured yet, it guesses well."""
-        _, figures = self._costs.of(source, target, residency)
-        return self._estimates.estimate(source, target, residency, figures[0])
+        known_s = self._estimates.estimate(source, target, residency, math.nan)
+        return self._costs.of(source, target, residency)[1][0] if math.isnan(known_s) else known_s
 
     def next_s(self, source: str | None, target: str, residency: Residency) -> float:
         """Of the next such switch."""

@@ -118,9 +118,10 @@ class Simulation:
             for alias, model in trace.head.models.items()
         }
         self._whereabouts = Whereabouts(world.costs.first, world.resident)
-        self._prices = Prices(world.costs, world.before.switches if world.before else ())
+        before = world.before or Trace(trace.head)
+        self._prices = Prices(world.costs, before.switches)
         self.scheduler = Scheduler(self._terms.values(), policy, self._expected_s)
-        for request in world.before.requests if world.before else ():
+        for request in before.requests:
             if request.service_s is not None:
                 self.scheduler.served(request.model, request.service_s)
         self._engines = {alias: Engine[Ticket](world.service_of(alias)) for alias in self._terms}

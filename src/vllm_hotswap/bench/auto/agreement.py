@@ -29,7 +29,7 @@ class Simulated:
     """The simulator's figures beside the recorded ones."""
 
     mean_wait_s: float
-    """A median, if there are several simulations; so is the next but one."""
+    """Of several simulations the median, as `switches` are."""
     recorded_mean_wait_s: float
     switches: float
     recorded_switches: int
