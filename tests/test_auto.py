@@ -11,11 +11,15 @@ import pytest
 
 from tests.conftest import MakeServer, Play
 from tests.support import CHAT, Server
+from vllm_hotswap.engines.base import Previewed
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.settings import LimitsConfig
+
+BAD_STREAM = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
 
 
 @pytest.fixture
@@ -209,16 +213,129 @@ async def test_answer_that_is_no_stream_does_not_begin_before_its_frontend(auto:
 async def test_what_the_frontend_refuses_nevertheless_is_the_last_event(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has looked at the request before: the installed vLLM may have nothing that can."""
+    """It has been looked at before there was a frontend, and nothing was known against it."""
     engine = auto.coordinator.registry.model("mistral").engine
-    monkeypatch.setattr(engine, "preview", AsyncMock(return_value=None))
-    body = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
+    monkeypatch.setattr(engine, "preview", AsyncMock(return_value=Previewed(is_accepted=True)))
 
-    answer = await auto.request("POST", CHAT, body).finish()
+    answer = await auto.request("POST", CHAT, BAD_STREAM).finish()
 
     assert 200 == answer.status
     assert "max_tokens" in answer.events[-1]
     assert "error" in json.loads(answer.events[-1].removeprefix("data: "))
+
+
+async def test_stream_that_nobody_has_looked_at_begins_when_somebody_can(
+    auto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with it is told with its status: the installed vLLM may have no preview."""
+    engine = auto.coordinator.registry.model("mistral").engine
+    monkeypatch.setattr(engine, "preview", AsyncMock(return_value=Previewed()))
+
+    answer = await auto.request("POST", CHAT, BAD_STREAM).finish()
+
+    assert 400 == answer.status
+    assert ["mistral"] == targets(auto)
+
+
+async def test_bad_request_does_not_load_its_model(auto: Server) -> None:
+    """It is told what is wrong with it, and its place is free again."""
+    answer = await auto.request("POST", CHAT, BAD_STREAM).finish()
+
+    assert 400 == answer.status
+    assert [] == targets(auto)
+    assert auto.coordinator.dispatcher is not None
+    assert auto.coordinator.dispatcher.is_empty
+
+
+async def test_model_that_is_loaded_meanwhile_takes_the_request_over(
+    auto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its frontend looks at it before it waits for a turn."""
+    model = auto.coordinator.registry.model("mistral")
+    is_looked_at, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def preview(*_: object) -> Previewed:
+        is_looked_at.set()
+        await may_go_on.wait()
+        return Previewed()
+
+    monkeypatch.setattr(model.engine, "preview", preview)
+    stream = auto.request("POST", CHAT, BAD_STREAM)
+    await is_looked_at.wait()
+    assert 200 == (await auto.operate("mistral", "load")).status_code
+    may_go_on.set()
+
+    assert 400 == (await stream.finish()).status
+    assert [] == targets(auto)
+
+
+def test_looking_at_a_request_counts_as_waiting(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock of the header, and of `wait_timeout`."""
+
+    async def preview(*_: object) -> Previewed:
+        await asyncio.sleep(7)
+        return Previewed(is_accepted=True)
+
+    async def story(server: Server) -> None:
+        monkeypatch.setattr(server.coordinator.registry.model("mistral").engine, "preview", preview)
+        assert 7 <= float((await server.ask("mistral")).headers["x-hotswap-waited"])
+
+    play(story, mode="auto")
+
+
+def test_stream_that_waits_for_a_load_for_too_long_ends_with_the_error(play: Play) -> None:
+    """`wait_timeout` holds for it, too."""
+
+    async def story(server: Server) -> None:
+        server.host.hold("load", "mistral")
+        answer = await server.stream("mistral").finish()
+        assert 200 == answer.status
+        assert '"code": "wait_timeout"' in answer.events[-1]
+        assert 0 == server.coordinator.waiting
+        server.host.release("load", "mistral")
+
+    play(story, mode="auto", wait_timeout=15)
+
+
+async def test_client_that_leaves_before_its_model_is_loaded_leaves_the_queue(auto: Server) -> None:
+    """Though its answer has begun."""
+    auto.host.hold("load", "mistral")
+    stream = auto.stream("mistral")
+    await stream.next_event()
+    assert 1 == auto.coordinator.waiting
+
+    stream.disconnect()
+    await auto.settled()
+
+    assert 0 == auto.coordinator.waiting
+    auto.host.release("load", "mistral")
+    assert "llama" == model_of(await auto.ask("llama"))
+
+
+@pytest.mark.parametrize("events", [0, 2])
+def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
+    play: Play, events: int
+) -> None:
+    """From the beginning, or after a few comments."""
+
+    async def story(server: Server) -> None:
+        watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
+        server.host.hold("load", "mistral")
+        stream = server.stream("mistral")
+        for _ in range(events):
+            await stream.next_event()
+        await asyncio.sleep(200)
+
+        assert stream.task.done()
+        assert not isinstance(stream.task.exception(), asyncio.CancelledError)
+        assert 0 == server.coordinator.waiting
+        server.host.release("load", "mistral")
+        assert "llama" == model_of(await server.ask("llama"))
+        watching.cancel()
+
+    play(story, mode="auto", limits=LimitsConfig(client_timeout=60.0), wait_timeout=1000)
 
 
 def test_comments_are_repeated(play: Play) -> None:

@@ -15,6 +15,7 @@ from vllm_hotswap.bench.auto.checkpoints import GREETINGS
 from vllm_hotswap.bench.auto.play import Outcome, Played, judge
 from vllm_hotswap.bench.auto.run import Case, Found
 from vllm_hotswap.bench.auto.workloads import LEAST_TOKENS, WARM_UP, Amount, prompt, workload
+from vllm_hotswap.bench.client import BadAnswer
 from vllm_hotswap.bench.wire import End, Reply
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import PolicySettings
@@ -209,6 +210,18 @@ def test_recording_is_split_into_what_was_played() -> None:
     assert [1, 2 + len(parts[0].trace.switches)] == [len(part.before.switches) for part in parts]
 
 
+def test_recording_that_lacks_a_request_is_refused() -> None:
+    """All that comes after it would be taken for something else."""
+    trace = asked("burst", 9)
+    warm_up = [TracedRequest(id=0, model=a, arrived_s=0.0, result="served") for a in WARM_UP]
+    seen = recorded(trace, World(Costs(0.05))).requests
+    later = [replace(r, arrived_s=100.0 + (r.arrived_s or 0.0)) for r in seen]
+    lacking = Trace(trace.head, (*warm_up, *later[1:]))
+
+    with pytest.raises(BadAnswer, match="recorded"):
+        list(agreement.split(lacking, 0, [trace]))
+
+
 def test_warm_up_leaves_the_first_model_active() -> None:
     """As the simulator has it."""
     assert WARM_UP[-1] == asked("burst").head.active
@@ -254,6 +267,16 @@ def test_missed_bars_are_told() -> None:
     assert not off["simulator, cheap burst fifo: mean wait, off by"]
     wrong = replace(played([1.0], 1), outcomes=(Outcome("qwen", 1.0, 1.0, "503"),))
     assert not bars(found(played([1.0], 40), wrong))["errors"]
+
+
+def test_each_run_is_told_beside_the_medians() -> None:
+    """Two that miss in opposite directions are no agreement."""
+    both = found(played([1.0], 40), played([1.0], 1), simulated_s=0.5)
+    for runs in both.simulated.values():
+        runs += [Simulated(1.0, 1.0, 7, 7, {}), Simulated(1.5, 1.0, 14, 7, {})]
+    row = results.part(both).tables[-1].rows[0]
+    assert ("+0%", "-50%, +0%, +50%") == row[3:5]
+    assert ("+0%", "+0%, +0%, +100%") == row[7:9]
 
 
 def test_options_are_checked() -> None:

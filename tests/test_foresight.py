@@ -195,6 +195,21 @@ async def test_prefetch_that_was_called_for_is_not_given_up(make_server: MakeSer
     assert 0 == (await predictions(server))["wasted_bytes"]
 
 
+async def test_prefetch_is_called_for_by_whoever_joins_it(make_server: MakeServer) -> None:
+    """Though it was begun for an announcement, or for a prediction."""
+    server = await make(make_server)
+    server.host.hold("prefetch", "b")
+    assert "begun" == (await announce(server, "b"))["prefetch"]
+    joined = server.operate("b", "prefetch")
+    await server.settled()
+
+    assert "begun" == (await announce(server, "c"))["prefetch"]
+    server.host.release("prefetch", "b")
+
+    assert MIB == (await joined).json()["prefetched_bytes"]
+    assert 0 == (await predictions(server))["wasted_bytes"]
+
+
 @pytest.mark.parametrize(
     ("alias", "prefetch"), [("a", "not_needed"), ("b", "no_room"), ("c", "no_room")]
 )

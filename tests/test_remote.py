@@ -46,9 +46,9 @@ def listening() -> Iterator[Listening]:
         await found[0].http.serve([sock])
         await server.stop()
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
-    is_up.wait()
+    assert is_up.wait(30)
     yield found[0]
     found[0].http.should_exit = True
     thread.join()

@@ -339,16 +339,33 @@ def test_the_way_back_to_a_model_that_has_to_go_is_that_from_cold() -> None:
     """With one place; with two there is room for both."""
     found = {}
     for resident in (None, 1, 2):
-        models = Whereabouts({"b": Residency.PARKED}, resident)
+        models = Whereabouts(Costs(1.0, first={"b": Residency.PARKED}), resident)
         models.activate("a")
         found[resident] = models.before("b", "a")
 
     assert {None: Residency.PARKED, 1: Residency.COLD, 2: Residency.PARKED} == found
 
 
+def test_a_model_that_had_to_go_is_where_the_recording_has_found_it() -> None:
+    """Not parked, that is, and its switches cost what they did from there."""
+    lay = [Residency.COLD, Residency.DISCARDED, Residency.DISCARDED, Residency.PARKED]
+    seen = [
+        TracedSwitch(
+            at_s=at, source=source, target=target, residency=residency, cost_s=float(10 + at)
+        )
+        for at, (source, target, residency) in enumerate(zip("abab", "baba", lay, strict=True))
+    ]
+    requests = tuple(ask(i, model, 50.0 * i) for i, model in enumerate("abab"))
+    world = World(measured(seen, 0.0), service=SECOND, resident=1)
+
+    run = simulate(trace_of(*requests), make_policy("fifo", PolicySettings()), world)
+
+    assert [10.0, 11.0, 12.0] == [s.active_s - s.drained_s for s in run.switches]
+
+
 def test_a_model_that_had_to_go_is_cold_wherever_it_lay_at_first() -> None:
     """Until it has been active again."""
-    models = Whereabouts({"a": Residency.PARKED}, resident=1)
+    models = Whereabouts(Costs(1.0, first={"a": Residency.PARKED}), resident=1)
     found = []
     for alias in "aba":
         models.activate(alias)

@@ -445,7 +445,7 @@ class Coordinator:
         self,
         alias: str | None,
         terms: RequestTerms = NO_WISH,
-        before_load: Callable[[Lease], Awaitable[None]] | None = None,
+        look_at: Callable[[Lease], Awaitable[None]] | None = None,
     ) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
@@ -456,8 +456,8 @@ class Coordinator:
         Args:
             alias: the model, by any of its names; None for the active one.
             terms: what the request asks for of its turn, in the mode `auto`.
-            before_load: called, in that mode, if entering has to wait for its turn nevertheless:
-                the model has never been loaded, and has no frontend.
+            look_at: called, in that mode, if the model has never been loaded and there is no
+                frontend yet that could look at the request. Entering waits for its turn then.
 
         Raises:
             UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,
@@ -466,7 +466,7 @@ class Coordinator:
         lease = await (
             self._take_in(alias, terms)
             if self.dispatcher is None
-            else self._let_in(alias, terms, before_load)
+            else self._let_in(alias, terms, look_at)
         )
         lease.name = alias
         try:
@@ -502,7 +502,7 @@ class Coordinator:
         self,
         alias: str | None,
         terms: RequestTerms,
-        before_load: Callable[[Lease], Awaitable[None]] | None,
+        look_at: Callable[[Lease], Awaitable[None]] | None,
     ) -> Lease:
         assert self.dispatcher is not None
         if self._why_down is not None:
@@ -510,18 +510,18 @@ class Coordinator:
         model = self.meant(alias)
         lease = self.dispatcher.enter(model, terms)
         if model.engine.routes is None:
-            # It has no frontend yet that could look at the request.
-            await self._wait_for_frontend(lease, before_load)
+            await self._wait_for_frontend(model, lease, look_at)
         return lease
 
     async def _wait_for_frontend(
-        self, lease: Lease, before_load: Callable[[Lease], Awaitable[None]] | None
+        self, model: Model, lease: Lease, look_at: Callable[[Lease], Awaitable[None]] | None
     ) -> None:
         assert self.dispatcher is not None
         try:
-            if before_load is not None:
-                await before_load(lease)
-            await self.dispatcher.ask(lease)
+            if look_at is not None:
+                await look_at(lease)
+            if model.engine.routes is None:
+                await self.dispatcher.ask(lease)
             if lease.cut is not None:
                 raise lease.cut
         except BaseException:

@@ -298,6 +298,7 @@ class Answer:
 
         A client that does not read must not keep its lease, for which a drain waits.
         """
+        self.close()
         try:
             async with asyncio.timeout(LAST_SEND_S):
                 await self._say(cause)

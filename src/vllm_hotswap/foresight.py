@@ -84,19 +84,14 @@ class Foresight:
         return self._predicted
 
     def announce(self, model: Model) -> Announcement:
-        """Somebody says that a model is next: it has precedence over what was predicted.
-
-        A prefetch that was called for by itself is not given up with the announcement.
-        """
-        mine = [reading.prefetch for reading in (self._reading, self._announced) if reading]
+        """Somebody says that a model is next: it has precedence over what was predicted."""
         if self._reading is not None and self._reading.model is not model:
             self._settle(self._reading, is_used=False)
         self._reading = None
         if self._announced is not None and self._announced.model is not model:
             self._settle(self._announced, is_used=False)
         begun, prefetch = self._begin(model)
-        is_mine = begun == "begun" or prefetch in mine
-        self._announced = Reading(model, prefetch if is_mine else None)
+        self._announced = Reading(model, prefetch)
         return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0)
 
     def switch_begins(self, target: Model) -> None:
@@ -147,8 +142,11 @@ class Foresight:
         return "begun", self._ladder.begin_prefetch(model)
 
     def _settle(self, reading: Reading, is_used: bool) -> None:
-        """Count what was read; what is of no use gives its place in the budget back."""
-        if reading.prefetch is None:
+        """Count what was read; what is of no use gives its place in the budget back.
+
+        A prefetch that was called for by itself is neither counted nor given up.
+        """
+        if reading.prefetch is None or reading.prefetch.is_called_for:
             return
         read_bytes = reading.prefetch.read_bytes
         if is_used:
@@ -161,5 +159,8 @@ class Foresight:
         )
 
     def _cancel(self, reading: Reading) -> None:
-        if reading.prefetch is not None and reading.model.prefetch is reading.prefetch:
+        prefetch = reading.prefetch
+        if prefetch is None or prefetch.is_called_for:
+            return
+        if reading.model.prefetch is prefetch:
             self._ladder.cancel_prefetch(reading.model)

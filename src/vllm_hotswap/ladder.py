@@ -236,6 +236,7 @@ class Ladder:
         done = 0
         if residency in (Residency.COLD, Residency.DISCARDED):
             reading = self.begin_prefetch(model)
+            reading.is_called_for = True
             await asyncio.wait([reading.task])  # and let it go on if whoever waits has left
             done = 0 if reading.task.cancelled() else reading.task.result()
         return OperationResult(

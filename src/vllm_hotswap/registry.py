@@ -208,6 +208,8 @@ class Prefetch:
     """What may be read at most."""
     read_bytes: int = 0
     """What has been read so far."""
+    is_called_for: bool = False
+    """Whether somebody wants just this, whatever is expected to be next."""
     task: asyncio.Task[int] = field(init=False)
 
     @property

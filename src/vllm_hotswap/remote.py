@@ -206,6 +206,8 @@ def _follow(client: httpx.Client, is_over: threading.Event) -> None:
         client.stream("GET", "/admin/events") as events,
     ):
         for line in events.iter_lines():
+            if is_over.is_set():
+                return
             event = json.loads(line[6:]) if line.startswith("data: ") else {}
             what = event.get("stage") or event.get("phase")
             model = event.get("model") or event.get("target")

@@ -22,7 +22,7 @@ from vllm_hotswap import drain, model_field, responses
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
-from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
+from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.registry import Lease, Model, current_lease
@@ -32,8 +32,16 @@ from vllm_hotswap.settings import LimitsConfig
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
-PREVIEWED = frozenset(["/v1/chat/completions", "/v1/completions"])
-"""Routes whose requests are looked at before their model has a frontend."""
+BEGUN_AHEAD = frozenset(["/v1/chat/completions", "/v1/completions"])
+"""Routes whose event streams may begin before their model has a frontend."""
+
+
+class Refused(Exception):
+    """A request is refused with an answer that somebody else has written."""
+
+    def __init__(self, answer: Response) -> None:
+        super().__init__(answer.status_code)
+        self.answer = answer
 
 
 class Router:
@@ -132,11 +140,10 @@ class Router:
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
-            if body and (refusal := await self._refusal(scope, alias, body)) is not None:
-                await refusal(scope, receive, answer.send)
-                return
-            before_load = partial(self._begin_ahead, scope, body or b"", answer)
-            async with self._coordinator.lease(alias, terms, before_load) as lease:
+            look_at = None
+            if body and scope["method"] == "POST":
+                look_at = partial(self._look_at, scope, body, answer)
+            async with self._coordinator.lease(alias, terms, look_at) as lease:
                 await waiting.end()
                 if lease.ask is None:
                     held.let_go()  # otherwise it counts as long as the request waits
@@ -144,12 +151,19 @@ class Router:
                 answer.follow(lease, held.let_go)
                 client = Client(scope, receive, body, waiting.heard, lease, answer)
                 await self._serve(lease, scope, client, answer)
+        except Refused as refusal:
+            await waiting.end()
+            await refusal.answer(scope, receive, answer.send)
         except asyncio.CancelledError:
-            if not waiting.client_left or uncancel() > 0:
+            cut = answer.lease.cut if answer.lease is not None else None
+            if not waiting.client_left and cut is not None and not answer.complete:
+                uncancel()  # it has not noticed, busy with a client that takes nothing in
+                await answer.cut(cut)
+            elif not waiting.client_left or uncancel() > 0:
                 raise
         except HotswapError as error:
             await waiting.end()
-            if answer.is_ahead:
+            if answer.is_ahead and not answer.complete:
                 await answer.cut(error)
             elif answer.started:
                 raise
@@ -158,31 +172,23 @@ class Router:
         finally:
             waiting.stop()
 
-    async def _begin_ahead(self, scope: Scope, body: bytes, answer: Answer, lease: Lease) -> None:
-        """An event stream of a model that has to be loaded begins before there is a frontend.
+    async def _look_at(self, scope: Scope, body: bytes, answer: Answer, lease: Lease) -> None:
+        """Look at a request whose model has to be loaded before there is a frontend for it.
 
-        Clients and proxies would not wait for so long without a byte. What could be wrong with the
-        request has been seen by then, for the routes of which this is done.
+        An event stream against which nothing is known begins at once: clients and proxies would not
+        wait for so long without a byte.
+
+        Raises:
+            Refused: nothing has to be loaded to see what is wrong with it.
         """
-        if scope["path"] in PREVIEWED and _wants_events(body):
-            answer.follow(lease)
-            try:
-                await answer.begin_event_stream()
-            except asyncio.CancelledError:
-                if lease.cut is None:
-                    raise
-                uncancel()
-                raise AnswerCut(lease.cut.message) from None
-
-    async def _refusal(self, scope: Scope, alias: str | None, body: bytes) -> Response | None:
-        """What a request is refused with that would make the server load a model for nothing."""
-        if alias is None or not self._coordinator.is_automatic:
-            return None
-        engine = self._registry.resolve(alias).engine
-        if engine.routes is not None:
-            return None
+        answer.follow(lease)
+        engine = self._registry.model(lease.alias).engine
         content_type = Headers(scope=scope).get("content-type", "")
-        return await engine.preview(scope["path"], content_type, body)
+        previewed = await engine.preview(scope["path"], content_type, body)
+        if previewed.refusal is not None and lease.cut is None:
+            raise Refused(previewed.refusal)
+        if previewed.is_accepted and scope["path"] in BEGUN_AHEAD and _wants_events(body):
+            await answer.begin_event_stream()
 
     async def _serve(self, lease: Lease, scope: Scope, client: Receive, answer: Answer) -> None:
         """Have the model answer, and keep it until all that it has accepted is done."""

@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.compat.trial import generates
+from vllm_hotswap.engines.base import Previewed
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.metrics import without_frontend_metrics
 
@@ -38,18 +39,17 @@ class Preview:
     def __repr__(self) -> str:
         return f"<Preview paths={sorted(path for path in self._paths if 'render' in path)}>"
 
-    async def refusal(self, path: str, content_type: str, body: bytes) -> Response | None:
-        """The error that a request will be answered with; None if none is known."""
+    async def look_at(self, path: str, content_type: str, body: bytes) -> Previewed:
+        """Have a request checked."""
         if f"{path}/render" not in self._paths:
-            return None
+            return Previewed()
         answer = await self._client.post(
             f"{path}/render", content=body, headers={"content-type": content_type}
         )
         if answer.status_code not in REFUSALS:
-            return None
-        return Response(
-            answer.content, answer.status_code, media_type=answer.headers.get("content-type")
-        )
+            return Previewed(is_accepted=answer.is_success)
+        content_type = answer.headers.get("content-type")
+        return Previewed(Response(answer.content, answer.status_code, media_type=content_type))
 
 
 def make_preview(args: argparse.Namespace, config: Any) -> Preview | None:

@@ -27,6 +27,16 @@ EngineFailure = Callable[[str, str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Previewed:
+    """What is known of a request before there is a frontend for it."""
+
+    refusal: Response | None = None
+    """What it would be refused with."""
+    is_accepted: bool = False
+    """Whether it has been checked as its frontend would, and nothing is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineMemory:
     """What a loaded model needs on its device, in bytes; estimated until it has been loaded."""
 
@@ -133,8 +143,8 @@ class Engine(Protocol):
             ConfigError: the frontend could not be built; the message says why.
         """
 
-    async def preview(self, path: str, content_type: str, body: bytes) -> Response | None:
-        """What its frontend would refuse a POST with; None if nothing is known against it.
+    async def preview(self, path: str, content_type: str, body: bytes) -> Previewed:
+        """What its frontend would say to a POST.
 
         For models that have no frontend yet: a bad request is told so without a load.
         """

@@ -37,6 +37,7 @@ from vllm_hotswap.engines.base import (
     EngineFailure,
     EngineMemory,
     HostStats,
+    Previewed,
     Progress,
     Pulse,
 )
@@ -170,8 +171,11 @@ class FakeEngine:
         if self.broken_tokenizer and not self.has_frontend:
             raise ConfigError(f"model {self.alias!r}: tokenizer: it cannot be read")
 
-    async def preview(self, path: str, content_type: str, body: bytes) -> Response | None:
-        return self._refusal(json.loads(body)) if path.startswith("/v1/") else None
+    async def preview(self, path: str, content_type: str, body: bytes) -> Previewed:
+        if not path.startswith("/v1/"):
+            return Previewed()
+        refusal = self._refusal(json.loads(body))
+        return Previewed(refusal, is_accepted=refusal is None)
 
     async def load(self, progress: Progress) -> None:
         self.loads += 1

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_hotswap import hub
@@ -38,6 +37,7 @@ from vllm_hotswap.engines.base import (
     EngineFailure,
     EngineMemory,
     HostStats,
+    Previewed,
     Progress,
     Pulse,
     Responses,
@@ -216,15 +216,17 @@ class VllmEngine:
             except ConfigError as error:
                 raise ConfigError(f"model {self.alias!r}: {error.message}") from error
 
-    async def preview(self, path: str, content_type: str, body: bytes) -> Response | None:
-        async with self._one_frontend_at_a_time:
-            if self._frontend is not None:
-                return None
-            if not self._has_tried_preview:
-                self._preview = await self._make_preview()
-                self._has_tried_preview = True
-            preview = self._preview
-        return await preview.refusal(path, content_type, body) if preview else None
+    async def preview(self, path: str, content_type: str, body: bytes) -> Previewed:
+        if not self._has_tried_preview:
+            async with self._one_frontend_at_a_time:
+                await self._try_preview()
+        preview = self._preview
+        return await preview.look_at(path, content_type, body) if preview else Previewed()
+
+    async def _try_preview(self) -> None:
+        if self._frontend is None and not self._has_tried_preview:
+            self._preview = await self._make_preview()
+            self._has_tried_preview = True
 
     async def _make_preview(self) -> Preview | None:
         args, config = self._launch.args, self._launch.vllm_config

@@ -102,8 +102,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--resident",
         type=int,
         metavar="N",
-        help="models that are parked at most, the active one among them; others are cold "
-        "(default: all)",
+        help="models that are parked at most, the active one among them; others are where the "
+        "recording found them, or cold (default: all)",
     )
     add("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)

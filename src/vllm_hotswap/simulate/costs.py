@@ -32,6 +32,8 @@ class Costs:
     by_residency: Mapping[Residency, Seconds] = field(default_factory=dict)
     first: Mapping[str, Residency] = field(default_factory=dict)
     """Where models lie before they are active for the first time; others are parked."""
+    evicted: Mapping[str, Residency] = field(default_factory=dict)
+    """Where models lie after they had to go; others are cold."""
 
     def of(self, source: str | None, target: str, residency: Residency) -> tuple[Hashable, Seconds]:
         """What such switches have cost, and what it is known of: the key in its table."""
@@ -52,19 +54,17 @@ def measured(switches: Iterable[TracedSwitch], default_s: float) -> Costs:
     by_target: dict[tuple[str, Residency], list[float]] = defaultdict(list)
     by_residency: dict[Residency, list[float]] = defaultdict(list)
     first: dict[str, Residency] = {}
+    evicted: dict[str, Residency] = {}
     for switch in _ended_well(switches):
         residency = _residency(switch)
         exact[switch.source, switch.target, residency].append(switch.cost_s)
         by_target[switch.target, residency].append(switch.cost_s)
         by_residency[residency].append(switch.cost_s)
         first.setdefault(switch.target, residency)
-    return Costs(
-        _default(by_residency, default_s),
-        exact,
-        by_target,
-        by_residency,
-        first,
-    )
+        if residency is not Residency.PARKED:
+            evicted[switch.target] = residency
+    default_s = _default(by_residency, default_s)
+    return Costs(default_s, exact, by_target, by_residency, first, evicted)
 
 
 def _ended_well(switches: Iterable[TracedSwitch]) -> Iterable[TracedSwitch]:
@@ -114,14 +114,14 @@ class Prices:
 
 
 class Whereabouts:
-    """Where each model lies: the last few that were active are parked, the others are cold.
+    """Where each model lies: the last few that were active are parked, the others had to go.
 
     The mutable state is the models that have been active and are parked, the last one at the end,
     and those that had to go.
     """
 
-    def __init__(self, first: Mapping[str, Residency], resident: int | None) -> None:
-        self._first = first
+    def __init__(self, costs: Costs, resident: int | None) -> None:
+        self._costs = costs
         self._resident = resident
         self._parked: dict[str, None] = {}
         self._evicted: set[str] = set()
@@ -133,9 +133,9 @@ class Whereabouts:
         if alias in self._parked:
             return Residency.PARKED
         if alias in self._evicted:
-            return Residency.COLD
+            return self._when_evicted(alias)
         default = Residency.PARKED if self._resident is None else Residency.COLD
-        return self._first.get(alias, default)
+        return self._costs.first.get(alias, default)
 
     def activate(self, alias: str) -> None:
         evicted = self._evicted_for(alias)
@@ -149,7 +149,10 @@ class Whereabouts:
     def before(self, source: str | None, target: str) -> Residency:
         """Where the target lies when the source, active or not yet, is switched away from."""
         is_gone = source is not None and self._evicted_for(source) == target
-        return Residency.COLD if is_gone else self.of(target)
+        return self._when_evicted(target) if is_gone else self.of(target)
+
+    def _when_evicted(self, alias: str) -> Residency:
+        return self._costs.evicted.get(alias, Residency.COLD)
 
     def _evicted_for(self, alias: str) -> str | None:
         """Which model has to go when that one becomes active."""

@@ -117,7 +117,7 @@ class Simulation:
             alias: ModelTerms(alias, model.priority, model.max_wait_s, model.weight)
             for alias, model in trace.head.models.items()
         }
-        self._whereabouts = Whereabouts(world.costs.first, world.resident)
+        self._whereabouts = Whereabouts(world.costs, world.resident)
         before = world.before or Trace(trace.head)
         self._prices = Prices(world.costs, before.switches)
         self.scheduler = Scheduler(self._terms.values(), policy, self._expected_s)

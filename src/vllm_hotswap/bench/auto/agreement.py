@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -9,6 +10,7 @@ from statistics import median
 
 from vllm_hotswap.bench.auto.play import Played
 from vllm_hotswap.bench.auto.workloads import WARM_UP
+from vllm_hotswap.bench.client import BadAnswer
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import PolicySettings
 from vllm_hotswap.simulate import costs, fit
@@ -55,12 +57,17 @@ def split(recorded: Trace, first: int, asked: Sequence[Trace]) -> Iterator[Recor
         recorded: what the server has written.
         first: requests that came before the first of them and its warm-up.
         asked: the traces.
+
+    Raises:
+        BadAnswer: a request is missing. One that never had its turn is not recorded.
     """
     requests = sorted(recorded.requests, key=_arrived_s)
     at = first
     for one in asked:
         at += len(WARM_UP)
         part = tuple(requests[at : at + len(one.requests)])
+        if Counter(_models(part)) != Counter(_models(one.requests)):
+            raise BadAnswer("the server has not recorded just the requests that it was sent")
         begin_s, end_s = _arrived_s(part[0]), max(_ended_s(request) for request in part)
         switches = tuple(s for s in recorded.switches if begin_s <= s.at_s <= end_s)
         before = Trace(
@@ -145,6 +152,10 @@ def _on_the_way_s(recorded: Trace, played: Played) -> float:
     took_s = _mean(outcome.took_s for outcome in played.outcomes)
     known_s = _mean(_ended_s(request) - _arrived_s(request) for request in recorded.requests)
     return max(0.0, took_s - known_s)
+
+
+def _models(requests: Iterable[TracedRequest]) -> Iterator[str]:
+    return (request.model for request in requests)
 
 
 def _arrived_s(request: TracedRequest) -> float:

@@ -118,7 +118,11 @@ async def _serve(
                 played.total_s,
                 len(played.errors),
             )
-    parts = agreement.split(traces.read(recording), len(goldens), list(asked.values()))
+    try:
+        parts = list(agreement.split(traces.read(recording), len(goldens), list(asked.values())))
+    except BadAnswer as error:
+        log.warning("auto: not simulated: %s", error)
+        return
     for name, part in zip(asked, parts, strict=True):
         case = Case(cost, name, policy)
         played = found.played[case][-1]
