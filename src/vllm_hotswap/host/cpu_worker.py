@@ -29,7 +29,7 @@ from vllm_hotswap.compat.cpu_worker import CPUWorker
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.arena import Arena
 from vllm_hotswap.host.compiled import CompiledCode, is_compiled
-from vllm_hotswap.host.heap import give_back_free_memory
+from vllm_hotswap.host.heap import give_back_free_memory, large_blocks_mapped
 from vllm_hotswap.host.lora import use_masking
 from vllm_hotswap.host.weights import DroppedWeights, strange_weights
 
@@ -75,6 +75,10 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         context: AbstractContextManager[Any] = super()._maybe_get_memory_pool_context(tag)
         return context
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with large_blocks_mapped():
+            super().load_model(*args, **kwargs)
+
     def _should_warm_up_model(self) -> bool:
         # vLLM asks just before it would run the model for the first time, and so compile it.
         self.compiled_code.give_to(self.model_runner)
@@ -111,7 +115,8 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
             return
         before = time.monotonic()
         try:
-            self._dropped.put_back(self._load_again())
+            with large_blocks_mapped():
+                self._dropped.put_back(self._load_again())
         except Exception as error:
             raise RuntimeError(
                 f"the weights of {self.model_config.model} could not be read again: "
