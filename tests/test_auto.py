@@ -694,3 +694,25 @@ def test_idle_connection_holds_nobody_up(play: Play) -> None:
         mode="auto",
         settings={"llama": FakeSettings(tasks=("generate", "realtime"))},
     )
+
+
+def test_connection_that_becomes_idle_in_a_drain_is_not_waited_for(play: Play) -> None:
+    """Its request ends before the deadline; nobody waits for its client to hang up."""
+
+    async def story(server: Server) -> None:
+        socket = server.websocket("/v1/realtime", "model=llama")
+        await server.settled()
+        socket.send("one two three four")
+        await asyncio.sleep(0.5)
+        answer = await server.ask("qwen")
+        assert 3 < float(answer.headers["x-hotswap-waited"]) < 5
+        assert 4 == sum(text["type"] == "transcription.delta" for text in socket.texts)
+        await asyncio.sleep(700)
+        assert ["qwen"] == targets(server)
+        socket.leave()
+
+    play(
+        story,
+        mode="auto",
+        settings={"llama": FakeSettings(tasks=("generate", "realtime"), token_s=1.0)},
+    )

@@ -110,3 +110,10 @@ def test_lengths_are_about_what_was_asked_for() -> None:
 
     assert 100 == pytest.approx(mean(r.prompt_tokens for r in requests), rel=0.05)
     assert {1} == {r.output_tokens for r in requests}
+
+
+def test_models_that_are_all_but_never_asked_for_hold_nothing_up() -> None:
+    """The first request of the rarest one would be thousands of years away."""
+    trace = make(Shape(kind="bursty", models=50, requests=10, zipf=8.0))
+
+    assert 10 == len(trace.requests)

@@ -34,7 +34,17 @@ REQUEST = RequestEnded(
     max_wait_s=9.0,
 )
 SWITCH = SwitchEnded(
-    "op", 3, "a", "b", "switched", 0.75, 0, automatic=True, residency=Residency.COLD, drain_s=0.25
+    "op",
+    3,
+    "a",
+    "b",
+    "switched",
+    0.875,
+    0,
+    automatic=True,
+    residency=Residency.COLD,
+    drain_s=0.25,
+    queued_s=0.125,
 )
 
 
@@ -63,7 +73,7 @@ def test_requests_and_switches_are_in_the_file_at_once(tmp_path: Path) -> None:
         TracedRequest(1, "b", 2.0, None, 0.0, 2, 9.0, 12, 16, 0.125, 0.5, 0.25, 1, "served"),
     )
     assert trace.switches == (
-        TracedSwitch(4.25, "a", "b", Residency.COLD, 0.5, 0.25, "switched", True),
+        TracedSwitch(4.125, "a", "b", Residency.COLD, 0.5, 0.25, "switched", True),
     )
 
 

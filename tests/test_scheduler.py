@@ -101,6 +101,16 @@ def test_what_a_request_takes_is_remembered() -> None:
     assert 2.0 + 0.3 * 2.0 == pytest.approx(scheduler.service_s("a"))
 
 
+def test_how_long_a_connection_was_open_is_not_what_a_request_takes() -> None:
+    """It ends all the same."""
+    scheduler = make()
+    scheduler.leave(enter(scheduler, "a", 10.0), 12.0)
+    scheduler.leave(enter(scheduler, "a", 12.0), 3612.0, counts=False)
+
+    assert 2.0 == scheduler.service_s("a")
+    assert scheduler.is_empty
+
+
 def test_a_model_serves_at_least_the_request_that_it_was_switched_to_for() -> None:
     """Though the policy would go on to the next one."""
     policy = Told()

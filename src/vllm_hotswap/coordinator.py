@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -70,6 +71,9 @@ from vllm_hotswap.switch import Switch, SwitchResult
 Clock = Callable[[], float]
 
 log = logging.getLogger("vllm_hotswap")
+
+CONNECTION_LOOK_S = 0.5
+"""How often a drain looks whether a connection has become idle."""
 
 IDLE_CHECK_S = 1.0
 """How often models are looked at that may rest when nobody uses them."""
@@ -615,7 +619,9 @@ class Coordinator:
                 self.dispatcher.left(lease)
 
     def _ended_request(self, lease: Lease) -> RequestEnded:
-        admitted_s, ticket = lease.admitted_s, lease.ticket
+        # A connection is no request: it is open for long, and may ask for little.
+        admitted_s = None if lease.is_connection else lease.admitted_s
+        ticket = lease.ticket
         return RequestEnded(
             lease.epoch,
             lease.alias,
@@ -785,9 +791,7 @@ class Coordinator:
         source = switch.source
         if source is None:
             return
-        if self.dispatcher is not None:
-            self.dispatcher.suspend_idle(source)
-        await drain.until_empty(source, switch.drain_timeout_s)
+        await self._until_empty(source, switch.drain_timeout_s)
         if not source.leases or source.residency is not Residency.ACTIVE:
             return
         target, timeout_s = switch.target.alias, switch.drain_timeout_s
@@ -809,7 +813,20 @@ class Coordinator:
         """Park who still runs, if nobody is lost by that; wait for the others."""
         if switch.may_park and self.ladder.can_keep_parked(switch.target):
             self._park(switch, source)
-        await drain.until_empty(source, None)
+        await self._until_empty(source, None)
+
+    async def _until_empty(self, source: Model, timeout_s: float | None) -> None:
+        """Wait for its requests. A connection whose last one ends meanwhile is not waited for."""
+        until_s = math.inf if timeout_s is None else self._clock() + timeout_s
+        while True:
+            if self.dispatcher is not None:
+                self.dispatcher.suspend_idle(source)
+            left_s = until_s - self._clock()
+            if left_s <= 0 or not drain.is_running(source):
+                return
+            if self.dispatcher is not None and any(x.is_connection for x in source.leases):
+                left_s = min(left_s, CONNECTION_LOOK_S)
+            await drain.until_empty(source, None if left_s == math.inf else left_s)
 
     def _park(self, switch: Switch, source: Model) -> None:
         timeout_s, at_most = self._settings.parked_timeout, self._settings.max_parked
@@ -876,6 +893,7 @@ class Coordinator:
         self._notify_ended(switch, duration_s, None)
         self.foresight.switched(switch.target)
         if self.dispatcher is not None:
+            assert switch.turn_s is not None
             self.dispatcher.switched(switch, self._clock() - switch.turn_s - switch.drain_s)
         self._is_activated(switch.target)
         return SwitchResult(
@@ -992,6 +1010,7 @@ class Coordinator:
                 switch.automatic,
                 switch.residency,
                 switch.drain_s,
+                duration_s if switch.turn_s is None else switch.turn_s - switch.started_s,
             )
         )
 

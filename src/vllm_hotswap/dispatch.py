@@ -167,10 +167,13 @@ class Dispatcher:
 
     def suspend_idle(self, model: Model) -> None:
         """Connections that are open and ask for nothing have their next turn when they do."""
-        idle = [lease for lease in model.leases if lease.is_connection and not lease.requests]
+        idle = [
+            lease
+            for lease in model.leases
+            if lease.is_connection and not lease.requests and not lease.is_parked
+        ]
         for lease in idle:
-            assert lease.ticket is not None
-            self.scheduler.leave(lease.ticket, self._clock())
+            self._leave(lease)
             model.leases.pop(lease)
             lease.settle()
             self._let_in(model, lease)
@@ -272,8 +275,13 @@ class Dispatcher:
         """The request is over, whether or not it has had its turn."""
         assert lease.ticket is not None
         _settle(self._forget(lease.ticket))
-        self.scheduler.leave(lease.ticket, self._clock())
+        self._leave(lease)
         self.advance()
+
+    def _leave(self, lease: Lease) -> None:
+        """A connection may have been open for long, and asked for little: that tells nothing."""
+        assert lease.ticket is not None
+        self.scheduler.leave(lease.ticket, self._clock(), counts=not lease.is_connection)
 
     def _forget(self, ticket: Ticket) -> asyncio.Future[None] | None:
         """It does not wait any more; who waits for that."""
@@ -293,7 +301,7 @@ class Dispatcher:
         drain.end(leases, cause)
         for lease in leases:
             if lease.ticket is not None:
-                self.scheduler.leave(lease.ticket, self._clock())
+                self._leave(lease)
                 _settle(self._forget(lease.ticket))
 
     def _admit(self, tickets: Iterable[Ticket]) -> None:

@@ -21,7 +21,7 @@ async def until_empty(model: Model, timeout_s: float | None) -> None:
 
     Parked requests do not run.
     """
-    if not _is_running(model) or (timeout_s is not None and timeout_s <= 0):
+    if not is_running(model) or (timeout_s is not None and timeout_s <= 0):
         return
     model.emptied = asyncio.get_running_loop().create_future()
     try:
@@ -40,11 +40,11 @@ def release(model: Model, lease: Lease) -> None:
     lease.is_over = True
     lease.settle()
     model.leases.pop(lease, None)
-    if model.emptied is not None and not model.emptied.done() and not _is_running(model):
+    if model.emptied is not None and not model.emptied.done() and not is_running(model):
         model.emptied.set_result(None)
 
 
-def _is_running(model: Model) -> bool:
+def is_running(model: Model) -> bool:
     return not all(lease.is_parked for lease in model.leases)
 
 

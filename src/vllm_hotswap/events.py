@@ -49,6 +49,8 @@ class SwitchEnded:
     residency: Residency | None = None
     """Where the target lay before."""
     drain_s: float = 0.0
+    queued_s: float = 0.0
+    """For which it waited for another operation that moved models."""
 
 
 @dataclass(frozen=True, slots=True)

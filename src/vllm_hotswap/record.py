@@ -104,7 +104,7 @@ class Recorder:
             source=event.source,
             target=event.target,
             residency=event.residency,
-            cost_s=max(0.0, event.duration_s - event.drain_s),
+            cost_s=max(0.0, event.duration_s - event.queued_s - event.drain_s),
             drain_s=event.drain_s,
             result=event.status,
             automatic=event.automatic,

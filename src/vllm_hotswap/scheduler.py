@@ -239,14 +239,18 @@ class Scheduler:
         self._put(line, ticket)
         return False
 
-    def leave(self, ticket: Ticket, now_s: float) -> None:
-        """The request has ended, or waits no longer. Idempotent."""
+    def leave(self, ticket: Ticket, now_s: float, counts: bool = True) -> None:
+        """The request has ended, or waits no longer. Idempotent.
+
+        `counts`: whether its time tells how long requests of the model take.
+        """
         line = self._lines[ticket.alias]
         if ticket.order in line.waiting:
             self._take(line, ticket)
         elif ticket.admitted_s is not None:
             line.end(ticket)
-            self.served(ticket.alias, now_s - ticket.admitted_s)
+            if counts:
+                self.served(ticket.alias, now_s - ticket.admitted_s)
             ticket.admitted_s = None
 
     def served(self, alias: str, took_s: float) -> None:

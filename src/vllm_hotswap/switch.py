@@ -55,7 +55,7 @@ class Switch:
     """Whether requests that run may be frozen for it, if the server decided on it."""
     residency: Residency | None = None
     """Where the target lay."""
-    turn_s: float = 0.0
+    turn_s: float | None = None
     """When nobody else moved models any more."""
     phase: SwitchPhase = SwitchPhase.VALIDATE
     phases_s: dict[str, float] = field(default_factory=dict)

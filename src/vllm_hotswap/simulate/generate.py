@@ -20,6 +20,9 @@ ON_PART = 0.2
 ON_S = 5.0
 """How long such a time is, on average."""
 
+RAREST = 1e-3
+"""Requests of a bursty model in the whole trace, on average, below which it gets none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -94,7 +97,7 @@ def bursty(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator[
     sources = [
         _on_and_off(alias, shape.rate * part, chance)
         for alias, part in zip(aliases, parts, strict=True)
-        if shape.rate * part > 0  # a share may be too small for a float
+        if shape.requests * part > RAREST
     ]
     return heapq.merge(*sources, key=lambda arrival: arrival.arrived_s or 0.0)
 
