@@ -817,11 +817,12 @@ class Coordinator:
 
     async def _until_empty(self, source: Model, timeout_s: float | None) -> None:
         """Wait for its requests. A connection whose last one ends meanwhile is not waited for."""
-        until_s = math.inf if timeout_s is None else self._clock() + timeout_s
+        now_s = asyncio.get_running_loop().time
+        until_s = math.inf if timeout_s is None else now_s() + timeout_s
         while True:
             if self.dispatcher is not None:
                 self.dispatcher.suspend_idle(source)
-            left_s = until_s - self._clock()
+            left_s = until_s - now_s()
             if left_s <= 0 or not drain.is_running(source):
                 return
             if self.dispatcher is not None and any(x.is_connection for x in source.leases):
