@@ -117,3 +117,10 @@ def test_models_that_are_all_but_never_asked_for_hold_nothing_up() -> None:
     trace = make(Shape(kind="bursty", models=50, requests=10, zipf=8.0))
 
     assert 10 == len(trace.requests)
+
+
+def test_many_models_that_are_asked_for_alike_all_count() -> None:
+    """However few requests there are for each."""
+    trace = make(Shape(kind="bursty", models=2000, requests=1, zipf=0.0))
+
+    assert 1 == len(trace.requests)

@@ -86,6 +86,15 @@ def test_what_never_asked_for_its_engine_is_not_recorded(tmp_path: Path) -> None
     assert () == traces.read(tmp_path / "t.jsonl").requests
 
 
+def test_a_connection_is_not_recorded(tmp_path: Path) -> None:
+    """How long it was open is not what a request takes."""
+    recorder = Recorder(tmp_path / "t.jsonl", HEAD)
+    recorder.notify(replace(REQUEST, is_connection=True))
+    recorder.close()
+
+    assert () == traces.read(tmp_path / "t.jsonl").requests
+
+
 def test_a_recording_is_not_overwritten(tmp_path: Path) -> None:
     """Nor begun where it cannot be written."""
     (tmp_path / "t.jsonl").write_text("")

@@ -619,9 +619,7 @@ class Coordinator:
                 self.dispatcher.left(lease)
 
     def _ended_request(self, lease: Lease) -> RequestEnded:
-        # A connection is no request: it is open for long, and may ask for little.
-        admitted_s = None if lease.is_connection else lease.admitted_s
-        ticket = lease.ticket
+        admitted_s, ticket = lease.admitted_s, lease.ticket
         return RequestEnded(
             lease.epoch,
             lease.alias,
@@ -635,6 +633,7 @@ class Coordinator:
             output_tokens=lease.output_tokens,
             priority=ticket.priority if ticket else None,
             max_wait_s=ticket.max_wait_s if ticket else None,
+            is_connection=lease.is_connection,
         )
 
     def _retry_after_s(self) -> int:

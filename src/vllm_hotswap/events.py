@@ -117,6 +117,8 @@ class RequestEnded:
     priority: int | None = None
     max_wait_s: float | None = None
     """None: its model's, of which nobody took note, as requests do not take turns."""
+    is_connection: bool = False
+    """Whether it was a WebSocket, which is open for long, and may ask for little."""
 
 
 @dataclass(frozen=True, slots=True)

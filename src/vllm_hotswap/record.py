@@ -64,7 +64,7 @@ class Recorder:
 
     def _note(self, event: Event) -> None:
         match event:
-            case RequestEnded(service_s=float()):
+            case RequestEnded(service_s=float(), is_connection=False):
                 self._write(self._request(event))
             case SwitchEnded():
                 self._write(self._switch(event))

@@ -21,7 +21,8 @@ ON_S = 5.0
 """How long such a time is, on average."""
 
 RAREST = 1e-3
-"""Requests of a bursty model in the whole trace, on average, below which it gets none."""
+"""Requests of a bursty model, on average, while the one asked for most gets all that there are:
+below this it gets none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def bursty(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator[
     sources = [
         _on_and_off(alias, shape.rate * part, chance)
         for alias, part in zip(aliases, parts, strict=True)
-        if shape.requests * part > RAREST
+        if shape.requests * part > RAREST * parts[0]
     ]
     return heapq.merge(*sources, key=lambda arrival: arrival.arrived_s or 0.0)
 
