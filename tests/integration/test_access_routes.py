@@ -23,44 +23,7 @@ from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.engines.fake_responses import FakeResponses
 from vllm_hotswap.launch import ModelLaunch, parse_flags, prepare
 from vllm_hotswap.model_routes import WEBSOCKET, ModelRoutes
-
-REFUSED = frozenset(
-    [
-        # for data parallelism, which is not served
-        "POST /fault_tolerance/apply",
-        "GET /fault_tolerance/status",
-        "POST /is_scaling_elastic_ep",
-        "POST /scale_elastic_ep",
-        # of SageMaker; adapters have routes of their own
-        "POST /adapters",
-        "DELETE /adapters/{adapter_name}",
-        # for development, and for training with reinforcement
-        "POST /abort_requests",
-        "POST /collective_rpc",
-        "POST /finish_weight_update",
-        "GET /get_world_size",
-        "POST /init_weight_transfer_engine",
-        "GET /is_paused",
-        "GET /is_sleeping",
-        "POST /pause",
-        "POST /release_kv_cache_memory",
-        "POST /reset_encoder_cache",
-        "POST /reset_mm_cache",
-        "POST /reset_prefix_cache",
-        "POST /resume",
-        "GET /server_info",
-        "POST /shutdown_weight_transfer_engine",
-        "POST /sleep",
-        "POST /start_draft_weight_update",
-        "POST /start_weight_update",
-        "POST /update_weight_version",
-        "POST /update_weights",
-        "POST /wake_up",
-        "POST /weight_checker",
-        "GET /weight_info",
-    ]
-)
-"""Routes that are decided never to be reached. Whoever goes to another vLLM decides on new ones."""
+from vllm_hotswap.routes import VLLM_REFUSED
 
 MOUNTED_WITH = {
     "generate": ("llama", ("generate",)),
@@ -162,8 +125,8 @@ async def test_every_route_of_vllms_applications_is_decided(
     """It is in the table, or refused on purpose; never by oversight."""
     assert "POST /tokenize" in real_routes
     assert {"POST /collective_rpc", "POST /start_profile"} <= real_routes
-    assert set() == {line for line in real_routes if role_of(app, line) is None} - REFUSED
-    assert set() == {line for line in REFUSED if role_of(app, line) is not None}
+    assert set() == {line for line in real_routes if role_of(app, line) is None} - VLLM_REFUSED
+    assert set() == {line for line in VLLM_REFUSED if role_of(app, line) is not None}
 
 
 async def test_every_route_of_vllms_applications_lets_in_whom_its_role_lets_in(
@@ -204,7 +167,7 @@ DECLARED = re.compile(
 def test_every_route_in_vllms_source_is_decided() -> None:
     """Whether it is mounted or not."""
     table = HotswapApp(FakeHost(("llama",)), Access()).routes
-    paths = {route.path for route in table} | {line.split()[1] for line in REFUSED}
+    paths = {route.path for route in table} | {line.split()[1] for line in VLLM_REFUSED}
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -217,7 +180,7 @@ def test_every_route_in_vllms_source_is_decided() -> None:
     assert set() == declared - paths
 
 
-@pytest.mark.parametrize("line", sorted(REFUSED))
+@pytest.mark.parametrize("line", sorted(VLLM_REFUSED))
 def test_real_server_refuses_what_is_never_to_be_reached(server: ServerProcess, line: str) -> None:
     """Although it was started with `VLLM_SERVER_DEV_MODE=1`."""
     method, path = line.split()
@@ -235,4 +198,4 @@ def test_real_server_answers_what_it_describes(server: ServerProcess, alias: str
     lines = {f"{method.upper()} {path}" for path in paths for method in paths[path]}
 
     assert "POST /tokenize" in lines
-    assert set() == {line for line in lines if role_of(table, line) is None} - REFUSED
+    assert set() == {line for line in lines if role_of(table, line) is None} - VLLM_REFUSED

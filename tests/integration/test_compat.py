@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.test_architecture import imports, modules
+from tools.vllm_seams.__main__ import main as check_vllm
 from vllm_hotswap.compat.names import PLACES, find
 from vllm_hotswap.compat.versions import vllm_version, warning
 
@@ -46,3 +47,10 @@ def test_everything_that_is_imported_is_there(name: str) -> None:
 def test_the_version_is_one_that_was_run() -> None:
     """`make test` never runs on a version that users are warned of."""
     assert warning(vllm_version()) is None
+
+
+def test_the_installed_version_has_everything_that_is_used(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Read in its sources: the same check is made of versions that are not installed."""
+    assert 0 == check_vllm([vllm_version().partition("+")[0]]), capfd.readouterr().out

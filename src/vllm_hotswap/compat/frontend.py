@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,22 +26,26 @@ from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.model_routes import ModelRoutes
 
-HANDLERS = MappingProxyType(
+HANDLERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "/classify": "serving_classification",
-        "/generative_scoring": "serving_generative_scoring",
-        "/pooling": "serving_pooling",
-        "/rerank": "serving_scores",
-        "/score": "serving_scores",
-        "/v1/embeddings": "serving_embedding",
-        "/v1/rerank": "serving_scores",
-        "/v1/score": "serving_scores",
-        "/v1/systemone": "serving_structured_decisions",
-        "/v2/embed": "serving_embedding",
-        "/v2/rerank": "serving_scores",
+        "/classify": ("serving_classification",),
+        "/generative_scoring": ("serving_generative_scoring",),
+        "/pooling": ("serving_pooling",),
+        "/rerank": ("serving_scores",),
+        "/score": ("serving_scores",),
+        "/v1/decisions": ("openai_serving_decisions",),
+        "/v1/embeddings": ("serving_embedding", "serving_token_embedding"),
+        "/v1/rerank": ("serving_scores",),
+        "/v1/score": ("serving_scores",),
+        "/v1/systemone": ("serving_structured_decisions",),
+        "/v2/embed": ("serving_embedding",),
+        "/v2/rerank": ("serving_scores",),
     }
 )
-"""Path -> the name in the state of vLLM's application that is None where a model cannot answer."""
+"""Path -> the names in the state of vLLM's application that are None where a model cannot answer.
+
+Which of several is set is a matter of the model's task; a version may know only some of them.
+"""
 
 TOOL_KEYS = frozenset(["tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"])
 
@@ -109,10 +114,16 @@ def _unwanted_paths(state: Any) -> set[str]:
     Where it has no handler, vLLM would say 501. And what one model's flag adds to vLLM's router of
     tokenizers, which is the process's, is there for every model that is made later.
     """
-    unwanted = {path for path, name in HANDLERS.items() if getattr(state, name, True) is None}
+    unwanted = {path for path, names in HANDLERS.items() if _is_unanswered(state, names)}
     if not getattr(state.args, "enable_tokenizer_info_endpoint", False):
         unwanted.add("/tokenizer_info")
     return unwanted
+
+
+def _is_unanswered(state: Any, names: tuple[str, ...]) -> bool:
+    """Whether vLLM knows handlers of these names, and has set none of them."""
+    known = [getattr(state, name) for name in names if hasattr(state, name)]
+    return bool(known) and all(handler is None for handler in known)
 
 
 def request_keys(app: Any, args: argparse.Namespace) -> dict[str, frozenset[str]]:

@@ -39,16 +39,21 @@ PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "0.26": "vllm.entrypoints.chat_utils",
         },
         "make_arg_parser": {
+            "0.33": "vllm.entrypoints.common.cli_args",
             "0.29": "vllm.entrypoints.launchers.cli_args",
             "0.26": "vllm.entrypoints.openai.cli_args",
         },
         "validate_parsed_serve_args": {
+            "0.33": "vllm.entrypoints.common.cli_args",
             "0.29": "vllm.entrypoints.launchers.cli_args",
             "0.26": "vllm.entrypoints.openai.cli_args",
         },
     }
 )
 """Name -> the first version that has it in a module -> that module; newest first."""
+
+OPTIONAL = frozenset(["init_render_app_state"])
+"""Names that some versions do not have at all; whoever asks for one can do without."""
 
 
 def find(name: str, places: Mapping[str, Mapping[str, str]] = PLACES) -> Any:

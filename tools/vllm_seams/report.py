@@ -1,0 +1,138 @@
+"""Compares what we use with what a version has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tools.vllm_seams.declared import Seam
+from tools.vllm_seams.routes import handlers_in, routes_in
+from tools.vllm_seams.tree import Signature, Tree
+from tools.vllm_seams.uses import Call, Override, Use, Uses
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that the version has not, or has in another way."""
+
+    what: str
+    why: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}" + (f" ({self.place})" if self.place else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What we decide by hand for each version."""
+
+    places: Mapping[str, Mapping[str, str]]
+    """`compat.names.PLACES`."""
+    optional: frozenset[str]
+    """Names that are used only where they exist."""
+    routes: frozenset[str]
+    """`METHOD /path` of all routes that are answered or refused on purpose."""
+    handlers: Mapping[str, tuple[str, ...]]
+    """`compat.frontend.HANDLERS`: path -> names in the state of vLLM's applications."""
+    state: frozenset[str]
+    """Further names in that state that we read."""
+    made_by_us: frozenset[str]
+    """Constructors that are called by us alone, so that ours may take what it likes."""
+
+
+def problems(
+    tree: Tree, version: tuple[int, ...], uses: Uses, seams: Iterable[Seam], known: Known
+) -> Iterator[Problem]:
+    """Everything that has to be looked at before this version is said to work."""
+    yield from _places(tree, known)
+    yield from _uses(tree, uses.names, known)
+    yield from _overrides(tree, uses.overrides, known)
+    yield from (p for seam in seams if seam.is_meant_for(version) for p in _seam(tree, seam))
+    yield from _routes(tree, known)
+
+
+def _places(tree: Tree, known: Known) -> Iterator[Problem]:
+    for name, modules in known.places.items():
+        is_there = any(tree.has(f"{module}.{name}") for module in modules.values())
+        if not is_there and name not in known.optional:
+            yield Problem(name, f"is in none of {', '.join(modules.values())}", "compat.names")
+
+
+def _uses(tree: Tree, uses: Iterable[Use], known: Known) -> Iterator[Problem]:
+    for use in uses:
+        names = [f"{m}.{use.name}" for m in known.places.get(use.name, {}).values()] or [use.name]
+        found = next((name for name in names if tree.has(name)), None)
+        if found is None:
+            if use.name not in known.optional and use.name not in known.places:
+                yield Problem(use.name, "does not exist", use.place)
+        elif use.call is not None:
+            yield from _call(found, tree.signature(found), use.call, use.place)
+
+
+def _call(name: str, signature: Signature | None, call: Call, place: str) -> Iterator[Problem]:
+    if signature is None:
+        return
+    why = signature.refuses(call.positional, call.keywords, call.is_whole)
+    if why is not None:
+        yield Problem(f"{name}{signature}", why, place)
+
+
+def _overrides(tree: Tree, overrides: Iterable[Override], known: Known) -> Iterator[Problem]:
+    """Ours must take whatever vLLM's takes: vLLM calls it."""
+    for override in overrides:
+        theirs = tree.signature(override.name)
+        if theirs is None or override.name in known.made_by_us:
+            continue
+        ours = Signature.of(override.node, is_method=True)
+        named = theirs.keywords - set(theirs.positional)
+        why = ours.refuses(len(theirs.positional), named, is_whole=False)
+        if why is not None:
+            yield Problem(f"{override.name}{theirs}", f"ours {why}", override.place)
+
+
+def _seam(tree: Tree, seam: Seam) -> Iterator[Problem]:
+    if seam.said_in:
+        if not says(tree, seam.said_in, seam.names[0]):
+            yield Problem(seam.said_in, f"says nothing of {seam}", "declared")
+        return
+    found = next((name for name in seam.names if tree.has(name)), None)
+    if found is None:
+        yield Problem(str(seam), "does not exist", "declared")
+    elif seam.positional is not None:
+        call = Call(len(seam.positional), seam.keywords, is_whole=True)
+        yield from _call(found, tree.signature(found), call, "declared")
+
+
+def says(tree: Tree, module: str, name: str) -> bool:
+    """Whether a module's code has an attribute of this name, of whatever object."""
+    found = tree.module(module)
+    return found is not None and any(getattr(node, "attr", None) == name for node in found.walk())
+
+
+def _routes(tree: Tree, known: Known) -> Iterator[Problem]:
+    routes = routes_in(tree)
+    for line in sorted(routes.keys() - known.routes):
+        why = "is new; add it to VLLM_USER_ROUTES, VLLM_ADMIN_ROUTES or VLLM_REFUSED"
+        yield Problem(line, why, routes[line])
+    paths = {line.partition(" ")[2] for line in routes}
+    known_names = handlers_in(tree)
+    for path, names in known.handlers.items():
+        if path in paths and not known_names.intersection(names):
+            yield Problem(path, f"has no handler {' or '.join(names)}", "compat.frontend.HANDLERS")
+    for name in sorted(known.state - known_names):
+        yield Problem(f"app.state.{name}", "is never set", "compat.frontend")
+
+
+def changed(old: Tree, new: Tree, names: Iterable[str]) -> Iterator[str]:
+    """Those functions and classes that both versions have, with other code."""
+    for name in sorted(set(names)):
+        before, after = old.find(name), new.find(name)
+        if before and after and before.source and before.source != after.source:
+            yield name
+
+
+def summary(found: Iterable[Any]) -> list[str]:
+    """Each problem once, in the order of its first appearance."""
+    return list(dict.fromkeys(str(problem) for problem in found))
