@@ -13,13 +13,16 @@ LIST := $(wildcard requirements/vllm-$(VERSION).txt)
 endif
 endif
 BIN := $(VENV)/bin
+# Servers on the real vLLM use a core each; the fast tests wait now and then.
+WORKERS ?= $(shell nproc)
+FAST_WORKERS ?= $(shell expr $(WORKERS) + 1)
 STAMP := $(VENV)/.setup-done
 
 # Compiled modules are kept, whatever the shell says: without them each start takes twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-vllm check check-vllm lint types format bench bench-residency \
+.PHONY: help setup demo serve test test-fast test-on-vllm test-long test-vllm check check-vllm lint types format bench bench-residency \
 	bench-scheduling bench-auto soak reference clean
 
 help: ## List the commands
@@ -46,17 +49,26 @@ demo: setup ## Serve the tiny models that ship with the package, switch, and sho
 serve: setup ## Serve the tiny models on PORT until Ctrl-C
 	$(BIN)/vllm-hotswap demo --serve --port $(PORT)
 
-test: setup ## Run all tests, those on the real vLLM too
-	$(BIN)/pytest
+test: test-fast test-on-vllm ## Run all tests, those on the real vLLM too, but for the long ones
+
+test-fast: setup
+	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not long" --durations=15
+
+test-on-vllm: setup
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and not long" --durations=15
+
+test-long: setup ## Run what goes deeper: long walks, ten times as many examples; for the night
+	TEST_DEPTH=10 $(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm" --timeout=1200 \
+		tests/test_invariants.py tests/test_ladder.py tests/test_promises.py tests/test_coordinator.py
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and long" --timeout=1800
 
 test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VERSION=0.29.0
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -m "not long" $(TESTS)
 
 check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
 
-check: lint types ## Lint, types and the fast tests
-	$(BIN)/pytest -m "not vllm"
+check: lint types test-fast ## Lint, types and the fast tests
 
 lint: setup ## Check style and formatting
 	$(BIN)/ruff check

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.depth import examples
 from tests.support import Server
 from tests.virtual import VirtualLoop
 
-settings.register_profile("fast", deadline=None, max_examples=40)
+settings.register_profile("fast", deadline=None, max_examples=examples(25))
 settings.load_profile("fast")
 
 MakeServer = Callable[..., Awaitable[Server]]
 Story = Callable[[Server], Awaitable[None]]
 Play = Callable[..., None]
+
+
+ON_VLLM = Path(__file__).parent / "integration"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where no test on the real vLLM is wanted, their files are not read: it takes seconds."""
+    is_unwanted = "not vllm" in config.option.markexpr and collection_path == ON_VLLM
+    return True if is_unwanted else None
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ import httpx
 import psutil
 
 from tests.faults import Faults
+from tests.ports import free_port
 from tests.serving import flags
 from vllm_hotswap import failpoints
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.demo import free_port
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.engines.fake_process import FakeProcessHost
 from vllm_hotswap.listen import Listener

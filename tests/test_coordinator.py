@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests.conftest import MakeServer
+from tests.depth import examples
 from tests.support import Server
 from vllm_hotswap.errors import (
     ConfigError,
@@ -889,7 +890,7 @@ async def live_through(actions: list[tuple[str, object, bool]]) -> tuple[Server,
     return server, epochs
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(25))
 @given(
     st.lists(st.tuples(ACTIONS, st.booleans()).map(lambda pair: (*pair[0], pair[1])), max_size=14)
 )

@@ -43,6 +43,7 @@ from hypothesis.stateful import (
 )
 
 from tests.adapters import write_adapter_for
+from tests.depth import examples
 from tests.virtual import VirtualLoop
 from tests.walk import ALIASES, RECOVERY, Ask, Call, Invariant, Shape, SwitchCall, World, words_of
 from vllm_hotswap.dispatch import MAX_BACKOFF_S
@@ -63,7 +64,7 @@ from vllm_hotswap.registry import Lease
 from vllm_hotswap.states import Residency, ServerState, SwitchPhase
 
 WALKS = settings(
-    max_examples=15,
+    max_examples=examples(8),
     stateful_step_count=30,
     deadline=None,
     derandomize="CI" in os.environ,
@@ -323,11 +324,11 @@ def _silent() -> Iterator[None]:
     logging.getLogger("vllm_hotswap").disabled = False
 
 
-def walk(kind: type[Invariant], *, machine: type[Walk] = Walk, examples: int = 15) -> None:
+def walk(kind: type[Invariant], *, machine: type[Walk] = Walk, tries: int = 8) -> None:
     """Hold one invariant over walks; one that breaks it is made as short as it can be."""
     run_state_machine_as_test(
         type(kind.__name__, (machine,), {"kinds": (kind,)}),
-        settings=settings(WALKS, max_examples=examples),
+        settings=settings(WALKS, max_examples=examples(tries)),
     )
 
 
@@ -610,7 +611,7 @@ class DrainEnds(Invariant):
 
 def test_I5_drain_ends() -> None:
     """Nothing is admitted to a model that is drained, and the drain is over when its time is."""
-    walk(DrainEnds, examples=40)
+    walk(DrainEnds, tries=21)
 
 
 # --- I8 ---------------------------------------------------------------------------------------
@@ -1158,7 +1159,7 @@ def test_I10_no_growth() -> None:
     walk(NoGrowth)
 
 
-@settings(WALKS, max_examples=8)
+@settings(WALKS, max_examples=examples(4))
 @given(route=st.lists(st.sampled_from(ALIASES), min_size=2, max_size=4), fit=st.integers(1, 3))
 def test_I10_round_trips_leave_nothing_behind(route: list[str], fit: int) -> None:
     """After some more rounds of switches and requests, as many objects are held as before."""
@@ -1208,8 +1209,16 @@ def reachable(root: object, *but: type[Any]) -> int:
 ALL = tuple(Invariant.__subclasses__())
 
 
-@pytest.mark.parametrize("first", range(0, 160, 40))
+@pytest.mark.parametrize("first", range(0, 40, 10))
 def test_all_invariants_over_many_walks(first: int) -> None:
     """All at once, on longer ways than those of hypothesis."""
+    for seed in range(first, first + 10):
+        walk_at_random(seed, ALL, steps=40)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(40, 440, 40))
+def test_all_invariants_over_very_many_walks(first: int) -> None:
+    """The same, on ten times as many ways."""
     for seed in range(first, first + 40):
         walk_at_random(seed, ALL, steps=40)

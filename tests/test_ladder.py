@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests.conftest import MakeServer
+from tests.depth import examples
 from tests.support import Recorder, Server, settled
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.engines.fake import UNLIMITED, FakeHost, FakeSettings
@@ -1033,7 +1034,7 @@ levels = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(levels, st.lists(MOVES, max_size=12))
 def test_no_walk_exceeds_the_budget_and_every_switch_succeeds(
     levels: list[frozenset[int]], actions: list[Action]
@@ -1050,7 +1051,7 @@ def test_no_walk_exceeds_the_budget_and_every_switch_succeeds(
     asyncio.run(run())
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(levels, st.lists(st.tuples(MOVES | PINS | FAILURES, st.booleans()), max_size=12))
 def test_no_walk_with_failures_leaves_anything_behind(
     levels: list[frozenset[int]], actions: list[tuple[Action, bool]]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from tests.ports import free_port
 from tests.serving import flags
-from vllm_hotswap.demo import free_port
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.listen import Listener, bind, most_connections
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from tests.depth import examples
 from vllm_hotswap.policies import POLICIES
 from vllm_hotswap.policy import (
     WORKED_S,
@@ -133,7 +134,7 @@ def switches_before(run: Run, one: Served) -> list[Switched]:
 
 @anything
 @given(trace=traces(), world=worlds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
     """From when it is due until it is admitted the server does nothing but switch: it ends the
     switch under way, goes to every other model whose requests were due before, once at most, and
@@ -162,7 +163,7 @@ def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, wor
 
 @anything
 @given(trace=traces(), world=worlds)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_a_switch_takes_no_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
     """It waits for `drain_timeout`, or until its source was active for as long as there and back
     takes, whichever is longer; and not for longer than something runs.
@@ -186,7 +187,7 @@ def test_a_switch_takes_no_longer_than_promised(policy: Policy, trace: Trace, wo
 
 @anything
 @given(trace=traces(), world=worlds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 def test_requests_of_a_model_are_admitted_in_the_order_in_which_they_came(
     policy: Policy, trace: Trace, world: World
 ) -> None:
@@ -206,7 +207,7 @@ def test_requests_of_a_model_are_admitted_in_the_order_in_which_they_came(
 
 @anything
 @given(trace=traces(), world=worlds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 def test_every_switch_gets_somebody_further(policy: Policy, trace: Trace, world: World) -> None:
     """Who it was for is admitted or goes on at once, and works until it ends, until the drain is
     over, or for as long as the way there and back takes: no two models pass the server to and fro.
@@ -227,7 +228,7 @@ def test_every_switch_gets_somebody_further(policy: Policy, trace: Trace, world:
 
 @anything
 @given(trace=traces(), world=worlds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 def test_every_request_is_served(policy: Policy, trace: Trace, world: World) -> None:
     """Once, to its end, not faster than alone, and in a time that is bounded."""
     for one in play(trace, policy, world):

@@ -17,13 +17,13 @@ import httpx
 import pytest
 import uvicorn
 
+from tests.ports import free_port
 from tests.serving import flags
 from tests.support import settled
 from vllm_hotswap import server
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import parse_config
-from vllm_hotswap.demo import free_port
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.listen import Listener

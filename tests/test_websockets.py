@@ -12,10 +12,10 @@ import pytest
 import websockets
 
 from tests.conftest import MakeServer
+from tests.ports import free_port
 from tests.serving import flags
 from tests.support import Server
 from vllm_hotswap import server as life
-from vllm_hotswap.demo import free_port
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.listen import Listener
 

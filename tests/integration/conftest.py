@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.processes import PLAIN_MODULE, QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import MODELS, free_port, write
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS, write
 
 MODEL_FLAGS = {"llama": 2048, "qwen": 2048, "embed": 512}
 """Maximum length per model, the same in the hot-swapping server and in the plain ones."""
@@ -34,6 +36,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if str(item.path).startswith(here):
             item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_core_of_its_own() -> Iterator[None]:
+    """Each of several workers keeps its servers on one part of the cores.
+
+    Threads of two engine hosts that wait for each other on the same cores would take turns in
+    slices of milliseconds.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < workers <= len(cores):
+        os.sched_setaffinity(0, cores[number::workers])
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.processes import ServerProcess
+from tests.ports import free_port
 from vllm_hotswap.compat.configuration import serve_parser
-from vllm_hotswap.demo import free_port, write
+from vllm_hotswap.demo import write
 
 USER, ADMIN = "sk-canary-user", "sk-canary-admin"
 IN_CONFIGURATION = "canary-in-configuration"

@@ -12,7 +12,8 @@ import pytest
 
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import free_port, write
+from tests.ports import free_port
+from vllm_hotswap.demo import write
 
 MAX_WAIT_S, DRAIN_S = 1.0, 0.1
 

@@ -14,7 +14,8 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import QUESTION, WEATHER_TOOL, free_port, write
+from tests.ports import free_port
+from vllm_hotswap.demo import QUESTION, WEATHER_TOOL, write
 
 MODELS = """\
 default_model: llama

@@ -23,7 +23,8 @@ import pytest
 from tests.faults import Faults, RawClient, wait_until
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import MODELS, free_port
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS
 
 HANG_S = 6
 

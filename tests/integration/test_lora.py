@@ -15,7 +15,8 @@ from tests.adapters import write_adapter, write_adapter_for
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.test_launch import launch
-from vllm_hotswap.demo import free_port, write
+from tests.ports import free_port
+from vllm_hotswap.demo import write
 from vllm_hotswap.errors import ConfigError
 
 STRENGTH = 0.3

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.ports import free_port
 from vllm_hotswap.bench import medium
-from vllm_hotswap.demo import MODELS, free_port
+from vllm_hotswap.demo import MODELS
 
 PLUGIN = Path(__file__).with_name("away_platform")
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import MODELS, WEATHER_TOOL, free_port
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS, WEATHER_TOOL
 
 CONFIGURATION = f"""\
 defaults:

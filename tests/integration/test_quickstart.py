@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import MODELS, QUESTION, WEATHER_TOOL, free_port
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS, QUESTION, WEATHER_TOOL
 
 
 def test_every_configured_alias_is_listed_with_its_status(server: ServerProcess) -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from tests.integration.conftest import events
 from tests.integration.processes import PLAIN_MODULE, QUICKSTART_MODULE, ServerProcess
+from tests.ports import free_port
 from vllm_hotswap.bench import medium
-from vllm_hotswap.demo import MODELS, free_port
+from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import anonymous_bytes
 
 # Plain vLLM servers are started to compare with, and models are made.

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.integration.conftest import events
 from tests.integration.processes import ServerProcess
-from vllm_hotswap.demo import CONFIGURATION, MODELS, free_port
+from tests.ports import free_port
+from vllm_hotswap.demo import CONFIGURATION, MODELS
 from vllm_hotswap.routes import VLLM_USER_ROUTES
 
 CLASSES = ("no", "maybe", "yes")

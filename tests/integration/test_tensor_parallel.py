@@ -11,7 +11,8 @@ import pytest
 from tests.faults import wait_until
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import MODELS, free_port
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS
 
 PROMPTS = ["Hello", "Who are you?"]
 MODELS_YAML = f"""\

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
+
+_MENTIONS = re.compile(r"\bvllm(\.| import)|\bfind\(")
+"""What a module says that imports something of vLLM, names it, or looks it up."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,6 +63,8 @@ def uses_in(source: Path, places: Mapping[str, Mapping[str, str]]) -> Uses:
     names: list[Use] = []
     overrides: list[Override] = []
     for path in sorted(source.rglob("*.py")):
+        if not _MENTIONS.search(path.read_text(encoding="utf-8")):
+            continue
         reader = _Reader(path, source, places)
         names += reader.names()
         overrides += reader.overrides()
