@@ -88,6 +88,7 @@ LAYERS = [
         "compat.frontend",
         "compat.responses",
         "compat.stamps",
+        "compat.tasks",
         "compat.trial",
         "exchange",
         "responses",

@@ -218,13 +218,13 @@ def test_a_lease_is_kept() -> None:
 
 
 def test_who_was_due_first_is_next() -> None:
-    """Whatever the policy says."""
+    """Whatever the policy says; what runs is parked for it."""
     seen = snapshot(queue("b", due_s=NOW_S - 1), queue("c", due_s=NOW_S - 2))
 
     decision = decide(always(SwitchTo("b")), seen)
 
     assert isinstance(decision, SwitchTo)
-    assert ("c", False) == (decision.alias, decision.park)
+    assert ("c", True) == (decision.alias, decision.park)
 
 
 def test_who_waits_for_the_active_model_and_was_due_first_is_admitted_first() -> None:
@@ -261,8 +261,16 @@ def test_what_runs_is_not_parked_before_it_was_worth_the_switches() -> None:
 
     assert SwitchTo("b", True, park_from_s=101.0) == dear
     assert SwitchTo("b", True, park_from_s=NOW_S + WORKED_S) == free
-    assert (1.0, 0.0) == (dear.drain_s(NOW_S, 60.0), dear.drain_s(102.0, 60.0))
-    assert 60.0 == SwitchTo("b", park_from_s=101.0).drain_s(NOW_S, 60.0)
+    assert (101.0, 102.0) == tuple(dear.drain_until_s(s, 60.0, NEVER) for s in (NOW_S, 102.0))
+
+
+def test_what_runs_is_waited_for_until_somebody_is_due() -> None:
+    """For no longer than `drain_timeout`; not less than it was worth the switches."""
+    switch = SwitchTo("b", park_from_s=101.0)
+
+    assert NOW_S + 60.0 == switch.drain_until_s(NOW_S, 60.0, NEVER)
+    assert NOW_S + 7.0 == switch.drain_until_s(NOW_S, 60.0, due_s=NOW_S + 7.0)
+    assert 101.0 == switch.drain_until_s(NOW_S, 60.0, due_s=NOW_S - 5.0)
 
 
 def test_a_switch_to_a_model_for_which_nobody_waits_is_an_error() -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from tests.depth import examples
 from vllm_hotswap.policies import POLICIES
 from vllm_hotswap.policy import (
+    NEVER,
     WORKED_S,
     Decision,
     Policy,
@@ -68,7 +69,7 @@ requests = st.builds(
     priority=st.one_of(st.none(), st.integers(-2, 2)),
     max_wait_s=st.one_of(st.none(), st.sampled_from([0.0, 1.0, 7.0])),
     prompt_tokens=st.integers(0, 3),
-    output_tokens=st.integers(0, 12),
+    output_tokens=st.one_of(st.integers(0, 12), st.just(40)),
 )
 
 
@@ -98,7 +99,7 @@ def traces(draw: st.DrawFn) -> Trace:
 
 worlds = st.builds(
     World,
-    costs=st.sampled_from([0.0, 0.01, 1.0, 10.0]).map(Costs),
+    costs=st.sampled_from([0.0, 0.002, 0.3, 1.7, 10.0]).map(Costs),
     service=st.sampled_from([Service(1.0, 0.5, 0.25), Service(0.05, 0.0, 0.0)]),
     drain_timeout_s=st.sampled_from([0.0, 2.0, 1000.0]),
 )
@@ -132,13 +133,22 @@ def switches_before(run: Run, one: Served) -> list[Switched]:
     return behind
 
 
+def longest_switch_s(world: World) -> float:
+    """Of a switch for somebody who is due: what runs is parked once its model was active for long
+    enough, and then the switch takes what it costs.
+    """
+    cost_s = world.costs.default_s
+    return max(WORKED_S, 2 * cost_s) + cost_s
+
+
 @anything
 @given(trace=traces(), world=worlds)
 @settings(max_examples=examples(12), deadline=None)
 def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
     """From when it is due until it is admitted the server does nothing but switch: it ends the
     switch under way, goes to every other model whose requests were due before, once at most, and
-    then to its own. Nobody is admitted meanwhile but on arrival at one of these models.
+    then to its own. Nobody is admitted meanwhile but on arrival at one of these models. Whatever
+    runs there, and for however long, it waits for no drain beside the switches.
     """
     run = play(trace, policy, world)
     served = list(run)
@@ -147,6 +157,8 @@ def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, wor
         targets = [switch.target for switch in behind[1:]]
         arrivals = {switch.active_s for switch in behind}
 
+        promised_s = one.due_s - one.arrived_s
+        assert one.waited_s <= promised_s + len(behind) * longest_switch_s(world) + SLACK_S
         assert len(set(targets)) == len(targets)
         assert set(targets) <= {
             other.request.model
@@ -164,16 +176,54 @@ def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, wor
 @anything
 @given(trace=traces(), world=worlds)
 @settings(max_examples=examples(8), deadline=None)
+def test_max_wait_bounds_how_long_a_request_is_parked(
+    policy: Policy, trace: Trace, world: World
+) -> None:
+    """It is due again when it has been parked for so long, and is then next in its turn: after the
+    switch under way, and each other model once.
+    """
+    run = play(trace, policy, world)
+    most_s = (len(ALIASES) + 1) * longest_switch_s(world)
+    for number, switch in enumerate(run.switches):
+        parked = [
+            one
+            for one in run
+            if one.request.model == switch.source
+            and one.admitted_s <= switch.drained_s < one.ended_s
+            and one.admitted_s < switch.active_s
+        ]
+        if parked:
+            back_s = next(s.active_s for s in run.switches[number:] if s.target == switch.source)
+            promised_s = min(one.due_s - one.arrived_s for one in parked)
+            assert back_s - switch.drained_s <= promised_s + most_s + SLACK_S
+
+
+def first_due_s(run: Run, switch: Switched) -> float:
+    """When the first of those is due who wait while a switch drains."""
+    waiting = [
+        one.due_s
+        for one in run
+        if one.arrived_s < switch.drained_s
+        and one.admitted_s >= switch.active_s
+        and (one.admitted_s > switch.began_s or one.request.model != switch.source)
+    ]
+    return min(waiting, default=NEVER)
+
+
+@anything
+@given(trace=traces(), world=worlds)
+@settings(max_examples=examples(8), deadline=None)
 def test_a_switch_takes_no_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
-    """It waits for `drain_timeout`, or until its source was active for as long as there and back
-    takes, whichever is longer; and not for longer than something runs.
+    """It waits for `drain_timeout`, until somebody is due, or until its source was active for as
+    long as there and back takes; and not for longer than something runs.
     """
     run = play(trace, policy, world)
     cost_s = world.costs.default_s
     worked_s = max(WORKED_S, 2 * cost_s)
     since_s = 0.0
     for switch in run.switches:
-        latest_s = max(switch.began_s + world.drain_timeout_s, since_s + worked_s)
+        drained_s = min(switch.began_s + world.drain_timeout_s, first_due_s(run, switch))
+        latest_s = max(switch.began_s, drained_s, since_s + worked_s)
         ended = [s.ended_s for s in run if s.request.model == switch.source]
 
         assert switch.drained_s <= latest_s + SLACK_S

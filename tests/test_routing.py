@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -182,6 +183,13 @@ async def mixed(make_server: MakeServer) -> Server:
     return await make_server(aliases=tuple(TASKS), load=("llama", "embed"), settings=TASKS)
 
 
+@pytest.fixture
+async def silent(make_server: MakeServer) -> Server:
+    """The same, but classify's configuration does not say what it is for."""
+    settings = TASKS | {"classify": replace(TASKS["classify"], tells_tasks=False)}
+    return await make_server(aliases=tuple(TASKS), load=("llama", "embed"), settings=settings)
+
+
 @pytest.mark.parametrize("alias", TASKS)
 async def test_every_task_is_served_by_its_model(mixed: Server, alias: str) -> None:
     """One configuration, three tasks."""
@@ -207,8 +215,62 @@ async def test_wrong_task_is_refused(mixed: Server, alias: str, path: str) -> No
 
 
 async def test_wrong_task_is_refused_with_the_models_that_can(mixed: Server) -> None:
-    """The model, its tasks, the aliases to ask instead, and those of which nothing is known yet."""
+    """The model, its tasks, and the aliases to ask instead."""
     error = (await mixed.ask("embed", path=CHAT)).json()["error"]
+
+    assert ("wrong_task", "model") == (error["code"], error["param"])
+    assert error["message"] == (
+        "model 'embed' has no route POST /v1/chat/completions: it serves embed; ask for llama"
+    )
+
+
+@pytest.mark.parametrize("mode", ["auto", "manual"])
+@pytest.mark.parametrize("path", [CHAT, EMBEDDINGS, "/v1/responses"])
+async def test_task_of_a_model_that_was_never_loaded_is_known(
+    make_server: MakeServer, mode: str, path: str
+) -> None:
+    """From its configuration: it is refused at once, and nothing is loaded, moved or switched."""
+    server = await make_server(
+        mode=mode, aliases=tuple(TASKS), load=("llama", "embed"), settings=TASKS
+    )
+    before = server.residencies
+
+    response = await server.ask("classify", path=path)
+
+    assert (404, "wrong_task") == (response.status_code, code(response))
+    assert "model 'classify' has no route" in response.text
+    assert "it serves classify; ask for " in response.text
+    assert ([], 0, before) == (
+        server.host.operations,
+        server.coordinator.switches,
+        server.residencies,
+    )
+    assert 0 == server.coordinator.waiting
+
+
+async def test_model_that_was_never_loaded_is_named_to_whoever_could_ask_it(mixed: Server) -> None:
+    """As one that is loaded."""
+    error = (await mixed.ask("embed", path="/classify")).json()["error"]
+
+    assert error["message"].endswith("it serves embed; ask for classify")
+
+
+async def test_websocket_of_another_task_loads_nothing(make_server: MakeServer) -> None:
+    """It is refused in the handshake."""
+    server = await make_server(
+        mode="auto", aliases=tuple(TASKS), load=("llama", "embed"), settings=TASKS
+    )
+    socket = server.websocket("/v1/realtime", "model=classify")
+    await server.settled()
+
+    status, error = socket.denial
+    assert (404, "wrong_task") == (status, error["code"])
+    assert [] == server.host.operations
+
+
+async def test_models_of_which_nothing_is_known_yet_are_named_as_such(silent: Server) -> None:
+    """Their configuration does not say what they are for."""
+    error = (await silent.ask("embed", path=CHAT)).json()["error"]
 
     assert ("wrong_task", "model") == (error["code"], error["param"])
     assert error["message"] == (
@@ -241,22 +303,22 @@ async def test_request_without_a_model_for_another_task_is_refused(mixed: Server
 
 
 async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
-    mixed: Server,
+    silent: Server,
 ) -> None:
     """A request that waits for its first load is refused when its routes are known."""
-    mixed.host.hold("load", "classify")
-    switch = mixed.switch("classify")
-    await mixed.settled()
-    wrong, right = mixed.ask("classify"), mixed.ask("classify", path="/classify")
-    await mixed.settled()
-    assert 2 == mixed.coordinator.waiting
+    silent.host.hold("load", "classify")
+    switch = silent.switch("classify")
+    await silent.settled()
+    wrong, right = silent.ask("classify"), silent.ask("classify", path="/classify")
+    await silent.settled()
+    assert 2 == silent.coordinator.waiting
 
-    mixed.host.release("load", "classify")
+    silent.host.release("load", "classify")
     await switch
 
     assert (404, "wrong_task") == await error_of(wrong)
     assert 200 == (await right).status_code
-    assert 0 == mixed.in_flight["classify"]
+    assert 0 == silent.in_flight["classify"]
 
 
 @pytest.mark.parametrize(

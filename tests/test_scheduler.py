@@ -167,6 +167,33 @@ def test_parked_requests_wait_anew_and_go_on_first() -> None:
     assert [old, new] == scheduler.activate("a", 13.0)
 
 
+def test_a_drain_ends_when_whoever_waits_is_due() -> None:
+    """Who came before it or comes meanwhile, for whatever model; but not for a model that fails."""
+    scheduler = make()
+    switch = SwitchTo("b", park_from_s=1.0)
+    first = enter(scheduler, "b", 2.0, max_wait_s=30.0)
+    assert 32.0 == scheduler.drain_until_s(switch, 3.0, 60.0)
+
+    enter(scheduler, "a", 4.0, max_wait_s=5.0)
+    assert 9.0 == scheduler.drain_until_s(switch, 3.0, 60.0)
+    scheduler.pause("a", 50.0)
+    assert 32.0 == scheduler.drain_until_s(switch, 3.0, 60.0)
+
+    scheduler.leave(first, 5.0)
+    assert 50.0 == scheduler.drain_until_s(switch, 3.0, 60.0)
+
+
+def test_a_parked_request_is_due_before_it_would_be_ended() -> None:
+    """However long it may wait."""
+    scheduler = make()
+    patient = enter(scheduler, "a", 1.0, max_wait_s=NEVER)
+
+    scheduler.park([patient], 8.0, at_most_s=300.0)
+    scheduler.activate("b", 9.0)
+
+    assert 308.0 == scheduler.snapshot(9.0).others[0].due_s
+
+
 def test_a_request_may_be_parked_twice_at_the_same_moment_of_being_due() -> None:
     """Entries of the same time and order do not need to be told apart."""
     scheduler = make()

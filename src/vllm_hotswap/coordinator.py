@@ -702,11 +702,18 @@ class Coordinator:
         is_settled = self._active is not None or self._is_resting or self.recovery.is_degraded
         return self._is_started and is_settled
 
-    def begin_switch(self, target: Model, drain_timeout_s: float, may_park: bool = True) -> Switch:
+    def begin_switch(
+        self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
+    ) -> Switch:
         """Switch without ending anybody's request: who runs longer is parked, or waited for."""
-        switch = self._begin(target, drain_timeout_s, "park")
-        switch.automatic, switch.may_park = True, may_park
+        switch = self._begin(target, self._settings.drain_timeout, "park")
+        switch.automatic, switch.may_park, switch.drain_until_s = True, may_park, drain_until_s
         return switch
+
+    def look_at_drain(self) -> None:
+        """See whether a switch is to wait for what runs for as long as was thought."""
+        if self._switch is not None and self._switch.source is not None:
+            drain.look_again(self._switch.source)
 
     async def hold(self, alias: str, owner: str, ttl_s: float, note: str = "") -> JobLease:
         """Hold a model for a job; see `Jobs.hold`."""
@@ -790,7 +797,7 @@ class Coordinator:
         source = switch.source
         if source is None:
             return
-        await self._until_empty(source, switch.drain_timeout_s)
+        await self._until_empty(source, self._drain_deadline(switch))
         if not source.leases or source.residency is not Residency.ACTIVE:
             return
         target, timeout_s = switch.target.alias, switch.drain_timeout_s
@@ -808,20 +815,30 @@ class Coordinator:
         switch.requests_cut = drain.end(running, cut)
         await drain.until_ended(source)
 
+    def _drain_deadline(self, switch: Switch) -> Callable[[], float]:
+        """Says until when a switch waits for what runs, by the clock of the loop's timers."""
+        now_s, until_s = asyncio.get_running_loop().time(), switch.drain_until_s
+        if until_s is None:
+            return lambda: now_s + switch.drain_timeout_s
+        ahead_s = now_s - self._clock()
+        return lambda: until_s() + ahead_s
+
     async def _drain_to_the_end(self, switch: Switch, source: Model) -> None:
         """Park who still runs, if nobody is lost by that; wait for the others."""
         if switch.may_park and self.ladder.can_keep_parked(switch.target):
             self._park(switch, source)
-        await self._until_empty(source, None)
+        await self._until_empty(source, lambda: math.inf)
 
-    async def _until_empty(self, source: Model, timeout_s: float | None) -> None:
-        """Wait for its requests. A connection whose last one ends meanwhile is not waited for."""
+    async def _until_empty(self, source: Model, until_s: Callable[[], float]) -> None:
+        """Wait for its requests. A connection whose last one ends meanwhile is not waited for.
+
+        `until_s` says until when, by the loop's clock; it is asked again by `look_at_drain`.
+        """
         now_s = asyncio.get_running_loop().time
-        until_s = math.inf if timeout_s is None else now_s() + timeout_s
         while True:
             if self.dispatcher is not None:
                 self.dispatcher.suspend_idle(source)
-            left_s = until_s - now_s()
+            left_s = until_s() - now_s()
             if left_s <= 0 or not drain.is_running(source):
                 return
             if self.dispatcher is not None and any(x.is_connection for x in source.leases):

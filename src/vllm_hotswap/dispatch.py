@@ -72,8 +72,13 @@ class Switching(Protocol):
     def grant(self, model: Model, lease: Lease) -> None:
         """Give a request its turn."""
 
-    def begin_switch(self, target: Model, drain_timeout_s: float, may_park: bool = True) -> Switch:
+    def begin_switch(
+        self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
+    ) -> Switch:
         """Switch, without ending anybody's request."""
+
+    def look_at_drain(self) -> None:
+        """See whether a switch is to wait for what runs for as long as was thought."""
 
 
 class Dispatcher:
@@ -259,6 +264,7 @@ class Dispatcher:
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leases[ticket] = (lease, future)
+        self._server.look_at_drain()  # it may be due before that is over
         self.advance()
         if not future.done() and lease.on_wait is not None:
             lease.on_wait()
@@ -344,15 +350,20 @@ class Dispatcher:
         match decision:
             case SwitchTo():
                 target = self._registry.model(decision.alias)
-                drain_s = decision.drain_s(self._clock(), self._settings.drain_timeout)
+                until_s = partial(
+                    self.scheduler.drain_until_s,
+                    decision,
+                    self._clock(),
+                    self._settings.drain_timeout,
+                )
                 if (detour := self._detour(target)) is None:
-                    self._server.begin_switch(target, drain_s)
-                elif (until_s := self._fails_until_s(detour)) > self._clock():
-                    self._leave_alone(target.alias, until_s)
+                    self._server.begin_switch(target, until_s)
+                elif (fails_until_s := self._fails_until_s(detour)) > self._clock():
+                    self._leave_alone(target.alias, fails_until_s)
                     self.advance()
                 else:
                     # Nobody is parked on the way: that might go round in circles.
-                    self._server.begin_switch(detour, drain_s, may_park=False)
+                    self._server.begin_switch(detour, until_s, may_park=False)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
@@ -374,7 +385,9 @@ class Dispatcher:
         """Requests of the model have been frozen with its engine."""
         tickets = [lease.ticket for lease in model.parked if lease.ticket is not None]
         frozen = [ticket for ticket in tickets if not ticket.is_parked]
-        self.scheduler.park(reversed(frozen), self._clock())
+        # In good time before they would be ended.
+        at_most_s = self._settings.parked_timeout / 2
+        self.scheduler.park(reversed(frozen), self._clock(), at_most_s)
 
     def held_until(self, until_s: float | None) -> None:
         """The active model is held for a job, for ever perhaps, or is not (None)."""

@@ -19,7 +19,7 @@ CUT_GRACE_S = 5.0
 async def until_empty(model: Model, timeout_s: float | None) -> None:
     """Return when no request of the model runs any more, or after `timeout_s`, if there is one.
 
-    Parked requests do not run.
+    Parked requests do not run. `look_again` ends the wait, too.
     """
     if not is_running(model) or (timeout_s is not None and timeout_s <= 0):
         return
@@ -35,13 +35,19 @@ async def until_ended(model: Model) -> None:
     await until_empty(model, 2 * CUT_GRACE_S)
 
 
+def look_again(model: Model) -> None:
+    """Have whoever waits in `until_empty` see whether it is to wait for longer."""
+    if model.emptied is not None and not model.emptied.done():
+        model.emptied.set_result(None)
+
+
 def release(model: Model, lease: Lease) -> None:
     """The request is over."""
     lease.is_over = True
     lease.settle()
     model.leases.pop(lease, None)
-    if model.emptied is not None and not model.emptied.done() and not is_running(model):
-        model.emptied.set_result(None)
+    if not is_running(model):
+        look_again(model)
 
 
 def is_running(model: Model) -> bool:

@@ -56,6 +56,22 @@ class ModelRoutes:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ForeseenRoutes:
+    """What is known of a model's routes before it has an application."""
+
+    tasks: tuple[str, ...]
+    """What it is for, as far as that is known."""
+    absent: frozenset[str]
+    """Paths that it will not have."""
+    present: frozenset[str] = frozenset()
+    """Paths that it will have; of all others nothing is known."""
+
+    def serve(self, _method: str, path: str) -> bool:
+        """Whether it may have the route."""
+        return (path.rstrip("/") or "/") not in self.absent
+
+
 def request_of(scope: Scope) -> tuple[str, str]:
     """Method and path of a request; the path is the one below the prefix of a proxy."""
     path: str = scope["path"]

@@ -123,7 +123,7 @@ class WaitUntil:
 class SwitchTo:
     """Admit nothing more to the active model, and make `alias` active.
 
-    Requests that run are waited for; with `park` they are frozen at once.
+    Requests that run are waited for until somebody is due; with `park` they are frozen at once.
     """
 
     alias: str
@@ -131,9 +131,16 @@ class SwitchTo:
     park_from_s: float = 0.0
     """When requests may be frozen; until then they are waited for. `decide` says it."""
 
-    def drain_s(self, now_s: float, drain_timeout_s: float) -> float:
-        """For how long to wait for requests that run."""
-        return max(0.0 if self.park else drain_timeout_s, self.park_from_s - now_s)
+    def drain_until_s(self, began_s: float, drain_timeout_s: float, due_s: float) -> float:
+        """Until when to wait for requests that run.
+
+        Args:
+            began_s: when this was decided.
+            drain_timeout_s: seconds that they get at most.
+            due_s: when the first of all who wait, for whatever model, is due.
+        """
+        until_s = began_s if self.park else min(began_s + drain_timeout_s, due_s)
+        return max(began_s, until_s, self.park_from_s)
 
 
 Decision = ServeOn | WaitUntil | SwitchTo
@@ -163,7 +170,8 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
     - Where nobody waits for another model, the active one is served.
     - While the active model is held for a job, it is served.
     - Who has waited for as long as it may is next, whoever was due first: if that is a request for
-      the active model, it is admitted, and then everybody is looked at again.
+      the active model, it is admitted, and then everybody is looked at again. What runs is parked
+      for who is due, rather than waited for.
     - Who runs is not parked before its model was active for as long as the way there and back
       takes (`SwitchTo.park_from_s`).
 
@@ -179,7 +187,7 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
         return WaitUntil(snapshot.now_s, before=0)  # whoever is due is admitted nevertheless
     first_due = min(snapshot.others, key=_due)
     if first_due.due_s <= snapshot.now_s:
-        return _switch(snapshot, SwitchTo(first_due.alias), first_due)
+        return _switch(snapshot, SwitchTo(first_due.alias, park=True), first_due)
     decision = policy(snapshot)
     if isinstance(decision, SwitchTo):
         for queue in snapshot.others:

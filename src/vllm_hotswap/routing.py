@@ -228,7 +228,7 @@ class Router:
         return self._access.terms(Headers(scope=scope), model.alias, own)
 
     def _check_route(self, alias: str | None, method: str, path: str) -> None:
-        """Refuse a request for which its model is known to have no route.
+        """Refuse a request for which its model is known to have no route, loaded before or not.
 
         Raises:
             WrongTask: it has none.
@@ -237,14 +237,20 @@ class Router:
         if alias is None:
             return
         model = self._registry.resolve(alias)
-        routes = model.engine.routes
+        routes = model.engine.routes or model.engine.foreseen
         if routes is not None and not routes.serve(method, path):
             raise self._wrong_task(model.alias, routes.tasks, method, path)
 
     def _wrong_task(self, alias: str, tasks: Sequence[str], method: str, path: str) -> HotswapError:
-        known = [(m.alias, m.engine.routes) for m in self._registry]
-        others = [name for name, routes in known if routes and routes.serve(method, path)]
-        unknown = [name for name, routes in known if routes is None]
+        others: list[str] = []
+        unknown: list[str] = []
+        for model in self._registry:
+            routes, foreseen = model.engine.routes, model.engine.foreseen
+            if routes is not None:
+                others += [model.alias] if routes.serve(method, path) else []
+            elif foreseen is None or foreseen.serve(method, path):
+                is_sure = foreseen is not None and path in foreseen.present
+                (others if is_sure else unknown).append(model.alias)
         return WrongTask(alias, tasks, f"{method} {path}", others, unknown)
 
 

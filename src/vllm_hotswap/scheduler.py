@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 
 from vllm_hotswap.costs import NEW
 from vllm_hotswap.policy import (
+    NEVER,
     ActiveView,
     Decision,
     Policy,
     QueueView,
     ServeOn,
     Snapshot,
+    SwitchTo,
     WaitUntil,
     decide,
 )
@@ -259,13 +261,17 @@ class Scheduler:
         line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
         line.view = None
 
-    def park(self, tickets: Iterable[Ticket], now_s: float) -> None:
-        """Running requests froze with their engine: they wait again, from now on."""
+    def park(self, tickets: Iterable[Ticket], now_s: float, at_most_s: float = NEVER) -> None:
+        """Running requests froze with their engine: they wait again, from now on.
+
+        They are due when they have waited for as long as they may, and for `at_most_s` at most.
+        """
         for ticket in tickets:
             line = self._lines[ticket.alias]
             line.end(ticket)
             ticket.is_parked, ticket.admitted_s = True, None
-            ticket.arrived_s, ticket.due_s = now_s, now_s + ticket.max_wait_s
+            wait_s = min(ticket.max_wait_s, at_most_s)
+            ticket.arrived_s, ticket.due_s = now_s, now_s + wait_s
             self._put(line, ticket)
 
     def activate(self, alias: str, now_s: float) -> list[Ticket]:
@@ -303,6 +309,15 @@ class Scheduler:
                 return self._admit(self._active, now_s, before), decision
             case _:
                 return [], decision
+
+    def drain_until_s(self, switch: SwitchTo, began_s: float, drain_timeout_s: float) -> float:
+        """Until when a switch that was decided on at `began_s` waits for what runs.
+
+        To be asked again after every arrival: who comes meanwhile may be due before.
+        """
+        lines = [line for line in self._lines.values() if line.waiting]
+        due_s = min((max(line.due_s(), line.paused_until_s) for line in lines), default=NEVER)
+        return switch.drain_until_s(began_s, drain_timeout_s, due_s)
 
     # --- the snapshot -------------------------------------------------------------------------
 

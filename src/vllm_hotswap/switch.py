@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm_hotswap.planner import Move
@@ -53,6 +54,8 @@ class Switch:
     """Whether the server decided on it: then nobody is ended for it."""
     may_park: bool = True
     """Whether requests that run may be frozen for it, if the server decided on it."""
+    drain_until_s: Callable[[], float] | None = None
+    """Until when requests that run are waited for, as it is now; None: for `drain_timeout_s`."""
     residency: Residency | None = None
     """Where the target lay."""
     turn_s: float | None = None

@@ -15,6 +15,7 @@ import pytest
 from tests.adapters import write_adapter
 from vllm_hotswap.engines.base import Engine, EngineHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+from vllm_hotswap.model_routes import WEBSOCKET
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.states import LADDER, Residency
@@ -28,10 +29,14 @@ STEP_S = 0.3
 async def test_an_engine_that_is_not_loaded_has_no_app_and_cannot_be_activated(
     host: EngineHost,
 ) -> None:
-    """It says so, and the host goes on; nothing is known of its routes."""
+    """It says so, and the host goes on; of its routes, only those of other tasks are known."""
     engine = host.engines["llama"]
 
     assert engine.routes is None
+    assert engine.foreseen is not None
+    assert "generate" in engine.foreseen.tasks
+    assert engine.foreseen.serve("POST", "/v1/completions")
+    assert not engine.foreseen.serve("POST", "/classify")
     assert engine.responses is None
     with pytest.raises(EngineUnavailable):
         _ = engine.app
@@ -72,6 +77,23 @@ async def test_an_engine_that_was_loaded_tells_its_routes(host: EngineHost) -> N
     assert engine.responses is not None
     assert "resp_1" not in engine.responses
     assert {} == dict(engine.responses.running)
+
+
+@pytest.mark.parametrize("alias", ["llama", "qwen"])
+async def test_what_was_foreseen_of_the_routes_holds(host: EngineHost, alias: str) -> None:
+    """Nothing was refused that the application answers, and nothing promised that it does not."""
+    foreseen, routes = host.engines[alias].foreseen, host.engines[alias].routes
+
+    assert foreseen is not None
+    assert routes is not None
+    assert set(foreseen.tasks) <= set(routes.tasks)
+    methods = ("GET", "POST", WEBSOCKET)
+    served = {
+        path
+        for path in foreseen.absent | foreseen.present
+        if any(routes.serve(method, path) for method in methods)
+    }
+    assert foreseen.present == served
 
 
 async def test_activation_is_idempotent(host: EngineHost) -> None:

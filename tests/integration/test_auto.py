@@ -24,6 +24,12 @@ SETTINGS = f"""\
     enforce_eager: true
     kv_cache_memory_bytes: 64M
     load: on_demand
+  unused:
+    model: ./embed
+    max_model_len: 256
+    enforce_eager: true
+    kv_cache_memory_bytes: 16M
+    load: on_demand
 switching: {{mode: auto, max_wait: {MAX_WAIT_S}, drain_timeout: {DRAIN_S}}}
 """
 
@@ -34,7 +40,7 @@ QUESTION = [{"role": "user", "content": "Who are you?"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The demo's models, and one that is loaded on demand; nobody ever calls for a switch."""
+    """The demo's models, and two that are loaded on demand; nobody ever calls for a switch."""
     path = write(tmp_path_factory.mktemp("auto"))
     path.write_text(path.read_text() + SETTINGS)
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOTSWAP_CONFIG": str(path)}
@@ -91,6 +97,54 @@ def gauges(server: ServerProcess, alias: str) -> dict[str, float]:
         start = f'vllm:num_requests_{name}{{engine="0",model_name="{alias}"}}'
         found[name] = next(float(line.split()[-1]) for line in lines if line.startswith(start))
     return found
+
+
+# --- models that were never loaded --------------------------------------------------------------
+
+BAD = {
+    "wrong type": {"messages": QUESTION, "max_tokens": "many"},
+    "too long": {"messages": [{"role": "user", "content": "Hello " * 4000}]},
+    "too many tokens": {"messages": QUESTION, "max_tokens": 5000},
+    "unknown tool choice": {
+        "messages": QUESTION,
+        "tool_choice": {"type": "function", "function": {"name": "nobody"}},
+    },
+}
+
+WRONG = [
+    ("unused", "/v1/chat/completions", {"messages": QUESTION}, "pooling"),
+    ("unused", "/v1/responses", {"input": "Hello"}, "pooling"),
+    ("unused", "/classify", {"input": "Hello"}, "pooling"),
+    ("late", "/v1/embeddings", {"input": "Hello"}, "generate"),
+    ("late", "/score", {"text_1": "a", "text_2": "b"}, "generate"),
+    ("late", "/v1/audio/transcriptions", {}, "generate"),
+]
+
+
+@pytest.mark.parametrize(("alias", "path", "body", "task"), WRONG)
+def test_wrong_task_loads_and_switches_nothing(
+    server: ServerProcess, alias: str, path: str, body: dict[str, object], task: str
+) -> None:
+    """What a model is for is known from its configuration, before its first load."""
+    before: Any = server.status()
+    refused = server.post(path, {"model": alias, **body})
+    after: Any = server.status()
+
+    error = refused.json()["error"]
+    assert (404, "wrong_task") == (refused.status_code, error["code"])
+    assert f"it serves {task};" in error["message"]
+    assert ("cold", before["epoch"]) == (after["models"][alias]["residency"], after["epoch"])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_request_loads_and_switches_nothing(server: ServerProcess, name: str) -> None:
+    """vLLM's own code finds it, without a frontend."""
+    before: Any = server.status()
+    refused = server.post("/v1/chat/completions", {"model": "late", **BAD[name]})
+    after: Any = server.status()
+
+    assert 400 == refused.status_code, refused.text
+    assert ("cold", before["epoch"]) == (after["models"]["late"]["residency"], after["epoch"])
 
 
 # --- who is served ------------------------------------------------------------------------------
@@ -154,15 +208,6 @@ def test_model_that_was_never_loaded_is_loaded_by_its_first_request(server: Serv
 
 
 # --- what never switches ------------------------------------------------------------------------
-
-BAD = {
-    "wrong type": {"messages": QUESTION, "max_tokens": "many"},
-    "too long": {"messages": [{"role": "user", "content": "Hello " * 4000}]},
-    "unknown tool choice": {
-        "messages": QUESTION,
-        "tool_choice": {"type": "function", "function": {"name": "nobody"}},
-    },
-}
 
 
 @pytest.mark.parametrize("name", BAD)

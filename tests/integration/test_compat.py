@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from tests.test_architecture import imports, modules
 from tools.vllm_seams.__main__ import main as check_vllm
+from vllm_hotswap.compat.configuration import engine_config, serve_parser
 from vllm_hotswap.compat.names import PLACES, find
+from vllm_hotswap.compat.tasks import POOLING, SPEECH, TASKS_OF_PATH, foresee
 from vllm_hotswap.compat.versions import vllm_version, warning
+from vllm_hotswap.demo import MODELS
+from vllm_hotswap.metrics import without_frontend_metrics
+from vllm_hotswap.model_routes import ModelRoutes
+from vllm_hotswap.routes import VLLM_USER_ROUTES
 
 
 def imported_from_vllm() -> Iterator[str]:
@@ -54,3 +60,42 @@ def test_the_installed_version_has_everything_that_is_used(
 ) -> None:
     """Read in its sources: the same check is made of versions that are not installed."""
     assert 0 == check_vllm([vllm_version().partition("+")[0]]), capfd.readouterr().out
+
+
+def routes_of(name: str, tasks: Iterable[str]) -> dict[str, ModelRoutes]:
+    """What vLLM mounts for one of the demo's models if it has that task alone."""
+    flags = ["--model", str(MODELS / name), "--enforce-eager", "--max-model-len", "256"]
+    args = serve_parser("test").parse_args(flags)
+    config, made = engine_config(args), {}
+    for task in tasks:
+        with without_frontend_metrics():
+            app = find("build_app")(args, (task,), config.model_config)
+        made[task] = ModelRoutes.of([task], app.routes)
+    return made
+
+
+def test_routes_belong_to_the_tasks_for_which_vllm_mounts_them() -> None:
+    """A model that is not loaded refuses what no model with its tasks would answer, and no more."""
+    made = routes_of("llama", ["generate", *sorted(SPEECH)]) | routes_of("embed", sorted(POOLING))
+    for line in VLLM_USER_ROUTES:
+        method, _, path = line.partition(" ")
+        mounted = {task for task, routes in made.items() if routes.serve(method, path)}
+        needed = TASKS_OF_PATH.get(path, frozenset(made))
+        assert mounted <= needed, line
+
+
+def test_what_a_model_is_for_is_known_from_its_configuration() -> None:
+    """Of the demo's: one that generates, and one that is made for embeddings."""
+    flags = ["--enforce-eager", "--max-model-len", "256", "--model"]
+    parser = serve_parser("test")
+    llama, embed = (
+        foresee(engine_config(parser.parse_args([*flags, str(MODELS / name)])))
+        for name in ("llama", "embed")
+    )
+
+    assert llama is not None
+    assert embed is not None
+    assert (("generate",), ("pooling",)) == (llama.tasks, embed.tasks)
+    assert "/v1/chat/completions" in llama.present & embed.absent
+    assert "/v1/embeddings" in llama.absent - embed.absent
+    assert "/classify" in llama.absent & embed.absent

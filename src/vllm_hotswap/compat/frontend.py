@@ -103,7 +103,8 @@ async def make_frontend(client: Any, args: argparse.Namespace) -> Frontend:
     tasks = await client.get_supported_tasks()
     app = find("build_app")(args, tasks, client.model_config)
     await find("init_app_state")(client, app.state, args, tasks)
-    routes = ModelRoutes.of(tasks, app.routes, without=_unwanted_paths(app.state))
+    # A pooler's tasks are a set: sorted, so that messages name them in one order.
+    routes = ModelRoutes.of(sorted(tasks), app.routes, without=_unwanted_paths(app.state))
     serving = getattr(app.state, "openai_serving_responses", None)
     return Frontend(app, routes, KeptResponses(serving) if serving is not None else None)
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_hotswap.adapters import AdapterFiles
-from vllm_hotswap.model_routes import ModelRoutes
+from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 
 Progress = Callable[[str], None]
@@ -112,6 +112,10 @@ class Engine(Protocol):
     @property
     def routes(self) -> ModelRoutes | None:
         """What its application answers; None as long as there has been none."""
+
+    @property
+    def foreseen(self) -> ForeseenRoutes | None:
+        """What is known of `routes` before there is an application."""
 
     @property
     def responses(self) -> Responses | None:

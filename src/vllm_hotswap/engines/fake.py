@@ -18,11 +18,11 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -49,7 +49,7 @@ from vllm_hotswap.errors import (
     VerifyFailed,
     WrongStamp,
 )
-from vllm_hotswap.model_routes import ModelRoutes
+from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.registry import current_lease
 from vllm_hotswap.states import Residency
@@ -57,6 +57,7 @@ from vllm_hotswap.states import Residency
 UNLIMITED = Usage(1 << 60, 1 << 60)
 
 Task = Literal["generate", "embed", "classify", "realtime"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 MAX_RANK = 16
 """Of the adapters of a fake model."""
@@ -80,6 +81,8 @@ class FakeSettings:
     """Sleep levels that it knows."""
     tasks: tuple[Task, ...] = ("generate", "embed")
     """What it is for; its routes are those of these tasks."""
+    tells_tasks: bool = True
+    """Whether its configuration says which tasks it has."""
     offloads: bool = False
     """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
 
@@ -131,6 +134,17 @@ class FakeEngine:
     @property
     def routes(self) -> ModelRoutes | None:
         return self._routes if self.has_frontend else None
+
+    @property
+    def foreseen(self) -> ForeseenRoutes | None:
+        if not self.settings.tells_tasks:
+            return None
+        own, every = self._paths_of(self.settings.tasks), self._paths_of(TASKS)
+        return ForeseenRoutes(self.settings.tasks, every - own, own)
+
+    def _paths_of(self, tasks: Iterable[Task]) -> frozenset[str]:
+        routes = [route for task in tasks for route in self._routes_of(task)]
+        return frozenset(str(getattr(route, "path", "")) for route in routes)
 
     @property
     def responses(self) -> FakeResponses | None:
@@ -308,6 +322,10 @@ class FakeEngine:
         self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
 
     def _all_routes(self) -> list[BaseRoute]:
+        routes = [route for task in self.settings.tasks for route in self._routes_of(task)]
+        return [*routes, Route("/tokenize", self._tokenize, methods=["POST"])]
+
+    def _routes_of(self, task: Task) -> list[BaseRoute]:
         of_tasks: dict[Task, list[BaseRoute]] = {
             "generate": [
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -318,8 +336,7 @@ class FakeEngine:
             "classify": [Route("/classify", self._classify, methods=["POST"])],
             "realtime": [WebSocketRoute("/v1/realtime", self._realtime)],
         }
-        routes = [route for task in self.settings.tasks for route in of_tasks[task]]
-        return [*routes, Route("/tokenize", self._tokenize, methods=["POST"])]
+        return of_tasks[task]
 
     async def _chat(self, request: Request) -> Response:
         return await self._generate(

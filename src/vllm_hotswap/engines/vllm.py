@@ -30,6 +30,7 @@ from vllm_hotswap.compat.canary import ask_for_canary, can_be_asked, is_overflow
 from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.compat.preview import Preview, make_preview
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
+from vllm_hotswap.compat.tasks import foresee
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
 from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
 from vllm_hotswap.engines.base import (
@@ -67,7 +68,7 @@ from vllm_hotswap.host.messages import (
 )
 from vllm_hotswap.launch import ModelLaunch, budget_of
 from vllm_hotswap.metrics import adopting_frontend_metrics
-from vllm_hotswap.model_routes import ModelRoutes
+from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.sampling import SamplingFilter
 from vllm_hotswap.states import Residency
@@ -102,6 +103,7 @@ class VllmEngine:
         self._one_frontend_at_a_time = one_frontend_at_a_time
         self._device = device_of(launch.vllm_config)
         self._needs = launch.needs
+        self._foreseen = foresee(launch.vllm_config)
         self._sockets: SocketPaths | None = None
         self._frontend: frontend.Frontend | None = None
         self._door: AdapterDoor | None = None
@@ -156,6 +158,10 @@ class VllmEngine:
     @property
     def routes(self) -> ModelRoutes | None:
         return self._frontend.routes if self._frontend else None
+
+    @property
+    def foreseen(self) -> ForeseenRoutes | None:
+        return self._foreseen
 
     @property
     def responses(self) -> Responses | None:

@@ -99,6 +99,7 @@ class _Switch:
 
     source: str | None
     target: str
+    decision: SwitchTo
     began_s: float
     next_s: float
     """When it gets on: when it stops to wait for what runs, or when it is done."""
@@ -202,6 +203,8 @@ class Simulation:
                 return
         if self.scheduler.enter(ticket, self._now_s, is_open=self._switch is None):
             self._begin(ticket)
+        elif self._switch is not None and self._switch.drained_s is None:
+            self._switch.next_s = self._drain_until_s(self._switch)
 
     def _ticket(self, place: int) -> Ticket:
         request = self._requests[place]
@@ -249,8 +252,7 @@ class Simulation:
             case WaitUntil(time_s=time_s):
                 self._timer_s = max(time_s, self._now_s)
             case SwitchTo():
-                drain_s = decision.drain_s(self._now_s, self._world.drain_timeout_s)
-                self._begin_switch(decision.alias, drain_s)
+                self._begin_switch(decision)
 
     def decide(self) -> tuple[list[Ticket], Decision]:
         """What the scheduler says now."""
@@ -260,11 +262,19 @@ class Simulation:
         residency = self._whereabouts.before(source, target)
         return self._prices.expected_s(source, target, residency)
 
-    def _begin_switch(self, target: str, drain_s: float) -> None:
-        end_s = self._now_s + drain_s
-        self._switch = _Switch(self.scheduler.active, target, self._now_s, end_s)
-        if self._active is None or not self._active.running or not drain_s:
+    def _begin_switch(self, decision: SwitchTo) -> None:
+        now_s = self._now_s
+        self._switch = switch = _Switch(
+            self.scheduler.active, decision.alias, decision, now_s, next_s=now_s
+        )
+        switch.next_s = self._drain_until_s(switch)
+        if self._active is None or not self._active.running or switch.next_s <= now_s:
             self._drained()
+
+    def _drain_until_s(self, switch: _Switch) -> float:
+        timeout_s = self._world.drain_timeout_s
+        until_s = self.scheduler.drain_until_s(switch.decision, switch.began_s, timeout_s)
+        return max(self._now_s, until_s)
 
     def _drained(self) -> None:
         """Nothing runs any more, or has to be parked."""
