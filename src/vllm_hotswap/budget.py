@@ -141,16 +141,21 @@ class ModelNeeds:
     overhead_bytes: int = OVERHEAD_BYTES
     copies_bytes: int = 0
     """Adapters that it will load after itself, so that a measured load does not show them."""
+    more_weights_bytes: int = 0
+    """What its weights take beyond their files: second copies, a larger type."""
+    packing_bytes: int = 0
+    """What packing its largest layer takes for a while, once all weights have been read."""
 
     @property
     def held_bytes(self) -> int:
         """What it holds without KV memory."""
-        return self.weights_bytes + self.overhead_bytes + self.copies_bytes
+        weights_bytes = self.weights_bytes + self.more_weights_bytes
+        return weights_bytes + self.overhead_bytes + self.copies_bytes
 
     @property
     def reading_bytes(self) -> int:
         """What its load takes for a while besides what it leaves."""
-        return min(READING_BYTES, self.weights_bytes)
+        return max(min(READING_BYTES, self.weights_bytes), self.packing_bytes)
 
     @property
     def least_kv_bytes(self) -> int:
