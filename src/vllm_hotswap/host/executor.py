@@ -8,6 +8,7 @@ multi-process executor, lets them be. Checked on vLLM 0.32.0 (`UniProcExecutor._
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm_hotswap.compat.kv_cache import limits
 from vllm_hotswap.host.progress import reached
 from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
+
+log = logging.getLogger("vllm_hotswap.host")
 
 QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
 MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
@@ -48,8 +51,9 @@ class _Reporting:
             found = [min(given, free) for free in found]
         if _Reporting.limits_kv:
             specs = self.get_kv_cache_specs()  # type: ignore[attr-defined]
-            pairs = zip(found, limits(config, specs), strict=True)
-            found = [min(free, limit.most) for free, limit in pairs]
+            most = [limit.most for limit in limits(config, specs)]
+            log.info("event=kv_limit model=%s bytes=%s", config.model_config.model, most)
+            found = [min(free, limit) for free, limit in zip(found, most, strict=True)]
         return found
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
