@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_hotswap.errors import one_line
+
 log = logging.getLogger("vllm_hotswap")
 
 FULL, SLIDING, CHUNKED, STATE, BOTH, NONE = "full", "sliding", "chunked", "state", "both", "none"
@@ -118,11 +120,24 @@ def expected_limits(config: Any) -> KVLimits:
         full = _limits_for(config, [FULL if kind != NONE else NONE for kind in kinds])
         found = _limits_for(config, kinds)
     except Exception as error:  # noqa: BLE001  # a model that vLLM describes in a way of its own
-        log.info("event=kv_need_unknown model=%s cause=%r", config.model_config.model, error)
-        return KVLimits(0, sys.maxsize)
+        cause = one_line(error)
+        log.info("event=kv_need_estimated model=%s cause=%r", config.model_config.model, cause)
+        return KVLimits(0, _most_of_full_attention(config, kinds))
     if _is_known(config, kinds):
         return KVLimits(found.least, max(found.most, full.least))
     return KVLimits(0, max(found.most, full.most))
+
+
+def _most_of_full_attention(config: Any, kinds: Sequence[str]) -> int:
+    """An upper bound by the sizes of keys and values alone; none where layers hold other things."""
+    model, parallel = config.model_config, config.parallel_config
+    if model.use_mla or not {*kinds} <= {FULL, SLIDING, CHUNKED, NONE}:
+        return sys.maxsize
+    heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
+    per_token = 2 * len(kinds) * heads * size * model.dtype.itemsize
+    # A block is begun at either end, and vLLM keeps one.
+    tokens = model.max_model_len + 2 * (config.cache_config.block_size or 128)
+    return int(per_token * tokens * (config.scheduler_config.max_num_seqs + 1))
 
 
 def needs_kv(config: Any) -> bool:

@@ -113,7 +113,7 @@ def _is_copy(value: Any, weight: Any) -> bool:
     from vllm._custom_ops import CPUDNNLGEMMHandler
 
     if isinstance(value, torch.Tensor):
-        return value.numel() > 0 and value.data_ptr() != weight.data_ptr()
+        return bool(value.numel() > 0 and value.data_ptr() != weight.data_ptr())
     return isinstance(value, CPUDNNLGEMMHandler)
 
 

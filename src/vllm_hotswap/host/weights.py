@@ -73,7 +73,7 @@ class Weights:
         """What dropping them gives back. Weights that layers share count once."""
         storages = [tensor.untyped_storage() for tensor in self.tensors.values()]
         shared = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return sum(shared.values()) + sum(self.packed.values())
+        return int(sum(shared.values()) + sum(self.packed.values()))
 
 
 def strange_weights(model: Any) -> str | None:
