@@ -186,14 +186,13 @@ def _check_memory(
     """Plan the memory as a start would, on what is free now."""
     try:
         memory = expected_memory(device_of(launches[0].vllm_config), tell)
-        needs = [launch.needs for launch in launches]
-        budget, shares = plan_memory(launches, needs, config.memory, memory)
+        budget, needs = plan_memory(launches, config.memory, memory)
         report.budget_bytes = budget.device
     except HotswapError as error:
         report.problems.append(f"memory: {one_line(error)}")
         return
     for model in report.models:
-        model.kv_bytes = shares[model.alias]
+        model.kv_bytes = needs[model.alias].kv_bytes
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,18 +146,20 @@ def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: Dev
 
 
 def plan_memory(
-    launches: Sequence[ModelLaunch],
-    needs: Sequence[ModelNeeds],
-    memory: MemoryBudget,
-    device: DeviceMemory,
-) -> tuple[Usage, Mapping[str, int]]:
-    """The budget for models, and the KV bytes of each: at a start and in a check alike.
+    launches: Sequence[ModelLaunch], memory: MemoryBudget, device: DeviceMemory
+) -> tuple[Usage, Mapping[str, ModelNeeds]]:
+    """The budget for models, and what each needs with the KV memory that it is given.
+
+    A start and a check plan alike. `device` says, too, what a worker process will hold: it imports
+    what the engine host has imported.
 
     Raises:
         ConfigError: there is less than is asked for, or a model does not fit.
     """
     budget = budget_of(launches, memory, device)
-    return budget, share_kv_memory(needs, budget.device)
+    needs = [replace(launch.needs, host_bytes=device.held) for launch in launches]
+    shares = share_kv_memory(needs, budget.device)
+    return budget, {each.alias: replace(each, kv_bytes=shares[each.alias]) for each in needs}
 
 
 def _reason(error: Exception) -> str:

@@ -9,9 +9,6 @@ from vllm_hotswap.compat.kv_cache import expected_limits
 from vllm_hotswap.compat.packing import packed_copies_bytes, packing_bytes
 from vllm_hotswap.devices import device_of
 
-WORKER_PROCESS_BYTES = 600 << 20
-"""What one worker process of a tensor-parallel model holds besides the model, on a CPU."""
-
 
 def model_needs(
     alias: str, config: Any, weights_bytes: int, pinned: bool = False, converted_bytes: int = 0
@@ -35,9 +32,8 @@ def model_needs(
         max_kv_bytes=kv.most * workers,
         pinned=pinned,
         keeps_weights=device.is_host_memory,
-        overhead_bytes=OVERHEAD_BYTES
-        + (WORKER_PROCESS_BYTES * workers if workers > 1 else 0)
-        + slots_bytes(config),
+        overhead_bytes=OVERHEAD_BYTES + slots_bytes(config),
+        processes=workers if workers > 1 else 0,
         copies_bytes=adapter_copies_bytes(config),
         more_weights_bytes=packed_copies_bytes(config) + converted_bytes,
         packing_bytes=packing_bytes(config),

@@ -184,11 +184,11 @@ class VllmEngine:
         model = self._launch.vllm_config.model_config
         return {"root": self._launch.model, "max_model_len": model.max_model_len}
 
-    def give_kv_memory(self, nbytes: int) -> None:
-        """Set the size of its KV memory, on its device."""
-        self._needs = replace(self._needs, kv_bytes=nbytes)
+    def give_memory(self, needs: ModelNeeds) -> None:
+        """Set what it is planned with, and so the size of its KV memory."""
+        self._needs = needs
         config = self._launch.vllm_config
-        config.cache_config.kv_cache_memory_bytes = nbytes // kv_shares(config)
+        config.cache_config.kv_cache_memory_bytes = (needs.kv_bytes or 0) // kv_shares(config)
 
     def validate(self) -> None:
         path = Path(self._launch.model)
@@ -529,10 +529,9 @@ class VllmHost:
         memory = await self._ready(engines[0].device)
         memory = with_known_base(memory, engines[0].device)
         self._base_bytes = memory.held
-        needs = [engine.needs for engine in engines]
-        self._budget, shares = plan_memory(self._launches, needs, self._memory, memory)
+        self._budget, needs = plan_memory(self._launches, self._memory, memory)
         for engine in engines:
-            engine.give_kv_memory(shares[engine.alias])
+            engine.give_memory(needs[engine.alias])
 
     async def _ready(self, device: Device) -> DeviceMemory:
         await self._link.ready()

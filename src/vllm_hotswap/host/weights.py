@@ -45,7 +45,7 @@ class Weights:
     handlers: Mapping[str, Any]
     read_by: Mapping[str, Mapping[str, torch.Tensor]]
     packed: Mapping[str, int]
-    """Bytes of each handler's copy. oneDNN tells no size, and its padding is not counted."""
+    """Bytes of each handler's copy, 0 once it is freed. oneDNN tells no size, so no padding."""
 
     @classmethod
     def of(cls, model: Any) -> Weights:
@@ -65,7 +65,8 @@ class Weights:
                     read_by[name] = {} if is_plain else own
                     # What is quantised is packed as 8-bit integers.
                     itemsize = layer.weight.dtype.itemsize if is_plain else 1
-                    packed[name] = value.n * value.k * itemsize
+                    is_live = value.handler_tensor is not None
+                    packed[name] = value.n * value.k * itemsize if is_live else 0
         return cls(tensors, handlers, read_by, packed)
 
     @property
