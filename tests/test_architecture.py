@@ -75,6 +75,8 @@ LAYERS = [
     {
         "coordinator",
         "compat.cpu_worker",
+        "compat.kv_cache",
+        "compat.packing",
         "compat.memory",
         "compat.loading",
         "host.engine",
@@ -95,6 +97,7 @@ LAYERS = [
     },
     {"lora_modules", "compat.preview", "engines.adapters"},
     {"routing", "operations", "host.obey", "flags", "launch", "engines.link", "engines.fake"},
+    {"engines.base_memory"},
     {
         "admin",
         "adapter_routes",
@@ -122,7 +125,9 @@ VLLM_DOORS = {
     "compat.configuration",
     "compat.cpu_worker",
     "compat.frontend",
+    "compat.kv_cache",
     "compat.loading",
+    "compat.packing",
     "compat.trial",
     "compat.versions",
     "devices",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
@@ -404,3 +405,12 @@ def test_budget_that_leaves_nothing_for_models_is_refused(
     """With what the host holds itself and what is free."""
     with pytest.raises(ConfigError, match="nothing is left for models: the engine host itself"):
         resolve_budget(memory, device, 0, 0.9)
+
+
+def test_worker_processes_count_as_much_as_the_host_and_more() -> None:
+    """They import the same, whatever that takes on the machine, and run models besides."""
+    alone = needs("a", GIB)
+    wide = replace(alone, processes=2, host_bytes=300 * MIB)
+
+    assert alone.held_bytes == replace(alone, host_bytes=300 * MIB).held_bytes
+    assert 600 * MIB < wide.held_bytes - alone.held_bytes < 900 * MIB

@@ -13,6 +13,7 @@ from vllm_hotswap.checkpoint import (
     CHUNK_BYTES,
     INDEX,
     check_weights,
+    converted_bytes,
     read_ahead,
     weight_files,
     weight_files_bytes,
@@ -253,3 +254,27 @@ def test_offsets_that_are_no_numbers_are_refused(tmp_path: Path, offsets: str) -
 
     with pytest.raises(ConfigError, match=r"header .*model\.safetensors' cannot be read"):
         check_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "itemsize", "more"),
+    [("BF16", 2, 0), ("BF16", 4, 24), ("F32", 2, 0), ("F16", 4, 24), ("I8", 4, 0)],
+)
+def test_a_larger_type_in_memory_is_counted(
+    tmp_path: Path, dtype: str, itemsize: int, more: int
+) -> None:
+    """Twelve values of it; integers are not converted, and a smaller type is no gain."""
+    size = 12 * {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}[dtype]
+    entry = {"w": {"dtype": dtype, "shape": [12], "data_offsets": [0, size]}}
+    head = json.dumps(entry).encode()
+    content = len(head).to_bytes(8, "little") + head + bytes(size)
+    (tmp_path / "model.safetensors").write_bytes(content)
+
+    assert more == converted_bytes(tmp_path, itemsize)
+
+
+def test_files_that_cannot_be_read_are_counted_as_they_are(tmp_path: Path) -> None:
+    """The load says what is wrong with them."""
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+
+    assert 0 == converted_bytes(tmp_path, 4)

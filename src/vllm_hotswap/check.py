@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from vllm_hotswap.budget import share_kv_memory
 from vllm_hotswap.checkpoint import check_weights, weight_files
 from vllm_hotswap.compat import trial
 from vllm_hotswap.compat.configuration import serve_parser
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import device_of
-from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.engines.base_memory import expected_memory
+from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
-from vllm_hotswap.launch import ModelLaunch, budget_of, prepare_model
+from vllm_hotswap.launch import ModelLaunch, plan_memory, prepare_model
 from vllm_hotswap.lora_modules import check_names
 from vllm_hotswap.rights import read_members
 from vllm_hotswap.variables import Variables
@@ -82,7 +82,7 @@ def check(
         report.models.append(found.report)
         launches += found.look()
     if len(launches) == len(config.models):
-        _check_memory(config, launches, report)
+        _check_memory(config, launches, report, tell)
     else:
         report.problems.append("memory: not planned, because not every model could be looked at")
     _check_adapters(config, launches, report)
@@ -177,17 +177,22 @@ class _Look:
             return None
 
 
-def _check_memory(config: ServerConfig, launches: Sequence[ModelLaunch], report: Report) -> None:
+def _check_memory(
+    config: ServerConfig,
+    launches: Sequence[ModelLaunch],
+    report: Report,
+    tell: Callable[[str], None],
+) -> None:
     """Plan the memory as a start would, on what is free now."""
-    device = device_of(launches[0].vllm_config)
     try:
-        report.budget_bytes = budget_of(launches, config.memory, device.memory()).device
-        shares = share_kv_memory([launch.needs for launch in launches], report.budget_bytes)
-    except ConfigError as error:
+        memory = expected_memory(device_of(launches[0].vllm_config), tell)
+        budget, needs = plan_memory(launches, config.memory, memory)
+        report.budget_bytes = budget.device
+    except HotswapError as error:
         report.problems.append(f"memory: {one_line(error)}")
         return
     for model in report.models:
-        model.kv_bytes = shares[model.alias]
+        model.kv_bytes = needs[model.alias].kv_bytes
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -113,6 +113,29 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
     return entries
 
 
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Sizes of the types that a load converts to the model's own, as safetensors calls them."""
+
+
+def converted_bytes(folder: Path, itemsize: int) -> int:
+    """What floating-point weights take in memory beyond their files, with `itemsize` bytes each.
+
+    0 where files cannot be read, or are of a kind that has no header: their loads tell.
+    """
+    try:
+        headers = [tensors(file) for file in weight_files(folder) if file.suffix == ".safetensors"]
+    except (ConfigError, OSError):
+        return 0
+    entries = [entry for header in headers for entry in header.values()]
+    return max(0, sum(_growth(entry, itemsize) for entry in entries))
+
+
+def _growth(entry: Mapping[str, Any], itemsize: int) -> int:
+    stored = FLOAT_BYTES.get(str(entry.get("dtype")), itemsize)
+    begin, end = entry["data_offsets"]
+    return int((end - begin) // stored * (itemsize - stored))
+
+
 async def read_ahead(
     files: Iterable[Path], limit_bytes: int, tell: Callable[[int], None] = lambda _: None
 ) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import psutil
 from pydantic import ValidationError
 
 from vllm_hotswap.adapters import AdapterFiles
-from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget
-from vllm_hotswap.checkpoint import weight_files_bytes
+from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
+from vllm_hotswap.checkpoint import converted_bytes, weight_files_bytes
 from vllm_hotswap.compat.configuration import engine_config, serve_parser
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
@@ -37,6 +37,8 @@ class ModelLaunch:
     args: argparse.Namespace
     vllm_config: Any
     weights_bytes: int
+    converted_bytes: int = 0
+    """What its weights take in memory beyond their files, because their type is larger there."""
     pinned: bool = False
     variables: Wishes = field(default_factory=dict)
     """Environment variables that it wants while it is worked with."""
@@ -47,7 +49,9 @@ class ModelLaunch:
     @property
     def needs(self) -> ModelNeeds:
         """What is known of its memory before it is loaded."""
-        return model_needs(self.alias, self.vllm_config, self.weights_bytes, self.pinned)
+        return model_needs(
+            self.alias, self.vllm_config, self.weights_bytes, self.pinned, self.converted_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,7 @@ def _prepare_model(
         args=args,
         vllm_config=vllm_config,
         weights_bytes=weights_bytes(model, vllm_config),
+        converted_bytes=_converted_bytes(model, vllm_config),
         pinned=model.pinned,
         variables=model.environment,
         sampling=model.sampling,
@@ -140,11 +145,35 @@ def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: Dev
     return resolve_budget(memory, device, psutil.virtual_memory().available, fraction)
 
 
+def plan_memory(
+    launches: Sequence[ModelLaunch], memory: MemoryBudget, device: DeviceMemory
+) -> tuple[Usage, Mapping[str, ModelNeeds]]:
+    """The budget for models, and what each needs with the KV memory that it is given.
+
+    A start and a check plan alike. `device` says, too, what a worker process will hold: it imports
+    what the engine host has imported.
+
+    Raises:
+        ConfigError: there is less than is asked for, or a model does not fit.
+    """
+    budget = budget_of(launches, memory, device)
+    needs = [replace(launch.needs, host_bytes=device.held) for launch in launches]
+    shares = share_kv_memory(needs, budget.device)
+    return budget, {each.alias: replace(each, kv_bytes=shares[each.alias]) for each in needs}
+
+
 def _reason(error: Exception) -> str:
     """What is wrong, without what pydantic adds around it."""
     if isinstance(error, ValidationError):
         return "; ".join(" ".join(str(detail["msg"]).split()) for detail in error.errors())
     return one_line(error)
+
+
+def _converted_bytes(model: ModelConfig, vllm_config: Any) -> int:
+    path = Path(model.model)
+    if vllm_config.quant_config is not None or not path.is_dir():
+        return 0
+    return converted_bytes(path, vllm_config.model_config.dtype.itemsize)
 
 
 def weights_bytes(model: ModelConfig, vllm_config: Any) -> int:

@@ -67,12 +67,14 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "first": generate(),
     }
     used = memory(worker)
+    seen["gives_back"] = worker.weights_bytes()
     executor.sleep(1)
     seen["kv_is_zero"] = not any(cache.any() for cache in worker.model_runner.kv_caches)
     executor.wake_up()
     seen["after_level_1"] = generate()
     executor.sleep(2)
     seen["weights_used"], seen["weights_left"] = used, memory(worker)
+    seen["gives_back_no_more"] = worker.weights_bytes()
     seen["repr"] = repr(worker._dropped)
     executor.collective_rpc("wake_up", kwargs={"tags": ["kv_cache"]})
     seen["weights_left_by_kv_tag"] = memory(worker)

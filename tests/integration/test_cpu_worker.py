@@ -64,6 +64,12 @@ def test_level_2_drops_every_weight(seen: Any) -> None:
     assert "<DroppedWeights tensors=" in seen["repr"]
 
 
+def test_what_level_2_gives_back_is_known_before(seen: Any) -> None:
+    """Weights in every form: a layer's packed copy is as large as the weight that it replaces."""
+    assert seen["gives_back"] > 100_000
+    assert 0 == seen["gives_back_no_more"]
+
+
 def test_waking_the_kv_memory_alone_reads_no_weights(seen: Any) -> None:
     """As vLLM's tags say."""
     assert 0 == seen["weights_left_by_kv_tag"]

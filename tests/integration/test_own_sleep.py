@@ -19,13 +19,12 @@ from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
 from vllm_hotswap.bench import medium
 from vllm_hotswap.demo import MODELS
+from vllm_hotswap.devices import CpuDevice
+from vllm_hotswap.engines.base_memory import expected_memory
 
 PLUGIN = Path(__file__).with_name("away_platform")
 
 MIB = 1 << 20
-BUDGET_BYTES = 1040 * MIB
-"""The engine host itself holds about 430 MiB, a model about 350 MiB: room for one that is awake."""
-
 SIZES = {**medium.SIZES, "hidden_size": 640, "intermediate_size": 1280, "vocab_size": 131072}
 LAYERS = {"one": 2, "two": 1}
 """Models with random weights of about 350 MB, nearly all of them in embeddings: soon computed."""
@@ -43,11 +42,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("own-sleep")
     for name, layers in LAYERS.items():
         medium.make(MODELS / "qwen", folder / name, {**SIZES, "num_hidden_layers": layers})
+    # Room for one that is awake, beside what the host itself holds on this machine.
+    weights = (folder / "one" / "model.safetensors").stat().st_size
+    budget = expected_memory(CpuDevice(), lambda _: None).held + weights * 7 // 4
     flags = f"max_model_len: 256, enforce_eager: true, kv_cache_memory_bytes: {16 * MIB}"
     models = [f"  {alias}: {{model: {folder / name}, {flags}}}" for alias, name in FOLDERS.items()]
     config = folder / "models.yaml"
     config.write_text(
-        "\n".join([f"memory: {{device: {BUDGET_BYTES}}}", "models:", *models]), encoding="utf-8"
+        "\n".join([f"memory: {{device: {budget}}}", "models:", *models]), encoding="utf-8"
     )
     path = [str(PLUGIN), os.environ.get("PYTHONPATH", "")]
     environment = {

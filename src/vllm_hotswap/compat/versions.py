@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
 
@@ -33,6 +34,20 @@ def vllm_version() -> str:
     from vllm.version import __version__
 
     return str(__version__)
+
+
+def cache_root() -> Path:
+    """The folder in which vLLM keeps what it has found out about this machine."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT)
+
+
+def cpu_capability() -> str:
+    """The instructions that torch uses on this CPU, such as `AVX2`."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def warning(version: str) -> str | None:

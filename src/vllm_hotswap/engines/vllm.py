@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from vllm_hotswap import hub
 from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
-from vllm_hotswap.budget import MemoryBudget, ModelNeeds, share_kv_memory
+from vllm_hotswap.budget import MemoryBudget, ModelNeeds
 from vllm_hotswap.canary import Canary
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend, trial
@@ -43,6 +43,7 @@ from vllm_hotswap.engines.base import (
     Pulse,
     Responses,
 )
+from vllm_hotswap.engines.base_memory import with_known_base
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import (
     ConfigError,
@@ -66,7 +67,7 @@ from vllm_hotswap.host.messages import (
     Unload,
     Wake,
 )
-from vllm_hotswap.launch import ModelLaunch, budget_of
+from vllm_hotswap.launch import ModelLaunch, plan_memory
 from vllm_hotswap.metrics import adopting_frontend_metrics
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
@@ -104,6 +105,7 @@ class VllmEngine:
         self._device = device_of(launch.vllm_config)
         self._needs = launch.needs
         self._foreseen = foresee(launch.vllm_config)
+        self._has_default_kv = self._needs.kv_bytes is None
         self._sockets: SocketPaths | None = None
         self._frontend: frontend.Frontend | None = None
         self._door: AdapterDoor | None = None
@@ -174,8 +176,7 @@ class VllmEngine:
     @property
     def footprint(self) -> Footprint:
         loaded, needs = self._loaded, replace(self._needs, kv_bytes=self._kv_bytes)
-        can_discard = loaded.can_discard if loaded else 2 in self._device.sleep_levels
-        return footprint_of(needs, self._device, loaded.held_bytes if loaded else 0, can_discard)
+        return footprint_of(needs, self._device, loaded)
 
     @property
     def _kv_bytes(self) -> int:
@@ -189,11 +190,11 @@ class VllmEngine:
         model = self._launch.vllm_config.model_config
         return {"root": self._launch.model, "max_model_len": model.max_model_len}
 
-    def give_kv_memory(self, nbytes: int) -> None:
-        """Set the size of its KV memory, on its device."""
-        self._needs = replace(self._needs, kv_bytes=nbytes)
+    def give_memory(self, needs: ModelNeeds) -> None:
+        """Set what it is planned with, and so the size of its KV memory."""
+        self._needs = needs
         config = self._launch.vllm_config
-        config.cache_config.kv_cache_memory_bytes = nbytes // kv_shares(config)
+        config.cache_config.kv_cache_memory_bytes = (needs.kv_bytes or 0) // kv_shares(config)
 
     def validate(self) -> None:
         path = Path(self._launch.model)
@@ -255,7 +256,14 @@ class VllmEngine:
         try:
             self._loaded = await self._link.call(
                 lambda number: Load(
-                    number, self.alias, self.loads, config, log_stats, sockets, variables
+                    number,
+                    self.alias,
+                    self.loads,
+                    config,
+                    log_stats,
+                    sockets,
+                    variables,
+                    self._has_default_kv,
                 )
             )
         finally:
@@ -431,21 +439,20 @@ class VllmEngine:
         return SamplingFilter(app, sampling, frontend.request_keys(app, args))
 
 
-def footprint_of(
-    needs: ModelNeeds, device: Device, measured_bytes: int, can_discard: bool
-) -> Footprint:
-    """What a model holds in each residency, from what it needs and what was measured of it."""
+def footprint_of(needs: ModelNeeds, device: Device, loaded: Loaded | None) -> Footprint:
+    """What a model holds in each residency: as its load has measured it, estimated before one."""
     kv = needs.kv_bytes or 0
+    weights = needs.weights_bytes + needs.more_weights_bytes
     held = needs.held_bytes
-    if measured_bytes > 0:
-        held = max(measured_bytes, needs.weights_bytes) + needs.copies_bytes
-    rest = max(held - needs.weights_bytes, 0)
+    if loaded is not None and loaded.held_bytes > 0:
+        # Files may be larger than what is made of them, or smaller.
+        weights = loaded.weights_bytes or needs.weights_bytes
+        held = max(loaded.held_bytes, weights) + needs.copies_bytes
+    rest = max(held - weights, 0)
     usage = {Residency.PARKED: Usage(held + kv), Residency.COLD: Usage()}
     if 1 in device.sleep_levels:
-        usage[Residency.ASLEEP] = (
-            Usage(held) if device.is_host_memory else Usage(rest, needs.weights_bytes)
-        )
-    if can_discard:
+        usage[Residency.ASLEEP] = Usage(held) if device.is_host_memory else Usage(rest, weights)
+    if loaded.can_discard if loaded else 2 in device.sleep_levels:
         usage[Residency.DISCARDED] = Usage(rest)
     return Footprint(usage, Usage(held + kv + needs.reading_bytes))
 
@@ -526,11 +533,11 @@ class VllmHost:
         self._preparing = asyncio.create_task(self._prepare_frontends())
         engines = list(self._engines.values())
         memory = await self._ready(engines[0].device)
+        memory = with_known_base(memory, engines[0].device)
         self._base_bytes = memory.held
-        self._budget = budget_of(self._launches, self._memory, memory)
-        shares = share_kv_memory([engine.needs for engine in engines], self._budget.device)
+        self._budget, needs = plan_memory(self._launches, self._memory, memory)
         for engine in engines:
-            engine.give_kv_memory(shares[engine.alias])
+            engine.give_memory(needs[engine.alias])
 
     async def _ready(self, device: Device) -> DeviceMemory:
         await self._link.ready()

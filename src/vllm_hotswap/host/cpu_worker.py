@@ -31,7 +31,7 @@ from vllm_hotswap.host.arena import Arena
 from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory, large_blocks_mapped
 from vllm_hotswap.host.lora import use_masking
-from vllm_hotswap.host.weights import DroppedWeights, strange_weights
+from vllm_hotswap.host.weights import DroppedWeights, Weights, strange_weights
 
 SMALLEST_LAZY_BYTES = 1 << 20
 
@@ -129,6 +129,10 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
     def supports_discard(self) -> bool:
         """Whether `sleep(2)` is possible. Made to be called through `collective_rpc`."""
         return self._obstacle_to_discard() is None
+
+    def weights_bytes(self) -> int:
+        """Bytes that `sleep(2)` gives back besides KV memory. For `collective_rpc`, too."""
+        return Weights.of(self.get_model()).nbytes
 
     def _obstacle_to_discard(self) -> str | None:
         if self._dropped is not None:

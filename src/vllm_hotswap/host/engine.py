@@ -236,6 +236,10 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         """Whether sleep level 2 can be undone by `wake` for this model on this worker."""
         return all(self.collective_rpc("supports_discard"))
 
+    def weights_bytes(self) -> int:
+        """Bytes that sleep level 2 gives back besides KV memory."""
+        return sum(self.collective_rpc("weights_bytes"))
+
     def unload(self) -> None:
         """Give back everything of the model; the IO threads and sockets stay."""
         if self.is_loaded:

@@ -8,6 +8,7 @@ multi-process executor, lets them be. Checked on vLLM 0.32.0 (`UniProcExecutor._
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +20,11 @@ from vllm import envs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_hotswap.compat.kv_cache import limits
 from vllm_hotswap.host.progress import reached
 from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
+
+log = logging.getLogger("vllm_hotswap.host")
 
 QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
 MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
@@ -29,15 +33,28 @@ MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
 class _Reporting:
     """Says which stage of a load an executor has reached."""
 
+    limits_kv: ClassVar[bool] = False
+    """Whether the load under way takes no more KV memory than the model can use."""
+
     def _init_executor(self) -> None:
         reached("weights")
         super()._init_executor()  # type: ignore[misc]
 
     def determine_available_memory(self) -> list[int]:
-        """What is free for KV memory, but not more than is given: not every worker asks."""
+        """What is free for KV memory, but not more than is given: not every worker asks.
+
+        Nor more than all sequences can use, which only the loaded model tells for certain.
+        """
         found: list[int] = super().determine_available_memory()  # type: ignore[misc]
-        given = self.vllm_config.cache_config.kv_cache_memory_bytes  # type: ignore[attr-defined]
-        return found if given is None else [min(given, free) for free in found]
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        if (given := config.cache_config.kv_cache_memory_bytes) is not None:
+            found = [min(given, free) for free in found]
+        if _Reporting.limits_kv:
+            specs = self.get_kv_cache_specs()  # type: ignore[attr-defined]
+            most = [limit.most for limit in limits(config, specs)]
+            log.info("event=kv_limit model=%s bytes=%s", config.model_config.model, most)
+            found = [min(free, limit) for free, limit in zip(found, most, strict=True)]
+        return found
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         reached("kv_cache")
@@ -46,6 +63,11 @@ class _Reporting:
     def compile_or_warm_up_model(self) -> None:
         reached("warm_up")
         super().compile_or_warm_up_model()  # type: ignore[misc]
+
+
+def limit_kv_memory(limited: bool) -> None:
+    """For the loads that follow: whether to take no more KV memory than the model can use."""
+    _Reporting.limits_kv = limited
 
 
 class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM's types stop here

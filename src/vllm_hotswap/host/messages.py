@@ -58,6 +58,8 @@ class Load:
     sockets: SocketPaths
     variables: Wishes = field(default_factory=dict)
     """Environment variables that the model wants while it is worked with."""
+    limits_kv: bool = False
+    """Whether it shall have no more KV memory than all its sequences can use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class Loaded:
     """What the host grew by, without KV memory; 0 where that cannot be told."""
     can_discard: bool
     """Whether sleep level 2 can be undone for this model."""
+    weights_bytes: int = 0
+    """What sleep level 2 gives back besides KV memory; 0 where that cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,7 @@ class Obedience:
             with reporting_to(lambda stage: self._reached(command.alias, stage)):
                 engine = self._make(command)
             can_discard = _can_discard(device, engine)
+            weights_bytes = engine.weights_bytes() if can_discard else 0
         except BaseException:
             self._unload(command.alias)
             raise
@@ -138,7 +139,7 @@ class Obedience:
             time.monotonic() - before_s,
             held,
         )
-        return Loaded(engine.kv_bytes(), held, can_discard)
+        return Loaded(engine.kv_bytes(), held, can_discard, weights_bytes)
 
     def _reached(self, alias: str, stage: str) -> None:
         self._send(LoadStage(alias, stage))
@@ -148,9 +149,10 @@ class Obedience:
         """A new engine at the first load, the same one at every later load."""
         from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
-        from vllm_hotswap.host.executor import HostedExecutor
+        from vllm_hotswap.host.executor import HostedExecutor, limit_kv_memory
 
         HostedExecutor.folder = command.sockets.folder
+        limit_kv_memory(command.limits_kv)
         engine = self._find(command.alias)
         with forgetting_failed_load():
             if engine is not None:

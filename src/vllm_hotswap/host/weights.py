@@ -44,12 +44,15 @@ class Weights:
     tensors: Mapping[str, torch.Tensor]
     handlers: Mapping[str, Any]
     read_by: Mapping[str, Mapping[str, torch.Tensor]]
+    packed: Mapping[str, int]
+    """Bytes of each handler's copy, 0 once it is freed. oneDNN tells no size, so no padding."""
 
     @classmethod
     def of(cls, model: Any) -> Weights:
         tensors: dict[str, torch.Tensor] = {}
         handlers: dict[str, Any] = {}
         read_by: dict[str, Mapping[str, torch.Tensor]] = {}
+        packed: dict[str, int] = {}
         for layer_name, layer in model.named_modules():
             prefix = layer_name.replace(LORA_WRAPPING, "")
             holders = {f"{prefix}.{name}": value for name, value in _holders(layer)}
@@ -58,8 +61,20 @@ class Weights:
             for name, value in holders.items():
                 if isinstance(value, CPUDNNLGEMMHandler):
                     handlers[name] = value
-                    read_by[name] = {} if PACKED_BY_LAYER in name else own
-        return cls(tensors, handlers, read_by)
+                    is_plain = PACKED_BY_LAYER in name
+                    read_by[name] = {} if is_plain else own
+                    # What is quantised is packed as 8-bit integers.
+                    itemsize = layer.weight.dtype.itemsize if is_plain else 1
+                    is_live = value.handler_tensor is not None
+                    packed[name] = value.n * value.k * itemsize if is_live else 0
+        return cls(tensors, handlers, read_by, packed)
+
+    @property
+    def nbytes(self) -> int:
+        """What dropping them gives back. Weights that layers share count once."""
+        storages = [tensor.untyped_storage() for tensor in self.tensors.values()]
+        shared = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return int(sum(shared.values()) + sum(self.packed.values()))
 
 
 def strange_weights(model: Any) -> str | None:

@@ -1,0 +1,142 @@
+"""Second copies of weights that vLLM keeps on CPUs. Checked on vLLM 0.32.0.
+
+Where a CPU can multiply by a packed weight, vLLM packs every layer that is not quantised. A linear
+layer then drops its own weight. An embedding and an output layer keep it, because tokens are looked
+up in it (`UnquantizedEmbeddingMethod.process_weights_after_loading`, `remove_weight=False`): both
+are in memory twice. Which CPU packs which type depends on its instructions, on how torch and
+oneDNN were built, and on environment variables such as `ONEDNN_MAX_CPU_ISA`. bfloat16 is packed
+only with AVX-512 or AMX, float32 by AVX2, too. So vLLM is asked: it packs a small layer.
+
+Relies on: `dispatch_cpu_unquantized_gemm`, which leaves what it multiplies by in the closure of the
+layer's `cpu_linear`; `pad_vocab_size`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from vllm_hotswap.devices import device_of
+
+PROBE_BYTES = 4 << 20
+"""A layer of that size is packed as any larger one: vLLM takes other ways below 1 MiB."""
+
+ROW_STEP = 16
+"""Some ways need multiples of so many rows, which any padded vocabulary has."""
+
+
+def packed_copies_bytes(config: Any) -> int:
+    """Bytes of second copies that stay beside a model's embedding and output layer; 0 elsewhere.
+
+    A model whose two layers are one object keeps one copy, one whose layers only share the weight
+    keeps two. The configuration does not tell them apart, so for every model that generates two
+    are counted. The first load measures how many there are.
+    """
+    if not _is_cpu(config):
+        return 0
+    models = [config.model_config]
+    if (draft := _draft_model(config)) is not None:
+        models.append(draft)
+    return sum(_copies(model) * _embedding_bytes(model) for model in models)
+
+
+def packing_bytes(config: Any) -> int:
+    """What packing a model's largest linear layer takes for a while: both forms are there then."""
+    if not _is_cpu(config) or config.quant_config is not None:
+        return 0
+    model = config.model_config
+    hidden = model.get_hidden_size()
+    inner = getattr(model.hf_text_config, "intermediate_size", None) or 4 * hidden
+    shards = config.parallel_config.tensor_parallel_size
+    # Gate and up projection are one layer.
+    rows = max(2 * inner // shards, ROW_STEP)
+    return rows * hidden * _itemsize(model) if _is_packed(rows, hidden, model.dtype) else 0
+
+
+def _is_cpu(config: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    return device_of(config).is_host_memory and bool(current_platform.is_cpu())
+
+
+def _draft_model(config: Any) -> Any | None:
+    speculative = config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    return None if draft is config.model_config else draft
+
+
+def _embedding_bytes(model: Any) -> int:
+    return _rows(model) * int(model.get_hidden_size()) * _itemsize(model)
+
+
+def _copies(model: Any) -> int:
+    if not _is_packed(_rows(model), int(model.get_hidden_size()), model.dtype):
+        return 0
+    return 2 if str(model.runner_type) == "generate" else 1
+
+
+def _rows(model: Any) -> int:
+    from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
+
+    return int(pad_vocab_size(model.get_vocab_size()))
+
+
+def _itemsize(model: Any) -> int:
+    return int(model.dtype.itemsize)
+
+
+def _is_packed(rows: int, columns: int, dtype: Any) -> bool:
+    steps = PROBE_BYTES // (columns * dtype.itemsize * ROW_STEP) + 1
+    return keeps_packed_copy(min(rows, steps * ROW_STEP), columns, dtype)
+
+
+@cache
+def keeps_packed_copy(rows: int, columns: int, dtype: Any) -> bool:
+    """Whether vLLM, on this CPU, keeps a packed copy beside a weight that it does not remove."""
+    import torch
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    layer = torch.nn.Module()
+    weight = torch.zeros(rows, columns, dtype=dtype)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with _one_thread(), _quietly("vllm.model_executor.layers.utils"):
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    cells = getattr(layer.cpu_linear, "__closure__", None) or ()
+    return any(_is_copy(cell.cell_contents, weight) for cell in cells)
+
+
+def _is_copy(value: Any, weight: Any) -> bool:
+    import torch
+    from vllm._custom_ops import CPUDNNLGEMMHandler
+
+    if isinstance(value, torch.Tensor):
+        return bool(value.numel() > 0 and value.data_ptr() != weight.data_ptr())
+    return isinstance(value, CPUDNNLGEMMHandler)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So that OpenMP starts no threads, which would stay, in a process that has no use for them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quietly(name: str) -> Iterator[None]:
+    """Without the warning that the CPU cannot pack, which is what was asked."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

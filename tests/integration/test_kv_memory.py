@@ -1,0 +1,113 @@
+"""KV memory by default: what all sequences can use, whatever kind of attention a model has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.architectures import ARCHITECTURES, make
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from vllm_hotswap.demo import free_port
+
+# Each architecture is inspected by vLLM in a process of its own the first time on a machine.
+pytestmark = pytest.mark.timeout(900)
+
+MIB = 1 << 20
+LENGTH, SEQUENCES = 512, 4
+WIDE = "wide"
+"""A model that could use more than there is."""
+
+ENTRY = "  {alias}: {{model: {folder}, load_format: dummy, enforce_eager: true, {limits}}}\n"
+
+
+@dataclass(frozen=True)
+class Told:
+    """Bytes of KV memory by alias, as each of them says."""
+
+    check: dict[str, int]
+    status: dict[str, int]
+    banner: dict[str, str]
+    loads: dict[str, int]
+    """What all sequences can use, as the loaded models say."""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What a check and a server say of the same file."""
+    folder = tmp_path_factory.mktemp("kv")
+    limits = f"max_model_len: {LENGTH}, max_num_seqs: {SEQUENCES}"
+    entries = [
+        ENTRY.format(alias=name, folder=make(folder, name), limits=limits) for name in ARCHITECTURES
+    ]
+    wide = f"max_model_len: {4 * LENGTH}, max_num_seqs: {256 * SEQUENCES}"
+    entries.append(ENTRY.format(alias=WIDE, folder=folder / "full", limits=wide))
+    config = folder / "models.yaml"
+    config.write_text("memory: {device: 1700MiB}\nmodels:\n" + "".join(entries), encoding="utf-8")
+    checked = subprocess.run(
+        [sys.executable, "-m", "vllm_hotswap", "check", str(config), "--json"],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOTSWAP_CONFIG": str(config)}
+    server = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    models: Any = server.status()["models"]
+    log = server.log.read_text(errors="replace")
+    assert server.stop() == 0, server.log_tail()
+    assert checked.stdout, checked.stderr
+    report = json.loads(checked.stdout)
+    return Told(
+        check={model["alias"]: model["kv_bytes"] for model in report["models"]},
+        status={alias: model["kv_bytes"] for alias, model in models.items()},
+        banner=dict(re.findall(r"^  (\w+) +\w+ +weights .*KV +([0-9.]+ MiB)$", log, re.MULTILINE)),
+        loads={
+            Path(path).name: int(size)
+            for path, size in re.findall(r"event=kv_limit model=(\S+) bytes=\[(\d+)\]", log)
+        },
+    )
+
+
+@pytest.mark.parametrize("alias", [*ARCHITECTURES, WIDE])
+def test_a_check_tells_what_the_server_tells_and_the_engine_has(told: Told, alias: str) -> None:
+    """One figure, before anything is loaded, in the banner, and once it is loaded."""
+    assert told.check[alias] == told.status[alias]
+    assert f"{told.check[alias] / MIB:.1f} MiB" == told.banner[alias]
+
+
+@pytest.mark.parametrize("alias", sorted({*ARCHITECTURES} - {"full", "encoder"}))
+def test_a_model_gets_what_all_its_sequences_can_use(told: Told, alias: str) -> None:
+    """Not a byte more or less than the loaded model's own layers say."""
+    assert told.loads[alias] == told.check[alias]
+
+
+def test_an_encoder_gets_nothing(told: Told) -> None:
+    """It keeps nothing of a sequence."""
+    assert 0 == told.check["encoder"]
+
+
+def test_what_others_cannot_use_is_left_to_a_model_that_can(told: Told) -> None:
+    """Nobody is kept from using it by an upper bound that is none."""
+    assert told.check[WIDE] > 10 * max(told.check[name] for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize("alias", sorted({*ARCHITECTURES} - {"mamba", "encoder"}))
+def test_no_model_gets_more_than_full_attention_would_take(told: Told, alias: str) -> None:
+    """Sliding windows and states need less; each sequence and layer has a block to round up."""
+    config = ARCHITECTURES[alias]
+    per_token = 2 * config.get("head_dim", 32) * 2 * 2  # keys and values, 2 heads, 2 bytes
+    if alias == "mla":
+        per_token = 2 * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
+    whole = 6 * per_token * (LENGTH + 2 * 128) * SEQUENCES + 6 * per_token * 128
+
+    assert 0 < told.check[alias] <= whole

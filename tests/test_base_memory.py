@@ -1,0 +1,108 @@
+"""What an engine host holds without a model: starts and checks plan with one figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap.devices import CpuDevice, DeviceMemory, OwnSleepDevice
+from vllm_hotswap.engines import base_memory
+from vllm_hotswap.engines.base_memory import STEP_BYTES, expected_memory, with_known_base
+
+MIB = 1 << 20
+MEASURED = DeviceMemory(total=8000 * MIB, free=6000 * MIB, held=430 * MIB)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, without importing vLLM to be told where it is."""
+    monkeypatch.setattr(base_memory, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(base_memory, "cpu_capability", lambda: "AVX2")
+    return tmp_path / "cache"
+
+
+@dataclass
+class Measuring(CpuDevice):
+    """A CPU whose memory is as the test says, in a process that is no engine host."""
+
+    found: DeviceMemory
+
+    def memory(self) -> DeviceMemory:
+        return self.found
+
+
+def start(held: int = MEASURED.held) -> DeviceMemory:
+    return with_known_base(replace(MEASURED, held=held), CpuDevice())
+
+
+def check(free: int = MEASURED.free) -> tuple[DeviceMemory, list[str]]:
+    told: list[str] = []
+    here = Measuring(DeviceMemory(MEASURED.total, free, 700 * MIB))
+    return expected_memory(here, told.append), told
+
+
+def test_a_start_counts_whole_steps_and_leaves_that_much_less_free() -> None:
+    """Nothing that was measured is lost by rounding."""
+    memory = start()
+
+    assert 0 <= memory.held - MEASURED.held < STEP_BYTES
+    assert 0 == memory.held % STEP_BYTES
+    assert memory.free + memory.held == MEASURED.free + MEASURED.held
+
+
+@pytest.mark.parametrize("more", [-20 * MIB, -4096, 0, 4096])
+def test_two_starts_count_the_same(more: int) -> None:
+    """Some pages more or less in the second one change no plan."""
+    first = start()
+
+    assert first.held == start(MEASURED.held + more).held
+
+
+def test_a_host_that_holds_more_counts_more() -> None:
+    """And stays counted so."""
+    start()
+    grown = start(MEASURED.held + 100 * MIB).held
+
+    assert grown >= MEASURED.held + 100 * MIB
+    assert grown == start(MEASURED.held + 99 * MIB).held
+
+
+def test_a_host_that_holds_much_less_counts_anew() -> None:
+    """What was once written down does not take memory for ever."""
+    start()
+
+    assert start(200 * MIB).held < 200 * MIB + STEP_BYTES
+
+
+def test_a_check_plans_as_the_last_start_did() -> None:
+    """Without a host: what that will take is not free, and what the check holds does not count."""
+    counted = start().held
+    memory, told = check()
+
+    assert (counted, MEASURED.free - counted) == (memory.held, memory.free)
+    assert [] == told
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(root: Path) -> None:
+    """Each start measures then."""
+    root.write_text("no folder")
+
+    assert start().held >= MEASURED.held
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"host_bytes": "430"}', '{"host_bytes": -1}'])
+def test_what_is_written_down_wrongly_is_written_anew(root: Path, text: str) -> None:
+    """The file is only a cache."""
+    counted = start().held
+    (file,) = (root / "vllm-hotswap").iterdir()
+    file.write_text(text)
+
+    assert counted == start().held
+    assert counted == check()[0].held
+
+
+def test_an_accelerators_memory_is_as_it_was_measured() -> None:
+    """What the host holds of it depends on no libraries."""
+    assert MEASURED == with_known_base(MEASURED, OwnSleepDevice())

@@ -1,0 +1,77 @@
+"""What a model holds in each residency: estimated before its first load, measured after it."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_hotswap.budget import ModelNeeds
+from vllm_hotswap.devices import CpuDevice, CudaDevice, Device, OwnSleepDevice
+from vllm_hotswap.engines.vllm import footprint_of
+from vllm_hotswap.host.messages import Loaded
+from vllm_hotswap.planner import Usage
+from vllm_hotswap.states import Residency
+
+NEEDS = ModelNeeds(
+    alias="one",
+    weights_bytes=300,
+    kv_bytes=96,
+    min_kv_bytes=1,
+    max_kv_bytes=1000,
+    overhead_bytes=64,
+    more_weights_bytes=100,
+)
+
+
+def device_bytes(loaded: Loaded | None, device: Device | None = None) -> dict[str, int]:
+    footprint = footprint_of(NEEDS, device or CpuDevice(), loaded)
+    return {where.value: usage.device for where, usage in footprint.usage.items()}
+
+
+def test_second_copies_count_before_the_first_load() -> None:
+    """They come with the weights, and go with them."""
+    assert {"parked": 560, "asleep": 464, "discarded": 64, "cold": 0} == device_bytes(None)
+
+
+def test_the_peak_is_above_what_is_held_then() -> None:
+    """Reading the weights takes more than having them."""
+    assert Usage(560 + NEEDS.reading_bytes) == footprint_of(NEEDS, CpuDevice(), None).peak
+
+
+def test_a_measured_model_counts_as_measured() -> None:
+    """In place of the estimate, the second copies included; what the level gives back is known."""
+    loaded = Loaded(kv_bytes=96, held_bytes=430, can_discard=True, weights_bytes=400)
+
+    assert {"parked": 526, "asleep": 430, "discarded": 30, "cold": 0} == device_bytes(loaded)
+
+
+def test_files_larger_than_their_weights_hide_nothing() -> None:
+    """What stays when the weights are dropped is counted, although the files are larger."""
+    loaded = Loaded(kv_bytes=96, held_bytes=200, can_discard=True, weights_bytes=150)
+
+    assert {"parked": 296, "asleep": 200, "discarded": 50, "cold": 0} == device_bytes(loaded)
+
+
+def test_a_load_that_reused_free_memory_holds_its_weights_at_least() -> None:
+    """The process may grow by less than that."""
+    loaded = Loaded(kv_bytes=96, held_bytes=120, can_discard=True, weights_bytes=400)
+
+    assert 496 == device_bytes(loaded)["parked"]
+
+
+@pytest.mark.parametrize("device", [OwnSleepDevice(), CudaDevice()], ids=lambda d: d.name)
+def test_weights_asleep_leave_an_accelerator(device: Device) -> None:
+    """Where there is such a level at all."""
+    usage = footprint_of(NEEDS, device, Loaded(96, 350, can_discard=False)).usage
+
+    assert Usage(350 + 96) == usage[Residency.PARKED]
+    assert Residency.DISCARDED not in usage
+    asleep = usage.get(Residency.ASLEEP)
+    assert asleep == (Usage(50, 300) if device.sleep_levels else None)
+
+
+def test_packing_a_layer_counts_where_it_takes_more_than_reading() -> None:
+    """Never both: all weights have been read by then."""
+    small = ModelNeeds("a", 300, None, 0, 0, packing_bytes=20)
+    large = ModelNeeds("b", 300, None, 0, 0, packing_bytes=700)
+
+    assert (300, 700) == (small.reading_bytes, large.reading_bytes)

@@ -1,0 +1,129 @@
+"""What a model's configuration says of its layers' caches, before vLLM is asked for sizes."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.compat import kv_cache
+from vllm_hotswap.compat.kv_cache import BOTH, CHUNKED, FULL, NONE, SLIDING, STATE
+
+HALF = SimpleNamespace(itemsize=2)
+
+
+def config(layers: int = 4, *, window: int | None = None, **more: Any) -> Any:
+    """A stand-in for vLLM's configuration of a model, with what is looked at."""
+    text = SimpleNamespace(**more.pop("text", {}))
+    draft = more.pop("draft", None)
+    first, end = more.pop("rank", (0, layers))
+    model = SimpleNamespace(
+        model="model",
+        hf_text_config=text,
+        dtype=HALF,
+        max_model_len=100,
+        attn_type="decoder",
+        is_hybrid=False,
+        is_attention_free=False,
+        has_inner_state=False,
+        is_encoder_decoder=False,
+        has_noops=False,
+        use_mla=False,
+        get_total_num_hidden_layers=lambda: layers,
+        get_layers_start_end_indices=lambda _: (first, end),
+        get_num_kv_heads=lambda _: 2,
+        get_head_size=lambda: 8,
+    )
+    vars(model).update(more)
+    return SimpleNamespace(
+        model_config=model,
+        parallel_config=None,
+        speculative_config=draft,
+        cache_config=SimpleNamespace(sliding_window=window, block_size=16),
+        scheduler_config=SimpleNamespace(max_num_seqs=3),
+    )
+
+
+MIXED = ["sliding_attention", "full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        (config(), [FULL] * 4),
+        (config(window=128), [SLIDING] * 4),
+        (config(text={"layer_types": MIXED}), [SLIDING, FULL] * 2),
+        (config(text={"layer_types": ["chunked_attention"] * 4}), [CHUNKED] * 4),
+        (config(text={"attention_chunk_size": 64}), [CHUNKED] * 4),
+        (config(is_attention_free=True, has_inner_state=True), [STATE] * 4),
+        (
+            config(
+                is_hybrid=True, text={"layers_block_type": ["mamba", "attention", "mlp", "moe"]}
+            ),
+            [STATE, FULL, NONE, NONE],
+        ),
+        (config(rank=(2, 4), text={"layer_types": MIXED}), [SLIDING, FULL]),
+        (config(text={"layer_types": MIXED, "num_kv_shared_layers": 1}), [SLIDING, FULL, SLIDING]),
+    ],
+)
+def test_every_kind_of_layer_is_known_by_its_name(given: Any, kinds: list[str]) -> None:
+    """Only those of the first rank, and those that have a cache of their own."""
+    assert kinds == kv_cache._kinds(given)
+    assert kv_cache._is_known(given, kinds)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        config(text={"layer_types": ["new_attention"] * 4}),
+        config(is_encoder_decoder=True),
+        config(has_noops=True),
+        config(text={"global_head_dim": 512}),
+        config(draft=SimpleNamespace(draft_model_config=None)),
+    ],
+)
+def test_what_the_configuration_leaves_open_is_no_lower_bound(given: Any) -> None:
+    """The load tells; until then nothing is refused for it."""
+    assert not kv_cache._is_known(given, kv_cache._kinds(given))
+
+
+def test_layers_of_a_hybrid_that_are_all_called_the_same_are_both() -> None:
+    """Falcon-H1 attends and keeps a state in every layer, and calls them all attention."""
+    given = config(is_hybrid=True, text={"layers_block_type": ["attention"] * 4})
+
+    assert [BOTH] * 4 == kv_cache._kinds(given)
+    assert not kv_cache._is_known(given, [BOTH] * 4)
+
+
+def test_a_draft_models_layers_count() -> None:
+    """They have a cache beside the model's."""
+    draft = SimpleNamespace(
+        draft_model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2)
+    )
+
+    assert [FULL] * 6 == kv_cache._kinds(config(draft=draft))
+
+
+@pytest.mark.parametrize("attn_type", ["encoder_only", "encoder"])
+def test_encoders_need_no_kv_memory(attn_type: str) -> None:
+    """Nor do models without attention that keep no state."""
+    assert not kv_cache.needs_kv(config(attn_type=attn_type))
+    assert not kv_cache.needs_kv(config(is_attention_free=True))
+    assert kv_cache.needs_kv(config())
+
+
+def test_where_vllm_cannot_be_asked_keys_and_values_are_the_bound() -> None:
+    """Four layers, two heads of eight numbers of two bytes; two blocks for each sequence."""
+    most = kv_cache._most_of_full_attention(config(), [FULL] * 4)
+
+    assert 2 * 4 * 2 * 8 * 2 * (100 + 2 * 16) * (3 + 1) == most
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"), [(config(use_mla=True), [FULL] * 4), (config(), [STATE, FULL])]
+)
+def test_nothing_is_a_bound_for_what_holds_something_else(given: Any, kinds: list[str]) -> None:
+    """The load bounds it."""
+    assert sys.maxsize == kv_cache._most_of_full_attention(given, kinds)
