@@ -256,7 +256,7 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
     """Whoever does not want to wait for running requests need not look for another signal."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serving", str(port)],
+        [sys.executable, "-m", "tests.serving", "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -277,3 +277,46 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
             assert -signal.SIGTERM == process.wait(timeout=10)
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("redirect", ["", ">/dev/full", "<&- >&- 2>&-"])
+async def test_standard_streams_that_cannot_be_written_do_not_end_a_server(
+    redirect: str, tmp_path: Path
+) -> None:
+    """Neither by an alias that their encoding lacks, nor closed, nor full; the server serves."""
+    sock = tmp_path / "s"
+    shell = f'exec "$0" -m tests.serving --uds "$1" --alias 模型 {redirect}'
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", shell, sys.executable, str(sock)),
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    ended = asyncio.create_task(process.communicate())
+    try:
+        while not sock.exists():  # it is another process
+            assert not ended.done(), ended.result()
+            await asyncio.sleep(0.02)
+        models = (await answer(sock)).json()["data"]
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        out, error = await ended
+
+    assert ["模型"] == [model["id"] for model in models]
+    assert (0, redirect == "") == (process.returncode, b"active: \\u6a21\\u578b" in out)
+    assert b"Traceback" not in error
+
+
+def test_a_log_whose_reader_has_left_is_given_up_in_silence() -> None:
+    """Also one of a library, which writes to standard output."""
+    code = (
+        "import logging, sys; from vllm_hotswap.progress import configure_logging; "
+        "configure_logging(); logging.basicConfig(stream=sys.stdout); logging.warning('lost'); "
+        "import os; os._exit(0)"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" >/dev/full', sys.executable, code]
+
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (0, "") == (ended.returncode, ended.stderr)

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from vllm_hotswap import __version__, failpoints
+from vllm_hotswap import __version__, failpoints, terminal
 from vllm_hotswap.access import Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.compat.versions import require_vllm
@@ -338,8 +337,7 @@ def _with_origins(app: HotswapApp, args: argparse.Namespace) -> ASGIApp:
 
 
 def _announce(app: HotswapApp, listener: Listener) -> None:
-    sys.stdout.write(banner(app, listener.address) + "\n")
-    sys.stdout.flush()
+    terminal.say(banner(app, listener.address))
 
 
 def banner(app: HotswapApp, address: str) -> str:
