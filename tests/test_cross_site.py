@@ -73,7 +73,7 @@ class Running:
         lines += [f"{name}: {value}" for name, value in given.items()]
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-        async with asyncio.timeout(60):  # what is not refused may wait for ever
+        async with asyncio.timeout(30):  # what is not refused may wait for ever
             head, _, content = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         await writer.wait_closed()
