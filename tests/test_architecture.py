@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "signals", "terminal"},
+    {"errors", "garbage", "claims", "signals", "terminal"},
     {
         "states",
         "answers",

@@ -39,6 +39,18 @@ def test_a_free_address_is_bound() -> None:
         assert ("127.0.0.1", port) == sock.getsockname()
 
 
+def test_a_server_that_still_loads_has_its_port() -> None:
+    """Linux would let a second one be bound to it, which would fail once its models are loaded."""
+    loading = Listener.open(flags())
+    port = loading.port
+
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use; .*--port"):
+        Listener.open(flags(port=port))
+
+    loading.close()
+    Listener.open(flags(port=port)).close()
+
+
 @pytest.mark.parametrize("port", [99999, -1])
 def test_a_number_that_is_no_port_is_named(port: int) -> None:
     """With those that are."""

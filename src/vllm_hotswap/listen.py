@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vllm_hotswap.claims import claimed, give_back
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.port_file import PortFile, check_port_file
 from vllm_hotswap.unix_socket import UnixSocket
@@ -75,10 +76,12 @@ class Listener:
         log_config: dict[str, Any] | None = None,
         refresher: Refresher | None = None,
         port_file: Path | None = None,
+        claim: socket.socket | None = None,
     ) -> None:
         self.args = args
         self.refresher = refresher
         self._bound = bound
+        self._claim = claim
         self._log_config = log_config
         self._port_path = port_file
         self._port_file: PortFile | None = None
@@ -100,13 +103,13 @@ class Listener:
         flags = flags or ListenFlags()
         flags.check(args)
         make_config(args, log_config, _nothing)
-        bound = (
-            UnixSocket.bind(Path(args.uds), flags.uds_mode)
-            if args.uds
-            else bind(args.host, args.port)
-        )
         watched = refresher if args.enable_ssl_refresh else None
-        return cls(args, bound, log_config, watched, flags.port_file)
+        if args.uds:
+            bound = UnixSocket.bind(Path(args.uds), flags.uds_mode)
+            return cls(args, bound, log_config, watched)
+        sock = bind(args.host, args.port)
+        claim = _claim(sock, args.host)
+        return cls(args, sock, log_config, watched, flags.port_file, claim)
 
     @property
     def sock(self) -> socket.socket:
@@ -155,6 +158,7 @@ class Listener:
             return  # by now the files may be another server's
         self._is_closed = True
         self._bound.close()
+        give_back(self._claim)
         if self._port_file is not None:
             self._port_file.remove()
 
@@ -224,6 +228,17 @@ def bind(host: str | None, port: int) -> socket.socket:
         raise _cannot_bind(host, port, error) from error
     sock.set_inheritable(True)
     return sock
+
+
+def _claim(sock: socket.socket, host: str | None) -> socket.socket | None:
+    """Keep other servers off the port while models are loaded: nobody listens to it yet."""
+    address, port = sock.getsockname()[:2]
+    try:
+        with claimed(f"{address}/{port}") as claim:
+            return claim
+    except OSError as error:
+        sock.close()
+        raise _cannot_bind(host, port, error) from error
 
 
 def _notice_vanished_clients(sock: socket.socket) -> None:

@@ -12,11 +12,11 @@ import errno
 import os
 import socket
 import stat
-import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from vllm_hotswap.claims import claimed, give_back
 from vllm_hotswap.errors import ConfigError
 
 MAX_PATH_BYTES = 107
@@ -61,13 +61,12 @@ class UnixSocket:
             ConfigError: it cannot be made, or is in use; the message says why.
         """
         _check_place(path)
-        claim = _claim(path)
         try:
-            _remove_stale(path)
-            sock = _bind(path, mode)
-        except BaseException:
-            _close(claim)
-            raise
+            with claimed(_claim_name(path)) as claim:
+                _remove_stale(path)
+                sock = _bind(path, mode)
+        except OSError as error:
+            raise _cannot_listen(path, error) from error
         bound = cls(sock, path.absolute(), FileIdentity.of(path), claim)
         if mode is not None:
             bound._allow(mode)
@@ -92,7 +91,7 @@ class UnixSocket:
         if self.is_in_place:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-        _close(self._claim)  # only now, so that the next server finds no file of ours
+        give_back(self._claim)  # only now, so that the next server finds no file of ours
 
 
 def _check_place(path: Path) -> None:
@@ -105,24 +104,11 @@ def _check_place(path: Path) -> None:
         raise ConfigError(f"--uds: {str(path)!r} is longer than {MAX_PATH_BYTES} bytes")
 
 
-def _claim(path: Path) -> socket.socket | None:
-    """Claim the path among servers of this kind; one that still loads listens to nothing yet.
-
-    The claim is a name without a file, which Linux drops with the process. None elsewhere.
-    """
-    if sys.platform != "linux":
-        return None
-    folder = path.absolute().parent.stat()  # the same through whatever links the path leads
+def _claim_name(path: Path) -> str:
+    """The same through whatever links the path leads."""
+    folder = path.absolute().parent.stat()
     name = sha256(os.fsencode(path.name)).hexdigest()[:32]
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        claim.bind(f"\0vllm-hotswap/{folder.st_dev}/{folder.st_ino}/{name}".encode())
-    except OSError as error:
-        claim.close()
-        if error.errno == errno.EADDRINUSE:
-            raise _in_use(path) from None
-        raise _cannot_listen(path, error) from error
-    return claim
+    return f"{folder.st_dev}/{folder.st_ino}/{name}"
 
 
 def _remove_stale(path: Path) -> None:
@@ -169,15 +155,8 @@ def _bind(path: Path, mode: int | None) -> socket.socket:
         sock.bind(str(path))
     except OSError as error:
         sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise _in_use(path) from None
         raise _cannot_listen(path, error) from error
     return sock
-
-
-def _close(claim: socket.socket | None) -> None:
-    if claim is not None:
-        claim.close()
 
 
 def _in_use(path: Path) -> ConfigError:
