@@ -1,4 +1,4 @@
-"""`python -m tests.serving PORT`: the whole server on fake engines, in a process of its own.
+"""`python -m tests.serving`: the whole server on fake engines, in a process of its own.
 
 Its model answers nothing until it is told to stop, and it would wait a minute for its requests.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Sequence
 
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
@@ -43,13 +44,19 @@ def flags(**given: object) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, **given})
 
 
-def main(port: int) -> int:
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--uds")
+    parser.add_argument("--alias", default="llama")
+    args = parser.parse_args(argv)
     configure_logging()
-    host = FakeHost(("llama",), {"llama": FakeSettings(token_s=3600)})
+    host = FakeHost((args.alias,), {args.alias: FakeSettings(token_s=3600)})
     app = HotswapApp(host, Access(), observers=(EventLog(),))
-    listener = Listener.open(flags(port=port, shutdown_timeout=60))
-    return asyncio.run(serve(app, listener, ["llama"], "llama", StartupProgress(["llama"])))
+    listener = Listener.open(flags(port=args.port, uds=args.uds, shutdown_timeout=60))
+    progress = StartupProgress([args.alias])
+    return asyncio.run(serve(app, listener, [args.alias], args.alias, progress))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,12 @@ class Planted:
                 self.heard.append(line)
 
 
+def is_reached(path: Path) -> bool:
+    """Whether somebody listens to the socket, which is there while models are loaded."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 async def planted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -94,7 +101,7 @@ async def planted(
     serving = asyncio.create_task(
         server.serve(app, listener, ["llama"], "llama", StartupProgress(["llama"]))
     )
-    while not (tmp_path / "s").exists() and not serving.done():  # noqa: ASYNC110  # uvicorn makes it, and tells nobody
+    while not is_reached(tmp_path / "s") and not serving.done():  # noqa: ASYNC110  # it loads
         await asyncio.sleep(0)
     transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "s"))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:

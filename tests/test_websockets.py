@@ -158,13 +158,14 @@ async def listening(server: Server) -> AsyncIterator[str]:
     started = asyncio.get_running_loop().create_future()
     config = listener.uvicorn_config(server.app)
     uvicorn = life.Server(config, on_started=lambda: started.set_result(None))
-    serving = asyncio.create_task(uvicorn.serve([listener.sock] if listener.sock else None))
+    serving = asyncio.create_task(uvicorn.serve([listener.sock]))
     await started
     try:
         yield f"ws://{urlsplit(listener.address).netloc}"
     finally:
         uvicorn.should_exit = True
         await serving
+        listener.close()
 
 
 async def test_client_talks_through_a_real_connection(speech: Server) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
+from vllm_hotswap import terminal
 from vllm_hotswap.events import (
     ClientEvicted,
     EngineDied,
@@ -123,7 +124,13 @@ class EventLog:
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Send this package's log to standard error, one `key=value` line per event."""
+    """Send this package's log to standard error, one `key=value` line per event.
+
+    A log that cannot be written is given up in silence, vLLM's and uvicorn's, too: where the reader
+    of a pipe has left, every line would otherwise leave a stack trace.
+    """
+    terminal.prepare()
+    logging.raiseExceptions = False
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s %(message)s"))
     logger = logging.getLogger("vllm_hotswap")

@@ -19,6 +19,7 @@ import pytest
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.watching import MemoryWatch
+from tests.ports import free_port
 from vllm_hotswap.bench import medium
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import MODELS

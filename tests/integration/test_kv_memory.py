@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.architectures import ARCHITECTURES, make
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from vllm_hotswap.demo import free_port
+from tests.ports import free_port
 
 # Each architecture is inspected by vLLM in a process of its own the first time on a machine.
 pytestmark = pytest.mark.timeout(900)

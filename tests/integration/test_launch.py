@@ -374,7 +374,9 @@ async def test_certificates_are_loaded_and_watched(tmp_path: Path) -> None:
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
     make_certificate(key, certificate)
     given = flags(ssl_keyfile=key, ssl_certfile=certificate, uds=str(tmp_path / "s"))
-    config = Listener.open(given).uvicorn_config(Starlette())
+    listener = Listener.open(given)
+    config = listener.uvicorn_config(Starlette())
+    listener.close()
 
     watcher = certificate_refresher(config)
 
