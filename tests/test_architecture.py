@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "terminal"},
+    {"errors", "garbage", "hints", "terminal"},
     {
         "states",
         "answers",
@@ -99,6 +99,7 @@ LAYERS = [
         "adapter_routes",
         "job_routes",
         "check",
+        "misspelt",
         "schema",
         "engines.vllm",
         "engines.fake_process",

@@ -32,7 +32,7 @@ from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
-from vllm_hotswap.progress import EventLog, StartupProgress
+from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import CONFIG_VARIABLES
@@ -91,7 +91,7 @@ def run(
     link = HostLink()
     link.spawn()
     try:
-        with no_collection():
+        with no_collection(), waiting("loading vLLM"):
             # These import vLLM: seconds, during which the host does the same.
             from vllm_hotswap import launch
             from vllm_hotswap.compat import frontend, versions
