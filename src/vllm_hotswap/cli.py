@@ -153,8 +153,9 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vllm-hotswap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in [wanted] if wanted in COMMANDS else COMMANDS:
-        about, fill = COMMANDS[name]
+    for name, (about, fill) in COMMANDS.items():
+        if wanted in COMMANDS and name != wanted:
+            continue
         command = commands.add_parser(name, help=about)
         command.set_defaults(parser=command)
         if wanted in (None, name):

@@ -28,6 +28,8 @@ MODELS = Path(__file__).parent / "tiny_models"
 PORT = 8000
 """That of vLLM's server, of ours, and of the commands that call it."""
 
+SERVER_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
+
 START_TIMEOUT_S = 600.0
 
 LOADING = "loading vLLM (the first start compiles its modules, which may take minutes) ..."
@@ -141,31 +143,33 @@ $ {program()} demo --write hotswap-demo"""
 
 
 def online_flow(client: httpx.Client) -> None:
+    """The quickstart's requests, each with its answer. Raises `HotswapError` if one is wrong."""
     _title("1. List the models")
-    listed = _call(client, "GET", "/v1/models")
+    listed = call(client, "GET", "/v1/models")
     _expect([m["id"] for m in listed["data"]] == ["llama", "qwen", "embed"], "three aliases")
 
     _title("2. Generate with the default model")
-    answer = _chat(client, "llama")
+    answer = chat(client, "llama")
     _expect("llama" in answer["choices"][0]["message"]["content"], "an answer of llama")
 
     _title("3. Switch in the running process")
-    switched = _call(client, "POST", "/v1/models/switch", {"model": "qwen", "drain_timeout": 60})
+    switched = call(client, "POST", "/v1/models/switch", {"model": "qwen", "drain_timeout": 60})
     _expect(switched["switched"] and switched["current_model"] == "qwen", "qwen to be active")
 
     _title("4. Generate with the other model")
-    answer = _chat(client, "qwen")
+    answer = chat(client, "qwen")
     _expect("qwen" in answer["choices"][0]["message"]["content"], "an answer of qwen")
 
     _title("5. Tool calls, which only qwen is configured for")
-    answer = _chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
+    answer = chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
     calls = answer["choices"][0]["message"]["tool_calls"]
     _expect(bool(calls) and calls[0]["function"]["name"] == "get_weather", "a tool call")
 
 
-def _chat(
+def chat(
     client: httpx.Client, alias: str, question: str = QUESTION, **extra: object
 ) -> dict[str, Any]:
+    """Ask a model, and show that."""
     body = {
         "model": alias,
         "messages": [{"role": "user", "content": question}],
@@ -173,10 +177,10 @@ def _chat(
         "temperature": 0,
         **extra,
     }
-    return _call(client, "POST", "/v1/chat/completions", body)
+    return call(client, "POST", "/v1/chat/completions", body)
 
 
-def _call(
+def call(
     client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Send one request and show it, as a command to paste, with its answer."""
@@ -232,8 +236,7 @@ def _server(path: Path, log: Path, port: int) -> Iterator[httpx.Client]:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(path),
     }
-    module = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
-    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", SERVER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
     _say(f"# one server for three tiny models, on 127.0.0.1:{port}, started as the quickstart says")
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)

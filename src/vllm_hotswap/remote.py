@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote, urlsplit
@@ -289,7 +290,7 @@ def _key(args: argparse.Namespace) -> tuple[str, str]:
     Raises:
         ConfigError: a file cannot be used, or the key cannot be sent.
     """
-    file = args.admin_key_file or os.environ.get(KEY_FILE_VARIABLE)
+    file = args.admin_key_file or os.environ.get(KEY_FILE_VARIABLE, "")
     variable = split_keys(os.environ.get(KEY_VARIABLE, ""))[0]
     if args.admin_key:
         key, origin = args.admin_key, "--admin-key"
@@ -436,30 +437,25 @@ class Refusal:
 
     def _as_commands(self, message: str) -> str:
         """The message with calls of our own routes as commands."""
-        for pattern, words in _CALLS:
-            message = re.sub(pattern, lambda found, w=words: self._command(w(found)), message)
+        for pattern, template in _CALLS:
+            message = re.sub(pattern, partial(self._command, template), message)
         return message
 
-    def _command(self, words: Sequence[str]) -> str:
+    def _command(self, template: Sequence[str], call: re.Match[str]) -> str:
+        words = [call.expand(word) for word in template]
         url = [] if self.address.is_default else ["--url", str(self.address)]
         file = self.args.admin_key_file
         key = ["--admin-key-file", str(file)] if file else []
-        return " ".join([program(), shlex.join([*words, *url, *key])])
+        return f"{program()} {shlex.join([*words, *url, *key])}"
 
 
 _GIVE_KEY = f"give --admin-key-file FILE or --admin-key KEY, or set {KEY_VARIABLE}"
 
-_CALLS: Sequence[tuple[str, Callable[[re.Match[str]], list[str]]]] = (
-    (
-        r'POST /admin/models/(\S+)/pin \{"pinned": false\}',
-        lambda found: ["pin", found.group(1), "--off"],
-    ),
-    (
-        r'POST /v1/models/switch \{"model": "([^"]+)"\}',
-        lambda found: ["switch", found.group(1)],
-    ),
-    (r"DELETE /admin/leases/(\S+)", lambda found: ["release", found.group(1)]),
-    (r"GET /admin/leases\b", lambda _: ["leases"]),
+_CALLS: Sequence[tuple[str, Sequence[str]]] = (
+    (r'POST /admin/models/(\S+)/pin \{"pinned": false\}', ("pin", r"\1", "--off")),
+    (r'POST /v1/models/switch \{"model": "([^"]+)"\}', ("switch", r"\1")),
+    (r"DELETE /admin/leases/(\S+)", ("release", r"\1")),
+    (r"GET /admin/leases\b", ("leases",)),
 )
 """Calls that errors of the server name, and the commands that make them."""
 
