@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,18 @@ def test_what_to_do_next_works_as_it_is_printed(tmp_path: Path) -> None:
     path = shell(writing, cwd=tmp_path, env=environment).strip()
 
     assert ("llama", "qwen", "embed") == load_config(tmp_path / path).aliases
+
+
+def test_command_that_a_missing_file_is_answered_with_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is printed, with a folder in the place of DIR."""
+    monkeypatch.chdir(tmp_path)
+    assert 1 == main(["check", "models.yaml"])
+    (command,) = re.findall("`vllm-hotswap (.*?)`", capsys.readouterr().err)
+
+    assert 0 == main(command.replace("DIR", ".").split())
+    assert ("llama", "qwen", "embed") == load_config(Path("models.yaml")).aliases
 
 
 def test_the_end_says_how_to_go_on_at_the_same_address() -> None:

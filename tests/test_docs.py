@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from tests.remote_server import listening_server
 from vllm_hotswap import demo, errors, failpoints, reference, remote
+from vllm_hotswap.cli import make_parser
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.fake import FakeHost
@@ -139,6 +141,31 @@ def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
             command = re.sub(r"(http://)?localhost:\d+", running.url, line)
             ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
             assert "error" not in json.loads(ran.stdout), command
+
+
+def mentioned() -> set[str]:
+    """The commands of ours that pages and messages name, alternatives one by one."""
+    paths = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "src").rglob("*.py")]
+    texts = [re.findall(r"`vllm-hotswap ([a-z][^`\n]*)`", path.read_text()) for path in paths]
+    lines = {line for found in texts for line in found}
+    return {
+        f"{name}{rest}"
+        for line in lines
+        for names, rest in re.findall(r"^([a-z|]+)(.*)$", line)
+        for name in names.split("|")
+    }
+
+
+def test_every_command_that_is_mentioned_exists() -> None:
+    """With every flag that it is mentioned with."""
+    lines = sorted(mentioned())
+    assert len(lines) > 20
+    for line in lines:
+        name, *words = line.replace("[", "").replace("]", "").split()
+        parser = make_parser(name)
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= set(commands.choices[name]._option_string_actions), line
 
 
 def test_there_is_one_port() -> None:

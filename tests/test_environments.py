@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from tests.remote_server import Canned, Listening, canned_server, listening_server
 from vllm_hotswap import remote
+from vllm_hotswap.__main__ import main as program
 from vllm_hotswap.access import Access
 from vllm_hotswap.cli import COMMANDS, main
 
@@ -294,6 +296,38 @@ def test_an_interrupt_ends_a_command_without_a_word(canned: Canned) -> None:
     process.send_signal(signal.SIGINT)
 
     assert ("", 130) == (process.communicate(timeout=60)[1], process.returncode)
+
+
+class Interrupting:
+    """Finds modules, and is interrupted when it looks for one of ours."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "vllm_hotswap.cli":
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_of_the_imports_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come first, and people who have mistyped something are quick."""
+    monkeypatch.delitem(sys.modules, "vllm_hotswap.cli")
+    monkeypatch.delattr("vllm_hotswap.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+
+    assert 130 == program()
+
+
+def test_an_error_that_nobody_thought_of_is_one_line_with_its_place(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it can be reported."""
+    monkeypatch.setattr("vllm_hotswap.remote.call", lambda *_: 1 / 0)
+
+    ended = run("status")
+
+    (line,) = ended.err.splitlines()
+    assert 1 == ended.status
+    assert re.search(
+        r"unexpected ZeroDivisionError in test_environments.py:\d+: division by zero", line
+    )
 
 
 # --- what answers, and is no server of ours -------------------------------------------------

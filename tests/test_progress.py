@@ -44,13 +44,26 @@ def test_a_terminal_has_one_line_that_counts_and_goes(monkeypatch: pytest.Monkey
     assert "" == terminal.getvalue().rpartition("\r")[2].strip()
 
 
-def test_a_step_of_the_start_is_logged_before_it_is_done(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def test_a_step_of_the_start_is_logged_before_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not behind it, when nobody wonders any more."""
+    lines, logger = Lines(), logging.getLogger("vllm_hotswap")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(logging.getLogger("vllm_hotswap"), "propagate", True)
-    with caplog.at_level(logging.INFO, "vllm_hotswap"), waiting("loading vLLM"):
-        said = [record.getMessage() for record in caplog.records]
+    monkeypatch.setattr(logger, "handlers", [lines])
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    with waiting("loading vLLM"):
+        said = lines.said[:]
+    logger.setLevel(before)
 
     assert ["event=start step='loading vLLM' elapsed_s=0"] == said
