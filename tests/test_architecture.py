@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "hints", "terminal"},
+    {"errors", "garbage", "hints", "signals", "terminal"},
     {
         "states",
         "answers",
@@ -21,6 +21,9 @@ LAYERS = [
         "devices",
         "failpoints",
         "checkpoint",
+        "cross_site",
+        "models_file",
+        "unix_socket",
         "adapters",
         "keys",
         "model_field",
@@ -34,7 +37,16 @@ LAYERS = [
         "compat.names",
         "compat.versions",
     },
-    {"planner", "policy", "costs", "host.messages", "host.arena", "host.heap", "host.teardown"},
+    {
+        "port_file",
+        "planner",
+        "policy",
+        "costs",
+        "host.messages",
+        "host.arena",
+        "host.heap",
+        "host.teardown",
+    },
     {"host.weights", "host.canaries", "host.compiled", "host.lora"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},

@@ -175,7 +175,7 @@ def test_there_is_one_port() -> None:
     address = r"(?:localhost:|127\.0\.0\.1:|--port |PORT=|PORT \?= )(\d+)"
     named = {port for path in pages for port in re.findall(address, path.read_text())}
 
-    assert {str(demo.PORT)} == named
+    assert {str(demo.PORT)} == named - {"0"}  # which is any free one
     assert remote.DEFAULT_URL.endswith(f":{demo.PORT}")
 
 

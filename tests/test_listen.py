@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.types import Receive, Scope, Send
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tests.serving import flags
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.listen import Listener, bind, most_connections
+from vllm_hotswap.listen import Listener, ListenFlags, bind, most_connections
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +62,7 @@ def test_a_host_that_is_not_known_is_named(host: str) -> None:
     ],
 )
 def test_a_socket_that_cannot_be_made_is_named(path: str, expected: str, tmp_path: Path) -> None:
-    """A Unix domain socket is only made when the models are loaded, so it is checked before."""
+    """Before anything slow is done."""
     (tmp_path / "file").touch()
 
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -118,7 +119,9 @@ def test_limits_and_log_reach_uvicorn(tmp_path: Path) -> None:
     """As they reach it from vLLM's own server."""
     log = {"version": 1, "disable_existing_loggers": False}
     given = flags(uds=str(tmp_path / "s"), h11_max_header_count=7, h11_max_incomplete_event_size=99)
-    config = Listener.open(given, log).uvicorn_config(nothing)
+    listener = Listener.open(given, log)
+    config = listener.uvicorn_config(nothing)
+    listener.close()
 
     assert (7, 99) == (config.h11_max_header_count, config.h11_max_incomplete_event_size)  # type: ignore[attr-defined]
     assert log == config.log_config
@@ -127,18 +130,89 @@ def test_limits_and_log_reach_uvicorn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "address"),
     [
-        ({"port": 8000}, "http://127.0.0.1:8000"),
-        ({"host": None, "port": 8000}, "http://0.0.0.0:8000"),
-        ({"host": "::1", "port": 8000}, "http://[::1]:8000"),
-        ({"port": 8000, "ssl_certfile": "c"}, "https://127.0.0.1:8000"),
-        ({"uds": "/run/s"}, "unix:/run/s"),
+        ({}, "http://127.0.0.1:{port}"),
+        ({"host": None}, "http://0.0.0.0:{port}"),
+        ({"host": "::1"}, "http://[::1]:{port}"),
+        ({"host": "localhost", "ssl_certfile": "c"}, "https://localhost:{port}"),
     ],
 )
 def test_the_address_is_told_in_the_form_that_clients_use(
-    given: dict[str, object], address: str
+    given: dict[str, Any], address: str
 ) -> None:
-    """In the banner."""
-    assert address == Listener(flags(**given), None).address
+    """In the banner, with the port that the system has chosen for 0."""
+    args = flags(**given)
+    with bind(args.host, 0) as sock:
+        listener = Listener(args, sock)
+
+        assert 0 != listener.port
+        assert address.format(port=listener.port) == listener.address
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), (None, False)]
+)
+def test_loopback_is_told_by_what_was_bound(host: str | None, expected: bool) -> None:
+    """And not by how it is written."""
+    with bind(host, 0) as sock:
+        assert expected is Listener(flags(host=host), sock).is_loopback
+
+
+def test_the_port_is_in_a_file_from_the_first_connection_to_the_end(tmp_path: Path) -> None:
+    """Whole, whenever it is there; one that a killed server has left is replaced."""
+    path = tmp_path / "port"
+    path.write_text("8000\n")
+    listener = Listener.open(flags(), flags=ListenFlags(port_file=path))
+    before = path.read_text()
+
+    listener.announce()
+
+    assert ("8000\n", f"{listener.port}\n") == (before, path.read_text())
+    assert [path] == list(tmp_path.iterdir())
+    listener.close()
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
+    """Whoever wrote it last owns it."""
+    path = tmp_path / "port"
+    first, second = (Listener.open(flags(), flags=ListenFlags(port_file=path)) for _ in range(2))
+    first.announce()
+    second.announce()
+
+    first.close()
+
+    assert f"{second.port}\n" == path.read_text()
+    second.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("missing/port", {}, "--port-file: the folder .*missing' does not exist"),
+        ("models.yaml", {}, "--port-file: .*models.yaml' exists and holds no port"),
+        ("link", {}, "--port-file: .*link' exists and holds no port"),
+        (".", {}, "--port-file: .* exists and holds no port"),
+        ("port", {"uds": "s"}, "--port-file: with --uds there is no port"),
+    ],
+)
+def test_a_port_file_that_cannot_be_written_is_named(
+    name: str, given: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    """And no file of somebody else's is replaced."""
+    (tmp_path / "models.yaml").write_text("models: {}")
+    (tmp_path / "link").symlink_to("models.yaml")
+
+    with pytest.raises(ConfigError, match=expected):
+        Listener.open(flags(**given), flags=ListenFlags(port_file=tmp_path / name))
+
+    assert "models: {}" == (tmp_path / "models.yaml").read_text()
+
+
+def test_a_mode_without_a_socket_is_refused() -> None:
+    """It would protect nothing."""
+    with pytest.raises(ConfigError, match="--uds-mode needs --uds"):
+        Listener.open(flags(), flags=ListenFlags(uds_mode=0o600))
 
 
 def test_clients_that_vanish_are_noticed() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import httpx
 import pytest
 import uvicorn
 
+from tests.conftest import MakeServer
 from tests.serving import flags
 from tests.support import settled
 from vllm_hotswap import server
@@ -26,7 +29,8 @@ from vllm_hotswap.config import parse_config
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
-from vllm_hotswap.listen import Listener
+from vllm_hotswap.listen import Listener, ListenFlags
+from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import StartupProgress
 from vllm_hotswap.settings import RecoveryConfig
 
@@ -35,12 +39,17 @@ PAGE = "https://page.example"
 
 
 def serve(
-    host: FakeHost, listener: Listener, access: Access | None = None, **recovery: Any
+    host: FakeHost,
+    listener: Listener,
+    access: Access | None = None,
+    models_file: ModelsFile | None = None,
+    **recovery: Any,
 ) -> Serving:
     """Start a server of the host's models in this process."""
     app = HotswapApp(host, access or Access(), recovery=RecoveryConfig(**recovery))
     load = list(host.engines)
-    return asyncio.create_task(server.serve(app, listener, load, load[0], StartupProgress(load)))
+    progress = StartupProgress(load)
+    return asyncio.create_task(server.serve(app, listener, load, load[0], progress, models_file))
 
 
 async def answer(path: Path, **kwargs: object) -> httpx.Response:
@@ -88,6 +97,7 @@ async def test_a_signal_ends_a_start(tmp_path: Path) -> None:
 
     assert 0 == await serving
     assert not host.is_running
+    assert not (tmp_path / "s").exists()
 
 
 async def test_the_banner_is_shown_when_requests_are_accepted_and_a_signal_ends_the_server(
@@ -126,16 +136,106 @@ async def test_a_hangup_has_key_files_read_again(tmp_path: Path) -> None:
     assert 0 == await serving
 
 
+EDITED = "event=models_file_changed path="
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda file: file.write_text("models: {b: {}}"), EDITED),
+        (lambda file: file.write_text("models: {a: {}}"), ""),
+        (lambda file: file.touch(), ""),
+        (lambda file: file.unlink(), "event=models_file_unreadable path="),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file any more"),
+        (lambda file: (file.unlink(), file.mkdir()), "is no regular file any more"),
+    ],
+)
+@pytest.mark.parametrize("has_keys", [False, True])
+async def test_a_hangup_says_that_an_edited_models_file_wants_a_restart(
+    edit: Callable[[Path], object],
+    expected: str,
+    has_keys: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And nothing if it holds what it held; the server serves on, with or without key files."""
+    caplog.set_level(logging.INFO)
+    file, keys = tmp_path / "models.yaml", tmp_path / "keys"
+    file.write_text("models: {a: {}}")
+    keys.touch(0o600)
+    keys.write_text("key")
+    access = Access(admin_key_files=[keys] if has_keys else [])
+    listener = Listener.open(flags(uds=str(tmp_path / "s")))
+    serving = serve(FakeHost(("llama",)), listener, access, ModelsFile.read(file))
+    await answer(tmp_path / "s")
+
+    edit(file)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await settled()
+
+    assert 200 == (await answer(tmp_path / "s")).status_code
+    assert expected in caplog.text
+    assert bool(expected) == ("event=models_file_" in caplog.text)
+    assert has_keys == ("event=keys_read" in caplog.text)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert 0 == await serving
+
+
+@pytest.mark.parametrize(
+    ("access", "mode", "expected"),
+    [
+        (Access(), "manual", "switching is closed: start the server with --admin-key"),
+        (Access(), "auto", "admin routes are closed: start the server with --admin-key"),
+        (Access(user_keys=["u"]), "manual", "switching is closed: start the server with"),
+        (Access(admin_keys=["a"]), "manual", ""),
+        (Access(dev_mode=True), "manual", ""),
+    ],
+)
+async def test_the_banner_says_that_switching_is_closed_and_how_to_open_it(
+    make_server: MakeServer, access: Access, mode: str, expected: str
+) -> None:
+    """Where nobody could switch."""
+    running = await make_server(access=access, mode=mode)
+
+    shown = server.banner(running.app, "http://127.0.0.1:8000")
+
+    assert expected in shown
+    assert bool(expected) == ("closed" in shown)
+
+
+async def test_a_port_that_the_system_has_chosen_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the banner, by the log and by the file, which is there as long as clients get in."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "port"
+    listener = Listener.open(flags(port=0), flags=ListenFlags(port_file=path))
+    serving = serve(FakeHost(("llama",)), listener)
+    while not path.exists():  # noqa: ASYNC110  # a file tells no more
+        await asyncio.sleep(0)
+    address = f"http://127.0.0.1:{path.read_text().strip()}"
+    async with httpx.AsyncClient(trust_env=False) as client:
+        status = (await client.get(f"{address}/health")).status_code
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert 0 == await serving
+    assert 200 == status
+    assert f"{address}  active: llama" in capsys.readouterr().out
+    assert f"event=listening address={address}" in caplog.text
+    assert not path.exists()
+
+
 async def test_a_server_that_cannot_listen_ends_with_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the reason in the log, and without a banner that says otherwise."""
-    listener = Listener(flags(uds=str(tmp_path / "gone" / "s")), None)
+    listener = Listener.open(flags(uds=str(tmp_path / "s")))
+    (tmp_path / "s").unlink()
 
     assert 1 == await serve(FakeHost(("llama",)), listener)
     assert "" == capsys.readouterr().out
     assert "event=serving_failed cause=" in caplog.text
-    assert "No such file or directory" in caplog.text
+    assert f"the socket {tmp_path}/s was removed, or replaced" in caplog.text
 
 
 async def test_too_many_deaths_of_the_host_end_the_server_with_status_1(tmp_path: Path) -> None:
@@ -252,28 +352,33 @@ async def test_certificates_are_watched_while_the_server_runs(tmp_path: Path) ->
     assert [True, "stopped"] == told
 
 
-def test_a_second_signal_ends_the_server_at_once() -> None:
-    """Whoever does not want to wait for running requests need not look for another signal."""
-    port = free_port()
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
+    """Whoever does not want to wait for running requests need not look for another signal.
+
+    The socket is gone all the same.
+    """
+    sock = tmp_path / "s"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serving", "--port", str(port)],
+        [sys.executable, "-m", "tests.serving", "--uds", str(sock)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    with process:
+    with process, httpx.Client(transport=httpx.HTTPTransport(uds=str(sock))) as client:
         assert process.stdout is not None
         assert process.stderr is not None
         try:
             process.stdout.readline()
-            url = f"http://127.0.0.1:{port}/v1/completions"
-            with httpx.stream("POST", url, json={"stream": True}, timeout=60):
+            url = "http://server/v1/completions"
+            with client.stream("POST", url, json={"stream": True}, timeout=60):
                 process.terminate()
                 while "event=shutdown" not in process.stderr.readline():
                     pass
+                assert sock.is_socket()
                 process.terminate()
                 process.stderr.read()
 
+            assert not sock.exists()
             assert -signal.SIGTERM == process.wait(timeout=10)
         finally:
             process.kill()

@@ -23,6 +23,11 @@ from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 
 log = logging.getLogger("vllm_hotswap")
 
+HOW_TO_OPEN = (
+    "start the server with --admin-key (or VLLM_HOTSWAP_ADMIN_KEY), or with "
+    "VLLM_SERVER_DEV_MODE=1 on a trusted network"
+)
+
 
 class Role(Enum):
     """What a route asks of its caller."""
@@ -106,6 +111,16 @@ class Access:
         sources = [self._user_source, self._admin_source, *(g.source for g in self._groups)]
         return any(source.files for source in sources)
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether some route asks for one."""
+        return bool(self._user or self._admin)
+
+    @property
+    def is_switching_closed(self) -> bool:
+        """Whether our own routes that change state refuse everybody."""
+        return not (self._admin or self._dev_mode)
+
     def read_again(self) -> None:
         """Take the keys that the files hold now; keep those from before if that fails."""
         try:
@@ -161,10 +176,7 @@ class Access:
                 "VLLM_HOTSWAP_ADMIN_KEY), and send that key"
             )
         if not self._dev_mode:
-            raise SwitchNotAllowed(
-                "switching is closed: start the server with --admin-key (or "
-                "VLLM_HOTSWAP_ADMIN_KEY), or with VLLM_SERVER_DEV_MODE=1 on a trusted network"
-            )
+            raise SwitchNotAllowed(f"switching is closed: {HOW_TO_OPEN}")
 
 
 def _is_on(value: str) -> bool:

@@ -21,6 +21,7 @@ from vllm_hotswap.access import Access
 from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Clock, Coordinator
+from vllm_hotswap.cross_site import CrossSite
 from vllm_hotswap.description import describe
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import HotswapError, NotReady
@@ -55,8 +56,10 @@ class HotswapApp:
         clock: Clock = time.monotonic,
         limits: LimitsConfig | None = None,
         recovery: RecoveryConfig | None = None,
+        cross_site: CrossSite | None = None,
     ) -> None:
         self.host = host
+        self._cross_site = cross_site or CrossSite()
         self.recovery = recovery or RecoveryConfig()
         self.access = access
         self._vllm_version = vllm_version
@@ -112,8 +115,12 @@ class HotswapApp:
 
     async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
         """What answers a request that may be answered."""
-        route, parameters = self.routes.find(*request_of(scope))
-        self.access.check(route.role, Headers(scope=scope))
+        (method, path), headers = request_of(scope), Headers(scope=scope)
+        self._cross_site.check_host(method, path, headers)
+        route, parameters = self.routes.find(method, path)
+        if route.is_kept_from_other_sites:
+            self._cross_site.check_origin(method, path, headers)
+        self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
         with self.router.bodies.hold() as held:

@@ -11,9 +11,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -190,6 +191,7 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
             help=f"file with keys as of --{role}-key, one a line (also "
             f"VLLM_HOTSWAP_{role.upper()}_KEY_FILE); read again on SIGHUP; may be given again",
         )
+    _add_listening(serve)
     serve.add_argument(
         "--record",
         type=Path,
@@ -199,6 +201,43 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
     )
     _add_settings(serve)
     serve.set_defaults(run=_serve)
+
+
+def _add_listening(serve: argparse.ArgumentParser) -> None:
+    """What may be said of the address, besides vLLM's flags."""
+    serve.add_argument(
+        "--uds-mode",
+        type=_mode,
+        metavar="MODE",
+        help="mode of the file of --uds, in octal digits (660: its owner and group may connect); "
+        "default: what the umask leaves of 777",
+    )
+    serve.add_argument(
+        "--port-file",
+        type=Path,
+        metavar="FILE",
+        help="write the TCP port to this file when requests are accepted, and remove it at the "
+        "end; for --port 0",
+    )
+    serve.add_argument(
+        "--allowed-hosts",
+        action="append",
+        default=[],
+        metavar="NAME[,NAME]",
+        help="further names that requests may have in `Host`, where a server on loopback without "
+        "keys answers to this machine's own names only; may be given again",
+    )
+
+
+def _mode(text: str) -> int:
+    """Of a file. Raises `ArgumentTypeError`."""
+    if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is no mode; write octal digits such as 660")
+    return int(text, 8)
+
+
+def _names(words: Iterable[str]) -> list[str]:
+    return [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
 def _fill_check(check: argparse.ArgumentParser) -> None:
@@ -333,10 +372,12 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     config = load(args, flags)
     from vllm_hotswap import server
     from vllm_hotswap.access import KeyFlags
+    from vllm_hotswap.listen import ListenFlags
 
     keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
+    listen = ListenFlags(args.uds_mode, args.port_file, _names(args.allowed_hosts))
     with _explained():
-        return server.run(config, flags, keys, args.record)
+        return server.run(config, flags, keys, args.record, listen)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:

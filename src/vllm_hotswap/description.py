@@ -16,7 +16,13 @@ from pydantic.json_schema import GenerateJsonSchema
 from vllm_hotswap import __version__
 from vllm_hotswap.access import Role
 from vllm_hotswap.answers import ErrorAnswer
-from vllm_hotswap.errors import HotswapError, SwitchNotAllowed, Unauthorized
+from vllm_hotswap.errors import (
+    CrossOriginRefused,
+    HostRefused,
+    HotswapError,
+    SwitchNotAllowed,
+    Unauthorized,
+)
 from vllm_hotswap.routes import About, Route
 
 SCHEMES = {
@@ -137,7 +143,8 @@ def _response(description: str, media_type: str, kind: Any, schemas: _Schemas) -
 def _error_responses(route: Route, about: About, schemas: _Schemas) -> Json:
     """By status: every code that it may have."""
     codes: dict[int, list[str]] = defaultdict(list)
-    for kind in (*ROLE_ERRORS[route.role], *about.errors):
+    pages = (CrossOriginRefused,) if route.is_kept_from_other_sites else ()
+    for kind in (*ROLE_ERRORS[route.role], *pages, HostRefused, *about.errors):
         codes[kind.status].append(f"`{kind.code}`")
     return {
         str(status): _response(" or ".join(codes[status]), "application/json", ErrorAnswer, schemas)

@@ -20,6 +20,8 @@
     ├── ModelLeased              409  another model is held for a job; its lease is named
     ├── UnknownLease             404  no job lease has that id
     ├── SwitchNotAllowed         403  the server was not started with switching open
+    ├── CrossOriginRefused       403  a web page of another origin asks; allow its origin
+    ├── HostRefused              403  the name of the host is not this machine's; allow it
     ├── Unauthorized             401  send a valid key
     ├── InvalidRequest           400  the body or a parameter is wrong
     ├── UnknownRoute             404  the path takes no such request; see the list of routes
@@ -255,6 +257,35 @@ class SwitchNotAllowed(HotswapError):
     status = 403
     type = "permission_error"
     code = "switch_not_allowed"
+
+
+class CrossOriginRefused(HotswapError):
+    """A web page of another origin would change something."""
+
+    status = 403
+    type = "permission_error"
+    code = "cross_origin_refused"
+
+    def __init__(self, origin: str | None) -> None:
+        who = f"a web page of {origin!r}" if origin else "a web page of another site"
+        super().__init__(
+            f"{who} may not use this route; if it is to, start the server with "
+            "--allowed-origins and its origin"
+        )
+
+
+class HostRefused(HotswapError):
+    """The request names a host that is not this machine, as after DNS rebinding."""
+
+    status = 403
+    type = "permission_error"
+    code = "host_refused"
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"the host {host!r} is not this machine, which is all that a server without keys on "
+            "loopback answers to; ask for localhost, or start the server with --allowed-hosts"
+        )
 
 
 class Unauthorized(HotswapError):

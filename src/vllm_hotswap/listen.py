@@ -6,10 +6,12 @@ All of it comes from flags, and is checked before anything slow is done.
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import logging
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +21,10 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.port_file import PortFile, check_port_file
+from vllm_hotswap.unix_socket import UnixSocket
+
+log = logging.getLogger("vllm_hotswap")
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = 5
@@ -32,22 +38,51 @@ KEPT_FILES = 256
 TCP_PROBES = MappingProxyType({"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3})
 """Seconds of silence before a client is probed, seconds between probes, and how many."""
 
-MAX_UDS_BYTES = 107
-"""Of a socket's path, on Linux."""
-
 Refresher = Callable[[uvicorn.Config], Any]
 """Begins to watch the TLS files; what it returns ends that with `stop`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
-    """The address, bound already, and everything else that uvicorn is told."""
+class ListenFlags:
+    """What the command line says of the address, besides vLLM's flags."""
 
-    args: argparse.Namespace
-    sock: socket.socket | None
-    """None if a Unix domain socket is listened to, which uvicorn makes."""
-    log_config: dict[str, Any] | None = None
-    refresher: Refresher | None = None
+    uds_mode: int | None = None
+    """Of the socket's file; None: what the umask leaves."""
+    port_file: Path | None = None
+    allowed_hosts: Sequence[str] = ()
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
+        if self.uds_mode is not None and not args.uds:
+            raise ConfigError("--uds-mode needs --uds")
+        if self.port_file is not None:
+            if args.uds:
+                raise ConfigError("--port-file: with --uds there is no port; leave one of them out")
+            check_port_file(self.port_file)
+
+
+class Listener:
+    """The address, bound already, and everything else that uvicorn is told.
+
+    The mutable state is the file that tells the port, once that can be used, and whether the
+    address has been given back.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        bound: socket.socket | UnixSocket,
+        log_config: dict[str, Any] | None = None,
+        refresher: Refresher | None = None,
+        port_file: Path | None = None,
+    ) -> None:
+        self.args = args
+        self.refresher = refresher
+        self._bound = bound
+        self._log_config = log_config
+        self._port_path = port_file
+        self._port_file: PortFile | None = None
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -55,17 +90,36 @@ class Listener:
         args: argparse.Namespace,
         log_config: dict[str, Any] | None = None,
         refresher: Refresher | None = None,
+        flags: ListenFlags | None = None,
     ) -> Listener:
-        """Check the flags and bind the address.
+        """Check the flags and bind the address; `close` gives it back.
 
         Raises:
             ConfigError: one of them cannot work; the message names it.
         """
-        cls(args, None, log_config).uvicorn_config(_nothing)
-        if args.uds:
-            check_uds(Path(args.uds))
-        sock = None if args.uds else bind(args.host, args.port)
-        return cls(args, sock, log_config, refresher if args.enable_ssl_refresh else None)
+        flags = flags or ListenFlags()
+        flags.check(args)
+        make_config(args, log_config, _nothing)
+        bound = (
+            UnixSocket.bind(Path(args.uds), flags.uds_mode)
+            if args.uds
+            else bind(args.host, args.port)
+        )
+        watched = refresher if args.enable_ssl_refresh else None
+        return cls(args, bound, log_config, watched, flags.port_file)
+
+    @property
+    def sock(self) -> socket.socket:
+        """Bound; clients can connect once the server listens to it."""
+        return self._bound.sock if isinstance(self._bound, UnixSocket) else self._bound
+
+    @property
+    def port(self) -> int | None:
+        """The one that the system has chosen for port 0; None for a Unix domain socket."""
+        if isinstance(self._bound, UnixSocket):
+            return None
+        port: int = self._bound.getsockname()[1]
+        return port
 
     @property
     def address(self) -> str:
@@ -74,49 +128,83 @@ class Listener:
             return f"unix:{args.uds}"
         scheme = "https" if args.ssl_certfile else "http"
         host = args.host or "0.0.0.0"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether programs of this machine alone get here, browsers among them."""
+        if isinstance(self._bound, UnixSocket):
+            return False
+        return ipaddress.ip_address(self._bound.getsockname()[0].partition("%")[0]).is_loopback
+
+    def announce(self) -> None:
+        """Tell where clients get in, now that they do.
+
+        Raises:
+            OSError: they do not: the socket is another program's, or the port cannot be told.
+        """
+        if isinstance(self._bound, UnixSocket) and not self._bound.is_in_place:
+            raise FileNotFoundError(f"the socket {self.args.uds} was removed, or replaced")
+        if self._port_path is not None and self.port is not None:
+            self._port_file = PortFile.write(self._port_path, self.port)
+        log.info("event=listening address=%s", self.address)
+
+    def close(self) -> None:
+        """Give the address back, and remove the files that belong to it. Idempotent."""
+        if self._is_closed:
+            return  # by now the files may be another server's
+        self._is_closed = True
+        self._bound.close()
+        if self._port_file is not None:
+            self._port_file.remove()
 
     def uvicorn_config(self, app: ASGIApp) -> uvicorn.Config:
         """A loaded configuration. Raises `ConfigError` if it cannot be loaded."""
-        _check_tls(self.args)
-        config = self._make_config(app)
-        # As vLLM does, for a uvicorn that reads it.
-        config.h11_max_header_count = self.args.h11_max_header_count  # type: ignore[attr-defined]
-        try:
-            config.load()
-        except (OSError, ValueError) as error:  # ssl's errors are among them
-            raise ConfigError(
-                f"TLS cannot be set up with {_given_tls_flags(self.args)}: {one_line(error)}"
-            ) from error
-        return config
+        return make_config(self.args, self._log_config, app)
 
-    def _make_config(self, app: ASGIApp) -> uvicorn.Config:
-        args = self.args
-        given: dict[str, Any] = {"log_config": self.log_config, "ssl_ciphers": args.ssl_ciphers}
-        try:
-            return uvicorn.Config(
-                app,
-                host=args.host,
-                port=args.port,
-                uds=args.uds,
-                lifespan="off",
-                log_level=args.uvicorn_log_level,
-                access_log=not args.disable_uvicorn_access_log,
-                root_path=args.root_path or "",
-                timeout_keep_alive=_keep_alive_s(),
-                timeout_graceful_shutdown=LAST_ANSWERS_S,
-                limit_concurrency=most_connections(),
-                h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-                ssl_keyfile=args.ssl_keyfile,
-                ssl_certfile=args.ssl_certfile,
-                ssl_ca_certs=args.ssl_ca_certs,
-                ssl_cert_reqs=args.ssl_cert_reqs,
-                **{name: value for name, value in given.items() if value is not None},
-            )
-        except (ValueError, TypeError, AttributeError, ImportError) as error:
-            if self.log_config is None:
-                raise
-            raise ConfigError(f"--log-config-file cannot be used: {_chain(error)}") from error
+
+def make_config(
+    args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
+) -> uvicorn.Config:
+    """Uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
+    _check_tls(args)
+    config = _uvicorn_config(args, log_config, app)
+    # As vLLM does, for a uvicorn that reads it.
+    config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
+    try:
+        config.load()
+    except (OSError, ValueError) as error:  # ssl's errors are among them
+        raise ConfigError(
+            f"TLS cannot be set up with {_given_tls_flags(args)}: {one_line(error)}"
+        ) from error
+    return config
+
+
+def _uvicorn_config(
+    args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
+) -> uvicorn.Config:
+    given: dict[str, Any] = {"log_config": log_config, "ssl_ciphers": args.ssl_ciphers}
+    try:
+        return uvicorn.Config(
+            app,
+            lifespan="off",
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            root_path=args.root_path or "",
+            timeout_keep_alive=_keep_alive_s(),
+            timeout_graceful_shutdown=LAST_ANSWERS_S,
+            limit_concurrency=most_connections(),
+            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        if log_config is None:
+            raise
+        raise ConfigError(f"--log-config-file cannot be used: {_chain(error)}") from error
 
 
 def bind(host: str | None, port: int) -> socket.socket:
@@ -170,19 +258,6 @@ def most_connections() -> int:
         soft = wanted
     files = WANTED_FILES if soft == resource.RLIM_INFINITY else soft
     return max(files - KEPT_FILES, files // 2)
-
-
-def check_uds(path: Path) -> None:
-    """Raises `ConfigError` if no socket can be made at that path."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"--uds: the folder {str(folder)!r} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--uds: the folder {str(folder)!r} cannot be written")
-    if path.exists() and not path.is_socket():
-        raise ConfigError(f"--uds: {str(path)!r} exists and is no socket")
-    if len(os.fsencode(path)) > MAX_UDS_BYTES:
-        raise ConfigError(f"--uds: {str(path)!r} is longer than {MAX_UDS_BYTES} bytes")
 
 
 def _check_tls(args: argparse.Namespace) -> None:

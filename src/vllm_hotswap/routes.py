@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vllm_hotswap.access import Role
+from vllm_hotswap.cross_site import SAFE_METHODS
 from vllm_hotswap.errors import HotswapError, MethodNotAllowed, UnknownRoute
 from vllm_hotswap.model_routes import WEBSOCKET
 
@@ -55,6 +56,15 @@ class Route:
     def methods(self) -> tuple[str, ...]:
         """Our own GET routes answer HEAD, too; vLLM's do where they say so."""
         return ("GET", "HEAD") if self.method == "GET" and self.handler else (self.method,)
+
+    @property
+    def is_kept_from_other_sites(self) -> bool:
+        """Whether a web page of another origin may not use it.
+
+        Ours that change state; and WebSockets, which no CORS keeps a page from reading.
+        """
+        is_changing = self.handler is not None and self.method not in SAFE_METHODS
+        return is_changing or self.method == WEBSOCKET
 
 
 class RouteTable:

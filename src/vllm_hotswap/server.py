@@ -22,24 +22,25 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from vllm_hotswap import __version__, failpoints, terminal
-from vllm_hotswap.access import Access, KeyFlags
+from vllm_hotswap.access import HOW_TO_OPEN, Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
+from vllm_hotswap.cross_site import CrossSite
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.listen import LAST_ANSWERS_S, Listener
+from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags
+from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import CONFIG_VARIABLES
+from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal, on_hangup, stop_signal
 
 log = logging.getLogger("vllm_hotswap")
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
@@ -67,6 +68,7 @@ def run(
     flags: Sequence[str],
     keys: KeyFlags | None = None,
     record: Path | None = None,
+    listen: ListenFlags | None = None,
 ) -> int:
     """Serve until told to stop. Returns the exit status.
 
@@ -75,22 +77,46 @@ def run(
         flags: flags of `vllm serve`, for the server and as defaults of every model.
         keys: what the command line says of keys, besides `--api-key`.
         record: a new file for a trace of what happens.
+        listen: what it says of the address, besides vLLM's flags.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
+    early = EarlyStop()
+    early.listen(signal.SIGTERM)
+    try:
+        return _run(config, flags, keys, record, listen or ListenFlags(), early)
+    except Stopped:
+        log.info("event=stopped phase=start")
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(
+    config: ServerConfig,
+    flags: Sequence[str],
+    keys: KeyFlags | None,
+    record: Path | None,
+    listen: ListenFlags,
+    early: EarlyStop,
+) -> int:
+    models_file = ModelsFile.read(config.path)
     access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()
     require_vllm()
     folders = config.adapter_folders
     recorders = () if record is None else (Recorder(record, head_of(config)),)
     _clean_environment()
-    if access.has_files:
-        # Until there is a loop to handle it; the engine host never does.
+    # Until there is a loop to handle it; the engine host never does.
+    if _hears_hangups(access):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    link = HostLink()
-    link.spawn()
+    else:
+        early.listen(signal.SIGHUP)
+    link, listener = HostLink(), None
     try:
+        with early.held():
+            link.spawn()
         with no_collection(), waiting("loading vLLM"):
             # These import vLLM: seconds, during which the host does the same.
             from vllm_hotswap import launch
@@ -105,28 +131,37 @@ def run(
             access.use_user_keys(args.api_key)
             args.api_key = None
             log_config = frontend.uvicorn_log_config(args)
-            listener = Listener.open(args, log_config, frontend.certificate_refresher)
+            refresher = frontend.certificate_refresher
+            with early.held():
+                listener = Listener.open(args, log_config, refresher, listen)
             models = launch.prepare(config, namespaces).models
+        early.hold()
     except BaseException:
+        early.ignore()
+        if listener is not None:
+            listener.close()
         link.kill()
         raise
-    host = VllmHost(link, models, config.memory)
-    load = [model.alias for model in models if model.load_at_startup]
-    progress = StartupProgress(load)
-    app = HotswapApp(
-        host,
-        access,
-        config.switching,
-        observers=(EventLog(), progress, *recorders),
-        vllm_version=version,
-        policies=policies(config),
-        adapter_folders=folders,
-        limits=config.limits,
-        recovery=config.recovery,
-    )
     try:
-        return _run_loop(serve(app, listener, load, config.default_model, progress))
+        host = VllmHost(link, models, config.memory)
+        load = [model.alias for model in models if model.load_at_startup]
+        progress = StartupProgress(load)
+        app = HotswapApp(
+            host,
+            access,
+            config.switching,
+            observers=(EventLog(), progress, *recorders),
+            vllm_version=version,
+            policies=policies(config),
+            adapter_folders=folders,
+            limits=config.limits,
+            recovery=config.recovery,
+            cross_site=cross_site_of(access, listener, listen),
+        )
+        serving = serve(app, listener, load, config.default_model, progress, models_file, early)
+        return _run_loop(serving)
     finally:
+        listener.close()
         for recorder in recorders:
             recorder.close()
 
@@ -144,6 +179,15 @@ def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
         )
         for model in config.models
     }
+
+
+def cross_site_of(access: Access, listener: Listener, flags: ListenFlags) -> CrossSite:
+    """What web pages may do: a name of this machine is wanted where nothing else guards it."""
+    return CrossSite.of(
+        listener.args.allowed_origins or (),
+        flags.allowed_hosts,
+        lambda: listener.is_loopback and not access.has_keys,
+    )
 
 
 def _enable_failpoints() -> None:
@@ -173,13 +217,28 @@ async def serve(
     load: Sequence[str],
     default: str,
     progress: StartupProgress,
+    models_file: ModelsFile | None = None,
+    early: EarlyStop | None = None,
 ) -> int:
     """Load, serve, stop. Returns the exit status: 0 if it was told to stop.
+
+    Args:
+        models_file: what SIGHUP is to compare.
+        early: whether it was told to stop before this began.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
-    with _keys_on_hangup(app.access), _stop_signal() as stop:
+    early = early or EarlyStop()
+    with contextlib.ExitStack() as exits:
+        further = []
+        if _hears_hangups(app.access):
+            exits.enter_context(on_hangup(lambda: _read_again(app.access, models_file)))
+        else:
+            further.append(signal.SIGHUP)
+        stop = exits.enter_context(
+            stop_signal(*further, at_once=listener.close, is_told=lambda: early.is_told)
+        )
         try:
             if not await _start(app, load, default, stop):
                 return 0
@@ -187,7 +246,20 @@ async def serve(
             return await _serve(app, listener, stop)
         finally:
             progress.close()
+            listener.close()
             await app.host.stop()
+
+
+def _hears_hangups(access: Access) -> bool:
+    """Whether SIGHUP has files read again. In a terminal without key files it ends the server."""
+    return access.has_files or not has_terminal()
+
+
+def _read_again(access: Access, models_file: ModelsFile | None) -> None:
+    if access.has_files:
+        access.read_again()
+    if models_file is not None:
+        models_file.tell_if_changed()
 
 
 async def _start(
@@ -239,7 +311,7 @@ async def _first(
 async def _serve(app: HotswapApp, listener: Listener, stop: asyncio.Future[None]) -> int:
     config = listener.uvicorn_config(_with_origins(app, listener.args))
     server = Server(config, on_started=lambda: _announce(app, listener))
-    serving = asyncio.create_task(server.serve([listener.sock] if listener.sock else None))
+    serving = asyncio.create_task(server.serve([listener.sock]))
     coordinator = app.coordinator
     with contextlib.ExitStack() as exits:
         for lasting in (
@@ -283,46 +355,6 @@ def _exit_status(app: HotswapApp, serving: asyncio.Task[None], stop: asyncio.Fut
     return 0 if stop.done() else 1
 
 
-@contextlib.contextmanager
-def _keys_on_hangup(access: Access) -> Iterator[None]:
-    """Read key files again at every SIGHUP. Without such files it ends the server, as ever."""
-    if not access.has_files:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, access.read_again)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[asyncio.Future[None]]:
-    """Done at the first SIGINT or SIGTERM; a second one ends the process at once.
-
-    The engine host sees its channel close then, and ends, too.
-    """
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[None] = loop.create_future()
-
-    def told(number: signal.Signals) -> None:
-        if stop.done():
-            log.warning("event=ended_at_once signal=%s", number.name)
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        else:
-            stop.set_result(None)
-
-    for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, told, number)
-    try:
-        yield stop
-    finally:
-        for number in STOP_SIGNALS:
-            loop.remove_signal_handler(number)
-
-
 def _with_origins(app: HotswapApp, args: argparse.Namespace) -> ASGIApp:
     """The application behind vLLM's flags for web pages of other origins, where any is given."""
     if not args.allowed_origins:
@@ -337,6 +369,7 @@ def _with_origins(app: HotswapApp, args: argparse.Namespace) -> ASGIApp:
 
 
 def _announce(app: HotswapApp, listener: Listener) -> None:
+    listener.announce()
     terminal.say(banner(app, listener.address))
 
 
@@ -352,6 +385,9 @@ def banner(app: HotswapApp, address: str) -> str:
             f"KV {memory.kv_bytes / (1 << 20):8.1f} MiB"
         )
         lines.append(f"  {model.alias:<{width}}  {model.residency.value:<9} {holds}")
+    if app.access.is_switching_closed:
+        what = "admin routes are" if coordinator.is_automatic else "switching is"
+        lines.append(f"  {what} closed: {HOW_TO_OPEN}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +79,31 @@ def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path
     assert 1 == len(errors)
     assert "killed by signal 9 while models were loaded" in errors[0]
     assert "Traceback" not in rest
+
+
+def test_a_start_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Before there is an event loop, too: no process, no socket, no folder; status 0."""
+    path, sock, temporary = tmp_path / "models.yaml", tmp_path / "s", tmp_path / "tmp"
+    path.write_text(ONE_MODEL)
+    temporary.mkdir()
+    command = [sys.executable, "-m", "vllm_hotswap", "serve", str(path), "--uds", str(sock)]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    with process:
+        assert process.stderr is not None
+        while not sock.exists():  # flags have been read, models are looked at
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        rest = process.stderr.read()
+
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert (0, []) == (process.returncode, alive)
+    assert not sock.exists()
+    assert [] == list(temporary.glob("vllm-hotswap-*"))
+    assert b"event=stopped phase=start" in rest
+    assert b"Traceback" not in rest
 
 
 def kill_host_of(pid: int) -> None:

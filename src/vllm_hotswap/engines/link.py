@@ -143,7 +143,7 @@ class HostLink:
         if self._process is not None:
             self._kill_group()
             self._process.wait()
-            self._remove_folder()
+        self._remove_folder()
 
     def _kill_group(self) -> None:
         """The process, and those that it has started and that may hold memory."""
@@ -151,7 +151,8 @@ class HostLink:
             os.killpg(self._running.pid, signal.SIGKILL)
 
     def _remove_folder(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder != Path():  # there is one
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def end(self, why: str) -> None:
         """End a process that does not do what it should; it has died then, and this is why."""

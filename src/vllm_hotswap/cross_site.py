@@ -1,0 +1,135 @@
+"""Requests that a web page makes behind its reader's back: refused before anything is done.
+
+Browsers say where a request comes from (`Sec-Fetch-Site`, `Origin`), and which name they looked up
+to get here (`Host`). Other clients send neither of the first two.
+https://fetch.spec.whatwg.org/#origin-header, https://www.w3.org/TR/fetch-metadata/
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+import psutil
+from starlette.datastructures import Headers
+
+from vllm_hotswap.errors import CrossOriginRefused, HostRefused
+
+log = logging.getLogger("vllm_hotswap")
+
+SAFE_METHODS = frozenset(["GET", "HEAD", "OPTIONS"])
+"""Those that change nothing. https://www.rfc-editor.org/rfc/rfc9110#name-safe-methods"""
+
+OWN_SITES = frozenset(["same-origin", "none"])
+"""`Sec-Fetch-Site` of a page of this server, and of an address that somebody typed."""
+
+DEFAULT_PORTS: Mapping[str, int] = MappingProxyType({"http": 80, "https": 443})
+ANY = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class CrossSite:
+    """Decides about requests of web pages."""
+
+    origins: frozenset[str] = frozenset()
+    """Those of `--allowed-origins`."""
+    hosts: frozenset[str] = frozenset()
+    """Names of `--allowed-hosts`, in lower case, without ports."""
+    checks_host: Callable[[], bool] = lambda: False
+    """Whether only this machine's own names may stand in `Host`."""
+
+    @classmethod
+    def of(
+        cls, origins: Iterable[str], hosts: Iterable[str], checks_host: Callable[[], bool]
+    ) -> CrossSite:
+        """From the values of both flags, as they were given."""
+        return cls(frozenset(origins), frozenset(map(_name_of, hosts)), checks_host)
+
+    def check_host(self, method: str, path: str, headers: Headers) -> None:
+        """Refuse a page that has had its own name resolved to this machine (DNS rebinding).
+
+        Whoever sends no `Host` is no browser.
+
+        Raises:
+            HostRefused: the name is not this machine's.
+        """
+        host = headers.get("host", "")
+        if host and self.checks_host() and not self._is_ours(_name_of(host)):
+            log.warning("event=host_refused method=%s path=%r host=%r", method, path, host)
+            raise HostRefused(host)
+
+    def check_origin(self, method: str, path: str, headers: Headers) -> None:
+        """Refuse a page of another origin.
+
+        Raises:
+            CrossOriginRefused: the browser says that it is one.
+        """
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if not self._may_ask(origin, site, headers.get("host", "")):
+            log.warning(
+                "event=cross_origin_refused method=%s path=%r origin=%r site=%r",
+                *(method, path, origin, site),
+            )
+            raise CrossOriginRefused(origin)
+
+    def _may_ask(self, origin: str | None, site: str | None, host: str) -> bool:
+        if origin is not None and (origin in self.origins or ANY in self.origins):
+            return True
+        if site is not None:
+            return site in OWN_SITES
+        # Browsers leave `Sec-Fetch-Site` out on plain HTTP to another machine.
+        return origin is None or _is_same(origin, host)
+
+    def _is_ours(self, name: str) -> bool:
+        if name in self.hosts or name == "localhost" or name.endswith(".localhost"):
+            return True
+        try:
+            return _is_own_address(name)
+        except ValueError:  # no address, but a name
+            machine = socket.gethostname().lower()
+            return name in (machine, machine.partition(".")[0])
+
+
+def _is_same(origin: str, host: str) -> bool:
+    """Whether both name the same host and port. The scheme does not count: TLS may end at a proxy.
+
+    A port that is left out is the default one of the origin's scheme.
+    """
+    scheme, separator, place = origin.partition("://")
+    default = DEFAULT_PORTS.get(scheme)
+    try:
+        return bool(separator and host) and _split(place, default) == _split(host, default)
+    except ValueError:
+        return False
+
+
+def _split(place: str, default: int | None) -> tuple[str | None, int | None]:
+    """Host, in lower case, and port. Raises `ValueError` if that is none."""
+    parts = urlsplit(f"//{place}")
+    return parts.hostname, parts.port or default
+
+
+def _name_of(host: str) -> str:
+    """What `Host` names, in lower case, without port, brackets, and the dot of the DNS root."""
+    try:
+        name = urlsplit(f"//{host.strip()}").hostname or ""
+    except ValueError:
+        return host
+    return name.removesuffix(".")
+
+
+def _is_own_address(name: str) -> bool:
+    """Raises `ValueError` if it is no IP address."""
+    address = ipaddress.ip_address(name)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_loopback or address.is_unspecified:
+        return True
+    interfaces = psutil.net_if_addrs().values()
+    known = {entry.address.partition("%")[0] for entries in interfaces for entry in entries}
+    return str(address).partition("%")[0] in known

@@ -1,0 +1,52 @@
+"""The models file as it was when the server started, and whether it still is that."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from vllm_hotswap.errors import one_line
+
+log = logging.getLogger("vllm_hotswap")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsFile:
+    """Its path, and the digest of what it held."""
+
+    path: Path
+    digest: bytes | None
+    """None: it could not be read."""
+
+    @classmethod
+    def read(cls, path: Path) -> ModelsFile:
+        try:
+            return cls(path, _digest(path))
+        except OSError:
+            return cls(path, None)
+
+    def tell_if_changed(self) -> None:
+        """Log that a restart is needed, if it holds something else now, or cannot be read."""
+        try:
+            is_changed = _digest(self.path) != self.digest
+        except OSError as error:
+            log.warning(
+                "event=models_file_unreadable path=%r cause=%r then='the server goes on as it "
+                "was started'",
+                *(str(self.path), one_line(error)),
+            )
+            return
+        if is_changed:
+            log.warning(
+                "event=models_file_changed path=%r then='nothing changes until the server is "
+                "restarted; restart it to apply the file'",
+                str(self.path),
+            )
+
+
+def _digest(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError("it is no regular file any more")  # reading a pipe might never end
+    return sha256(path.read_bytes()).digest()

@@ -1,0 +1,66 @@
+"""A file that tells the server's TCP port to whoever started it with `--port 0`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.unix_socket import FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class PortFile:
+    """The file, as this server has written it."""
+
+    path: Path
+    identity: FileIdentity | None
+
+    @classmethod
+    def write(cls, path: Path, port: int) -> PortFile:
+        """Write the number and a line end. Whoever reads the file finds all of it, or no file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = path.absolute()
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            new.write_text(f"{port}\n", encoding="ascii")
+            identity = FileIdentity.of(new)
+            new.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
+        return cls(path, identity)
+
+    def remove(self) -> None:
+        """Unless another server has written its own meanwhile. Call it once."""
+        if self.identity is not None and FileIdentity.of(self.path) == self.identity:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+
+def check_port_file(path: Path) -> None:
+    """Raises `ConfigError` if it cannot be written, or would replace something else."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--port-file: the folder {str(folder)!r} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--port-file: the folder {str(folder)!r} cannot be written")
+    if os.path.lexists(path) and not _holds_port(path):
+        raise ConfigError(f"--port-file: {str(path)!r} exists and holds no port; choose another")
+
+
+def _holds_port(path: Path) -> bool:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return re.fullmatch(rb"\d{0,5}\n?", file.read(8)) is not None
+    except OSError:
+        return False

@@ -1,0 +1,126 @@
+"""The signals that a server obeys: SIGINT and SIGTERM stop it, SIGHUP has files read again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+log = logging.getLogger("vllm_hotswap")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """The server was told to stop before it had an event loop."""
+
+
+class EarlyStop:
+    """A signal to stop before there is an event loop: it ends the start as an exception.
+
+    Without that, the system would end the process, and leave behind what it has made by then.
+    """
+
+    def __init__(self) -> None:
+        self.is_told = False
+        self._is_held = False
+
+    def listen(self, number: signal.Signals) -> None:
+        """Begin; for a process's main thread. An event loop takes the signal over later."""
+        signal.signal(number, self._told)
+
+    def hold(self) -> None:
+        """Raise no more: whoever goes on looks at `is_told` himself.
+
+        Raises:
+            Stopped: it was told before, and a library has swallowed the exception.
+        """
+        self._is_held = True
+        if self.is_told:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Raise `Stopped` after what must not be left half done."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self.is_told:
+            raise Stopped
+
+    def ignore(self) -> None:
+        """Raise no more: what has been begun is being cleared away."""
+        self._is_held = True
+
+    def _told(self, number: int, frame: FrameType | None) -> None:
+        self.is_told = True
+        if not self._is_held:
+            raise Stopped
+
+
+@contextlib.contextmanager
+def stop_signal(
+    *further: signal.Signals,
+    at_once: Callable[[], None] = lambda: None,
+    is_told: Callable[[], bool] = lambda: False,
+) -> Iterator[asyncio.Future[None]]:
+    """Done at the first SIGINT or SIGTERM; a second one ends the process at once.
+
+    The engine host sees its channel close then, and ends, too.
+
+    Args:
+        further: signals that do the same.
+        at_once: called before the process ends at once.
+        is_told: whether it was told before the event loop took the signals over.
+    """
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def told(number: signal.Signals) -> None:
+        if stop.done():
+            log.warning("event=ended_at_once signal=%s", number.name)
+            at_once()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        else:
+            stop.set_result(None)
+
+    numbers = (*STOP_SIGNALS, *further)
+    for number in numbers:
+        loop.add_signal_handler(number, told, number)
+    if is_told():
+        stop.set_result(None)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def on_hangup(callback: Callable[[], None]) -> Iterator[None]:
+    """Call it at every SIGHUP."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, callback)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+def has_terminal() -> bool:
+    """Whether one of the standard streams is a terminal, whose end SIGHUP tells then."""
+    return any(_is_terminal(number) for number in range(3))
+
+
+def _is_terminal(number: int) -> bool:
+    try:
+        return os.isatty(number)
+    except OSError:
+        return False

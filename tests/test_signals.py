@@ -1,0 +1,91 @@
+"""Signals before there is an event loop, and the end of a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal
+
+
+@pytest.fixture
+def early() -> Iterator[EarlyStop]:
+    before = signal.getsignal(signal.SIGTERM)
+    early = EarlyStop()
+    early.listen(signal.SIGTERM)
+    yield early
+    signal.signal(signal.SIGTERM, before)
+
+
+def told_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_start_that_is_told_to_stop_can_clear_away(early: EarlyStop) -> None:
+    """What it has made is known to whoever catches the exception."""
+    with pytest.raises(Stopped):
+        told_to_stop()
+
+
+def test_what_must_not_be_left_half_done_is_finished_first(early: EarlyStop) -> None:
+    """Otherwise a process could be running that nobody knows of."""
+    made = []
+
+    def make() -> None:
+        with early.held():
+            told_to_stop()
+            made.append("process")
+
+    with pytest.raises(Stopped):
+        make()
+
+    assert ["process"] == made
+
+
+def test_a_stop_that_a_library_has_swallowed_still_counts(early: EarlyStop) -> None:
+    """Imports catch what they like."""
+    with pytest.raises(Stopped):
+        told_to_stop()
+
+    with pytest.raises(Stopped):
+        early.hold()
+
+
+def test_a_stop_while_things_are_cleared_away_interrupts_nothing(early: EarlyStop) -> None:
+    """One is enough."""
+    early.ignore()
+
+    told_to_stop()
+
+    assert early.is_told
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, None])
+def test_a_terminal_is_seen_on_any_standard_stream(number: int | None) -> None:
+    """And none where all of them lead elsewhere."""
+    code = "import sys; from vllm_hotswap.signals import has_terminal; sys.exit(has_terminal())"
+    main, other = pty.openpty()
+    streams = [other if number == each else subprocess.DEVNULL for each in range(3)]
+    try:
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(
+            command, stdin=streams[0], stdout=streams[1], stderr=streams[2], check=False
+        )
+    finally:
+        os.close(main)
+        os.close(other)
+
+    assert (number is not None) == bool(ended.returncode)
+
+
+def test_streams_that_are_closed_are_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no error."""
+    monkeypatch.setattr(os, "isatty", lambda _: (_ for _ in ()).throw(OSError()))
+
+    assert not has_terminal()

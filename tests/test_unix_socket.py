@@ -1,0 +1,186 @@
+"""A Unix domain socket: who may connect, whose it is, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.unix_socket import FileIdentity, UnixSocket
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def connects(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def stale(path: Path) -> None:
+    """What a killed server leaves."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o000], indirect=True)
+def test_the_umask_counts(umask: int, path: Path) -> None:
+    """As for every other file that a program makes."""
+    bound = UnixSocket.bind(path)
+
+    assert 0o777 & ~umask == mode_of(path)
+    bound.close()
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o000], indirect=True)
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
+def test_a_mode_counts_whatever_the_umask(umask: int, mode: int, path: Path) -> None:
+    """Both wider and narrower."""
+    bound = UnixSocket.bind(path, mode)
+
+    assert mode == mode_of(path)
+    bound.close()
+
+
+def test_nobody_connects_before_the_server_listens(path: Path) -> None:
+    """As with a TCP port that is bound while models are loaded; nothing waits without an answer."""
+    bound = UnixSocket.bind(path)
+    before = connects(path)
+    bound.sock.listen()
+
+    assert (False, True) == (before, connects(path))
+    bound.close()
+    assert not path.exists()
+
+
+def test_a_stale_socket_is_replaced(path: Path) -> None:
+    """The server that made it was killed."""
+    stale(path)
+
+    bound = UnixSocket.bind(path)
+    bound.sock.listen()
+
+    assert connects(path)
+    bound.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_a_socket_of_another_program_is_left_alone(kind: socket.SocketKind, path: Path) -> None:
+    """Whatever its kind; the refusal is that of a TCP port in use."""
+    with socket.socket(socket.AF_UNIX, kind) as other:
+        other.bind(str(path))
+        if kind != socket.SOCK_DGRAM:
+            other.listen()
+        before = FileIdentity.of(path)
+
+        with pytest.raises(ConfigError, match=r"^cannot listen on unix:.*/s: Address already in"):
+            UnixSocket.bind(path)
+
+        assert before == FileIdentity.of(path)
+
+
+def test_a_socket_whose_server_is_busy_is_in_use(path: Path) -> None:
+    """Its backlog is full, so that no connection is made."""
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
+        other.bind(str(path))
+        other.listen(0)
+        client.connect(str(path))
+
+        with pytest.raises(ConfigError, match="Address already in use; choose another --uds"):
+            UnixSocket.bind(path)
+
+
+def test_a_server_that_still_loads_has_its_socket(path: Path, tmp_path: Path) -> None:
+    """Under whatever name the folder is reached; it listens to nothing yet."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    bound = UnixSocket.bind(path)
+
+    for same in (path, tmp_path / "link" / "s"):
+        with pytest.raises(ConfigError, match="Address already in use"):
+            UnixSocket.bind(same)
+    bound.close()
+    UnixSocket.bind(path).close()
+
+
+def test_of_servers_that_start_at_once_one_gets_the_socket(path: Path) -> None:
+    """Also where a stale one has to be replaced first."""
+    stale(path)
+
+    def start(_: int) -> UnixSocket | None:
+        try:
+            return UnixSocket.bind(path)
+        except ConfigError:
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        (winner,) = [bound for bound in pool.map(start, range(64)) if bound is not None]
+
+    assert winner.is_in_place
+    winner.close()
+    assert not path.exists()
+
+
+def test_a_file_that_took_the_sockets_place_stays(path: Path) -> None:
+    """Only what a server has made does it remove."""
+    bound = UnixSocket.bind(path)
+    path.unlink()
+    path.write_text("another program's")
+
+    assert not bound.is_in_place
+    bound.close()
+    assert "another program's" == path.read_text()
+
+
+def test_a_relative_path_is_removed_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be used where the absolute one would be too long for a socket."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.chdir(deep)
+    bound = UnixSocket.bind(Path("s"))
+    monkeypatch.chdir(tmp_path)
+
+    bound.close()
+
+    assert [] == list(deep.iterdir())
+
+
+def test_a_killed_server_keeps_no_claim(path: Path) -> None:
+    """What it has left is stale at once."""
+    code = (
+        "import os, sys; from pathlib import Path; "
+        "from vllm_hotswap.unix_socket import UnixSocket; "
+        "bound = UnixSocket.bind(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert path.is_socket()
+
+    UnixSocket.bind(path).close()
+
+    assert not path.exists()
