@@ -26,7 +26,7 @@ from vllm_hotswap.hints import did_you_mean
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-    from vllm_hotswap.config import ServerConfig
+    from vllm_hotswap.settings import Override
 
 # What needs pydantic, Starlette or vLLM is imported by the command that needs it.
 
@@ -349,56 +349,55 @@ def file_first(argv: Sequence[str]) -> list[str]:
     return [command, words.pop(files[0]), *words]
 
 
-def load(args: argparse.Namespace, flags: Sequence[str]) -> ServerConfig:
-    """The configuration, with what flags and variables add to the file.
-
-    Raises:
-        ConfigError: the file, a setting, or a flag of vLLM cannot work.
-    """
-    from vllm_hotswap.config import load_config
-    from vllm_hotswap.misspelt import refuse_misspelt
+def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
+    """What flags and variables add to the file: settings, and dangers that are accepted."""
     from vllm_hotswap.security import ALLOW_VARIABLE, parse_allowed
     from vllm_hotswap.settings import overrides
 
-    refuse_misspelt(flags, args.parser._option_string_actions)
     allowed = parse_allowed([os.environ.get(ALLOW_VARIABLE, ""), *args.allow])
-    return load_config(args.config, overrides(os.environ, vars(args)), allowed)
+    return overrides(os.environ, vars(args)), allowed
 
 
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    from vllm_hotswap.config import load_config
     from vllm_hotswap.progress import configure_logging
 
     configure_logging()
-    config = load(args, flags)
-    from vllm_hotswap import server
-    from vllm_hotswap.access import KeyFlags
-    from vllm_hotswap.listen import ListenFlags
+    with _nearest_flags(args, flags):
+        config = load_config(args.config, *given(args))
+        from vllm_hotswap import server
+        from vllm_hotswap.access import KeyFlags
+        from vllm_hotswap.listen import ListenFlags
 
-    keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
-    listen = ListenFlags(args.uds_mode, args.port_file, _names(args.allowed_hosts))
-    with _explained():
+        keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
+        listen = ListenFlags(args.uds_mode, args.port_file, _names(args.allowed_hosts))
         return server.run(config, flags, keys, args.record, listen)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
-    config = load(args, flags)
-    require_vllm()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
-    with _explained():
+    from vllm_hotswap.config import load_config
+
+    with _nearest_flags(args, flags):
+        config = load_config(args.config, *given(args))
+        require_vllm()
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
         from vllm_hotswap import check
 
         return check.run(config, flags, args.json)
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Add the nearest flag where vLLM's parser does not know one."""
-    from vllm_hotswap.misspelt import explained
+def _nearest_flags(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[None]:
+    """Answer an unknown flag with the nearest one: before vLLM is imported, or by its parser."""
+    from vllm_hotswap.misspelt import explained, refuse_misspelt
 
+    refuse_misspelt(flags, args.parser._option_string_actions)
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(explained(error.message)) from error
+        error.message = explained(error.message)
+        error.args = (error.message,)
+        raise
 
 
 def _schema(*_: object) -> int:
