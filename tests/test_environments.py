@@ -394,6 +394,22 @@ def test_an_address_that_is_none_is_one_line(url: str, run: Run) -> None:
     assert ended.error.endswith("is no address of a server; give http://HOST:PORT")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [(remote.URL_VARIABLE, "http://x:port"), (remote.KEY_VARIABLE, "schlüssel")],
+)
+def test_what_is_wrong_in_a_variable_is_told_with_its_name(
+    variable: str, value: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has typed it on that command line."""
+    monkeypatch.setenv(variable, value)
+
+    ended = run("status")
+
+    assert 1 == ended.status
+    assert ended.error.startswith(variable)
+
+
 @pytest.mark.parametrize("form", ["{host}", "{host}/v1", "{url}/v1", "{url}/v1/", "{url}/"])
 def test_other_forms_of_an_address_are_understood(
     form: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
