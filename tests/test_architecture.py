@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "claims", "signals", "terminal"},
+    {"errors", "garbage", "claims", "hints", "signals", "terminal"},
     {
         "states",
         "answers",
@@ -115,6 +115,7 @@ LAYERS = [
         "adapter_routes",
         "job_routes",
         "check",
+        "misspelt",
         "schema",
         "engines.vllm",
         "engines.fake_process",

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.cli import file_first
+from vllm_hotswap.cli import COMMANDS, file_first, main
+from vllm_hotswap.compat.versions import RUN_ON
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.misspelt import explained, refuse_misspelt
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,133 @@ def test_no_file_is_told_with_the_usage() -> None:
 
     assert 2 == ended.returncode
     assert "name the YAML file before the flags" in ended.stderr
+
+
+# --- the nearest right word ------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line of an error of the command line."""
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    return str(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [
+        ("swich qwen", "switch"),
+        ("stauts", "status"),
+        ("ps", "status"),
+        ("models", "status"),
+        ("start m.yaml", "serve"),
+        ("use qwen", "switch"),
+        ("status --jsn", "--json"),
+        ("switch qwen --drain-timeot 3", "--drain-timeout"),
+        ("demo --sreve", "--serve"),
+    ],
+)
+def test_unknown_word_is_answered_with_the_nearest(
+    line: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or with the command that does what another program calls so."""
+    assert f"did you mean {nearest!r}?" in refused(capsys, *line.split())
+
+
+def test_word_that_is_near_to_nothing_is_answered_with_all_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There are not many."""
+    error = refused(capsys, "zzz")
+
+    assert [] == [name for name in COMMANDS if name not in error]
+
+
+def test_without_a_command_all_of_them_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """With what each is for; the status is that of a mistake."""
+    assert 2 == main([])
+
+    shown = capsys.readouterr().out
+    assert [] == [name for name, (about, _) in COMMANDS.items() if about not in shown]
+
+
+def test_help_of_serve_names_the_flags_that_everybody_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are vLLM's, and not among ours."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
+
+    shown = capsys.readouterr().out
+    assert [] == [flag for flag in ("--host", "--port", "--api-key") if flag not in shown]
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installed vLLM, of the newest version that is known, whose import fails."""
+    folder = tmp_path / "vllm"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AssertionError('this takes seconds')")
+    (folder / "_version.py").write_text(f"__version__ = version = '{RUN_ON[-1]}+cpu'")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        ("--prot", "--port"),
+        ("--prot=1", "--port"),
+        ("--max-model-length", "--max-model-len"),
+        ("--no-enable-prefix-cachng", "--enable-prefix-caching"),
+        ("--switching-mdoe", "--switching-mode"),
+    ],
+)
+@pytest.mark.usefixtures("vllm")
+def test_misspelt_flag_is_answered_without_importing_vllm(
+    command: str, flag: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which takes many seconds. The file is not even read."""
+    assert 1 == main([command, "nowhere.yaml", flag, "auto"])
+
+    assert f"{flag.partition('=')[0]}; did you mean {nearest!r}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--port", "--max-model", "--max_model_len=3", "--no-enable-prefix-caching", "--zzz", "-tp"],
+)
+@pytest.mark.usefixtures("vllm")
+def test_flag_that_vllm_may_know_is_left_to_vllm(flag: str) -> None:
+    """Also an abbreviation, and what is near to nothing."""
+    refuse_misspelt([flag, "1", "--compilation-config.level", "3"])
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "99.0.0", "dev"])
+def test_flags_of_other_releases_are_left_to_vllm(version: str, vllm: Path) -> None:
+    """A newer one may have a flag of that name."""
+    (vllm / "_version.py").write_text(f"__version__ = version = '{version}'")
+
+    refuse_misspelt(["--prot", "1"])
+
+
+def test_message_of_vllms_parser_gets_the_nearest_flag() -> None:
+    """Where vLLM had to be asked."""
+    assert explained("unrecognized arguments: --prot 1").endswith("; did you mean '--port'?")
+    assert "argument --port: invalid" == explained("argument --port: invalid")
+
+
+def test_commands_for_a_server_load_no_more_than_they_need() -> None:
+    """Neither pydantic nor Starlette, which take a second, for one call over HTTP."""
+    code = "import sys, vllm_hotswap.cli; print(*sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert set() == {"pydantic", "starlette", "httpx", "tqdm", "vllm"} & set(ended.stdout.split())
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

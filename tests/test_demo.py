@@ -1,12 +1,23 @@
-"""What `vllm-hotswap demo --write` leaves in a folder."""
+"""The demo: what it writes, what it prints, and that what it prints works when it is pasted."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
-from vllm_hotswap.demo import write
+from tests.remote_server import listening_server
+from vllm_hotswap import demo
+from vllm_hotswap.cli import main
+from vllm_hotswap.config import load_config
+from vllm_hotswap.demo import Steps, closing, write
 from vllm_hotswap.errors import ConfigError
 
 
@@ -26,3 +37,126 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
     first = write(tmp_path).read_text()
 
     assert first == write(tmp_path).read_text()
+
+
+def printed(text: str) -> list[str]:
+    """The commands in what was printed."""
+    return [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+
+
+def shell(command: str, **kwargs: object) -> str:
+    """What a command prints on standard output; it must succeed."""
+    ran = subprocess.run(
+        ["/bin/sh", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        **kwargs,  # type: ignore[call-overload]
+    )
+    return str(ran.stdout)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_requests_are_printed_as_commands_that_get_the_same_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As they stand, whatever is in them."""
+    question = "What's \"up\" in 'Köln'? $HOME `ls` \\n"
+    with (
+        listening_server() as running,
+        httpx.Client(base_url=running.url, trust_env=False) as client,
+    ):
+        answers = [
+            demo.call(client, "GET", "/v1/models"),
+            demo.call(client, "POST", "/v1/models/switch", {"model": "qwen"}),
+            demo.chat(client, "qwen", question),
+        ]
+        commands = printed(capsys.readouterr().out)
+        again = [json.loads(shell(command)) for command in commands]
+
+    listed, switched, said = again
+    assert answers[0] == listed | {"data": answers[0]["data"]}
+    assert ("qwen", False) == (switched["current_model"], switched["switched"])
+    assert answers[2]["choices"] == said["choices"]
+    assert "Content-Type: application/json" in commands[1]
+
+
+def test_what_to_do_next_works_as_it_is_printed(tmp_path: Path) -> None:
+    """The models are written, and can be served."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    _, writing = printed(closing(8000))
+
+    path = shell(writing, cwd=tmp_path, env=environment).strip()
+
+    assert ("llama", "qwen", "embed") == load_config(tmp_path / path).aliases
+
+
+def test_command_that_a_missing_file_is_answered_with_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is printed, with a folder in the place of DIR."""
+    monkeypatch.chdir(tmp_path)
+    assert 1 == main(["check", "models.yaml"])
+    (command,) = re.findall("`vllm-hotswap (.*?)`", capsys.readouterr().err)
+
+    assert 0 == main(command.replace("DIR", ".").split())
+    assert ("llama", "qwen", "embed") == load_config(Path("models.yaml")).aliases
+
+
+def test_the_end_says_how_to_go_on_at_the_same_address() -> None:
+    """So that the commands above it can be pasted. The models are as many as are served."""
+    serving, _ = printed(closing(8123))
+
+    assert serving.endswith(" demo --serve --port 8123")
+    assert "two models" not in closing(8123)
+    assert "third model" in closing(8123)
+
+
+def test_steps_of_the_start_are_shown_as_they_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is under way is said before the log has a line; each line of the log once."""
+    log = tmp_path / "server.log"
+    steps = Steps(log)
+    steps.show()
+    first = capsys.readouterr().out
+
+    for stage in ("weights", "ready"):
+        with log.open("a") as file:
+            file.write(f"INFO now vllm_hotswap event=load model=llama stage={stage}\nnoise\n")
+        steps.show()
+    steps.show()
+
+    assert first.startswith("# loading vLLM")
+    assert ["# event=load model=llama stage=weights", "# event=load model=llama stage=ready"] == (
+        capsys.readouterr().out.splitlines()
+    )
+
+
+def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the error is one line."""
+    monkeypatch.setattr(demo, "SERVER_MODULE", "vllm_hotswap.nowhere")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    assert 1 == main(["demo"])
+
+    said = capsys.readouterr()
+    assert "# loading vLLM" in said.out
+    assert "No module named vllm_hotswap.nowhere" in said.out
+    assert 1 == len(said.err.splitlines())
+
+
+def test_a_port_that_is_taken_is_left_to_who_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo takes another one."""
+    monkeypatch.setattr(demo, "SERVER_MODULE", "vllm_hotswap.nowhere")
+    with listening_server() as running:
+        port = int(running.url.rpartition(":")[2])
+        monkeypatch.setattr(demo, "PORT", port)
+        assert 1 == main(["demo"])
+
+    assert f"127.0.0.1:{port}," not in capsys.readouterr().out

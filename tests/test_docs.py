@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import errors, failpoints, reference
+from tests.remote_server import listening_server
+from vllm_hotswap import demo, errors, failpoints, reference, remote
+from vllm_hotswap.cli import make_parser
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.fake import FakeHost
@@ -115,6 +121,62 @@ def test_the_demo_writes_a_configuration_that_is_accepted(tmp_path: Path) -> Non
 
     assert ("llama", ("llama", "qwen", "embed")) == (config.default_model, config.aliases)
     assert all(model.is_folder for model in config.models)
+
+
+def curl_lines(text: str) -> list[str]:
+    """The commands of a page's code blocks that call a server, without what shows the answer."""
+    blocks = "\n".join(re.findall(r"```(?:\w*)\n(.*?)```", text, re.DOTALL))
+    found = re.findall(r"^(?:\$ )?(curl (?:\\\n|'[^']*'|[^'\n])*)", blocks, re.MULTILINE)
+    return [line.partition(" | jq")[0] for line in found]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize(("path", "count"), [("README.md", 1), ("docs/gaudi.md", 3)])
+def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
+    """With another address alone."""
+    lines = curl_lines((ROOT / path).read_text())
+    assert count == len(lines)
+    with listening_server() as running:
+        for line in lines:
+            command = re.sub(r"(http://)?localhost:\d+", running.url, line)
+            ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
+            assert "error" not in json.loads(ran.stdout), command
+
+
+def mentioned() -> set[str]:
+    """The commands of ours that pages and messages name, alternatives one by one."""
+    paths = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "src").rglob("*.py")]
+    texts = [re.findall(r"`vllm-hotswap ([a-z][^`\n]*)`", path.read_text()) for path in paths]
+    lines = {line for found in texts for line in found}
+    return {
+        f"{name}{rest}"
+        for line in lines
+        for names, rest in re.findall(r"^([a-z|]+)(.*)$", line)
+        for name in names.split("|")
+    }
+
+
+def test_every_command_that_is_mentioned_exists() -> None:
+    """With every flag that it is mentioned with."""
+    lines = sorted(mentioned())
+    assert len(lines) > 20
+    for line in lines:
+        name, *words = line.replace("[", "").replace("]", "").split()
+        parser = make_parser(name)
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= set(commands.choices[name]._option_string_actions), line
+
+
+def test_there_is_one_port() -> None:
+    """That of `vllm serve`, and so of ours; but where the quickstart's own lines are quoted."""
+    quoting = {DOCS / "gaudi.md", DOCS / "quickstart-compatibility.md"}
+    pages = {ROOT / "README.md", ROOT / "Makefile", *DOCS.glob("*.md")} - quoting
+    address = r"(?:localhost:|127\.0\.0\.1:|--port |PORT=|PORT \?= )(\d+)"
+    named = {port for path in pages for port in re.findall(address, path.read_text())}
+
+    assert {str(demo.PORT)} == named - {"0"}  # which is any free one
+    assert remote.DEFAULT_URL.endswith(f":{demo.PORT}")
 
 
 TEST = r"`(tests/[\w/]+\.py)::(test_\w+)`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,16 @@ def test_keys_of_files_add_up_to_those_that_were_given(tmp_path: Path) -> None:
 def test_file_that_others_may_use_is_refused_with_the_command_to_run(
     tmp_path: Path, mode: int
 ) -> None:
-    """Whether they may read it or write it."""
-    path = key_file(tmp_path, SECRET, mode)
+    """Whether they may read it or write it. The command works as it is printed."""
+    folder = tmp_path / "Ann's files"
+    folder.mkdir()
+    path = key_file(folder, SECRET, mode)
 
-    with pytest.raises(ConfigError, match=f"key file .*run: chmod o= '{path}'$"):
+    with pytest.raises(ConfigError, match="key file") as refused:
         read_key_file(path)
+    subprocess.run(["/bin/sh", "-c", refused.value.message.partition("run: ")[2]], check=True)
+
+    assert 1 == len(read_key_file(path))
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o660])

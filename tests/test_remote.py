@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
-import uvicorn
 
-from tests.support import Server
+from tests.remote_server import Listening, listening_server
 from vllm_hotswap import remote
+from vllm_hotswap.access import Access
 from vllm_hotswap.cli import main
-
-
-@dataclass
-class Listening:
-    """A server, its loop, and where it listens."""
-
-    url: str
-    server: Server
-    http: uvicorn.Server
-    loop: asyncio.AbstractEventLoop
+from vllm_hotswap.hints import program
 
 
 @pytest.fixture
 def listening() -> Iterator[Listening]:
-    """A server on fake engines, in a thread of its own."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    found: list[Listening] = []
-    is_up = threading.Event()
-
-    async def serve() -> None:
-        server = await Server().start()
-        config = uvicorn.Config(
-            server.app, lifespan="off", log_level="error", timeout_graceful_shutdown=1
-        )
-        found.append(Listening(url, server, uvicorn.Server(config), asyncio.get_running_loop()))
-        is_up.set()
-        await found[0].http.serve([sock])
-        await server.stop()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
-    thread.start()
-    assert is_up.wait(30)
-    yield found[0]
-    found[0].http.should_exit = True
-    thread.join()
+    """A server on fake engines: llama is active, qwen is parked, mistral is cold."""
+    with listening_server() as running:
+        yield running
 
 
 @pytest.fixture
@@ -73,13 +44,75 @@ def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixtur
 
     assert 1 == main([*hold, "llama"])
     (refused,) = capsys.readouterr().err.splitlines()
-    assert f"end that with DELETE /admin/leases/{lease}" in refused
+    assert f"end that with {program()} release {lease} --url {url}" in refused
 
     assert 0 == main(["release", "--url", url, lease])
     assert 0 == main(["leases", "--url", url])
     assert [f"qwen: {lease} has ended", "no model is held"] == (
         capsys.readouterr().out.splitlines()
     )
+
+
+def hint(refused: str) -> str:
+    """The command of ours that an error names."""
+    (command,) = re.findall(rf"{re.escape(program())} [^;]*?(?= first$|$| lists)", refused)
+    return str(command)
+
+
+@pytest.mark.parametrize(
+    ("before", "refused", "says"),
+    [
+        (["pin", "qwen"], ["unload", "qwen"], "qwen: not pinned"),
+        (["lease", "qwen", "--owner", "a", "--ttl", "60"], ["switch", "llama"], "has ended"),
+        (["leases"], ["release", "nobody's"], "no model is held"),
+    ],
+)
+def test_commands_that_errors_name_work_as_they_are_printed(
+    before: list[str],
+    refused: list[str],
+    says: str,
+    url: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A person at a terminal gets commands, not calls of HTTP; they point at the same server."""
+    at = ["--url", url]
+    assert 0 == main([*before, *at])
+    capsys.readouterr()
+    assert 1 == main([*refused, *at])
+    (error,) = capsys.readouterr().err.splitlines()
+    assert not re.search(r"\b(GET|POST|DELETE) /", error)
+
+    done = subprocess.run(
+        ["/bin/sh", "-c", hint(error)], capture_output=True, text=True, check=False
+    )
+
+    assert (0, "") == (done.returncode, done.stderr)
+    assert done.stdout.strip().endswith(says)
+
+
+@pytest.mark.parametrize("key", ["sk-wrong", "sk-user"])
+def test_a_refused_key_is_told_by_the_flags_that_give_another(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is no key at all, or none of an admin."""
+    access = Access(user_keys=["sk-user"], admin_keys=["sk-admin"])
+    with listening_server(access=access) as running:
+        assert 1 == main(["switch", "qwen", "--url", running.url, "--admin-key", key])
+
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "give --admin-key-file FILE or --admin-key KEY, or set VLLM_HOTSWAP_ADMIN_KEY" in error
+    assert key not in error
+    assert "Bearer" not in error
+
+
+def test_a_server_on_which_switching_is_closed_says_how_to_open_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No key of the caller's would help."""
+    with listening_server(access=Access()) as running:
+        assert 1 == main(["switch", "qwen", "--url", running.url])
+
+    assert "start the server with --admin-key" in capsys.readouterr().err
 
 
 def test_what_takes_a_while_is_told_meanwhile(

@@ -1,5 +1,17 @@
-"""`python -m vllm_hotswap`: the command line."""
+"""`vllm-hotswap`, and `python -m vllm_hotswap`: the command line."""
 
-from vllm_hotswap.cli import main
+from __future__ import annotations
 
-raise SystemExit(main())
+
+def main() -> int:
+    """The exit status; Ctrl-C ends it without a word even while it imports what it needs."""
+    try:
+        from vllm_hotswap import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

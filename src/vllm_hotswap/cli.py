@@ -1,4 +1,9 @@
-"""The command line: parse, call one function, print."""
+"""The command line: parse, call one function, print.
+
+Whatever goes wrong is one line on standard error and an exit status: 1, or 2 for a command line
+that cannot be understood, 130 after Ctrl-C, and 141 where nobody reads the output any more (128
+and the number of the signal, as shells count).
+"""
 
 from __future__ import annotations
 
@@ -8,67 +13,168 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from vllm_hotswap import __version__, remote
-from vllm_hotswap.access import KeyFlags
+from vllm_hotswap import __version__, remote, terminal
 from vllm_hotswap.compat.versions import is_installed, require_vllm
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
-from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS, parse_allowed
-from vllm_hotswap.settings import Override, overrides, server_settings
-from vllm_hotswap.simulate import command as simulate
+from vllm_hotswap.hints import did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+    from vllm_hotswap.settings import Override
+
+# What needs pydantic, Starlette or vLLM is imported by the command that needs it.
 
 WITH_FLAGS = ("serve", "check")
 """Commands that take a YAML file and flags of `vllm serve`."""
 
+INTERRUPTED = 130
+OUTPUT_CLOSED = 141
+
+OTHER_WORDS = {
+    "activate": "switch",
+    "info": "status",
+    "list": "status",
+    "ls": "status",
+    "models": "status",
+    "ps": "status",
+    "run": "serve",
+    "start": "serve",
+    "use": "switch",
+    "validate": "check",
+}
+"""What other programs call the same."""
+
+Fill = Callable[[argparse.ArgumentParser], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which may fill a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        text = " ".join(message.split())
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"vllm-hotswap: error: {text} (see {self.prog} --help)\n")
+        self.exit(2)
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Without hiding that it cannot be written, as argparse does."""
+        (file or sys.stderr).write(message)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status; errors are one line on standard error."""
-    parser = make_parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    terminal.prepare()
     try:
-        argv = file_first(sys.argv[1:] if argv is None else argv)
+        return _flushed(words)
+    except HotswapError as error:
+        return _refuse(one_line(error))
+    except BrokenPipeError:
+        terminal.mute()
+        return OUTPUT_CLOSED
+    except OSError as error:
+        terminal.mute()
+        return _refuse(one_line(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is one line
+        return _refuse(_unforeseen(error))
+
+
+def _flushed(words: Sequence[str]) -> int:
+    """Run one command, and write all of its output before the exit status is known."""
+    try:
+        return _run(words)
+    finally:
+        sys.stdout.flush()
+
+
+def _run(words: Sequence[str]) -> int:
+    if not words:
+        make_parser("").print_help()
+        return 2
+    command = words[0]
+    if not command.startswith("-") and command not in COMMANDS:
+        make_parser("").error(_unknown_command(command))
+    parser = make_parser(command)
+    try:
+        words = file_first(words)
     except HotswapError as error:
         parser.error(error.message)
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in WITH_FLAGS:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        status: int = args.run(args, rest)
-    except HotswapError as error:
-        message = one_line(error) if args.command in WITH_FLAGS else error.message
-        print(f"vllm-hotswap: error: {message}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    args, rest = parser.parse_known_args(words)
+    if rest and command not in WITH_FLAGS:
+        args.parser.error(_unknown_arguments(args.parser, rest))
+    status: int = args.run(args, rest)
     return status
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _refuse(message: str) -> int:
+    with contextlib.suppress(OSError):
+        print(f"vllm-hotswap: error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _unforeseen(error: Exception) -> str:
+    """An error that nobody thought of, with its place; `python -X dev` shows the whole trace."""
+    if sys.flags.dev_mode:
+        traceback.print_exc()
+    if isinstance(error, ImportError):
+        return f"{one_line(error)}; the installation is not complete"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"unexpected {type(error).__name__} in {where}: {one_line(error)}; please report it"
+
+
+def _unknown_command(word: str) -> str:
+    hint = did_you_mean(OTHER_WORDS.get(word, word), COMMANDS)
+    return f"there is no command {word!r}{hint or '; commands: ' + ', '.join(COMMANDS)}"
+
+
+def _unknown_arguments(parser: argparse.ArgumentParser, rest: Sequence[str]) -> str:
+    flag = rest[0].partition("=")[0]
+    hint = did_you_mean(flag, parser._option_string_actions) if flag.startswith("-") else ""
+    return f"unrecognized arguments: {' '.join(rest)}{hint}"
+
+
+def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one command, if such a one is named; else of all commands.
+
+    Where something else is named, it has their names alone.
+    """
+    parser = Parser(
         prog="vllm-hotswap",
         description="Several models in one vLLM engine process, switched over HTTP.",
+        epilog="Begin with: vllm-hotswap demo",
     )
     parser.add_argument("--version", action="version", version=f"vllm-hotswap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_serve(commands)
-    _add_check(commands)
-    _add_schema(commands)
-    _add_demo(commands)
-    simulate.add_command(commands)
-    remote.add_commands(commands)
+    for name, (about, fill) in COMMANDS.items():
+        if wanted in COMMANDS and name != wanted:
+            continue
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(parser=command)
+        if wanted in (None, name):
+            fill(command)
     return parser
 
 
-def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    serve = commands.add_parser(
-        "serve",
-        help="serve the models of a YAML file",
-        description="Serve the models of a YAML file. Flags of `vllm serve` are accepted, too: for "
-        "the server, and as the default of every model.",
-        allow_abbrev=False,
+def _fill_serve(serve: argparse.ArgumentParser) -> None:
+    serve.description = (
+        "Serve the models of a YAML file. Flags of `vllm serve` are accepted, too: for the "
+        "server, and as the default of every model."
     )
-    serve.add_argument("config", type=Path, help="the YAML file")
+    serve.epilog = (
+        "Of `vllm serve`, among others: --host, --port (default: 8000), --api-key, --uds, "
+        "--ssl-certfile. `vllm serve --help=all` lists them all."
+    )
+    serve.allow_abbrev = False
+    serve.add_argument("config", type=Path, metavar="FILE", help="the YAML file")
     serve.add_argument(
         "--admin-key",
         action="append",
@@ -134,33 +240,31 @@ def _names(words: Iterable[str]) -> list[str]:
     return [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    check = commands.add_parser(
-        "check",
-        help="find out what is wrong with a YAML file, without loading a model",
-        description="Look at files, configurations, tokenizers, chat templates, parsers and memory "
-        "of every model, print a table, and end with 1 if anything cannot work. Takes the "
-        "flags of `serve`.",
-        allow_abbrev=False,
+def _fill_check(check: argparse.ArgumentParser) -> None:
+    check.description = (
+        "Look at files, configurations, tokenizers, chat templates, parsers and memory of every "
+        "model, print a table, and end with 1 if anything cannot work. Takes the flags of `serve`."
     )
-    check.add_argument("config", type=Path, help="the YAML file")
+    check.allow_abbrev = False
+    check.add_argument("config", type=Path, metavar="FILE", help="the YAML file")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     _add_settings(check)
     check.set_defaults(run=_check)
 
 
-def _add_schema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    schema = commands.add_parser(
-        "schema",
-        help="print the JSON schema of the YAML file",
-        description="Print the JSON schema of the YAML file, for editors: with the flags of the "
-        "installed vLLM as keys of a model, or without them where no vLLM is installed.",
+def _fill_schema(schema: argparse.ArgumentParser) -> None:
+    schema.description = (
+        "Print the JSON schema of the YAML file, for editors: with the flags of the installed "
+        "vLLM as keys of a model, or without them where no vLLM is installed."
     )
     schema.set_defaults(run=_schema)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """What may be said of the file's settings on the command line."""
+    from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS
+    from vllm_hotswap.settings import server_settings
+
     parser.add_argument(
         "--allow",
         action="append",
@@ -179,20 +283,45 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="the quickstart on tiny models that ship with the package",
-        description="Without options: start a server with tiny models, run the quickstart's "
-        "requests against it, show every answer, stop.",
+def _fill_demo(demo: argparse.ArgumentParser) -> None:
+    demo.description = (
+        "Without options: start a server with tiny models, run the quickstart's requests against "
+        "it, show every answer, stop."
     )
     what = demo.add_mutually_exclusive_group()
     what.add_argument(
         "--write", type=Path, metavar="DIR", help="write the tiny models and a models.yaml to DIR"
     )
     what.add_argument("--serve", action="store_true", help="leave the server running")
-    demo.add_argument("--port", type=int, default=8080, help="port for --serve (default: 8080)")
+    demo.add_argument(
+        "--port",
+        type=_port,
+        help="port (default: 8000; without --serve, any free one if it is not)",
+    )
     demo.set_defaults(run=_demo)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
+    return int(text)
+
+
+def _fill_simulate(simulate: argparse.ArgumentParser) -> None:
+    from vllm_hotswap.simulate import command
+
+    command.fill(simulate)
+
+
+COMMANDS: Mapping[str, tuple[str, Fill]] = {
+    "serve": ("serve the models of a YAML file", _fill_serve),
+    "check": ("find out what is wrong with a YAML file, without loading a model", _fill_check),
+    "schema": ("print the JSON schema of the YAML file", _fill_schema),
+    "demo": ("the quickstart on tiny models that ship with the package", _fill_demo),
+    "simulate": ("simulate scheduling policies on a recorded or generated trace", _fill_simulate),
+    **remote.COMMANDS,
+}
+"""What each command is for, and what gives its parser the arguments."""
 
 
 def file_first(argv: Sequence[str]) -> list[str]:
@@ -222,6 +351,9 @@ def file_first(argv: Sequence[str]) -> list[str]:
 
 def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
     """What flags and variables add to the file: settings, and dangers that are accepted."""
+    from vllm_hotswap.security import ALLOW_VARIABLE, parse_allowed
+    from vllm_hotswap.settings import overrides
+
     allowed = parse_allowed([os.environ.get(ALLOW_VARIABLE, ""), *args.allow])
     return overrides(os.environ, vars(args)), allowed
 
@@ -231,24 +363,41 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.progress import configure_logging
 
     configure_logging()
-    config = load_config(args.config, *given(args))
-    from vllm_hotswap import server
-    from vllm_hotswap.listen import ListenFlags
+    with _nearest_flags(args, flags):
+        config = load_config(args.config, *given(args))
+        from vllm_hotswap import server
+        from vllm_hotswap.access import KeyFlags
+        from vllm_hotswap.listen import ListenFlags
 
-    keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
-    listen = ListenFlags(args.uds_mode, args.port_file, _names(args.allowed_hosts))
-    return server.run(config, flags, keys, args.record, listen)
+        keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
+        listen = ListenFlags(args.uds_mode, args.port_file, _names(args.allowed_hosts))
+        return server.run(config, flags, keys, args.record, listen)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.config import load_config
 
-    config = load_config(args.config, *given(args))
-    require_vllm()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
-    from vllm_hotswap import check
+    with _nearest_flags(args, flags):
+        config = load_config(args.config, *given(args))
+        require_vllm()
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
+        from vllm_hotswap import check
 
-    return check.run(config, flags, args.json)
+        return check.run(config, flags, args.json)
+
+
+@contextlib.contextmanager
+def _nearest_flags(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[None]:
+    """Answer an unknown flag with the nearest one: before vLLM is imported, or by its parser."""
+    from vllm_hotswap.misspelt import explained, refuse_misspelt
+
+    refuse_misspelt(flags, args.parser._option_string_actions)
+    try:
+        yield
+    except ConfigError as error:
+        error.message = explained(error.message)
+        error.args = (error.message,)
+        raise
 
 
 def _schema(*_: object) -> int:
@@ -278,7 +427,7 @@ def _demo(args: argparse.Namespace, _: Sequence[str]) -> int:
     if args.write is not None:
         print(demo.write(args.write))
         return 0
-    return demo.serve(args.port) if args.serve else demo.run()
+    return demo.serve(args.port or demo.PORT) if args.serve else demo.run(args.port)
 
 
 if __name__ == "__main__":

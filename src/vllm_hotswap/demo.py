@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,17 +12,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
-
-from vllm_hotswap.errors import ConfigError, HotswapError
+from vllm_hotswap.errors import ConfigError, HotswapError, one_line
+from vllm_hotswap.hints import program
+from vllm_hotswap.progress import Waiting
 from vllm_hotswap.schema import EDITOR_LINE
 
+if TYPE_CHECKING:
+    import httpx
+
 MODELS = Path(__file__).parent / "tiny_models"
-START_TIMEOUT_S = 240.0
+PORT = 8000
+"""That of vLLM's server, of ours, and of the commands that call it."""
+
+SERVER_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
+
+START_TIMEOUT_S = 600.0
+
+LOADING = "loading vLLM (the first start compiles its modules, which may take minutes) ..."
 
 QUESTION = "Explain Intel Gaudi in one sentence."
 WEATHER_TOOL = {
@@ -41,9 +52,8 @@ SCHEMA = Path(__file__).parent / "models.schema.json"
 
 CONFIGURATION = f"""\
 {EDITOR_LINE.format(SCHEMA.name)}
-# Three tiny models that ship with vllm-hotswap. Every key below a model, other than `model` and
-# `load`, is a flag of `vllm serve` with underscores. The paths of `model` and `chat_template` are
-# relative to this file, others to the folder in which the server is started.
+# Three tiny models that ship with vllm-hotswap. Every key below a model, other than `model`, is a
+# flag of `vllm serve` with underscores. Paths that begin with ./ or ../ are relative to this file.
 default_model: llama
 models:
   llama:
@@ -86,8 +96,8 @@ def write(folder: Path) -> Path:
             shutil.copytree(model, folder / model.name, dirs_exist_ok=True)
         shutil.copy(SCHEMA, folder)
         path.write_text(CONFIGURATION, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write the demo to {str(folder)!r}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot write the demo to {str(folder)!r}: {one_line(error)}") from error
     return path
 
 
@@ -104,45 +114,62 @@ def serve(port: int) -> int:
         return server.run(config, ["--host", "127.0.0.1", "--port", str(port)])
 
 
-def run() -> int:
+def run(port: int | None = None) -> int:
     """Start a server, run the quickstart's requests, show each with its answer, stop.
 
-    Returns 0 if every answer was what it should be.
+    Without a port it is `PORT`, or a free one where that is taken. Returns 0 if every answer was
+    what it should be.
     """
+    port = port or (PORT if _is_free(PORT) else free_port())
     with tempfile.TemporaryDirectory(prefix="vllm-hotswap-demo-") as folder:
         path = write(Path(folder))
-        with _server(path, Path(folder) / "server.log") as client:
-            _online_flow(client)
-    print("\nThe quickstart's online flow is complete: one server process, two models, no restart.")
+        with _server(path, Path(folder) / "server.log", port) as client:
+            online_flow(client)
+    _say(closing(port))
     return 0
 
 
-def _online_flow(client: httpx.Client) -> None:
+def closing(port: int) -> str:
+    """What has been shown, and what to do next."""
+    return f"""
+Done: one server process answered as llama and then as qwen, without a restart. The third model,
+embed, was loaded beside them.
+
+Next, leave such a server running, and paste the commands above into another terminal:
+$ {program()} demo --serve --port {port}
+
+To serve models of your own, write these ones with their models.yaml, and edit that:
+$ {program()} demo --write hotswap-demo"""
+
+
+def online_flow(client: httpx.Client) -> None:
+    """The quickstart's requests, each with its answer. Raises `HotswapError` if one is wrong."""
     _title("1. List the models")
-    listed = _call(client, "GET", "/v1/models")
+    listed = call(client, "GET", "/v1/models")
     _expect([m["id"] for m in listed["data"]] == ["llama", "qwen", "embed"], "three aliases")
 
     _title("2. Generate with the default model")
-    answer = _chat(client, "llama")
+    answer = chat(client, "llama")
     _expect("llama" in answer["choices"][0]["message"]["content"], "an answer of llama")
 
     _title("3. Switch in the running process")
-    switched = _call(client, "POST", "/v1/models/switch", {"model": "qwen", "drain_timeout": 60})
+    switched = call(client, "POST", "/v1/models/switch", {"model": "qwen", "drain_timeout": 60})
     _expect(switched["switched"] and switched["current_model"] == "qwen", "qwen to be active")
 
     _title("4. Generate with the other model")
-    answer = _chat(client, "qwen")
+    answer = chat(client, "qwen")
     _expect("qwen" in answer["choices"][0]["message"]["content"], "an answer of qwen")
 
     _title("5. Tool calls, which only qwen is configured for")
-    answer = _chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
+    answer = chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
     calls = answer["choices"][0]["message"]["tool_calls"]
     _expect(bool(calls) and calls[0]["function"]["name"] == "get_weather", "a tool call")
 
 
-def _chat(
+def chat(
     client: httpx.Client, alias: str, question: str = QUESTION, **extra: object
 ) -> dict[str, Any]:
+    """Ask a model, and show that."""
     body = {
         "model": alias,
         "messages": [{"role": "user", "content": question}],
@@ -150,22 +177,30 @@ def _chat(
         "temperature": 0,
         **extra,
     }
-    return _call(client, "POST", "/v1/chat/completions", body)
+    return call(client, "POST", "/v1/chat/completions", body)
 
 
-def _call(
+def call(
     client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Send one request and show it with its answer."""
-    print(f"$ curl -s {client.base_url}{path}" + (f" -d '{json.dumps(body)}'" if body else ""))
+    """Send one request and show it, as a command to paste, with its answer."""
+    _say(f"$ {curl_line(client, path, body)}")
     started = time.perf_counter()
     response = client.request(method, path, json=body)
     elapsed_ms = (time.perf_counter() - started) * 1000
     answer: dict[str, Any] = response.json()
-    print(json.dumps(_without_nulls(answer), indent=2, ensure_ascii=False))
-    print(f"# HTTP {response.status_code} in {elapsed_ms:.1f} ms")
+    _say(json.dumps(_without_nulls(answer), indent=2, ensure_ascii=False))
+    _say(f"# HTTP {response.status_code} in {elapsed_ms:.1f} ms")
     _expect(response.status_code == 200, "status 200")
     return answer
+
+
+def curl_line(client: httpx.Client, path: str, body: dict[str, Any] | None) -> str:
+    """The command that sends the same."""
+    words = ["curl", "-s", str(client.base_url).rstrip("/") + path]
+    if body is not None:
+        words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    return shlex.join(words)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -176,8 +211,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _say(text: str) -> None:
+    """A line that is seen at once, also by who reads a pipe."""
+    print(text, flush=True)
+
+
 def _title(text: str) -> None:
-    print(f"\n=== {text}", flush=True)
+    _say(f"\n=== {text}")
 
 
 def _expect(fulfilled: bool, what: str) -> None:
@@ -186,20 +226,18 @@ def _expect(fulfilled: bool, what: str) -> None:
 
 
 @contextmanager
-def _server(path: Path, log: Path) -> Iterator[httpx.Client]:
-    """A server process on a free port, as the quickstart starts it."""
-    port = free_port()
+def _server(path: Path, log: Path, port: int) -> Iterator[httpx.Client]:
+    """A server process, started as the quickstart does."""
+    import httpx
+
     environment = {
         **os.environ,
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(path),
     }
-    module = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
-    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port)]
-    print(
-        f"$ VLLM_SERVER_DEV_MODE=1 VLLM_HPU_MULTI_MODEL_CONFIG={path} \\\n    {' '.join(command)}"
-    )
+    command = [sys.executable, "-m", SERVER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
+    _say(f"# one server for three tiny models, on 127.0.0.1:{port}, started as the quickstart says")
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
@@ -217,31 +255,64 @@ def _server(path: Path, log: Path) -> Iterator[httpx.Client]:
 
 
 def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Poll `/health`, passing the server's progress lines on."""
+    """Poll `/health`, showing meanwhile what the server does and for how long."""
+    import httpx
+
     started = time.monotonic()
-    shown = 0
-    while process.poll() is None and time.monotonic() - started < START_TIMEOUT_S:
-        shown = _show_progress(log, shown)
-        try:
-            if client.get("/health").status_code == 200:
-                _show_progress(log, shown)
-                print(f"# ready after {time.monotonic() - started:.1f} s")
-                return
-        except httpx.TransportError:
+    steps = Steps(log)
+    try:
+        while process.poll() is None and time.monotonic() - started < START_TIMEOUT_S:
+            steps.show()
+            with suppress(httpx.TransportError):
+                if client.get("/health").status_code == 200:
+                    steps.show()
+                    _say(f"# ready after {time.monotonic() - started:.1f} s")
+                    return
             time.sleep(0.2)
-    tail = log.read_text(errors="replace").splitlines()[-20:]
-    raise HotswapError("the demo's server did not come up; its log ends with:\n" + "\n".join(tail))
+    finally:
+        steps.close()
+    for line in log.read_text(errors="replace").splitlines()[-20:]:
+        _say(f"# {line}")
+    raise HotswapError("the demo's server did not come up; above are the last lines of its log")
 
 
-def _show_progress(log: Path, shown: int) -> int:
-    lines = [
-        line
-        for line in log.read_text(errors="replace").splitlines()
-        if " vllm_hotswap event=load " in line
-    ]
-    for line in lines[shown:]:
-        print("# " + line.split(" vllm_hotswap ", 1)[1], flush=True)
-    return len(lines)
+class Steps:
+    """What a starting server's log says of its steps, as it comes."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._shown = 0
+        self._waiting: Waiting | None = Waiting(LOADING, _say_time)
+
+    def show(self) -> None:
+        """Show what is new in the log, or how long nothing has been."""
+        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        lines = [line for line in text.splitlines() if " vllm_hotswap event=load " in line]
+        for line in lines[self._shown :]:
+            self.close()
+            _say("# " + line.split(" vllm_hotswap ", 1)[1])
+        self._shown = len(lines)
+        if self._waiting is not None:
+            self._waiting.tick()
+
+    def close(self) -> None:
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
+
+
+def _say_time(what: str, after_s: float) -> None:
+    _say(f"# {what}" + (f" {after_s:.0f} s" if after_s else ""))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,10 +35,8 @@ class Keys:
             ConfigError: no HTTP header can carry one of them; the message names the place alone.
         """
         given = [key for key in keys if key]
-        if not all(_is_sendable(key) for key in given):
-            raise ConfigError(
-                f"{place}: a key may only have printable ASCII characters, and no spaces"
-            )
+        for key in given:
+            check_sendable(key, place)
         return cls(tuple(_digest(key.encode()) for key in given))
 
     def __len__(self) -> int:
@@ -84,15 +83,24 @@ def parse_key_file(text: str) -> Iterator[str]:
 
 
 def read_key_file(path: Path) -> Keys:
-    """The keys of a file that nobody else of the machine may read or write.
+    """The keys of a file that nobody else of the machine may read or write, as digests.
 
     Raises:
         ConfigError: it cannot be used; the message names the file and the next step.
     """
-    place = f"key file {str(path)!r}"
+    return Keys.of(plain_keys(path), _place(path))
+
+
+def plain_keys(path: Path) -> list[str]:
+    """The keys of such a file as they are, to be sent; at least one.
+
+    Raises:
+        ConfigError: it cannot be used; the message names the file and the next step.
+    """
+    place = _place(path)
     try:
         _check(path.stat().st_mode, path, place)
-        keys = Keys.of(parse_key_file(path.read_text(encoding="utf-8")), place)
+        keys = [key for key in parse_key_file(path.read_text(encoding="utf-8")) if key]
     except OSError as error:
         raise ConfigError(f"{place} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:  # which would show what it could not decode
@@ -102,11 +110,23 @@ def read_key_file(path: Path) -> Keys:
     return keys
 
 
+def check_sendable(key: str, place: str) -> None:
+    """Raises `ConfigError`, which names the place alone, if no HTTP header can carry the key."""
+    if not _is_sendable(key):
+        raise ConfigError(f"{place}: a key may only have printable ASCII characters, and no spaces")
+
+
+def _place(path: Path) -> str:
+    return f"key file {str(path)!r}"
+
+
 def _check(mode: int, path: Path, place: str) -> None:
     if not stat.S_ISREG(mode):
         raise ConfigError(f"{place} is no regular file")
     if mode & OTHERS:
-        raise ConfigError(f"{place} is open to every user of the machine; run: chmod o= '{path}'")
+        raise ConfigError(
+            f"{place} is open to every user of the machine; run: chmod o= {shlex.quote(str(path))}"
+        )
 
 
 def _digest(key: bytes) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -28,6 +31,69 @@ from vllm_hotswap.events import (
 log = logging.getLogger("vllm_hotswap")
 
 STAGES = ("weights", "kv_cache", "warm_up", "frontend", "ready")
+
+
+LINE_S = 10.0
+"""Where there is no terminal, something that takes long is told of as often."""
+
+TICK_S = 0.5
+
+
+class Waiting:
+    """Says that something is under way, and for how long: at once, and until it is closed.
+
+    In a terminal one line counts the time; elsewhere `tell` gets a line now and then.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        tell: Callable[[str, float], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._what, self._tell, self._clock = what, tell, clock
+        self._began_s = clock()
+        self._next_s = LINE_S
+        self._bar: tqdm[None] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False)
+        else:
+            tell(what, 0)
+
+    def tick(self) -> None:
+        """Show the time, where it is due; to be called now and then, by one thread at a time."""
+        if self._bar is not None:
+            self._bar.refresh()
+            return
+        after_s = self._clock() - self._began_s
+        if after_s >= self._next_s:
+            self._next_s += LINE_S
+            self._tell(self._what, after_s)
+
+    def close(self) -> None:
+        """Take the line of a terminal away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def waiting(step: str) -> Iterator[None]:
+    """Say on standard error that a step of the start is under way, while it blocks its thread."""
+    shown = Waiting(step, lambda what, s: log.info("event=start step=%r elapsed_s=%.0f", what, s))
+    is_over = threading.Event()
+
+    def tick() -> None:
+        while not is_over.wait(TICK_S):
+            shown.tick()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        shown.close()
 
 
 class StartupProgress:

@@ -72,6 +72,12 @@ def _lines() -> Iterator[str]:
     yield "\n## What `--allow` accepts\n"
     yield from _table(("word", "accepts"), ((f"`{k}`", v) for k, v in DANGERS.items()))
     yield "\n## Commands\n"
+    yield (
+        "Exit status: 0 if it worked; 1 after an error, which is one line on standard error; 2 for "
+        "a command line that cannot be understood; 130 after Ctrl-C; 141 if nobody reads the "
+        "output any more. `python -X dev -m vllm_hotswap ...` shows the whole trace of an error "
+        "that nobody thought of.\n"
+    )
     yield from _commands()
 
 

@@ -4,102 +4,134 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ipaddress
 import json
+import math
 import os
+import re
+import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
-from urllib.parse import quote
-
-import httpx
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+from urllib.parse import quote, urlsplit
 
 from vllm_hotswap.errors import HotswapError, one_line
-from vllm_hotswap.keys import split_keys
-from vllm_hotswap.settings import DrainPolicy
+from vllm_hotswap.hints import program
+from vllm_hotswap.keys import check_sendable, plain_keys, split_keys
+from vllm_hotswap.states import DrainPolicy
+
+if TYPE_CHECKING:
+    import httpx
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "VLLM_HOTSWAP_URL"
 KEY_VARIABLE = "VLLM_HOTSWAP_ADMIN_KEY"
+KEY_FILE_VARIABLE = "VLLM_HOTSWAP_ADMIN_KEY_FILE"
 
-NO_LIMIT = httpx.Timeout(None, connect=10)
-"""A load takes as long as it takes: the server says when it is done."""
+CONNECT_S = 10.0
+READ_S = 60.0
+"""For calls that only look."""
 
 QUIET_S = 2.0
 """After so many seconds, what the server does is told."""
 
 _MIB = 1 << 20
 
+Run = Callable[[argparse.Namespace, Sequence[str]], int]
+
 
 class RemoteError(HotswapError):
     """The server could not be reached, or refused the call; the message says why."""
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The commands that point at a running server."""
-    for name, about in (
-        ("load", "bring a model up beside the active one"),
-        ("unload", "give back everything of a model"),
-        ("wake", "bring a sleeping model up beside the active one"),
-    ):
-        _command(commands, name, about, _operate)
-    switch = _command(commands, "switch", "make a model the active one", _switch)
-    switch.add_argument("--drain-timeout", type=float, help="seconds to wait for running requests")
+def _fill_model(run: Run) -> Callable[[argparse.ArgumentParser], None]:
+    """The arguments of a command that is about one model."""
+
+    def fill(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("alias", help="the model")
+        _options(parser, run)
+
+    return fill
+
+
+def _fill_plain(run: Run) -> Callable[[argparse.ArgumentParser], None]:
+    return lambda parser: _options(parser, run)
+
+
+def _fill_switch(switch: argparse.ArgumentParser) -> None:
+    _fill_model(_switch)(switch)
+    switch.add_argument(
+        "--drain-timeout", type=seconds, help="seconds to wait for running requests"
+    )
     switch.add_argument(
         "--on-drain-timeout",
         choices=get_args(DrainPolicy),
         help="what becomes of those that still run then",
     )
-    sleep = _command(commands, "sleep", "have a model give memory back", _operate)
+
+
+def _fill_sleep(sleep: argparse.ArgumentParser) -> None:
+    _fill_model(_operate)(sleep)
     sleep.add_argument(
         "--level", type=int, choices=(1, 2), default=1, help="1 keeps the weights, 2 drops them"
     )
-    prefetch = _command(commands, "prefetch", "read a model's files into memory", _operate)
+
+
+def _fill_prefetch(prefetch: argparse.ArgumentParser) -> None:
+    _fill_model(_operate)(prefetch)
     prefetch.add_argument("--cancel", action="store_true", help="stop the reading under way")
-    pin = _command(commands, "pin", "keep a model from being moved down", _operate)
+
+
+def _fill_pin(pin: argparse.ArgumentParser) -> None:
+    _fill_model(_operate)(pin)
     pin.add_argument("--off", action="store_true", help="allow it to be moved down again")
-    _command(commands, "plan", "what a switch to a model would do and cost", _plan)
-    lease = _command(commands, "lease", "hold a model for a job, once it is active", _lease)
+
+
+def _fill_lease(lease: argparse.ArgumentParser) -> None:
+    _fill_model(_lease)(lease)
     lease.add_argument("--owner", required=True, help="whose job it is; everybody sees it")
-    lease.add_argument("--ttl", type=float, required=True, help="seconds that it is held")
+    lease.add_argument("--ttl", type=seconds, required=True, help="seconds that it is held")
     lease.add_argument("--note", default="", help="what the job is")
-    leases = commands.add_parser("leases", help="which model is held for which jobs", **_about())
-    _options(leases, _leases)
-    release = commands.add_parser("release", help="end a job lease", **_about())
+
+
+def _fill_release(release: argparse.ArgumentParser) -> None:
     release.add_argument("id", help="of the lease")
     _options(release, _release)
-    _options(commands.add_parser("status", help="where every model is", **_about()), _status)
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    about: str,
-    run: Callable[[argparse.Namespace, Sequence[str]], int],
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=about, **_about())
-    parser.add_argument("alias", help="the model")
-    _options(parser, run)
-    return parser
-
-
-def _about() -> dict[str, Any]:
-    return {"epilog": f"The server is told by --url or {URL_VARIABLE}."}
-
-
-def _options(
-    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace, Sequence[str]], int]
-) -> None:
-    url = os.environ.get(URL_VARIABLE, DEFAULT_URL)
-    parser.add_argument("--url", default=url, help=f"of the server (default: {DEFAULT_URL})")
-    parser.add_argument("--admin-key", help=f"(default: {KEY_VARIABLE})")
-    parser.add_argument("--json", action="store_true", help="print the answer as it came")
+def _options(parser: argparse.ArgumentParser, run: Run) -> None:
+    parser.epilog = f"Name the server with --url or {URL_VARIABLE}."
+    parser.add_argument(
+        "--url",
+        help=f"address of the server, also as HOST:PORT or with /v1 (default: {DEFAULT_URL})",
+    )
+    parser.add_argument("--admin-key", metavar="KEY", help=f"(default: {KEY_VARIABLE})")
+    parser.add_argument(
+        "--admin-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file whose first key is sent (default: {KEY_FILE_VARIABLE})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser.set_defaults(run=run)
 
 
+def seconds(text: str) -> float:
+    """A time in seconds for a command line. Raises `ArgumentTypeError`."""
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value) and value >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+
+
 def _operate(args: argparse.Namespace, _: Sequence[str]) -> int:
-    path = f"/admin/models/{quote(args.alias)}/{args.command}"
+    path = f"/admin/models/{_quoted(args.alias)}/{args.command}"
     return _print(args, call(args, "POST", path, _options_of(args)), told)
 
 
@@ -120,7 +152,7 @@ def _leases(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _release(args: argparse.Namespace, _: Sequence[str]) -> int:
-    answer = call(args, "DELETE", f"/admin/leases/{quote(args.id, safe='')}")
+    answer = call(args, "DELETE", f"/admin/leases/{_quoted(args.id)}")
     return _print(args, answer, lambda lease: f"{lease['model']}: {lease['id']} has ended")
 
 
@@ -137,7 +169,7 @@ def _options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, _: Sequence[str]) -> int:
-    answer = call(args, "GET", f"/admin/plan?model={quote(args.alias, safe='')}")
+    answer = call(args, "GET", f"/admin/plan?model={_quoted(args.alias)}")
     return _print(args, answer, plan_text)
 
 
@@ -146,18 +178,130 @@ def _status(args: argparse.Namespace, _: Sequence[str]) -> int:
     return _print(args, answer, status_text)
 
 
+COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "load": ("bring a model up beside the active one", _fill_model(_operate)),
+    "unload": ("unload a model and free its memory", _fill_model(_operate)),
+    "wake": ("bring a sleeping model up beside the active one", _fill_model(_operate)),
+    "switch": ("make a model the active one", _fill_switch),
+    "sleep": ("have a model give memory back", _fill_sleep),
+    "prefetch": ("read a model's files into memory", _fill_prefetch),
+    "pin": ("keep a model from being moved down", _fill_pin),
+    "plan": ("what a switch to a model would do and cost", _fill_model(_plan)),
+    "lease": ("hold a model for a job, once it is active", _fill_lease),
+    "leases": ("which model is held for which jobs", _fill_plain(_leases)),
+    "release": ("end a job lease", _fill_release),
+    "status": ("where every model is", _fill_plain(_status)),
+}
+"""The commands that point at a running server: what each is for, and what gives it arguments."""
+
+
+def _quoted(name: str) -> str:
+    """A name as a part of a path."""
+    return quote(_text(name))
+
+
+def _text(word: str) -> str:
+    """A word of the command line. Raises `RemoteError` if it is not UTF-8, which JSON needs."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise RemoteError(f"{word!a} is not UTF-8 text; write it in UTF-8") from None
+    return word
+
+
 def _print(
     args: argparse.Namespace,
     answer: Mapping[str, Any],
     describe: Callable[[Mapping[str, Any]], str],
 ) -> int:
     try:
-        print(json.dumps(answer, indent=2) if args.json else describe(answer))
-    except (KeyError, TypeError) as error:
+        text = json.dumps(answer, indent=2) if args.json else describe(answer)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RemoteError(
-            f"{args.url} gave an answer without {error}; is it vllm-hotswap of this version?"
+            f"{Address.of(args)} gave an answer that this command does not understand "
+            f"({one_line(error)}); is it vllm-hotswap {_version()}?"
         ) from error
+    print(text)
     return 0
+
+
+def _version() -> str:
+    from vllm_hotswap import __version__
+
+    return __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server is: a URL without a path that belongs to one API."""
+
+    url: str
+    is_loopback: bool
+    is_default: bool
+    """Whether it was not named on the command line."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Address:
+        """That of `--url`, else that of the variable, else the default one.
+
+        Raises:
+            RemoteError: it is no address; the message says what one looks like.
+        """
+        given = args.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        try:
+            return cls._parse(given.strip(), not args.url)
+        except ValueError:
+            origin = "--url" if args.url else URL_VARIABLE
+            raise RemoteError(
+                f"{origin} {ascii(given)[1:-1]} is no address of a server; give http://HOST:PORT"
+            ) from None
+
+    @classmethod
+    def _parse(cls, text: str, is_default: bool) -> Address:
+        if "://" not in text:
+            text = f"http://{text}"
+        parts = urlsplit(text)
+        host = parts.hostname
+        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+            raise ValueError(text)
+        if parts.port == 0 or not text.isprintable() or " " in text:
+            raise ValueError(text)
+        path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+        url = f"{parts.scheme}://{parts.netloc}{path}"
+        return cls(url, _is_loopback(host), is_default)
+
+    def __str__(self) -> str:
+        """Without a password that may be in it."""
+        return re.sub(r"//[^/]*@", "//", self.url)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _key(args: argparse.Namespace) -> tuple[str, str]:
+    """The key to send, and where it is from; two empty texts if there is none.
+
+    Raises:
+        ConfigError: a file cannot be used, or the key cannot be sent.
+    """
+    file = args.admin_key_file or os.environ.get(KEY_FILE_VARIABLE, "")
+    variable = split_keys(os.environ.get(KEY_VARIABLE, ""))[0]
+    if args.admin_key:
+        key, origin = args.admin_key, "--admin-key"
+    elif args.admin_key_file or (file and not variable):
+        key, origin = plain_keys(Path(file))[0], f"key file {str(file)!r}"
+    elif variable:
+        key, origin = variable, KEY_VARIABLE
+    else:
+        return "", ""
+    check_sendable(key, origin)
+    return key, origin
 
 
 def call(
@@ -167,60 +311,159 @@ def call(
 
     Raises:
         RemoteError: there is no such server, or it answered with an error.
+        ConfigError: a key cannot be sent.
     """
-    key = args.admin_key or split_keys(os.environ.get(KEY_VARIABLE, ""))[0]
+    import httpx
+
+    address, (key, origin) = Address.of(args), _key(args)
+    content = None if body is None else _body(body)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    is_over = threading.Event()
+    changes = content is not None
+    if changes:
+        headers["Content-Type"] = "application/json"
     try:
-        with httpx.Client(
-            base_url=args.url.rstrip("/"), headers=headers, timeout=NO_LIMIT
-        ) as client:
-            if body is not None:
-                threading.Thread(target=_follow, args=(client, is_over), daemon=True).start()
-            answer = client.request(method, path, json=body)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with _client(address, headers, changes) as client, _followed(client, address, changes):
+            answer = client.request(method, path, content=content)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise RemoteError(
-            f"no answer from {args.url}: {one_line(error)}; give the server's --url"
+            f"no answer from {address}: {one_line(error)}; is this the server's --url?"
         ) from error
+    try:
+        found = answer.json()
+    except (ValueError, RecursionError) as error:
+        raise RemoteError(
+            f"{address} answered with status {answer.status_code} and no JSON; is it vllm-hotswap?"
+        ) from error
+    if not answer.is_success or not isinstance(found, dict):
+        raise RemoteError(Refusal(args, address, origin).explain(found, answer.status_code))
+    return found
+
+
+def _body(body: Mapping[str, Any]) -> bytes:
+    """The JSON of a body. Raises `RemoteError` if the command line had something else than text."""
+    for value in body.values():
+        if isinstance(value, str):
+            _text(value)
+    return json.dumps(body).encode()
+
+
+def _client(address: Address, headers: Mapping[str, str], changes: bool) -> httpx.Client:
+    """A client; for this machine, one without the proxies that the environment names.
+
+    A change takes as long as it takes: the server says when it is done.
+
+    Raises:
+        RemoteError: a proxy or a certificate file of the environment cannot be used.
+    """
+    import httpx
+
+    try:
+        # A transport of its own keeps httpx from looking at proxies, and at nothing else.
+        verify = address.url.startswith("https")  # to read certificates takes a while
+        transport = httpx.HTTPTransport(verify=verify) if address.is_loopback else None
+        return httpx.Client(
+            base_url=address.url,
+            headers=headers,
+            timeout=httpx.Timeout(None if changes else READ_S, connect=CONNECT_S),
+            transport=transport,
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise RemoteError(
+            f"the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, SSL_CERT_FILE) keeps "
+            f"{address} from being called: {one_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _followed(client: httpx.Client, address: Address, changes: bool) -> Iterator[None]:
+    """Tell what the server does meanwhile, once the call has taken a while."""
+    is_over = threading.Event()
+    threading.Thread(target=_follow, args=(client, address, changes, is_over), daemon=True).start()
+    try:
+        yield
     finally:
         is_over.set()
-    try:
-        content = answer.json()
-    except ValueError as error:
-        raise RemoteError(
-            f"{args.url} answered with status {answer.status_code} and no JSON; is it vllm-hotswap?"
-        ) from error
-    if answer.is_error or not isinstance(content, dict):
-        raise RemoteError(_message(content, answer.status_code))
-    return content
 
 
-def _follow(client: httpx.Client, is_over: threading.Event) -> None:
-    """Tell what the server does, once it has taken a while; on a thread."""
+def _follow(
+    client: httpx.Client, address: Address, changes: bool, is_over: threading.Event
+) -> None:
+    """On a thread: say that the answer takes its time; and, of a change, how far it is."""
     began_s = time.monotonic()
     if is_over.wait(QUIET_S):
         return
     # The connection ends with the process: one that is being read cannot be closed by others.
-    with (
-        contextlib.suppress(Exception),
-        client.stream("GET", "/admin/events") as events,
-    ):
-        for line in events.iter_lines():
-            if is_over.is_set():
-                return
-            event = json.loads(line[6:]) if line.startswith("data: ") else {}
-            what = event.get("stage") or event.get("phase")
-            model = event.get("model") or event.get("target")
-            if what and model and "models" not in event:
-                after_s = time.monotonic() - began_s
-                sys.stderr.write(f"{after_s:6.1f} s  {model}: {what}\n")
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"{QUIET_S:6.1f} s  waiting for {address}\n")
+        if not changes:
+            return
+        with client.stream("GET", "/admin/events") as events:
+            for line in events.iter_lines():
+                if is_over.is_set():
+                    return
+                event = json.loads(line[6:]) if line.startswith("data: ") else {}
+                what = event.get("stage") or event.get("phase")
+                model = event.get("model") or event.get("target")
+                if what and model and "models" not in event:
+                    after_s = time.monotonic() - began_s
+                    sys.stderr.write(f"{after_s:6.1f} s  {model}: {what}\n")
 
 
-def _message(content: Any, status: int) -> str:
-    try:
-        return str(content["error"]["message"])
-    except (TypeError, KeyError):
-        return f"the server answered with status {status}: {str(content)[:200]}"
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An error of the server, in the words of somebody who types commands."""
+
+    args: argparse.Namespace
+    address: Address
+    key_origin: str
+    """Where the key that was sent is from; empty if none was."""
+
+    def explain(self, answer: Any, status: int) -> str:
+        """One line with the reason and the next step."""
+        try:
+            message, code = str(answer["error"]["message"]), answer["error"].get("code")
+        except (LookupError, TypeError, AttributeError):
+            return f"{self.address} answered with status {status}: {_plain(str(answer))[:200]}"
+        if code == "invalid_api_key" or status == 401:
+            return self._unauthorized()
+        if code == "switch_not_allowed" and "start the server" not in message:
+            return f"only an admin may do that; {_GIVE_KEY}"
+        return self._as_commands(_plain(message))
+
+    def _unauthorized(self) -> str:
+        if self.key_origin:
+            return f"the server does not accept the key of {self.key_origin}; {_GIVE_KEY}"
+        return f"the server asks for a key; {_GIVE_KEY}"
+
+    def _as_commands(self, message: str) -> str:
+        """The message with calls of our own routes as commands."""
+        for pattern, template in _CALLS:
+            message = re.sub(pattern, partial(self._command, template), message)
+        return message
+
+    def _command(self, template: Sequence[str], call: re.Match[str]) -> str:
+        words = [call.expand(word) for word in template]
+        url = [] if self.address.is_default else ["--url", str(self.address)]
+        file = self.args.admin_key_file
+        key = ["--admin-key-file", str(file)] if file else []
+        return f"{program()} {shlex.join([*words, *url, *key])}"
+
+
+_GIVE_KEY = f"give --admin-key-file FILE or --admin-key KEY, or set {KEY_VARIABLE}"
+
+_CALLS: Sequence[tuple[str, Sequence[str]]] = (
+    (r'POST /admin/models/(\S+)/pin \{"pinned": false\}', ("pin", r"\1", "--off")),
+    (r'POST /v1/models/switch \{"model": "([^"]+)"\}', ("switch", r"\1")),
+    (r"DELETE /admin/leases/(\S+)", ("release", r"\1")),
+    (r"GET /admin/leases\b", ("leases",)),
+)
+"""Calls that errors of the server name, and the commands that make them."""
+
+
+def _plain(text: str) -> str:
+    """Text of a server on one line, without characters that a terminal obeys."""
+    line = " ".join(text.split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def switch_text(answer: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags
 from vllm_hotswap.models_file import ModelsFile
-from vllm_hotswap.progress import EventLog, StartupProgress
+from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import CONFIG_VARIABLES
@@ -117,7 +117,7 @@ def _run(
     try:
         with early.held():
             link.spawn()
-        with no_collection():
+        with no_collection(), waiting("loading vLLM"):
             # These import vLLM: seconds, during which the host does the same.
             from vllm_hotswap import launch
             from vllm_hotswap.compat import frontend, versions

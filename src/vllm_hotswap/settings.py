@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
+from vllm_hotswap import states
 from vllm_hotswap.budget import ByteSize, MemoryBudget
 from vllm_hotswap.sampling import SamplingPolicy
 
@@ -23,7 +24,7 @@ ALL = "all"
 """In the place of a list of aliases."""
 
 LoadWhen = Literal["startup", "on_demand"]
-DrainPolicy = Literal["abort", "park", "refuse"]
+DrainPolicy = states.DrainPolicy
 SwitchingMode = Literal["manual", "auto"]
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import Literal
 
 from vllm_hotswap.errors import HotswapError
+
+DrainPolicy = Literal["abort", "park", "refuse"]
+"""What becomes of requests that still run when a drain's time is up."""
 
 
 class Residency(StrEnum):

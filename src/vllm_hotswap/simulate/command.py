@@ -58,12 +58,11 @@ SWITCHING = {
 }
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "simulate",
-        help="what policies would make of a recorded or generated trace",
-        description="Run the scheduler of the server under virtual time on a trace, once with each "
-        "policy, and print waits, switches and use of the time.",
+def fill(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its arguments."""
+    parser.description = (
+        "Run the scheduler of the server under virtual time on a trace, once with each policy, "
+        "and print waits, switches and use of the time."
     )
     add = parser.add_argument
     add("trace", type=Path, nargs="?", help="a trace, from `serve --record` or `--write`")

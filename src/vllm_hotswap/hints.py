@@ -1,0 +1,27 @@
+"""Hints for people at a terminal: the nearest name to a misspelt one, and commands to paste."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+NAME = "vllm-hotswap"
+
+
+def program() -> str:
+    """What a shell takes to run this program again: its name, or else its path."""
+    if shutil.which(NAME):
+        return NAME
+    if Path(sys.argv[0]).name == NAME:
+        return shlex.quote(sys.argv[0])
+    return f"{shlex.quote(sys.executable)} -m vllm_hotswap"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the nearest known word, or nothing where none is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

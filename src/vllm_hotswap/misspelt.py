@@ -1,0 +1,86 @@
+"""Misspelt flags of `vllm serve`, found without the seconds that importing vLLM takes.
+
+What is certain is said at once. Whatever else may be wrong is left to vLLM's own parser.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from vllm_hotswap.compat.versions import RUN_ON
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.flags import SERVER_FLAGS
+from vllm_hotswap.hints import did_you_mean
+
+SCHEMA = Path(__file__).parent / "models.schema.json"
+"""Has every flag that may be a key of a model, as the newest vLLM of `RUN_ON` knows them."""
+
+NO_KEYS = frozenset(["help", "model", "model_tag", "served_model_name"])
+"""Flags that are neither in the schema nor of the server as a whole."""
+
+PLUGINS = "vllm.platform_plugins"
+"""Entry points of packages that may add flags to vLLM's parser."""
+
+
+def known_flags() -> frozenset[str]:
+    """Long flags of `vllm serve`, with underscores."""
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return frozenset(schema["$defs"]["flags"]) | SERVER_FLAGS | NO_KEYS
+
+
+def refuse_misspelt(words: Sequence[str], own: Iterable[str] = ()) -> None:
+    """Refuse a flag that the installed vLLM certainly does not have, and that is near to one.
+
+    Args:
+        words: what is left for vLLM's parser.
+        own: flags of this command that are not vLLM's, such as `--admin-key`.
+
+    Raises:
+        ConfigError: names the flag and the nearest one.
+    """
+    if not any(word.startswith("--") for word in words) or not _is_known_vllm():
+        return
+    known = known_flags()
+    for flag in _unknown(words, known):
+        if hint := nearest_flag(flag, [*known, *own]):
+            raise ConfigError(f"unrecognized arguments: {flag}{hint}")
+
+
+def nearest_flag(flag: str, known: Iterable[str]) -> str:
+    """`; did you mean '--x'?`, or nothing where none is near."""
+    return did_you_mean(flag, [f"--{name.lstrip('-').replace('_', '-')}" for name in known])
+
+
+def explained(message: str) -> str:
+    """A message of vLLM's parser, with the nearest flag where it does not know one."""
+    found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+    if found is None or "did you mean" in message:
+        return message
+    return message + nearest_flag(found.group(1), known_flags())
+
+
+def _unknown(words: Iterable[str], known: Iterable[str]) -> Iterator[str]:
+    """Flags of which no known one is the beginning's rest: argparse takes abbreviations, too."""
+    for word in words:
+        if match := re.match(r"--(?:no-)?([\w-]+)", word):
+            name = match.group(1).replace("-", "_")
+            if not any(flag.startswith(name) for flag in known):
+                yield word.partition("=")[0]
+
+
+def _is_known_vllm() -> bool:
+    """Whether its flags are those of the schema: that release, and no package that adds some."""
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None or entry_points(group=PLUGINS):
+        return False
+    try:
+        text = (Path(spec.origin).parent / "_version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    found = re.search(r"version = '(\d+\.\d+\.\d+)", text)
+    return found is not None and found.group(1) == RUN_ON[-1]
