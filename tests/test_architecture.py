@@ -32,10 +32,12 @@ LAYERS = [
         "paths",
         "variables",
         "compat.names",
+        "compat.state",
         "compat.versions",
     },
     {"planner", "policy", "costs", "host.messages", "host.arena", "host.heap", "host.teardown"},
-    {"host.weights", "host.canaries", "host.compiled", "host.lora"},
+    {"host.randomness"},
+    {"host.weights", "host.canaries", "host.compiled", "host.lora", "host.state"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
     {
@@ -131,6 +133,7 @@ VLLM_DOORS = {
     "host.engine",
     "host.executor",
     "host.lora",
+    "host.state",
     "host.weights",
 }
 

@@ -133,6 +133,14 @@ def accelerator_memory() -> DeviceMemory | None:
     return DeviceMemory(total, max(0, free - ACCELERATOR_RESERVE_BYTES), held)
 
 
+def accelerator_generators() -> Any | None:
+    """Torch's module of the accelerator, which has `get_rng_state` and `set_rng_state`; or None."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    return None if accelerator is None else torch.get_device_module(accelerator)
+
+
 def anonymous_bytes(pid: int | None = None) -> int:
     """Memory of a process and its children that the kernel cannot just drop; 0 if it is gone.
 
