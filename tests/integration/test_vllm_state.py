@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.processes import without_compilers
 from vllm_hotswap.compat.state import is_known
 from vllm_hotswap.platforms import host_environment
 
@@ -27,10 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: str, folder: Path) -> Any:
     """What the program saw. There is no compiler: an eager model needs none."""
+    (folder / program).mkdir()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **without_compilers(folder / program),
     }
     result = subprocess.run(
         [sys.executable, "-m", "tests.integration.state_program", program, str(folder)],
