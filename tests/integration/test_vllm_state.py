@@ -89,9 +89,19 @@ def test_unseeded_answers_are_those_of_a_process_of_its_own(folder: Path, alone:
     assert 8 == len({tuple(answer) for answer in alone["llama"]["unseeded"]})
 
 
-def test_every_piece_of_state_that_changes_is_listed(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def watched(folder: Path) -> Any:
+    return run("changes", folder)
+
+
+def test_small_functions_need_no_compiler_beside_a_compiled_model(watched: Any) -> None:
+    """On CPU vLLM runs them as they are written, so that no request waits for a compiler."""
+    assert [3, 1] == watched["ranks"]
+
+
+def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
     """A new one is to be added to `STATE` in `vllm_hotswap.compat.state`, with its owner."""
-    changes = run("changes", folder)
+    changes = watched["changes"]
 
     unlisted = {
         place: name for name, places in changes.items() for place in places if not is_known(place)
