@@ -35,6 +35,7 @@ LAYERS = [
         "paths",
         "variables",
         "compat.names",
+        "compat.state",
         "compat.versions",
     },
     {
@@ -47,7 +48,8 @@ LAYERS = [
         "host.heap",
         "host.teardown",
     },
-    {"host.weights", "host.canaries", "host.compiled", "host.lora"},
+    {"host.randomness"},
+    {"host.weights", "host.canaries", "host.compiled", "host.lora", "host.state"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
     {
@@ -150,6 +152,7 @@ VLLM_DOORS = {
     "host.engine",
     "host.executor",
     "host.lora",
+    "host.state",
     "host.weights",
 }
 

@@ -45,6 +45,11 @@ def test_the_reference_is_the_one_of_the_code() -> None:
     assert reference.page() == page("reference.md")
 
 
+def test_the_table_of_vllms_state_is_the_one_of_the_code() -> None:
+    """Every place, with its owner and the reason; `make reference` makes it anew."""
+    assert reference.with_state_table(page("vllm-state.md")) == page("vllm-state.md")
+
+
 def test_every_setting_has_a_meaning() -> None:
     """No row of the reference is empty."""
     assert [] == re.findall(r"^\|.*\| *\|$", page("reference.md"), re.MULTILINE)

@@ -1,6 +1,7 @@
 """`python -m vllm_hotswap.reference`: the reference page, made from what the code says of itself.
 
-`--write DIR` writes the page and the JSON schema to where they belong in a clone.
+`--write DIR` writes the page, the JSON schema and the table of vLLM's state to where they belong
+in a clone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from vllm_hotswap.cli import described_flags, make_parser
+from vllm_hotswap.compat import state
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.schema import json_schema
 from vllm_hotswap.security import DANGERS
@@ -29,6 +31,7 @@ from vllm_hotswap.settings import (
 )
 
 PAGE = "docs/reference.md"
+STATE_PAGE = "docs/vllm-state.md"
 SCHEMA = "src/vllm_hotswap/models.schema.json"
 
 INTRODUCTION = """\
@@ -141,8 +144,13 @@ def schema_text() -> str:
     return json.dumps(json_schema(described_flags()), indent=1) + "\n"
 
 
+def with_state_table(text: str) -> str:
+    """A page about vLLM's state, with its table, which is at the end, made anew."""
+    return text[: text.index("\n| state |") + 1] + state.table()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the page, or write page and schema."""
+    """Print the page, or write whatever is made from the code."""
     parser = argparse.ArgumentParser(prog="vllm_hotswap.reference")
     parser.add_argument("--write", type=Path, metavar="DIR", help="the clone to write to")
     args = parser.parse_args(argv)
@@ -151,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     (args.write / PAGE).write_text(page(), encoding="utf-8")
     (args.write / SCHEMA).write_text(schema_text(), encoding="utf-8")
+    state_page = args.write / STATE_PAGE
+    state_text = with_state_table(state_page.read_text(encoding="utf-8"))
+    state_page.write_text(state_text, encoding="utf-8")
     return 0
 
 

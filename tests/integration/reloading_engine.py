@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 
-from vllm_hotswap.compat import loading
 from vllm_hotswap.devices import HOSTED_CPU_WORKER as WORKER
 from vllm_hotswap.host import teardown
 from vllm_hotswap.host.engine import HostedEngine
@@ -43,14 +42,11 @@ class Engine:
             ring=lambda: None,
         )
         self.load_s = time.monotonic() - before
-        loading.unshare_layers()
 
     def reload(self) -> float:
         before = time.monotonic()
         self.hosted.reload(pickle.loads(self.config), True)  # noqa: S301  # made in __init__
-        seconds = time.monotonic() - before
-        loading.unshare_layers()
-        return seconds
+        return time.monotonic() - before
 
     def unload(self) -> None:
         self.hosted.unload()

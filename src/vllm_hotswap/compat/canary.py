@@ -41,15 +41,8 @@ async def ask_for_canary(client: Any, config: Any, tasks: Collection[str]) -> Ca
 
 
 def _logprobs(config: Any) -> int | None:
-    """How many log-probabilities to ask for.
-
-    Asked for any, vLLM compiles a function. Where nothing else is compiled, and other processes do
-    the work, in which that cannot be prevented, the token alone must do.
-    """
-    model_config = config.model_config
-    if model_config.enforce_eager and config.parallel_config.world_size > 1:
-        return None
-    allowed: int = model_config.max_logprobs
+    """How many log-probabilities to ask for."""
+    allowed: int = config.model_config.max_logprobs
     return 2 if allowed < 0 else min(2, allowed) or None
 
 

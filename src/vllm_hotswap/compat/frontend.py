@@ -51,10 +51,16 @@ TOOL_KEYS = frozenset(["tools", "tool_choice", "parallel_tool_calls", "functions
 
 
 def prepare_frontends() -> None:
-    """Import what `make_client` and `make_frontend` need."""
+    """Import what `make_client` and `make_frontend` need, and compile nothing in this process.
+
+    Some processors of vLLM for images and speech would have all models wait for a compiler.
+    """
+    import torch
+
     importlib.import_module("vllm.v1.engine.async_llm")
     find("build_app")
     find("init_app_state")
+    torch.compiler.set_stance("force_eager")
 
 
 def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> Any:

@@ -1,7 +1,7 @@
 """What the engine host needs of vLLM around a load. Checked on vLLM 0.32.0.
 
 Relies on: `Executor.get_class`, `maybe_register_config_serialize_by_value`,
-`register_triton_kernel_overrides`, `_ROPE_DICT`.
+`register_triton_kernel_overrides`, `simple_compile_backend` being read at import.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ def executor_class(config: Any) -> type[Any]:
 
 def prepare_host() -> None:
     """Import what loads and steps need, so that no load waits for an import."""
-    from vllm.model_executor.model_loader import get_model  # noqa: F401
     from vllm.platforms import current_platform
+
+    _compile_models_only(current_platform)
+    from vllm.model_executor.model_loader import get_model  # noqa: F401
     from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
     from vllm.v1.core.sched import scheduler  # noqa: F401
 
@@ -34,6 +36,17 @@ def prepare_host() -> None:
     _register_kernels_once(current_platform)
 
 
+def _compile_models_only(platform: Any) -> None:
+    """On CPU, have vLLM run its small functions as they are written, also beside compiled models.
+
+    It decorates some (counting ranks for log-probabilities is one) so that they are compiled at
+    their first call: all models would wait for the C++ compiler for 10 s to 20 s, and once more for
+    another number of requests. To be called before the modules with such functions are imported.
+    """
+    if platform.is_cpu():
+        platform.simple_compile_backend = "eager"
+
+
 def _register_kernels_once(platform: Any) -> None:
     """Let the platform replace its Triton kernels now, and not again at every load.
 
@@ -44,14 +57,3 @@ def _register_kernels_once(platform: Any) -> None:
     if hasattr(type(platform), "register_triton_kernel_overrides"):  # of the object vLLM says None
         platform.register_triton_kernel_overrides()
         platform.register_triton_kernel_overrides = lambda: None
-
-
-def unshare_layers() -> None:
-    """Have the next model make its own rotary caches, not share those of the model just loaded.
-
-    vLLM keeps them per shape for the whole process; a shared one would have to outlive every
-    model that uses it, and on an accelerator would lie in the memory of one that may sleep.
-    """
-    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
-
-    _ROPE_DICT.clear()

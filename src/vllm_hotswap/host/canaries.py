@@ -10,11 +10,7 @@ Relies on vLLM's `Scheduler.requests` and `Scheduler.waiting` with its `remove_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from vllm_hotswap.canary import CANARY_ID
 
@@ -52,19 +48,9 @@ class Canaries:
         if request.request_id.startswith(CANARY_ID):
             self._id, self.is_expected = request.request_id, False
 
-    @contextmanager
-    def step(self, scheduler: Any, is_eager: bool) -> Iterator[None]:
-        """A step with the canary.
-
-        Its log-probability would have vLLM compile the one function that counts ranks, for which an
-        engine that compiles nothing may have no compiler.
-        """
-        if is_eager:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            yield
-        if self._id not in scheduler.requests:
+    def has_stepped(self, scheduler: Any) -> None:
+        """If the canary is done, what was set aside may go on."""
+        if self._id is not None and self._id not in scheduler.requests:
             self._put_back(scheduler)
 
     def _put_back(self, scheduler: Any) -> None:

@@ -34,6 +34,8 @@ from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.canaries import Canaries
 from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
+from vllm_hotswap.host.randomness import Randomness
+from vllm_hotswap.host.state import EngineState, drawing_nothing, in_own_state, process_state
 from vllm_hotswap.host.teardown import dismantle
 from vllm_hotswap.host.threads import use_all_cores
 
@@ -71,7 +73,8 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self._executor_class = executor_class
         self._code = CompiledCode()
         self._canaries = Canaries()
-        try:
+        self._randomness: Randomness | None = None
+        with self._loading(vllm_config):
             super().__init__(
                 vllm_config=vllm_config,
                 local_client=True,
@@ -79,11 +82,23 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
                 executor_class=executor_class,
                 log_stats=log_stats,
             )
-        except BaseException:
-            if self._lasting is not None:
-                self._forget_model()
-            raise
         self.process_input_queue_block = False
+
+    @contextmanager
+    def _loading(self, vllm_config: Any) -> Iterator[None]:
+        """A load inside finds the state of a process of its own; one that fails leaves nothing."""
+        process, drawn_before = process_state(), self._randomness
+        self.state: EngineState | None = process.begin(vllm_config)
+        process.put_in_place(self.state)
+        try:
+            yield
+            process.loaded(self.state)
+        except BaseException:
+            self._forget_model()
+            self._randomness = drawn_before
+            raise
+        if drawn_before is not None:  # as if the model had never been gone
+            drawn_before.restore()
 
     @contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
@@ -121,6 +136,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def has_input(self) -> bool:
         return not self.input_queue.empty()
 
+    @in_own_state
     def take_input(self) -> None:
         if self.is_loaded:
             self._process_input_queue()
@@ -130,18 +146,16 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def has_work(self) -> bool:
         return self.is_loaded and not self._canaries.is_expected and super().has_work()
 
+    @in_own_state
     def run_step(self) -> None:
-        if not self._canaries.is_under_way:
-            self._process_engine_step()
-            return
-        is_eager = self.vllm_config.model_config.enforce_eager
-        with self._canaries.step(self.scheduler, is_eager):
-            self._process_engine_step()
+        self._process_engine_step()
+        self._canaries.has_stepped(self.scheduler)
 
     def expect_canary(self, is_expected: bool) -> None:
         """Step nothing before a canary, and nothing beside it; or wait for none any more."""
         self._canaries.expect(self.scheduler, is_expected)
 
+    @in_own_state
     def die(self) -> None:
         # Its client is not told: it would never work again. Whoever waits there is told otherwise.
         if self.is_loaded:
@@ -206,6 +220,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     # --- residency --------------------------------------------------------------------------
 
+    @in_own_state
     def sleep(self, level: int = 1, mode: str = "keep") -> None:
         """Give memory back; running requests are recomputed after `wake`, none is lost.
 
@@ -227,19 +242,24 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
                 self.resume_scheduler()
             raise
 
+    @in_own_state
     def wake(self) -> None:
         """Take memory back and schedule again."""
-        self.model_executor.wake_up()
+        with drawing_nothing():  # reading weights again may initialise them first
+            self.model_executor.wake_up()
         self.resume_scheduler()
 
+    @in_own_state
     def supports_discard(self) -> bool:
         """Whether sleep level 2 can be undone by `wake` for this model on this worker."""
         return all(self.collective_rpc("supports_discard"))
 
+    @in_own_state
     def weights_bytes(self) -> int:
         """Bytes that sleep level 2 gives back besides KV memory."""
         return sum(self.collective_rpc("weights_bytes"))
 
+    @in_own_state
     def unload(self) -> None:
         """Give back everything of the model; the IO threads and sockets stay."""
         if self.is_loaded:
@@ -255,19 +275,28 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         def executor_failed() -> None:
             self.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
 
-        try:
+        with self._loading(vllm_config):
             EngineCore.__init__(
                 self, vllm_config, self._executor_class, log_stats, executor_failed, False
             )
-        except BaseException:
-            self._forget_model()
-            raise
 
     def _forget_model(self) -> None:
         """Drop every attribute that loading a model has set, and what hangs on it."""
-        assert self._lasting is not None
+        try:
+            if self._lasting is not None:
+                self._forget_attributes(self._lasting)
+        finally:
+            self._forget_state()
+
+    def _forget_state(self) -> None:
+        """Only the random numbers stay, for the next load."""
+        if (state := self.state) is not None:
+            self.state = None
+            self._randomness = process_state().end(state)
+
+    def _forget_attributes(self, lasting: frozenset[str]) -> None:
         self._canaries.forget()
-        model = {name: value for name, value in vars(self).items() if name not in self._lasting}
+        model = {name: value for name, value in vars(self).items() if name not in lasting}
         try:
             if executor := model.get("model_executor"):
                 self._code.take_from(executor)

@@ -17,14 +17,18 @@ from typing import Any, ClassVar
 
 import torch
 from vllm import envs
+from vllm.distributed.ec_transfer.ec_transfer_state import ensure_ec_transfer_shutdown
+from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_hotswap.compat.kv_cache import limits
 from vllm_hotswap.host.progress import reached
+from vllm_hotswap.host.state import compiles_nothing
 from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
 
 log = logging.getLogger("vllm_hotswap.host")
+NO_COMPILER = "TORCH_COMPILE_DISABLE"
 
 QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
 MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
@@ -87,6 +91,8 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
 
         vLLM's own worker shutdown would also reset what other engines of the process use.
         """
+        ensure_kv_transfer_shutdown()
+        ensure_ec_transfer_shutdown()
         worker = getattr(getattr(self, "driver_worker", None), "worker", None)
         for name in ("profiler", "weight_transfer_engine", "elastic_ep_executor"):
             if shutdown := getattr(getattr(worker, name, None), "shutdown", None):
@@ -98,7 +104,10 @@ class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[mi
 
     def _init_executor(self) -> None:
         threads = torch.get_num_threads()
-        with _cores_for_each(self.parallel_config.local_world_size):
+        with (
+            _cores_for_each(self.parallel_config.local_world_size),
+            _compiling_nothing(self.vllm_config),
+        ):
             super()._init_executor()
         # vLLM takes this process for one that only schedules, and leaves it one thread.
         torch.set_num_threads(threads)
@@ -108,6 +117,27 @@ class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[mi
         # vLLM registers `shutdown` for the end of the process, which would keep this object.
         if finalizer := getattr(self, "_finalizer", None):
             finalizer.detach()
+
+
+@contextmanager
+def _compiling_nothing(vllm_config: Any) -> Iterator[None]:
+    """Start the workers of a model that is not to be compiled without torch's compiler.
+
+    Some of vLLM's functions are compiled at their first call, whatever the model: embedding a
+    token of a model that is divided among workers, or counting ranks for log-probabilities.
+    """
+    if not compiles_nothing(vllm_config):
+        yield
+        return
+    before = os.environ.get(NO_COMPILER)
+    os.environ[NO_COMPILER] = "1"  # read by torch when a process imports it
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_COMPILER]
+        else:
+            os.environ[NO_COMPILER] = before
 
 
 @contextmanager

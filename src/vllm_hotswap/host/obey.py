@@ -127,8 +127,6 @@ class Obedience:
         except BaseException:
             self._unload(command.alias)
             raise
-        finally:
-            loading.unshare_layers()
         give_back_free_memory()
         held = device.held_bytes() - before_bytes
         if not device.kv_is_lazy:
@@ -186,8 +184,6 @@ class Obedience:
         except BaseException:
             self._unload(alias)
             raise
-        finally:
-            loading.unshare_layers()
 
     def _unload(self, alias: str) -> None:
         engine = self._find(alias)

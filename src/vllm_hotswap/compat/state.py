@@ -1,0 +1,204 @@
+"""What vLLM keeps for a whole process, and to whom it belongs here. Checked on vLLM 0.32.0.
+
+vLLM is written for one engine per process, so a load sets module globals, class attributes and
+environment variables. `STATE` lists those that a load, a step or an unload changes, with what is
+done about each; `host.state` does it. `docs/vllm-state.md` is made from this list, and a test
+compares it with what the installed vLLM really changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+
+class Owner(Enum):
+    """To whom a piece of state belongs."""
+
+    ENGINE = "engine"
+    """Each engine has its own, as in a process of its own: put in place when it is worked with."""
+    KIND = "kind"
+    """Engines of one kind share it: what the first of them has made serves the others."""
+    PROCESS = "process"
+    """All engines share it, on purpose."""
+
+
+OWNER_NAMES = MappingProxyType(
+    {Owner.ENGINE: "each engine", Owner.KIND: "each kind of model", Owner.PROCESS: "all"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One piece of process-wide state.
+
+    Attributes:
+        place: `module:attribute.path`, or `os:environ[NAME]`. A `*` in a path stands for every
+            value of a dictionary, or, where the state is shared, for any text.
+        owner: to whom it belongs.
+        reason: what it is, and why it belongs there.
+    """
+
+    place: str
+    owner: Owner
+    reason: str
+
+
+def _of(owner: Owner, module: str, names: str, reason: str) -> Iterator[State]:
+    for name in names.split():
+        yield State(f"{module}:{name}", owner, reason)
+
+
+def _engine(module: str, names: str, reason: str) -> Iterator[State]:
+    return _of(Owner.ENGINE, module, names, reason)
+
+
+def _shared(module: str, names: str, reason: str) -> Iterator[State]:
+    return _of(Owner.PROCESS, module, names, reason)
+
+
+STATE: tuple[State, ...] = (
+    *_of(
+        Owner.KIND,
+        "vllm.distributed.parallel_state",
+        "_TP _ETP _ENGRAM_DP _DCP _PCP _PP _DP _EP _EPLB",
+        "parallel groups, each of this process alone. Models of mixtures of experts have more of "
+        "them than dense ones; a set per engine would cost 14 ports and 40 threads",
+    ),
+    *_engine(
+        "vllm.distributed.parallel_state",
+        "_ENABLE_CUSTOM_ALL_REDUCE",
+        "a setting of the model",
+    ),
+    *_engine(
+        "vllm.distributed.kv_transfer.kv_transfer_state",
+        "_KV_CONNECTOR_AGENT",
+        "the connector of the model that transfers KV memory",
+    ),
+    *_engine(
+        "vllm.distributed.ec_transfer.ec_transfer_state",
+        "_EC_CONNECTOR_AGENT",
+        "the connector of the model that transfers encoder outputs",
+    ),
+    *_engine(
+        "vllm.envs",
+        "__getattr__",
+        "the cache of environment variables, which is filled at the end of each load",
+    ),
+    *_engine(
+        "vllm.model_executor.layers.rotary_embedding",
+        "_ROPE_DICT",
+        "rotary layers by shape; a shared one would have to outlive the models that use it, and "
+        "would lie in the memory of one that may sleep",
+    ),
+    *_engine(
+        "vllm.model_executor.layers.mamba.ops.ssu_dispatch",
+        "_mamba_ssu_backend _flashinfer_replayssm_kernel",
+        "kernels that the model's configuration has chosen",
+    ),
+    *_engine(
+        "vllm.model_executor.layers.attention.mm_encoder_attention",
+        "_fp8_scale_save_path _fp8_scale_save_margin",
+        "where the model's scales are written",
+    ),
+    *_engine(
+        "vllm.model_executor.offloader.base",
+        "_instance",
+        "what moves the model's weights to host memory and back, at each step",
+    ),
+    *_engine(
+        "vllm.ir.op",
+        "_ENABLE_TORCH_WRAP IrOp.registry.*._priority_impls",
+        "how operations are dispatched; depends on whether and how the model is compiled",
+    ),
+    *_engine(
+        "vllm.v1.worker.workspace",
+        "_manager",
+        "scratch memory of the model, of the size that its warm-up has found and then locked",
+    ),
+    *_engine(
+        "vllm.v1.worker.gpu.buffer_utils",
+        "_DEFAULT_MAX_CONCURRENCY",
+        "how many steps the model may have in flight",
+    ),
+    *_engine(
+        "vllm.v1.worker.ubatching",
+        "_NUM_UBATCHES _CURRENT_CONTEXTS _THREAD_ID_TO_CONTEXT",
+        "the parts of a batch that the model works on at once",
+    ),
+    *_engine(
+        "vllm.v1.core.kv_cache_utils",
+        "NONE_HASH _NONE_HASH_SEED",
+        "where the hashes of the model's prefix cache begin; drawn anew at each load if the hash "
+        "is not cryptographic, so another load would empty the cache in effect",
+    ),
+    *_engine(
+        "vllm.compilation.cuda_graph",
+        "CUDAGraphWrapper._all_instances",
+        "the model's graphs, which vLLM clears all at once",
+    ),
+    *_engine(
+        "vllm.compilation.breakable_cudagraph",
+        "BreakableCUDAGraphWrapper._all_instances",
+        "the model's graphs, which vLLM clears all at once",
+    ),
+    *_engine(
+        "vllm.platforms",
+        "current_platform.__class__._global_graph_pool",
+        "memory of the model's graphs, which is to go with them",
+    ),
+    *_engine(
+        "vllm.compilation.monitor",
+        "cudagraph_capturing_enabled torch_compile_start_time",
+        "whether the model may still capture graphs",
+    ),
+    *_engine(
+        "vllm.utils.jit_monitor",
+        "_active _mode _verbose",
+        "whether kernels may still be compiled; a load must not be blamed for it after another",
+    ),
+    *_engine(
+        "os",
+        "environ[TORCHINDUCTOR_CACHE_DIR] environ[TRITON_CACHE_DIR] environ[VLLM_DIST_IDENT]",
+        "the model's folder of compiled code; the name of its process group",
+    ),
+    *_engine(
+        "vllm.compilation.compiler_interface",
+        "_last_inductor_triton_cache_dir",
+        "goes with the folder of compiled code",
+    ),
+    *_shared(
+        "vllm.distributed.parallel_state",
+        "_WORLD _NODE_COUNT _INNER_DP_WORLD",
+        "this process alone, whatever the model; torch has one default group per process",
+    ),
+    *_shared(
+        "vllm.distributed.parallel_state",
+        "_groups _group_name_counter",
+        "names of groups; there is one set of groups for each kind of model",
+    ),
+)
+
+
+def of_owner(owner: Owner) -> Iterator[State]:
+    return (state for state in STATE if state.owner is owner)
+
+
+def is_known(place: str) -> bool:
+    """Whether `place`, in the notation of `State`, is listed."""
+    return any(fnmatchcase(place, _pattern(state.place)) for state in STATE)
+
+
+def _pattern(place: str) -> str:
+    return place.replace("[", "[[]")
+
+
+def table() -> str:
+    """The list as a table in Markdown, by owner."""
+    rows = ["| state | belongs to | what it is, and why |", "|---|---|---|"]
+    for owner in Owner:
+        rows += [f"| `{s.place}` | {OWNER_NAMES[owner]} | {s.reason} |" for s in of_owner(owner)]
+    return "\n".join(rows) + "\n"

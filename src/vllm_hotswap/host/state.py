@@ -1,0 +1,236 @@
+"""vLLM's process-wide state, put in place for whichever engine is worked with.
+
+Which state that is, and why, says `compat.state`. While the same engine is worked with, nothing is
+moved: steps cost nothing. When another one is, what the last one has left is kept for it, and what
+the other one had is put back, as if each had a process of its own. So an engine that cannot be
+loaded leaves nothing behind.
+
+Only the compute thread works with engines. IO threads read some of this state at other times; what
+is said about it in `compat.state` holds for them, too.
+
+Worker processes of a tensor-parallel model serve that model alone: nothing is moved in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from vllm_hotswap.compat.state import Owner, of_owner
+from vllm_hotswap.host.randomness import Randomness
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MISSING = object()
+"""The value of what is not set."""
+
+CONTAINERS = (dict, list, set, weakref.WeakSet)
+
+
+class Cell(Protocol):
+    """One place of a process that holds a value."""
+
+    def get(self) -> Any:
+        """The value, or MISSING."""
+
+    def set(self, value: Any) -> None:
+        """Change the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """Of a module, a class or an object."""
+
+    owner: Any
+    name: str
+
+    def get(self) -> Any:
+        return getattr(self.owner, self.name, MISSING)
+
+    def set(self, value: Any) -> None:
+        if value is not MISSING:  # an IO thread may read what another engine has set
+            setattr(self.owner, self.name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Of the environment."""
+
+    owner: MutableMapping[str, str]
+    name: str
+
+    def get(self) -> Any:
+        return self.owner.get(self.name, MISSING)
+
+    def set(self, value: Any) -> None:
+        if value is MISSING:
+            self.owner.pop(self.name, None)
+        else:
+            self.owner[self.name] = value
+
+
+def cells(place: str) -> Iterator[Cell]:
+    """The cells at a place of `compat.state`; none where this vLLM has no such thing."""
+    module, _, path = place.partition(":")
+    if module == "os":
+        yield Item(os.environ, path.removeprefix("environ[").removesuffix("]"))
+        return
+    *way, name = path.split(".")
+    with contextlib.suppress(ImportError, AttributeError):
+        owners: list[Any] = [importlib.import_module(module)]
+        for part in way:
+            owners = [step for owner in owners for step in _steps(owner, part)]
+        yield from (Attribute(owner, name) for owner in owners)
+
+
+def _steps(owner: Any, part: str) -> Iterable[Any]:
+    return list(owner.values()) if part == "*" else [getattr(owner, part)]
+
+
+class EngineState:
+    """What one engine has: the values of cells, its random numbers, and whether it may compile."""
+
+    def __init__(self, values: list[Any], kind: Any, stance: str) -> None:
+        self.values = values
+        self.kind = kind
+        self.stance = stance
+        self.randomness: Randomness | None = None
+
+
+class ProcessState:
+    """Moves the state of engines in and out of their process. There is one for each process.
+
+    The mutable state is `_current`, whose values are in place, and `_kinds`, the parallel groups
+    by the kind of model that needs them, which stay for as long as the process.
+    """
+
+    def __init__(self, cells: list[Cell], groups: list[Cell]) -> None:
+        self._cells, self._groups = cells, groups
+        self._outset = _values(cells)
+        self._kinds: dict[Any, list[Any]] = {}
+        self._current: EngineState | None = None
+
+    def begin(self, vllm_config: Any) -> EngineState:
+        """The state for an engine that is about to be loaded: that of a process without any."""
+        kind = _kind(vllm_config)
+        groups = self._kinds.get(kind, [None for _ in self._groups])
+        values = [*map(_fresh, self._outset), *groups]
+        return EngineState(
+            values, kind, "force_eager" if compiles_nothing(vllm_config) else "default"
+        )
+
+    def put_in_place(self, state: EngineState) -> None:
+        """Have this state be that of the process, and keep what was there for its engine."""
+        if self._current is state:
+            return
+        if self._current is not None:
+            self._current.values = _values([*self._cells, *self._groups])
+            self._current.randomness = Randomness.now()
+        self._put(state.values, state.stance)
+        if state.randomness is not None:
+            state.randomness.restore()
+        self._current = state
+
+    def loaded(self, state: EngineState) -> None:
+        """An engine has been loaded: what it has made for its kind serves the next one, too."""
+        if _has_any(self._groups):
+            self._kinds.setdefault(state.kind, _values(self._groups))
+
+    def end(self, state: EngineState) -> Randomness:
+        """An engine is gone, or could not be loaded. Returns what it would have drawn next."""
+        self.put_in_place(state)
+        randomness = Randomness.now()
+        if state.kind not in self._kinds and _has_any(self._groups):
+            _destroy_groups()  # a load that failed has made them
+        self._current = None
+        self._put([*map(_fresh, self._outset), *(None for _ in self._groups)], "default")
+        return randomness
+
+    def _put(self, values: list[Any], stance: str) -> None:
+        for cell, value in zip([*self._cells, *self._groups], values, strict=True):
+            cell.set(value)
+        torch.compiler.set_stance(stance)
+
+
+@cache
+def process_state() -> ProcessState:
+    """That of this process, as it is before the first load."""
+    return ProcessState(_cells_of(Owner.ENGINE), _cells_of(Owner.KIND))
+
+
+def _cells_of(owner: Owner) -> list[Cell]:
+    return [cell for state in of_owner(owner) for cell in cells(state.place)]
+
+
+class Stateful(Protocol):
+    """An engine with a state of its own, once it has begun to be loaded."""
+
+    state: EngineState | None
+
+
+E = TypeVar("E", bound=Stateful)
+
+
+def in_own_state(
+    method: Callable[Concatenate[E, P], R],
+) -> Callable[Concatenate[E, P], R]:
+    """Have a method of an engine find the engine's own state in place."""
+
+    @wraps(method)
+    def inside(engine: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if engine.state is not None:
+            process_state().put_in_place(engine.state)
+        return method(engine, *args, **kwargs)
+
+    return inside
+
+
+@contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """Whatever is drawn inside, the next random numbers are those that would have come anyway."""
+    before = Randomness.now()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def compiles_nothing(vllm_config: Any) -> bool:
+    """Whether a model is to run as it is written."""
+    return bool(vllm_config.model_config.enforce_eager)
+
+
+def _kind(vllm_config: Any) -> Any:
+    """What the groups of a model in one process depend on."""
+    is_moe = getattr(vllm_config.model_config, "is_moe", False)
+    return bool(is_moe), bool(vllm_config.parallel_config.enable_eplb)
+
+
+def _values(places: list[Cell]) -> list[Any]:
+    return [cell.get() for cell in places]
+
+
+def _has_any(groups: list[Cell]) -> bool:
+    return any(group.get() is not None for group in groups)
+
+
+def _fresh(value: Any) -> Any:
+    """The value for one more engine, which may change it."""
+    return copy.copy(value) if isinstance(value, CONTAINERS) else value
+
+
+def _destroy_groups() -> None:
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    destroy_model_parallel()

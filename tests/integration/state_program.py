@@ -1,0 +1,188 @@
+"""A program for `test_vllm_state.py`: engines of unlike models in one process.
+
+Prints what it saw as one line of JSON, the last of its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tests.integration.process_state import Watch  # before vLLM is imported
+
+# isort: split
+from tests.integration.hosted import Hosted
+from tests.integration.small_models import make
+from vllm_hotswap.compat import loading
+from vllm_hotswap.host.state import process_state
+
+
+def orders(folder: Path) -> dict[str, Any]:
+    """A mixture of experts after a dense model, and what each says whatever the others do."""
+    checkpoints = {kind: make(kind, folder / kind) for kind in ("llama", "moe", "mamba")}
+    llama = Hosted(checkpoints["llama"], "llama")
+    seen: dict[str, Any] = {"llama": llama.greedy()}
+    moe = Hosted(checkpoints["moe"], "moe")
+    seen["moe"] = moe.greedy()
+    mamba = Hosted(checkpoints["mamba"], "mamba")
+    seen["mamba"] = mamba.greedy()
+    engines = {"llama": llama, "moe": moe, "mamba": mamba}
+    seen["again"] = {name: engine.greedy() for name, engine in engines.items()}
+    seen["broken"] = fails(lambda: Hosted(break_(checkpoints["moe"]), "broken"))
+    seen["after_failure"] = {name: engine.greedy() for name, engine in engines.items()}
+    for engine in engines.values():
+        engine.unload()
+        engine.reload()
+    before = resources()
+    for _ in range(3):
+        for engine in engines.values():
+            engine.unload()
+            engine.reload()
+    seen["resources"] = [before, resources()]
+    seen["reloaded"] = {name: engine.greedy() for name, engine in engines.items()}
+    return seen
+
+
+def draws(folder: Path) -> dict[str, Any]:
+    """What two models answer without a seed while each other is loaded, sleeps and so on."""
+    llama = Hosted(make("llama", folder / "llama"), "llama", seed=3)
+    first = llama.unseeded(2)
+    moe = Hosted(make("moe", folder / "moe"), "moe", seed=4)
+    of_moe = moe.unseeded(1)
+    second = llama.unseeded(1)
+    moe.engine.sleep(2)
+    second += llama.unseeded(1)
+    moe.engine.wake()
+    second += llama.unseeded(1)
+    of_moe += moe.unseeded(1)
+    llama.engine.sleep(2)
+    llama.engine.wake()
+    second += llama.unseeded(1)
+    llama.unload()
+    of_moe += moe.unseeded(1)
+    llama.reload()
+    fails(lambda: Hosted(break_(folder / "moe"), "broken"))
+    second += llama.unseeded(2)
+    llama.greedy()
+    second += llama.unseeded(1)
+    return {"llama": first + second, "moe": of_moe + moe.unseeded(1)}
+
+
+def changes(folder: Path) -> dict[str, Any]:
+    """The process-wide state of vLLM that each operation has changed."""
+    watch = Watch()
+    loading.prepare_host()
+    process_state()  # looks at the state before the first load
+    watch.changed()
+    seen: dict[str, list[str]] = {}
+
+    def note(name: str, act: Callable[[], Any]) -> Any:
+        result = act()
+        seen[name] = watch.changed()
+        return result
+
+    engines = {}
+    for kind in ("llama", "moe", "mamba", "embed"):
+        checkpoint = make(kind, folder / kind)
+        engine = note(f"load {kind}", lambda kind=kind, at=checkpoint: Hosted(at, kind))
+        ask = engine.pooled if kind == "embed" else lambda engine=engine: answers(engine)
+        note(f"ask {kind}", ask)
+        engines[kind] = engine
+    for kind, engine in engines.items():
+        note(f"ask {kind} again", engine.pooled if kind == "embed" else engine.greedy)
+    llama = engines["llama"]
+    note("sleep", lambda: llama.engine.sleep(2))
+    note("wake", llama.engine.wake)
+    note("unload", llama.unload)
+    note("reload", llama.reload)
+    return {"changes": seen, "ranks": ranks()}
+
+
+def ranks() -> list[int]:
+    """What a small function of vLLM counts, beside a model that may be compiled."""
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    torch.compiler.set_stance("default")
+    counts = batched_count_greater_than(torch.arange(6.0).view(2, 3), torch.tensor([[0.0], [5.0]]))
+    return [int(count) for count in counts]
+
+
+def answers(engine: Hosted) -> None:
+    engine.greedy()
+    engine.unseeded()
+    engine.ask([5, 6], logprobs=2, top_p=0.9, seed=1)
+    engine.ask([5, 6], prompt_logprobs=1, temperature=0)
+
+
+def alone(folder: Path, kind: str, seed: int) -> dict[str, Any]:
+    """What plain vLLM answers in a process of its own, without a seed and greedily."""
+    from vllm import LLM, SamplingParams
+
+    from tests.integration.hosted import ENGINE_ARGUMENTS, PROMPTS
+
+    llm = LLM(model=str(make(kind, folder / kind)), seed=seed, **ENGINE_ARGUMENTS)
+
+    def ask(prompt: list[int], temperature: float) -> list[int]:
+        params = SamplingParams(
+            temperature=temperature, max_tokens=12, ignore_eos=True, detokenize=False
+        )
+        (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    unseeded = [ask(PROMPTS[0], 4.0) for _ in range(8)]
+    return {"unseeded": unseeded, "greedy": [ask(prompt, 0) for prompt in PROMPTS]}
+
+
+def fails(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
+        return type(error).__name__
+    return "nothing"
+
+
+def break_(checkpoint: Path) -> Path:
+    """A copy of a checkpoint with too few weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint.with_name(f"broken-{checkpoint.name}")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    tensors = load_file(checkpoint / "model.safetensors")
+    first = next(iter(tensors))
+    tensors[first] = tensors[first][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def resources() -> dict[str, int]:
+    process = psutil.Process()
+    return {
+        "threads": process.num_threads(),
+        "files": process.num_fds(),
+        "ports": len(process.net_connections("tcp")),
+    }
+
+
+def main(program: str, folder: str, *arguments: str) -> dict[str, Any]:
+    programs: dict[str, Callable[..., dict[str, Any]]] = {
+        "orders": orders,
+        "draws": draws,
+        "changes": changes,
+        "llama": lambda folder: alone(folder, "llama", 3),
+        "moe": lambda folder: alone(folder, "moe", 4),
+    }
+    return programs[program](Path(folder), *arguments)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(*sys.argv[1:])) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # the IO threads of an engine never end

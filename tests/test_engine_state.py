@@ -1,0 +1,267 @@
+"""Each engine finds vLLM's process-wide state as if it had a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_hotswap.compat.state import STATE, Owner, is_known, of_owner
+from vllm_hotswap.host.randomness import Randomness
+from vllm_hotswap.host.state import (
+    MISSING,
+    Attribute,
+    EngineState,
+    Item,
+    ProcessState,
+    cells,
+    drawing_nothing,
+    in_own_state,
+)
+
+
+@dataclass
+class ModelConfig:
+    is_moe: bool = False
+    enforce_eager: bool = True
+
+
+@dataclass
+class ParallelConfig:
+    enable_eplb: bool = False
+
+
+@dataclass
+class Config:
+    model_config: ModelConfig = field(default_factory=ModelConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+DENSE = Config()
+EXPERTS = Config(ModelConfig(is_moe=True))
+COMPILED = Config(ModelConfig(enforce_eager=False))
+
+
+@pytest.fixture
+def module() -> Any:
+    """As a module of vLLM: a backend that a load chooses, a table, and parallel groups."""
+    return types.SimpleNamespace(backend=None, table={}, group=None, experts=None)
+
+
+@pytest.fixture
+def process(module: Any) -> Iterator[ProcessState]:
+    before = Randomness.now()
+    values = [Attribute(module, "backend"), Attribute(module, "table")]
+    yield ProcessState(values, [Attribute(module, "group"), Attribute(module, "experts")])
+    before.restore()
+    torch.compiler.set_stance("default")
+
+
+def load(process: ProcessState, module: Any, name: str, config: Config = DENSE) -> EngineState:
+    """What vLLM does at a load."""
+    state = process.begin(config)
+    process.put_in_place(state)
+    module.backend = name
+    module.table[name] = True
+    if module.group is None:
+        module.group = f"group of {name}"
+        module.experts = f"experts of {name}" if config.model_config.is_moe else None
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # as vLLM does
+    process.loaded(state)
+    return state
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(1).item(), random.random(), np.random.random()  # noqa: S311
+
+
+def test_an_engine_finds_what_it_left(process: ProcessState, module: Any) -> None:
+    """And nothing of what another one has set."""
+    first = load(process, module, "first")
+    second = load(process, module, "second")
+    module.backend = "second, later"
+
+    process.put_in_place(first)
+    assert ("first", {"first": True}) == (module.backend, module.table)
+    process.put_in_place(second)
+    assert ("second, later", {"second": True}) == (module.backend, module.table)
+
+
+def test_while_one_engine_is_worked_with_nothing_is_moved(
+    process: ProcessState, module: Any
+) -> None:
+    """A step after a step reads and writes no state."""
+    state = load(process, module, "first")
+    del module.backend, module.table  # whatever reads them fails
+
+    process.put_in_place(state)
+
+    assert not hasattr(module, "backend")
+
+
+def test_a_load_begins_as_in_a_new_process(process: ProcessState, module: Any) -> None:
+    """Whatever has been loaded before."""
+    load(process, module, "first")
+
+    process.put_in_place(process.begin(DENSE))
+
+    assert (None, {}) == (module.backend, module.table)
+
+
+def test_a_load_that_failed_changes_nothing_for_others(process: ProcessState, module: Any) -> None:
+    """The others' state and random numbers are as before."""
+    first = load(process, module, "first")
+    with drawing_nothing():
+        expected = draw()
+    failing = process.begin(DENSE)
+    process.put_in_place(failing)
+    module.backend = "failing"
+    draw()
+
+    process.end(failing)
+    assert (None, {}) == (module.backend, module.table)
+    process.put_in_place(first)
+
+    assert ("first", {"first": True}) == (module.backend, module.table)
+    assert expected == draw()
+
+
+def test_models_of_one_kind_share_their_parallel_groups(process: ProcessState, module: Any) -> None:
+    """A mixture of experts after a dense model makes its own, and no model makes them again."""
+    dense = load(process, module, "dense")
+    experts = load(process, module, "experts", EXPERTS)
+    assert ("group of experts", "experts of experts") == (module.group, module.experts)
+    load(process, module, "dense too")
+    assert ("group of dense", None) == (module.group, module.experts)
+    process.end(experts)
+    load(process, module, "experts again", EXPERTS)
+    assert ("group of experts", "experts of experts") == (module.group, module.experts)
+
+    process.put_in_place(dense)
+
+    assert ("group of dense", None) == (module.group, module.experts)
+
+
+def test_each_engine_draws_its_own_random_numbers(process: ProcessState, module: Any) -> None:
+    """Those that it would draw if there were no other."""
+    load(process, module, "alone")
+    expected = [draw() for _ in range(4)]
+
+    first = load(process, module, "first")
+    drawn = [draw()]
+    second = load(process, module, "second")
+    of_second = [draw()]
+    process.put_in_place(first)
+    drawn += [draw(), draw()]
+    process.put_in_place(second)
+    of_second += [draw()]
+    process.put_in_place(first)
+    drawn += [draw()]
+
+    assert expected == drawn
+    assert expected[:2] == of_second
+
+
+def test_the_end_of_an_engine_tells_what_it_would_have_drawn(
+    process: ProcessState, module: Any
+) -> None:
+    """So that it can go on from there when it is loaded again."""
+    first = load(process, module, "first")
+    with drawing_nothing():
+        expected = draw()
+    load(process, module, "second")
+
+    process.end(first).restore()
+
+    assert expected == draw()
+
+
+def test_only_a_model_that_is_compiled_may_compile(process: ProcessState, module: Any) -> None:
+    """An eager one runs what vLLM has decorated as it is written."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("compiled")
+
+    @torch.compile(backend=refuse)
+    def decorated(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    eager = load(process, module, "eager")
+    compiled = load(process, module, "compiled", COMPILED)
+    with pytest.raises(Exception, match="compiled"):
+        decorated(torch.zeros(2))
+
+    process.put_in_place(eager)
+    assert [1, 1] == decorated(torch.zeros(2)).tolist()
+
+    process.put_in_place(compiled)
+    with pytest.raises(Exception, match="compiled"):
+        decorated(torch.zeros(3))
+
+
+def test_methods_of_an_engine_find_its_state(
+    monkeypatch: pytest.MonkeyPatch, process: ProcessState, module: Any
+) -> None:
+    """Unless it has none, before its load and after its end."""
+    monkeypatch.setattr("vllm_hotswap.host.state.process_state", lambda: process)
+
+    @dataclass
+    class Engine:
+        state: EngineState | None
+
+        @in_own_state
+        def backend(self) -> Any:
+            return module.backend
+
+    first, second = (Engine(load(process, module, name)) for name in ("first", "second"))
+
+    assert ("first", "second") == (first.backend(), second.backend())
+    assert "second" == Engine(None).backend()
+
+
+def test_what_is_not_set_stays_as_it_is_unless_it_is_a_variable() -> None:
+    """A module's missing name may be read by another thread; a variable would count for others."""
+    module, environment = types.SimpleNamespace(name=1), {"NAME": "1"}
+
+    assert MISSING is Attribute(module, "other").get()
+    Attribute(module, "name").set(MISSING)
+    Item(environment, "NAME").set(MISSING)
+
+    assert (1, {}) == (module.name, environment)
+    assert MISSING is Item(environment, "NAME").get()
+
+
+def test_places_are_found() -> None:
+    """Of variables, of attributes, of every value of a table; none where there is no module."""
+    (variable,) = cells("os:environ[HOME]")
+    (attribute,) = cells("os.path:sep")
+    (inner,) = cells("vllm_hotswap.compat.state:Owner.ENGINE._value_")
+    several = list(cells("vllm_hotswap.compat.state:Owner._member_map_.*._value_"))
+
+    assert os.environ.get("HOME", MISSING) == variable.get()
+    assert ("/", "engine") == (attribute.get(), inner.get())
+    assert [owner.value for owner in Owner] == [cell.get() for cell in several]
+    assert [] == list(cells("vllm_hotswap.no_such_module:name"))
+    assert [] == list(cells("vllm_hotswap.compat.state:nothing.name"))
+
+
+def test_each_place_is_listed_once_with_a_reason() -> None:
+    """And can be looked up, by a pattern where it has one."""
+    places = [state.place for state in STATE]
+
+    assert len(places) == len({*places})
+    assert all(state.reason for state in STATE)
+    assert all(is_known(place) for place in places)
+    assert is_known("vllm.ir.op:IrOp.registry.rms_norm._priority_impls")
+    assert not is_known("vllm.ir.op:SOMETHING_NEW")
+    assert {*Owner} == {state.owner for state in STATE}
+    assert 9 == len(list(of_owner(Owner.KIND)))
