@@ -31,6 +31,7 @@ LAYERS = [
         "security",
         "paths",
         "variables",
+        "written",
         "compat.names",
         "compat.versions",
     },
