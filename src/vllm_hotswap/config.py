@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass as plain_dataclass, field, fields, replace
 from itertools import takewhile
 from pathlib import Path
@@ -227,6 +227,24 @@ def unknown_key(place: object, key: object, known: Iterable[str]) -> ConfigError
     return ConfigError(f"{place}: unknown key {key!r}{hint}")
 
 
+@plain_dataclass(frozen=True, slots=True)
+class _Noting:
+    """A context that notes what is raised inside, and lets nothing of it out."""
+
+    mistakes: list[Mistake]
+    line: int
+    """Of errors that do not know theirs."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, ConfigError):
+            return False
+        self.mistakes.extend(mistakes_of(error, self.line))
+        return True
+
+
 class _Reader:
     """Turns one document into a `ServerConfig`; knows where every value was given.
 
@@ -273,16 +291,12 @@ class _Reader:
             **sections,
         )
 
-    @contextmanager
-    def _noting(self, *keys: str) -> Iterator[None]:
+    def _noting(self, *keys: str | int) -> _Noting:
         """Add to the mistakes what is raised inside, and go on behind it."""
-        try:
-            yield
-        except ConfigError as error:
-            self.mistakes += mistakes_of(error, self._source.line(*keys))
+        return _Noting(self.mistakes, self._source.line(*keys))
 
     def _refuse_unknown(
-        self, values: Mapping[Any, Any], known: Iterable[str], *keys: str, shown: bool = True
+        self, values: Mapping[Any, Any], known: Iterable[str], *keys: str | int, shown: bool = True
     ) -> None:
         """Note every key that is not known."""
         known = list(known)
@@ -372,7 +386,7 @@ class _Reader:
         return (override for override in self._overrides if override.section == section)
 
     def _keys(
-        self, kind: type[Any], section: object, *keys: str, shown: bool = True
+        self, kind: type[Any], section: object, *keys: str | int, shown: bool = True
     ) -> Mapping[str, Any]:
         """The known keys of a section; every other one is noted. Nothing means the defaults."""
         if section is None:
@@ -441,7 +455,7 @@ class _Reader:
 
     def _model(self, alias: object, entry: object, shared: Mapping[str, Any]) -> ModelConfig:
         place = self._place("models", str(alias))
-        if not _is_name(alias):
+        if not isinstance(alias, str) or not _is_name(alias):
             odd = (
                 f" YAML reads this alias as {shown(alias.value)};"
                 if isinstance(alias, OddKey)
@@ -488,7 +502,7 @@ class _Reader:
         with self._noting("models", given.alias):
             model: ModelConfig = _validated(ModelConfig, {**ours, **base}, given.place)
             return model
-        good = {"model": UNKNOWN}
+        good: dict[str, Any] = {"model": UNKNOWN}
         for key, value in ours.items():
             with suppress(ConfigError):
                 _validated(ModelConfig, {**good, key: value, **base}, given.place)
@@ -601,7 +615,7 @@ def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[..., 
 
 def _switched(kind: type[Any], key: str, value: object) -> object:
     """`yes`, `no`, `on` and `off` are clear where nothing but true and false can be meant."""
-    field_info = kind.__pydantic_fields__.get(key)  # type: ignore[attr-defined]
+    field_info = kind.__pydantic_fields__.get(key)
     if isinstance(value, Surprising) and isinstance(value.value, bool) and field_info:
         return value.value if field_info.annotation is bool else value
     return value

@@ -15,12 +15,13 @@ from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget
 from vllm_hotswap.checkpoint import weight_files_bytes
 from vllm_hotswap.compat.configuration import engine_config, serve_parser
+from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import DeviceMemory
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
-from vllm_hotswap.hub import hub_weights_bytes
+from vllm_hotswap.hub import hub_weights_bytes, require_known
 from vllm_hotswap.lora_modules import check_names, check_support, take_adapters
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.sampling import SamplingPolicy
@@ -99,9 +100,10 @@ def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) 
         ConfigError: vLLM refuses a model's configuration; the message names the alias.
     """
     variables = Variables()
-    models = _for_each(
-        config, lambda model: prepare_model(model, namespaces[model.alias], config, variables)
-    )
+    with inspected_together():
+        models = _for_each(
+            config, lambda model: prepare_model(model, namespaces[model.alias], config, variables)
+        )
     check_names(config, {alias: model.adapters for alias, model in models.items()})
     return Launch(config, namespaces[""], tuple(models.values()))
 
@@ -121,6 +123,8 @@ def prepare_model(
 def _prepare_model(
     model: ModelConfig, args: argparse.Namespace, config: ServerConfig, variables: Variables
 ) -> ModelLaunch:
+    if not model.is_folder:
+        _require_known(model, args, config.path)
     adapters = take_adapters(args, model, config.path)
     variables.learn(model.alias, model.environment)
     if config.switching.mode == "auto":
@@ -147,6 +151,13 @@ def _prepare_model(
         aliases=model.aliases,
         adapters=adapters,
     )
+
+
+def _require_known(model: ModelConfig, args: argparse.Namespace, path: Path) -> None:
+    try:
+        require_known(model.model, args.revision)
+    except ConfigError as error:
+        raise ConfigError(f"{model.at(path, 'model')}: {error.message}") from error
 
 
 def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: DeviceMemory) -> Usage:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.composer import ComposerError
@@ -284,21 +284,21 @@ class _Loader(yaml.SafeLoader):
 
     def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Any:
         if kind is not ScalarNode:
-            return super().resolve(kind, value, implicit)
+            return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         if not implicit[0]:
             return _TAG + "str"
         return _TAG + "merge" if value == "<<" else _PLAIN
 
-    def compose_node(self, parent: Node | None, index: Any) -> Node:
-        event = self.peek_event()
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self._open:
                 self._refuse(f"the alias *{event.anchor} stands inside &{event.anchor}", event)
-            return super().compose_node(parent, index)  # type: ignore[no-any-return]
+            return super().compose_node(parent, index)
         if len(self._open) == MAX_DEPTH:
             self._refuse(f"more than {MAX_DEPTH} levels of lists and mappings", event)
         self._open.append(event.anchor)
-        node: Node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
         self._open.pop()
         self._sizes[id(node)] = size = 1 + sum(self._sizes[id(item)] for item in _items(node))
         if size > MAX_VALUES:
@@ -315,11 +315,11 @@ class _Loader(yaml.SafeLoader):
             seen.add((str(key.value), key.tag == _TAG + "merge"))
         return node
 
-    def _refuse(self, problem: str, event: yaml.Event) -> None:
+    def _refuse(self, problem: str, event: Any) -> NoReturn:
         raise ComposerError(None, None, problem, event.start_mark)
 
 
-def _items(node: Node) -> Iterator[Node]:
+def _items(node: Node | None) -> Iterator[Node]:
     if isinstance(node, MappingNode):
         for pair in node.value:
             yield from pair
