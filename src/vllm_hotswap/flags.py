@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_o
 from vllm_hotswap.paths import beside
 from vllm_hotswap.settings import ModelKeys, Override
 from vllm_hotswap.written import Place, Surprising, WrittenInt
+
+log = logging.getLogger("vllm_hotswap")
 
 SERVER_FLAGS = frozenset(
     [
@@ -139,6 +142,7 @@ def load_with_flags(
         return read.whole()
     found = list(read.mistakes)
     if any(model.settings for model in config.models):
+        log.info("event=looking_at_flags reason='the file has mistakes, and may have more'")
         with config.references.hidden_in_errors():
             parser = serve_parser("vllm-hotswap serve")
             more = setting_mistakes(parser, config.models, path)

@@ -4,10 +4,10 @@
 
     python -m vllm_hotswap.bench.check FILE [--before SRC] [--rounds N] [--output JSON]
 
-The sides take turns: importing what vLLM's flags need, `check` of this package, and that of another
-source tree if `--before` names it. Each runs with what vLLM keeps of architectures from a run before
-(warm), and without (cold). Times are of processors, in seconds, of all processes of a command: other
-work on the machine changes them less than the clock's, which are given, too.
+The sides take turns: importing what vLLM's flags need, `check` of this package, and `check` of the
+source tree that `--before` names. Each runs with what vLLM keeps of architectures from a run before
+(warm), and without (cold). Times are of processors, in seconds, of all processes of a command, as
+other work on the machine changes them less than the clock's, which are given, too.
 """
 
 from __future__ import annotations
