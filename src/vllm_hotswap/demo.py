@@ -41,9 +41,8 @@ SCHEMA = Path(__file__).parent / "models.schema.json"
 
 CONFIGURATION = f"""\
 {EDITOR_LINE.format(SCHEMA.name)}
-# Three tiny models that ship with vllm-hotswap. Keys of a model are described in
-# docs/configuration.md; any other key is a flag of `vllm serve` with underscores.
-# A path that begins with ./ or ../ is relative to this file.
+# Three tiny models that ship with vllm-hotswap. Every key below a model, other than `model`, is a
+# flag of `vllm serve` with underscores. Paths that begin with ./ or ../ are relative to this file.
 default_model: llama
 models:
   llama:

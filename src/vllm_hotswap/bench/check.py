@@ -6,8 +6,8 @@
 
 The sides take turns: importing what vLLM's flags need, `check` of this package, and `check` of the
 source tree that `--before` names. Each runs with what vLLM keeps of architectures from a run before
-(warm), and without (cold). Times are of processors, in seconds, of all processes of a command, as
-other work on the machine changes them less than the clock's, which are given, too.
+(warm), and without (cold). Times are of processors, in seconds, of all processes of a command: other
+work on the machine changes them less than the clock's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -32,15 +31,15 @@ IMPORT = ["-c", "from vllm.entrypoints.launchers.cli_args import make_arg_parser
 OURS = Path(vllm_hotswap.__file__).parent.parent
 
 
-def measure(arguments: Sequence[str], source: Path, cache: Path) -> dict[str, float]:
-    """Run Python with these arguments. Seconds of its processors, and of the clock."""
+def cpu_s(arguments: Sequence[str], source: Path, cache: Path) -> float:
+    """Seconds of processors that Python takes with these arguments."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(source),
         "VLLM_CACHE_ROOT": str(cache),
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -49,10 +48,7 @@ def measure(arguments: Sequence[str], source: Path, cache: Path) -> dict[str, fl
         timeout=1800,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "wall_s": time.perf_counter() - began,
-    }
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -65,8 +61,8 @@ def rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for side, (arguments, source) in sides.items():
             with tempfile.TemporaryDirectory() as cache:
                 for state in ("cold", "warm")[: 1 if side == "import" else 2]:
-                    sample = measure(arguments, source, Path(cache))
-                    yield {"round": number, "side": side, "state": state, **sample}
+                    taken = cpu_s(arguments, source, Path(cache))
+                    yield {"round": number, "side": side, "state": state, "cpu_s": taken}
 
 
 def main() -> int:
@@ -82,9 +78,8 @@ def main() -> int:
         print(json.dumps(sample), flush=True)
     kinds = dict.fromkeys((sample["side"], sample["state"]) for sample in samples)
     for kind in kinds:
-        of = [sample for sample in samples if (sample["side"], sample["state"]) == kind]
-        cpu, wall = (median(sample[name] for sample in of) for name in ("cpu_s", "wall_s"))
-        print(f"{kind[0]:14} {kind[1]:6} {cpu:7.1f} s of processors, {wall:7.1f} s")
+        of = [one["cpu_s"] for one in samples if (one["side"], one["state"]) == kind]
+        print(f"{kind[0]:14} {kind[1]:6} {median(of):7.1f} s")
     if options.output:
         content = {"environment": describe(sys.argv[1:]), "samples": samples}
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
