@@ -5,9 +5,9 @@
     python -m vllm_hotswap.bench.check FILE [--before SRC] [--rounds N] [--output JSON]
 
 The sides take turns: importing what vLLM's flags need, `check` of this package, and `check` of the
-source tree that `--before` names. Each runs without what vLLM keeps of architectures (cold), and with
-it (warm). Times are of processors, in seconds, of all processes of a command: other work on the
-machine changes them less than the clock's.
+source tree that `--before` names. Each runs without what vLLM keeps of architectures (cold), and
+with it (warm). Times are of processors, in seconds, of all processes of a command: other work on
+the machine changes them less than the clock's.
 """
 
 from __future__ import annotations
