@@ -90,7 +90,7 @@ def check(
         report.models.append(look.report)
         launches += look.settings_only() if model.alias in read.unusable else look.look()
         found += look.mistakes
-    if found or len(launches) < len(config.models):
+    if read.mistakes or len(launches) < len(config.models):
         report.problems.append("memory: skipped until the errors are fixed")
     else:
         _check_memory(config, launches, report)

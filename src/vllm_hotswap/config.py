@@ -577,10 +577,9 @@ class _Given:
         """The line of each key that is given, dashes as underscores; under "", the model's own."""
         sections: list[tuple[str, ...]] = [("defaults",), ("models", self.alias)]
         return {"": self.source.line("models", self.alias)} | {
-            str(keys[-1]).replace("-", "_"): line
+            key.replace("-", "_"): line
             for section in sections
-            for keys, line in self.source.lines.items()
-            if keys[:-1] == section
+            for key, line in self.source.sections.get(section, {}).items()
         }
 
 

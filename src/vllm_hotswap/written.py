@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -160,19 +161,10 @@ def _surprise(text: str) -> bool | int | float | None:
     """What a text that looks like a number or a word of YAML 1.1 is there; None for any other."""
     if text.lower() in _OLD_BOOLS and text in (text.lower(), text.upper(), text.capitalize()):
         return _OLD_BOOLS[text.lower()]
-    plain = text.replace("_", "")
-    readers: list[tuple[re.Pattern[str], Callable[[str], int | float]]] = [
-        (_NOT_FINITE, lambda plain: float(plain.replace(".", "", 1))),
-        (_OCTAL, lambda plain: int(plain, 8)),
-        (_OTHER_BASE, lambda plain: int(plain, 0)),
-        (_ZERO_FIRST, int),
-        (_SEXAGESIMAL, _sexagesimal),
-        (_UNDERSCORED, lambda plain: float(plain) if set(plain) & set(".eE") else int(plain)),
-    ]
-    for pattern, read in readers:
+    for pattern, read in _READERS:
         if pattern.fullmatch(text):
             try:
-                return read(plain)
+                return read(text.replace("_", ""))
             except ValueError:  # `0b9`: a text for everybody
                 return None
     return None
@@ -184,6 +176,21 @@ def _sexagesimal(text: str) -> int | float:
     for part in text.lstrip("+-").split(":"):
         value = 60 * value + (float(part) if "." in part else int(part))
     return sign * value
+
+
+def _number(text: str) -> int | float:
+    return float(text) if set(text) & set(".eE") else int(text)
+
+
+_READERS: Sequence[tuple[re.Pattern[str], Callable[[str], int | float]]] = (
+    (_NOT_FINITE, lambda text: float(text.replace(".", "", 1))),
+    (_OCTAL, lambda text: int(text, 8)),
+    (_OTHER_BASE, lambda text: int(text, 0)),
+    (_ZERO_FIRST, int),
+    (_SEXAGESIMAL, _sexagesimal),
+    (_UNDERSCORED, _number),
+)
+"""What YAML 1.1 or 1.2 takes for a number, and how, without underscores; the first that fits."""
 
 
 # --- where it stands ----------------------------------------------------------------------------
@@ -203,12 +210,20 @@ class Place:
         return ": ".join(filter(None, (file, self.keys)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """A file, and the line of each key in it."""
 
     path: Path
     lines: Mapping[Keys, int] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def sections(self) -> Mapping[Keys, Mapping[str, int]]:
+        """The lines of the keys of each mapping, by the way to the mapping."""
+        sections: dict[Keys, dict[str, int]] = {}
+        for keys, line in self.lines.items():
+            sections.setdefault(keys[:-1], {})[str(keys[-1])] = line
+        return sections
 
     def line(self, *keys: str | int) -> int:
         """The line of a key, or of the nearest mapping around it; 0 where none is known."""
