@@ -37,8 +37,12 @@ BROKEN = {
 
 
 def check(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return command("check", *arguments, **environment)
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vllm_hotswap", "check", *map(str, arguments)],
+        [sys.executable, "-m", "vllm_hotswap", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -160,6 +164,24 @@ def test_a_file_that_is_wrong_itself_is_one_line(tmp_path: Path) -> None:
     assert 1 == ended.returncode
     assert "did you mean 'models'?" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_start_tells_all_mistakes(tmp_path: Path) -> None:
+    """A model that is missing hides neither a key of vLLM nor another section."""
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "models:\n  a:\n    model: ./gone\n    max_model_length: 3\nmemory: {devices: 1GiB}\n"
+    )
+
+    ended = command("serve", path)
+
+    assert 1 == ended.returncode
+    *_, first, second, third = ended.stderr.splitlines()
+    assert first.startswith(f"vllm-hotswap: error: {path}:3: models.a.model: the folder ")
+    assert f"{path}:4: models.a: unknown key 'max_model_length'; did you mean 'max_model_len'?" == (
+        second
+    )
+    assert f"{path}:5: memory: unknown key 'devices'; did you mean 'device'?" == third
 
 
 @pytest.mark.skipif(vllm_version() != "0.32.0", reason="each version has its own flags")
