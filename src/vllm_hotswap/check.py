@@ -235,7 +235,7 @@ def run(read: ReadConfig, flags: Sequence[str], as_json: bool) -> int:
     with (
         contextlib.redirect_stdout(sys.stderr),  # vLLM logs to where the report goes
         CheckProgress(aliases) as progress,
-        no_collection(),  # which is a fifth of the time of importing vLLM
+        no_collection(),  # which takes a tenth of the time of importing vLLM
         inspected_here(),
     ):
         report = check(read, flags, progress.begin)

@@ -26,6 +26,7 @@ from vllm_hotswap.config import (
     unknown_key,
 )
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
+from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.paths import beside
 from vllm_hotswap.settings import ModelKeys, Override
 from vllm_hotswap.written import Place, Surprising, WrittenInt
@@ -143,7 +144,7 @@ def load_with_flags(
     found = list(read.mistakes)
     if any(model.settings for model in config.models):
         log.info("event=looking_at_flags reason='the file has mistakes, and may have more'")
-        with config.references.hidden_in_errors():
+        with config.references.hidden_in_errors(), no_collection():
             parser = serve_parser("vllm-hotswap serve")
             more = setting_mistakes(parser, config.models, path)
             raise ConfigMistakes([*found, *more])
