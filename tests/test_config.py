@@ -12,6 +12,7 @@ from vllm_hotswap.config import (
     ServerConfig,
     load_config,
     parse_config,
+    read_config,
     unknown_key,
 )
 from vllm_hotswap.errors import ConfigError
@@ -339,14 +340,30 @@ def test_default_model_must_be_configured(
 
 
 @pytest.mark.parametrize(
-    "model", ["./nowhere", "/nowhere", "../nowhere", "~/nowhere", "./models.yaml", "./no.gguf"]
+    ("model", "expected"),
+    [
+        ("./nowhere", "the folder '/"),
+        ("/nowhere", "the folder '/"),
+        ("../nowhere", "the folder '/"),
+        ("~/nowhere", "the folder '/"),
+        ("./no.gguf", "the file '/"),
+    ],
 )
-def test_folder_that_does_not_exist_is_named(refusal: Callable[[str], str], model: str) -> None:
-    """What is written as a path must be a folder."""
+def test_folder_that_does_not_exist_is_named(
+    refusal: Callable[[str], str], model: str, expected: str
+) -> None:
+    """What is written as a path must be a folder, or a GGUF file."""
     message = refusal(f"models: {{a: {{model: {model}}}}}")
 
-    assert "models.a.model: the folder '/" in message
+    assert f"models.a.model: {expected}" in message
     assert message.endswith("' does not exist")
+
+
+def test_file_of_another_kind_is_no_checkpoint(refusal: Callable[[str], str]) -> None:
+    """It exists, and that is not the point."""
+    message = refusal("models: {a: {model: ./models.yaml}}")
+
+    assert message.endswith("models.yaml' is neither a folder nor a .gguf file")
 
 
 @pytest.mark.parametrize("model", ["empty", "./empty", "."])
@@ -471,7 +488,7 @@ def test_defaults_count_for_every_model(load: Load) -> None:
         ("{model: x}", "defaults: 'model' can't be shared; give it to each model"),
         ("{aliases: [x]}", "defaults: 'aliases' can't be shared; give it to each model"),
         ("{load: later}", "defaults.load is 'later'; it must be startup or on_demand"),
-        ("{1: 2}", "defaults: every key must be a string"),
+        ("{1: 2}", "defaults: every key must be a string, not 1"),
     ],
 )
 def test_a_mistake_in_defaults_is_named_there(
@@ -698,6 +715,220 @@ def test_a_long_value_is_not_repeated(refusal: Callable[[str], str]) -> None:
     message = refusal("models: " + "x" * 200)
 
     assert message.endswith("models must be a mapping of alias to settings, not str")
+
+
+# --- all mistakes, with their lines ---------------------------------------------------------
+
+
+def test_all_mistakes_are_told_in_the_order_of_the_file(refusal: Callable[[str], str]) -> None:
+    """One line each: file, line, place, what is wrong and what to do."""
+    text = """\
+switchin: {}
+default_model: d
+models:
+  a:
+    model: ./nowhere
+    pinnd: 1
+    load: later
+    priority: 1000
+  b:
+    model: y
+    quant_config: gone.json
+  c: 3
+  d: {model: z, sampling: {drp: [], force: {model: x}}}
+switching:
+  drain_timout: 1
+  max_wait: soon
+  rate: -1
+memory:
+  device: 20 apples
+adapters: []
+rights:
+  team: {key: [], switch_to: [x]}
+  7: {}
+"""
+    expected = [
+        "1: unknown key 'switchin'; did you mean 'switching'?",
+        "5: models.a.model: the folder",
+        "7: models.a.load is 'later'; it must be startup or on_demand",
+        "8: models.a.priority is 1000; it must be a whole number from -100 to 100",
+        "11: models.b.quant_config: the file",
+        "12: models.c must be a mapping",
+        "13: models.d.sampling: unknown key 'drp'; did you mean 'drop'?",
+        "13: models.d.sampling.force is {'model': 'x'}; 'model' is no sampling parameter",
+        "15: switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",
+        "16: switching.max_wait is 'soon'; it must be a number of at least 0",
+        "17: switching.rate is -1; it must be a number above 0",
+        "19: memory.device is '20 apples'; give bytes",
+        "20: adapters must be a mapping with the key folders, not list",
+        "22: rights.team: a key is unknown",
+        "22: rights.team has no key",
+        "23: rights: a group's name must be a text",
+    ]
+
+    lines = [line.partition("models.yaml:")[2] for line in refusal(text).splitlines()]
+
+    assert expected == [line[: len(start)] for line, start in zip(lines, expected, strict=True)]
+
+
+def test_a_mistake_in_defaults_is_told_once(refusal: Callable[[str], str]) -> None:
+    """However many models get it, with the line in `defaults`."""
+    message = refusal("defaults:\n  load: later\nmodels: {a: {model: x}, b: {model: y}}")
+
+    assert message.endswith(
+        "models.yaml:2: defaults.load is 'later'; it must be startup or on_demand"
+    )
+    assert 1 == len(message.splitlines())
+
+
+def test_a_key_with_dashes_has_its_line(refusal: Callable[[str], str]) -> None:
+    """As with underscores."""
+    assert "models.yaml:4: models.a.idle_sleep is -1" in refusal(
+        "models:\n  a:\n    model: x\n    idle-sleep: -1"
+    )
+
+
+def test_variables_that_are_not_set_are_told_with_everything_else(load: Load) -> None:
+    """All of them; what follows from one is no mistake of its own."""
+    with pytest.raises(ConfigError) as caught:
+        load(
+            "models:\n"
+            "  a: {model: x, priority: '${NOT_SET_1}'}\n"
+            "  b:\n"
+            "    model: ${NOT_SET_2}\n"
+            "    load: 1"
+        )
+
+    assert ["2: models.a.priority: the", "4: models.b.model: the", "5: models.b.load is 1; it"] == [
+        " ".join(line.partition("models.yaml:")[2].split()[:n])
+        for n, line in zip((3, 3, 5), caught.value.message.splitlines(), strict=True)
+    ]
+
+
+def test_what_can_be_read_is_there_beside_the_mistakes(tmp_path: Path) -> None:
+    """For those who look further: models that are good, and settings of those that are not."""
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {a: {model: ./gone, seed: 1}, b: {model: x}, c: 3}")
+
+    read = read_config(path)
+
+    assert read.config is not None
+    assert ("a", "b") == read.config.aliases
+    assert {"seed": 1} == read.config.models[0].settings
+    assert frozenset(["a"]) == read.unusable
+    assert 2 == len(read.mistakes)
+
+
+def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str], str]) -> None:
+    """They stand beside the model that they belong to."""
+    message = refusal("models:\n  gemma:\n  model: ./gemma\n  seed: 1\n  other: {model: x}")
+
+    assert message.endswith(
+        "models.yaml:2: models.gemma is empty, and `model` and `seed` stand beside it; indent "
+        "`model` and `seed` below gemma"
+    )
+
+
+# --- values that YAML changes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alias", ["yes", "1:30", "0512", "2", "1.10", "~"])
+def test_an_alias_that_is_no_text_is_named_as_it_was_written(
+    refusal: Callable[[str], str], alias: str
+) -> None:
+    """With what YAML makes of it."""
+    message = refusal(f"models:\n  {alias}: {{model: x}}")
+
+    assert f"models.yaml:2: models.{alias}: YAML reads this alias as " in message
+    assert message.endswith("an alias must be a non-empty string; put it in quotes")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("priority: 010", "priority is 010, which YAML reads as 8; it must be a whole number"),
+        ("idle_sleep: 1:30", "idle_sleep is 1:30, which YAML reads as 90; it must be a number"),
+        ("max_wait: .inf", "max_wait is .inf, which YAML reads as inf; it must be a number"),
+        ("weight: 1_000", "weight is 1_000, which YAML reads as 1000; it must be a number"),
+        ("priority: 1e1", "priority is 1e1; it must be a whole number"),
+        ("load: off", "load is off, which YAML reads as false; it must be startup"),
+        ("aliases: [1.10]", "aliases.0 is 1.10; it must be a valid string"),
+        ("aliases: [no]", "aliases.0 is no, which YAML reads as false; it must be a valid"),
+        ("pinned: 0b1", "pinned is 0b1, which YAML reads as 1; it must be true or false"),
+        (
+            "sampling: {defaults: {stop: no}}",
+            "sampling.defaults.stop is no, which YAML reads as false; write false, or 'no' in",
+        ),
+    ],
+)
+def test_a_value_that_yaml_changes_is_named_as_it_was_written(
+    refusal: Callable[[str], str], text: str, expected: str
+) -> None:
+    """And is never taken for what it may not be meant for."""
+    assert f"models.a.{expected}" in refusal(f"models: {{a: {{model: x, {text}}}}}")
+
+
+def test_yes_and_no_are_switches(load: Load) -> None:
+    """Where nothing but true and false can be meant; `1e1` is a number, as in JSON."""
+    config = load(
+        "models: {a: {model: x, pinned: yes, weight: 1e1}}\nswitching: {verify: off, predict: NO}"
+    )
+
+    assert (True, 10.0) == (config.models[0].pinned, config.models[0].weight)
+    assert (False, False) == (config.switching.verify, config.switching.predict)
+
+
+def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) -> None:
+    """Octal numbers and the like are refused by its name."""
+    with pytest.raises(ConfigError) as caught:
+        load_given({}, switching_max_wait="0512")
+
+    assert caught.value.message.startswith("--switching-max-wait is 0512, which YAML reads as 330;")
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", ["./snapshots/abc/tiny.gguf", "snapshots/abc/tiny.gguf", "absolute"]
+)
+def test_a_gguf_file_of_the_hubs_cache_is_taken_by_its_own_name(
+    load: Load, tmp_path: Path, how: str
+) -> None:
+    """It is a link to a file without a suffix."""
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123abcd").touch()
+    link = folder / "tiny.gguf"
+    link.symlink_to("../../blobs/0123abcd")
+
+    model = load(f"models: {{a: {{model: {link if how == 'absolute' else how}}}}}").models[0]
+
+    assert str(link.parent.resolve() / "tiny.gguf") == model.model
+
+
+def test_a_link_to_a_folder_stays_what_it_is_called(load: Load, tmp_path: Path) -> None:
+    """What it points at may change before the next start."""
+    (tmp_path / "current").symlink_to("tiny")
+
+    model = load("models: {a: {model: current}}").models[0]
+
+    assert str(tmp_path.resolve() / "current") == model.model
+
+
+def test_files_are_named_by_their_links(load: Load, tmp_path: Path) -> None:
+    """Those of quantisation and of keys; what reads them may look at their suffix or neighbours."""
+    (tmp_path / "blob").write_text("{}")
+    for name in ("quant.json", "keys.txt"):
+        (tmp_path / name).symlink_to("blob")
+
+    config = load(
+        "models: {a: {model: x, quant_config: quant.json}}\nrights: {team: {key_file: keys.txt}}"
+    )
+
+    assert {"QUANT_CONFIG": str(tmp_path.resolve() / "quant.json")} == config.models[0].environment
+    assert [tmp_path.resolve() / "keys.txt"] == config.rights[0].source.files
 
 
 # --- rights -----------------------------------------------------------------------------------

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.references import References
+from vllm_hotswap.written import Source, Surprising
+
+FILE = Source(Path("models.yaml"))
 
 ENVIRONMENT = {
     "NAME": "llama",
@@ -21,7 +25,7 @@ ENVIRONMENT = {
 
 
 def fill(value: Any) -> Any:
-    return References(ENVIRONMENT).fill(value, "models.yaml")
+    return References(ENVIRONMENT).fill(value, FILE)
 
 
 @pytest.mark.parametrize(
@@ -57,21 +61,42 @@ def test_references_are_filled_wherever_a_value_stands() -> None:
     )
 
 
-def test_a_variable_that_is_not_set_is_named_with_its_place() -> None:
-    """And with every way on."""
-    with pytest.raises(ConfigError) as caught:
-        fill({"models": {"a": {"model": "${NOWHERE}"}}})
+def test_every_variable_that_is_not_set_is_named_with_its_place() -> None:
+    """And with every way on; the reference stays what it is."""
+    references = References(ENVIRONMENT)
+    source = Source(Path("models.yaml"), {("models", "a", "model"): 3})
 
-    assert (
-        "models.yaml: models.a.model: the environment variable 'NOWHERE' is not set; set it, give "
-        "a default with ${NOWHERE:-default}, or write $${ for a plain ${" == caught.value.message
+    filled = references.fill({"models": {"a": {"model": "${NOWHERE}", "seed": "${NONE}"}}}, source)
+
+    assert {"models": {"a": {"model": "${NOWHERE}", "seed": "${NONE}"}}} == filled
+    assert ["models.yaml:3: models.a.model", "models.yaml: models.a.seed"] == [
+        mistake.message.rpartition(": the environment")[0] for mistake in references.unset
+    ]
+    assert references.unset[0].message.endswith(
+        "the environment variable 'NOWHERE' is not set; set it, give a default with "
+        "${NOWHERE:-default}, or write $${ for a plain ${"
     )
+
+
+@pytest.mark.parametrize("value", ["1.10", "7.0", "+5"])
+def test_a_number_from_the_environment_is_shown_as_it_was_given(value: str) -> None:
+    """So that it can be a text, as in the file."""
+    assert value == str(References({"REVISION": value}).fill("${REVISION}", FILE))
+
+
+def test_a_surprising_value_from_the_environment_is_hidden_in_both_forms() -> None:
+    """As it was given, and as the number that YAML makes of it."""
+    references = References({"SECRET": "0123456712"})
+    value = references.fill("${SECRET}", FILE)
+
+    assert isinstance(value, Surprising)
+    assert "is ${SECRET}, which YAML reads as ${SECRET}" == references.hide(f"is {value!r}")
 
 
 def test_a_value_from_the_environment_is_never_shown() -> None:
     """An error shows where it came from; a short value is no secret."""
     references = References(ENVIRONMENT)
-    references.fill(["${TOKEN}", "${NAME}"], "models.yaml")
+    references.fill(["${TOKEN}", "${NAME}"], FILE)
 
     with pytest.raises(ConfigError) as caught, references.hidden_in_errors():
         raise ConfigError("llama: 'canary-secret-1' can't work")
@@ -95,7 +120,7 @@ def test_a_value_is_hidden_in_whatever_form_it_is_shown(
 ) -> None:
     """Quoted, on one line, as JSON, as a number."""
     references = References({"SECRET": value})
-    references.fill("${SECRET}", "models.yaml")
+    references.fill("${SECRET}", FILE)
 
     hidden = references.hide(message(value))
 
@@ -105,6 +130,6 @@ def test_a_value_is_hidden_in_whatever_form_it_is_shown(
 def test_the_longest_value_is_hidden_first() -> None:
     """One that begins another one leaves nothing of it."""
     references = References({"A": "database1", "B": "database1-topsecret"})
-    references.fill(["${A}", "${B}"], "models.yaml")
+    references.fill(["${A}", "${B}"], FILE)
 
     assert "at ${B}" == references.hide("at database1-topsecret")

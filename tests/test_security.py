@@ -10,8 +10,13 @@ import pytest
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.security import DANGERS, check_mode, check_settings, code_keys, parse_allowed
+from vllm_hotswap.written import Place
 
 NOTHING: frozenset[str] = frozenset()
+
+
+def here(*keys: str) -> Place:
+    return Place(".".join(("here", *keys)))
 
 
 @pytest.mark.parametrize(
@@ -53,9 +58,9 @@ NOTHING: frozenset[str] = frozenset()
 def test_settings_that_name_code_are_refused(settings: dict[str, Any], key: str) -> None:
     """Unless the operator allows it, which the message says how to do."""
     with pytest.raises(ConfigError, match=f"here.{key} names code .* --allow code"):
-        check_settings(settings, "here", NOTHING)
+        check_settings(settings, here, NOTHING)
 
-    check_settings(settings, "here", frozenset(["code"]))
+    check_settings(settings, here, frozenset(["code"]))
 
 
 @pytest.mark.parametrize(
@@ -81,9 +86,9 @@ def test_code_of_a_checkpoint_is_refused() -> None:
     """`trust_remote_code` has a permission of its own."""
     settings = {"trust_remote_code": True}
     with pytest.raises(ConfigError, match="--allow trust_remote_code"):
-        check_settings(settings, "here", frozenset(["code"]))
+        check_settings(settings, here, frozenset(["code"]))
 
-    check_settings(settings, "here", frozenset(["trust_remote_code"]))
+    check_settings(settings, here, frozenset(["trust_remote_code"]))
     check_settings({"trust_remote_code": False}, "here", NOTHING)
 
 

@@ -18,13 +18,16 @@ from typing import TypeVar
 from vllm_hotswap.checkpoint import check_weights, weight_files
 from vllm_hotswap.compat import trial
 from vllm_hotswap.compat.configuration import serve_parser
-from vllm_hotswap.config import ModelConfig, ServerConfig
+from vllm_hotswap.compat.inspection import inspected_here
+from vllm_hotswap.config import ModelConfig, ReadConfig, ServerConfig
 from vllm_hotswap.devices import device_of
 from vllm_hotswap.engines.base_memory import expected_memory
-from vllm_hotswap.errors import ConfigError, HotswapError, one_line
-from vllm_hotswap.flags import model_namespace, parse_server_flags
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, HotswapError, Mistake, one_line
+from vllm_hotswap.flags import model_namespace, parse_server_flags, setting_mistakes
+from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.launch import ModelLaunch, plan_memory, prepare_model
 from vllm_hotswap.lora_modules import check_names
+from vllm_hotswap.progress import CheckProgress
 from vllm_hotswap.rights import read_members
 from vllm_hotswap.variables import Variables
 
@@ -42,7 +45,7 @@ class ModelReport:
     kv_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
     """What is no mistake, but may surprise."""
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
     """By step: why it cannot work."""
 
 
@@ -51,42 +54,49 @@ class Report:
     """What was found out about the whole configuration."""
 
     models: list[ModelReport] = field(default_factory=list)
+    mistakes: list[Mistake] = field(default_factory=list)
+    """Everything that is wrong with the file and with its models, in the order of its lines."""
     problems: list[str] = field(default_factory=list)
+    """What is wrong with all models together."""
     budget_bytes: int | None = None
 
     @property
     def is_good(self) -> bool:
-        return not self.problems and not any(model.problems for model in self.models)
+        return not self.problems and not self.mistakes
 
 
 def check(
-    config: ServerConfig, flags: Sequence[str], tell: Callable[[str], None] = lambda _: None
+    read: ReadConfig, flags: Sequence[str], tell: Callable[[str], None] = lambda _: None
 ) -> Report:
     """Look at every model, and at whether they fit together.
 
     Args:
-        config: the checked YAML file.
+        read: the YAML file, and what is wrong with it already.
         flags: flags of `vllm serve`, as at a start.
         tell: called with the name of each model before it is looked at.
 
     Raises:
-        ConfigError: a flag of the command line cannot work.
+        ConfigError: a flag of the command line cannot work, or there is no model to look at.
     """
+    config = read.config or read.whole()
     parser = serve_parser("vllm-hotswap check")
     parse_server_flags(parser, flags)
     report, variables = Report(), Variables()
+    found = list(read.mistakes)
     launches: list[ModelLaunch] = []
     for model in config.models:
         tell(model.alias)
-        found = _Look(parser, flags, config, variables, model)
-        report.models.append(found.report)
-        launches += found.look()
-    if len(launches) == len(config.models):
-        _check_memory(config, launches, report, tell)
+        look = _Look(parser, flags, config, variables, model)
+        report.models.append(look.report)
+        launches += look.settings_only() if model.alias in read.unusable else look.look()
+        found += look.mistakes
+    if read.mistakes or len(launches) < len(config.models):
+        report.problems.append("memory: skipped until the errors are fixed")
     else:
-        report.problems.append("memory: not planned, because not every model could be looked at")
+        _check_memory(config, launches, report, tell)
     _check_adapters(config, launches, report)
     _check_rights(config, report)
+    report.mistakes = list(ConfigMistakes(found).mistakes)
     return report
 
 
@@ -124,6 +134,14 @@ class _Look:
         self._variables = variables
         self._model = model
         self.report = ModelReport(model.alias)
+        self.mistakes: list[Mistake] = []
+
+    def settings_only(self) -> tuple[ModelLaunch, ...]:
+        """What vLLM has against the settings of a model that cannot be made; no launch."""
+        self.report.problems["file"] = ["it has errors in the file"]
+        found = setting_mistakes(self._parser, [self._model], self._config.path)
+        self._add("settings", found)
+        return ()
 
     def look(self) -> Iterator[ModelLaunch]:
         """Yields what a start would launch, if there is nothing against that."""
@@ -143,7 +161,7 @@ class _Look:
         self.report.task = str(vllm.runner_type)
         self.report.max_model_len = vllm.max_model_len
         self.report.weights_bytes = launch.weights_bytes
-        self._try("weights", lambda: self._check_weights(launch))
+        self._try("weights", lambda: self._check_weights(launch), "model")
         self._check_text(launch)
         yield launch
 
@@ -157,24 +175,40 @@ class _Look:
             self.report.notes.append("a model hub's name: its files were not looked at")
 
     def _check_text(self, launch: ModelLaunch) -> None:
-        tokenizer = self._try("tokenizer", lambda: trial.make_tokenizer(launch.vllm_config))
+        tokenizer = self._try(
+            "tokenizer", lambda: trial.make_tokenizer(launch.vllm_config), "tokenizer"
+        )
         if tokenizer is None or not trial.generates(launch.vllm_config):
             return
-        self._try("parsers", lambda: trial.make_parsers(launch.args, tokenizer))
+        self._try("parsers", lambda: trial.make_parsers(launch.args, tokenizer), "tool_call_parser")
         rendered = self._try(
             "chat template",
             lambda: trial.render_once(launch.args, launch.vllm_config, tokenizer),
+            "chat_template",
         )
         if rendered == "":
             self.report.notes.append("no chat template: chat requests will be refused")
 
-    def _try(self, step: str, do: Callable[[], T]) -> T | None:
-        """What `do` returns; None, and a problem, if it raises."""
+    def _try(self, step: str, do: Callable[[], T], key: str = "") -> T | None:
+        """What `do` returns; None, and a problem, if it raises. `key` is what the step is about."""
         try:
             return do()
+        except ConfigMistakes as error:
+            self._add(step, error.mistakes)
         except Exception as error:  # noqa: BLE001  # whatever the libraries below raise is told
-            self.report.problems[step] = self._config.references.hide(one_line(error))
-            return None
+            place = self._model.at(self._config.path, key if key in self._model.lines else "")
+            message = one_line(error)
+            start = f"{self._config.path}:"
+            told = message if message.startswith(start) else f"{place}: {step}: {message}"
+            self._add(step, [Mistake(place.line, told)])
+        return None
+
+    def _add(self, step: str, found: Iterable[Mistake]) -> None:
+        hide = self._config.references.hide
+        hidden = [Mistake(mistake.line, hide(mistake.message)) for mistake in found]
+        if hidden:
+            self.mistakes += hidden
+            self.report.problems[step] = [mistake.message for mistake in hidden]
 
 
 def _check_memory(
@@ -198,14 +232,18 @@ def _check_memory(
 # --- the command ------------------------------------------------------------------------------
 
 
-def run(config: ServerConfig, flags: Sequence[str], as_json: bool) -> int:
+def run(read: ReadConfig, flags: Sequence[str], as_json: bool) -> int:
     """Check, print a table (or JSON), return the exit status: 1 if anything cannot work."""
 
-    def tell(alias: str) -> None:
-        print(f"checking {alias} ...", file=sys.stderr, flush=True)
-
-    with contextlib.redirect_stdout(sys.stderr):  # where vLLM logs
-        report = check(config, flags, tell)
+    config = read.config or read.whole()
+    aliases = [model.alias for model in config.models]
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # vLLM logs to where the report goes
+        CheckProgress(aliases) as progress,
+        no_collection(),  # which takes a tenth of the time of importing vLLM
+        inspected_here(),
+    ):
+        report = check(read, flags, progress.begin)
     print(json.dumps(asdict(report), indent=2) if as_json else table(report))
     return 0 if report.is_good else 1
 
@@ -229,12 +267,8 @@ def table(report: Report) -> str:
     if report.budget_bytes is not None:
         lines.append(f"memory for models: {_mib(report.budget_bytes)}")
     lines += [f"note: {model.alias}: {note}" for model in report.models for note in model.notes]
+    lines += [f"error: {mistake.message}" for mistake in report.mistakes]
     lines += [f"error: {problem}" for problem in report.problems]
-    lines += [
-        f"error: {model.alias}: {step}: {problem}"
-        for model in report.models
-        for step, problem in model.problems.items()
-    ]
     return "\n".join(lines)
 
 

@@ -359,12 +359,12 @@ def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
 
 
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
-    from vllm_hotswap.config import load_config
+    from vllm_hotswap.flags import load_with_flags
     from vllm_hotswap.progress import configure_logging
 
     configure_logging()
     with _nearest_flags(args, flags):
-        config = load_config(args.config, *given(args))
+        config = load_with_flags(args.config, *given(args))
         from vllm_hotswap import server
         from vllm_hotswap.access import KeyFlags
         from vllm_hotswap.listen import ListenFlags
@@ -375,15 +375,15 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
-    from vllm_hotswap.config import load_config
+    from vllm_hotswap.config import read_config
 
     with _nearest_flags(args, flags):
-        config = load_config(args.config, *given(args))
+        read = read_config(args.config, *given(args))
         require_vllm()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
         from vllm_hotswap import check
 
-        return check.run(config, flags, args.json)
+        return check.run(read, flags, args.json)
 
 
 @contextlib.contextmanager

@@ -9,19 +9,20 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass as plain_dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from vllm_hotswap.budget import MemoryBudget
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.paths import beside
-from vllm_hotswap.references import References, read_scalar
+from vllm_hotswap.references import References
 from vllm_hotswap.rights import DEFAULT, Group, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.security import check_mode, check_settings
@@ -40,12 +41,25 @@ from vllm_hotswap.settings import (
     is_secret,
     wanted,
 )
+from vllm_hotswap.written import (
+    OddKey,
+    Place,
+    Source,
+    Surprising,
+    read_scalar,
+    read_yaml,
+    shown,
+    surprises,
+)
 
 QUANT_VARIABLE = "QUANT_CONFIG"
 """What `quant_config` of a model sets; Gaudi's quantisation reads its configuration from there."""
 
 MAX_SHOWN = 80
 """A longer value is not repeated in a message."""
+
+UNKNOWN = "unknown"
+"""In the place of a model that is not named, or not as it should be."""
 
 NOT_SHARED = ("model", "aliases")
 """Keys of a model that can't be in `defaults`."""
@@ -63,6 +77,8 @@ class ModelConfig(ModelKeys):
     """Which of its keys come from `defaults`."""
     environment: dict[str, str | None] = field(default_factory=dict)
     """Variables that it wants to be set, or not to be set (None), while it is worked with."""
+    lines: dict[str, int] = field(default_factory=dict, repr=False)
+    """The line of each key, `defaults` included, as far as it is known; under "", its own."""
 
     @property
     def is_folder(self) -> bool:
@@ -74,8 +90,14 @@ class ModelConfig(ModelKeys):
         return (self.alias, *self.aliases)
 
     def place(self, key: str) -> str:
-        """Where in the file a key of it stands."""
+        """The section and the key under which a key of it stands."""
         return _place(self.alias, key, self.inherited)
+
+    def at(self, path: Path, key: str = "", *inner: str | int) -> Place:
+        """Where in the file `path` a key of it stands; without a key, the model itself."""
+        keys = self.place(key) if key else f"models.{self.alias}"
+        line = self.lines.get(key, self.lines.get("", 0))
+        return Place(".".join([keys, *map(str, inner)]), str(path), line)
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -127,11 +149,26 @@ def load_config(
         environment: what `${NAME}` in a value stands for.
 
     Raises:
-        ConfigError: it is missing, unreadable, not YAML, or something in it cannot work.
+        ConfigError: it is missing, unreadable or not YAML; or a `ConfigMistakes` with everything
+            in it that cannot work.
     """
-    document = _read_yaml(path)
+    return read_config(path, overrides, allowed, environment).whole()
+
+
+def read_config(
+    path: Path,
+    overrides: Iterable[Override] = (),
+    allowed: frozenset[str] = frozenset(),
+    environment: Mapping[str, str] = os.environ,
+) -> ReadConfig:
+    """As `load_config`, with the mistakes beside what could be read.
+
+    Raises:
+        ConfigError: it is missing, unreadable or not YAML.
+    """
+    document, source = read_yaml(_read_text(path), path)
     check_mode(path, allowed)
-    return parse_config(document, path, overrides, allowed, environment)
+    return _parse(document, source, overrides, allowed, environment)
 
 
 def parse_config(
@@ -142,13 +179,46 @@ def parse_config(
     environment: Mapping[str, str] = os.environ,
 ) -> ServerConfig:
     """Check a parsed document; `path` is where relative paths start and what errors name."""
+    return _parse(document, Source(path), overrides, allowed, environment).whole()
+
+
+def _parse(
+    document: object,
+    source: Source,
+    overrides: Iterable[Override],
+    allowed: frozenset[str],
+    environment: Mapping[str, str],
+) -> ReadConfig:
     references = References(environment)
-    with references.hidden_in_errors():
-        filled = references.fill(document, str(path))
-        return replace(_Reader(path, overrides, allowed).read(filled), references=references)
+    filled = references.fill(document, source)
+    reader = _Reader(source, overrides, allowed)
+    config = reader.read(filled)
+    config = None if config is None else replace(config, references=references)
+    # What follows from a variable that is not set is no mistake of its own.
+    lines = {mistake.line for mistake in references.unset if mistake.line}
+    found = [mistake for mistake in reader.mistakes if mistake.line not in lines]
+    hidden = (Mistake(one.line, references.hide(one.message)) for one in found)
+    return ReadConfig(config, reader.unusable, (*references.unset, *hidden))
 
 
-def unknown_key(place: str, key: object, known: Iterable[str]) -> ConfigError:
+@plain_dataclass(frozen=True, slots=True)
+class ReadConfig:
+    """What could be read of a file, and what is wrong with it."""
+
+    config: ServerConfig | None
+    """None if there is nothing to look at; else without what is wrong."""
+    unusable: frozenset[str]
+    """The aliases of models that cannot be made; of them, only `settings` are what they are."""
+    mistakes: tuple[Mistake, ...]
+
+    def whole(self) -> ServerConfig:
+        """The configuration. Raises `ConfigMistakes` if anything is wrong with it."""
+        if self.mistakes or self.config is None:
+            raise ConfigMistakes(self.mistakes)
+        return self.config
+
+
+def unknown_key(place: object, key: object, known: Iterable[str]) -> ConfigError:
     """The error for a key that nobody knows, with the nearest right one."""
     known = list(known)
     hint = _did_you_mean(key, known)
@@ -157,133 +227,360 @@ def unknown_key(place: str, key: object, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"{place}: unknown key {key!r}{hint}")
 
 
-class _Reader:
-    """Turns one document into a `ServerConfig`; knows where every value was given."""
+@plain_dataclass(frozen=True, slots=True)
+class _Noting:
+    """A context that notes what is raised inside, and lets nothing of it out."""
 
-    def __init__(self, path: Path, overrides: Iterable[Override], allowed: frozenset[str]) -> None:
-        self._path = path
+    mistakes: list[Mistake]
+    line: int
+    """Of errors that do not know theirs."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, ConfigError):
+            return False
+        self.mistakes.extend(mistakes_of(error, self.line))
+        return True
+
+
+class _Reader:
+    """Turns one document into a `ServerConfig`; knows where every value was given.
+
+    The mutable state is what is found: `mistakes`, and the models that are `unusable`.
+    """
+
+    def __init__(
+        self, source: Source, overrides: Iterable[Override], allowed: frozenset[str]
+    ) -> None:
+        self._source = source
+        self._path = source.path
         self._allowed = allowed
         self._overrides = list(overrides)
+        self.mistakes: list[Mistake] = []
+        self._unusable: set[str] = set()
 
-    def read(self, document: object) -> ServerConfig:
-        place = str(self._path)
-        top = _mapping(document, place, "a mapping with the keys default_model and models")
-        _refuse_unknown(top, TOP_LEVEL, place)
-        entries = _mapping(top.get("models"), f"{place}: models", "a mapping of alias to settings")
-        if not entries:
-            raise ConfigError(f"{place}: models is empty; name at least one model")
-        shared = self._defaults(top.get("defaults"))
-        models = tuple(self._model(alias, entry, shared) for alias, entry in entries.items())
-        _refuse_shared_names(models, place)
+    @property
+    def unusable(self) -> frozenset[str]:
+        return frozenset(self._unusable)
+
+    def read(self, document: object) -> ServerConfig | None:
+        """What can be used of it; None if that is no model."""
+        top: Mapping[Any, Any] = {}
+        with self._noting():
+            top = _mapping(
+                document, self._source.place(), "a mapping with the keys default_model and models"
+            )
+            self._refuse_unknown(top, TOP_LEVEL)
+        models = self._models(top) if not self.mistakes or "models" in top else ()
+        sections = {name: self._section(name, kind, top) for name, kind in SECTIONS.items()}
+        if not models:
+            return None
+        default_model = models[0].alias
+        with self._noting("default_model"):
+            default_model = self._default_model(top, models)
+        groups: list[Group] = []
+        with self._noting("rights"):
+            groups = self._rights(top.get("rights"), models)
         return ServerConfig(
             path=self._path,
-            default_model=self._default_model(top, models),
+            default_model=default_model,
             models=models,
-            rights=self._rights(top.get("rights"), models),
-            **{name: self._section(name, kind, top) for name, kind in SECTIONS.items()},
+            rights=tuple(groups),
+            **sections,
         )
 
+    def _noting(self, *keys: str | int) -> _Noting:
+        """Add to the mistakes what is raised inside, and go on behind it."""
+        return _Noting(self.mistakes, self._source.line(*keys))
+
+    def _refuse_unknown(
+        self, values: Mapping[Any, Any], known: Iterable[str], *keys: str | int, shown: bool = True
+    ) -> None:
+        """Note every key that is not known."""
+        known = list(known)
+        for key in [key for key in values if key not in known]:
+            place = self._beside(*keys, key)
+            with self._noting(*keys, key):
+                if not shown:
+                    raise ConfigError(f"{place}: a key is unknown; known keys: {', '.join(known)}")
+                raise unknown_key(place, key, known)
+
     def _default_model(self, top: Mapping[str, Any], models: Sequence[ModelConfig]) -> str:
-        default, origin = top.get("default_model", models[0].alias), f"{self._path}: default_model"
+        default, origin = top.get("default_model", models[0].alias), self._place("default_model")
         for override in self._given(""):
             default, origin = override.value, override.origin
         return _configured(default, models, origin)
 
-    def _rights(self, section: object, models: Sequence[ModelConfig]) -> tuple[Group, ...]:
-        groups = tuple(self._groups(section, models))
-        refuse_shared([(group, group.source.given) for group in groups])
-        return groups
+    def _place(self, *keys: str | int) -> str:
+        return str(self._source.place(*keys))
 
-    def _groups(self, section: object, models: Sequence[ModelConfig]) -> Iterator[Group]:
+    def _beside(self, *keys: Any) -> Place:
+        """The section that a key is in, with the key's own line."""
+        return replace(self._source.place(*keys[:-1]), line=self._source.line(*keys))
+
+    # --- rights -------------------------------------------------------------------------------
+
+    def _rights(self, section: object, models: Sequence[ModelConfig]) -> list[Group]:
         if section is None:
-            return
-        place = f"{self._path}: rights"
+            return []
+        place, read = self._place("rights"), []
         groups = _mapping(section, place, "a mapping of a group's name to its rights", shown=False)
         for name, entry in groups.items():
-            if not isinstance(name, str) or not name.strip():
-                raise ConfigError(f"{place}: a group's name must be a text; put it in quotes")
-            yield self._group(name, entry, models)
+            with self._noting("rights", str(name)):
+                if not _is_name(name):
+                    raise ConfigError(
+                        f"{self._beside('rights', name)}: a group's name must be a text; "
+                        "put it in quotes"
+                    )
+                read.append(self._group(name, entry, models))
+        refuse_shared([(group, group.source.given) for group in read])
+        return read
 
     def _group(self, name: str, entry: object, models: Sequence[ModelConfig]) -> Group:
-        place = f"{self._path}: rights.{name}"
-        values = _keys(GroupConfig, entry, place, shown=False)
-        given: GroupConfig = _validated(GroupConfig, values, lambda key: f"{place}.{key}")
+        keys = ("rights", name)
+        place = self._place(*keys)
+        values = self._keys(GroupConfig, entry, *keys, shown=False)
+        given: GroupConfig = _validated(
+            GroupConfig, values, lambda *inner: self._source.place(*keys, *inner)
+        )
         if name == DEFAULT and (given.keys or given.key_file):
             raise ConfigError(
                 f"{place} is for everybody who is in no other group, and has no keys; give them to "
                 "a group of another name"
             )
-        keys = Keys.of([key.get_secret_value() for key in given.keys], f"{place}.keys")
-        if name != DEFAULT and not (keys or given.key_file):
+        secrets = Keys.of(
+            [key.get_secret_value() for key in given.keys], self._place(*keys, "keys")
+        )
+        if name != DEFAULT and not (secrets or given.key_file):
             raise ConfigError(f"{place} has no key; give it keys or a key_file")
-        file_place = f"{place}.key_file"
+        file_place = self._place(*keys, "key_file")
         files = [beside(self._path, given.key_file, file_place)] if given.key_file else []
         switch_to = None
         if given.switch_to != ALL:
-            where = f"{place}.switch_to"
+            where = self._place(*keys, "switch_to")
             switch_to = frozenset(_configured(alias, models, where) for alias in given.switch_to)
         rights = Rights(name, switch_to, given.max_priority, given.min_max_wait)
-        return Group(rights, place, KeySource(keys, files))
+        return Group(rights, place, KeySource(secrets, files))
+
+    # --- sections -----------------------------------------------------------------------------
 
     def _section(self, name: str, kind: type[Any], top: Mapping[str, Any]) -> Any:
-        place = f"{self._path}: {name}"
-        values = dict(_keys(kind, top.get(name), place))
-        origins = {}
+        """One section; its defaults, if there is a mistake in it."""
+        values, origins = {}, {}
+        with self._noting(name):
+            values = dict(self._keys(kind, top.get(name), name))
         for override in self._given(name):
             values[override.key] = read_scalar(override.value)
-            origins[override.key] = override.origin
-        return _validated(kind, values, lambda key: origins.get(key, f"{place}.{key}"))
+            origins[override.key] = Place(override.origin)
+
+        def place(key: str, *inner: str | int) -> Place:
+            return origins.get(key) or self._source.place(name, key, *inner)
+
+        with self._noting(name):
+            return _validated(kind, values, place)
+        return kind()
 
     def _given(self, section: str) -> Iterator[Override]:
         return (override for override in self._overrides if override.section == section)
 
+    def _keys(
+        self, kind: type[Any], section: object, *keys: str | int, shown: bool = True
+    ) -> Mapping[str, Any]:
+        """The known keys of a section; every other one is noted. Nothing means the defaults."""
+        if section is None:
+            return {}
+        known = [item.name for item in fields(kind)]
+        names = " and ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+        wanted = f"a mapping with the {'keys' if known[1:] else 'key'} {names}"
+        values = _mapping(section, self._place(*keys), wanted, shown)
+        self._refuse_unknown(values, known, *keys, shown=shown)
+        return {key: value for key, value in values.items() if key in known}
+
+    # --- models -------------------------------------------------------------------------------
+
+    def _models(self, top: Mapping[str, Any]) -> tuple[ModelConfig, ...]:
+        """All that have an alias and a mapping, whatever else is wrong with them."""
+        entries: Mapping[Any, Any] = {}
+        shared: dict[str, Any] = {}
+        with self._noting("models"):
+            place = self._place("models")
+            entries = _mapping(top.get("models"), place, "a mapping of alias to settings")
+            if not entries:
+                raise ConfigError(f"{place} is empty; name at least one model")
+        with self._noting("defaults"):
+            shared = self._defaults(top.get("defaults"))
+        models = []
+        for alias, entry in self._indented(entries):
+            with self._noting("models", alias):
+                models.append(self._model(alias, entry, shared))
+        self._refuse_shared_names(models)
+        return tuple(models)
+
+    def _indented(self, entries: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+        """The entries, without those that belong below the empty one before them."""
+        items = list(entries.items())
+        while items:
+            alias, entry = items.pop(0)
+            below = takewhile(_is_key_of_a_model, items) if entry is None else ()
+            keys = [key for key, _ in below]
+            if not keys:
+                yield alias, entry
+                continue
+            del items[: len(keys)]
+            with self._noting("models", alias):
+                names = " and ".join(f"`{key}`" for key in keys)
+                raise ConfigError(
+                    f"{self._place('models', alias)} is empty, and {names} "
+                    f"{'stand' if keys[1:] else 'stands'} beside it; indent {names} below {alias}"
+                )
+
     def _defaults(self, section: object) -> dict[str, Any]:
         if section is None:
             return {}
-        place = f"{self._path}: defaults"
-        values = _underscored(_mapping(section, place, "a mapping with keys of a model"), place)
+        place = self._place("defaults")
+        values = self._underscored(
+            _mapping(section, place, "a mapping with keys of a model"), "defaults"
+        )
         for key in NOT_SHARED:
             if key in values:
-                raise ConfigError(f"{place}: {key!r} can't be shared; give it to each model")
+                del values[key]
+                with self._noting("defaults", key):
+                    raise ConfigError(
+                        f"{self._beside('defaults', key)}: {key!r} can't be shared; "
+                        "give it to each model"
+                    )
         return values
 
     def _model(self, alias: object, entry: object, shared: Mapping[str, Any]) -> ModelConfig:
-        place = f"{self._path}: models.{alias}"
-        if not isinstance(alias, str) or not alias.strip():
-            raise ConfigError(f"{place}: an alias must be a non-empty string; put it in quotes")
-        own = _underscored(_mapping(entry, place, "a mapping with at least the key model"), place)
+        place = self._place("models", str(alias))
+        if not isinstance(alias, str) or not _is_name(alias):
+            odd = (
+                f" YAML reads this alias as {shown(alias.value)};"
+                if isinstance(alias, OddKey)
+                else ""
+            )
+            raise ConfigError(
+                f"{place}:{odd} an alias must be a non-empty string; put it in quotes"
+            )
+        keys = ("models", alias)
+        own = self._underscored(
+            _mapping(entry, place, "a mapping with at least the key model"), *keys
+        )
         inherited = frozenset(shared.keys() - own.keys())
         values = {**shared, **own}
         ours = {
             item.name: values.pop(item.name) for item in fields(ModelKeys) if item.name in values
         }
+        given = _Given(self._source, alias, inherited)
+        before = len(self.mistakes)
+        with self._noting(*keys):
+            check_settings(values, given.place, self._allowed)
+        with self._noting(*keys):
+            if "sampling" in ours:
+                section = ours.pop("sampling")
+                ours["sampling"] = self._sampling(section, given)
+        base = {"alias": alias, "settings": values, "inherited": inherited, "lines": given.lines()}
+        model = self._validated_model(ours, base, given)
+        with self._noting(*keys, "model"):
+            if model.model != UNKNOWN:
+                model = replace(
+                    model, model=_resolve_model(model.model, given.place("model"), self._path)
+                )
+        with self._noting(*keys):
+            if "quant_config" in ours:
+                model = replace(model, environment=self._environment(model, given))
+        if len(self.mistakes) > before:
+            self._unusable.add(alias)
+        return model
 
-        check_settings(values, place, self._allowed)
+    def _validated_model(
+        self, ours: dict[str, Any], base: dict[str, Any], given: _Given
+    ) -> ModelConfig:
+        """The model; without those of its keys that are wrong, which are noted."""
+        with self._noting("models", given.alias):
+            model: ModelConfig = _validated(ModelConfig, {**ours, **base}, given.place)
+            return model
+        good: dict[str, Any] = {"model": UNKNOWN}
+        for key, value in ours.items():
+            with suppress(ConfigError):
+                _validated(ModelConfig, {**good, key: value, **base}, given.place)
+                good[key] = value
+        return ModelConfig(**good, **base)
 
-        def place_of(key: str) -> str:
-            return f"{self._path}: {_place(alias, key, inherited)}"
-
-        if "sampling" in ours:
-            ours["sampling"] = _sampling(ours["sampling"], place_of("sampling"))
-        model: ModelConfig = _validated(
-            ModelConfig,
-            {**ours, "alias": alias, "settings": values, "inherited": inherited},
-            place_of,
+    def _sampling(self, section: object, given: _Given) -> SamplingPolicy:
+        values = self._keys(SamplingPolicy, section, *given.keys("sampling"))
+        refuse_surprises(dict(values), lambda *inner: given.place("sampling", *inner))
+        policy: SamplingPolicy = _validated(
+            SamplingPolicy, values, lambda *inner: given.place("sampling", *inner)
         )
-        return replace(
-            model,
-            model=_resolve_model(model.model, place, self._path),
-            environment=self._environment(model) if "quant_config" in ours else {},
-        )
+        return policy
 
-    def _environment(self, model: ModelConfig) -> dict[str, str | None]:
+    def _environment(self, model: ModelConfig, given: _Given) -> dict[str, str | None]:
         if model.quant_config is None:
             return {QUANT_VARIABLE: None}
-        place = f"{self._path}: {model.place('quant_config')}"
+        place = given.place("quant_config")
         file = beside(self._path, model.quant_config, place)
         if not file.is_file():
             raise ConfigError(f"{place}: the file {str(file)!r} does not exist")
         return {QUANT_VARIABLE: str(file)}
+
+    def _underscored(self, values: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
+        """Keys of a model or of `defaults`, dashes in them as underscores."""
+        result: dict[str, Any] = {}
+        for key, value in values.items():
+            with self._noting(*keys, key):
+                place = self._beside(*keys, key)
+                if not isinstance(key, str) or isinstance(key, OddKey):
+                    raise ConfigError(f"{place}: every key must be a string, not {key!r}")
+                name = key.replace("-", "_")
+                if name in result:
+                    raise ConfigError(
+                        f"{place}: {name!r} is given twice, once with dashes; keep one"
+                    )
+                result[name] = value
+        return result
+
+    def _refuse_shared_names(self, models: Iterable[ModelConfig]) -> None:
+        """Every name that a client may send is one model's."""
+        owners: dict[str, str] = {}
+        for model in models:
+            for name in model.names:
+                with self._noting("models", model.alias):
+                    if name in owners:
+                        raise ConfigError(
+                            f"{self._place('models', model.alias)}: the name {name!r} is taken by "
+                            f"models.{owners[name]}; every alias may be used once"
+                        )
+                owners[name] = model.alias
+
+
+@plain_dataclass(frozen=True, slots=True)
+class _Given:
+    """Where the keys of one model stand: below it, or in `defaults`."""
+
+    source: Source
+    alias: str
+    inherited: frozenset[str]
+
+    def keys(self, key: str, *inner: str | int) -> tuple[str | int, ...]:
+        section = ("defaults",) if key in self.inherited else ("models", self.alias)
+        return (*section, key, *inner)
+
+    def place(self, key: str, *inner: str | int) -> Place:
+        place = self.source.place(*self.keys(key, *inner))
+        is_known = self.keys(key) in self.source.lines
+        return place if is_known else replace(place, line=self.lines().get(key, place.line))
+
+    def lines(self) -> dict[str, int]:
+        """The line of each key that is given, dashes as underscores; under "", the model's own."""
+        sections: list[tuple[str, ...]] = [("defaults",), ("models", self.alias)]
+        return {"": self.source.line("models", self.alias)} | {
+            key.replace("-", "_"): line
+            for section in sections
+            for key, line in self.source.sections.get(section, {}).items()
+        }
 
 
 def _configured(name: object, models: Sequence[ModelConfig], place: str) -> str:
@@ -303,36 +600,51 @@ def _place(alias: str, key: str, inherited: Container[str]) -> str:
     return f"{section}.{key}"
 
 
-def _keys(kind: type[Any], section: object, place: str, shown: bool = True) -> Mapping[str, Any]:
-    """The keys of a section, each of which is known. Nothing at all means the defaults."""
-    if section is None:
-        return {}
-    known = [item.name for item in fields(kind)]
-    values = _mapping(
-        section, place, f"a mapping with the keys {', '.join(known[:-1])} and {known[-1]}", shown
-    )
-    _refuse_unknown(values, known, place, shown)
-    return values
+def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[..., Place]) -> Any:
+    """A value of that kind. Raises `ConfigMistakes` with everything that is wrong.
 
-
-def _sampling(section: object, place: str) -> SamplingPolicy:
-    values = _keys(SamplingPolicy, section, place)
-    policy: SamplingPolicy = _validated(SamplingPolicy, values, lambda key: f"{place}.{key}")
-    return policy
-
-
-def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[[str], str]) -> Any:
-    """A value of that kind. Raises `ConfigError` with the place of the first mistake."""
+    `place` gets the way to a value inside of it.
+    """
     try:
-        return kind(**values)
+        return kind(**{key: _switched(kind, key, value) for key, value in values.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        key, *rest = (str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise ConfigError(f"{place(key)} is missing; name {wanted(kind, key)}") from None
-        where = ".".join([place(key), *rest])
-        value = "cannot be used" if is_secret(kind, key) else f"is {first['input']!r}"
-        raise ConfigError(f"{where} {value}; {_complaint(first, kind, key)}") from None
+        found = [_mistake(detail, kind, place) for detail in error.errors()]
+        raise ConfigMistakes(found) from None
+
+
+def _switched(kind: type[Any], key: str, value: object) -> object:
+    """`yes`, `no`, `on` and `off` are clear where nothing but true and false can be meant."""
+    field_info = kind.__pydantic_fields__.get(key)
+    if isinstance(value, Surprising) and isinstance(value.value, bool) and field_info:
+        return value.value if field_info.annotation is bool else value
+    return value
+
+
+def _mistake(detail: Any, kind: type[Any], place: Callable[..., Place]) -> Mistake:
+    key, *inner = detail["loc"]
+    where = place(key, *inner)
+    if detail["type"] == "missing":
+        return Mistake(where.line, f"{where} is missing; name {wanted(kind, key)}")
+    value = "cannot be used" if is_secret(kind, key) else f"is {detail['input']!r}"
+    return Mistake(where.line, f"{where} {value}; {_complaint(detail, kind, key)}")
+
+
+def refuse_surprises(value: object, place: Callable[..., Place]) -> None:
+    """Refuse, where any value would do, those that may be meant otherwise than YAML reads them.
+
+    Raises:
+        ConfigMistakes: names each of them.
+    """
+    found = [
+        Mistake(
+            place(*keys).line,
+            f"{place(*keys)} is {item!r}; "
+            f"write {shown(item.value)}, or {item.text!r} in quotes for the text",
+        )
+        for keys, item in surprises(value)
+    ]
+    if found:
+        raise ConfigMistakes(found)
 
 
 def _complaint(first: Any, kind: type[Any], key: str) -> str:
@@ -343,9 +655,9 @@ def _complaint(first: Any, kind: type[Any], key: str) -> str:
     return f"it must be {words}" if words else message.replace("Input should be", "it must be")
 
 
-def _read_yaml(path: Path) -> object:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"configuration file {str(path)!r} does not exist; "
@@ -353,56 +665,39 @@ def _read_yaml(path: Path) -> object:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  # a SafeLoader
-    except yaml.YAMLError as error:
-        # Without the lines themselves, which may hold keys.
-        raise ConfigError(
-            f"configuration file {str(path)!r} is not valid YAML: {_yaml_complaint(error)}"
-        ) from None
 
 
-def _yaml_complaint(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or type(error).__name__
-    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else problem
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML would silently keep the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here and not where mappings are made: by then `<<` has added what it may replace.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.composer.ComposerError(
-                    None, None, f"key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add((key.tag, str(key.value)))
-        return node
-
-
-def _resolve_model(model: str, place: str, path: Path) -> str:
+def _resolve_model(model: str, place: Place, path: Path) -> str:
     """A checkpoint's folder or GGUF file as an absolute path; a model hub's name as it is."""
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
-    local = beside(path, model, f"{place}.model")
+    local = beside(path, model, place)
     if not looks_like_path and not local.exists():
         return model
     if local.suffix == ".gguf" and local.is_file():
         return str(local)
+    if local.is_file():
+        raise ConfigError(f"{place}: {str(local)!r} is neither a folder nor a .gguf file")
     if not local.is_dir():
-        raise ConfigError(f"{place}.model: the folder {str(local)!r} does not exist")
+        what = "file" if local.suffix == ".gguf" else "folder"
+        raise ConfigError(f"{place}: the {what} {str(local)!r} does not exist")
     # Mistral's own format has the second one instead of the first.
     if not any((local / name).is_file() for name in ("config.json", "params.json")):
         raise ConfigError(
-            f"{place}.model: the folder {str(local)!r} has no config.json; it is not a checkpoint"
+            f"{place}: the folder {str(local)!r} has no config.json; it is not a checkpoint"
         )
     return str(local)
 
 
-def _mapping(value: object, place: str, wanted: str, shown: bool = True) -> Mapping[Any, Any]:
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and not isinstance(name, OddKey) and bool(name.strip())
+
+
+def _is_key_of_a_model(item: tuple[object, object]) -> bool:
+    """Whether an entry beside the models can only be one that belongs into a model."""
+    return item[1] is not None and not isinstance(item[1], dict)
+
+
+def _mapping(value: object, place: object, wanted: str, shown: bool = True) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
         kind = _kind(value) if shown or value is None else type(value).__name__
         raise ConfigError(f"{place} must be {wanted}, not {kind}")
@@ -412,45 +707,11 @@ def _mapping(value: object, place: str, wanted: str, shown: bool = True) -> Mapp
 def _kind(value: object) -> str:
     if value is None:
         return "empty"
+    if isinstance(value, Surprising):
+        return repr(value)
+    kinds = (kind for kind in (bool, int, float) if isinstance(value, kind))
     shown = f" {value!r}"
-    return type(value).__name__ + (shown if len(shown) <= MAX_SHOWN else "")
-
-
-def _refuse_unknown(
-    values: Mapping[Any, Any], known: Iterable[str], place: str, shown: bool = True
-) -> None:
-    known = list(known)
-    for key in values:
-        if key not in known:
-            if not shown:
-                raise ConfigError(f"{place}: a key is unknown; known keys: {', '.join(known)}")
-            raise unknown_key(place, key, known)
-
-
-def _underscored(values: Mapping[Any, Any], place: str) -> dict[str, Any]:
-    """Keys of a model or of `defaults`, dashes in them as underscores."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if not isinstance(key, str):
-            raise ConfigError(f"{place}: every key must be a string")
-        name = key.replace("-", "_")
-        if name in result:
-            raise ConfigError(f"{place}: {name!r} is given twice, once with dashes; keep one")
-        result[name] = value
-    return result
-
-
-def _refuse_shared_names(models: Iterable[ModelConfig], place: str) -> None:
-    """Every name that a client may send is one model's."""
-    owners: dict[str, str] = {}
-    for model in models:
-        for name in model.names:
-            if name in owners:
-                raise ConfigError(
-                    f"{place}: models.{model.alias}: the name {name!r} is taken by "
-                    f"models.{owners[name]}; every alias may be used once"
-                )
-            owners[name] = model.alias
+    return next(kinds, type(value)).__name__ + (shown if len(shown) <= MAX_SHOWN else "")
 
 
 def _did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -49,6 +49,7 @@ Domain code raises these; `openai.error_response` turns them into HTTP in one pl
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 class HotswapError(Exception):
@@ -77,6 +78,32 @@ class ConfigError(HotswapError):
     """The configuration cannot work. The message names the file or key and the next step."""
 
     code = "invalid_configuration"
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """Something in the YAML file that cannot work."""
+
+    line: int
+    """Where in the file, from 1; 0 where it is not known."""
+    message: str
+
+
+class ConfigMistakes(ConfigError):
+    """All that is wrong with one file, in the order of its lines; one line of the message each."""
+
+    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+        found = dict.fromkeys(mistakes)  # one in `defaults` is found again in each model
+        self.mistakes = sorted(found, key=lambda mistake: mistake.line)
+        lines = [" ".join(mistake.message.split()) for mistake in self.mistakes]
+        super().__init__("\n".join(lines))
+
+
+def mistakes_of(error: ConfigError, line: int = 0) -> Sequence[Mistake]:
+    """What an error says; `line` is where, if it does not know itself."""
+    if isinstance(error, ConfigMistakes):
+        return error.mistakes
+    return [Mistake(line, error.message)]
 
 
 class UnknownModel(HotswapError):
@@ -515,5 +542,10 @@ class EngineUnavailable(HotswapError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception on one line; its type where it has no message."""
+    """The message of any exception on one line; its type where it has no message.
+
+    Several mistakes of a file stay on a line each.
+    """
+    if isinstance(error, ConfigMistakes):
+        return error.message
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,16 +10,28 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.compat.configuration import validate_serve_args
-from vllm_hotswap.config import ModelConfig, unknown_key
-from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.compat.configuration import serve_parser, validate_serve_args
+from vllm_hotswap.compat.versions import is_installed
+from vllm_hotswap.config import (
+    ModelConfig,
+    ServerConfig,
+    read_config,
+    refuse_surprises,
+    unknown_key,
+)
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
+from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.paths import beside
-from vllm_hotswap.settings import ModelKeys
+from vllm_hotswap.settings import ModelKeys, Override
+from vllm_hotswap.written import Place, Surprising, WrittenInt
+
+log = logging.getLogger("vllm_hotswap")
 
 SERVER_FLAGS = frozenset(
     [
@@ -78,19 +90,18 @@ def parse_server_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) ->
 def model_namespace(
     parser: argparse.ArgumentParser, flags: Sequence[str], model: ModelConfig, path: Path
 ) -> argparse.Namespace:
-    """vLLM's namespace for one model. Raises `ConfigError`, which names the model or the key."""
-    settings = _by_action(parser, model, path)
-    extra = [
-        word
-        for action, key in settings.items()
-        for place in [f"{path}: {model.place(key)}"]
-        for word in _flag(action, _resolved(action, model.settings[key], path, place), place)
-    ]
+    """vLLM's namespace for one model.
+
+    Raises:
+        ConfigError: names the model; or a `ConfigMistakes` with every key that cannot work.
+    """
+    words = model_words(parser, model, path)
+    extra = [word for given in words.values() for word in given]
     try:
         # A rank that nobody sets stays None: it is to follow from the adapters.
         unset = argparse.Namespace(max_lora_rank=None)
         args = parser.parse_args([*flags, "--model", model.model], unset)
-        _replace(args, parser.parse_args(extra), [action.dest for action in settings])
+        _replace(args, parser.parse_args(extra), [action.dest for action in words])
         # Defaults of vLLM's parser are objects that it writes to while it makes a configuration,
         # the reasoning parser for one: without a copy, the last model's would be every model's.
         args = copy.deepcopy(args)
@@ -98,10 +109,85 @@ def model_namespace(
         _refuse_unsupported(args)
         validate_serve_args(args)
     except ConfigError as error:
-        raise ConfigError(f"{path}: models.{model.alias}: {one_line(error)}") from error
+        place = model.at(path)
+        raise ConfigMistakes([Mistake(place.line, f"{place}: {one_line(error)}")]) from error
     # The outer application checks keys, for all models in one place.
     args.api_key = None
     return args
+
+
+def setting_mistakes(
+    parser: argparse.ArgumentParser, models: Iterable[ModelConfig], path: Path
+) -> list[Mistake]:
+    """What vLLM's parser has against the settings of these models, whatever else is wrong."""
+    found: list[Mistake] = []
+    for model in models:
+        try:
+            model_words(parser, model, path)
+        except ConfigError as error:
+            found += mistakes_of(error, model.at(path).line)
+    return found
+
+
+def load_with_flags(
+    path: Path, overrides: Iterable[Override], allowed: frozenset[str]
+) -> ServerConfig:
+    """As `config.load_config`; where that finds mistakes, with those in vLLM's settings.
+
+    Raises:
+        ConfigError: as `config.load_config`.
+    """
+    read = read_config(path, overrides, allowed)
+    config = read.config
+    if not read.mistakes or config is None or not is_installed():
+        return read.whole()
+    found = list(read.mistakes)
+    if any(model.settings for model in config.models):
+        log.info("event=looking_at_flags reason='the file has mistakes, and may have more'")
+        with config.references.hidden_in_errors(), no_collection():
+            parser = serve_parser("vllm-hotswap serve")
+            more = setting_mistakes(parser, config.models, path)
+            raise ConfigMistakes([*found, *more])
+    raise ConfigMistakes(found)
+
+
+def model_words(
+    parser: argparse.ArgumentParser, model: ModelConfig, path: Path
+) -> dict[argparse.Action, list[str]]:
+    """The words of the command line that say the same as a model's settings, by flag.
+
+    Raises:
+        ConfigMistakes: names every key that vLLM does not have, and every value that it refuses.
+    """
+    found: list[Mistake] = []
+    words: dict[argparse.Action, list[str]] = {}
+    for key, action in _by_action(parser, model, path, found).items():
+        try:
+            words[action] = _key_words(parser, action, model, key, path)
+        except ConfigError as error:
+            found += mistakes_of(error, model.at(path, key).line)
+    if found:
+        raise ConfigMistakes(found)
+    return words
+
+
+def _key_words(
+    parser: argparse.ArgumentParser,
+    action: argparse.Action,
+    model: ModelConfig,
+    key: str,
+    path: Path,
+) -> list[str]:
+    """The words for one key, which vLLM's parser takes."""
+    place = model.at(path, key)
+    value = _resolved(action, model.settings[key], path, place)
+    words = list(_flag(action, value, lambda *inner: model.at(path, key, *inner)))
+    try:
+        parser.parse_args(words)
+    except ConfigError as error:
+        message = error.message.removeprefix(f"argument {'/'.join(action.option_strings)}: ")
+        raise ConfigError(f"{place}: {message}") from error
+    return words
 
 
 def _replace(args: argparse.Namespace, own: argparse.Namespace, names: Iterable[str]) -> None:
@@ -114,19 +200,22 @@ def _replace(args: argparse.Namespace, own: argparse.Namespace, names: Iterable[
 
 
 def _by_action(
-    parser: argparse.ArgumentParser, model: ModelConfig, path: Path
-) -> dict[argparse.Action, str]:
-    """The model's keys by the flag that each of them sets."""
+    parser: argparse.ArgumentParser, model: ModelConfig, path: Path, found: list[Mistake]
+) -> dict[str, argparse.Action]:
+    """The flag that each of the model's keys sets. What is wrong with keys is added to `found`."""
     actions = model_flags(parser)
     keys: dict[argparse.Action, str] = {}
     for key in model.settings:
         section, _, _ = model.place(key).rpartition(f".{key}")
-        place = f"{path}: {section}"
-        action = _find_action(key, actions, place)
-        if action in keys:
-            raise ConfigError(f"{place}: {keys[action]!r} and {key!r} are the same; keep one")
-        keys[action] = key
-    return keys
+        place = replace(model.at(path, key), keys=section)
+        try:
+            action = _find_action(key, actions, place)
+            if action in keys:
+                raise ConfigError(f"{place}: {keys[action]!r} and {key!r} are the same; keep one")
+            keys[action] = key
+        except ConfigError as error:
+            found += mistakes_of(error, place.line)
+    return {key: action for action, key in keys.items()}
 
 
 def model_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -143,7 +232,7 @@ def model_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {name: names[name] for name in names.keys() - SERVER_FLAGS - _OURS}
 
 
-def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -> argparse.Action:
+def _find_action(key: str, actions: Mapping[str, argparse.Action], place: Place) -> argparse.Action:
     if key in SERVER_FLAGS:
         raise ConfigError(f"{place}: {key!r} is a setting of the server; give it as a flag")
     if key == "served_model_name":
@@ -154,14 +243,14 @@ def _find_action(key: str, actions: Mapping[str, argparse.Action], place: str) -
     return actions[key]
 
 
-def _resolved(action: argparse.Action, value: Any, path: Path, place: str) -> Any:
+def _resolved(action: argparse.Action, value: Any, path: Path, place: Place) -> Any:
     """The value, a path in it made absolute if it is written as one relative to the YAML file."""
     if action.dest == "chat_template" and value is not None:
         return _resolve_template(str(value), path, place)
     return _absolute(value, path, place)
 
 
-def _absolute(value: Any, path: Path, place: str) -> Any:
+def _absolute(value: Any, path: Path, place: Place) -> Any:
     """The value with texts in it that begin with `./` or `../` as absolute paths."""
     if isinstance(value, list):
         return [_absolute(item, path, place) for item in value]
@@ -172,7 +261,7 @@ def _absolute(value: Any, path: Path, place: str) -> Any:
     return value
 
 
-def _resolve_template(template: str, path: Path, place: str) -> str:
+def _resolve_template(template: str, path: Path, place: Place) -> str:
     """A template file next to the YAML file as an absolute path; anything else as it is."""
     if "\n" in template or "{" in template:
         return template
@@ -180,23 +269,43 @@ def _resolve_template(template: str, path: Path, place: str) -> str:
     return str(file) if file.is_file() else template
 
 
-def _flag(action: argparse.Action, value: Any, place: str) -> Iterator[str]:
+def _flag(action: argparse.Action, value: Any, place: Callable[..., Place]) -> Iterator[str]:
     """The command line's form of one YAML value; nothing for null, which is vLLM's default."""
     name = action.option_strings[0] if len(action.option_strings) == 1 else _longest(action)
     if value is None or (value == [] and action.nargs == "+"):
         return
+    if isinstance(value, Surprising) and not _takes_text(action, value.text):
+        value = _plain_switch(action, value, place)
     if isinstance(value, bool):
-        yield from _switch_flag(action, name, value, place)
+        yield from _switch_flag(action, name, value, place())
     elif isinstance(value, list) and action.nargs in ("+", "*"):
-        yield from (name, *(_word(item, place) for item in value))
+        yield from (name, *(_word(action, item, place, n) for n, item in enumerate(value)))
     elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
-        yield from (f"{name}={_text(item)}" for item in value)
+        yield from (f"{name}={_text(action, item, place, n)}" for n, item in enumerate(value))
     else:
         # One word, so that a value that begins with a dash is not taken for a flag.
-        yield f"{name}={_text(value)}"
+        yield f"{name}={_text(action, value, place)}"
 
 
-def _switch_flag(action: argparse.Action, name: str, value: bool, place: str) -> Iterator[str]:
+def _takes_text(action: argparse.Action, text: str) -> bool:
+    """Whether a flag takes a text as one, rather than to make a number of it."""
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return False
+    try:
+        return action.type is None or isinstance(action.type(text), str)  # type: ignore[operator]
+    except Exception:  # noqa: BLE001  # whatever a flag's type raises
+        return False
+
+
+def _plain_switch(action: argparse.Action, value: Surprising, place: Callable[..., Place]) -> bool:
+    """`yes`, `no`, `on` and `off` where a flag is a switch. Anything else is refused."""
+    is_switch = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
+    if not is_switch or not isinstance(value.value, bool):
+        refuse_surprises(value, place)
+    return bool(value)
+
+
+def _switch_flag(action: argparse.Action, name: str, value: bool, place: Place) -> Iterator[str]:
     if isinstance(action, argparse.BooleanOptionalAction):
         yield name if value else "--no-" + name.removeprefix("--")
     elif action.nargs == 0:
@@ -213,16 +322,27 @@ def _longest(action: argparse.Action) -> str:
     return max(names, key=len)
 
 
-def _word(value: Any, place: str) -> str:
+def _word(action: argparse.Action, value: Any, place: Callable[..., Place], n: int) -> str:
     """One of several values of a flag, which must not be taken for another flag."""
-    text = _text(value)
+    text = _text(action, value, place, n)
     if text.startswith("-"):
-        raise ConfigError(f"{place}: {text!r} begins with a dash, as flags do; it can't be a value")
+        raise ConfigError(
+            f"{place()}: {text!r} begins with a dash, as flags do; it can't be a value"
+        )
     return text
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+def _text(
+    action: argparse.Action, value: Any, place: Callable[..., Place], *inner: str | int
+) -> str:
+    """A value in one word: a number as it was written, if the flag takes a text."""
+    if isinstance(value, Surprising) and _takes_text(action, value.text):
+        return value.text
+    refuse_surprises(value, lambda *further: place(*inner, *further))
+    if isinstance(value, dict | list | bool):
+        return json.dumps(value)
+    is_hexadecimal = isinstance(value, WrittenInt) and not _takes_text(action, value.text)
+    return str(int(value)) if is_hexadecimal else str(value)
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 
 from vllm_hotswap.checkpoint import weight_files_bytes
-from vllm_hotswap.errors import one_line
+from vllm_hotswap.errors import ConfigError, one_line
 
 log = logging.getLogger("vllm_hotswap")
+
+TIMEOUT_S = 10
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""Of a model on the hub; names with a colon or a scheme are of other places, which vLLM knows."""
 
 
 def local_folder(name: str, revision: str | None) -> Path | None:
@@ -22,6 +29,47 @@ def local_folder(name: str, revision: str | None) -> Path | None:
     except Exception as error:  # noqa: BLE001  # whatever it raises, there is a way on
         log.debug("event=not_in_cache model=%s cause=%r", name, error)
         return None
+
+
+def require_known(name: str, revision: str | None) -> None:
+    """See that a hub's name can be found, in its cache or on the hub, with one question.
+
+    vLLM asks for each of several files, and again for each that it cannot get: half a minute where
+    there is no network.
+
+    Raises:
+        ConfigError: the hub cannot be reached, or does not know the name or the revision.
+    """
+    if (
+        not _NAME.fullmatch(name)
+        or os.environ.get("VLLM_USE_MODELSCOPE")
+        or _is_cached(name, revision)
+    ):
+        return
+    from huggingface_hub import HfApi, errors
+
+    unknown = f"there is no folder {name!r} beside the file, and"
+    try:
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{name!r} has no revision {revision!r} on the model hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{unknown} no such model on the model hub; check the name, or set HF_TOKEN if the "
+            "model is private"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        log.debug("event=hub_has_no_answer model=%s cause=%r", name, error)  # vLLM says why
+    except Exception as error:  # of whichever HTTP client the hub's package uses
+        raise ConfigError(
+            f"{unknown} it is not in the hub's cache, and the hub cannot be reached "
+            f"({one_line(error)}); name a folder, or fill the cache with `hf download {name}`"
+        ) from error
+
+
+def _is_cached(name: str, revision: str | None) -> bool:
+    folder = local_folder(name, revision)
+    return folder is not None and folder.is_dir()
 
 
 def hub_weights_bytes(name: str, revision: str | None) -> int:

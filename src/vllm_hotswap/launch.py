@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from pydantic import ValidationError
@@ -15,16 +15,19 @@ from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
 from vllm_hotswap.checkpoint import converted_bytes, weight_files_bytes
 from vllm_hotswap.compat.configuration import engine_config, serve_parser
+from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import DeviceMemory
-from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
-from vllm_hotswap.hub import hub_weights_bytes
+from vllm_hotswap.hub import hub_weights_bytes, require_known
 from vllm_hotswap.lora_modules import check_names, check_support, take_adapters
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.variables import Variables, Wishes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,28 @@ def parse_flags(config: ServerConfig, flags: Sequence[str]) -> dict[str, argpars
         ConfigError: a flag or a key that vLLM does not know, or a value that it refuses.
     """
     parser = serve_parser("vllm-hotswap serve")
-    namespaces = {"": parse_server_flags(parser, flags)}
+    server = parse_server_flags(parser, flags)
     with config.references.hidden_in_errors():
-        for model in config.models:
-            namespaces[model.alias] = model_namespace(parser, flags, model, config.path)
-    return namespaces
+        models = _for_each(config, lambda model: model_namespace(parser, flags, model, config.path))
+    return {"": server, **models}
+
+
+def _for_each(config: ServerConfig, do: Callable[[ModelConfig], T]) -> dict[str, T]:
+    """What `do` returns for each model, by alias.
+
+    Raises:
+        ConfigMistakes: with everything that was raised, once all models had their turn.
+    """
+    found: list[Mistake] = []
+    done: dict[str, T] = {}
+    for model in config.models:
+        try:
+            done[model.alias] = do(model)
+        except ConfigError as error:
+            found += mistakes_of(error, model.at(config.path).line)
+    if found:
+        raise ConfigMistakes(found)
+    return done
 
 
 def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) -> Launch:
@@ -84,11 +104,12 @@ def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) 
         ConfigError: vLLM refuses a model's configuration; the message names the alias.
     """
     variables = Variables()
-    models = tuple(
-        prepare_model(model, namespaces[model.alias], config, variables) for model in config.models
-    )
-    check_names(config, {model.alias: model.adapters for model in models})
-    return Launch(config, namespaces[""], models)
+    with inspected_together():
+        models = _for_each(
+            config, lambda model: prepare_model(model, namespaces[model.alias], config, variables)
+        )
+    check_names(config, {alias: model.adapters for alias, model in models.items()})
+    return Launch(config, namespaces[""], tuple(models.values()))
 
 
 def prepare_model(
@@ -106,6 +127,8 @@ def prepare_model(
 def _prepare_model(
     model: ModelConfig, args: argparse.Namespace, config: ServerConfig, variables: Variables
 ) -> ModelLaunch:
+    if not model.is_folder:
+        _require_known(model, args, config.path)
     adapters = take_adapters(args, model, config.path)
     variables.learn(model.alias, model.environment)
     if config.switching.mode == "auto":
@@ -117,8 +140,8 @@ def _prepare_model(
             vllm_config = engine_config(args)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
-        raise ConfigError(f"{config.path}: models.{model.alias}: {_reason(error)}") from error
-    check_support(adapters, vllm_config, f"{config.path}: {model.place('lora_modules')}")
+        raise ConfigError(f"{model.at(config.path)}: {_reason(error)}") from error
+    check_support(adapters, vllm_config, str(model.at(config.path, "lora_modules")))
     return ModelLaunch(
         alias=model.alias,
         model=model.model,
@@ -133,6 +156,13 @@ def _prepare_model(
         aliases=model.aliases,
         adapters=adapters,
     )
+
+
+def _require_known(model: ModelConfig, args: argparse.Namespace, path: Path) -> None:
+    try:
+        require_known(model.model, args.revision)
+    except ConfigError as error:
+        raise ConfigError(f"{model.at(path, 'model')}: {error.message}") from error
 
 
 def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: DeviceMemory) -> Usage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def take_adapters(
         ConfigError: an adapter is missing, not whole, or made for another model.
     """
     modules, args.lora_modules = args.lora_modules or [], None
-    place = f"{path}: {model.place('lora_modules')}"
+    place = str(model.at(path, "lora_modules"))
     adapters = []
     if modules:
         base = shapes_of(hub.local_folder(model.model, getattr(args, "revision", None)))
@@ -66,8 +67,9 @@ def check_names(config: ServerConfig, adapters: Mapping[str, Iterable[AdapterFil
         where = model.place("lora_modules")
         for adapter in adapters.get(model.alias, ()):
             if adapter.name in places:
+                at = replace(model.at(config.path, "lora_modules"), keys="")
                 raise ConfigError(
-                    f"{config.path}: the name {adapter.name!r} is given twice, by "
+                    f"{at}: the name {adapter.name!r} is given twice, by "
                     f"{places[adapter.name]} and by {where}; aliases and adapters of all models "
                     "need names of their own"
                 )

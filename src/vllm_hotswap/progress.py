@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Self
 
 from tqdm import tqdm
 
@@ -187,6 +188,40 @@ class EventLog:
                 log.log(level, text, *(getattr(event, name) for name in fields))
             case _:
                 log.debug("event=%r", event)
+
+
+class CheckProgress:
+    """Shows which model is looked at: a bar in a terminal, a line for each elsewhere."""
+
+    def __init__(self, aliases: Sequence[str]) -> None:
+        self._count = len(aliases)
+        self._begun = 0
+        self._bar: tqdm[None] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._count, unit="model", leave=False)
+
+    def __enter__(self) -> Self:
+        self._say("checking: reading vLLM's flags")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, alias: str) -> None:
+        """Say that a model is next; the one before is done."""
+        if self._bar is not None:
+            self._bar.update(min(1, self._begun))
+        self._begun += 1
+        self._say(f"checking {alias}")
+
+    def _say(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(what)
+        else:
+            number = f" ({self._begun} of {self._count})" if self._begun else ""
+            sys.stderr.write(f"{what}{number} ...\n")
+            sys.stderr.flush()
 
 
 def configure_logging(level: str = "INFO") -> None:

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import yaml
-
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
+from vllm_hotswap.written import Keys, Source, Surprising, read_scalar, shown
 
 SECRET_LENGTH = 8
 """A shorter value is taken for no secret: it may be a word of any message."""
@@ -27,23 +26,22 @@ class References:
         self._environment = environment
         self._secrets: dict[str, str] = {}
         """Values in every form in which a message may show them, and where they came from."""
+        self.unset: list[Mistake] = []
+        """Variables that were wanted and are not set. Each reference to one is left as it is."""
 
-    def fill(self, value: Any, place: str, *keys: str) -> Any:
+    def fill(self, value: Any, source: Source, *keys: str | int) -> Any:
         """The value with every `${NAME}` and `${NAME:-default}` in it replaced.
 
         A text that is nothing but one reference may become a number, a boolean or null; keys of
-        clients stay what they are.
-
-        Raises:
-            ConfigError: a variable is not set; the message names it, its place and the ways on.
+        clients stay what they are. A variable that is not set is added to `unset`.
         """
         if isinstance(value, dict):
-            return {key: self.fill(item, place, *keys, str(key)) for key, item in value.items()}
+            return {key: self.fill(item, source, *keys, str(key)) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.fill(item, place, *keys) for item in value]
+            return [self.fill(item, source, *keys, n) for n, item in enumerate(value)]
         if not isinstance(value, str):
             return value
-        filled = _REFERENCE.sub(lambda match: self._value(match, place, keys), value)
+        filled = _REFERENCE.sub(lambda match: self._value(match, source, keys), value)
         is_one = (whole := _REFERENCE.fullmatch(value)) and whole[1]
         return read_scalar(filled) if is_one and not _is_client_key(keys) else filled
 
@@ -58,10 +56,15 @@ class References:
         """Let no `ConfigError` out that shows a value from the environment."""
         try:
             yield
+        except ConfigMistakes as error:
+            hidden = (
+                Mistake(mistake.line, self.hide(mistake.message)) for mistake in error.mistakes
+            )
+            raise ConfigMistakes(hidden) from None
         except ConfigError as error:
             raise ConfigError(self.hide(error.message)) from None
 
-    def _value(self, match: re.Match[str], place: str, keys: tuple[str, ...]) -> str:
+    def _value(self, match: re.Match[str], source: Source, keys: Keys) -> str:
         name, default = match.groups()
         if name is None:
             return "${"
@@ -69,30 +72,27 @@ class References:
         is_given = bool(value) or default is None
         value = value if is_given else default
         if value is None:
-            raise ConfigError(
-                f"{place}: {'.'.join(keys)}: the environment variable {name!r} is not set; set it, "
+            place = source.place(*keys)
+            message = (
+                f"{place}: the environment variable {name!r} is not set; set it, "
                 f"give a default with ${{{name}:-default}}, or write $${{ for a plain ${{"
             )
+            self.unset.append(Mistake(place.line, message))
+            return match.group()
         if is_given:
             forms = {form: match.group() for form in _forms(value) if len(form) >= SECRET_LENGTH}
             self._secrets.update(forms)
         return value
 
 
-def _is_client_key(keys: tuple[str, ...]) -> bool:
-    return keys[:1] == ("rights",) and keys[2:] == ("keys",)
+def _is_client_key(keys: Keys) -> bool:
+    return keys[:1] == ("rights",) and keys[2:3] == ("keys",)
 
 
 def _forms(value: str) -> tuple[str, ...]:
     """The value as it is, quoted by Python or JSON, on one line, and read as a number."""
     quoted, as_json = repr(value)[1:-1], json.dumps(value)[1:-1]
-    return value, quoted, as_json, " ".join(value.split()), str(read_scalar(value))
-
-
-def read_scalar(text: str) -> Any:
-    """A number, a boolean, null or a text, as YAML would read it."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return value if isinstance(value, bool | int | float | None) else text
+    read = read_scalar(value)
+    read = read.value if isinstance(read, Surprising) else read
+    number = value if isinstance(read, str) else shown(read)
+    return value, quoted, as_json, " ".join(value.split()), number

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
+from vllm_hotswap.written import Place
 
 ALLOW_VARIABLE = "VLLM_HOTSWAP_ALLOW"
 
@@ -61,20 +62,39 @@ def check_mode(path: Path, allowed: frozenset[str]) -> None:
         )
 
 
-def check_settings(settings: Mapping[str, Any], place: str, allowed: frozenset[str]) -> None:
-    """Refuse settings of one model that run code nobody has allowed. Raises `ConfigError`."""
+def check_settings(
+    settings: Mapping[str, Any], place: Callable[..., Place], allowed: frozenset[str]
+) -> None:
+    """Refuse settings of one model that run code nobody has allowed.
+
+    Args:
+        settings: the model's flags of vLLM.
+        place: where a key stands, by the way to it.
+        allowed: what the operator accepts.
+
+    Raises:
+        ConfigMistakes: names every such setting.
+    """
+    found = [
+        Mistake(place(*keys).line, f"{place(*keys)} {why}")
+        for keys, why in _dangers(settings, allowed)
+    ]
+    if found:
+        raise ConfigMistakes(found)
+
+
+def _dangers(
+    settings: Mapping[str, Any], allowed: frozenset[str]
+) -> Iterator[tuple[list[str], str]]:
+    """The way to each setting that runs code nobody has allowed, and what to do about it."""
     named = {key.replace("-", "_"): value for key, value in settings.items()}
     if named.get("trust_remote_code") and "trust_remote_code" not in allowed:
-        raise ConfigError(
-            f"{place}.trust_remote_code runs code that comes with the checkpoint; if you have read "
-            "it, start with --allow trust_remote_code"
-        )
+        why = "if you have read it, start with --allow trust_remote_code"
+        yield ["trust_remote_code"], f"runs code that comes with the checkpoint; {why}"
     if "code" not in allowed:
+        why = "if that is wanted, start with --allow code"
         for key in code_keys(named):
-            raise ConfigError(
-                f"{place}.{key} names code that the server would run; if that is wanted, start "
-                "with --allow code"
-            )
+            yield key.split("."), f"names code that the server would run; {why}"
 
 
 def code_keys(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -30,15 +30,19 @@ MISTAKES: dict[str, tuple[str, str]] = {
 BROKEN = {
     "truncated": ("weights", "model.safetensors"),
     "no-weights": ("weights", "no weight files"),
-    "no-tokenizer": ("tokenizer", ""),
+    "no-tokenizer": ("tokenizer", "no tokenizer.json in '"),
     "bad-config": ("config.json", ""),
 }
 """Checkpoints that cannot be loaded."""
 
 
 def check(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return command("check", *arguments, **environment)
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vllm_hotswap", "check", *map(str, arguments)],
+        [sys.executable, "-m", "vllm_hotswap", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -59,7 +63,7 @@ def break_checkpoints(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One check of good models and of every mistake."""
     folder = tmp_path_factory.mktemp("check")
     path = write(folder)
@@ -68,14 +72,22 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "raising.jinja").write_text("{{ raise_exception('no such thing') }}")
     lines = [f"  {key.replace(': {', ': {model: ./llama, ')}" for key in MISTAKES]
     lines += [f"  {name}: {{model: ./{name}}}" for name in BROKEN]
+    lines += ["  gone:", "    model: ./gone", "    max_model_length: 3"]
     path.write_text(path.read_text() + "\n".join(lines))
 
     ended = check(path, "--json", "--memory-device", "2GiB")
 
     assert 1 == ended.returncode, ended.stderr
-    assert "checking llama" in ended.stderr
-    found = json.loads(ended.stdout)
-    assert found["problems"] == ["memory: not planned, because not every model could be looked at"]
+    assert "checking: reading vLLM's flags ..." in ended.stderr
+    assert f"checking llama (1 of {4 + len(MISTAKES) + len(BROKEN)}) ..." in ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout)
+    assert found["problems"] == ["memory: skipped until the errors are fixed"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(found: dict[str, Any]) -> dict[str, Any]:
+    """What was found out about each model."""
     return {model["alias"]: model for model in found["models"]}
 
 
@@ -95,9 +107,23 @@ def test_every_mistake_is_told(report: dict[str, Any], alias: str, step: str, ca
     """Not only the first one, each with the step that found it."""
     problems = report[alias]["problems"]
 
-    assert step in problems
-    assert cause in problems[step]
-    assert "\n" not in problems[step]
+    assert cause in problems[step][0]
+    assert "\n" not in problems[step][0]
+
+
+def test_mistakes_are_told_in_the_order_of_the_file(found: dict[str, Any]) -> None:
+    """Those of the YAML, of vLLM's flags and of files together, each with its line."""
+    lines = [mistake["line"] for mistake in found["mistakes"]]
+    messages = [mistake["message"] for mistake in found["mistakes"]]
+
+    assert sorted(lines) == lines
+    assert all(
+        f"models.yaml:{line}: " in message for line, message in zip(lines, messages, strict=True)
+    )
+    assert ": models.gone.model: the folder" in messages[-2]
+    assert messages[-1].endswith(
+        "models.gone: unknown key 'max_model_length'; did you mean 'max_model_len'?"
+    )
 
 
 def test_memory_is_planned_when_every_model_is_known(tmp_path: Path) -> None:
@@ -138,6 +164,24 @@ def test_a_file_that_is_wrong_itself_is_one_line(tmp_path: Path) -> None:
     assert 1 == ended.returncode
     assert "did you mean 'models'?" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_start_tells_all_mistakes(tmp_path: Path) -> None:
+    """A model that is missing hides neither a key of vLLM nor another section."""
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "models:\n  a:\n    model: ./gone\n    max_model_length: 3\nmemory: {devices: 1GiB}\n"
+    )
+
+    ended = command("serve", path)
+
+    assert 1 == ended.returncode
+    *_, first, second, third = ended.stderr.splitlines()
+    assert first.startswith(f"vllm-hotswap: error: {path}:3: models.a.model: the folder ")
+    assert f"{path}:4: models.a: unknown key 'max_model_length'; did you mean 'max_model_len'?" == (
+        second
+    )
+    assert f"{path}:5: memory: unknown key 'devices'; did you mean 'device'?" == third
 
 
 @pytest.mark.skipif(vllm_version() != "0.32.0", reason="each version has its own flags")

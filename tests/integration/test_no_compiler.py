@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.integration.processes import ServerProcess, without_compilers
-from vllm_hotswap.demo import MODELS, free_port
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS
 
 CONFIGURATION = f"""\
 default_model: llama

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_hotswap.compat.configuration import reasoning_parser
@@ -18,6 +19,18 @@ from vllm_hotswap.errors import ConfigError, one_line
 T = TypeVar("T")
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tekken.json",
+    "vocab.*",
+    "*.tiktoken",
+    "*.bpe.model",
+    "spiece.model",
+    "tokenization_*.py",
+)
+"""Files that hold a tokenizer's vocabulary, by the names that the field uses; or its own code."""
 
 TOOL = {
     "type": "function",
@@ -35,10 +48,28 @@ def generates(config: Any) -> bool:
 
 
 def make_tokenizer(config: Any) -> Any:
-    """The model's tokenizer; None if it is configured to have none."""
+    """The model's tokenizer; None if it is configured to have none.
+
+    Raises whatever vLLM and transformers raise; a `ConfigError` if there are no files of one, of
+    which transformers says that a package is missing.
+    """
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    return cached_tokenizer_from_config(config.model_config)
+    try:
+        return cached_tokenizer_from_config(config.model_config)
+    except Exception as error:
+        folder = Path(str(config.model_config.tokenizer))
+        if folder.is_dir() and not has_tokenizer(folder):
+            raise ConfigError(
+                f"no tokenizer.json in {str(folder)!r}, nor any other tokenizer's file; copy it "
+                "from where the checkpoint is from, or name another place with the key `tokenizer`"
+            ) from error
+        raise
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the vocabulary of a tokenizer, of whatever kind."""
+    return any(file for pattern in VOCABULARIES for file in folder.glob(pattern))
 
 
 def make_parsers(args: argparse.Namespace, tokenizer: Any) -> None:

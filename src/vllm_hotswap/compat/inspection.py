@@ -1,0 +1,92 @@
+"""How vLLM looks at a model's class: in this process, or in one other for all models.
+
+vLLM starts a process for each architecture that it has not seen on this machine, which imports all
+of vLLM, "to avoid initializing CUDA". Relies on: `_run_in_subprocess` of its registry of models,
+called with a function that returns what was found. Checked on vLLM 0.32.0; where there is no such
+function, vLLM goes its own way.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+RUN = "_run_in_subprocess"
+
+Look = Callable[[], Any]
+
+
+@contextmanager
+def inspected_here() -> Iterator[None]:
+    """Import the classes into this process. For one that makes no engine and ends soon."""
+    with _run_by(lambda look, _: look()):
+        yield
+
+
+@contextmanager
+def inspected_together() -> Iterator[None]:
+    """Import the classes into one process for all of them, which is started if one is needed."""
+    with ExitStack() as stack:
+        pool: list[ProcessPoolExecutor] = []
+
+        def run(look: Look, otherwise: Callable[[Look], Any]) -> Any:
+            import cloudpickle  # type: ignore[import-untyped]
+
+            if not pool:
+                pool.append(stack.enter_context(_one_process()))
+            try:
+                return pool[0].submit(_call, cloudpickle.dumps(look)).result()
+            except BrokenProcessPool:
+                return otherwise(look)
+
+        with _run_by(run):
+            yield
+
+
+@contextmanager
+def _run_by(run: Callable[[Look, Callable[[Look], Any]], Any]) -> Iterator[None]:
+    from vllm.model_executor.models import registry
+
+    original = getattr(registry, RUN, None)
+    if original is None:
+        yield
+        return
+    setattr(registry, RUN, lambda look: run(look, original))
+    try:
+        yield
+    finally:
+        setattr(registry, RUN, original)
+
+
+def _one_process() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
+
+
+def _begin() -> None:
+    """Prepare the other process: it ends with this one, whatever ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _call(pickled: bytes) -> Any:
+    import cloudpickle
+
+    return cloudpickle.loads(pickled)()
