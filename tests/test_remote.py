@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 
+from tests.faults import wait_until
 from tests.remote_server import Listening, listening_server
 from vllm_hotswap import remote
 from vllm_hotswap.access import Access
@@ -119,18 +120,27 @@ def test_what_takes_a_while_is_told_meanwhile(
     listening: Listening, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On stderr; the answer is still one line."""
+    said = io.StringIO()
     monkeypatch.setattr(remote, "QUIET_S", 0.1)
-    listening.server.host.hold("activate", "qwen")
-    release = partial(listening.server.host.release, "activate", "qwen")
-    timer = threading.Timer(1.0, listening.loop.call_soon_threadsafe, (release,))
-    timer.start()
+    monkeypatch.setattr("sys.stderr", said)
+    host, feed = listening.server.host, listening.server.app.feed
+    for operation in ("load", "activate"):
+        host.hold(operation, "mistral")
 
-    assert 0 == main(["switch", "--url", listening.url, "qwen"])
-    timer.join()
+    def go_on_when_it_is_told() -> None:
+        release = listening.loop.call_soon_threadsafe
+        wait_until(lambda: "subscribers=1" in repr(feed))
+        release(host.release, "load", "mistral")
+        wait_until(lambda: " s  mistral: activate\n" in said.getvalue())
+        release(host.release, "activate", "mistral")
 
-    said = capsys.readouterr()
-    assert said.out.startswith("qwen: active after ")
-    assert any(line.endswith(" s  qwen: verify") for line in said.err.splitlines()), said.err
+    telling = threading.Thread(target=go_on_when_it_is_told)
+    telling.start()
+
+    assert 0 == main(["switch", "--url", listening.url, "mistral"])
+    telling.join()
+
+    assert capsys.readouterr().out.startswith("mistral: active after ")
 
 
 def test_what_is_over_at_once_is_not_followed(

@@ -219,7 +219,8 @@ class CheckProgress:
         if self._bar is not None:
             self._bar.set_description(what)
         else:
-            number = f" ({self._begun} of {self._count})" if self._begun else ""
+            is_model = 0 < self._begun <= self._count
+            number = f" ({self._begun} of {self._count})" if is_model else ""
             sys.stderr.write(f"{what}{number} ...\n")
             sys.stderr.flush()
 

@@ -113,7 +113,6 @@ vllm.config.ModelConfig.use_mla
 vllm.config.ModelConfig.is_hybrid
 vllm.config.ModelConfig.is_attention_free
 vllm.config.ModelConfig.is_multimodal_model
-vllm.config.ModelConfig.get_sliding_window()
 vllm.config.ModelConfig.get_num_layers(parallel_config)
 vllm.config.ModelConfig.get_num_kv_heads(parallel_config)
 vllm.config.ModelConfig.get_num_attention_heads(parallel_config)
