@@ -21,7 +21,8 @@ from tests.integration.process_state import Watch  # before vLLM is imported
 from tests.integration.hosted import Hosted
 from tests.integration.small_models import make
 from vllm_hotswap.compat import loading
-from vllm_hotswap.host.state import process_state
+from vllm_hotswap.compat.state import STATE, Owner, State
+from vllm_hotswap.host.state import cells, process_state
 
 
 def orders(folder: Path) -> dict[str, Any]:
@@ -102,7 +103,12 @@ def changes(folder: Path) -> dict[str, Any]:
     note("wake", llama.engine.wake)
     note("unload", llama.unload)
     note("reload", llama.reload)
-    return {"changes": seen, "ranks": ranks()}
+    absent = [state.place for state in STATE if is_moved(state) and not list(cells(state.place))]
+    return {"changes": seen, "ranks": ranks(), "absent": absent}
+
+
+def is_moved(state: State) -> bool:
+    return state.owner is not Owner.PROCESS and not state.place.startswith("os:")
 
 
 def ranks() -> list[int]:

@@ -109,3 +109,8 @@ def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
 
     assert {} == unlisted, "decide whose these are and list them in vllm_hotswap.compat.state"
     assert "vllm.distributed.parallel_state:_EP" in changes["load moe"]
+
+
+def test_every_piece_of_state_that_is_moved_exists(watched: Any) -> None:
+    """A place that vLLM has renamed would be moved no more."""
+    assert [] == watched["absent"]

@@ -180,6 +180,86 @@ STATE: tuple[State, ...] = (
         "_groups _group_name_counter",
         "names of groups; there is one set of groups for each kind of model",
     ),
+    *_shared(
+        "vllm.ir.ops",
+        "*",
+        "the operations themselves; how each is dispatched is above",
+    ),
+    *_shared(
+        "vllm.ir.op",
+        "IrOp.registry",
+        "the operations themselves; how each is dispatched is above",
+    ),
+    *_shared(
+        "vllm.*",
+        "current_platform _current_platform",
+        "what this machine is",
+    ),
+    *_shared(
+        "vllm.utils.import_utils",
+        "*",
+        "what is installed",
+    ),
+    *_shared(
+        "vllm.utils.platform_utils",
+        "*",
+        "what this machine is",
+    ),
+    *_shared(
+        "vllm.utils.cpu_resource_utils",
+        "*",
+        "what this machine is",
+    ),
+    *_shared(
+        "vllm.utils.func_utils",
+        "_supports_kw",
+        "what functions take; depends on them alone",
+    ),
+    *_shared(
+        "vllm.logger",
+        "_print_*_once",
+        "what has been logged once",
+    ),
+    *_shared(
+        "vllm.compilation.counter",
+        "compilation_counter",
+        "counts that nothing depends on",
+    ),
+    *_shared(
+        "vllm.transformers_utils.*",
+        "*",
+        "what is in a checkpoint, by its name and revision",
+    ),
+    *_shared(
+        "vllm.model_executor.models.registry",
+        "*",
+        "classes of models, by their architecture",
+    ),
+    *_shared(
+        "vllm.v1.attention.selector",
+        "_cached_get_attn_backend _cached_get_mamba_attn_backend",
+        "classes, by all that they are chosen by",
+    ),
+    *_shared(
+        "vllm.model_executor.layers.attention.*",
+        "create_*_backend",
+        "classes that are derived from a class; depend on it alone",
+    ),
+    *_shared(
+        "vllm.config.vllm",
+        "get_cached_compilation_config",
+        "vLLM empties it whenever the current configuration changes",
+    ),
+    *_shared(
+        "vllm.triton_utils.dispatcher",
+        "_registry",
+        "kernels that the platform replaces once for all models",
+    ),
+    *_shared(
+        "torch",
+        "set_num_threads",
+        "the CPU worker makes it do nothing: the threads are bound by then",
+    ),
 )
 
 
