@@ -111,7 +111,7 @@ def test_a_mapping_is_json(parser: Parser, tmp_path: Path) -> None:
         ("max_model_len: 1:30", "max_model_len is 1:30, which YAML reads as 90; write 90"),
         ("max_model_len: 1_000", "max_model_len is 1_000, which YAML reads as 1000; write 1000"),
         ("max_model_len: yes", "max_model_len is yes, which YAML reads as true; write true, or"),
-        ("max_model_len: 1e3", "max_model_len: invalid int value: '1e3'"),
+        ("max_model_len: 1e3", "max_model_len: argument --max-model-len: invalid int value: '1e3'"),
         ("gpu_memory_utilization: .nan", "gpu_memory_utilization is .nan, which YAML reads as nan"),
         ("enforce_eager: 010", "enforce_eager is 010, which YAML reads as 8; write 8"),
         ("sizes: [1, 010]", "sizes.1 is 010, which YAML reads as 8; write 8, or '010' in quotes"),
@@ -153,10 +153,10 @@ def test_all_mistakes_of_all_models_are_found(parser: Parser, tmp_path: Path) ->
     expected = [
         "2: defaults: unknown key 'revison'; did you mean 'revision'?",
         "6: models.a: unknown key 'max_model_length'; did you mean 'max_model_len'?",
-        "7: models.a.max_model_len: invalid int value: 'many'",
+        "7: models.a.max_model_len: argument --max-model-len: invalid int value: 'many'",
         "8: models.a: 'port' is a setting of the server; give it as a flag",
-        "9: models.b.dtype: invalid choice: 'float99'",
-        "9: models.b.sizes: invalid int value: 'x'",
+        "9: models.b.dtype: argument --dtype: invalid choice: 'float99'",
+        "9: models.b.sizes: argument --sizes: invalid int value: 'x'",
     ]
     lines = [line.removeprefix(f"{path}:") for line in found.splitlines()]
     assert expected == [line[: len(start)] for line, start in zip(lines, expected, strict=True)]

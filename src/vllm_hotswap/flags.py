@@ -185,8 +185,7 @@ def _key_words(
     try:
         parser.parse_args(words)
     except ConfigError as error:
-        message = error.message.removeprefix(f"argument {'/'.join(action.option_strings)}: ")
-        raise ConfigError(f"{place}: {message}") from error
+        raise ConfigError(f"{place}: {error.message}") from error
     return words
 
 
