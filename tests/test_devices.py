@@ -125,3 +125,22 @@ def test_process_that_has_ended_holds_nothing() -> None:
     assert before_it_is_waited_for < 32 * MIB
 
     assert 0 == anonymous_bytes(child.pid)
+
+
+STARTING = """
+import subprocess
+held = bytearray(100 << 20)
+for _ in range(100):
+    subprocess.run(["true"], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no such thing")
+def test_a_process_that_starts_another_is_not_counted_twice() -> None:
+    """Until a child begins its program, its memory is its parent's."""
+    most = 0
+    with subprocess.Popen([sys.executable, "-c", STARTING]) as process:
+        while process.poll() is None:
+            most = max(most, anonymous_bytes(process.pid))
+
+    assert 100 * MIB < most < 180 * MIB

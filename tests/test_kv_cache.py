@@ -80,6 +80,7 @@ def test_every_kind_of_layer_is_known_by_its_name(given: Any, kinds: list[str]) 
         config(text={"layer_types": ["new_attention"] * 4}),
         config(is_encoder_decoder=True),
         config(has_noops=True),
+        config(original_max_model_len=-1),
         config(text={"global_head_dim": 512}),
         config(draft=SimpleNamespace(draft_model_config=None)),
     ],

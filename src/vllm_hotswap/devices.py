@@ -159,9 +159,21 @@ def _family(pid: int) -> list[int]:
     try:
         # Quick where the kernel keeps the list; psutil would look at every process there is.
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-        return [pid, *(member for child in children for member in _family(int(child)))]
     except OSError:
         return [pid]
+    programs = [int(child) for child in children if not _is_copy(int(child), pid)]
+    return [pid, *(member for child in programs for member in _family(child))]
+
+
+def _is_copy(child: int, parent: int) -> bool:
+    """Whether a process has been forked, and has not begun its program yet.
+
+    Its pages are its parent's until then, and would count twice. Worker processes are spawned.
+    """
+    with contextlib.suppress(OSError):  # it may end meanwhile
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (child, parent)]
+        return lines[0] == lines[1] != b""
+    return False
 
 
 def _anonymous(pid: int) -> int:

@@ -25,7 +25,7 @@ LENGTH, SEQUENCES = 512, 4
 WIDE = "wide"
 """A model that could use more than there is."""
 
-ENTRY = "  {alias}: {{model: {folder}, load_format: dummy, enforce_eager: true, {limits}}}\n"
+ENTRY = "  {alias}: {{model: {folder}, load_format: dummy, enforce_eager: true, {flags}}}\n"
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,28 @@ class Told:
     """Bytes of KV memory by alias, as each of them says."""
 
     check: dict[str, int]
-    status: dict[str, int]
     banner: dict[str, str]
+    status: dict[str, int]
+    """Once everything has been loaded."""
     loads: dict[str, int]
     """What all sequences can use, as the loaded models say."""
+    answers: dict[str, str]
+    """Of the calls that have loaded them."""
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What a check and a server say of the same file."""
     folder = tmp_path_factory.mktemp("kv")
-    limits = f"max_model_len: {LENGTH}, max_num_seqs: {SEQUENCES}"
+    flags = f"max_model_len: {LENGTH}, max_num_seqs: {SEQUENCES}, load: on_demand"
     entries = [
-        ENTRY.format(alias=name, folder=make(folder, name), limits=limits) for name in ARCHITECTURES
+        ENTRY.format(alias=name, folder=make(folder, name), flags=flags) for name in ARCHITECTURES
     ]
     wide = f"max_model_len: {4 * LENGTH}, max_num_seqs: {256 * SEQUENCES}"
-    entries.append(ENTRY.format(alias=WIDE, folder=folder / "full", limits=wide))
+    entries.append(ENTRY.format(alias=WIDE, folder=folder / "full", flags=wide))
     config = folder / "models.yaml"
-    config.write_text("memory: {device: 1700MiB}\nmodels:\n" + "".join(entries), encoding="utf-8")
+    head = f"default_model: {WIDE}\nmemory: {{device: 1700MiB}}\nmodels:\n"
+    config.write_text(head + "".join(entries), encoding="utf-8")
     checked = subprocess.run(
         [sys.executable, "-m", "vllm_hotswap", "check", str(config), "--json"],
         env=dict(os.environ),
@@ -62,6 +66,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     server = ServerProcess.start(
         ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
     )
+    answers = {
+        alias: server.post(f"/admin/models/{alias}/load", {}, timeout=120).text
+        for alias in ARCHITECTURES
+    }
     models: Any = server.status()["models"]
     log = server.log.read_text(errors="replace")
     assert server.stop() == 0, server.log_tail()
@@ -70,6 +78,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return Told(
         check={model["alias"]: model["kv_bytes"] for model in report["models"]},
         status={alias: model["kv_bytes"] for alias, model in models.items()},
+        answers=answers,
         banner=dict(re.findall(r"^  (\w+) +\w+ +weights .*KV +([0-9.]+ MiB)$", log, re.MULTILINE)),
         loads={
             Path(path).name: int(size)
@@ -88,11 +97,13 @@ def test_a_check_tells_what_the_server_tells_and_the_engine_has(told: Told, alia
 @pytest.mark.parametrize("alias", sorted({*ARCHITECTURES} - {"full", "encoder"}))
 def test_a_model_gets_what_all_its_sequences_can_use(told: Told, alias: str) -> None:
     """Not a byte more or less than the loaded model's own layers say."""
+    assert '"residency":"parked"' in told.answers[alias]
     assert told.loads[alias] == told.check[alias]
 
 
 def test_an_encoder_gets_nothing(told: Told) -> None:
     """It keeps nothing of a sequence."""
+    assert '"residency":"parked"' in told.answers["encoder"]
     assert 0 == told.check["encoder"]
 
 

@@ -201,12 +201,14 @@ def _draft_layers(config: Any) -> int:
 
 
 def _is_known(config: Any, kinds: Sequence[str]) -> bool:
-    """Whether every layer's cache follows from its kind."""
+    """Whether every layer's cache follows from its kind, and the length is settled."""
     model, text = config.model_config, config.model_config.hf_text_config
     is_odd = (
         model.is_encoder_decoder
         or model.has_noops
         or config.speculative_config is not None
+        # vLLM shortens sequences until they fit.
+        or getattr(model, "original_max_model_len", None) == -1
         or any(getattr(text, name, None) for name in UNEVEN)
         or any(name not in KINDS for name in _names(config))
     )
