@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage"},
+    {"errors", "garbage", "turns"},
+    {"json_scan", "media"},
     {
         "states",
         "answers",
@@ -32,6 +33,7 @@ LAYERS = [
         "paths",
         "variables",
         "compat.names",
+        "compat.sendable",
         "compat.versions",
     },
     {"planner", "policy", "costs", "host.messages", "host.arena", "host.heap", "host.teardown"},
@@ -122,6 +124,7 @@ VLLM_DOORS = {
     "compat.cpu_worker",
     "compat.frontend",
     "compat.loading",
+    "compat.sendable",
     "compat.trial",
     "compat.versions",
     "devices",

@@ -53,16 +53,18 @@ class Bodies:
     def __repr__(self) -> str:
         return f"<Bodies held={self.held_bytes} of {self._limits.held_bytes} bytes>"
 
-    def hold(self) -> HeldBody:
-        return HeldBody(self, self._limits)
+    def hold(self, own_limit: int | None = None) -> HeldBody:
+        """`own_limit` are the bytes that the route takes, where it does not take as many."""
+        return HeldBody(self, self._limits, own_limit)
 
 
 class HeldBody:
     """One request's body. As a context manager it counts until the end, or until `let_go`."""
 
-    def __init__(self, bodies: Bodies, limits: LimitsConfig) -> None:
+    def __init__(self, bodies: Bodies, limits: LimitsConfig, own_limit: int | None) -> None:
         self._bodies = bodies
         self._limits = limits
+        self._own_limit = own_limit
         self._size = 0
 
     def __enter__(self) -> HeldBody:
@@ -101,6 +103,8 @@ class HeldBody:
         self._bodies.held_bytes += len(chunk)
         if self._size > self._limits.body_bytes:
             raise BodyTooLarge(self._limits.body_bytes)
+        if self._own_limit is not None and self._size > self._own_limit:
+            raise BodyTooLarge(self._own_limit, "the most that this route takes")
         if self._bodies.held_bytes > self._limits.held_bytes:
             raise QueueFull(
                 f"the bodies of requests that wait are {self._limits.held_bytes} bytes together "
