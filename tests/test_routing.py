@@ -221,7 +221,7 @@ async def test_large_body_gives_everybody_else_a_turn(server: Server) -> None:
 
 async def test_only_one_large_body_is_looked_at_in_a_turn(server: Server) -> None:
     """Many of them make no turn of the loop longer: each waits for those before it."""
-    larger, large = "x" * (8 << 20), "x" * (1 << 20)
+    larger, large = "x" * (3 << 19), "x" * (1 << 16)
 
     server.ask("nobody", name="larger", path=EMBEDDINGS, input=larger)
     await server.ask("nobody", name="large", path=EMBEDDINGS, input=large)

@@ -11,6 +11,9 @@ from starlette.types import Message, Receive
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
 from vllm_hotswap.settings import LimitsConfig
 
+LARGE_BYTES = 2 << 20
+"""Bodies from here on are put together beside the event loop."""
+
 
 class Rate:
     """A token bucket: `burst` at once, `per_second` in the long run."""
@@ -93,7 +96,10 @@ class HeldBody:
         except TimeoutError:
             raise BodyTimeout(self._limits.body_timeout) from None
         last = self._take(message)
-        return b"".join((*chunks, last)) if chunks else last
+        if self._size < LARGE_BYTES:
+            return b"".join((*chunks, last)) if chunks else last
+        # For large ones, joining lets go of the interpreter while it copies.
+        return await asyncio.to_thread(b"".join, (*chunks, last))
 
     def _take(self, message: Message) -> bytes:
         if message["type"] == "http.disconnect":

@@ -32,7 +32,7 @@ def _left_out(_: object) -> None:
     """vLLM's encoder knows what msgspec does not."""
 
 
-def _refusal(error: UnicodeEncodeError | OverflowError) -> Exception:
+def _refusal(error: UnicodeEncodeError | OverflowError) -> Any:
     from vllm.exceptions import VLLMValidationError
 
     if isinstance(error, UnicodeEncodeError):
