@@ -285,7 +285,7 @@ class Server:
                 "raw_path": path.encode(),
                 "query_string": b"",
                 "root_path": "",
-                "headers": [],
+                "headers": [(b"content-type", b"application/json")] if any(parts) else [],
                 "client": ("client", 1),
                 "server": ("server", 80),
                 **scope,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from tests.conftest import MakeServer
 from tests.support import Server
@@ -558,3 +563,113 @@ async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> Non
     await stream.finish()
     await switch
     await held
+
+
+# --- bodies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
+async def test_own_routes_read_json_in_every_encoding(server: Server, encoding: str) -> None:
+    """As vLLM's routes do: what names a model there names it here."""
+    switch = json.dumps({"model": "qwen"}).encode(encoding)
+    pin = json.dumps({"pinned": True}).encode(encoding)
+
+    assert 200 == (await server.post("/v1/models/switch", content=switch)).status_code
+    assert 200 == (await server.post("/admin/models/qwen/pin", content=pin)).status_code
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        (None, 200),
+        ("application/json", 200),
+        ("application/json; charset=utf-8", 200),
+        ("application/x-www-form-urlencoded", 200),
+        ("text/plain", 415),
+        ("multipart/form-data; boundary=b", 415),
+    ],
+)
+async def test_own_routes_take_json_and_what_curl_sends(
+    server: Server, content_type: str | None, status: int
+) -> None:
+    """`curl -d` without a header works; what only a web page would send does not."""
+    headers = {"content-type": content_type} if content_type else {}
+
+    answer = await server.post("/v1/models/switch", content=b'{"model": "qwen"}', headers=headers)
+
+    assert status == answer.status_code
+    assert ("qwen" if status == 200 else "llama") == server.coordinator.active
+
+
+async def test_own_routes_take_no_large_bodies(server: Server) -> None:
+    """They parse what they get in one go, and need little."""
+    answer = await server.post("/v1/models/switch", json={"model": "x" * (1 << 20)})
+
+    assert (413, "body_too_large") == (answer.status_code, answer.json()["error"]["code"])
+
+
+# --- how requests ended ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "result"), [(200, "served"), (400, "refused"), (422, "refused"), (500, "failed")]
+)
+async def test_requests_are_counted_by_what_they_were_answered(
+    server: Server, status: int, result: str
+) -> None:
+    """An error of the model's application is no request that was served."""
+
+    async def endpoint(request: Request) -> Response:
+        return Response(status_code=status)
+
+    server.host.engines["llama"].add_route(Route("/pooling", endpoint, methods=["POST"]))
+    await server.ask("llama", path="/pooling")
+
+    text = (await server.get("/metrics")).text
+    assert 1 == sample(text, f'hotswap_requests_total{{model="llama",result="{result}"}}')
+    assert 1 == text.count("hotswap_requests_total{")
+
+
+# --- headers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alias", ["模型", "型模", "modèle", "50% 型", "org/llama:8b", "a\r\nb"])
+async def test_alias_in_a_header_can_be_read_back(make_server: MakeServer, alias: str) -> None:
+    """Percent-encoded where it is not visible ASCII; no two aliases look alike."""
+    server = await make_server(aliases=(alias, "qwen"), load=(alias,), default=alias)
+
+    header = (await server.ask(alias)).headers["x-hotswap-model"]
+
+    assert header.isascii()
+    assert " " not in header
+    assert alias == unquote(header)
+
+
+async def test_plain_alias_in_a_header_is_as_it_is(make_server: MakeServer) -> None:
+    """Nobody has to decode what needs no encoding."""
+    server = await make_server(
+        aliases=("org/llama-3:8b_q4.k",), load=(), default="org/llama-3:8b_q4.k"
+    )
+
+    answer = await server.ask("org/llama-3:8b_q4.k")
+
+    assert "org/llama-3:8b_q4.k" == answer.headers["x-hotswap-model"]
+
+
+# --- after the death of an engine -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["switch", "load"])
+async def test_failed_model_comes_back_without_a_restart(server: Server, how: str) -> None:
+    """Its engine died; a switch to it, or a load, makes another one in the same host."""
+    server.host.kill_engine("qwen")
+    await server.settled()
+    failed = (await server.get("/admin/status")).json()["models"]["qwen"]
+    assert "failed" == failed["residency"]
+
+    await (server.switch("qwen") if how == "switch" else server.operate("qwen", "load"))
+
+    now = (await server.get("/admin/status")).json()["models"]["qwen"]
+    assert (how == "switch", None) == (now["residency"] == "active", now["failed"])
+    assert now["residency"] in ("active", "parked")
+    assert 200 == (await server.get("/health")).status_code

@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "claims", "hints", "signals", "terminal"},
+    {"errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
+    {"json_scan", "media"},
     {
         "states",
         "answers",
@@ -37,6 +38,7 @@ LAYERS = [
         "written",
         "compat.names",
         "compat.state",
+        "compat.sendable",
         "compat.versions",
     },
     {
@@ -146,6 +148,7 @@ VLLM_DOORS = {
     "compat.inspection",
     "compat.loading",
     "compat.packing",
+    "compat.sendable",
     "compat.trial",
     "compat.versions",
     "devices",

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.model_field import from_form, from_json, from_query
+from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong, scan
+from vllm_hotswap.model_field import (
+    FORM_PIECE_BYTES,
+    SMALL_BYTES,
+    form_fields,
+    from_json,
+    from_query,
+    json_fields,
+)
+from vllm_hotswap.turns import at_once
 
 TWO_MB = 2 << 20
 MANY = 64 << 10
@@ -33,20 +43,112 @@ def with_escapes(text: str) -> str:
     )
 
 
+KEYS = ("model", "previous_response_id", "stream")
+ENCODINGS = [
+    "utf-8",
+    "utf-8-sig",
+    "utf-16",
+    "utf-16-le",
+    "utf-16-be",
+    "utf-32",
+    "utf-32-le",
+    "utf-32-be",
+]
+
+
+def scanned(body: bytes, piece_bytes: int = 7) -> str | None:
+    """The `model` that a scan finds, in pieces that are far smaller than a server's."""
+    found = at_once(scan(body, KEYS, piece_bytes)).get("model")
+    return found if isinstance(found, str) else None
+
+
+def from_form(body: bytes, content_type: str) -> str | None:
+    return at_once(form_fields(body, content_type)).model
+
+
+both_ways = pytest.mark.parametrize("find", [from_json, scanned], ids=["parsed", "scanned"])
+"""Small bodies are parsed and larger ones scanned; what is found is the same."""
+
+Find = Callable[[bytes], str | None]
+
+
 # --- JSON -----------------------------------------------------------------------------------
 
 
-@given(bodies, st.booleans(), st.sampled_from([None, 0, 2]))
-def test_json_gives_what_parsing_would_give(
-    body: dict[str, Any], ensure_ascii: bool, indent: int | None
+@given(bodies, st.booleans(), st.sampled_from([None, 0, 2]), st.sampled_from(ENCODINGS))
+def test_scan_finds_what_parsing_finds(
+    body: dict[str, Any], ensure_ascii: bool, indent: int | None, encoding: str
 ) -> None:
-    """For any JSON object: its `model` if that is a string, None otherwise."""
-    model = body.get("model")
-    raw = json.dumps(body, ensure_ascii=ensure_ascii, indent=indent)
+    """For any JSON object in any encoding that `json.loads` knows, wherever a piece ends."""
+    text = json.dumps(body, ensure_ascii=ensure_ascii, indent=indent)
+    raw = text.encode(encoding, "surrogatepass")
+    model = json.loads(raw).get("model")
 
-    assert (model if isinstance(model, str) else None) == from_json(
-        raw.encode("utf-8", "surrogatepass")
-    )
+    expected = model if isinstance(model, str) else None
+    assert [expected] * 3 == [from_json(raw), *(scanned(raw, size) for size in (1, 7))]
+
+
+@given(st.lists(st.tuples(st.sampled_from((*KEYS, "x")), values), max_size=6), st.integers(1, 99))
+def test_the_last_of_equal_keys_counts(items: list[tuple[str, Any]], piece_bytes: int) -> None:
+    """As for `json.loads`, which vLLM reads bodies with: nobody is routed by another one."""
+    raw = ("{" + ", ".join(f'"{key}": {json.dumps(value)}' for key, value in items) + "}").encode()
+
+    read = json.loads(raw)
+    expected = {
+        key: read[key] if isinstance(read[key], str) or read[key] is True else None
+        for key in KEYS
+        if key in read
+    }
+    assert expected == at_once(scan(raw, KEYS, piece_bytes))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("size", [0, 2 * SMALL_BYTES])
+def test_encoding_does_not_hide_the_model(encoding: str, size: int) -> None:
+    """With a byte order mark or without, in UTF-8, UTF-16 and UTF-32, small or large."""
+    body = json.dumps({"prompt": "é" * size, "model": "模型"}, ensure_ascii=False).encode(encoding)
+
+    assert "模型" == json.loads(body)["model"] == from_json(body)
+
+
+def test_fields_of_one_body_are_found_together() -> None:
+    """The model, the response that it goes on from, and whether it is to be a stream."""
+    large = {"input": "x" * SMALL_BYTES}
+    body = {"stream": True, "previous_response_id": "r", "model": "a"}
+
+    fields = at_once(json_fields(json.dumps(body).encode()))
+    assert ("a", "r", True) == (fields.model, fields.previous_response_id, fields.stream)
+    assert fields == at_once(json_fields(json.dumps(large | body).encode()))
+
+
+def test_text_beyond_all_bounds_is_refused() -> None:
+    """No name is as long; it is neither passed over nor repeated in a message."""
+    body = json.dumps({"model": "a" * MAX_TEXT_BYTES}).encode()
+
+    with pytest.raises(TooLong, match=r"^model$"):
+        at_once(json_fields(body))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [b"[],", b'"",', b'{"a":"b"},', b'"word",', b"1,", b"[1,2,3],", b'"\\",', b" ", b'"model",'],
+)
+def test_large_body_is_looked_at_in_pieces(unit: bytes) -> None:
+    """Between two pieces everybody else has a turn, whatever is in them."""
+    items = unit * (TWO_MB // len(unit)) + b"1"
+
+    pieces = sum(1 for _ in json_fields(b'{"input": [' + items + b'], "model": "a"}'))
+
+    assert pieces >= TWO_MB // (128 << 10)
+
+
+@pytest.mark.parametrize("key", ["model", "m", "mode\\u006c"])
+def test_keys_are_looked_at_in_pieces(key: str) -> None:
+    """A body of nothing but keys that look like `model` costs no turn more than a few."""
+    body = b"{" + f'"{key}": 1,'.encode() * MANY + b'"model": "a"}'
+
+    assert sum(1 for _ in json_fields(body)) >= len(body) // (128 << 10)
+    assert "a" == from_json(body)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 3), bodies)
@@ -55,7 +157,8 @@ def test_model_is_found_at_any_position(model: str, position: int, body: dict[st
     items = [item for item in body.items() if item[0] != "model"]
     items.insert(position, ("model", model))
 
-    assert model == from_json(json.dumps(dict(items)).encode())
+    raw = json.dumps(dict(items)).encode()
+    assert [model] * 2 == [from_json(raw), scanned(raw)]
 
 
 @given(st.text())
@@ -63,9 +166,10 @@ def test_escaped_key_and_value_are_found(model: str) -> None:
     """`model` written with escapes is `model`."""
     body = f"{{{with_escapes('model')}: {with_escapes(model)}}}".encode()
 
-    assert json.loads(body)["model"] == from_json(body)
+    assert [json.loads(body)["model"]] * 2 == [from_json(body), scanned(body)]
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
@@ -79,7 +183,6 @@ def test_escaped_key_and_value_are_found(model: str) -> None:
         (b'{"x": "model", "model": "a"}', "a"),
         (b'{"x": "}{][", "model": "a"}', "a"),
         (b'{"x": "\\\\", "model": "a"}', "a"),
-        (b'{"model": "a", "broken": ', "a"),
         (b'{"Model": "a"}', None),
         (b'{"model": 5}', None),
         (b'{"model": null}', None),
@@ -87,6 +190,11 @@ def test_escaped_key_and_value_are_found(model: str) -> None:
         (b'{"model": {"model": "a"}}', None),
         (b'{"x": {"model": "a"}}', None),
         (b'{"x": 1} {"model": "a"}', None),
+        (b'{"model": "b", "model": "a"}', "a"),
+        (b'{"model": "b", "model": 5}', None),
+        (b'{"temperature": NaN, "x": -Infinity, "model": "a"}', "a"),
+        (b'{"stop": ["\\ud83d"], "model": "a"}', "a"),
+        (b'{"x": "\\\\", "y": "\\\\\\"", "model": "a"}', "a"),
         (b'[{"model": "a"}]', None),
         (b'"model"', None),
         (b"{}", None),
@@ -97,19 +205,20 @@ def test_escaped_key_and_value_are_found(model: str) -> None:
         (b'{"model": "a', None),
         (b'{"model": "\\x"}', None),
         (b'{"model": "\xff"}', None),
-        (b'{"\xff": 1, "model": "a"}', "a"),
         (b'{"x": "\\', None),
     ],
 )
-def test_json_by_example(body: bytes, expected: str | None) -> None:
+def test_json_by_example(find: Find, body: bytes, expected: str | None) -> None:
     """Space, escapes, nesting, look-alikes, other types, and bodies that are no JSON object."""
-    assert expected == from_json(body)
+    assert expected == find(body)
 
 
 @given(st.binary() | st.text(alphabet='{}[]",:\\ model').map(str.encode))
 def test_json_never_raises(body: bytes) -> None:
     """Whatever the bytes are, the answer is a string or None."""
     assert isinstance(from_json(body), str | None)
+    if json.detect_encoding(body).startswith("utf-8"):
+        assert isinstance(scanned(body), str | None)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +275,12 @@ FILE = 'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent
         multipart((MODEL.replace("Content-Disposition", "content-disposition"), b"whisper")),
         multipart((MODEL + "\r\nContent-Type: text/plain", b"whisper")),
         multipart(("X-Other: 1\r\n" + MODEL, b"whisper")),
-        multipart((MODEL, b"whisper"), (MODEL, b"second")),
+        multipart((MODEL, b"first"), (MODEL, b"whisper")),
         multipart((FILE, b'name="model"\r\n\r\nno'), (MODEL, b"whisper")),
     ],
 )
 def test_multipart_field_is_found(body: bytes) -> None:
-    """Before or after a file, with other headers, the first one of two."""
+    """Before or after a file, with other headers, the last one of two, as vLLM reads it."""
     assert "whisper" == from_form(body, MULTIPART)
 
 
@@ -194,8 +303,8 @@ def test_multipart_without_the_field_gives_none(body: bytes, content_type: str) 
 
 @given(st.integers(0, 200))
 def test_multipart_field_is_found_wherever_a_chunk_ends(before: int) -> None:
-    """The body is fed in chunks of 64 KiB; one may end inside the field's header or value."""
-    file = b"x" * ((64 << 10) - 300 + before)
+    """The body is fed in pieces; one may end inside the field's header or value."""
+    file = b"x" * (FORM_PIECE_BYTES - 300 + before)
 
     assert "whisper" == from_form(multipart((FILE, file), (MODEL, b"whisper")), MULTIPART)
 
@@ -215,9 +324,18 @@ def test_urlencoded_field_is_found(model: str) -> None:
     assert model == from_form(body, URLENCODED)
 
 
-@pytest.mark.parametrize("body", [b"", b"prompt=model", b"model=", b"\xff\xff=%ff"])
+def test_urlencoded_field_is_found_as_vllm_reads_it() -> None:
+    """The last one of two, its name escaped or not, wherever a piece ends."""
+    before = urlencode({"prompt": "&" * FORM_PIECE_BYTES, "model": "first"})
+
+    for more in range(9):
+        body = f"{before}{'x' * more}&m%6fdel=wh%69sper".encode()
+        assert "whisper" == from_form(body, URLENCODED)
+
+
+@pytest.mark.parametrize("body", [b"", b"prompt=model", b"\xff\xff=%ff"])
 def test_urlencoded_without_the_field_gives_none(body: bytes) -> None:
-    """No field, or an empty one."""
+    """There is none."""
     assert None is from_form(body, URLENCODED + "; charset=utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -22,11 +23,14 @@ from tests.walk import Shape, World
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import EngineUnavailable
-from vllm_hotswap.events import ClientEvicted
+from vllm_hotswap.events import ClientEvicted, RequestEnded
 from vllm_hotswap.exchange import PARKED_COMMENT, AnswerCut
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
 EMBEDDINGS = "/v1/embeddings"
+AUDIO = "/v1/audio/transcriptions"
+SWITCH = "/v1/models/switch"
+JSON_HEADERS = [(b"content-type", b"application/json")]
 
 
 def add_route(
@@ -118,27 +122,139 @@ async def test_body_is_passed_on_whole(server: Server) -> None:
     assert body == answer.body
 
 
+FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nqwen\r\n--b--\r\n'
+JSON = "application/json"
+
+
 @pytest.mark.parametrize(
-    ("headers", "query", "body"),
+    ("path", "content_type", "query", "body"),
     [
-        ([(b"content-type", b"multipart/form-data; boundary=b")], b"", b"FORM"),
-        ([(b"content-type", b"Multipart/Form-Data; boundary=b")], b"", b"FORM"),
-        ([(b"content-type", b"application/x-www-form-urlencoded")], b"", b"model=qwen"),
-        ([], b"model=qwen", b"{}"),
-        ([], b"model=qwen", b""),
-        ([(b"content-type", b"application/json")], b"model=llama", b'{"model": "qwen"}'),
+        (AUDIO, "multipart/form-data; boundary=b", "", FORM),
+        (AUDIO, "Multipart/Form-Data; boundary=b", "", FORM),
+        (AUDIO, "application/x-www-form-urlencoded", "", b"model=qwen"),
+        (EMBEDDINGS, JSON, "model=qwen", b"{}"),
+        (EMBEDDINGS, None, "model=qwen", b""),
+        (EMBEDDINGS, JSON, "model=llama", b'{"model": "qwen"}'),
+        (EMBEDDINGS, "Application/JSON; charset=utf-8", "", b'{"model": "qwen"}'),
+        (EMBEDDINGS, JSON, "", b'\xef\xbb\xbf{"model": "qwen"}'),
+        (EMBEDDINGS, JSON, "", '{"model": "qwen"}'.encode("utf-16")),
+        (EMBEDDINGS, JSON, "", '{"model": "qwen"}'.encode("utf-32-be")),
+        (EMBEDDINGS, JSON, "", b'{"model": "llama", "model": "qwen"}'),
+        (EMBEDDINGS, JSON, "", b'{"input": [' + b"[]," * 99_999 + b'1], "model": "qwen"}'),
     ],
 )
 async def test_model_is_found_wherever_a_route_has_it(
-    server: Server, headers: list[tuple[bytes, bytes]], query: bytes, body: bytes
+    server: Server, path: str, content_type: str | None, query: str, body: bytes
 ) -> None:
-    """In a form, in the query, in JSON, which comes before the query."""
-    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nqwen\r\n--b--\r\n'
-    answer = await server.request(
-        "POST", EMBEDDINGS, body.replace(b"FORM", form), headers=headers, query_string=query
-    ).finish()
+    """In a form, in the query, in JSON of any encoding and size, which comes before the query."""
+    headers = {"content-type": content_type} if content_type else {}
+    answer = await server.post(path, content=body, headers=headers, params=query)
 
-    assert "model 'qwen' is configured but not active" in answer.error["message"]
+    assert 404 == answer.status_code
+    assert "model 'qwen'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
+async def test_encoding_of_a_body_chooses_no_other_model(
+    make_server: MakeServer, encoding: str
+) -> None:
+    """In the mode auto, the model that is named answers, whatever JSON is written in."""
+    server = await make_server(mode="auto")
+    body = json.dumps({"model": "qwen", "messages": []}).encode(encoding)
+
+    answer = await server.post(CHAT, content=body, headers={"content-type": JSON})
+
+    assert (200, "qwen") == (answer.status_code, answer.headers["x-hotswap-model"])
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "wanted"),
+    [
+        (EMBEDDINGS, None, JSON),
+        (EMBEDDINGS, "application/x-www-form-urlencoded", JSON),
+        (EMBEDDINGS, "text/plain", JSON),
+        (EMBEDDINGS, "text/json", JSON),
+        (AUDIO, None, "multipart/form-data"),
+        (AUDIO, JSON, "multipart/form-data"),
+    ],
+)
+async def test_body_of_another_kind_is_refused(
+    server: Server, path: str, content_type: str | None, wanted: str
+) -> None:
+    """vLLM would not read it. The model that it may name is not looked for; the header is named."""
+    headers = {"content-type": content_type} if content_type else {}
+    answer = await server.post(path, content=b'{"model": "qwen"}', headers=headers)
+
+    error = answer.json()["error"]
+    assert (415, "unsupported_media_type") == (answer.status_code, error["code"])
+    assert error["message"].endswith(f"send the body with Content-Type: {wanted}")
+
+
+@pytest.mark.parametrize("path", [CHAT, SWITCH])
+async def test_compressed_body_is_refused(server: Server, path: str) -> None:
+    """Nothing decompresses it: it is no JSON to vLLM either, and names no model."""
+    body = gzip.compress(b'{"model": "qwen"}')
+    headers = {"content-type": JSON, "content-encoding": "gzip"}
+
+    answer = await server.post(path, content=body, headers=headers)
+
+    error = answer.json()["error"]
+    assert (415, "unsupported_media_type") == (answer.status_code, error["code"])
+    assert "Content-Encoding is 'gzip'" in error["message"]
+
+
+async def test_large_body_gives_everybody_else_a_turn(server: Server) -> None:
+    """While a body is looked at, other requests are answered, however large it is."""
+    body = b'{"input": [' + b"[]," * (1 << 20) + b'1], "model": "nobody"}'
+    large = asyncio.create_task(
+        server.post(EMBEDDINGS, content=body, headers={"content-type": JSON})
+    )
+    answered = 0
+
+    while not large.done():
+        await asyncio.sleep(0)
+        assert 200 == (await server.get("/health")).status_code
+        answered += 1
+
+    assert 404 == (await large).status_code
+    assert answered > 5
+
+
+async def test_only_one_large_body_is_looked_at_in_a_turn(server: Server) -> None:
+    """Many of them make no turn of the loop longer: each waits for those before it."""
+    larger, large = "x" * (3 << 19), "x" * (1 << 16)
+
+    server.ask("nobody", name="larger", path=EMBEDDINGS, input=larger)
+    await server.ask("nobody", name="large", path=EMBEDDINGS, input=large)
+
+    assert ["larger", "large"] == server.answered
+
+
+async def test_name_beyond_all_bounds_is_refused(server: Server) -> None:
+    """It is not taken for no name, and no message repeats it."""
+    answer = await server.post(EMBEDDINGS, json={"model": "x" * (1 << 20)})
+
+    assert (400, "model") == (answer.status_code, answer.json()["error"]["param"])
+    assert len(answer.content) < 1000
+
+
+async def test_form_reaches_its_application_in_pieces(server: Server) -> None:
+    """It parses each on the event loop; in between, others have their turn."""
+    pieces = 0
+
+    async def upload(request: Request) -> Response:
+        nonlocal pieces
+        async for chunk in request.stream():
+            pieces += bool(chunk)
+        return Response()
+
+    add_route(server, AUDIO, upload)
+    form = FORM.replace(b"qwen", b"llama") + b"x" * (1 << 20)
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    answer = await server.post(AUDIO, content=form, headers=headers)
+
+    assert 200 == answer.status_code
+    assert pieces > (1 << 20) // (64 << 10)
 
 
 async def test_request_without_a_body_goes_to_the_active_model(server: Server) -> None:
@@ -319,6 +435,8 @@ async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
     assert (404, "wrong_task") == await error_of(wrong)
     assert 200 == (await right).status_code
     assert 0 == silent.in_flight["classify"]
+    ended = [event.result for event in silent.events.of(RequestEnded) if event.model == "classify"]
+    assert ["refused", "served"] == sorted(ended)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +445,7 @@ async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
 async def test_route_that_no_model_has_is_refused(mixed: Server, method: str, path: str) -> None:
     """In OpenAI's form, not as a framework's bare 404; the message says that nobody has it."""
     await mixed.operate("classify", "load")
-    answer = await mixed.request(method, path, b"{}").finish()
+    answer = await mixed.request(method, path, b"").finish()
 
     assert (404, "wrong_task") == (answer.status, answer.error["code"])
     assert answer.error["message"].endswith("it serves generate; no other model has it")
@@ -396,7 +514,13 @@ async def test_client_that_does_not_read_cannot_keep_its_model(
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "headers": JSON_HEADERS,
+        "query_string": b"",
+    }
     stream = asyncio.create_task(server.app(scope, coming.get, send))  # type: ignore[arg-type]
     await server.settled()
 
@@ -492,8 +616,8 @@ async def test_cut_answer_that_is_no_event_stream_is_broken_off(server: Server) 
         engine = server.host.engines["llama"]
         return StreamingResponse(engine.tokens(20), media_type="audio/wav")
 
-    add_route(server, "/v1/audio/translations", endpoint)
-    stream = await server.start_stream("llama", path="/v1/audio/translations")
+    add_route(server, "/pooling", endpoint)
+    stream = await server.start_stream("llama", path="/pooling")
 
     await server.switch("qwen", 0)
 

@@ -25,6 +25,7 @@ from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
 from vllm_hotswap.job_routes import leases_body
+from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import move_body, predictions_body, usage_body
 from vllm_hotswap.registry import Model
@@ -221,7 +222,7 @@ def switch_body(result: SwitchResult) -> SwitchAnswer:
 
 def _parse(body: bytes) -> SwitchRequest:
     try:
-        return SwitchRequest.model_validate_json(body or b"null")
+        return SwitchRequest.model_validate_json(as_utf8(body) or b"null")
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or None

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_hotswap import openai
+from vllm_hotswap import media, openai
 from vllm_hotswap.access import Access
 from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
@@ -39,6 +39,9 @@ from vllm_hotswap.routing import BODY_METHODS, Router
 from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
+
+OWN_BODY_BYTES = 1 << 20
+"""Of the body of a request to one of our own routes, which parse it in one go."""
 
 
 class HotswapApp:
@@ -123,8 +126,10 @@ class HotswapApp:
         self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
-        with self.router.bodies.hold() as held:
+        with self.router.bodies.hold(OWN_BODY_BYTES) as held:
             body = await held.read(receive) if scope["method"] in BODY_METHODS else b""
+            if body:
+                media.check_own_body(Headers(scope=scope))
             request = Request({**scope, "path_params": parameters}, _replayed(body, receive))
             return await route.handler(request)
 

@@ -32,6 +32,7 @@
     ├── QueueFull                429  too many requests wait or run; retry later
     ├── SwitchRateLimited        429  too many switches in a short time; retry later
     ├── BodyTooLarge             413  the body is longer than the server takes
+    ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── WaitTimeout              504  the switch took longer than a request may wait
     ├── DrainRefused             409  requests still run; wait for them, or park or abort them
@@ -50,6 +51,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+MAX_SHOWN = 100
+"""Characters of what a client sent that a message repeats."""
 
 
 class HotswapError(Exception):
@@ -508,10 +512,27 @@ class BodyTooLarge(HotswapError):
     type = "invalid_request_error"
     code = "body_too_large"
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, whose: str = "limits.body_bytes") -> None:
         super().__init__(
-            f"the body is longer than {limit_bytes} bytes (limits.body_bytes); send less at once"
+            f"the body is longer than {limit_bytes} bytes ({whose}); send less at once"
         )
+
+
+class UnsupportedMediaType(HotswapError):
+    """The body is not sent as the route takes it.
+
+    `wanted` is the `Content-Type` to send; None: the body is to come without `Content-Encoding`.
+    """
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+    def __init__(self, sent: str, fact: str, wanted: str | None = None) -> None:
+        field = "Content-Encoding" if wanted is None else "Content-Type"
+        shown = repr(sent[:MAX_SHOWN]) if sent else "missing"
+        step = "without that header" if wanted is None else f"with Content-Type: {wanted}"
+        super().__init__(f"{fact}, and {field} is {shown}; send the body {step}")
 
 
 class BodyTimeout(HotswapError):

@@ -15,7 +15,8 @@ from vllm_hotswap.states import Residency, SwitchPhase
 PhaseStatus = Literal["started", "finished", "failed"]
 SwitchStatus = Literal["switched", "refused", "failed"]
 JobLeaseChange = Literal["granted", "renewed", "revoked", "expired"]
-RequestResult = Literal["served", "cut", "left"]
+RequestResult = Literal["served", "refused", "failed", "cut", "left"]
+"""`refused` and `failed`: the answer was an error, with a status below 500 or not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,27 @@ over websockets.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from urllib.parse import quote
 
+from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap import openai
 from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.media import MULTIPART, URLENCODED, media_type
 from vllm_hotswap.registry import Lease
+
+_AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
+"""Characters of a header's value that stand for themselves."""
 
 LAST_SEND_S = 3.0
 """Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
 
 PARKED_COMMENT = b": parked\n\n"
+FORM_PIECE_BYTES = 32 << 10
+"""Parsed at once by an application; some milliseconds whatever is in it."""
+
 COMMENT_S = 10.0
 """How often the event stream of a request that waits or is parked says that it is still there."""
 
@@ -90,7 +99,7 @@ class Client:
     ) -> None:
         self._disconnect = f"{scope['type']}.disconnect"
         self._receive = receive
-        self._body = body
+        self._body = [] if body is None else list(_pieces(scope, body))[::-1]
         self._heard = heard
         self._lease = lease
         self._answer = answer
@@ -98,9 +107,11 @@ class Client:
         self._interrupted = False
 
     async def __call__(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
+        if self._body:
+            piece = self._body.pop()
+            if self._body:
+                await asyncio.sleep(0)  # the application parses each piece on the event loop
+            return {"type": "http.request", "body": piece, "more_body": bool(self._body)}
         if self._heard:
             return self._heard.pop(0)
         if self._lease.cut is None:
@@ -131,6 +142,14 @@ class Client:
         if self._listening is not None:
             self._interrupted = True
             self._listening.cancel()
+
+
+def _pieces(scope: Scope, body: bytes) -> Iterator[bytes]:
+    """A form in pieces, as its parser takes it; anything else whole, as it is parsed."""
+    is_form = media_type(Headers(scope=scope)) in (MULTIPART, URLENCODED)
+    size = FORM_PIECE_BYTES if is_form else len(body)
+    for start in range(0, len(body) or 1, size or 1):
+        yield body[start : start + size]
 
 
 class Answer:
@@ -189,6 +208,8 @@ class Answer:
                 await asyncio.wait([self.lease.gate])
             if self.lease.cut is not None:
                 return  # what an application says after it was cut is not the answer
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                self.lease.status = message["status"]
         self._speak()
         rest = self._go_on_with(message) if self.is_ahead else message
         if rest is not None:
@@ -335,11 +356,16 @@ def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
     values = {"model": lease.alias, **turn}
     if lease.terms.priority is not None:
         values["priority"] = str(lease.terms.priority)
-    # An alias may be any text; header values are latin-1.
-    return [
-        (f"x-hotswap-{name}".encode(), value.encode("latin-1", "replace"))
-        for name, value in values.items()
-    ]
+    return [(f"x-hotswap-{name}".encode(), in_header(text)) for name, text in values.items()]
+
+
+def in_header(text: str) -> bytes:
+    """A text as the value of a header: what is no visible ASCII is percent-encoded, as in a URL.
+
+    So are percent signs and spaces, so that `urllib.parse.unquote` gives the text back.
+    Source: RFC 9110, section 5.5 (what a value may be); RFC 3986, section 2.1 (percent-encoding).
+    """
+    return quote(text, safe=_AS_IT_IS).encode()
 
 
 def _content_type(start: Message) -> bytes:

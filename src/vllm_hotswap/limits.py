@@ -11,6 +11,9 @@ from starlette.types import Message, Receive
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
 from vllm_hotswap.settings import LimitsConfig
 
+LARGE_BYTES = 2 << 20
+"""Bodies from here on are put together beside the event loop."""
+
 
 class Rate:
     """A token bucket: `burst` at once, `per_second` in the long run."""
@@ -53,16 +56,18 @@ class Bodies:
     def __repr__(self) -> str:
         return f"<Bodies held={self.held_bytes} of {self._limits.held_bytes} bytes>"
 
-    def hold(self) -> HeldBody:
-        return HeldBody(self, self._limits)
+    def hold(self, own_limit: int | None = None) -> HeldBody:
+        """`own_limit` are the bytes that the route takes, where it does not take as many."""
+        return HeldBody(self, self._limits, own_limit)
 
 
 class HeldBody:
     """One request's body. As a context manager it counts until the end, or until `let_go`."""
 
-    def __init__(self, bodies: Bodies, limits: LimitsConfig) -> None:
+    def __init__(self, bodies: Bodies, limits: LimitsConfig, own_limit: int | None) -> None:
         self._bodies = bodies
         self._limits = limits
+        self._own_limit = own_limit
         self._size = 0
 
     def __enter__(self) -> HeldBody:
@@ -91,7 +96,10 @@ class HeldBody:
         except TimeoutError:
             raise BodyTimeout(self._limits.body_timeout) from None
         last = self._take(message)
-        return b"".join((*chunks, last)) if chunks else last
+        if self._size < LARGE_BYTES:
+            return b"".join((*chunks, last)) if chunks else last
+        # For large ones, joining lets go of the interpreter while it copies.
+        return await asyncio.to_thread(b"".join, (*chunks, last))
 
     def _take(self, message: Message) -> bytes:
         if message["type"] == "http.disconnect":
@@ -101,6 +109,8 @@ class HeldBody:
         self._bodies.held_bytes += len(chunk)
         if self._size > self._limits.body_bytes:
             raise BodyTooLarge(self._limits.body_bytes)
+        if self._own_limit is not None and self._size > self._own_limit:
+            raise BodyTooLarge(self._own_limit, "the most that this route takes")
         if self._bodies.held_bytes > self._limits.held_bytes:
             raise QueueFull(
                 f"the bodies of requests that wait are {self._limits.held_bytes} bytes together "

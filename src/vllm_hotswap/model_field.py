@@ -1,55 +1,93 @@
-"""Find `model` in a request body without parsing the body.
+"""Find `model`, and what else the router has to know, in the body of a request.
 
-vLLM parses every body itself; a second full parse of a body with megabytes of images or token
-ids would be wasted. For JSON, a scan steps over whole strings with one regular expression, keeps
-count of brackets, and stops at the value of the top-level key. For forms, python-multipart
-(the parser that starlette uses) is fed until the field has ended.
+The body is read as whoever answers will read it: `json.loads` for JSON, so in UTF-8, UTF-16 or
+UTF-32, with a byte order mark or without, and of a key that is there twice the last one counts;
+python-multipart for forms, as starlette does. A small JSON body is simply parsed. A larger one is
+scanned in pieces, because a parser holds up the event loop for as long as it parses.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from urllib.parse import parse_qs
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, unquote_plus
 
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, QuerystringParser, parse_options_header
 
-# A whole string or one bracket. Possessive, so that no input makes it backtrack; the closing quote
-# is optional, so that a string without one is passed over once, not again from each quote in it.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]]', re.DOTALL)
-_SPACE = re.compile(rb"[ \t\r\n]*")
-_OPEN, _CLOSE = b"{[", b"}]"
+from vllm_hotswap.json_scan import scan
+from vllm_hotswap.turns import Work, at_once
+
+SMALL_BYTES = 16 << 10
+"""JSON bodies up to here are parsed: that takes two milliseconds at most."""
+
+FORM_PIECE_BYTES = 16 << 10
+
+MAX_NAME_BYTES = 256
+MAX_VALUE_BYTES = 64 << 10
+"""What is kept at least of a form's field; no name is as long."""
+
+MULTIPART = b"multipart/form-data"
+URLENCODED = b"application/x-www-form-urlencoded"
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What the router looks for at the top level of a body; None where there is no such text."""
+
+    model: str | None = None
+    previous_response_id: str | None = None
+    stream: bool = False
+    """Whether `stream` is true."""
+
+
+NO_FIELDS = Fields()
+
+JSON_KEYS = ("model", "previous_response_id", "stream")
+
+
+def json_fields(body: bytes) -> Work[Fields]:
+    """The fields of a JSON body; none of one that is no JSON object.
+
+    Raises:
+        TooLong: a text is longer than any name.
+    """
+    found = yield from _find(body, JSON_KEYS)
+    model, previous = found.get("model"), found.get("previous_response_id")
+    return Fields(
+        model if isinstance(model, str) else None,
+        previous if isinstance(previous, str) else None,
+        found.get("stream") is True,
+    )
 
 
 def from_json(body: bytes, key: str = "model") -> str | None:
-    """The string under a top-level key; None if there is none.
-
-    A body that is no JSON object gives None or any string of it: whoever parses it refuses it.
-    """
-    depth = 0
-    position = _end_of_space(body, 0)
-    if body[position : position + 1] != b"{":
-        return None
-    while match := _TOKEN.search(body, position):
-        token, position = match.group(), match.end()
-        if token in _OPEN:
-            depth += 1
-        elif token in _CLOSE:
-            depth -= 1
-            if depth == 0:
-                return None
-        elif depth == 1 and _is_key(token, body, position) and _decode(token) == key:
-            return _string_at(body, _end_of_space(body, position) + 1)
-    return None
+    """The text under a top-level key; None if there is none. Does not pause."""
+    found = at_once(_find(body, (key,))).get(key)
+    return found if isinstance(found, str) else None
 
 
-def from_form(body: bytes, content_type: str) -> str | None:
-    """The text field `model` of a multipart or urlencoded form; None if there is none."""
+def _find(body: bytes, keys: Collection[str]) -> Work[dict[str, Any]]:
+    if len(body) > SMALL_BYTES:
+        try:
+            return (yield from scan(body, keys))
+        except UnicodeDecodeError:
+            return {}
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def form_fields(body: bytes, content_type: str) -> Work[Fields]:
+    """The text field `model` of a multipart or urlencoded form."""
     kind, options = parse_options_header(content_type)
-    if kind == b"application/x-www-form-urlencoded":
-        return parse_qs(body.decode("utf-8", "replace")).get("model", [None])[0]
+    if kind == URLENCODED:
+        return Fields((yield from _UrlencodedField().find(body)))
     boundary = options.get(b"boundary")
-    return _FieldFinder(boundary).find(body) if boundary else None
+    return Fields((yield from _MultipartField(boundary).find(body)) if boundary else None)
 
 
 def from_query(query: bytes) -> str | None:
@@ -59,40 +97,71 @@ def from_query(query: bytes) -> str | None:
     return parse_qs(query.decode("latin-1")).get("model", [None])[0]
 
 
-def _end_of_space(body: bytes, position: int) -> int:
-    match = _SPACE.match(body, position)
-    return match.end() if match else position
+class _Field:
+    """Feeds a parser a whole form, and keeps the last field `model`."""
+
+    def __init__(self) -> None:
+        self._found: str | None = None
+
+    def _parse(self, data: bytes) -> object:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """The form is over."""
+
+    def find(self, body: bytes) -> Work[str | None]:
+        try:
+            for start in range(0, len(body), FORM_PIECE_BYTES):
+                self._parse(body[start : start + FORM_PIECE_BYTES])
+                yield
+            self._finish()
+        except ValueError:  # FormParserError; the application will refuse the body
+            return None
+        return self._found
 
 
-def _is_key(token: bytes, body: bytes, end: int) -> bool:
-    """Whether the token that ends at `end` is a string with a colon behind it."""
-    after = _end_of_space(body, end)
-    return token[0] == ord('"') and body[after : after + 1] == b":"
+class _UrlencodedField(_Field):
+    def __init__(self) -> None:
+        super().__init__()
+        self._name = self._value = b""
+        self._parser = QuerystringParser(
+            {
+                "on_field_start": self._field_starts,
+                "on_field_name": self._field_name,
+                "on_field_data": self._field_data,
+                "on_field_end": self._field_ends,
+            }
+        )
+
+    def _parse(self, data: bytes) -> object:
+        return self._parser.write(data)
+
+    def _finish(self) -> None:
+        self._parser.finalize()
+
+    def _field_starts(self) -> None:
+        self._name = self._value = b""
+
+    # A piece may end inside a name or a value. No name that is of interest is long.
+
+    def _field_name(self, data: bytes, start: int, end: int) -> None:
+        self._name = (self._name + data[start:end])[:MAX_NAME_BYTES]
+
+    def _field_data(self, data: bytes, start: int, end: int) -> None:
+        if len(self._value) < MAX_VALUE_BYTES:
+            self._value += data[start:end]
+
+    def _field_ends(self) -> None:
+        if unquote_plus(self._name.decode("latin-1")) == "model":
+            self._found = unquote_plus(self._value.decode("latin-1"))
 
 
-def _string_at(body: bytes, position: int) -> str | None:
-    match = _TOKEN.match(body, _end_of_space(body, position))
-    return _decode(match.group()) if match and match.group()[0] == ord('"') else None
-
-
-def _decode(token: bytes) -> str | None:
-    try:
-        value = json.loads(token)
-    except ValueError:
-        return None
-    return value if isinstance(value, str) else None
-
-
-class _FieldFinder:
-    """Feeds a multipart parser until the field `model` has ended."""
-
-    CHUNK = 64 << 10
-
+class _MultipartField(_Field):
     def __init__(self, boundary: bytes) -> None:
+        super().__init__()
         self._header, self._header_text = b"", b""
         self._in_model = False
         self._value = b""
-        self._found: str | None = None
         self._parser = MultipartParser(
             boundary,
             {
@@ -105,20 +174,13 @@ class _FieldFinder:
             },
         )
 
-    def find(self, body: bytes) -> str | None:
-        try:
-            for start in range(0, len(body), self.CHUNK):
-                self._parser.write(body[start : start + self.CHUNK])
-                if self._found is not None:
-                    break
-        except ValueError:  # MultipartParseError; the application will refuse the body
-            return None
-        return self._found
+    def _parse(self, data: bytes) -> object:
+        return self._parser.write(data)
 
     def _part_begins(self) -> None:
         self._in_model, self._value = False, b""
 
-    # A chunk may end inside a header, so its name and its text come in pieces.
+    # A piece may end inside a header, so its name and its text come in pieces.
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -133,9 +195,9 @@ class _FieldFinder:
         self._header, self._header_text = b"", b""
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._in_model:
+        if self._in_model and len(self._value) < MAX_VALUE_BYTES:
             self._value += data[start:end]
 
     def _part_ends(self) -> None:
-        if self._in_model and self._found is None:
+        if self._in_model:
             self._found = self._value.decode("utf-8", "replace")

@@ -21,6 +21,7 @@ from vllm_hotswap.answers import (
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.foresight import Foresight
+from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import OperationResult
 from vllm_hotswap.planner import Move, Plan, Usage
 
@@ -196,7 +197,7 @@ def usage_body(usage: Usage) -> UsageAnswer:
 def parse_body(kind: type[Options], body: bytes) -> Options:
     """The checked body; nothing at all is `{}`. Raises `InvalidRequest`."""
     try:
-        return kind.model_validate_json(body or b"{}")
+        return kind.model_validate_json(as_utf8(body) or b"{}")
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or None

@@ -59,6 +59,8 @@ class Lease:
     on_cut: Callable[[], object] | None = None
     work: asyncio.Task[object] | None = None
     client_left: bool = False
+    status: int = 200
+    """Of the answer, once that has begun."""
     is_answered: bool = False
     """Whether the last byte of the answer has been sent."""
     is_over: bool = False
@@ -105,7 +107,11 @@ class Lease:
         """How the request ended, for whoever counts."""
         if self.was_cut:
             return "cut"
-        return "left" if self.client_left else "served"
+        if self.client_left:
+            return "left"
+        if self.status < 400:
+            return "served"
+        return "refused" if self.status < 500 else "failed"
 
     @property
     def waited_s(self) -> float:

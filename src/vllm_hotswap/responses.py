@@ -49,15 +49,17 @@ def owner_of(registry: Registry, response_id: str, alias: str | None) -> Model:
     return owner
 
 
-def alias_that_goes_on(registry: Registry, body: bytes, alias: str | None) -> str | None:
+def alias_that_goes_on(registry: Registry, previous: str | None, alias: str | None) -> str | None:
     """The model of a request that may go on from an earlier response, whose model it must be.
+
+    Args:
+        registry: the models.
+        previous: `previous_response_id` of the request, if it has one.
+        alias: the model that it names, if any.
 
     Raises:
         InvalidRequest: the response is another model's.
     """
-    if b'"previous_response_id"' not in body:
-        return alias
-    previous = model_field.from_json(body, "previous_response_id")
     owner = _keeper(registry, previous) if previous else None
     if owner is None or (alias is not None and registry.resolve(alias) is owner):
         return alias

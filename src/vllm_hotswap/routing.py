@@ -10,25 +10,28 @@ response go to whoever keeps it, without a lease: they need no engine.
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import drain, model_field, responses
+from vllm_hotswap import drain, media, model_field, responses
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
 from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
+from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
+from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.turns import at_once, in_turns
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
@@ -56,6 +59,7 @@ class Router:
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
         self._answers: set[Answer] = set()
+        self._one_large_body = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(scope, receive, send)
@@ -73,13 +77,16 @@ class Router:
         method, path = request_of(scope)
         try:
             body = await held.read(receive) if method in BODY_METHODS else b""
-            alias = _find_model(scope, body)
+            fields = await self._fields(scope, path, body)
+            alias = _model_of(scope, fields)
             owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
                 owner = responses.owner_of(self._registry, response_id, alias)
             else:
                 if path == responses.PATH:
-                    alias = responses.alias_that_goes_on(self._registry, body, alias)
+                    alias = responses.alias_that_goes_on(
+                        self._registry, fields.previous_response_id, alias
+                    )
                 self._check_route(alias, method, path)
                 terms = self._terms(scope, alias)
         except HotswapError as error:
@@ -90,7 +97,31 @@ class Router:
             await self._visit(owner, response_id, scope, receive, body, answer)
         else:
             sent = None if method == WEBSOCKET else body
-            await self._route(scope, receive, answer, alias, sent, held, terms)
+            await self._route(scope, receive, answer, alias, sent, held, terms, fields.stream)
+
+    async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
+        """What the router has to know of a body.
+
+        Raises:
+            UnsupportedMediaType: it is not sent as the route takes it.
+            InvalidRequest: a name in it is beyond all bounds.
+        """
+        if not body:
+            return NO_FIELDS
+        headers = Headers(scope=scope)
+        media.check_model_body(headers, path)
+        is_form = path in media.FORM_PATHS
+        kind = headers["content-type"]
+        work = model_field.form_fields(body, kind) if is_form else model_field.json_fields(body)
+        try:
+            if len(body) <= model_field.SMALL_BYTES:
+                return at_once(work)
+            async with self._one_large_body:  # so that no turn of the loop has a piece of each
+                return await in_turns(work)
+        except TooLong as error:
+            raise InvalidRequest(
+                f"{error} is longer than {MAX_TEXT_BYTES} bytes; no name is", str(error)
+            ) from None
 
     async def let_go_of_stalled_clients(self) -> None:
         """Until cancelled, end requests whose clients take in nothing of their answers."""
@@ -137,12 +168,13 @@ class Router:
         body: bytes | None,
         held: HeldBody,
         terms: RequestTerms,
+        is_stream: bool,
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
             look_at = None
             if body and scope["method"] == "POST":
-                look_at = partial(self._look_at, scope, body, answer)
+                look_at = partial(self._look_at, scope, body, answer, is_stream)
             async with self._coordinator.lease(alias, terms, look_at) as lease:
                 await waiting.end()
                 if lease.ask is None:
@@ -150,7 +182,8 @@ class Router:
                 lease.is_connection = scope["type"] == "websocket"
                 answer.follow(lease, held.let_go)
                 client = Client(scope, receive, body, waiting.heard, lease, answer)
-                await self._serve(lease, scope, client, answer)
+                with _noting_errors(lease):
+                    await self._serve(lease, scope, client, answer)
         except Refused as refusal:
             await waiting.end()
             await refusal.answer(scope, receive, answer.send)
@@ -172,7 +205,9 @@ class Router:
         finally:
             waiting.stop()
 
-    async def _look_at(self, scope: Scope, body: bytes, answer: Answer, lease: Lease) -> None:
+    async def _look_at(
+        self, scope: Scope, body: bytes, answer: Answer, is_stream: bool, lease: Lease
+    ) -> None:
         """Look at a request whose model has to be loaded before there is a frontend for it.
 
         An event stream against which nothing is known begins at once: clients and proxies would not
@@ -186,8 +221,9 @@ class Router:
         content_type = Headers(scope=scope).get("content-type", "")
         previewed = await engine.preview(scope["path"], content_type, body)
         if previewed.refusal is not None and lease.cut is None:
+            lease.status = previewed.refusal.status_code
             raise Refused(previewed.refusal)
-        if previewed.is_accepted and scope["path"] in BEGUN_AHEAD and _wants_events(body):
+        if previewed.is_accepted and scope["path"] in BEGUN_AHEAD and is_stream:
             await answer.begin_event_stream()
 
     async def _serve(self, lease: Lease, scope: Scope, client: Receive, answer: Answer) -> None:
@@ -254,25 +290,19 @@ class Router:
         return WrongTask(alias, tasks, f"{method} {path}", others, unknown)
 
 
-def _wants_events(body: bytes) -> bool:
-    if b'"stream"' not in body:  # so much for most of the large ones
-        return False
+@contextmanager
+def _noting_errors(lease: Lease) -> Iterator[None]:
+    """What is raised is answered when the lease is over, and its status is part of that."""
     try:
-        content = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(content, dict) and content.get("stream") is True
+        yield
+    except Exception as error:
+        lease.status = error.status if isinstance(error, HotswapError) else 500
+        raise
 
 
-def _find_model(scope: Scope, body: bytes) -> str | None:
+def _model_of(scope: Scope, fields: Fields) -> str | None:
     """The alias that a request names, None if it names none."""
-    content_type = next((v for k, v in scope["headers"] if k == b"content-type"), b"")
-    if content_type.lower().startswith(
-        (b"multipart/form-data", b"application/x-www-form-urlencoded")
-    ):
-        alias = model_field.from_form(body, content_type.decode("latin-1"))
-    else:
-        alias = model_field.from_json(body) if body else None
+    alias = fields.model
     if alias is None:
         alias = model_field.from_query(scope["query_string"])
     if alias == "":

@@ -2,7 +2,9 @@
 
 Relies on: `AsyncLLM(client_addresses=...)` and its `engine_core.input_socket`, to which an engine
 says first that it is ready; `build_app`, `init_app_state`, `vllm.parser.metrics`,
-`get_uvicorn_log_config`, `SSLCertRefresher`, the names of `HANDLERS` in the application's state.
+`get_uvicorn_log_config`, `SSLCertRefresher`, `EngineGenerateError`, which vLLM raises for whatever
+goes wrong in a generation; `app.state.server`, which its handlers of that read; the names of
+`HANDLERS` in the application's state.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import importlib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -109,10 +111,50 @@ async def make_frontend(client: Any, args: argparse.Namespace) -> Frontend:
     tasks = await client.get_supported_tasks()
     app = find("build_app")(args, tasks, client.model_config)
     await find("init_app_state")(client, app.state, args, tasks)
+    complete(app)
     # A pooler's tasks are a set: sorted, so that messages name them in one order.
     routes = ModelRoutes.of(sorted(tasks), app.routes, without=_unwanted_paths(app.state))
     serving = getattr(app.state, "openai_serving_responses", None)
     return Frontend(app, routes, KeptResponses(serving) if serving is not None else None)
+
+
+class NoServer:
+    """Stands for the HTTP server of one model, which there is not.
+
+    vLLM asks it to exit when an engine has died. Here recovery decides what becomes of the server.
+    """
+
+    should_exit = False
+
+
+def complete(app: Any) -> None:
+    """Give an application what vLLM's launcher gives it, and have all its errors answered alike.
+
+    vLLM answers fastapi's HTTP errors with an error object, but not those that starlette raises
+    itself: a body that cannot be parsed is one. And what goes wrong in a generation is raised again
+    without a message, so that nobody learns the cause.
+    """
+    from fastapi import HTTPException as FastApiError
+    from starlette.exceptions import HTTPException
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    app.state.server = NoServer()
+    handlers = app.exception_handlers
+    if FastApiError in handlers:
+        handlers[HTTPException] = handlers[FastApiError]
+    known = next((kind for kind in EngineGenerateError.__mro__ if kind in handlers), None)
+    if known is not None:
+        handlers[EngineGenerateError] = _naming_cause(handlers[known])
+
+
+def _naming_cause(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def handler(request: Any, error: Exception) -> Any:
+        if not str(error) and error.__cause__ is not None:
+            cause = error.__cause__
+            error.args = (f"{type(cause).__name__}: {one_line(cause)}",)
+        return await answer(request, error)
+
+    return handler
 
 
 def _unwanted_paths(state: Any) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from starlette.responses import Response
 
+from vllm_hotswap.compat.frontend import complete
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.compat.trial import generates
 from vllm_hotswap.engines.base import Previewed
@@ -66,5 +67,6 @@ def make_preview(args: argparse.Namespace, config: Any) -> Preview | None:
     with without_frontend_metrics():
         app = build_app(args, ("render",))
         asyncio.run(init_state(config, app.state, args))
+        complete(app)
         app.middleware_stack = app.build_middleware_stack()
     return Preview(app)

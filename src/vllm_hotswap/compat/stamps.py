@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from vllm_hotswap import drain
+from vllm_hotswap.compat.sendable import check_sendable
 from vllm_hotswap.errors import EngineUnavailable, WrongStamp
 from vllm_hotswap.registry import Lease, current_lease
 
@@ -49,6 +50,7 @@ class StampedCore:
         return getattr(self._core, name)
 
     async def add_request_async(self, request: Any) -> None:
+        check_sendable(request)
         lease = current_lease.get()
         if lease is not None:
             lease.requests.add(request.request_id)  # vLLM's frontend knows it already

@@ -1,0 +1,200 @@
+"""Find top-level keys of a JSON object of any size, in pieces, without building its values.
+
+The body is looked at as an array of bytes, a piece at a time, with numpy: which bytes are inside
+strings (the parity of quotes), how deep each is nested (the running sum of brackets), and so where
+strings begin at the top level. Few of those are keys that are looked for. A piece costs a few
+milliseconds whatever is in it, which is why this is no loop over tokens, and no call of a C parser:
+those hold the interpreter for as long as they parse.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_hotswap.turns import Work, at_once
+
+PIECE_BYTES = 128 << 10
+MAX_TEXT_BYTES = 16 << 10
+"""Of a value that is looked for, as it is written. Names of models and ids are far shorter."""
+
+KEYS_AT_ONCE = 512
+
+_QUOTE, _OPEN, _CLOSE = b'"{}'
+_TO_CURLY = 0x20
+"""The bit that makes `{` and `}` of `[` and `]`."""
+
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_TRUE = re.compile(rb"true(?!\w)")
+
+
+class TooLong(ValueError):
+    """The text under a key is longer than `MAX_TEXT_BYTES`. Its argument is the key."""
+
+
+def scan(
+    body: bytes, keys: Collection[str], piece_bytes: int = PIECE_BYTES
+) -> Work[dict[str, Any]]:
+    """Values of top-level keys, as `json.loads` would read them, the last one of each key.
+
+    Args:
+        body: JSON in any encoding that `json.loads` knows.
+        keys: what to look for.
+        piece_bytes: how much is looked at between two yields.
+
+    Returns:
+        For each key that is there: its text, True, or None for any other value. What is no JSON
+        gives any of these, and never more than `json.loads` would: whoever parses it refuses it.
+
+    Raises:
+        TooLong: a text is beyond all bounds.
+    """
+    text = yield from _as_utf8(body, piece_bytes)
+    begin = yield from _end_of_space(text, 0, piece_bytes)
+    if text[begin : begin + 1] != b"{":
+        return {}
+    scanner = _Scanner(text, keys)
+    for start in range(begin, len(text), piece_bytes):
+        yield from scanner.look_at(start, start + piece_bytes)
+        if scanner.is_over:
+            break
+        yield
+    return scanner.found
+
+
+def _as_utf8(body: bytes, piece_bytes: int) -> Work[bytes]:
+    """The same text in UTF-8, without a byte order mark. Raises `UnicodeDecodeError`."""
+    encoding = json.detect_encoding(body)
+    if encoding == "utf-8":
+        return body
+    if encoding == "utf-8-sig":
+        return body.removeprefix(codecs.BOM_UTF8)
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    pieces = []
+    for start in range(0, len(body), piece_bytes):
+        text = decoder.decode(body[start : start + piece_bytes])
+        pieces.append(text.encode("utf-8", "surrogatepass"))
+        yield
+    return b"".join(pieces)
+
+
+def as_utf8(body: bytes) -> bytes:
+    """A JSON text in UTF-8, without a byte order mark; as it is, if it cannot be read."""
+    try:
+        return at_once(_as_utf8(body, PIECE_BYTES))
+    except UnicodeDecodeError:
+        return body
+
+
+def _end_of_space(body: bytes, position: int, piece_bytes: int) -> Work[int]:
+    """Where what comes after white space begins."""
+    while match := _SPACE.match(body, position, position + piece_bytes):
+        position = match.end()
+        if match.end() - match.start() < piece_bytes:
+            break
+        yield
+    return position
+
+
+class _Scanner:
+    """Reads a body piece by piece, and keeps what it needs to know from one to the next."""
+
+    def __init__(self, body: bytes, keys: Collection[str]) -> None:
+        self._body = body
+        self._keys = frozenset(keys)
+        self._plain = {f'"{key}"'.encode(): key for key in keys}
+        longest = max(map(len, keys))
+        # A key may be written with an escape of six bytes for each character.
+        self._key = re.compile(rb'"(?:[^"\\]|\\.){1,%d}+"' % (6 * longest), re.DOTALL)
+        letters = "".join(key[0] for key in keys) + "\\"
+        self._first_bytes = np.frombuffer(letters.encode(), np.uint8)
+        self._bytes = np.frombuffer(body, np.uint8)
+        self._depth = 0
+        self._is_inside = False
+        self._is_escaped = False
+        self.found: dict[str, Any] = {}
+        self.is_over = False
+        """Whether the object has ended."""
+
+    def look_at(self, start: int, end: int) -> Work[None]:
+        """Look at one piece. Pieces come in order, without a gap."""
+        piece = np.frombuffer(self._without_escapes(self._body[start:end]), np.uint8)
+        quotes = piece == _QUOTE
+        inside = np.logical_xor.accumulate(quotes) ^ self._is_inside
+        depth = self._depths(piece, inside)
+        tops = np.flatnonzero(quotes & inside & (depth == 1))
+        if (depth[-1] <= 0) or not depth.all():
+            self.is_over = True
+            tops = tops[tops < int(np.argmax(depth <= 0))]
+        self._is_inside, self._depth = bool(inside[-1]), int(depth[-1])
+        yield from self._look_at_keys(self._possible_keys(tops + start), end - start)
+
+    def _without_escapes(self, piece: bytes) -> bytes:
+        """The piece with spaces in place of escaped quotes; positions stay."""
+        if self._is_escaped:
+            piece = b" " + piece[1:]
+        backslashes = len(piece) - len(piece.rstrip(b"\\"))
+        self._is_escaped = backslashes % 2 == 1
+        if b"\\" not in piece:
+            return piece
+        return piece.replace(b"\\\\", b"  ").replace(
+            b'\\"', b"  "
+        )  # in this order: \\" ends a text
+
+    def _depths(self, piece: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """How many brackets are open after each byte."""
+        curly = piece | _TO_CURLY
+        steps = (curly == _OPEN).astype(np.int8) - (curly == _CLOSE).astype(np.int8)
+        steps[inside] = 0
+        depths: NDArray[np.int32] = np.cumsum(steps, dtype=np.int32)
+        depths += self._depth
+        return depths
+
+    def _possible_keys(self, positions: NDArray[np.intp]) -> list[int]:
+        """Those whose string begins as a key that is looked for does, the last one first."""
+        after = self._bytes[np.minimum(positions + 1, len(self._bytes) - 1)]
+        possible: list[int] = positions[np.isin(after, self._first_bytes)][::-1].tolist()
+        return possible
+
+    def _look_at_keys(self, positions: list[int], piece_bytes: int) -> Work[None]:
+        """Of each key, the last place counts. Nobody but a mischief-maker has many."""
+        missing = set(self._keys)
+        for number, position in enumerate(positions, 1):
+            match = self._key.match(self._body, position)
+            key = self._named(match.group()) if match else None
+            if match is not None and key in missing:
+                colon = yield from _end_of_space(self._body, match.end(), piece_bytes)
+                if self._body[colon : colon + 1] == b":":
+                    begin = yield from _end_of_space(self._body, colon + 1, piece_bytes)
+                    self.found[key] = self._value(key, begin)
+                    missing.discard(key)
+            if not missing:
+                break
+            if number % KEYS_AT_ONCE == 0:
+                yield
+
+    def _named(self, token: bytes) -> str | None:
+        return _decoded(token) if b"\\" in token else self._plain.get(token)
+
+    def _value(self, key: str, begin: int) -> str | bool | None:
+        end = begin + MAX_TEXT_BYTES
+        if match := _STRING.match(self._body, begin, end):
+            return _decoded(match.group())
+        if self._body[begin : begin + 1] == b'"' and len(self._body) > end:
+            raise TooLong(key)
+        return True if _TRUE.match(self._body, begin, end) else None
+
+
+def _decoded(token: bytes) -> str | None:
+    try:
+        value = json.loads(token)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None

@@ -1,0 +1,52 @@
+"""What the body of a request may be sent as.
+
+vLLM reads a body as JSON only where the request says that it is JSON. So `model` counts only then,
+and a request that forgets to say so is told, in place of being taken for one that names no model.
+"""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+
+from vllm_hotswap.errors import UnsupportedMediaType
+
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"
+
+FORM_PATHS = frozenset(["/v1/audio/transcriptions", "/v1/audio/translations"])
+"""Routes of vLLM that take forms. All others take JSON."""
+
+
+def media_type(headers: Headers) -> str:
+    """What `Content-Type` names, without its parameters; empty if there is none."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_model_body(headers: Headers, path: str) -> None:
+    """See that a body is sent as a route of vLLM takes it. Raises `UnsupportedMediaType`."""
+    _check_encoding(headers)
+    sent = media_type(headers)
+    if path in FORM_PATHS:
+        if sent not in (MULTIPART, URLENCODED):
+            raise UnsupportedMediaType(sent, f"POST {path} takes a form", MULTIPART)
+    elif sent != JSON:
+        raise UnsupportedMediaType(sent, f"POST {path} takes JSON", JSON)
+
+
+def check_own_body(headers: Headers) -> None:
+    """See that a body is sent as our own routes take it. Raises `UnsupportedMediaType`.
+
+    They take JSON, and read what comes without a `Content-Type`, or with the one that `curl -d`
+    sends by itself, as JSON, too.
+    """
+    _check_encoding(headers)
+    sent = media_type(headers)
+    if sent not in ("", JSON, URLENCODED):
+        raise UnsupportedMediaType(sent, "this route takes JSON", JSON)
+
+
+def _check_encoding(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise UnsupportedMediaType(encoding, "bodies are not decompressed")
