@@ -18,7 +18,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-vllm check lint types format bench bench-residency bench-scheduling soak reference clean
+.PHONY: help setup demo serve test test-long test-vllm check lint types format bench bench-residency bench-scheduling soak reference clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,11 @@ demo: setup ## Serve the tiny models that ship with the package, switch, and sho
 serve: setup ## Serve the tiny models on PORT until Ctrl-C
 	$(BIN)/vllm-hotswap demo --serve --port $(PORT)
 
-test: setup ## Run all tests, those on the real vLLM too
-	$(BIN)/pytest
+test: setup ## Run all tests, those on the real vLLM too, but for the long ones
+	$(BIN)/pytest -m "not long"
+
+test-long: setup ## Run the long tests, which go deeper: for the night
+	$(BIN)/pytest -m long
 
 test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VERSION=0.29.0
 	$(BIN)/pytest $(TESTS)
