@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ def main() -> None:
     folder, out, *aliases = sys.argv[1:]
     making = fork(lambda: make_checkpoints(Path(folder)))
     import_vllm()
-    if status := wait(making):
-        sys.exit(f"making the checkpoints ended with {status}")
+    looking = fork(look_at_architectures)
+    for what, child in {"making the checkpoints": making, "looking at classes": looking}.items():
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(f"{what} ended with {told(status)}")
     print("made", flush=True)
     models = {model.alias: model for model in ZOO}
     at_once = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -50,11 +53,19 @@ def import_vllm() -> None:
     import vllm.v1.core.sched.scheduler
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
+
+
+def look_at_architectures() -> None:
+    """Fill vLLM's cache of what each architecture can do, for the children and for the server.
+
+    vLLM starts a process for each that is not in its cache (seconds each), to leave CUDA alone.
+    """
     from vllm.model_executor.models import registry
 
-    # vLLM looks at each architecture in a process of its own (seconds), to leave CUDA alone.
-    # A child that looks at its own saves that, and fills vLLM's cache for the server.
     registry._run_in_subprocess = lambda look: look()
+    for architecture in {model.architecture for model in ZOO}:
+        with suppress(Exception):  # vLLM will say it again, to whoever asks for the model
+            registry.ModelRegistry.models[architecture].inspect_model_cls()
 
 
 def answer_all(models: Sequence[Model], folder: Path, out: Path, at_once: int) -> None:
@@ -100,11 +111,6 @@ def fork(do: Callable[[], Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def wait(child: int) -> int:
-    """The exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def answers_or_error(model: Model, folder: Path) -> dict[str, Any]:
