@@ -9,6 +9,7 @@ on to its workers. Relies on, in vLLM 0.32.0: `current_platform`, `parallel_conf
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,23 +123,26 @@ def device_of(vllm_config: Any) -> Device:
 
 def accelerator_memory() -> DeviceMemory | None:
     """Memory of the current accelerator; None where torch knows of none."""
-    import torch
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() or current_platform.device_type == "cpu":
+    if (module := accelerator_module()) is None:
         return None
-    module = torch.get_device_module(current_platform.device_type)
     free, total = module.mem_get_info()
     held = module.memory_reserved() if hasattr(module, "memory_reserved") else 0
     return DeviceMemory(total, max(0, free - ACCELERATOR_RESERVE_BYTES), held)
 
 
-def accelerator_generators() -> Any | None:
-    """Torch's module of the accelerator, which has `get_rng_state` and `set_rng_state`; or None."""
-    import torch
+@functools.cache
+def accelerator_module() -> Any | None:
+    """Torch's module of the accelerator that vLLM uses; None where it uses the CPU.
 
-    accelerator = torch.accelerator.current_accelerator()
-    return None if accelerator is None else torch.get_device_module(accelerator)
+    Which accelerator torch knows is not the question: vLLM's CPU platform may run beside a GPU,
+    which is not to be touched then.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() or current_platform.device_type == "cpu":
+        return None
+    return torch.get_device_module(current_platform.device_type)
 
 
 def anonymous_bytes(pid: int | None = None) -> int:

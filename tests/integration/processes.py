@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,3 +127,24 @@ class ServerProcess:
         assert response.status_code == 200, response.text
         vector: list[float] = response.json()["data"][0]["embedding"]
         return vector
+
+
+COMPILERS = re.compile(r"([\w.]+-)*(c\+\+|g\+\+|gcc|cc|c89|c99|clang(\+\+)?|icp?[cx])(-[\d.]+)?")
+
+
+def without_compilers(folder: Path) -> dict[str, str]:
+    """Environment variables for a process that finds every program but compilers, and no caches."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for place in os.environ["PATH"].split(os.pathsep):
+        for program in Path(place).glob("*"):
+            link = programs / program.name
+            if not COMPILERS.fullmatch(program.name) and not link.is_symlink():
+                link.symlink_to(program)
+    return {
+        "PATH": str(programs),
+        "CXX": "",
+        "CC": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+    }

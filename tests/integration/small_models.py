@@ -41,7 +41,9 @@ def _random_model(kind: str) -> Any:
             num_experts_per_tok=2,
             max_position_embeddings=1024,
         ),
-        "mamba": lambda: transformers.MambaConfig(**sizes, state_size=16),
+        "mamba": lambda: transformers.Mamba2Config(
+            **sizes, state_size=16, num_heads=4, head_dim=32, n_groups=1, expand=2
+        ),
     }
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(configs[kind]())

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults import wait_until
 from tests.integration.conftest import events
-from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, without_compilers
 from vllm_hotswap.demo import MODELS, free_port
 
 PROMPTS = ["Hello", "Who are you?"]
@@ -34,12 +34,13 @@ models:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The same model twice, once divided among two workers."""
+    """The same model twice, once divided among two workers; there is no compiler."""
     folder = tmp_path_factory.mktemp("wide")
     (folder / "models.yaml").write_text(MODELS_YAML)
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HOTSWAP_CONFIG": str(folder / "models.yaml"),
+        **without_compilers(folder),
     }
     running = ServerProcess.start(
         ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
@@ -89,6 +90,16 @@ def test_a_model_of_two_workers_answers_like_one_of_one(server: ServerProcess) -
     assert expected == wide
     assert 2 == divided_among
     assert expected == [server.complete("llama", prompt) for prompt in PROMPTS]
+
+
+def test_its_workers_compile_nothing(server: ServerProcess) -> None:
+    """Neither to embed their part of the vocabulary nor to count ranks."""
+    server.switch("wide")
+    body = {"model": "wide", "prompt": PROMPTS[0], "max_tokens": 2, "logprobs": 2}
+    answer = server.post("/v1/completions", body)
+
+    assert answer.status_code == 200, answer.text
+    assert 2 == len(answer.json()["choices"][0]["logprobs"]["top_logprobs"])
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.processes import without_compilers
 from vllm_hotswap.compat.state import is_known
 from vllm_hotswap.platforms import host_environment
 
@@ -27,10 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: str, folder: Path) -> Any:
     """What the program saw. There is no compiler: an eager model needs none."""
+    (folder / program).mkdir()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **without_compilers(folder / program),
     }
     result = subprocess.run(
         [sys.executable, "-m", "tests.integration.state_program", program, str(folder)],
@@ -86,9 +89,19 @@ def test_unseeded_answers_are_those_of_a_process_of_its_own(folder: Path, alone:
     assert 8 == len({tuple(answer) for answer in alone["llama"]["unseeded"]})
 
 
-def test_every_piece_of_state_that_changes_is_listed(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def watched(folder: Path) -> Any:
+    return run("changes", folder)
+
+
+def test_small_functions_need_no_compiler_beside_a_compiled_model(watched: Any) -> None:
+    """On CPU vLLM runs them as they are written, so that no request waits for a compiler."""
+    assert [3, 1] == watched["ranks"]
+
+
+def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
     """A new one is to be added to `STATE` in `vllm_hotswap.compat.state`, with its owner."""
-    changes = run("changes", folder)
+    changes = watched["changes"]
 
     unlisted = {
         place: name for name, places in changes.items() for place in places if not is_known(place)

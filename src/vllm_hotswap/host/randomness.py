@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_hotswap.devices import accelerator_generators
+from vllm_hotswap.devices import accelerator_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Randomness:
 
     @classmethod
     def now(cls) -> Randomness:
-        accelerator = accelerator_generators()
+        accelerator = accelerator_module()
         return cls(
             random.getstate(),
             np.random.get_state(),  # it is the one that vLLM seeds
@@ -41,6 +41,6 @@ class Randomness:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
-        accelerator = accelerator_generators()
+        accelerator = accelerator_module()
         if accelerator is not None and self.accelerator is not None:
             accelerator.set_rng_state(self.accelerator)

@@ -188,7 +188,7 @@ def in_own_state(
     """Have a method of an engine find the engine's own state in place."""
 
     @wraps(method)
-    def inside(engine: E, *args: P.args, **kwargs: P.kwargs) -> R:
+    def inside(engine: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if engine.state is not None:
             process_state().put_in_place(engine.state)
         return method(engine, *args, **kwargs)
