@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.demo import free_port
+from tests.ports import free_port
 
 ASK = """
 import sys
