@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def failing(error: Exception, cause: Exception | None = None) -> FastAPI:
     init_exception_handler(app)
     app.state.args = Namespace(log_error_stack=False)
     app.state.engine_client = SimpleNamespace(errored=True, is_running=False)
+    app.middleware_stack = app.build_middleware_stack()  # as vLLM's SageMaker part does
     complete(app)
 
     @app.post("/")
@@ -159,7 +161,9 @@ def test_half_surrogate_in_stop_is_a_mistake_of_the_client(
 ) -> None:
     """On every route, and the message says what is wrong."""
     server.switch("llama")
-    answer = server.post(path, {"model": "llama", **body})
+    raw = json.dumps({"model": "llama", **body})  # which writes it as JavaScript does
+    headers = {"content-type": "application/json"}
+    answer = server.client.post(path, content=raw, headers=headers)
 
     assert "half of a surrogate pair" in answer.text
     assert 400 == answer.status_code

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import uvicorn
+from starlette.middleware.exceptions import ExceptionMiddleware
 
 from vllm_hotswap.compat.loading import executor_class
 from vllm_hotswap.compat.names import find
@@ -141,10 +142,20 @@ def complete(app: Any) -> None:
     app.state.server = NoServer()
     handlers = app.exception_handlers
     if FastApiError in handlers:
-        handlers[HTTPException] = handlers[FastApiError]
+        _set_handler(app, HTTPException, handlers[FastApiError])
     known = next((kind for kind in EngineGenerateError.__mro__ if kind in handlers), None)
     if known is not None:
-        handlers[EngineGenerateError] = _naming_cause(handlers[known])
+        _set_handler(app, EngineGenerateError, _naming_cause(handlers[known]))
+
+
+def _set_handler(app: Any, kind: type[Exception], handler: Callable[..., Any]) -> None:
+    """Also where the layers of the application are built already: vLLM's SageMaker part does so."""
+    app.exception_handlers[kind] = handler
+    layer = app.middleware_stack
+    while layer is not None and not isinstance(layer, ExceptionMiddleware):
+        layer = getattr(layer, "app", None)
+    if layer is not None:
+        layer.add_exception_handler(kind, handler)
 
 
 def _naming_cause(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
