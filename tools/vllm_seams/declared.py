@@ -143,6 +143,27 @@ vllm.config.lora.LoRAConfig.max_lora_rank
 vllm.config.lora.LoRAConfig.lora_dtype
 vllm.config.lora.LoRAConfig.default_mm_loras
 
+# compat.kv_cache, compat.inspection, compat.tasks: what is known before a load
+vllm.config.ModelConfig.runner_type
+vllm.config.ModelConfig.architectures
+vllm.config.ModelConfig.is_encoder_decoder
+vllm.config.ModelConfig.has_noops
+vllm.config.ModelConfig.original_max_model_len
+vllm.config.ModelConfig.get_layers_start_end_indices(parallel_config)
+vllm.config.ModelConfig.get_total_num_hidden_layers()
+vllm.config.CacheConfig.user_specified_block_size
+vllm.config.CacheConfig.num_gpu_blocks_override
+vllm.config.CacheConfig.kv_cache_layout since 0.30
+vllm.config.CacheConfig.sliding_window
+vllm.config.CacheConfig.mamba_block_size
+vllm.config.CacheConfig.mamba_page_size_padded
+vllm.config.CacheConfig.mamba_cache_mode
+vllm.v1.kv_cache_interface.KVCacheConfig.num_blocks
+vllm.v1.kv_cache_interface.KVCacheConfig.kv_cache_tensors
+vllm.v1.attention.backend.AttentionBackend.get_preferred_block_size(default_block_size) since 0.33
+vllm.platforms.interface.Platform._align_hybrid_block_size(vllm_config, backend_cls)
+vllm.model_executor.models.registry._run_in_subprocess(fn)
+
 # flags, listen, server: flags that are read by name
 vllm.engine.arg_utils.EngineArgs.served_model_name
 vllm.engine.arg_utils.EngineArgs.disable_log_stats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tools.vllm_seams.declared import Seam
@@ -68,7 +68,9 @@ def _uses(tree: Tree, uses: Iterable[Use], known: Known) -> Iterator[Problem]:
             if use.name not in known.optional and use.name not in known.places:
                 yield Problem(use.name, "does not exist", use.place)
         elif use.call is not None:
-            yield from _call(found, tree.signature(found), use.call, use.place)
+            is_given = tree.wants_its_object(found) and not use.call.is_bound
+            call = replace(use.call, positional=use.call.positional - is_given)
+            yield from _call(found, tree.signature(found), call, use.place)
 
 
 def _call(name: str, signature: Signature | None, call: Call, place: str) -> Iterator[Problem]:

@@ -195,6 +195,16 @@ class Tree:
             return self._constructor(found)
         return None
 
+    def wants_its_object(self, name: str) -> bool:
+        """Whether it is a method that is called with an object as its first argument."""
+        found = self.find(name)
+        return (
+            found is not None
+            and bool(found.owner)
+            and isinstance(found.node, Function)
+            and not {"classmethod", "staticmethod"} & set(_decorators(found.node))
+        )
+
     def _in_module(self, module: Module, parts: list[str]) -> Found | None:
         if not parts:
             return Found(module.name, None)

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+ENTRY_POINTS = frozenset(["vllm.platform_plugins"])
+"""Groups of entry points, which look like names of modules."""
+
+PASSED_OVER = "compat/state.py"
+"""Names in its list that a version does not have are passed over when they are looked up."""
+
+PYTHONS = frozenset(["__mro__", "__name__", "__dict__", "__module__", "__qualname__", "__doc__"])
+"""Attributes that everything has."""
+
 _MENTIONS = re.compile(r"\bvllm(\.| import)|\bfind\(")
 """What a module says that imports something of vLLM, names it, or looks it up."""
 
@@ -33,6 +42,8 @@ class Call:
     keywords: tuple[str, ...]
     is_whole: bool
     """It has no `*args` and no `**kwargs`."""
+    is_bound: bool = False
+    """A method of an object; otherwise a method's first argument is the object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,12 @@ class _Reader:
         """The dotted name of vLLM that an expression stands for; empty if it is none."""
         if isinstance(node, ast.Name):
             return self._known.get(node.id, "")
-        if isinstance(node, ast.Attribute) and (base := self._of_vllm(node.value)):
+        is_special = isinstance(node, ast.Attribute) and node.attr in PYTHONS
+        if (
+            isinstance(node, ast.Attribute)
+            and not is_special
+            and (base := self._of_vllm(node.value))
+        ):
             return f"{base}.{node.attr}"
         return ""
 
@@ -151,6 +167,7 @@ class _Reader:
         """Whether it is a text that names something of vLLM, but not one of several places."""
         return (
             isinstance(node, ast.Constant)
+            and not self._where.endswith(PASSED_OVER)
             and _is_qualified(node.value)
             and not any(node.value in modules.values() for modules in self._places.values())
         )
@@ -160,20 +177,11 @@ class _Reader:
 
 
 def _call(node: ast.Call) -> Call:
-    is_unbound = _is_unbound(node.func)  # whose first argument is the object itself
     stars = [arg for arg in node.args if isinstance(arg, ast.Starred)]
     keywords = tuple(keyword.arg for keyword in node.keywords if keyword.arg is not None)
     is_whole = not stars and len(keywords) == len(node.keywords)
-    return Call(len(node.args) - len(stars) - is_unbound, keywords, is_whole)
-
-
-def _is_unbound(function: ast.expr) -> bool:
-    """`Class.__init__`, not `super().__init__`."""
-    return (
-        isinstance(function, ast.Attribute)
-        and function.attr == "__init__"
-        and not _is_super(function.value)
-    )
+    is_bound = isinstance(node.func, ast.Attribute) and _is_super(node.func.value)
+    return Call(len(node.args) - len(stars), keywords, is_whole, is_bound)
 
 
 def _is_super(node: ast.expr) -> bool:
@@ -187,4 +195,5 @@ def _is_qualified(value: object) -> bool:
         and value.startswith("vllm.")
         and value.replace(".", "").replace("_", "").isalnum()
         and value.isascii()
+        and value not in ENTRY_POINTS
     )

@@ -6,7 +6,8 @@ Before the first load they are made from its configuration, by the same classes;
 does the same arithmetic for both.
 
 Relies on: the specs of `vllm.v1.kv_cache_interface`, `get_kv_cache_configs` and
-`get_max_concurrency_for_kv_cache_config`; `get_kv_cache_spec` of the attention layers, which asks
+`get_max_concurrency_for_kv_cache_config`; since 0.33 `get_global_kv_cache_groups` and backends'
+`get_preferred_block_size`; `get_kv_cache_spec` of the attention layers, which asks
 its layer for a few attributes only; `get_attn_backend`; `CacheConfig.kv_cache_layout`;
 `Platform._align_hybrid_block_size`; `get_mamba_state_shape_from_config` of models with a state.
 """
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_hotswap.errors import one_line
+from vllm_hotswap.compat.names import find
+from vllm_hotswap.errors import ConfigError, one_line
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -45,6 +47,9 @@ KINDS = {
 UNEVEN = ("global_head_dim", "num_global_key_value_heads", "swa_num_key_value_heads", "index_topk")
 """Settings of models whose layers differ in more than their kind."""
 
+BLOCK_TOKENS = 128
+"""Tokens in a block on CPUs, unless the user or the backend wants another number."""
+
 PLENTY_BYTES = 1 << 62
 """So many that dividing them by the number of blocks gives the size of a block."""
 
@@ -67,15 +72,21 @@ def limits(config: Any, specs: Sequence[Mapping[str, Any]]) -> list[KVLimits]:
 
     Sequences times what vLLM counts for each, and the one block that it keeps for itself.
     """
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-
     if not any(specs):
         return [NO_KV for _ in specs]
     config = _planning_copy(config)
-    planned = get_kv_cache_configs(
-        config, [dict(worker) for worker in specs], [PLENTY_BYTES] * len(specs)
-    )
+    planned = _plan(config, [dict(worker) for worker in specs])
     return [_limits_of(config, worker) for worker in planned]
+
+
+def _plan(config: Any, specs: list[dict[str, Any]]) -> list[Any]:
+    """The KV caches of all workers, each of which has plenty of memory."""
+    plan, memory = find("get_kv_cache_configs"), [PLENTY_BYTES] * len(specs)
+    try:
+        group = find("get_global_kv_cache_groups")
+    except ConfigError:  # before vLLM 0.33, which has the groups made apart
+        return list(plan(config, specs, memory))
+    return list(plan(config, specs, memory, group(config, specs)))
 
 
 def _limits_of(config: Any, planned: Any) -> KVLimits:
@@ -136,7 +147,7 @@ def _most_of_full_attention(config: Any, kinds: Sequence[str]) -> int:
     heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
     per_token = 2 * len(kinds) * heads * size * model.dtype.itemsize
     # A block is begun at either end, and vLLM keeps one.
-    tokens = model.max_model_len + 2 * (config.cache_config.block_size or 128)
+    tokens = model.max_model_len + 2 * max(config.cache_config.block_size or 0, BLOCK_TOKENS)
     return int(per_token * tokens * (config.scheduler_config.max_num_seqs + 1))
 
 
@@ -222,6 +233,7 @@ class _Specs:
         self._config = config
         self._model = config.model_config
         self._text = config.model_config.hf_text_config
+        self._settle_block_size()
         if self._model.is_hybrid:
             self._align()
 
@@ -284,6 +296,16 @@ class _Specs:
             page_size_padded=cache.mamba_page_size_padded,
             mamba_cache_mode=cache.mamba_cache_mode,
         )
+
+    def _settle_block_size(self) -> None:
+        """Since vLLM 0.33, CPUs have it only once the executor is made; before, from the start."""
+        from vllm.platforms import current_platform
+
+        cache = self._config.cache_config
+        is_settled = cache.user_specified_block_size or (cache.block_size or 0) >= BLOCK_TOKENS
+        if current_platform.is_cpu() and not self._model.use_mla and not is_settled:
+            backend = self._backend(False, None)
+            cache.block_size = backend.get_preferred_block_size(BLOCK_TOKENS)
 
     def _align(self) -> None:
         """Make pages of states and of attention equally large, as a load does."""

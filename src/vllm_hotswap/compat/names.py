@@ -23,6 +23,13 @@ PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "0.29": "vllm.entrypoints.launchers.app",
             "0.26": "vllm.entrypoints.openai.api_server",
         },
+        "get_global_kv_cache_groups": {
+            "0.33": "vllm.v1.core.kv_cache_planning",
+        },
+        "get_kv_cache_configs": {
+            "0.33": "vllm.v1.core.kv_cache_planning",
+            "0.26": "vllm.v1.core.kv_cache_utils",
+        },
         "get_uvicorn_log_config": {
             "0.29": "vllm.entrypoints.launchers.utils.server_utils",
             "0.26": "vllm.entrypoints.serve.utils.server_utils",
@@ -52,7 +59,7 @@ PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 """Name -> the first version that has it in a module -> that module; newest first."""
 
-OPTIONAL = frozenset(["init_render_app_state"])
+OPTIONAL = frozenset(["get_global_kv_cache_groups", "init_render_app_state"])
 """Names that some versions do not have at all; whoever asks for one can do without."""
 
 

@@ -40,6 +40,7 @@ TASKS_OF_PATH: Mapping[str, frozenset[str]] = MappingProxyType(
             "/v1/completions",
             "/v1/completions/derender",
             "/v1/completions/render",
+            "/v1/decisions",
             "/v1/messages",
             "/v1/messages/count_tokens",
             "/v1/messages/render",
