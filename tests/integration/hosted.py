@@ -68,7 +68,7 @@ class Hosted:
         return [self.ask(prompt, temperature=0) for prompt in PROMPTS]
 
     def unseeded(self, count: int = 1) -> list[list[int]]:
-        return [self.ask(PROMPTS[0], temperature=4.0) for _ in range(count)]
+        return [self.ask(PROMPTS[0], temperature=2.0) for _ in range(count)]
 
     def pooled(self) -> list[float]:
         from vllm.pooling_params import PoolingParams

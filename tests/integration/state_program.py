@@ -142,7 +142,7 @@ def alone(folder: Path, kind: str, seed: int) -> dict[str, Any]:
         (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
-    unseeded = [ask(PROMPTS[0], 4.0) for _ in range(8)]
+    unseeded = [ask(PROMPTS[0], 2.0) for _ in range(10)]
     return {"unseeded": unseeded, "greedy": [ask(prompt, 0) for prompt in PROMPTS]}
 
 

@@ -30,9 +30,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": True, "top_logprobs": 2},
     "logprobs of several": {"logprobs": True, "top_logprobs": 3, "n": 3, "temperature": 1},
     "prompt_logprobs": {"prompt_logprobs": 2},
-    "sampling": {"temperature": 1, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 1},
+    "sampling": {"temperature": 1, "top_p": 0.9, "top_k": 20, "seed": 1},
     "penalties": {"presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.1},
-    "words": {"logit_bias": {"5": 2}, "bad_words": ["the"], "min_tokens": 2, "stop": ["zzz"]},
+    "words": {"bad_words": ["the"], "min_tokens": 2, "stop": ["zzz"]},
     "regex": {"structured_outputs": {"regex": "[ab]{4}"}},
     "schema": {"response_format": {"type": "json_object"}},
 }
@@ -70,6 +70,16 @@ def test_every_kind_of_request_is_answered(server: ServerProcess, switched: str)
     assert {} == {name: a.text for name, a in answers.items() if a.status_code != 200}
     token = answers["logprobs"].json()["choices"][0]["logprobs"]["content"][0]
     assert 2 == len(token["top_logprobs"])
+    assert 0 == engine_failures(server)
+
+
+@pytest.mark.parametrize("switched", ["llama"], indirect=True)
+def test_what_speculation_does_not_allow_is_answered(server: ServerProcess, switched: str) -> None:
+    """By a model without it."""
+    body = {"model": switched, **CHAT, "min_p": 0.01, "logit_bias": {"5": 2}}
+    answer = server.client.post("/v1/chat/completions", json=body)
+
+    assert answer.status_code == 200, answer.text
     assert 0 == engine_failures(server)
 
 

@@ -86,7 +86,7 @@ def test_unseeded_answers_are_those_of_a_process_of_its_own(folder: Path, alone:
 
     assert alone["llama"]["unseeded"][: len(drawn["llama"])] == drawn["llama"]
     assert alone["moe"]["unseeded"][: len(drawn["moe"])] == drawn["moe"]
-    assert 8 == len({tuple(answer) for answer in alone["llama"]["unseeded"]})
+    assert 1 < len({tuple(answer) for answer in alone["llama"]["unseeded"]})
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,11 @@ STATE: tuple[State, ...] = (
         "is not cryptographic, so another load would empty the cache in effect",
     ),
     *_engine(
+        "vllm.v1.kv_cache_spec_registry",
+        "_REGISTRY_KVCACHESPEC_LIST _REGISTRY_ROLE_MANAGERS",
+        "which class manages which kind of KV memory; filled once, by the model's configuration",
+    ),
+    *_engine(
         "vllm.compilation.cuda_graph",
         "CUDAGraphWrapper._all_instances",
         "the model's graphs, which vLLM clears all at once",
@@ -191,9 +196,19 @@ STATE: tuple[State, ...] = (
         "the operations themselves; how each is dispatched is above",
     ),
     *_shared(
+        "vllm.kernels.*",
+        "rms_norm fused_add_rms_norm gelu_and_mul_sparse_triton",
+        "the operations themselves; how each is dispatched is above",
+    ),
+    *_shared(
         "vllm.*",
         "current_platform _current_platform",
         "what this machine is",
+    ),
+    *_shared(
+        "vllm.platforms.*",
+        "*._global_graph_pool",
+        "the platform's is above, by another name",
     ),
     *_shared(
         "vllm.utils.import_utils",
@@ -254,6 +269,68 @@ STATE: tuple[State, ...] = (
         "vllm.triton_utils.dispatcher",
         "_registry",
         "kernels that the platform replaces once for all models",
+    ),
+    *_shared(
+        "vllm.config.cache",
+        "_layout_from_name",
+        "depends on its arguments alone",
+    ),
+    *_shared(
+        "vllm.config.vllm",
+        "default_breakable_cudagraph_architectures",
+        "depends on the version of vLLM alone",
+    ),
+    *_shared(
+        "vllm.logger",
+        "_last_configured_logging_config",
+        "logging, which is configured once",
+    ),
+    *_shared(
+        "vllm.plugins",
+        "plugins_loaded",
+        "plugins, which are loaded once",
+    ),
+    *_shared(
+        "vllm.model_executor.layers.activation",
+        "_ACTIVATION_REGISTRY",
+        "activation functions, which have neither weights nor state",
+    ),
+    *_shared(
+        "vllm.model_executor.layers.mamba.mamba_utils",
+        "get_conv_state_layout",
+        "an environment variable of the server (`VLLM_SSM_CONV_STATE_LAYOUT`)",
+    ),
+    *_shared(
+        "vllm.model_executor.model_loader.reload.layerwise",
+        "LAYERWISE_INFO",
+        "by layer, and gone with it",
+    ),
+    *_shared(
+        "vllm.model_executor.model_loader.utils",
+        "_MODEL_ARCH_BY_HASH",
+        "classes of models, by a hash of the configuration",
+    ),
+    *_shared(
+        "vllm.model_executor.warmup.jit_warmup_triton_helper",
+        "_launch_binding_plan",
+        "depends on its arguments alone",
+    ),
+    *_shared(
+        "vllm.v1.worker.block_table",
+        "_COMPUTE_SLOT_MAPPING_KERNEL",
+        "a kernel that holds nothing of a model",
+    ),
+    *_shared(
+        "os",
+        "environ[LOCAL_WORLD_SIZE] environ[NUMEXPR_MAX_THREADS] "
+        "environ[TORCHINDUCTOR_CPP_DYNAMIC_THREADS] environ[VLLM_DISABLE_SHARED_EXPERTS_STREAM] "
+        "environ[VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME]",
+        "set by the CPU platform when a configuration is made, which the host does not do",
+    ),
+    *_shared(
+        "logging",
+        "root",
+        "logging, which is configured once",
     ),
     *_shared(
         "torch",
