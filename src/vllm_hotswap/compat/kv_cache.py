@@ -29,6 +29,9 @@ log = logging.getLogger("vllm_hotswap")
 
 FULL, SLIDING, CHUNKED, STATE, BOTH, NONE = "full", "sliding", "chunked", "state", "both", "none"
 
+LOCAL = (SLIDING, CHUNKED)
+"""Kinds that keep the last tokens only; some models attend to all of them all the same."""
+
 KINDS = {
     "attention": FULL,
     "full_attention": FULL,
@@ -128,7 +131,7 @@ def expected_limits(config: Any) -> KVLimits:
     kinds = _kinds(config)
     try:
         # More than a sequence of full attention needs is never too little for one of less.
-        full = _limits_for(config, [FULL if kind != NONE else NONE for kind in kinds])
+        full = _limits_for(config, [FULL if kind in LOCAL else kind for kind in kinds])
         found = _limits_for(config, kinds)
     except Exception as error:  # noqa: BLE001  # a model that vLLM describes in a way of its own
         cause = one_line(error)
@@ -295,6 +298,8 @@ class _Specs:
             block_size=cache.mamba_block_size or self._model.max_model_len,
             page_size_padded=cache.mamba_page_size_padded,
             mamba_cache_mode=cache.mamba_cache_mode,
+            # Mamba-2 asks for it; where a state does not, the load gives a little less.
+            num_prefill_checkpoint_blocks=1,
         )
 
     def _settle_block_size(self) -> None:
