@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong, scan
+from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong, TooManyValues, scan
 from vllm_hotswap.model_field import (
     FORM_PIECE_BYTES,
     SMALL_BYTES,
@@ -372,3 +372,20 @@ def test_query_parameter_is_found(query: bytes, expected: str | None) -> None:
 def test_query_never_raises(query: bytes) -> None:
     """Whatever bytes are in the query, the answer is a string or None."""
     assert isinstance(from_query(query), str | None)
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        ({"input": ["a,b", "[[{{"] * 5000}, 10_001),
+        ({"input": [[1, 2, 3]] * 5000}, 20_001),
+        ({"input": [{"a": {"b": []}}] * 5000}, 20_001),
+    ],
+)
+def test_values_are_counted_at_every_depth_and_not_in_texts(body: object, values: int) -> None:
+    """What a parser builds: one more than the limit is refused, as many as the limit are not."""
+    raw = json.dumps(body).encode()
+
+    at_once(scan(raw, ("model",), 1000, values))
+    with pytest.raises(TooManyValues):
+        at_once(scan(raw, ("model",), 1000, values - 1))

@@ -25,6 +25,7 @@ from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import ClientEvicted, RequestEnded
 from vllm_hotswap.exchange import PARKED_COMMENT, AnswerCut
+from vllm_hotswap.settings import LimitsConfig
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
 EMBEDDINGS = "/v1/embeddings"
@@ -218,6 +219,19 @@ async def test_large_body_gives_everybody_else_a_turn(server: Server) -> None:
 
     assert 404 == (await large).status_code
     assert answered > 5
+
+
+async def test_a_body_of_too_many_values_is_refused(make_server: MakeServer) -> None:
+    """Its size may be small: vLLM would parse it in one go, and nobody else be answered."""
+    server = await make_server(limits=LimitsConfig(body_values=30_000))
+    many = {"model": "llama", "prompt": [[1, 2, 3]] * 10_000}
+    few = {"model": "llama", "prompt": "[[1, 2, 3], " * 10_000}
+
+    refused, taken = await server.post("/v1/completions", many), server.post("/v1/completions", few)
+
+    assert (413, "too_many_values") == (refused.status_code, code(refused))
+    assert "limits.body_values" in refused.text
+    assert 200 == (await taken).status_code
 
 
 async def test_only_one_large_body_is_looked_at_in_a_turn(server: Server) -> None:

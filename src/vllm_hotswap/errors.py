@@ -32,6 +32,7 @@
     ├── QueueFull                429  too many requests wait or run; retry later
     ├── SwitchRateLimited        429  too many switches in a short time; retry later
     ├── BodyTooLarge             413  the body is longer than the server takes
+    ├── TooManyValues            413  the body has more values than the server takes
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── WaitTimeout              504  the switch took longer than a request may wait
@@ -515,6 +516,18 @@ class BodyTooLarge(HotswapError):
     def __init__(self, limit_bytes: int, whose: str = "limits.body_bytes") -> None:
         super().__init__(
             f"the body is longer than {limit_bytes} bytes ({whose}); send less at once"
+        )
+
+
+class TooManyValues(HotswapError):
+    status = 413
+    type = "invalid_request_error"
+    code = "too_many_values"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the body has more than {limit} JSON values (limits.body_values); "
+            "send several requests, or raise the limit"
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -26,7 +27,7 @@ MAX_TEXT_BYTES = 16 << 10
 
 KEYS_AT_ONCE = 512
 
-_QUOTE, _OPEN, _CLOSE = b'"{}'
+_QUOTE, _OPEN, _CLOSE, _COMMA = b'"{},'
 _TO_CURLY = 0x20
 """The bit that makes `{` and `}` of `[` and `]`."""
 
@@ -39,8 +40,15 @@ class TooLong(ValueError):
     """The text under a key is longer than `MAX_TEXT_BYTES`. Its argument is the key."""
 
 
+class TooManyValues(ValueError):
+    """The body has more values than whoever parses it may be given."""
+
+
 def scan(
-    body: bytes, keys: Collection[str], piece_bytes: int = PIECE_BYTES
+    body: bytes,
+    keys: Collection[str],
+    piece_bytes: int = PIECE_BYTES,
+    most_values: int = sys.maxsize,
 ) -> Work[dict[str, Any]]:
     """Values of top-level keys, as `json.loads` would read them, the last one of each key.
 
@@ -48,6 +56,8 @@ def scan(
         body: JSON in any encoding that `json.loads` knows.
         keys: what to look for.
         piece_bytes: how much is looked at between two yields.
+        most_values: how many values there may be, at whatever depth: those that begin a list or
+            an object, and those that follow a comma.
 
     Returns:
         For each key that is there: its text, True, or None for any other value. What is no JSON
@@ -55,6 +65,7 @@ def scan(
 
     Raises:
         TooLong: a text is beyond all bounds.
+        TooManyValues: there are more than `most_values`.
     """
     text = yield from _as_utf8(body, piece_bytes)
     begin = yield from _end_of_space(text, 0, piece_bytes)
@@ -63,6 +74,8 @@ def scan(
     scanner = _Scanner(text, keys)
     for start in range(begin, len(text), piece_bytes):
         yield from scanner.look_at(start, start + piece_bytes)
+        if scanner.values > most_values:
+            raise TooManyValues
         if scanner.is_over:
             break
         yield
@@ -120,6 +133,7 @@ class _Scanner:
         self._is_inside = False
         self._is_escaped = False
         self.found: dict[str, Any] = {}
+        self.values = 0
         self.is_over = False
         """Whether the object has ended."""
 
@@ -128,7 +142,10 @@ class _Scanner:
         piece = np.frombuffer(self._without_escapes(self._body[start:end]), np.uint8)
         quotes = piece == _QUOTE
         inside = np.logical_xor.accumulate(quotes) ^ self._is_inside
-        depth = self._depths(piece, inside)
+        steps = self._steps(piece, inside)
+        self.values += _count(steps == 1) + _count((piece == _COMMA) & ~inside)
+        depth: NDArray[np.int32] = np.cumsum(steps, dtype=np.int32)
+        depth += self._depth
         tops = np.flatnonzero(quotes & inside & (depth == 1))
         if (depth[-1] <= 0) or not depth.all():
             self.is_over = True
@@ -148,14 +165,12 @@ class _Scanner:
             b'\\"', b"  "
         )  # in this order: \\" ends a text
 
-    def _depths(self, piece: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """How many brackets are open after each byte."""
+    def _steps(self, piece: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.int8]:
+        """1 where a bracket opens, -1 where one closes."""
         curly = piece | _TO_CURLY
         steps = (curly == _OPEN).astype(np.int8) - (curly == _CLOSE).astype(np.int8)
         steps[inside] = 0
-        depths: NDArray[np.int32] = np.cumsum(steps, dtype=np.int32)
-        depths += self._depth
-        return depths
+        return steps
 
     def _possible_keys(self, positions: NDArray[np.intp]) -> list[int]:
         """Those whose string begins as a key that is looked for does, the last one first."""
@@ -190,6 +205,10 @@ class _Scanner:
         if self._body[begin : begin + 1] == b'"' and len(self._body) > end:
             raise TooLong(key)
         return True if _TRUE.match(self._body, begin, end) else None
+
+
+def _count(flags: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(flags))
 
 
 def _decoded(token: bytes) -> str | None:

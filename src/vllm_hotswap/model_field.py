@@ -9,6 +9,7 @@ scanned in pieces, because a parser holds up the event loop for as long as it pa
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,14 @@ NO_FIELDS = Fields()
 JSON_KEYS = ("model", "previous_response_id", "stream")
 
 
-def json_fields(body: bytes) -> Work[Fields]:
+def json_fields(body: bytes, most_values: int = sys.maxsize) -> Work[Fields]:
     """The fields of a JSON body; none of one that is no JSON object.
 
     Raises:
         TooLong: a text is longer than any name.
+        TooManyValues: a body that is not small has more than `most_values`.
     """
-    found = yield from _find(body, JSON_KEYS)
+    found = yield from _find(body, JSON_KEYS, most_values)
     model, previous = found.get("model"), found.get("previous_response_id")
     return Fields(
         model if isinstance(model, str) else None,
@@ -68,10 +70,12 @@ def from_json(body: bytes, key: str = "model") -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _find(body: bytes, keys: Collection[str]) -> Work[dict[str, Any]]:
+def _find(
+    body: bytes, keys: Collection[str], most_values: int = sys.maxsize
+) -> Work[dict[str, Any]]:
     if len(body) > SMALL_BYTES:
         try:
-            return (yield from scan(body, keys))
+            return (yield from scan(body, keys, most_values=most_values))
         except UnicodeDecodeError:
             return {}
     try:

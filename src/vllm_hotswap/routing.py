@@ -18,10 +18,16 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import drain, media, model_field, responses
+from vllm_hotswap import drain, json_scan, media, model_field, responses
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
-from vllm_hotswap.errors import ClientStalled, HotswapError, InvalidRequest, WrongTask
+from vllm_hotswap.errors import (
+    ClientStalled,
+    HotswapError,
+    InvalidRequest,
+    TooManyValues,
+    WrongTask,
+)
 from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
@@ -105,6 +111,7 @@ class Router:
         Raises:
             UnsupportedMediaType: it is not sent as the route takes it.
             InvalidRequest: a name in it is beyond all bounds.
+            TooManyValues: parsing it would keep everybody else waiting.
         """
         if not body:
             return NO_FIELDS
@@ -112,12 +119,19 @@ class Router:
         media.check_model_body(headers, path)
         is_form = path in media.FORM_PATHS
         kind = headers["content-type"]
-        work = model_field.form_fields(body, kind) if is_form else model_field.json_fields(body)
+        most_values = self._limits.body_values
+        work = (
+            model_field.form_fields(body, kind)
+            if is_form
+            else model_field.json_fields(body, most_values)
+        )
         try:
             if len(body) <= model_field.SMALL_BYTES:
                 return at_once(work)
             async with self._one_large_body:  # so that no turn of the loop has a piece of each
                 return await in_turns(work)
+        except json_scan.TooManyValues:
+            raise TooManyValues(most_values) from None
         except TooLong as error:
             raise InvalidRequest(
                 f"{error} is longer than {MAX_TEXT_BYTES} bytes; no name is", str(error)

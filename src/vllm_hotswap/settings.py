@@ -181,6 +181,14 @@ class LimitsConfig:
     body_bytes: Annotated[
         ByteSize, SIZE, Field(description="size of a request's body; a longer one gets 413")
     ] = 64 << 20
+    body_values: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="values in a JSON body, at whatever depth; vLLM parses it in one go, while "
+            "nobody else is answered; more get 413"
+        ),
+    ] = 1_000_000
     held_bytes: Annotated[
         ByteSize,
         SIZE,
