@@ -136,11 +136,6 @@ STATE: tuple[State, ...] = (
         "is not cryptographic, so another load would empty the cache in effect",
     ),
     *_engine(
-        "vllm.v1.kv_cache_spec_registry",
-        "_REGISTRY_KVCACHESPEC_LIST _REGISTRY_ROLE_MANAGERS",
-        "which class manages which kind of KV memory; filled once, by the model's configuration",
-    ),
-    *_engine(
         "vllm.compilation.cuda_graph",
         "CUDAGraphWrapper._all_instances",
         "the model's graphs, which vLLM clears all at once",
@@ -269,6 +264,11 @@ STATE: tuple[State, ...] = (
         "vllm.triton_utils.dispatcher",
         "_registry",
         "kernels that the platform replaces once for all models",
+    ),
+    *_shared(
+        "vllm.v1.kv_cache_spec_registry",
+        "_REGISTRY_KVCACHESPEC_LIST _REGISTRY_ROLE_MANAGERS",
+        "which class manages which kind of KV memory; the same for all models of a platform",
     ),
     *_shared(
         "vllm.config.cache",
