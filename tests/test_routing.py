@@ -204,8 +204,9 @@ async def test_compressed_body_is_refused(server: Server, path: str) -> None:
     assert "Content-Encoding is 'gzip'" in error["message"]
 
 
-async def test_large_body_gives_everybody_else_a_turn(server: Server) -> None:
+async def test_large_body_gives_everybody_else_a_turn(make_server: MakeServer) -> None:
     """While a body is looked at, other requests are answered, however large it is."""
+    server = await make_server(limits=LimitsConfig(body_values=1 << 24))
     body = b'{"input": [' + b"[]," * (1 << 20) + b'1], "model": "nobody"}'
     large = asyncio.create_task(
         server.post(EMBEDDINGS, content=body, headers={"content-type": JSON})
