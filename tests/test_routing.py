@@ -225,14 +225,14 @@ async def test_large_body_gives_everybody_else_a_turn(make_server: MakeServer) -
 async def test_a_body_of_too_many_values_is_refused(make_server: MakeServer) -> None:
     """Its size may be small: vLLM would parse it in one go, and nobody else be answered."""
     server = await make_server(limits=LimitsConfig(body_values=30_000))
-    many = {"model": "llama", "prompt": [[1, 2, 3]] * 10_000}
-    few = {"model": "llama", "prompt": "[[1, 2, 3], " * 10_000}
+    path = "/v1/completions"
 
-    refused, taken = await server.post("/v1/completions", many), server.post("/v1/completions", few)
+    refused = await server.ask("llama", path=path, prompt=[[1, 2, 3]] * 10_000)
+    taken = await server.ask("llama", path=path, prompt="[[1, 2, 3], " * 10_000)
 
     assert (413, "too_many_values") == (refused.status_code, code(refused))
     assert "limits.body_values" in refused.text
-    assert 200 == (await taken).status_code
+    assert 200 == taken.status_code
 
 
 async def test_only_one_large_body_is_looked_at_in_a_turn(server: Server) -> None:

@@ -185,8 +185,8 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="values in a JSON body, counted by commas and opening brackets; vLLM parses "
-            "it in one go, while nobody else is answered; more get 413"
+            description="values in a JSON body, counted by commas and opening brackets; more get "
+            "413, because nobody else is answered while vLLM parses a body"
         ),
     ] = 1_000_000
     held_bytes: Annotated[
