@@ -716,3 +716,27 @@ def test_connection_that_becomes_idle_in_a_drain_is_not_waited_for(play: Play) -
         mode="auto",
         settings={"llama": FakeSettings(tasks=("generate", "realtime"), token_s=1.0)},
     )
+
+
+def test_an_arrival_does_not_end_the_wait_for_requests_that_were_ended(play: Play) -> None:
+    """A switch by call goes on when they are over, whoever asks for another model meanwhile."""
+
+    async def story(server: Server) -> None:
+        async def answer_slowly() -> None:
+            async with server.coordinator.lease("llama") as lease:
+                await dispatcher.ask(lease)
+                await asyncio.sleep(3)  # its client takes in the error, bit by bit
+
+        dispatcher = server.coordinator.dispatcher
+        assert dispatcher is not None
+        running = asyncio.create_task(answer_slowly())
+        await asyncio.sleep(1)
+        switch = asyncio.create_task(server.coordinator.switch("qwen", 0.0, "abort"))
+        await asyncio.sleep(1)
+        server.ask("mistral", words=1)
+        await switch
+
+        assert running.done()
+        assert not server.coordinator.registry.model("llama").leases
+
+    play(story, mode="auto", load=("llama", "qwen", "mistral"))

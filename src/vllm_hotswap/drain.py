@@ -31,8 +31,11 @@ async def until_empty(model: Model, timeout_s: float | None) -> None:
 
 
 async def until_ended(model: Model) -> None:
-    """Wait for requests that `end` has ended."""
-    await until_empty(model, 2 * CUT_GRACE_S)
+    """Wait for requests that `end` has ended, whoever asks to look again meanwhile."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + 2 * CUT_GRACE_S
+    while is_running(model) and (left_s := deadline_s - loop.time()) > 0:
+        await until_empty(model, left_s)
 
 
 def look_again(model: Model) -> None:
