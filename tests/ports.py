@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-FIRST, PER_WORKER, WORKERS = 18_000, 800, 16
+FIRST, PER_WORKER, WORKERS = 18_000, 800, 17
 """Below the range from which Linux gives ports to clients (32768 and up), 800 for each worker."""
 
 

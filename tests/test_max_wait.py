@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests.conftest import Play
+from tests.depth import examples
 from tests.support import CHAT, Server
 from tests.virtual import VirtualLoop
 from vllm_hotswap.engines.fake import FakeSettings
@@ -70,7 +71,7 @@ def settings_of(cost_s: float, **other: object) -> dict[str, object]:
     cost_s=st.sampled_from([0.0, 0.002, 0.7, 2.0]),
     max_wait_s=st.sampled_from([0.0, 0.5, 5.0]),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 def test_nobody_waits_longer_than_promised(
     policy: Policy, requests: list[Asked], cost_s: float, max_wait_s: float
 ) -> None:
