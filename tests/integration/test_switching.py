@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.integration.conftest import events
+from tests.integration.conftest import ALL_CORES, events
 from tests.integration.processes import ServerProcess
 
 PROMPTS = ["Hello", "Who are you?", "What is the weather in Paris?", "The quick brown fox"]

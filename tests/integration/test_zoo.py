@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from tests.integration.processes import ServerProcess
+from tests.ports import free_port
 from tests.zoo.models import MIB, PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
-from vllm_hotswap.demo import MODELS, free_port
+from vllm_hotswap.demo import MODELS
 from vllm_hotswap.platforms import host_environment
 
 pytestmark = pytest.mark.timeout(900)

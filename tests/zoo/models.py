@@ -131,7 +131,14 @@ ZOO: Sequence[Model] = (
     Model("cross-encoder", "BertForSequenceClassification", "scores of pairs", asks="score"),
     Model("classifier", "Qwen3ForSequenceClassification", "classes, by conversion", asks="classes"),
     Model("reward", "Qwen2ForRewardModel", "a reward for each token", asks="reward"),
-    Model("paligemma", "PaliGemmaForConditionalGeneration", "pictures", asks="picture"),
+    Model(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        "pictures",
+        asks="picture",
+        cannot="No module named 'torchvision'",
+        unless="torchvision",
+    ),
     Model(
         "llava",
         "LlavaForConditionalGeneration",

@@ -53,16 +53,17 @@ def import_vllm() -> None:
     import vllm.v1.core.sched.scheduler
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.models import registry
+
+    # To leave CUDA alone, vLLM looks at an architecture in a process of its own (seconds), and
+    # again each time where that fails. A child can do it itself.
+    registry._run_in_subprocess = lambda look: look()
 
 
 def look_at_architectures() -> None:
-    """Fill vLLM's cache of what each architecture can do, for the children and for the server.
-
-    vLLM starts a process for each that is not in its cache (seconds each), to leave CUDA alone.
-    """
+    """Fill vLLM's cache of what each architecture can do, for the children and for the server."""
     from vllm.model_executor.models import registry
 
-    registry._run_in_subprocess = lambda look: look()
     for architecture in {model.architecture for model in ZOO}:
         with suppress(Exception):  # vLLM will say it again, to whoever asks for the model
             registry.ModelRegistry.models[architecture].inspect_model_cls()
