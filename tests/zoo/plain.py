@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.zoo.models import PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
+from vllm_hotswap.compat.names import find
 from vllm_hotswap.demo import MODELS
 
 
@@ -47,7 +48,6 @@ def make_checkpoints(folder: Path) -> None:
 def import_vllm() -> None:
     """Import what every child needs, and compute nothing: OpenMP's threads survive no fork."""
     import compressed_tensors  # noqa: F401
-    import vllm.entrypoints.launchers.cli_args
     import vllm.entrypoints.llm
     import vllm.v1.attention.backends.cpu_attn
     import vllm.v1.core.sched.scheduler
@@ -55,6 +55,7 @@ def import_vllm() -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.model_executor.models import registry
 
+    find("make_arg_parser")
     # To leave CUDA alone, vLLM looks at an architecture in a process of its own (seconds), and
     # again each time where that fails. A child can do it itself.
     registry._run_in_subprocess = lambda look: look()
