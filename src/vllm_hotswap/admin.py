@@ -229,7 +229,7 @@ def _parse(body: bytes) -> SwitchRequest:
         place = f"{field}: " if field else "body: "
         raise InvalidRequest(
             f'{place}{first["msg"]}; expected {{"model": alias, "drain_timeout": seconds, '
-            '"on_drain_timeout": abort|park|refuse}}',
+            '"on_drain_timeout": abort|park|refuse}',
             field,
         ) from None
 

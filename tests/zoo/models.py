@@ -153,7 +153,7 @@ ZOO: Sequence[Model] = (
         "encoder and decoder",
         asks="sound",
         flags={"max_num_batched_tokens": 2048},
-        unasked="no decoder of sounds is installed",
+        unasked="no audio decoder is installed",
     ),
 )
 
