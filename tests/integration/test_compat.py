@@ -10,7 +10,7 @@ import pytest
 from tests.test_architecture import imports, modules
 from tools.vllm_seams.__main__ import main as check_vllm
 from vllm_hotswap.compat.configuration import engine_config, serve_parser
-from vllm_hotswap.compat.names import PLACES, find
+from vllm_hotswap.compat.names import OPTIONAL, PLACES, find
 from vllm_hotswap.compat.tasks import POOLING, SPEECH, TASKS_OF_PATH, foresee
 from vllm_hotswap.compat.versions import vllm_version, warning
 from vllm_hotswap.demo import MODELS
@@ -35,7 +35,7 @@ def is_there(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", sorted(PLACES.keys() - OPTIONAL))
 def test_every_name_that_moved_is_found(name: str) -> None:
     """Under the name by which it is asked for, and callable."""
     found = find(name)
