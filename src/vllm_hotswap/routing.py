@@ -37,7 +37,7 @@ from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
-from vllm_hotswap.turns import at_once, in_turns
+from vllm_hotswap.turns import Turns, at_once
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
@@ -65,7 +65,7 @@ class Router:
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
         self._answers: set[Answer] = set()
-        self._one_large_body = asyncio.Lock()
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(scope, receive, send)
@@ -128,8 +128,7 @@ class Router:
         try:
             if len(body) <= model_field.SMALL_BYTES:
                 return at_once(work)
-            async with self._one_large_body:  # so that no turn of the loop has a piece of each
-                return await in_turns(work)
+            return await self._turns.run(work)
         except json_scan.TooManyValues:
             raise TooManyValues(most_values) from None
         except TooLong as error:
