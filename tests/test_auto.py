@@ -192,6 +192,20 @@ async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Serv
     assert told.endswith(" switched=1 epoch=2")
 
 
+async def test_stream_below_a_proxys_prefix_begins_at_once_too(auto: Server) -> None:
+    """With `--root-path`, every path begins with it; what is looked at is the route."""
+    auto.host.hold("load", "mistral")
+    body = json.dumps({"model": "mistral", "stream": True, "max_tokens": 1}).encode()
+    stream = auto.request("POST", f"/api{CHAT}", body, root_path="/api")
+    bad = await auto.request("POST", f"/api{CHAT}", BAD_STREAM, root_path="/api").finish()
+
+    assert 400 == bad.status
+    assert ": waiting for mistral\n\n" == await stream.next_event()
+    assert not auto.coordinator.registry.model("mistral").is_loaded
+    auto.host.release("load", "mistral")
+    assert (await stream.finish()).is_whole
+
+
 async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto: Server) -> None:
     """As an event: the answer has begun."""
     auto.host.fail_next("load", "mistral")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, PIECE_BYTES, TooLong, TooManyValues, scan
+from vllm_hotswap.media import FORM_PIECE_BYTES
 from vllm_hotswap.model_field import (
-    FORM_PIECE_BYTES,
     SMALL_BYTES,
     form_fields,
     from_json,

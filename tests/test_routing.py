@@ -191,6 +191,21 @@ async def test_body_of_another_kind_is_refused(
     assert error["message"].endswith(f"send the body with Content-Type: {wanted}")
 
 
+@pytest.mark.parametrize("below", ["", "/api"])
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_form_is_taken_however_its_path_is_written(
+    server: Server, below: str, slash: str
+) -> None:
+    """With a slash at its end, which the application redirects, and below a proxy's prefix."""
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    given: dict[str, Any] = {"headers": headers, "root_path": below}
+
+    answer = await server.request("POST", f"{below}{AUDIO}{slash}", FORM, **given).finish()
+
+    assert 404 == answer.status
+    assert b"model 'qwen'" in answer.body
+
+
 @pytest.mark.parametrize("path", [CHAT, SWITCH])
 async def test_compressed_body_is_refused(server: Server, path: str) -> None:
     """Nothing decompresses it: it is no JSON to vLLM either, and names no model."""

@@ -186,7 +186,8 @@ class Router:
         waiting = Waiting(scope, receive)
         try:
             look_at = None
-            if body and scope["method"] == "POST":
+            is_redirected = scope["path"].endswith("/")  # by the application
+            if body and scope["method"] == "POST" and not is_redirected:
                 look_at = partial(self._look_at, scope, body, answer, is_stream)
             async with self._coordinator.lease(alias, terms, look_at) as lease:
                 await waiting.end()
@@ -231,12 +232,13 @@ class Router:
         """
         answer.follow(lease)
         engine = self._registry.model(lease.alias).engine
+        _, path = request_of(scope)
         content_type = Headers(scope=scope).get("content-type", "")
-        previewed = await engine.preview(scope["path"], content_type, body)
+        previewed = await engine.preview(path, content_type, body)
         if previewed.refusal is not None and lease.cut is None:
             lease.status = previewed.refusal.status_code
             raise Refused(previewed.refusal)
-        if previewed.is_accepted and scope["path"] in BEGUN_AHEAD and is_stream:
+        if previewed.is_accepted and path in BEGUN_AHEAD and is_stream:
             await answer.begin_event_stream()
 
     async def _serve(self, lease: Lease, scope: Scope, client: Receive, answer: Answer) -> None:
