@@ -161,7 +161,8 @@ class _Scanner:
     def _steps(self, piece: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.int8]:
         """1 where a bracket opens, -1 where one closes."""
         curly = piece | _TO_CURLY
-        steps = (curly == _OPEN).astype(np.int8) - (curly == _CLOSE).astype(np.int8)
+        opens, closes = (curly == _OPEN).astype(np.int8), (curly == _CLOSE).astype(np.int8)
+        steps: NDArray[np.int8] = opens - closes
         steps[inside] = 0
         return steps
 
@@ -184,12 +185,14 @@ class _Scanner:
         at = strings + 1
         for letter in key.encode():
             at = self._after(letter, at)
-        return at[self._at(at) == _QUOTE] + 1
+        ends: NDArray[np.intp] = at[self._at(at) == _QUOTE] + 1
+        return ends
 
     def _after(self, letter: int, at: NDArray[np.intp]) -> NDArray[np.intp]:
         """Where those go on that have this letter, plain or as an escape (`\\u006d`)."""
         found = self._at(at)
-        plain, escaped = at[found == letter] + 1, at[found == _BACKSLASH]
+        plain: NDArray[np.intp] = at[found == letter] + 1
+        escaped = at[found == _BACKSLASH]
         if not len(escaped):
             return plain
         for lower, upper in zip(b"\\u%04x" % letter, b"\\u%04X" % letter, strict=True):

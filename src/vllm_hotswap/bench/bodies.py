@@ -124,7 +124,8 @@ def measure(port: int, shape: str, size_mib: int, model: str) -> dict[str, Any]:
     Raises whatever sending it raises.
     """
     body = body_of(shape, size_mib * MIB, model)
-    waits_s, chats_s = [], []
+    waits_s: list[float] = []
+    chats_s: list[float] = []
     with ThreadPoolExecutor(1) as sender:
         sending = sender.submit(send, port, body)
         while not waits_s or not sending.done():
