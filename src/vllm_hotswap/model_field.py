@@ -17,20 +17,16 @@ from urllib.parse import parse_qs, unquote_plus
 
 from python_multipart.multipart import MultipartParser, QuerystringParser, parse_options_header
 
+from vllm_hotswap import media
 from vllm_hotswap.json_scan import scan
 from vllm_hotswap.turns import Work, at_once
 
 SMALL_BYTES = 16 << 10
 """JSON bodies up to here are parsed: that takes two milliseconds at most."""
 
-FORM_PIECE_BYTES = 16 << 10
-
 MAX_NAME_BYTES = 256
 MAX_VALUE_BYTES = 64 << 10
 """What is kept at least of a form's field; no name is as long."""
-
-MULTIPART = b"multipart/form-data"
-URLENCODED = b"application/x-www-form-urlencoded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ def _find(
 def form_fields(body: bytes, content_type: str) -> Work[Fields]:
     """The text field `model` of a multipart or urlencoded form."""
     kind, options = parse_options_header(content_type)
-    if kind == URLENCODED:
+    if kind == media.URLENCODED.encode():
         return Fields((yield from _UrlencodedField().find(body)))
     boundary = options.get(b"boundary")
     return Fields((yield from _MultipartField(boundary).find(body)) if boundary else None)
@@ -115,8 +111,8 @@ class _Field:
 
     def find(self, body: bytes) -> Work[str | None]:
         try:
-            for start in range(0, len(body), FORM_PIECE_BYTES):
-                self._parse(body[start : start + FORM_PIECE_BYTES])
+            for start in range(0, len(body), media.FORM_PIECE_BYTES):
+                self._parse(body[start : start + media.FORM_PIECE_BYTES])
                 yield
             self._finish()
         except ValueError:  # FormParserError; the application will refuse the body
