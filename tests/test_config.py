@@ -878,6 +878,33 @@ def test_yes_and_no_are_switches(load: Load) -> None:
     assert (False, False) == (config.switching.verify, config.switching.predict)
 
 
+@pytest.mark.parametrize("word", ["yes", "no", "on", "OFF"])
+def test_drop_unsupported_is_a_switch(load: Load, word: str) -> None:
+    """As every other one, though any value may stand for a parameter beside it."""
+    (model,) = load(f"models: {{a: {{model: x, sampling: {{drop_unsupported: {word}}}}}}}").models
+
+    assert (word in ("yes", "on")) is model.sampling.drop_unsupported
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("pinned: yes, priority: 010", "models.a.priority is 010, which YAML reads as 8;"),
+        ("aliases: b, pinned: yes", "models.a.aliases is 'b'; it must be"),
+        ("sampling: {drop: [yes], drop_unsupported: no}", "models.a.sampling.drop.0 is yes, which"),
+        ("sampling: {drop_unsupported: 010}", "models.a.sampling.drop_unsupported is 010, which"),
+    ],
+)
+def test_a_switch_beside_a_mistake_is_none(
+    refusal: Callable[[str], str], keys: str, expected: str
+) -> None:
+    """Only the mistake is named."""
+    message = refusal(f"models: {{a: {{model: org/x, {keys}}}}}")
+
+    assert expected in message
+    assert 1 == len(message.splitlines())
+
+
 def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) -> None:
     """Octal numbers and the like are refused by its name."""
     with pytest.raises(ConfigError) as caught:
