@@ -122,7 +122,7 @@ class ServerConfig:
 
     @property
     def adapter_folders(self) -> tuple[Path, ...]:
-        """Absolute. Raises `ConfigError` if one is no folder."""
+        """Absolute. Raises `ConfigError` if one is not a folder."""
         with self.references.hidden_in_errors():
             return tuple(self._folder(name) for name in self.adapters.folders)
 
@@ -130,7 +130,7 @@ class ServerConfig:
         place = f"{self.path}: adapters.folders"
         folder = beside(self.path, name, place)
         if not folder.is_dir():
-            raise ConfigError(f"{place}: {str(folder)!r} is no folder")
+            raise ConfigError(f"{place}: {str(folder)!r} is not a folder")
         return folder
 
 
