@@ -43,21 +43,35 @@ def check(free: int = MEASURED.free) -> tuple[DeviceMemory, list[str]]:
     return expected_memory(here, told.append), told
 
 
-def test_a_start_counts_whole_steps_and_leaves_that_much_less_free() -> None:
-    """Nothing that was measured is lost by rounding."""
-    memory = start()
+A_WHOLE_STEP = range(MEASURED.held, MEASURED.held + STEP_BYTES + 1, STEP_BYTES // 8)
+"""Wherever between two steps the first start measures, on either of them too."""
 
-    assert 0 <= memory.held - MEASURED.held < STEP_BYTES
+
+@pytest.mark.parametrize("held", A_WHOLE_STEP)
+def test_a_start_counts_whole_steps_and_leaves_that_much_less_free(held: int) -> None:
+    """Nothing that was measured is lost by rounding, and there is room for a step more."""
+    memory = start(held)
+
+    assert STEP_BYTES <= memory.held - held < 2 * STEP_BYTES
     assert 0 == memory.held % STEP_BYTES
-    assert memory.free + memory.held == MEASURED.free + MEASURED.held
+    assert memory.free + memory.held == MEASURED.free + held
 
 
-@pytest.mark.parametrize("more", [-20 * MIB, -4096, 0, 4096])
-def test_two_starts_count_the_same(more: int) -> None:
-    """Some pages more or less in the second one change no plan."""
-    first = start()
+@pytest.mark.parametrize("held", A_WHOLE_STEP)
+@pytest.mark.parametrize("more", [-20 * MIB, -4096, 0, 4096, STEP_BYTES])
+def test_two_starts_count_the_same(held: int, more: int) -> None:
+    """Some pages more or less in the second one change no plan, wherever the first one was."""
+    first = start(held)
 
-    assert first.held == start(MEASURED.held + more).held
+    assert first.held == start(held + more).held
+
+
+@pytest.mark.parametrize("held", A_WHOLE_STEP)
+def test_starts_that_take_turns_count_the_same(held: int) -> None:
+    """Several servers write the same file: none makes the others plan anew."""
+    counted = {start(held + more).held for more in (0, 4096, -4096, STEP_BYTES, 0, 4096)}
+
+    assert 1 == len(counted)
 
 
 def test_a_host_that_holds_more_counts_more() -> None:
@@ -73,7 +87,7 @@ def test_a_host_that_holds_much_less_counts_anew() -> None:
     """What was once written down does not take memory for ever."""
     start()
 
-    assert start(200 * MIB).held < 200 * MIB + STEP_BYTES
+    assert start(200 * MIB).held < 200 * MIB + 2 * STEP_BYTES
 
 
 def test_a_check_plans_as_the_last_start_did() -> None:

@@ -46,6 +46,17 @@ def config(layers: int = 4, *, window: int | None = None, **more: Any) -> Any:
     )
 
 
+TOKENS = (100 + 2 * 128) * (3 + 1)
+"""Of all sequences, with two blocks for each, and for the block that vLLM keeps."""
+
+
+def drafted(layers: int = 1, **more: Any) -> Any:
+    """A model with a draft model that is described by `more`."""
+    draft = config(layers, **more).model_config
+    speculative = SimpleNamespace(draft_model_config=draft, draft_parallel_config=None)
+    return config(draft=speculative)
+
+
 MIXED = ["sliding_attention", "full_attention"] * 2
 
 
@@ -100,11 +111,26 @@ def test_layers_of_a_hybrid_that_are_all_called_the_same_are_both() -> None:
 
 def test_a_draft_models_layers_count() -> None:
     """They have a cache beside the model's."""
-    draft = SimpleNamespace(
-        draft_model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2)
-    )
+    model, draft = kv_cache._models(drafted(layers=2, text={"layer_types": MIXED[:2]}))
 
-    assert [FULL] * 6 == kv_cache._kinds(config(draft=draft))
+    assert [FULL] * 4 == kv_cache._kinds(model)
+    assert [SLIDING, FULL] == kv_cache._kinds(draft)
+
+
+def test_a_draft_models_layers_are_as_wide_as_they_are() -> None:
+    """The bound is that of the model, and that of the draft model by its own heads and type."""
+    sizes = {"get_num_kv_heads": lambda _: 4, "get_head_size": lambda: 64}
+    wide = {**sizes, "dtype": SimpleNamespace(itemsize=4)}
+    given = drafted(layers=1, **wide)
+    alone = kv_cache._most_by_sizes(config())
+
+    # One layer, four heads of 64 numbers of four bytes.
+    assert alone + 2 * 1 * 4 * 64 * 4 * TOKENS == kv_cache._most_by_sizes(given)
+
+
+def test_a_draft_model_that_holds_something_else_has_no_bound() -> None:
+    """Neither has what holds both."""
+    assert sys.maxsize == kv_cache._most_by_sizes(drafted(use_mla=True))
 
 
 @pytest.mark.parametrize("attn_type", ["encoder_only", "encoder"])
@@ -119,7 +145,7 @@ def test_where_vllm_cannot_be_asked_keys_and_values_are_the_bound() -> None:
     """Four layers, two heads of eight numbers of two bytes; two blocks for each sequence."""
     most = kv_cache._most_of_full_attention(config(), [FULL] * 4)
 
-    assert 2 * 4 * 2 * 8 * 2 * (100 + 2 * 16) * (3 + 1) == most
+    assert 2 * 4 * 2 * 8 * 2 * TOKENS == most
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ OVERHEAD_BYTES = 64 << 20
 """Set aside per model for activations and bookkeeping (27 MB were measured for a tiny model)."""
 
 WORKER_GROWTH = 1.4
-"""A worker process holds more than the engine host, which has not run a model when it is measured:
-600 MiB beside 430 MiB were measured."""
+"""How much more a worker process holds than the engine host, which has not run a model when it is
+measured. An estimate from one machine (600 MiB beside 430 MiB) for the first load of a model; the
+load then measures its worker processes with it. A worker that is started only to be measured would
+take as long as that load. If it is too low, the first load goes beyond the budget by the
+difference."""
 
 READING_BYTES = 64 << 20
 """What a load takes for a while besides what it leaves: the tensor that is being read."""

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import PLAIN_MODULE, QUICKSTART_MODULE, ServerProcess
+from tests.integration.processes import (
+    PLAIN_MODULE,
+    QUICKSTART_MODULE,
+    ServerProcess,
+    still_there,
+)
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS, write
 
@@ -98,7 +103,7 @@ def server(models_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield running
     children = running.descendants()
     assert running.stop() == 0, running.log_tail()
-    assert [child for child in children if child.is_running()] == []
+    assert still_there(children) == []
 
 
 @pytest.fixture(scope="session")

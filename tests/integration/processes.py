@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from vllm_hotswap.compat.versions import cache_root
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
@@ -148,3 +151,33 @@ def without_compilers(folder: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "VLLM_CACHE_ROOT": str(folder / "cache"),
     }
+
+
+def still_there(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Which of a stopped server's processes do not end by themselves.
+
+    Python's resource tracker ends once it sees that nobody has its pipe open, so after the server.
+    """
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while (left := [each for each in processes if _is_alive(each)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def cache_of_its_own(folder: Path) -> Path:
+    """Make a `VLLM_CACHE_ROOT` that no other server writes to.
+
+    What vLLM knows of its architectures is shared, because each takes seconds to find out.
+    """
+    inspected = cache_root() / "modelinfos"
+    inspected.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "modelinfos").exists():
+        (folder / "modelinfos").symlink_to(inspected)
+    return folder

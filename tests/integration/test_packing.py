@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from vllm.model_executor.layers import utils
+from vllm.model_executor import models
+from vllm.model_executor.layers import utils, vocab_parallel_embedding
+from vllm.model_executor.models import registry
 
-from vllm_hotswap.compat.packing import keeps_packed_copy
-from vllm_hotswap.devices import anonymous_bytes
+from vllm_hotswap.compat.packing import ONE_LAYER, keeps_packed_copy, packed_copies_bytes
+from vllm_hotswap.devices import CPU_WORKER, anonymous_bytes
 
 ROWS, COLUMNS = 16384, 1024
 SMALL = 2048, 1024
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+GENERATES = "generate"
 
 
 def grown_by_a_layer(dtype: torch.dtype) -> int:
@@ -38,6 +47,64 @@ def test_float32_is_packed_wherever_onednn_is() -> None:
     from vllm import _custom_ops as ops
 
     assert ops._supports_onednn == keeps_packed_copy(*SMALL, torch.float32)
+
+
+def model(architecture: str, dtype: torch.dtype = torch.float32, runner: str = GENERATES) -> Any:
+    """What is looked at of a model's configuration; its embedding has 64 MiB in float32."""
+    return SimpleNamespace(
+        architecture=architecture,
+        runner_type=runner,
+        dtype=dtype,
+        get_vocab_size=lambda: ROWS,
+        get_hidden_size=lambda: COLUMNS,
+    )
+
+
+def counted(model: Any) -> int:
+    """Bytes of second copies."""
+    config = SimpleNamespace(
+        model_config=model,
+        speculative_config=None,
+        parallel_config=SimpleNamespace(worker_cls=CPU_WORKER),
+    )
+    return packed_copies_bytes(config)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_copies_are_counted_for_types_that_this_cpu_packs(dtype: torch.dtype) -> None:
+    """Two for a model that generates, whose embedding and output layer are two layers."""
+    copies = 2 if keeps_packed_copy(*SMALL, dtype) else 0
+
+    assert copies * ROWS * COLUMNS * dtype.itemsize == counted(model("LlamaForCausalLM", dtype))
+
+
+def test_a_model_without_an_output_layer_has_one_copy_less() -> None:
+    """As one that embeds, and one that multiplies by its embedding."""
+    one = counted(model("LlamaForCausalLM", runner="pooling"))
+
+    assert 2 * one == counted(model("LlamaForCausalLM"))
+    assert {one} == {counted(model(name)) for name in ONE_LAYER}
+
+
+def test_tied_layers_stay_two_layers() -> None:
+    """vLLM gives the output layer the embedding's weight, and so packs it for both."""
+    output, embedding = torch.nn.Module(), torch.nn.Module()
+    embedding.weight = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    method = vocab_parallel_embedding.UnquantizedEmbeddingMethod()
+    tied = method.tie_weights(output, embedding)
+
+    assert tied is output
+    assert tied.weight is embedding.weight
+
+
+def test_the_models_without_an_output_layer_are_those_of_vllm() -> None:
+    """Their sources hand the embedding to what makes logits, and name no output layer."""
+    folder = Path(models.__file__).parent
+    sources = [(file.stem, file.read_text(encoding="utf-8")) for file in folder.glob("*.py")]
+    found = {stem for stem, source in sources if "logits_processor(self.model.embed" in source}
+    known = {registry._VLLM_MODELS[name][0].removesuffix("_mm") for name in ONE_LAYER}
+
+    assert known == found
 
 
 def test_a_copy_for_other_instructions_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:

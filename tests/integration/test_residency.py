@@ -15,7 +15,13 @@ import psutil
 import pytest
 
 from tests.integration.conftest import events
-from tests.integration.processes import PLAIN_MODULE, QUICKSTART_MODULE, ServerProcess
+from tests.integration.processes import (
+    PLAIN_MODULE,
+    QUICKSTART_MODULE,
+    ServerProcess,
+    cache_of_its_own,
+    still_there,
+)
 from tests.integration.watching import MemoryWatch
 from tests.ports import free_port
 from vllm_hotswap.bench import medium
@@ -111,7 +117,7 @@ def running(
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HOTSWAP_CONFIG": str(config),
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_CACHE_ROOT": str(cache_of_its_own(folder / "cache")),
     }
     server = ServerProcess.start(
         ["-m", QUICKSTART_MODULE], free_port(), folder / f"{name}.log", environment
@@ -119,7 +125,7 @@ def running(
     yield server
     children = server.descendants()
     assert server.stop() == 0, server.log_tail()
-    assert [child for child in children if child.is_running()] == []
+    assert still_there(children) == []
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -128,18 +128,38 @@ def expected_limits(config: Any) -> KVLimits:
     """
     if not needs_kv(config):
         return NO_KV
-    kinds = _kinds(config)
     try:
         # More than a sequence of full attention needs is never too little for one of less.
-        full = _limits_for(config, [FULL if kind in LOCAL else kind for kind in kinds])
-        found = _limits_for(config, kinds)
+        full = _limits_for(config, _in_full)
+        found = _limits_for(config, _kinds)
     except Exception as error:  # noqa: BLE001  # a model that vLLM describes in a way of its own
         cause = one_line(error)
         log.info("event=kv_need_estimated model=%s cause=%r", config.model_config.model, cause)
-        return KVLimits(0, _most_of_full_attention(config, kinds))
-    if _is_known(config, kinds):
+        return KVLimits(0, _most_by_sizes(config))
+    if _is_known(config, _kinds(config)):
         return KVLimits(found.least, max(found.most, full.least))
     return KVLimits(0, max(found.most, full.most))
+
+
+def _models(config: Any) -> list[Any]:
+    """A model's configuration, and that of its draft model, as vLLM makes it for its layers.
+
+    Both have one KV cache, so they share the settings of it.
+    """
+    speculative = config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    if draft is None or draft is config.model_config:
+        return [config]
+    drafting = copy.copy(config)
+    drafting.model_config = draft
+    drafting.parallel_config = speculative.draft_parallel_config or config.parallel_config
+    drafting.speculative_config = None
+    return [config, drafting]
+
+
+def _most_by_sizes(config: Any) -> int:
+    bounds = [_most_of_full_attention(model, _kinds(model)) for model in _models(config)]
+    return min(sum(bounds), sys.maxsize)
 
 
 def _most_of_full_attention(config: Any, kinds: Sequence[str]) -> int:
@@ -162,22 +182,26 @@ def needs_kv(config: Any) -> bool:
     return str(model.attn_type) not in ("encoder_only", "encoder")
 
 
-def _limits_for(config: Any, kinds: Iterable[str]) -> KVLimits:
+def _limits_for(config: Any, kinds_of: Callable[[Any], Iterable[str]]) -> KVLimits:
     from vllm.config import set_current_vllm_config
 
-    config = _planning_copy(config)
+    config, specs = _planning_copy(config), dict[str, Any]()
+    for model in _models(config):
+        with set_current_vllm_config(model):
+            maker = _Specs(model)
+            for kind in kinds_of(model):
+                specs |= {f"{len(specs)}.{part}": spec for part, spec in maker.of_layer(kind)}
     with set_current_vllm_config(config):
-        maker = _Specs(config)
-        specs = {
-            f"{number}.{part}": spec
-            for number, kind in enumerate(kinds)
-            for part, spec in maker.of_layer(kind)
-        }
         return limits(config, [specs])[0]
 
 
+def _in_full(config: Any) -> list[str]:
+    """As `_kinds`, as if every layer that attends kept all tokens."""
+    return [FULL if kind in LOCAL else kind for kind in _kinds(config)]
+
+
 def _kinds(config: Any) -> list[str]:
-    """The kind of each layer on the first rank, those of a draft model last."""
+    """The kind of each layer on the first rank."""
     model, parallel = config.model_config, config.parallel_config
     kinds = [KINDS.get(name, FULL) for name in _names(config)]
     if model.is_hybrid and {FULL, STATE} - {*kinds}:
@@ -185,8 +209,7 @@ def _kinds(config: Any) -> list[str]:
     first, end = model.get_layers_start_end_indices(parallel)
     # Layers that share the cache of others have none themselves; they come last.
     shared = getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
-    draft = _draft_layers(config)
-    return [*kinds[first : min(end, len(kinds) - shared)], *[FULL] * draft]
+    return kinds[first : min(end, len(kinds) - shared)]
 
 
 def _names(config: Any) -> list[str]:
@@ -204,14 +227,6 @@ def _names(config: Any) -> list[str]:
         return ["chunked_attention"] * total
     is_sliding = config.cache_config.sliding_window is not None
     return ["sliding_attention" if is_sliding else "attention"] * total
-
-
-def _draft_layers(config: Any) -> int:
-    speculative = config.speculative_config
-    draft = None if speculative is None else speculative.draft_model_config
-    if draft is None or draft is config.model_config:
-        return 0
-    return int(draft.get_total_num_hidden_layers())
 
 
 def _is_known(config: Any, kinds: Sequence[str]) -> bool:

@@ -8,7 +8,8 @@ oneDNN were built, and on environment variables such as `ONEDNN_MAX_CPU_ISA`. bf
 only with AVX-512 or AMX, float32 by AVX2, too. So vLLM is asked: it packs a small layer.
 
 Relies on: `dispatch_cpu_unquantized_gemm`, which leaves what it multiplies by in the closure of the
-layer's `cpu_linear`; `pad_vocab_size`.
+layer's `cpu_linear`; `pad_vocab_size`; `UnquantizedEmbeddingMethod.tie_weights`, which has
+two layers share a weight, and leaves them two.
 """
 
 from __future__ import annotations
@@ -21,6 +22,20 @@ from typing import Any
 
 from vllm_hotswap.devices import device_of
 
+ONE_LAYER = frozenset(
+    [
+        "CohereForCausalLM",
+        "Cohere2ForCausalLM",
+        "Cohere2MoeForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3nForCausalLM",
+        "Gemma3nForConditionalGeneration",
+    ]
+)
+"""Models that multiply by the embedding itself. A model that is missing here is overestimated by
+one copy, until its first load.
+"""
+
 PROBE_BYTES = 4 << 20
 """A layer of that size is packed as any larger one: vLLM takes other ways below 1 MiB."""
 
@@ -31,9 +46,8 @@ ROW_STEP = 16
 def packed_copies_bytes(config: Any) -> int:
     """Bytes of second copies that stay beside a model's embedding and output layer; 0 elsewhere.
 
-    A model whose two layers are one object keeps one copy, one whose layers only share the weight
-    keeps two. The configuration does not tell them apart, so for every model that generates two
-    are counted. The first load measures how many there are.
+    Tied embeddings are one weight of two layers, each of which is packed: two copies all the same.
+    Only the models of `ONE_LAYER` have no output layer. The first load measures what there is.
     """
     if not _is_cpu(config):
         return 0
@@ -75,7 +89,8 @@ def _embedding_bytes(model: Any) -> int:
 def _copies(model: Any) -> int:
     if not _is_packed(_rows(model), int(model.get_hidden_size()), model.dtype):
         return 0
-    return 2 if str(model.runner_type) == "generate" else 1
+    generates = str(model.runner_type) == "generate"
+    return 2 if generates and model.architecture not in ONE_LAYER else 1
 
 
 def _rows(model: Any) -> int:

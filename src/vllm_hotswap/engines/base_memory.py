@@ -26,10 +26,12 @@ from vllm_hotswap.paths import replace_text
 log = logging.getLogger("vllm_hotswap")
 
 STEP_BYTES = 8 << 20
-"""To which it is rounded up, so that a few pages more change nothing."""
+"""Room above what was measured, at least: a later start that holds less than that more changes
+nothing. With it, it is rounded up to whole steps.
+"""
 
 CHANGED_BYTES = 64 << 20
-"""Below what is written down by so much, it is written down anew."""
+"""Where so much less is measured than is written down, it is written down anew."""
 
 
 def with_known_base(memory: DeviceMemory, device: Device) -> DeviceMemory:
@@ -76,17 +78,17 @@ def _ignore(message: Message) -> None:
 
 def _remember(held_bytes: int) -> int:
     """Write down what a host holds, unless that is known; returns what counts."""
-    rounded = -(-held_bytes // STEP_BYTES) * STEP_BYTES
+    counted = -(-(held_bytes + STEP_BYTES) // STEP_BYTES) * STEP_BYTES
     known = _known_bytes()
-    if known is not None and rounded <= known <= rounded + CHANGED_BYTES:
+    if known is not None and held_bytes <= known <= counted + CHANGED_BYTES:
         return known
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({"host_bytes": rounded}))
+        replace_text(path, json.dumps({"host_bytes": counted}))
     except OSError as error:  # a check starts a host again then
         log.info("event=host_memory_not_kept path=%s cause=%r", path, one_line(error))
-    return rounded
+    return counted
 
 
 def _known_bytes() -> int | None:
