@@ -18,15 +18,10 @@ import torch
 from tests.integration.process_state import Watch  # before vLLM is imported
 
 # isort: split
-from vllm.lora.request import LoRARequest
-
 from tests.integration.hosted import Hosted
 from tests.integration.small_models import make
 from vllm_hotswap.compat import loading
-from vllm_hotswap.demo import MODELS
 from vllm_hotswap.host.state import absent, process_state
-
-ADAPTER = MODELS / "adapters" / "llama-pirate"
 
 
 def orders(folder: Path) -> dict[str, Any]:
@@ -107,10 +102,6 @@ def changes(folder: Path) -> dict[str, Any]:
     note("wake", llama.engine.wake)
     note("unload", llama.unload)
     note("reload", llama.reload)
-    note("failed load", lambda: fails(lambda: Hosted(break_(folder / "llama"), "broken")))
-    adapted = note("load with LoRA", lambda: Hosted(folder / "llama", "adapted", enable_lora=True))
-    note("load adapter", lambda: adapted.engine.add_lora(LoRARequest("pirate", 1, str(ADAPTER))))
-    note("ask adapter", adapted.greedy)
     return {"changes": seen, "ranks": ranks(), "absent": absent()}
 
 
