@@ -37,13 +37,15 @@ LAYERS = [
         "variables",
         "written",
         "compat.names",
-        "compat.state",
         "compat.sendable",
         "compat.versions",
     },
     {
         "port_file",
         "planner",
+        "compat.hashing",
+        "compat.state",
+        "compat.uncompiled",
         "policy",
         "costs",
         "host.messages",
@@ -160,6 +162,7 @@ VLLM_DOORS = {
     "host.lora",
     "host.state",
     "host.weights",
+    "compat.uncompiled",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import types
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_hotswap.compat.state import STATE, Owner, is_known, of_owner
-from vllm_hotswap.host.randomness import Randomness
+from vllm_hotswap.compat.hashing import with_own_globals
+from vllm_hotswap.compat.state import STATE, Owner, State, is_known, of_owner
+from vllm_hotswap.host.randomness import Randomness, drawing_nothing
 from vllm_hotswap.host.state import (
+    CONTAINERS,
     MISSING,
     Attribute,
     EngineState,
     Item,
     ProcessState,
+    absent,
     cells,
-    drawing_nothing,
     in_own_state,
 )
 
@@ -228,15 +231,135 @@ def test_methods_of_an_engine_find_its_state(
     assert "second" == Engine(None).backend()
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_each_engine_has_containers_of_its_own(module: Any, container: type[Any]) -> None:
+    """Of every kind that is changed in place: what one engine adds, no other one finds."""
+    module.value = container()
+    process = ProcessState([Attribute(module, "value")], [])
+    added = ModelConfig()
+
+    process.put_in_place(process.begin(DENSE))
+    add_to(module.value, added)
+    process.put_in_place(process.begin(DENSE))
+
+    assert (container, 0) == (type(module.value), len(module.value))
+
+
+def add_to(container: Any, thing: Any) -> None:
+    if isinstance(container, weakref.WeakKeyDictionary):
+        container[ModelConfig] = thing
+    elif isinstance(container, dict | weakref.WeakValueDictionary):
+        container["thing"] = thing
+    else:
+        (container.add if hasattr(container, "add") else container.append)(ModelConfig)
+
+
+def test_groups_that_this_vllm_does_not_have_are_neither_made_nor_counted(module: Any) -> None:
+    """A load that failed before it made groups has none to destroy."""
+    process = ProcessState([], [Attribute(module, "group"), Attribute(module, "of_later_vllm")])
+
+    state = process.begin(DENSE)
+    process.put_in_place(state)
+    process.end(state)  # fails if it takes a missing group for one that was made
+
+    assert not hasattr(module, "of_later_vllm")
+
+
+@dataclass
+class Refusing:
+    """A place that cannot be set now."""
+
+    refuses: bool = False
+    value: Any = None
+
+    def get(self) -> Any:
+        return self.value
+
+    def set(self, value: Any) -> None:
+        if self.refuses:
+            raise RuntimeError("refused")
+        self.value = value
+
+
+def test_state_that_could_not_be_put_in_place_is_no_engines(module: Any) -> None:
+    """Neither engine keeps a mixture for its own, and each can be put in place later."""
+    refusing = Refusing()
+    process = ProcessState([Attribute(module, "backend"), refusing], [])
+    first, second = (load(process, module, name) for name in ("first", "second"))
+    refusing.refuses = True
+    with pytest.raises(RuntimeError, match="refused"):
+        process.put_in_place(first)
+    refusing.refuses = False
+
+    process.put_in_place(second)
+    assert "second" == module.backend
+    process.put_in_place(first)
+    assert "first" == module.backend
+
+
+class Environment(dict[str, str]):
+    """Counts what is written."""
+
+    written = 0
+
+    def __setitem__(self, name: str, value: str) -> None:
+        self.written += 1
+        super().__setitem__(name, value)
+
+
+def test_a_variable_is_written_only_where_it_differs() -> None:
+    """Another thread must not read the environment while it is written."""
+    environment = Environment(NAME="1")
+    variable = Item(environment, "NAME")
+
+    variable.set("1")
+    assert 0 == environment.written
+    variable.set("2")
+    assert (1, "2") == (environment.written, environment["NAME"])
+
+
+ROOT = "that of the module"
+
+
+def hash_of_first_block(tokens: str) -> str:
+    return joined(tokens)
+
+
+def joined(tokens: str, *, sign: str = "+") -> str:
+    return f"{ROOT}{sign}{tokens}"
+
+
+def test_hashes_begin_at_the_root_of_their_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever engine's root is in place when the input thread hashes a request."""
+    monkeypatch.setattr(f"{__name__}.ROOT", "of the first")
+    bound = with_own_globals(hash_of_first_block)
+    monkeypatch.setattr(f"{__name__}.ROOT", "of the second")
+
+    assert "of the first+tokens" == bound("tokens")
+    assert "of the second+tokens" == hash_of_first_block("tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "since", "is_told"),
+    [("Owner", "", False), ("Renamed", "", True), ("Renamed", "999.0", False)],
+)
+def test_a_place_that_was_renamed_is_told(name: str, since: str, is_told: bool) -> None:
+    """Unless it is only in later versions. What lies in it does not matter."""
+    state = State(f"vllm_hotswap.compat.state:{name}", Owner.ENGINE, "a reason", since)
+
+    assert is_told == bool(absent([state]))
+
+
 def test_what_is_not_set_stays_as_it_is_unless_it_is_a_variable() -> None:
     """A module's missing name may be read by another thread; a variable would count for others."""
     module, environment = types.SimpleNamespace(name=1), {"NAME": "1"}
 
     assert MISSING is Attribute(module, "other").get()
+    Attribute(module, "other").set(2)
     Attribute(module, "name").set(MISSING)
     Item(environment, "NAME").set(MISSING)
 
-    assert (1, {}) == (module.name, environment)
+    assert ({"name": 1}, {}) == (vars(module), environment)
     assert MISSING is Item(environment, "NAME").get()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,3 +155,19 @@ def test_where_vllm_cannot_be_asked_keys_and_values_are_the_bound() -> None:
 def test_nothing_is_a_bound_for_what_holds_something_else(given: Any, kinds: list[str]) -> None:
     """The load bounds it."""
     assert sys.maxsize == kv_cache._most_of_full_attention(given, kinds)
+
+
+@dataclass
+class SpecOf26:
+    block_size: int
+
+
+@dataclass
+class SpecOf29(SpecOf26):
+    num_prefill_checkpoint_blocks: int = 0
+
+
+def test_checkpoint_blocks_are_counted_where_vllm_knows_them() -> None:
+    """vLLM 0.26 refuses the argument."""
+    assert {} == kv_cache._checkpoint_blocks(SpecOf26)
+    assert {"num_prefill_checkpoint_blocks": 1} == kv_cache._checkpoint_blocks(SpecOf29)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from tools.vllm_seams import __main__ as command
 from tools.vllm_seams.declared import seams
 from tools.vllm_seams.report import Known, changed, problems
 from tools.vllm_seams.routes import handlers_in, routes_in
+from tools.vllm_seams.state import seams_of_state
 from tools.vllm_seams.tree import Tree
-from tools.vllm_seams.uses import uses_in
-from tools.vllm_seams.wheel import NoSources, sources_of
+from tools.vllm_seams.uses import Uses, uses_in
+from tools.vllm_seams.wheel import NoSources, _unpack, sources_of
+from vllm_hotswap.compat.state import Owner, State
 from vllm_hotswap.compat.versions import READ_ON, RUN_ON
 
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
@@ -223,6 +226,50 @@ def test_functions_whose_code_differs_are_told(make_tree: MakeTree) -> None:
 
     assert [] == list(changed(old, same, ["vllm.old.helper"]))
     assert ["vllm.old.helper"] == list(changed(old, other, ["vllm.old.helper"]))
+
+
+@pytest.mark.parametrize(
+    ("place", "since", "complaints"),
+    [
+        ("vllm.engine:Engine.kind", "", []),
+        ("vllm.engine:Engine.gone", "", ["vllm.engine.Engine.gone: does not exist (declared)"]),
+        ("vllm.engine:Engine.gone", "1.1", []),
+        ("vllm.engine:Base.kind.*.queue", "", []),
+        ("vllm.engine:Base.kind.*.gone", "", ["vllm.engine: says nothing of gone (declared)"]),
+        ("vllm.gone:*", "", ["vllm.gone: does not exist (declared)"]),
+        ("vllm.gone.*:name", "", []),
+        ("os:environ[NAME]", "", []),
+    ],
+)
+def test_listed_state_is_looked_up(
+    make_tree: MakeTree, place: str, since: str, complaints: list[str]
+) -> None:
+    """What was renamed would be moved no more, without an error."""
+    found = seams_of_state([State(place, Owner.ENGINE, "a reason", since)])
+
+    said = problems(make_tree(), (1, 0), Uses((), ()), found, KNOWN)
+
+    assert complaints == [str(problem) for problem in said]
+
+
+def test_an_unpacking_that_was_interrupted_is_not_taken_for_complete(tmp_path: Path) -> None:
+    """The folder is there once it is whole, and nothing else is left."""
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("vllm/__init__.py", "first")
+        archive.writestr("vllm/late.py", "late")
+    text = wheel.read_bytes()
+    wheel.write_bytes(text.replace(b"late", b"fate", 1).replace(b"late", b"gate"))
+    folder = tmp_path / "vllm-9.9.9"
+    with pytest.raises(Exception, match=r".*"):
+        _unpack(wheel, folder)
+    assert [wheel] == list(tmp_path.iterdir())
+
+    wheel.write_bytes(text)
+    _unpack(wheel, folder)
+
+    assert [folder] == list(tmp_path.iterdir())
+    assert "late" == (folder / "vllm" / "late.py").read_text()
 
 
 def test_every_declared_name_is_used() -> None:

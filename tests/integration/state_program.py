@@ -21,8 +21,7 @@ from tests.integration.process_state import Watch  # before vLLM is imported
 from tests.integration.hosted import Hosted
 from tests.integration.small_models import make
 from vllm_hotswap.compat import loading
-from vllm_hotswap.compat.state import STATE, Owner, State
-from vllm_hotswap.host.state import cells, process_state
+from vllm_hotswap.host.state import absent, process_state
 
 
 def orders(folder: Path) -> dict[str, Any]:
@@ -103,12 +102,14 @@ def changes(folder: Path) -> dict[str, Any]:
     note("wake", llama.engine.wake)
     note("unload", llama.unload)
     note("reload", llama.reload)
-    absent = [state.place for state in STATE if is_moved(state) and not list(cells(state.place))]
-    return {"changes": seen, "ranks": ranks(), "absent": absent}
+    return {"changes": seen, "ranks": ranks(), "absent": absent()}
 
 
-def is_moved(state: State) -> bool:
-    return state.owner is not Owner.PROCESS and not state.place.startswith("os:")
+def worker(_: Path) -> list[int]:
+    """What a worker process of a compiled model counts."""
+    import vllm_hotswap.host.cpu_worker  # noqa: F401  # which vLLM imports first there
+
+    return ranks()
 
 
 def ranks() -> list[int]:
@@ -177,11 +178,12 @@ def resources() -> dict[str, int]:
     }
 
 
-def main(program: str, folder: str, *arguments: str) -> dict[str, Any]:
-    programs: dict[str, Callable[..., dict[str, Any]]] = {
+def main(program: str, folder: str, *arguments: str) -> Any:
+    programs: dict[str, Callable[..., Any]] = {
         "orders": orders,
         "draws": draws,
         "changes": changes,
+        "worker": worker,
         "llama": lambda folder: alone(folder, "llama", 3),
         "moe": lambda folder: alone(folder, "moe", 4),
     }

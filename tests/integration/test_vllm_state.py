@@ -99,6 +99,11 @@ def test_small_functions_need_no_compiler_beside_a_compiled_model(watched: Any) 
     assert [3, 1] == watched["ranks"]
 
 
+def test_small_functions_need_no_compiler_in_a_worker_process(folder: Path) -> None:
+    """Of a compiled model that is divided among workers: each has imports of its own."""
+    assert [3, 1] == run("worker", folder)
+
+
 def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
     """A new one is to be added to `STATE` in `vllm_hotswap.compat.state`, with its owner."""
     changes = watched["changes"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tools.vllm_seams.declared import numbers, seams
 from tools.vllm_seams.report import Known, changed, problems, summary
+from tools.vllm_seams.state import seams_of_state
 from tools.vllm_seams.tree import Tree
 from tools.vllm_seams.uses import Uses, uses_in
 from tools.vllm_seams.wheel import NoSources, installed_sources, sources_of
@@ -51,7 +52,7 @@ def known() -> Known:
 
 
 def _check(tree: Tree, version: str) -> int:
-    uses, declared = uses_in(SOURCE, PLACES), seams()
+    uses, declared = uses_in(SOURCE, PLACES), (*seams(), *seams_of_state())
     found = summary(problems(tree, numbers(version), uses, declared, known()))
     for line in found:
         print(line)

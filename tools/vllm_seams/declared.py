@@ -40,6 +40,7 @@ vllm.v1.engine.core.EngineCoreProc.set_weight_version(version) since 0.32
 vllm.v1.engine.core.EngineCore.model_executor
 vllm.v1.engine.core.EngineCore.scheduler
 vllm.v1.engine.core.EngineCore.structured_output_manager
+vllm.v1.engine.core.EngineCore.request_block_hasher
 vllm.v1.engine.core.EngineCore.available_gpu_memory_for_kv_cache
 vllm.v1.structured_output.StructuredOutputManager.clear_backend()
 vllm.v1.core.sched.scheduler.Scheduler.finish_requests(request_ids, status)
@@ -60,6 +61,11 @@ vllm.v1.executor.uniproc_executor.UniProcExecutor._distributed_args()
 vllm.v1.worker.cpu_worker.CPUWorker.compile_or_warm_up_model()
 vllm.v1.worker.cpu_worker.CPUWorker.determine_available_memory()
 vllm.v1.worker.cpu_worker.CPUWorker._maybe_get_memory_pool_context(tag)
+vllm.v1.worker.worker_base.WorkerWrapperBase.worker
+vllm.v1.worker.gpu_worker.Worker.profiler
+vllm.v1.worker.gpu_worker.Worker.weight_transfer_engine
+vllm.v1.worker.gpu_worker.Worker.elastic_ep_executor
+vllm.v1.executor.multiproc_executor.MultiprocExecutor._finalizer
 vllm.v1.worker.cpu_worker.CPUWorker.model_runner
 vllm.v1.worker.cpu_model_runner.CPUModelRunner.warming_up_model() until 0.29
 vllm.v1.worker.cpu_worker.CPUWorker._should_warm_up_model() since 0.30
@@ -103,6 +109,17 @@ vllm.config.VllmConfig.speculative_config
 vllm.config.VllmConfig.weight_transfer_config
 vllm.config.VllmConfig.compilation_config
 vllm.config.ModelConfig.runner_type
+vllm.config.ModelConfig.convert_type
+vllm.config.ModelConfig.score_type
+vllm.config.ModelConfig.attn_type
+vllm.config.ModelConfig.has_inner_state
+vllm.config.ModelConfig.is_moe
+vllm.config.ModelConfig._model_info
+vllm.config.ModelConfig.registry
+vllm.config.ModelConfig.architecture
+vllm.model_executor.models.registry._ModelInfo.supports_transcription
+vllm.model_executor.models.registry._ModelInfo.supports_transcription_only
+vllm.model_executor.models.registry._ModelInfo.is_pooling_model
 vllm.config.ModelConfig.enforce_eager
 vllm.config.ModelConfig.max_model_len
 vllm.config.ModelConfig.max_logprobs
@@ -125,6 +142,7 @@ vllm.config.CacheConfig.cache_dtype
 vllm.config.CacheConfig.kv_cache_memory_bytes
 vllm.config.CacheConfig.gpu_memory_utilization
 vllm.config.SchedulerConfig.max_num_seqs
+vllm.config.ParallelConfig.enable_eplb
 vllm.config.ParallelConfig.worker_cls
 vllm.config.ParallelConfig.world_size
 vllm.config.ParallelConfig.local_world_size
@@ -160,6 +178,7 @@ vllm.config.CacheConfig.mamba_page_size_padded
 vllm.config.CacheConfig.mamba_cache_mode
 vllm.v1.kv_cache_interface.KVCacheConfig.num_blocks
 vllm.v1.kv_cache_interface.KVCacheConfig.kv_cache_tensors
+vllm.v1.kv_cache_interface.MambaSpec.num_prefill_checkpoint_blocks since 0.29
 vllm.v1.attention.backend.AttentionBackend.get_preferred_block_size(default_block_size) since 0.33
 vllm.platforms.interface.Platform._align_hybrid_block_size(vllm_config, backend_cls)
 vllm.model_executor.models.registry._run_in_subprocess(fn)
@@ -194,6 +213,9 @@ vllm.engine.arg_utils.EngineArgs.mm_processor_cache_gb
 {CLI_ARGS} FrontendArgs.root_path
 {CLI_ARGS} FrontendArgs.h11_max_incomplete_event_size
 {CLI_ARGS} FrontendArgs.h11_max_header_count
+{CLI_ARGS} FrontendArgs.log_config_file until 0.29
+vllm.engine.arg_utils.AsyncEngineArgs.logging_config since 0.32
+vllm.config.logging.LoggingConfig.pylogging_config_file since 0.32
 {CLI_ARGS} BaseFrontendArgs.enable_tokenizer_info_endpoint
 
 # host.compiled, host.weights, host.lora: what a loaded model is made of
@@ -208,6 +230,9 @@ vllm.platforms.interface.Platform.register_triton_kernel_overrides() since 0.30
 vllm.platforms.interface.Platform.is_cpu()
 vllm.platforms.interface.Platform.is_cuda_alike()
 vllm.platforms.interface.Platform.device_type
+vllm.platforms.interface.Platform.simple_compile_backend
+vllm.v1.sample.ops.logprobs says simple_compile_backend
+vllm.model_executor.layers.utils says cpu_linear
 """
 
 _LINE = re.compile(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -64,8 +66,13 @@ def _download(version: str, cache: Path) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
-    """Keep the wheel's Python sources, and drop the rest."""
-    with zipfile.ZipFile(wheel) as archive:
+    """Keep the wheel's Python sources, and drop the rest. The folder is there once it is whole."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as unpacked,
+        zipfile.ZipFile(wheel) as archive,
+    ):
         names = [name for name in archive.namelist() if name.endswith(".py")]
-        archive.extractall(folder, names)
+        archive.extractall(whole := Path(unpacked, "whole"), names)
+        shutil.rmtree(folder, ignore_errors=True)  # it holds no vLLM, or nobody would unpack one
+        whole.rename(folder)
     wheel.unlink()

@@ -1,7 +1,7 @@
 """What the engine host needs of vLLM around a load. Checked on vLLM 0.32.0.
 
 Relies on: `Executor.get_class`, `maybe_register_config_serialize_by_value`,
-`register_triton_kernel_overrides`, `simple_compile_backend` being read at import.
+`register_triton_kernel_overrides`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ def executor_class(config: Any) -> type[Any]:
 
 def prepare_host() -> None:
     """Import what loads and steps need, so that no load waits for an import."""
-    from vllm.platforms import current_platform
+    import vllm_hotswap.compat.uncompiled  # before vLLM's modules
 
-    _compile_models_only(current_platform)
+    # isort: split
     from vllm.model_executor.model_loader import get_model  # noqa: F401
+    from vllm.platforms import current_platform
     from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
     from vllm.v1.core.sched import scheduler  # noqa: F401
 
@@ -34,17 +35,6 @@ def prepare_host() -> None:
         import vllm.v1.worker.gpu_worker  # noqa: F401
     maybe_register_config_serialize_by_value()
     _register_kernels_once(current_platform)
-
-
-def _compile_models_only(platform: Any) -> None:
-    """On CPU, have vLLM run its small functions as they are written, also beside compiled models.
-
-    It decorates some (counting ranks for log-probabilities is one) so that they are compiled at
-    their first call: all models would wait for the C++ compiler for 10 s to 20 s, and once more for
-    another number of requests. To be called before the modules with such functions are imported.
-    """
-    if platform.is_cpu():
-        platform.simple_compile_backend = "eager"
 
 
 def _register_kernels_once(platform: Any) -> None:

@@ -4,6 +4,11 @@ vLLM is written for one engine per process, so a load sets module globals, class
 environment variables. `STATE` lists those that a load, a step or an unload changes, with what is
 done about each; `host.state` does it. `docs/vllm-state.md` is made from this list, and a test
 compares it with what the installed vLLM really changes.
+
+Input threads take requests in for any engine at any time, and so read some of it while another
+engine's values may be in place. The root of prefix hashes (`NONE_HASH`) they do not read: each
+engine has a hasher with its own (`compat.hashing`). Of the variables' cache (`vllm.envs`) they may
+read another engine's: the same values, but for variables of one model.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
+
+from vllm_hotswap.compat.versions import numbers
 
 
 class Owner(Enum):
@@ -40,34 +47,57 @@ class State:
             value of a dictionary, or, where the state is shared, for any text.
         owner: to whom it belongs.
         reason: what it is, and why it belongs there.
+        since: the first version of vLLM, of those that were looked at, that has it.
     """
 
     place: str
     owner: Owner
     reason: str
+    since: str = ""
+
+    @property
+    def is_moved_attribute(self) -> bool:
+        """Whether it is moved with engines, and is no variable, which need not be set."""
+        return self.owner is not Owner.PROCESS and not self.place.startswith("os:")
+
+    def is_in(self, version: str) -> bool:
+        """Whether a version of vLLM, such as `0.32.0`, is to have it."""
+        return numbers(version) >= numbers(self.since)
 
 
-def _of(owner: Owner, module: str, names: str, reason: str) -> Iterator[State]:
+def _of(owner: Owner, module: str, names: str, reason: str, since: str = "") -> Iterator[State]:
     for name in names.split():
-        yield State(f"{module}:{name}", owner, reason)
+        yield State(f"{module}:{name}", owner, reason, since)
 
 
-def _engine(module: str, names: str, reason: str) -> Iterator[State]:
-    return _of(Owner.ENGINE, module, names, reason)
+def _engine(module: str, names: str, reason: str, since: str = "") -> Iterator[State]:
+    return _of(Owner.ENGINE, module, names, reason, since)
 
 
-def _shared(module: str, names: str, reason: str) -> Iterator[State]:
-    return _of(Owner.PROCESS, module, names, reason)
+def _shared(module: str, names: str, reason: str, since: str = "") -> Iterator[State]:
+    return _of(Owner.PROCESS, module, names, reason, since)
+
+
+GROUPS = (
+    "parallel groups, each of this process alone. Models of mixtures of experts have more of "
+    "them than dense ones; a set per engine would cost 14 ports and 40 threads"
+)
+KERNELS = "kernels that the model's configuration has chosen"
+ROOT = (
+    "where the hashes of the model's prefix cache begin; drawn anew at each load if the hash "
+    "is not cryptographic, so another load would empty the cache in effect"
+)
+MANAGERS = "which class manages which kind of KV memory; the same for all models of a platform"
 
 
 STATE: tuple[State, ...] = (
     *_of(
         Owner.KIND,
         "vllm.distributed.parallel_state",
-        "_TP _ETP _ENGRAM_DP _DCP _PCP _PP _DP _EP _EPLB",
-        "parallel groups, each of this process alone. Models of mixtures of experts have more of "
-        "them than dense ones; a set per engine would cost 14 ports and 40 threads",
+        "_TP _DCP _PCP _PP _DP _EP _EPLB",
+        GROUPS,
     ),
+    *_of(Owner.KIND, "vllm.distributed.parallel_state", "_ETP _ENGRAM_DP", GROUPS, "0.32"),
     *_engine(
         "vllm.distributed.parallel_state",
         "_ENABLE_CUSTOM_ALL_REDUCE",
@@ -96,8 +126,14 @@ STATE: tuple[State, ...] = (
     ),
     *_engine(
         "vllm.model_executor.layers.mamba.ops.ssu_dispatch",
-        "_mamba_ssu_backend _flashinfer_replayssm_kernel",
-        "kernels that the model's configuration has chosen",
+        "_mamba_ssu_backend",
+        KERNELS,
+    ),
+    *_engine(
+        "vllm.model_executor.layers.mamba.ops.ssu_dispatch",
+        "_flashinfer_replayssm_kernel",
+        KERNELS,
+        "0.32",
     ),
     *_engine(
         "vllm.model_executor.layers.attention.mm_encoder_attention",
@@ -129,12 +165,8 @@ STATE: tuple[State, ...] = (
         "_NUM_UBATCHES _CURRENT_CONTEXTS _THREAD_ID_TO_CONTEXT",
         "the parts of a batch that the model works on at once",
     ),
-    *_engine(
-        "vllm.v1.core.kv_cache_utils",
-        "NONE_HASH _NONE_HASH_SEED",
-        "where the hashes of the model's prefix cache begin; drawn anew at each load if the hash "
-        "is not cryptographic, so another load would empty the cache in effect",
-    ),
+    *_engine("vllm.v1.core.kv_cache_utils", "NONE_HASH", ROOT),
+    *_engine("vllm.v1.core.kv_cache_utils", "_NONE_HASH_SEED", ROOT, "0.29"),
     *_engine(
         "vllm.compilation.cuda_graph",
         "CUDAGraphWrapper._all_instances",
@@ -169,6 +201,7 @@ STATE: tuple[State, ...] = (
         "vllm.compilation.compiler_interface",
         "_last_inductor_triton_cache_dir",
         "goes with the folder of compiled code",
+        "0.32",
     ),
     *_shared(
         "vllm.distributed.parallel_state",
@@ -264,26 +297,27 @@ STATE: tuple[State, ...] = (
         "vllm.triton_utils.dispatcher",
         "_registry",
         "kernels that the platform replaces once for all models",
+        "0.32",
     ),
-    *_shared(
-        "vllm.v1.kv_cache_spec_registry",
-        "_REGISTRY_KVCACHESPEC_LIST _REGISTRY_ROLE_MANAGERS",
-        "which class manages which kind of KV memory; the same for all models of a platform",
-    ),
+    *_shared("vllm.v1.kv_cache_spec_registry", "_REGISTRY_KVCACHESPEC_LIST", MANAGERS),
+    *_shared("vllm.v1.kv_cache_spec_registry", "_REGISTRY_ROLE_MANAGERS", MANAGERS, "0.32"),
     *_shared(
         "vllm.config.cache",
         "_layout_from_name",
         "depends on its arguments alone",
+        "0.29",
     ),
     *_shared(
         "vllm.config.vllm",
         "default_breakable_cudagraph_architectures",
         "depends on the version of vLLM alone",
+        "0.29",
     ),
     *_shared(
         "vllm.logger",
         "_last_configured_logging_config",
         "logging, which is configured once",
+        "0.32",
     ),
     *_shared(
         "vllm.plugins",
@@ -314,11 +348,13 @@ STATE: tuple[State, ...] = (
         "vllm.model_executor.warmup.jit_warmup_triton_helper",
         "_launch_binding_plan",
         "depends on its arguments alone",
+        "0.32",
     ),
     *_shared(
         "vllm.v1.worker.block_table",
         "_COMPUTE_SLOT_MAPPING_KERNEL",
         "a kernel that holds nothing of a model",
+        "0.29",
     ),
     *_shared(
         "os",

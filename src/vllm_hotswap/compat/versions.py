@@ -52,9 +52,9 @@ def cpu_capability() -> str:
 
 def warning(version: str) -> str | None:
     """What to tell the user about a version of vLLM; None where there is nothing to tell."""
-    if _numbers(version) in map(_numbers, RUN_ON):
+    if numbers(version) in map(numbers, RUN_ON):
         return None
-    if _numbers(version) in map(_numbers, READ_ON):
+    if numbers(version) in map(numbers, READ_ON):
         return (
             f"vLLM {version} has every name that vllm-hotswap uses, but has not been run with it; "
             f"what has: {', '.join(RUN_ON)}"
@@ -62,7 +62,7 @@ def warning(version: str) -> str | None:
     return f"vLLM {version} has not been tried with vllm-hotswap; what has: {', '.join(RUN_ON)}"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """`0.32.1rc2.dev3+cpu` as `(0, 32)`: a fix release is taken for the release that it fixes."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return tuple(map(int, found.groups())) if found else ()

@@ -20,6 +20,9 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+import vllm_hotswap.compat.uncompiled  # noqa: F401  # before vLLM's modules
+
+# isort: split
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.config import CompilationMode, set_current_vllm_config
@@ -31,6 +34,7 @@ from vllm_hotswap.host.arena import Arena
 from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory, large_blocks_mapped
 from vllm_hotswap.host.lora import use_masking
+from vllm_hotswap.host.randomness import drawing_nothing
 from vllm_hotswap.host.weights import DroppedWeights, Weights, strange_weights
 
 SMALLEST_LAZY_BYTES = 1 << 20
@@ -116,7 +120,9 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         before = time.monotonic()
         try:
             with large_blocks_mapped():
-                self._dropped.put_back(self._load_again())
+                with drawing_nothing():  # the loader may initialise weights before it reads them
+                    again = self._load_again()
+                self._dropped.put_back(again)
         except Exception as error:
             raise RuntimeError(
                 f"the weights of {self.model_config.model} could not be read again: "

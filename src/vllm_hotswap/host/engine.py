@@ -30,12 +30,13 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
+from vllm_hotswap.compat.hashing import with_own_globals
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.canaries import Canaries
 from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.randomness import Randomness
-from vllm_hotswap.host.state import EngineState, drawing_nothing, in_own_state, process_state
+from vllm_hotswap.host.state import EngineState, in_own_state, process_state
 from vllm_hotswap.host.teardown import dismantle
 from vllm_hotswap.host.threads import use_all_cores
 
@@ -59,6 +60,12 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     _lasting: frozenset[str] | None = None
     """Attributes that stay when the model goes; known once vLLM begins to make the model."""
+
+    request_block_hasher: Any
+    """vLLM's, with this engine's own root; None without a prefix cache."""
+
+    state: EngineState | None = None
+    """Of the model that is loaded, or is being loaded."""
 
     def __init__(
         self,
@@ -88,17 +95,26 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def _loading(self, vllm_config: Any) -> Iterator[None]:
         """A load inside finds the state of a process of its own; one that fails leaves nothing."""
         process, drawn_before = process_state(), self._randomness
-        self.state: EngineState | None = process.begin(vllm_config)
-        process.put_in_place(self.state)
+        self.state = state = process.begin(vllm_config)
         try:
+            process.put_in_place(state)
             yield
-            process.loaded(self.state)
+            self._bind_hashes()
+            process.loaded(state)
         except BaseException:
             self._forget_model()
             self._randomness = drawn_before
             raise
         if drawn_before is not None:  # as if the model had never been gone
             drawn_before.restore()
+
+    def _bind_hashes(self) -> None:
+        """Have the prefix cache begin at this engine's own root, also on the input thread.
+
+        That thread hashes new requests at any time, when another engine's root may be in place.
+        """
+        if (hasher := self.request_block_hasher) is not None:
+            self.request_block_hasher = with_own_globals(hasher)
 
     @contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
@@ -245,8 +261,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     @in_own_state
     def wake(self) -> None:
         """Take memory back and schedule again."""
-        with drawing_nothing():  # reading weights again may initialise them first
-            self.model_executor.wake_up()
+        self.model_executor.wake_up()
         self.resume_scheduler()
 
     @in_own_state
@@ -291,8 +306,10 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def _forget_state(self) -> None:
         """Only the random numbers stay, for the next load."""
         if (state := self.state) is not None:
-            self.state = None
-            self._randomness = process_state().end(state)
+            try:
+                self._randomness = process_state().end(state)
+            finally:
+                self.state = None
 
     def _forget_attributes(self, lasting: frozenset[str]) -> None:
         self._canaries.forget()

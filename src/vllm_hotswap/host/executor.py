@@ -13,7 +13,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm import envs
@@ -34,11 +36,32 @@ QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
 MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadTerms:
+    """What an executor cannot be told, because vLLM makes it."""
+
+    folder: str
+    """Where torch's store of the process group lies: it is never removed by the process itself."""
+    limits_kv: bool
+    """Whether the load takes no more KV memory than the model can use."""
+
+
+UNTOLD = LoadTerms(tempfile.gettempdir(), False)
+_under_way = ContextVar("_under_way", default=UNTOLD)
+
+
+@contextmanager
+def loading_on(terms: LoadTerms) -> Iterator[None]:
+    """Loads inside follow these terms, and later ones those from before."""
+    token = _under_way.set(terms)
+    try:
+        yield
+    finally:
+        _under_way.reset(token)
+
+
 class _Reporting:
     """Says which stage of a load an executor has reached."""
-
-    limits_kv: ClassVar[bool] = False
-    """Whether the load under way takes no more KV memory than the model can use."""
 
     def _init_executor(self) -> None:
         reached("weights")
@@ -53,7 +76,7 @@ class _Reporting:
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         if (given := config.cache_config.kv_cache_memory_bytes) is not None:
             found = [min(given, free) for free in found]
-        if _Reporting.limits_kv:
+        if _under_way.get().limits_kv:
             specs = self.get_kv_cache_specs()  # type: ignore[attr-defined]
             most = [limit.most for limit in limits(config, specs)]
             log.info("event=kv_limit model=%s bytes=%s", config.model_config.model, most)
@@ -69,21 +92,13 @@ class _Reporting:
         super().compile_or_warm_up_model()  # type: ignore[misc]
 
 
-def limit_kv_memory(limited: bool) -> None:
-    """For the loads that follow: whether to take no more KV memory than the model can use."""
-    _Reporting.limits_kv = limited
-
-
 class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM's types stop here
     """`UniProcExecutor` for one of several engines in a process."""
-
-    folder: ClassVar[str] = tempfile.gettempdir()
-    """Where torch's store of the process group lies: it is never removed by the process itself."""
 
     def _distributed_args(self) -> tuple[str, int, int]:
         method, rank, local_rank = super()._distributed_args()
         if method.startswith("file://"):
-            method = f"file://{self.folder}/{method.rpartition('/')[2]}"
+            method = f"file://{_under_way.get().folder}/{method.rpartition('/')[2]}"
         return method, rank, local_rank
 
     def shutdown(self) -> None:

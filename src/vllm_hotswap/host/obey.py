@@ -147,12 +147,11 @@ class Obedience:
         """A new engine at the first load, the same one at every later load."""
         from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
-        from vllm_hotswap.host.executor import HostedExecutor, limit_kv_memory
+        from vllm_hotswap.host.executor import LoadTerms, loading_on
 
-        HostedExecutor.folder = command.sockets.folder
-        limit_kv_memory(command.limits_kv)
+        terms = LoadTerms(command.sockets.folder, command.limits_kv)
         engine = self._find(command.alias)
-        with forgetting_failed_load():
+        with forgetting_failed_load(), loading_on(terms):
             if engine is not None:
                 engine.reload(command.vllm_config, command.log_stats)
                 return engine

@@ -7,6 +7,8 @@ at each load, together with those of Python and numpy (`set_random_seed`, checke
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +46,13 @@ class Randomness:
         accelerator = accelerator_module()
         if accelerator is not None and self.accelerator is not None:
             accelerator.set_rng_state(self.accelerator)
+
+
+@contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """Whatever is drawn inside, the next random numbers are those that would have come anyway."""
+    before = Randomness.now()
+    try:
+        yield
+    finally:
+        before.restore()

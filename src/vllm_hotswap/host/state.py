@@ -5,8 +5,8 @@ moved: steps cost nothing. When another one is, what the last one has left is ke
 the other one had is put back, as if each had a process of its own. So an engine that cannot be
 loaded leaves nothing behind.
 
-Only the compute thread works with engines. IO threads read some of this state at other times; what
-is said about it in `compat.state` holds for them, too.
+Only the compute thread works with engines. What IO threads read of this state at other times is
+said in `compat.state`.
 
 Worker processes of a tensor-parallel model serve that model alone: nothing is moved in them.
 """
@@ -14,19 +14,19 @@ Worker processes of a tensor-parallel model serve that model alone: nothing is m
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from vllm_hotswap.compat.state import Owner, of_owner
+from vllm_hotswap.compat.state import STATE, Owner, State, of_owner
+from vllm_hotswap.compat.versions import vllm_version
 from vllm_hotswap.host.randomness import Randomness
 
 P = ParamSpec("P")
@@ -35,7 +35,16 @@ R = TypeVar("R")
 MISSING = object()
 """The value of what is not set."""
 
-CONTAINERS = (dict, list, set, weakref.WeakSet)
+CONTAINERS = (
+    dict,
+    list,
+    set,
+    deque,
+    weakref.WeakSet,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+)
+"""Types of values that are changed in place. Each has a method `copy`."""
 
 
 class Cell(Protocol):
@@ -59,7 +68,8 @@ class Attribute:
         return getattr(self.owner, self.name, MISSING)
 
     def set(self, value: Any) -> None:
-        if value is not MISSING:  # an IO thread may read what another engine has set
+        """Nothing is made or removed: an IO thread may read what another engine has set."""
+        if value is not MISSING and hasattr(self.owner, self.name):
             setattr(self.owner, self.name, value)
 
 
@@ -74,8 +84,11 @@ class Item:
         return self.owner.get(self.name, MISSING)
 
     def set(self, value: Any) -> None:
+        """Only where it differs: another thread must not read the environment meanwhile."""
+        if value is self.get() or value == self.get():
+            return
         if value is MISSING:
-            self.owner.pop(self.name, None)
+            del self.owner[self.name]
         else:
             self.owner[self.name] = value
 
@@ -92,6 +105,24 @@ def cells(place: str) -> Iterator[Cell]:
         for part in way:
             owners = [step for owner in owners for step in _steps(owner, part)]
         yield from (Attribute(owner, name) for owner in owners)
+
+
+def absent(states: Iterable[State] = STATE) -> list[str]:
+    """Places of attributes that would be moved, and that the installed vLLM does not have.
+
+    To be asked after a load: some names are there only then.
+    """
+    version = vllm_version()
+    return [
+        state.place
+        for state in states
+        if state.is_moved_attribute and state.is_in(version) and not _is_there(state.place)
+    ]
+
+
+def _is_there(place: str) -> bool:
+    found = [cell.get() for cell in cells(place)]
+    return bool(found) and all(value is not MISSING for value in found)
 
 
 def _steps(owner: Any, part: str) -> Iterable[Any]:
@@ -137,6 +168,7 @@ class ProcessState:
         if self._current is not None:
             self._current.values = _values([*self._cells, *self._groups])
             self._current.randomness = Randomness.now()
+            self._current = None  # if the following fails, what is there then is nobody's
         self._put(state.values, state.stance)
         if state.randomness is not None:
             state.randomness.restore()
@@ -151,10 +183,12 @@ class ProcessState:
         """An engine is gone, or could not be loaded. Returns what it would have drawn next."""
         self.put_in_place(state)
         randomness = Randomness.now()
-        if state.kind not in self._kinds and _has_any(self._groups):
-            _destroy_groups()  # a load that failed has made them
-        self._current = None
-        self._put([*map(_fresh, self._outset), *(None for _ in self._groups)], "default")
+        try:
+            if state.kind not in self._kinds and _has_any(self._groups):
+                _destroy_groups()  # a load that failed has made them
+        finally:
+            self._current = None
+            self._put([*map(_fresh, self._outset), *(None for _ in self._groups)], "default")
         return randomness
 
     def _put(self, values: list[Any], stance: str) -> None:
@@ -196,16 +230,6 @@ def in_own_state(
     return inside
 
 
-@contextmanager
-def drawing_nothing() -> Iterator[None]:
-    """Whatever is drawn inside, the next random numbers are those that would have come anyway."""
-    before = Randomness.now()
-    try:
-        yield
-    finally:
-        before.restore()
-
-
 def compiles_nothing(vllm_config: Any) -> bool:
     """Whether a model is to run as it is written."""
     return bool(vllm_config.model_config.enforce_eager)
@@ -222,12 +246,13 @@ def _values(places: list[Cell]) -> list[Any]:
 
 
 def _has_any(groups: list[Cell]) -> bool:
-    return any(group.get() is not None for group in groups)
+    return any(group.get() not in (None, MISSING) for group in groups)
 
 
 def _fresh(value: Any) -> Any:
     """The value for one more engine, which may change it."""
-    return copy.copy(value) if isinstance(value, CONTAINERS) else value
+    # `copy.copy` of a weak set is the same set by another name.
+    return value.copy() if isinstance(value, CONTAINERS) else value
 
 
 def _destroy_groups() -> None:
