@@ -121,12 +121,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: Path, name: str) -> Path:
+def make(folder: Path, name: str, called: str = "", **sizes: int) -> Path:
     """A folder with the model's configuration and a tokenizer; vLLM makes up its weights."""
-    folder = folder / name
+    folder = folder / (called or name)
     folder.mkdir()
     for file in (MODELS / "llama").glob("tokenizer*"):
         shutil.copy(file, folder)
-    config = {**COMMON, **ARCHITECTURES[name]}
+    config = {**COMMON, **ARCHITECTURES[name], **sizes}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -28,6 +28,7 @@ from vllm_hotswap.engines.base_memory import STEP_BYTES, expected_memory
 from vllm_hotswap.launch import parse_flags, prepare
 
 pytestmark = [
+    pytest.mark.all_cores,
     pytest.mark.timeout(900),
     pytest.mark.skipif(sys.platform != "linux", reason="cores and pages are Linux's"),
 ]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ from typing import Any
 import pytest
 
 from tests.integration.architectures import ARCHITECTURES, make
-from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, cache_of_its_own
 from tests.ports import free_port
+from vllm_hotswap.compat.kv_cache import expected_limits
+from vllm_hotswap.config import load_config
+from vllm_hotswap.devices import CpuDevice
+from vllm_hotswap.engines.base_memory import expected_memory
+from vllm_hotswap.launch import parse_flags, prepare
 
 # Each architecture is inspected by vLLM in a process of its own the first time on a machine.
 pytestmark = pytest.mark.timeout(900)
@@ -24,6 +30,12 @@ MIB = 1 << 20
 LENGTH, SEQUENCES = 512, 4
 WIDE = "wide"
 """A model that could use more than there is."""
+
+DRAFT = {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 64}
+"""A draft model whose layers are wider than those of its model."""
+
+ROOM_BYTES = 1280 * MIB
+"""For models, beside what the host itself holds."""
 
 ENTRY = "  {alias}: {{model: {folder}, load_format: dummy, enforce_eager: true, {flags}}}\n"
 
@@ -43,8 +55,17 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """What a check and a server say of the same file."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache that no other server writes to: what a host holds is measured anew."""
+    cache = cache_of_its_own(tmp_path_factory.mktemp("own") / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(cache))
+        yield cache
+
+
+@pytest.fixture(scope="module")
+def configuration(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All architectures, and room for some of them."""
     folder = tmp_path_factory.mktemp("kv")
     flags = f"max_model_len: {LENGTH}, max_num_seqs: {SEQUENCES}, load: on_demand"
     entries = [
@@ -53,8 +74,16 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     wide = f"max_model_len: {4 * LENGTH}, max_num_seqs: {256 * SEQUENCES}"
     entries.append(ENTRY.format(alias=WIDE, folder=folder / "full", flags=wide))
     config = folder / "models.yaml"
-    head = f"default_model: {WIDE}\nmemory: {{device: 1700MiB}}\nmodels:\n"
+    device = expected_memory(CpuDevice(), lambda _: None).held + ROOM_BYTES
+    head = f"default_model: {WIDE}\nmemory: {{device: {device}}}\nmodels:\n"
     config.write_text(head + "".join(entries), encoding="utf-8")
+    return config
+
+
+@pytest.fixture(scope="module")
+def told(configuration: Path) -> Told:
+    """What a check and a server say of the same file."""
+    config, folder = configuration, configuration.parent
     checked = subprocess.run(
         [sys.executable, "-m", "vllm_hotswap", "check", str(config), "--json"],
         env=dict(os.environ),
@@ -122,3 +151,18 @@ def test_no_model_gets_more_than_full_attention_would_take(told: Told, alias: st
     whole = 6 * per_token * (LENGTH + 2 * 128) * SEQUENCES + 6 * per_token * 128
 
     assert 0 < told.check[alias] <= whole
+
+
+def test_layers_of_a_draft_model_are_counted_by_their_own_sizes(tmp_path: Path) -> None:
+    """Keys and values of its heads, beside those of the model, in every block."""
+    model, draft = make(tmp_path, "full"), make(tmp_path, "full", "draft", **DRAFT)
+    guessing = f"{{method: draft_model, model: {draft}, num_speculative_tokens: 3}}"
+    flags = f"max_model_len: {LENGTH}, max_num_seqs: {SEQUENCES}, speculative_config: {guessing}"
+    path = tmp_path / "models.yaml"
+    path.write_text("models:\n" + ENTRY.format(alias="drafted", folder=model, flags=flags))
+    config = load_config(path)
+    (launch,) = prepare(config, parse_flags(config, [])).models
+    per_token = 2 * 2 * (6 * 2 * 32 + 2 * 4 * 64)  # layers, heads and numbers of either
+    block = launch.vllm_config.cache_config.block_size
+
+    assert per_token * (LENGTH * SEQUENCES + block) == expected_limits(launch.vllm_config).most

@@ -15,6 +15,8 @@ from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import anonymous_bytes
 
+pytestmark = pytest.mark.all_cores
+
 PROMPTS = ["Hello", "Who are you?"]
 MODELS_YAML = f"""\
 default_model: llama
