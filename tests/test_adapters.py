@@ -110,7 +110,7 @@ def no_matrix(folder: Path) -> None:
         (more_inputs, r"has the shape \(4, 65\), and its layer in the base model \(128, 64\)"),
         (fewer_outputs, r"has the shape \(127, 4\), and its layer in the base model \(128, 64\)"),
         (more_layers, "weights for layer 1, and its base model's layers end with 0"),
-        (no_matrix, "which is no matrix's"),
+        (no_matrix, "which is not that of a matrix"),
     ],
 )
 def test_what_cannot_be_served_is_refused_without_its_path(
@@ -128,7 +128,7 @@ def test_what_cannot_be_served_is_refused_without_its_path(
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """As is a file."""
-    with pytest.raises(ConfigError, match="it is no folder"):
+    with pytest.raises(ConfigError, match="it is not a folder"):
         read_adapter("sql", tmp_path / "none", {})
 
 

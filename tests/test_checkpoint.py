@@ -172,7 +172,7 @@ def test_file_that_is_no_safetensors_file_is_named(tmp_path: Path, content: byte
     (tmp_path / "model.safetensors").write_bytes(content)
 
     message = refusal(tmp_path)
-    assert "model.safetensors' is no safetensors file: " in message
+    assert "model.safetensors' is not a safetensors file: " in message
     assert f"{len(content)} bytes" in message
 
 

@@ -162,7 +162,7 @@ def test_home_is_expanded(load: Load, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["org/llama", "gpt2"])
 def test_hub_name_is_kept(load: Load, name: str) -> None:
-    """What is no folder here is a model hub's name."""
+    """What is not a folder here is a model hub's name."""
     model = load(f"models: {{a: {{model: {name}}}}}").models[0]
 
     assert name == model.model
@@ -392,7 +392,7 @@ def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, p
 @pytest.mark.parametrize("model", ["~nobody-has-this-name/x", '"a\\0b"'])
 def test_text_that_is_no_path_is_refused(refusal: Callable[[str], str], model: str) -> None:
     """An unknown user and a null byte are mistakes of the file, not of the program."""
-    assert "is no path" in refusal(f"models: {{a: {{model: {model}}}}}")
+    assert "is not a valid path" in refusal(f"models: {{a: {{model: {model}}}}}")
 
 
 @pytest.mark.parametrize("value", ["1", "yes please", "null", "[true]", '"true"', "0.5"])
@@ -576,7 +576,7 @@ def test_sampling_of_a_model_is_read(load: Load) -> None:
         ("{defalts: {}}", "models.a.sampling: unknown key 'defalts'; did you mean 'defaults'?"),
         ("{defaults: 3}", "models.a.sampling.defaults is 3; it must be a valid dictionary"),
         ("{drop: [1]}", "models.a.sampling.drop.0 is 1; it must be a valid string"),
-        ("{force: {model: x}}", "'model' is no sampling parameter"),
+        ("{force: {model: x}}", "'model' is not a sampling parameter"),
         ("yes", "models.a.sampling must be a mapping with the keys defaults, force, drop and"),
     ],
 )
@@ -693,14 +693,14 @@ def test_what_can_be_no_path_is_named(refusal: Callable[[str], str], key: str, n
     message = refusal(f"models: {{a: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}}}")
 
     assert f"models.a.{key}: " in message
-    assert "is no path" in message
+    assert "is not a valid path" in message
 
 
 def test_a_folder_of_adapters_that_can_be_no_path_is_named(load: Load) -> None:
     """When it is asked for."""
     config = load("models: {a: {model: x}}\nadapters: {folders: [~nobody-has-this-name/x]}")
 
-    with pytest.raises(ConfigError, match=r"adapters\.folders: .* is no path"):
+    with pytest.raises(ConfigError, match=r"adapters\.folders: .* is not a valid path"):
         _ = config.adapter_folders
 
 
@@ -755,7 +755,7 @@ rights:
         "11: models.b.quant_config: the file",
         "12: models.c must be a mapping",
         "13: models.d.sampling: unknown key 'drp'; did you mean 'drop'?",
-        "13: models.d.sampling.force is {'model': 'x'}; 'model' is no sampling parameter",
+        "13: models.d.sampling.force is {'model': 'x'}; 'model' is not a sampling parameter",
         "15: switching: unknown key 'drain_timout'; did you mean 'drain_timeout'?",
         "16: switching.max_wait is 'soon'; it must be a number of at least 0",
         "17: switching.rate is -1; it must be a number above 0",
@@ -876,6 +876,33 @@ def test_yes_and_no_are_switches(load: Load) -> None:
 
     assert (True, 10.0) == (config.models[0].pinned, config.models[0].weight)
     assert (False, False) == (config.switching.verify, config.switching.predict)
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "OFF"])
+def test_drop_unsupported_is_a_switch(load: Load, word: str) -> None:
+    """As every other one, though any value may stand for a parameter beside it."""
+    (model,) = load(f"models: {{a: {{model: x, sampling: {{drop_unsupported: {word}}}}}}}").models
+
+    assert (word in ("yes", "on")) is model.sampling.drop_unsupported
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("pinned: yes, priority: 010", "models.a.priority is 010, which YAML reads as 8;"),
+        ("aliases: b, pinned: yes", "models.a.aliases is 'b'; it must be"),
+        ("sampling: {drop: [yes], drop_unsupported: no}", "models.a.sampling.drop.0 is yes, which"),
+        ("sampling: {drop_unsupported: 010}", "models.a.sampling.drop_unsupported is 010, which"),
+    ],
+)
+def test_a_switch_beside_a_mistake_is_none(
+    refusal: Callable[[str], str], keys: str, expected: str
+) -> None:
+    """Only the mistake is named."""
+    message = refusal(f"models: {{a: {{model: org/x, {keys}}}}}")
+
+    assert expected in message
+    assert 1 == len(message.splitlines())
 
 
 def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) -> None:

@@ -299,6 +299,29 @@ async def test_names_of_this_machine_are_answered(make: Make, host: str | None) 
 
 
 @pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("models.example", "models.example:8000"),
+        ("http://models.example:8000", "models.example"),
+        ("https://Models.example/v1", "models.example"),
+        ("models.example.", "models.example"),
+        ("[2001:db8::1]:8000", "[2001:db8::1]"),
+        ("2001:db8::1", "[2001:DB8::1]"),
+        ("http://192.0.2.7:80", "192.0.2.7"),
+        ("my_host", "my_host"),
+        ("köln.example", "xn--kln-sna.example"),
+    ],
+)
+def test_an_allowed_host_may_be_written_in_many_ways(given: str, sent: str) -> None:
+    """A name with or without a port, a URL, an address; clients always send the same."""
+    cross_site = CrossSite.of([], [given], lambda: True)
+
+    cross_site.check_host("GET", "/", Headers({"host": sent}))
+    with pytest.raises(HostRefused):
+        cross_site.check_host("GET", "/", Headers({"host": "other.example"}))
+
+
+@pytest.mark.parametrize(
     ("access", "given"),
     [
         (Access(user_keys=["u"]), {}),

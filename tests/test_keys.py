@@ -112,12 +112,12 @@ def test_file_of_the_owner_and_its_group_is_read(tmp_path: Path, mode: int) -> N
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "holds no key; write one a line"),
-        ("# nothing\n\n", "holds no key; write one a line"),
+        ("", "contains no key; write one a line"),
+        ("# nothing\n\n", "contains no key; write one a line"),
         (f"{SECRET} {SECRET}", "may only have printable ASCII characters, and no spaces"),
         (f"{SECRET}é", "may only have printable ASCII characters, and no spaces"),
         (f"{SECRET}\x07", "may only have printable ASCII characters, and no spaces"),
-        (f"{SECRET}\xff".encode("latin-1"), "is no UTF-8 text"),
+        (f"{SECRET}\xff".encode("latin-1"), "is not UTF-8 text"),
     ],
 )
 def test_file_that_cannot_be_used_is_named_and_not_quoted(
@@ -144,9 +144,9 @@ def test_folder_or_pipe_is_no_key_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     tmp_path.chmod(0o700)
 
-    with pytest.raises(ConfigError, match="is no regular file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         read_key_file(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="is no regular file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         read_key_file(tmp_path)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import secrets
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from tests.ports import free_port
 from tests.serving import flags
+from vllm_hotswap.demo import _is_free
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.listen import Listener, ListenFlags, bind, most_connections
+from vllm_hotswap.port_file import PortFile
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,10 +56,77 @@ def test_a_server_that_still_loads_has_its_port() -> None:
     Listener.open(flags(port=port)).close()
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (None, "127.0.0.1"),
+        ("127.0.0.1", None),
+        ("::", "127.0.0.1"),
+        (None, "::"),
+        ("::1", "::"),
+    ],
+)
+def test_a_port_of_all_addresses_is_one_of_each(first: str | None, second: str | None) -> None:
+    """Whichever server was first, and has not loaded its models yet."""
+    loading = Listener.open(flags(host=first))
+    port = loading.port
+
+    with pytest.raises(ConfigError, match="Address already in use; choose another --port"):
+        Listener.open(flags(host=second, port=port))
+
+    loading.close()
+    Listener.open(flags(host=second, port=port)).close()
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "::"])
+def test_the_demo_leaves_a_port_to_a_server_that_still_loads(host: str | None) -> None:
+    """Its own server would find out only then that the port is taken."""
+    loading = Listener.open(flags(host=host))
+    port = loading.port or 0
+
+    assert not _is_free(port)
+    loading.close()
+    assert _is_free(port)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("127.0.0.1", "127.0.0.2"), ("0.0.0.0", "::1"), ("::1", "127.0.0.1")]
+)
+def test_two_addresses_may_have_the_same_port(first: str, second: str) -> None:
+    """Of two servers on one machine."""
+    loading = Listener.open(flags(host=first))
+
+    other = Listener.open(flags(host=second, port=loading.port))
+
+    assert loading.port == other.port
+    other.close()
+    loading.close()
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EAFNOSUPPORT])
+def test_a_system_that_allows_no_claims_can_serve(
+    error: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A sandbox may refuse them, or know none; the port and the path are as free as they were."""
+
+    class Refusing(socket.socket):
+        def bind(self, address: Any) -> None:
+            if isinstance(address, bytes):
+                raise OSError(error, os.strerror(error))
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Refusing)
+
+    for given in (flags(), flags(uds=str(tmp_path / "s"))):
+        Listener.open(given).close()
+
+
 @pytest.mark.parametrize("port", [99999, -1])
 def test_a_number_that_is_no_port_is_named(port: int) -> None:
     """With those that are."""
-    with pytest.raises(ConfigError, match=f"--port {port} is no port; choose one from 0 to 65535"):
+    with pytest.raises(
+        ConfigError, match=f"--port {port} is not a valid port; choose one from 0 to 65535"
+    ):
         bind("127.0.0.1", port)
 
 
@@ -69,7 +141,7 @@ def test_a_host_that_is_not_known_is_named(host: str) -> None:
     ("path", "expected"),
     [
         ("missing/server.sock", "missing' does not exist"),
-        ("file", "exists and is no socket"),
+        ("file", "exists and is not a socket"),
         ("x" * 120, "is longer than 107 bytes"),
     ],
 )
@@ -184,6 +256,35 @@ def test_the_port_is_in_a_file_from_the_first_connection_to_the_end(tmp_path: Pa
     assert [] == list(tmp_path.iterdir())
 
 
+def test_a_link_that_waits_for_the_port_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder where others may write, it could lead to any file of whoever starts a server."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "foreseen")
+    for name in (f".port.{os.getpid()}", ".vllm-hotswap-foreseen"):
+        (tmp_path / name).symlink_to(precious)
+
+    with pytest.raises(FileExistsError):
+        PortFile.write(tmp_path / "port", 8000)
+
+    assert "mine" == precious.read_text()
+    assert not (tmp_path / "port").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_who_may_read_the_port_file_is_for_the_umask_to_say(tmp_path: Path, umask: int) -> None:
+    """As for every other file."""
+    before = os.umask(umask)
+    try:
+        PortFile.write(tmp_path / "port", 8000)
+    finally:
+        os.umask(before)
+
+    assert 0o666 & ~umask == stat.S_IMODE((tmp_path / "port").stat().st_mode)
+
+
 def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
     """Whoever wrote it last owns it."""
     path = tmp_path / "port"
@@ -202,9 +303,9 @@ def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
     ("name", "given", "expected"),
     [
         ("missing/port", {}, "--port-file: the folder .*missing' does not exist"),
-        ("models.yaml", {}, "--port-file: .*models.yaml' exists and holds no port"),
-        ("link", {}, "--port-file: .*link' exists and holds no port"),
-        (".", {}, "--port-file: .* exists and holds no port"),
+        ("models.yaml", {}, "--port-file: .*models.yaml' exists and is not a port file"),
+        ("link", {}, "--port-file: .*link' exists and is not a port file"),
+        (".", {}, "--port-file: .* exists and is not a port file"),
         ("port", {"uds": "s"}, "--port-file: with --uds there is no port"),
     ],
 )
@@ -225,6 +326,17 @@ def test_a_mode_without_a_socket_is_refused() -> None:
     """It would protect nothing."""
     with pytest.raises(ConfigError, match="--uds-mode needs --uds"):
         Listener.open(flags(), flags=ListenFlags(uds_mode=0o600))
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "*.example.com", "http://", "a b", "a..b", ":8000", "x" * 64, "[::1"]
+)
+def test_an_allowed_host_that_no_client_could_send_is_named(host: str) -> None:
+    """It would allow nothing, and nobody would know why."""
+    with pytest.raises(ConfigError, match="is not a host name; give each name in full") as caught:
+        Listener.open(flags(), flags=ListenFlags(allowed_hosts=["models.example", host]))
+
+    assert caught.value.message.startswith(f"--allowed-hosts {host!r} ")
 
 
 def test_clients_that_vanish_are_noticed() -> None:

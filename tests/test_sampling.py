@@ -53,7 +53,7 @@ def test_unsupported_parameters_are_dropped_when_asked() -> None:
 @pytest.mark.parametrize("given", [{"defaults": {"messages": []}}, {"drop": ["model"]}])
 def test_what_a_request_is_about_is_no_sampling_parameter(given: dict[str, Any]) -> None:
     """It can be neither set nor dropped."""
-    with pytest.raises(ValidationError, match="is no sampling parameter"):
+    with pytest.raises(ValidationError, match="is not a sampling parameter"):
         SamplingPolicy(**given)
 
 

@@ -146,8 +146,8 @@ EDITED = "event=models_file_changed path="
         (lambda file: file.write_text("models: {a: {}}"), ""),
         (lambda file: file.touch(), ""),
         (lambda file: file.unlink(), "event=models_file_unreadable path="),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file any more"),
-        (lambda file: (file.unlink(), file.mkdir()), "is no regular file any more"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is no longer a regular file"),
+        (lambda file: (file.unlink(), file.mkdir()), "is no longer a regular file"),
     ],
 )
 @pytest.mark.parametrize("has_keys", [False, True])

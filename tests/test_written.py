@@ -304,6 +304,22 @@ def test_aliases_that_multiply_are_refused(bomb: str) -> None:
     assert f"its aliases make more than {MAX_VALUES} values" in refusal("\n".join(lines))
 
 
+@pytest.mark.parametrize("around", ["[{}]", "{{k: {}}}", "{{<<: {}}}"])
+def test_aliases_that_add_levels_are_refused(around: str) -> None:
+    """Each counts as all that it stands for, rather than ending in a stack trace."""
+    lines = ["a0: &a0 {x: 1}"]
+    for number in range(1, 40):
+        value = f"*a{number - 1}"
+        for _ in range(40):
+            value = around.format(value)
+        lines.append(f"a{number}: &a{number} {value}")
+
+    message = refusal("\n".join(lines))
+
+    assert f"its aliases make more than {MAX_DEPTH} levels of lists and mappings" in message
+    assert message.startswith("models.yaml:3: ")
+
+
 def test_many_models_are_not_too_many() -> None:
     """Hundreds of them, with all their settings shared."""
     shared = ", ".join(f"k{number}: {number}" for number in range(30))

@@ -86,10 +86,10 @@ def smallest_rank(needed: Iterable[int], allowed: Iterable[int], least: int) -> 
 
 def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_dir():
-        raise ConfigError("it is no folder")
+        raise ConfigError("it is not a folder")
     file = path / CONFIG
     if not file.is_file():
-        raise ConfigError(f"it has no {CONFIG}, so it is no adapter in PEFT's format")
+        raise ConfigError(f"it has no {CONFIG}, so it is not an adapter in PEFT's format")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -148,7 +148,7 @@ def _check_shape(
 ) -> None:
     """A layer of (outputs, inputs) has an A of (rank, inputs) and a B of (outputs, rank)."""
     if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_size, shape)):
-        raise ConfigError(f"{tensor} has the shape {shape!r}, which is no matrix's")
+        raise ConfigError(f"{tensor} has the shape {shape!r}, which is not that of a matrix")
     its_rank, size = shape if kind == "A" else reversed(shape)
     if its_rank > rank:
         raise ConfigError(f"{tensor} has rank {its_rank}, {CONFIG} says {rank}")

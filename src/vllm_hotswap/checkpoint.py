@@ -79,7 +79,7 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
     """What a safetensors file's header says of each tensor: `dtype`, `shape`, `data_offsets`.
 
     Raises:
-        ConfigError: the file is no safetensors file, or is not whole.
+        ConfigError: the file is not a safetensors file, or is not whole.
         OSError: it cannot be read.
     """
     actual = file.stat().st_size
@@ -87,7 +87,7 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
         length = int.from_bytes(content.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, actual - 8):
             raise ConfigError(
-                f"the weight file {str(file)!r} is no safetensors file: {actual} bytes, "
+                f"the weight file {str(file)!r} is not a safetensors file: {actual} bytes, "
                 f"a header of {length}"
             )
         try:

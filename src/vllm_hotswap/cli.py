@@ -232,7 +232,9 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
 def _mode(text: str) -> int:
     """Of a file. Raises `ArgumentTypeError`."""
     if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mode; write octal digits such as 660")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a file mode; write octal digits such as 660"
+        )
     return int(text, 8)
 
 
@@ -303,7 +305,9 @@ def _fill_demo(demo: argparse.ArgumentParser) -> None:
 
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a valid port; give a number from 1 to 65535"
+        )
     return int(text)
 
 

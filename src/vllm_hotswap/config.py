@@ -6,7 +6,6 @@ to vLLM's own argument parser, which knows their names and types.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of
+from vllm_hotswap.hints import did_you_mean
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References
@@ -122,7 +122,7 @@ class ServerConfig:
 
     @property
     def adapter_folders(self) -> tuple[Path, ...]:
-        """Absolute. Raises `ConfigError` if one is no folder."""
+        """Absolute. Raises `ConfigError` if one is not a folder."""
         with self.references.hidden_in_errors():
             return tuple(self._folder(name) for name in self.adapters.folders)
 
@@ -130,7 +130,7 @@ class ServerConfig:
         place = f"{self.path}: adapters.folders"
         folder = beside(self.path, name, place)
         if not folder.is_dir():
-            raise ConfigError(f"{place}: {str(folder)!r} is no folder")
+            raise ConfigError(f"{place}: {str(folder)!r} is not a folder")
         return folder
 
 
@@ -221,7 +221,7 @@ class ReadConfig:
 def unknown_key(place: object, key: object, known: Iterable[str]) -> ConfigError:
     """The error for a key that nobody knows, with the nearest right one."""
     known = list(known)
-    hint = _did_you_mean(key, known)
+    hint = did_you_mean(str(key), known)
     if not hint and len(known) <= 10:
         hint = f"; known keys: {', '.join(known)}"
     return ConfigError(f"{place}: unknown key {key!r}{hint}")
@@ -507,11 +507,13 @@ class _Reader:
             with suppress(ConfigError):
                 _validated(ModelConfig, {**good, key: value, **base}, given.place)
                 good[key] = value
-        return ModelConfig(**good, **base)
+        rest: ModelConfig = _validated(ModelConfig, {**good, **base}, given.place)
+        return rest
 
     def _sampling(self, section: object, given: _Given) -> SamplingPolicy:
         values = self._keys(SamplingPolicy, section, *given.keys("sampling"))
-        refuse_surprises(dict(values), lambda *inner: given.place("sampling", *inner))
+        parameters = {key: value for key, value in values.items() if key != "drop_unsupported"}
+        refuse_surprises(parameters, lambda *inner: given.place("sampling", *inner))
         policy: SamplingPolicy = _validated(
             SamplingPolicy, values, lambda *inner: given.place("sampling", *inner)
         )
@@ -590,7 +592,7 @@ def _configured(name: object, models: Sequence[ModelConfig], place: str) -> str:
             return model.alias
     aliases = [model.alias for model in models]
     raise ConfigError(
-        f"{place} {name!r} is not configured{_did_you_mean(name, aliases)}; "
+        f"{place} {name!r} is not configured{did_you_mean(str(name), aliases)}; "
         f"configured: {', '.join(aliases)}"
     )
 
@@ -712,8 +714,3 @@ def _kind(value: object) -> str:
     kinds = (kind for kind in (bool, int, float) if isinstance(value, kind))
     shown = f" {value!r}"
     return next(kinds, type(value)).__name__ + (shown if len(shown) <= MAX_SHOWN else "")
-
-
-def _did_you_mean(name: object, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from urllib.parse import urlsplit
@@ -18,7 +20,7 @@ from urllib.parse import urlsplit
 import psutil
 from starlette.datastructures import Headers
 
-from vllm_hotswap.errors import CrossOriginRefused, HostRefused
+from vllm_hotswap.errors import ConfigError, CrossOriginRefused, HostRefused
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -30,6 +32,8 @@ OWN_SITES = frozenset(["same-origin", "none"])
 
 DEFAULT_PORTS: Mapping[str, int] = MappingProxyType({"http": 80, "https": 443})
 ANY = "*"
+
+_HOST_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class CrossSite:
     def of(
         cls, origins: Iterable[str], hosts: Iterable[str], checks_host: Callable[[], bool]
     ) -> CrossSite:
-        """From the values of both flags, as they were given."""
-        return cls(frozenset(origins), frozenset(map(_name_of, hosts)), checks_host)
+        """From the values of both flags, as they were given. Raises what `allowed_host` does."""
+        return cls(frozenset(origins), frozenset(map(allowed_host, hosts)), checks_host)
 
     def check_host(self, method: str, path: str, headers: Headers) -> None:
         """Refuse a page that has had its own name resolved to this machine (DNS rebinding).
@@ -93,6 +97,35 @@ class CrossSite:
         except ValueError:  # no address, but a name
             machine = socket.gethostname().lower()
             return name in (machine, machine.partition(".")[0])
+
+
+def allowed_host(text: str) -> str:
+    """The name that a value of `--allowed-hosts` stands for, as clients send it in `Host`.
+
+    A port does not count, and of a URL only the host does.
+
+    Raises:
+        ConfigError: no client could send that; wildcards are among it.
+    """
+    place = text.strip().split("://", 1)[-1]
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(place))
+    with suppress(ValueError):
+        name = (urlsplit(f"//{place}").hostname or "").encode("idna").decode("ascii").lower()
+        if _HOST_NAME.fullmatch(name.removesuffix(".")) or _is_address(name):
+            return name.removesuffix(".")
+    raise ConfigError(
+        f"--allowed-hosts {text!r} is not a host name; "
+        "give each name in full, such as models.example"
+    )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_same(origin: str, host: str) -> bool:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.progress import Waiting
@@ -306,10 +307,13 @@ def _say_time(what: str, after_s: float) -> None:
 
 
 def _is_free(port: int) -> bool:
+    """Whether no server listens to it, or will once its models are loaded."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("127.0.0.1", port))
+            with claimed_port("127.0.0.1", port) as claim:
+                give_back(claim)
         except OSError:
             return False
     return True

@@ -104,9 +104,9 @@ def plain_keys(path: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"{place} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:  # which would show what it could not decode
-        raise ConfigError(f"{place} is no UTF-8 text; write one key a line") from None
+        raise ConfigError(f"{place} is not UTF-8 text; write one key a line") from None
     if not keys:
-        raise ConfigError(f"{place} holds no key; write one a line")
+        raise ConfigError(f"{place} contains no key; write one a line")
     return keys
 
 
@@ -122,7 +122,7 @@ def _place(path: Path) -> str:
 
 def _check(mode: int, path: Path, place: str) -> None:
     if not stat.S_ISREG(mode):
-        raise ConfigError(f"{place} is no regular file")
+        raise ConfigError(f"{place} is not a regular file")
     if mode & OTHERS:
         raise ConfigError(
             f"{place} is open to every user of the machine; run: chmod o= {shlex.quote(str(path))}"

@@ -20,7 +20,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_hotswap.claims import claimed, give_back
+from vllm_hotswap.claims import claimed_port, give_back
+from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.port_file import PortFile, check_port_file
 from vllm_hotswap.unix_socket import UnixSocket
@@ -54,6 +55,8 @@ class ListenFlags:
 
     def check(self, args: argparse.Namespace) -> None:
         """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
+        for host in self.allowed_hosts:
+            allowed_host(host)
         if self.uds_mode is not None and not args.uds:
             raise ConfigError("--uds-mode needs --uds")
         if self.port_file is not None:
@@ -234,7 +237,7 @@ def _claim(sock: socket.socket, host: str | None) -> socket.socket | None:
     """Keep other servers off the port while models are loaded: nobody listens to it yet."""
     address, port = sock.getsockname()[:2]
     try:
-        with claimed(f"{address}/{port}") as claim:
+        with claimed_port(address, port) as claim:
             return claim
     except OSError as error:
         sock.close()
@@ -251,7 +254,7 @@ def _notice_vanished_clients(sock: socket.socket) -> None:
 
 def _cannot_bind(host: str | None, port: int, error: Exception) -> ConfigError:
     if isinstance(error, OverflowError):
-        return ConfigError(f"--port {port} is no port; choose one from 0 to 65535")
+        return ConfigError(f"--port {port} is not a valid port; choose one from 0 to 65535")
     is_name = isinstance(error, socket.gaierror | UnicodeError)
     reason = error.strerror if isinstance(error, OSError) else one_line(error)
     return ConfigError(
@@ -298,7 +301,7 @@ def _keep_alive_s() -> int:
     try:
         return int(value)
     except ValueError:
-        raise ConfigError(f"{KEEP_ALIVE_VARIABLE}={value!r} is no whole number") from None
+        raise ConfigError(f"{KEEP_ALIVE_VARIABLE}={value!r} is not a whole number") from None
 
 
 def _chain(error: BaseException) -> str:

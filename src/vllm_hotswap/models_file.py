@@ -48,5 +48,5 @@ class ModelsFile:
 
 def _digest(path: Path) -> bytes:
     if path.exists() and not path.is_file():
-        raise OSError("it is no regular file any more")  # reading a pipe might never end
+        raise OSError("it is no longer a regular file")  # reading a pipe might never end
     return sha256(path.read_bytes()).digest()

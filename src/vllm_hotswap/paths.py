@@ -1,7 +1,9 @@
-"""Paths that the YAML file names, relative to it."""
+"""Paths that the YAML file names, relative to it, and files that are written as a whole."""
 
 from __future__ import annotations
 
+import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,5 +25,30 @@ def beside(file: Path, name: str, place: object) -> Path:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()  # raises what a name too long for the file system raises
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{place}: {name!r} is no path: {error}") from error
+        raise ConfigError(f"{place}: {name!r} is not a valid path: {error}") from error
     return path
+
+
+def replace_text(path: Path, text: str) -> os.stat_result:
+    """Write an ASCII file; whoever reads it finds all of it, or what was there before.
+
+    It is written beside its place under a name that nobody can foresee, and only as a new file: no
+    link is followed to somebody else's.
+
+    Returns:
+        What the system knows of the new file.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    new = path.with_name(f".vllm-hotswap-{secrets.token_hex(8)}")
+    with new.open("x", encoding="ascii") as file:
+        try:
+            file.write(text)
+            file.flush()
+            new.replace(path)
+        except OSError:
+            with suppress(OSError):
+                new.unlink()
+            raise
+        return os.fstat(file.fileno())

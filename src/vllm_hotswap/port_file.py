@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.paths import replace_text
 from vllm_hotswap.unix_socket import FileIdentity
 
 
@@ -17,7 +18,7 @@ class PortFile:
     """The file, as this server has written it."""
 
     path: Path
-    identity: FileIdentity | None
+    identity: FileIdentity
 
     @classmethod
     def write(cls, path: Path, port: int) -> PortFile:
@@ -27,20 +28,12 @@ class PortFile:
             OSError: it cannot be written.
         """
         path = path.absolute()
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            new.write_text(f"{port}\n", encoding="ascii")
-            identity = FileIdentity.of(new)
-            new.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                new.unlink()
-            raise
-        return cls(path, identity)
+        status = replace_text(path, f"{port}\n")
+        return cls(path, FileIdentity(status.st_dev, status.st_ino))
 
     def remove(self) -> None:
         """Unless another server has written its own meanwhile. Call it once."""
-        if self.identity is not None and FileIdentity.of(self.path) == self.identity:
+        if FileIdentity.of(self.path) == self.identity:
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
@@ -53,7 +46,9 @@ def check_port_file(path: Path) -> None:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"--port-file: the folder {str(folder)!r} cannot be written")
     if os.path.lexists(path) and not _holds_port(path):
-        raise ConfigError(f"--port-file: {str(path)!r} exists and holds no port; choose another")
+        raise ConfigError(
+            f"--port-file: {str(path)!r} exists and is not a port file; choose another"
+        )
 
 
 def _holds_port(path: Path) -> bool:

@@ -127,7 +127,7 @@ def seconds(text: str) -> float:
         value = float(text)
         if math.isfinite(value) and value >= 0:
             return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a valid number of seconds")
 
 
 def _operate(args: argparse.Namespace, _: Sequence[str]) -> int:
@@ -253,7 +253,7 @@ class Address:
         except ValueError:
             origin = "--url" if args.url else URL_VARIABLE
             raise RemoteError(
-                f"{origin} {ascii(given)[1:-1]} is no address of a server; give http://HOST:PORT"
+                f"{origin} {ascii(given)[1:-1]} is not a valid server address; give http://HOST:PORT"
             ) from None
 
     @classmethod

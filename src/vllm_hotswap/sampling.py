@@ -41,7 +41,7 @@ NOT_SAMPLING = frozenset(["model", "messages", "prompt", "input", "stream"])
 def _only_sampling(names: Any) -> Any:
     for name in names:
         if name in NOT_SAMPLING:
-            raise ValueError(f"{name!r} is no sampling parameter")
+            raise ValueError(f"{name!r} is not a sampling parameter")
     return names
 
 

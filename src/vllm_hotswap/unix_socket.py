@@ -117,7 +117,7 @@ def _remove_stale(path: Path) -> None:
     if before is None:
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise ConfigError(f"--uds: {str(path)!r} exists and is no socket; choose another path")
+        raise ConfigError(f"--uds: {str(path)!r} exists and is not a socket; choose another path")
     _check_stale(path)
     if FileIdentity.of(path) != before:
         raise _in_use(path)

@@ -26,7 +26,7 @@ from yaml.reader import Reader
 from vllm_hotswap.errors import ConfigError
 
 MAX_DEPTH = 50
-"""Levels of lists and mappings in each other."""
+"""Levels of lists and mappings in each other, each alias counted as all that it stands for."""
 
 MAX_VALUES = 100_000
 """Values of a file, each alias (`*name`) counted as all that it stands for."""
@@ -296,6 +296,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._open: list[str | None] = []
         self._sizes: dict[int, int] = {}
+        self._depths: dict[int, int] = {}
 
     def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Any:
         if kind is not ScalarNode:
@@ -315,10 +316,20 @@ class _Loader(yaml.SafeLoader):
         self._open.append(event.anchor)
         node = super().compose_node(parent, index)
         self._open.pop()
-        self._sizes[id(node)] = size = 1 + sum(self._sizes[id(item)] for item in _items(node))
+        self._bound(node, event)
+        return node
+
+    def _bound(self, node: Node | None, event: Any) -> None:
+        """Count what is in the node, aliases as all that they stand for, and refuse too much."""
+        items = [id(item) for item in _items(node)]
+        self._sizes[id(node)] = size = 1 + sum(self._sizes[item] for item in items)
+        self._depths[id(node)] = depth = 1 + max((self._depths[item] for item in items), default=0)
         if size > MAX_VALUES:
             self._refuse(f"its aliases make more than {MAX_VALUES} values of it", event)
-        return node
+        if depth > MAX_DEPTH:
+            self._refuse(
+                f"its aliases make more than {MAX_DEPTH} levels of lists and mappings of it", event
+            )
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         # Here and not where mappings are made: by then `<<` has added what it may replace.

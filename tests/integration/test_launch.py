@@ -275,13 +275,13 @@ MISTAKES = {
     "enforce_eager: 3": "enforce-eager",
     "tensor_parallel_size: true": "tensor",
     "data_parallel_size: 2": "--data-parallel-size above 1 is not supported",
-    "lora_modules: [a=/b]": "adapter 'a' cannot be used: it is no folder (/b)",
+    "lora_modules: [a=/b]": "adapter 'a' cannot be used: it is not a folder (/b)",
     "reasoning_parser: deepsek": "reasoning_parser 'deepsek' is not known",
     "{max_model_len: 8, max-model-len: 9}": "'max_model_len' is given twice",
     "shutdown_timeout: 3": "'shutdown_timeout' is a setting of the server",
     "logging_config: {pylogging_config_file: a}": "'logging_config' is a setting of the server",
     "ignore_patterns: [a, --tool-parser-plugin=b]": "begins with a dash",
-    "chat_template: ~nobody-has-this-name/x": "is no path",
+    "chat_template: ~nobody-has-this-name/x": "is not a valid path",
 }
 
 

@@ -406,7 +406,7 @@ def test_a_rank_on_the_command_line_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ("[a=none]", "adapter 'a' cannot be used: it is no folder (none)"),
+        ("[a=none]", "adapter 'a' cannot be used: it is not a folder (none)"),
         ("[a=other]", "it was made for another model (other)"),
         ("[a=dora]", "vLLM does not yet support DoRA"),
         ("[a=high]", "has rank 600, and max_lora_rank is 16"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -22,6 +21,7 @@ from vllm_hotswap.devices import Device, DeviceMemory
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.messages import Measure, Message
+from vllm_hotswap.paths import replace_text
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -83,9 +83,7 @@ def _remember(held_bytes: int) -> int:
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"host_bytes": rounded}), encoding="ascii")
-        temporary.replace(path)
+        replace_text(path, json.dumps({"host_bytes": rounded}))
     except OSError as error:  # a check starts a host again then
         log.info("event=host_memory_not_kept path=%s cause=%r", path, one_line(error))
     return rounded
