@@ -148,7 +148,18 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert f"the weight file {missing!r} does not exist" == refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 7}', '{"weight_map": null}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 7}',
+        '{"weight_map": null}',
+        '{"weight_map": {"w": 7}}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     """Whatever is wrong with it."""
     (tmp_path / INDEX).write_text(text)
@@ -185,6 +196,37 @@ def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> N
     file.write_bytes(len(header).to_bytes(8, "little") + header)
 
     assert f"the header of the weight file {str(file)!r} cannot be read: " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ('"dtype": ["x"], "shape": [1]', "dtype"),
+        ('"dtype": 7, "shape": [1]', "dtype"),
+        ('"shape": [1]', "dtype"),
+        ('"dtype": "F32", "shape": 1', "shape"),
+        ('"dtype": "F32", "shape": ["1"]', "shape"),
+        ('"dtype": "F32", "shape": [-1]', "shape"),
+        ('"dtype": "F32"', "shape"),
+    ],
+)
+def test_tensor_that_is_not_described_is_named(tmp_path: Path, entry: str, what: str) -> None:
+    """With its file, and with what is wrong."""
+    header = f'{{"w": {{{entry}, "data_offsets": [0, 0]}}}}'.encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    message = refusal(tmp_path)
+    assert f"the header of the weight file {str(file)!r} cannot be read: " in message
+    assert f"tensor 'w' has no valid {what}" in message
+    assert 0 == converted_bytes(tmp_path, 4)
+
+
+def test_name_in_the_index_that_no_file_can_have_is_named(tmp_path: Path) -> None:
+    """The system says what is wrong with it."""
+    write_index(tmp_path, "x" * 300)
+
+    assert refusal(tmp_path).endswith("xxx' cannot be read: File name too long")
 
 
 def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
@@ -245,8 +287,21 @@ async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ) == caught.value.message
 
 
-@pytest.mark.parametrize("offsets", ['[0, "x"]', "[0, 1.5]", "[0]", "{}"])
-def test_offsets_that_are_no_numbers_are_refused(tmp_path: Path, offsets: str) -> None:
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        '[0, "x"]',
+        '["0", 4]',
+        "[0, 1.5]",
+        "[0]",
+        "[0, 4, 8]",
+        "[4, 0]",
+        "[-4, 0]",
+        "[false, 4]",
+        "{}",
+    ],
+)
+def test_offsets_that_are_no_range_are_refused(tmp_path: Path, offsets: str) -> None:
     """With the file's name."""
     header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
     file = tmp_path / "model.safetensors"
