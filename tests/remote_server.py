@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import uvicorn
 
@@ -25,10 +26,15 @@ class Listening:
 
 
 @contextmanager
-def listening_server(**kwargs: object) -> Iterator[Listening]:
-    """A server on fake engines, in a thread of its own."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+def listening_server(uds: Path | None = None, **kwargs: object) -> Iterator[Listening]:
+    """A server on fake engines, in a thread of its own; on a port, or a Unix domain socket."""
+    if uds is None:
+        sock = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    else:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(uds))
+        url = f"unix:{uds}"
     found: list[Listening] = []
     is_up = threading.Event()
 

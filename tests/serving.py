@@ -46,6 +46,7 @@ def flags(**given: object) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--uds")
     parser.add_argument("--alias", default="llama")
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     configure_logging()
     host = FakeHost((args.alias,), {args.alias: FakeSettings(token_s=3600)})
     app = HotswapApp(host, Access(), observers=(EventLog(),))
-    listener = Listener.open(flags(port=args.port, uds=args.uds, shutdown_timeout=60))
+    given = flags(host=args.host, port=args.port, uds=args.uds, shutdown_timeout=60)
+    listener = Listener.open(given)
     progress = StartupProgress([args.alias])
     return asyncio.run(serve(app, listener, [args.alias], args.alias, progress))
 

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.remote_server import listening_server
 from vllm_hotswap import demo
 from vllm_hotswap.cli import main
@@ -160,3 +163,51 @@ def test_a_port_that_is_taken_is_left_to_who_has_it(
         assert 1 == main(["demo"])
 
     assert f"127.0.0.1:{port}," not in capsys.readouterr().out
+
+
+WAITING_DEMO = """
+import sys
+from vllm_hotswap import demo
+
+demo.SERVER_MODULE = "tests.serving"  # its model answers nothing until it is told to stop
+demo.online_flow = lambda client: demo.chat(client, "llama")
+sys.exit(demo.run(int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "left"),
+    [
+        (signal.SIGTERM, 143, 0),
+        (signal.SIGHUP, 129, 0),
+        (signal.SIGKILL, -signal.SIGKILL, 1),  # nobody is left to remove the folder
+    ],
+)
+def test_a_demo_that_is_told_to_stop_leaves_no_server(
+    number: signal.Signals, status: int, left: int, tmp_path: Path
+) -> None:
+    """And no folder. A server that outlives it would keep the port for good."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    demo_process = subprocess.Popen(
+        [sys.executable, "-c", WAITING_DEMO, str(free_port())],
+        env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    servers: list[psutil.Process] = []
+    try:
+        assert demo_process.stdout is not None
+        assert any(line.startswith("$ curl ") for line in demo_process.stdout)
+        servers = psutil.Process(demo_process.pid).children(recursive=True)
+
+        demo_process.send_signal(number)
+
+        assert status == demo_process.wait(60)
+        assert servers
+        assert [] == psutil.wait_procs(servers, timeout=60)[1]
+        assert left == len(list(tmp_path.iterdir()))
+    finally:
+        demo_process.kill()
+        demo_process.communicate()
+        for process in psutil.wait_procs(servers, timeout=0)[1]:
+            process.kill()

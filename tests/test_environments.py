@@ -391,7 +391,7 @@ def test_an_address_that_is_none_is_one_line(url: str, run: Run) -> None:
 
     assert 1 == ended.status
     assert ended.error.startswith("--url ")
-    assert ended.error.endswith("is not a valid server address; give http://HOST:PORT")
+    assert ended.error.endswith("is not a valid server address; give http://HOST:PORT or unix:PATH")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import subprocess
+import sys
 import threading
-import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +119,57 @@ def test_a_server_on_which_switching_is_closed_says_how_to_open_it(
     assert "start the server with --admin-key" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("scheme", ["unix:", "unix://"])
+def test_commands_reach_a_unix_domain_socket(
+    scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the address that its banner prints, past any proxy; hints point at the same socket."""
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    path = tmp_path / "s.sock"
+    with listening_server(path) as running:
+        assert running.url == f"unix:{path}"
+        at = ["--url", f"{scheme}{path}"]
+        assert 0 == main(["lease", *at, "--owner", "ann", "--ttl", "60", "qwen"])
+        assert 1 == main(["lease", *at, "--owner", "ann", "--ttl", "60", "llama"])
+        assert 0 == main(["switch", *at, "qwen"])
+
+    said = capsys.readouterr()
+    assert said.out.startswith("qwen: held for another 60 s for ann")
+    assert f"--url unix:{path}" in said.err
+
+
+def test_a_unix_domain_socket_without_a_server_is_named(tmp_path: Path) -> None:
+    """In one line."""
+    command = [sys.executable, "-m", "vllm_hotswap", "status", "--url", f"unix:{tmp_path}/none"]
+
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    (error,) = ended.stderr.splitlines()
+    assert f"no answer from unix:{tmp_path}/none: " in error
+    assert 1 == ended.returncode
+
+
+@pytest.mark.parametrize(
+    ("given", "uds"),
+    [
+        ("unix:s.sock", "s.sock"),
+        ("unix:/run/a b", "/run/a b"),
+        ("unix:8000", ""),
+        ("http://unix:8000", ""),
+    ],
+)
+def test_a_unix_domain_socket_is_told_from_a_host(given: str, uds: str) -> None:
+    """Even from one with that name."""
+    assert uds == remote.Address.of(argparse.Namespace(url=given)).uds
+
+
+@pytest.mark.parametrize("given", ["unix:", "unix://run/s.sock", "unix://"])
+def test_an_address_without_the_path_of_a_socket_is_refused(given: str) -> None:
+    """With the form that is right."""
+    with pytest.raises(remote.RemoteError, match="give http://HOST:PORT or unix:PATH"):
+        remote.Address.of(argparse.Namespace(url=given))
+
+
 def test_what_takes_a_while_is_told_meanwhile(
     listening: Listening, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,8 +201,17 @@ def test_what_is_over_at_once_is_not_followed(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream of events that nobody reads would stay open until the process ends."""
-    monkeypatch.setattr(remote, "QUIET_S", 0.3)
-    assert 0 == main(["lease", "--url", listening.url, "--owner", "ann", "--ttl", "60", "qwen"])
-    time.sleep(0.6)
+    began: list[threading.Thread] = []
+    follow = remote._follow
 
-    assert 0 == len(listening.http.server_state.connections)
+    def noted(*args: Any) -> None:
+        began.append(threading.current_thread())
+        follow(*args)
+
+    monkeypatch.setattr(remote, "_follow", noted)
+    monkeypatch.setattr(remote, "QUIET_S", 600)
+    assert 0 == main(["lease", "--url", listening.url, "--owner", "ann", "--ttl", "60", "qwen"])
+
+    wait_until(lambda: began and not began[0].is_alive())
+    wait_until(lambda: not listening.http.server_state.connections)
+    assert "subscribers=0" in repr(listening.server.app.feed)

@@ -12,10 +12,12 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 
@@ -28,11 +30,13 @@ from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import parse_config
 from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import StartupProgress
 from vllm_hotswap.settings import RecoveryConfig
+from vllm_hotswap.signals import Stopped
 
 Serving = asyncio.Task[int]
 PAGE = "https://page.example"
@@ -70,6 +74,31 @@ def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(ConfigError, match="vLLM is not installed"):
         server.run(config, [])
+
+
+@pytest.mark.parametrize("error", [OSError("no more processes"), Stopped()])
+def test_a_start_that_fails_closes_its_trace(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it, and whoever still holds the error."""
+
+    def fail(_: HostLink) -> None:
+        raise error
+
+    monkeypatch.setattr(HostLink, "spawn", fail)
+    monkeypatch.setattr(server, "require_vllm", lambda: None)
+    config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
+    trace = tmp_path / "trace.jsonl"
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with suppress(OSError):
+            assert 0 == server.run(config, [], record=trace)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert error.__traceback__ is not None
+    assert trace.exists()
+    assert str(trace) not in [file.path for file in psutil.Process().open_files()]
 
 
 async def test_death_of_the_host_ends_a_start(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.progress import Waiting
 from vllm_hotswap.schema import EDITOR_LINE
+from vllm_hotswap.signals import EarlyStop, Stopped, signal_when_orphaned
 
 if TYPE_CHECKING:
     import httpx
@@ -118,16 +120,44 @@ def serve(port: int) -> int:
 def run(port: int | None = None) -> int:
     """Start a server, run the quickstart's requests, show each with its answer, stop.
 
-    Without a port it is `PORT`, or a free one where that is taken. Returns 0 if every answer was
-    what it should be.
+    Without a port it is `PORT`, or a free one where that is taken.
+
+    Returns:
+        The exit status: 0 if every answer was what it should be, 128 and the number of a signal
+        that told it to stop.
     """
-    port = port or (PORT if _is_free(PORT) else free_port())
-    with tempfile.TemporaryDirectory(prefix="vllm-hotswap-demo-") as folder:
-        path = write(Path(folder))
-        with _server(path, Path(folder) / "server.log", port) as client:
-            online_flow(client)
-    _say(closing(port))
+    early = EarlyStop()
+    with _listening(early):
+        try:
+            _run(port or (PORT if _is_free(PORT) else free_port()), early)
+        except Stopped:
+            return 128 + early.number
     return 0
+
+
+@contextmanager
+def _listening(early: EarlyStop) -> Iterator[None]:
+    """SIGTERM stops it, and so does a SIGHUP that `nohup` does not keep away."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            early.listen(number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def _run(port: int, early: EarlyStop) -> None:
+    with ExitStack() as exits, early.ended():
+        with early.held():
+            made = tempfile.TemporaryDirectory(prefix="vllm-hotswap-demo-")
+            folder = Path(exits.enter_context(made))
+        path = write(folder)
+        online_flow(_start_server(path, folder / "server.log", port, exits, early))
+    _say(closing(port))
 
 
 def closing(port: int) -> str:
@@ -226,9 +256,10 @@ def _expect(fulfilled: bool, what: str) -> None:
         raise HotswapError(f"the demo expected {what}, but the answer above is different")
 
 
-@contextmanager
-def _server(path: Path, log: Path, port: int) -> Iterator[httpx.Client]:
-    """A server process, started as the quickstart does."""
+def _start_server(
+    path: Path, log: Path, port: int, exits: ExitStack, early: EarlyStop
+) -> httpx.Client:
+    """Start a server process as the quickstart does; it ends with `exits`, or this process."""
     import httpx
 
     environment = {
@@ -239,20 +270,33 @@ def _server(path: Path, log: Path, port: int) -> Iterator[httpx.Client]:
     }
     command = [sys.executable, "-m", SERVER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
     _say(f"# one server for three tiny models, on 127.0.0.1:{port}, started as the quickstart says")
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
-                _wait_until_ready(client, process, log)
-                yield client
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with early.held(), log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            preexec_fn=_end_when_orphaned,  # noqa: PLW1509  # there is no other thread yet
+        )
+        exits.callback(_stop, process)
+    url = f"http://127.0.0.1:{port}"
+    client = exits.enter_context(httpx.Client(base_url=url, timeout=120, trust_env=False))
+    _wait_until_ready(client, process, log)
+    return client
+
+
+def _end_when_orphaned() -> None:
+    """Have a server end whose demo was killed, rather than keep the port."""
+    signal_when_orphaned(signal.SIGTERM)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:

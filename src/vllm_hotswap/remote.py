@@ -108,7 +108,8 @@ def _options(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.epilog = f"Name the server with --url or {URL_VARIABLE}."
     parser.add_argument(
         "--url",
-        help=f"address of the server, also as HOST:PORT or with /v1 (default: {DEFAULT_URL})",
+        help=f"address of the server, also as HOST:PORT, unix:PATH or with /v1 "
+        f"(default: {DEFAULT_URL})",
     )
     parser.add_argument("--admin-key", metavar="KEY", help=f"(default: {KEY_VARIABLE})")
     parser.add_argument(
@@ -239,6 +240,8 @@ class Address:
     is_loopback: bool
     is_default: bool
     """Whether it was not named on the command line."""
+    uds: str = ""
+    """The path of a Unix domain socket, if that is where it listens."""
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Address:
@@ -253,11 +256,15 @@ class Address:
         except ValueError:
             origin = "--url" if args.url else URL_VARIABLE
             raise RemoteError(
-                f"{origin} {ascii(given)[1:-1]} is not a valid server address; give http://HOST:PORT"
+                f"{origin} {ascii(given)[1:-1]} is not a valid server address; "
+                "give http://HOST:PORT or unix:PATH"
             ) from None
 
     @classmethod
     def _parse(cls, text: str, is_default: bool) -> Address:
+        kind, _, path = text.partition(":")
+        if kind == "unix" and not path.isdecimal():  # `unix:80` is a port of a host
+            return cls("http://localhost", True, is_default, _path_of_socket(path))
         if "://" not in text:
             text = f"http://{text}"
         parts = urlsplit(text)
@@ -272,7 +279,17 @@ class Address:
 
     def __str__(self) -> str:
         """Without a password that may be in it."""
+        if self.uds:
+            return "unix:" + ascii(self.uds)[1:-1]
         return re.sub(r"//[^/]*@", "//", self.url)
+
+
+def _path_of_socket(text: str) -> str:
+    """Of `unix:PATH`, or of a URL with an absolute path. Raises `ValueError` if there is none."""
+    path = text.removeprefix("//") if text.startswith("///") else text
+    if not path or path.startswith("//"):
+        raise ValueError(text)
+    return path
 
 
 def _is_loopback(host: str) -> bool:
@@ -360,7 +377,8 @@ def _client(address: Address, headers: Mapping[str, str], changes: bool) -> http
     try:
         # A transport of its own keeps httpx from looking at proxies, and at nothing else.
         verify = address.url.startswith("https")  # to read certificates takes a while
-        transport = httpx.HTTPTransport(verify=verify) if address.is_loopback else None
+        uds = address.uds or None
+        transport = httpx.HTTPTransport(verify=verify, uds=uds) if address.is_loopback else None
         return httpx.Client(
             base_url=address.url,
             headers=headers,

@@ -106,15 +106,17 @@ def _run(
     _enable_failpoints()
     require_vllm()
     folders = config.adapter_folders
-    recorders = () if record is None else (Recorder(record, head_of(config)),)
-    _clean_environment()
-    # Until there is a loop to handle it; the engine host never does.
-    if _hears_hangups(access):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    else:
-        early.listen(signal.SIGHUP)
-    link, listener = HostLink(), None
-    try:
+    # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
+    with contextlib.ExitStack() as exits, early.ended():
+        recorders = () if record is None else (_recorder(record, config, exits, early),)
+        _clean_environment()
+        # Until there is a loop to handle it; the engine host never does.
+        if _hears_hangups(access):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        else:
+            early.listen(signal.SIGHUP)
+        link, starting = HostLink(), exits.enter_context(contextlib.ExitStack())
+        starting.callback(link.kill)
         with early.held():
             link.spawn()
         with no_collection(), waiting("loading vLLM"):
@@ -134,15 +136,9 @@ def _run(
             refresher = frontend.certificate_refresher
             with early.held():
                 listener = Listener.open(args, log_config, refresher, listen)
+                exits.callback(listener.close)
             models = launch.prepare(config, namespaces).models
         early.hold()
-    except BaseException:
-        early.ignore()
-        if listener is not None:
-            listener.close()
-        link.kill()
-        raise
-    try:
         host = VllmHost(link, models, config.memory)
         load = [model.alias for model in models if model.load_at_startup]
         progress = StartupProgress(load)
@@ -159,11 +155,17 @@ def _run(
             cross_site=cross_site_of(access, listener, listen),
         )
         serving = serve(app, listener, load, config.default_model, progress, models_file, early)
+        starting.pop_all()  # from here on, `serve` stops the host
         return _run_loop(serving)
-    finally:
-        listener.close()
-        for recorder in recorders:
-            recorder.close()
+
+
+def _recorder(
+    path: Path, config: ServerConfig, exits: contextlib.ExitStack, early: EarlyStop
+) -> Recorder:
+    with early.held():
+        recorder = Recorder(path, head_of(config))
+        exits.callback(recorder.close)
+    return recorder
 
 
 def policies(config: ServerConfig) -> dict[str, ModelPolicy]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 log = logging.getLogger("vllm_hotswap")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1
 
 
 class Stopped(BaseException):
@@ -26,8 +29,13 @@ class EarlyStop:
     """
 
     def __init__(self) -> None:
-        self.is_told = False
+        self.number = 0
+        """Of the signal that told it; 0 until then."""
         self._is_held = False
+
+    @property
+    def is_told(self) -> bool:
+        return self.number != 0
 
     def listen(self, number: signal.Signals) -> None:
         """Begin; for a process's main thread. An event loop takes the signal over later."""
@@ -54,12 +62,16 @@ class EarlyStop:
         if self.is_told:
             raise Stopped
 
-    def ignore(self) -> None:
-        """Raise no more: what has been begun is being cleared away."""
-        self._is_held = True
+    @contextlib.contextmanager
+    def ended(self) -> Iterator[None]:
+        """Raise no more once this is left: what has been begun is cleared away then."""
+        try:
+            yield
+        finally:
+            self._is_held = True
 
     def _told(self, number: int, frame: FrameType | None) -> None:
-        self.is_told = True
+        self.number = number
         if not self._is_held:
             raise Stopped
 
@@ -101,6 +113,15 @@ def stop_signal(
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def signal_when_orphaned(number: signal.Signals) -> None:
+    """Have the system send this process a signal when its parent has died; Linux only.
+
+    https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
 
 
 @contextlib.contextmanager

@@ -7,13 +7,11 @@ and passes them on; when the parent is gone, it ends the process at once.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,10 +26,9 @@ from vllm_hotswap.host.messages import Ready, Stop
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
 from vllm_hotswap.platforms import parse_cores
 from vllm_hotswap.progress import configure_logging
+from vllm_hotswap.signals import signal_when_orphaned
 
 log = logging.getLogger("vllm_hotswap.host")
-
-PR_SET_PDEATHSIG = 1
 
 
 class Obeying(Protocol):
@@ -95,12 +92,8 @@ def _arguments(module: str) -> argparse.Namespace:
 
 
 def _wake_when_orphaned() -> None:
-    """Have a process that was stopped go on when its parent has died, so that it sees it and ends.
-
-    https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGCONT))
+    """Have a process that was stopped go on when its parent has died, so that it sees that."""
+    signal_when_orphaned(signal.SIGCONT)
 
 
 def _read(channel: Connection[object, Any], obedience: Obeying, folder: str) -> NoReturn:
