@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from vllm_hotswap.checkpoint import (
     CHUNK_BYTES,
     INDEX,
+    check_description,
+    check_generation,
     check_weights,
     converted_bytes,
     read_ahead,
@@ -234,6 +237,64 @@ def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("/proc/self/mem")
 
     assert refusal(tmp_path).endswith("model.safetensors' cannot be read: Input/output error")
+
+
+# --- how it describes itself ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[1]", "it is no JSON object"),
+        ("7", "it is no JSON object"),
+        ("", "Expecting value"),
+        ('{"a": ', "Expecting value"),
+        ("[" * 100_000, "it is nested too deep"),
+    ],
+    ids=str.__len__,
+)
+@pytest.mark.parametrize(
+    ("name", "look"),
+    [("config.json", check_description), ("generation_config.json", check_generation)],
+)
+def test_description_that_is_no_object_is_named(
+    tmp_path: Path, name: str, look: Callable[[Path], None], text: str, problem: str
+) -> None:
+    """Whatever a library below would say of it."""
+    (tmp_path / name).write_text(text)
+
+    with pytest.raises(ConfigError) as caught:
+        look(tmp_path)
+
+    start = f"the file {str(tmp_path / name)!r} cannot be read: {problem}"
+    assert caught.value.message.startswith(start)
+
+
+@pytest.mark.parametrize("value", ["5", '"LlamaForCausalLM"', "[5]", "{}"])
+def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -> None:
+    """With the file."""
+    (tmp_path / "config.json").write_text(f'{{"architectures": {value}}}')
+
+    with pytest.raises(ConfigError) as caught:
+        check_description(tmp_path)
+
+    assert caught.value.message == (
+        f"the file {str(tmp_path / 'config.json')!r} is wrong: "
+        "`architectures` must be a list of names"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"architectures": null}', '{"architectures": ["LlamaForCausalLM"]}']
+)
+def test_description_may_leave_things_out(tmp_path: Path, text: str) -> None:
+    """vLLM has its own defaults; it needs neither file in another format."""
+    check_description(tmp_path)
+    check_generation(tmp_path)
+
+    (tmp_path / "config.json").write_text(text)
+
+    check_description(tmp_path)
 
 
 # --- reading ahead --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, one_line
 
 INDEX = "model.safetensors.index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -75,16 +75,59 @@ def _indexed(folder: Path) -> set[str]:
     index = folder / INDEX
     if not index.is_file():
         return set()
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the index {str(index)!r} cannot be read: {error}") from error
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = json_object(index, "index").get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ConfigError(
             f"the index {str(index)!r} cannot be read: it has no `weight_map` of tensors to files"
         )
     return set(names.values())
+
+
+def json_object(file: Path, what: str = "file") -> dict[str, Any]:
+    """What a JSON file holds. Raises `ConfigError`, which names it, where that is no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except RecursionError:
+        reason = "it is nested too deep"
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+    except ValueError as error:
+        reason = one_line(error)
+    else:
+        return content
+    raise ConfigError(f"the {what} {str(file)!r} cannot be read: {reason}")
+
+
+def check_description(folder: Path) -> None:
+    """See that `config.json`, where there is one, is what every reader of it takes for granted.
+
+    Raises:
+        ConfigError: it is not; the message names it.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    names = json_object(file).get("architectures")
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return
+    raise ConfigError(f"the file {str(file)!r} is wrong: `architectures` must be a list of names")
+
+
+def check_generation(folder: Path) -> None:
+    """See that `generation_config.json`, where there is one, can be read.
+
+    vLLM takes one that cannot be read for none, and serves with other defaults.
+
+    Raises:
+        ConfigError: it cannot; the message names it.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        json_object(file)
 
 
 def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
