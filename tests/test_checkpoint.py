@@ -245,8 +245,8 @@ def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[1]", "it is no JSON object"),
-        ("7", "it is no JSON object"),
+        ("[1]", "it is not a JSON object"),
+        ("7", "it is not a JSON object"),
         ("", "Expecting value"),
         ('{"a": ', "Expecting value"),
         ("[" * 100_000, "it is nested too deep"),

@@ -125,7 +125,7 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_ones() -> None:
         "the nearest that are: LlamaForCausalLM"
     )
     assert nearest_architectures(message.replace("LamaForCausalLM", "No")).endswith(
-        "['No', 'Nope'] are not supported for now; nothing near to them is"
+        "['No', 'Nope'] are not supported for now; none has a similar name"
     )
 
 

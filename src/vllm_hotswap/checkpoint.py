@@ -88,7 +88,7 @@ def json_object(file: Path, what: str = "file") -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except RecursionError:
         reason = "it is nested too deep"
     except UnicodeDecodeError:
@@ -164,11 +164,11 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
 def _entries(header: Any) -> dict[str, dict[str, Any]]:
     """The tensors of a header. Raises `ValueError` where one is not described as it has to be."""
     if not isinstance(header, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     entries = {name: entry for name, entry in header.items() if name[:2] != "__"}
     for name, entry in entries.items():
         if not isinstance(entry, dict):
-            raise ValueError(f"tensor {name!r} is no JSON object")
+            raise ValueError(f"tensor {name!r} is not a JSON object")
         for key, is_valid in _VALID.items():
             if not is_valid(entry.get(key)):
                 raise ValueError(f"tensor {name!r} has no valid {key}")

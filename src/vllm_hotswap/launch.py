@@ -213,7 +213,8 @@ def plan_memory(
 def _reason(error: Exception) -> str:
     """What is wrong, without what pydantic adds around it."""
     if isinstance(error, ValidationError):
-        message = "; ".join(" ".join(str(detail["msg"]).split()) for detail in error.errors())
+        said = (str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+        message = "; ".join(" ".join(text.split()) for text in said)
     else:
         message = one_line(error)
     return nearest_architectures(message)

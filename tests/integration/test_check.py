@@ -32,10 +32,13 @@ BROKEN = {
     "no-weights": ("weights", "no weight files"),
     "no-tokenizer": ("tokenizer", "no tokenizer.json in '"),
     "bad-config": ("config.json", "['LamaForCausalLM'] are not supported for now; the nearest"),
-    "list-config": ("config.json", "list-config/config.json' cannot be read: it is no JSON object"),
+    "list-config": (
+        "config.json",
+        "list-config/config.json' cannot be read: it is not a JSON object",
+    ),
     "odd-config": ("config.json", "`architectures` must be a list of names"),
     "cut-generation": ("config.json", "generation_config.json' cannot be read: "),
-    "list-tokenizer": ("tokenizer", "tokenizer.json' cannot be read: it is no JSON object"),
+    "list-tokenizer": ("tokenizer", "tokenizer.json' cannot be read: it is not a JSON object"),
 }
 """Checkpoints that cannot be loaded."""
 

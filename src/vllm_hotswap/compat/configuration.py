@@ -53,7 +53,7 @@ def nearest_architectures(message: str) -> str:
     near = dict.fromkeys(
         name for word in re.findall(r"'(\w+)'", asked) for name in _nearest(word, known)
     )
-    hint = f"the nearest that are: {', '.join(near)}" if near else "nothing near to them is"
+    hint = f"the nearest that are: {', '.join(near)}" if near else "none has a similar name"
     return f"{message[: found.start()]}{asked.strip().removesuffix('.')}; {hint}"
 
 
