@@ -66,7 +66,8 @@ def break_checkpoints(folder: Path) -> None:
     (folder / "no-weights" / "model.safetensors").unlink()
     for path in (folder / "no-tokenizer").glob("tokenizer*"):
         path.unlink()
-    (folder / "bad-config" / "config.json").write_text('{"architectures": ["LamaForCausalLM"]}')
+    config = folder / "bad-config" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LamaForCausalLM"))
     for name, file, text in (
         ("list-config", "config", "[1]"),
         ("odd-config", "config", '{"architectures": 5}'),
