@@ -94,7 +94,7 @@ def more_layers(folder: Path) -> None:
 
 def no_matrix(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes().replace(b'"shape": [4, 64]', b'"shape": [4.5,6]'))
+    weights.write_bytes(weights.read_bytes().replace(b'"shape": [4, 64]', b'"shape": [4,1,6]'))
 
 
 @pytest.mark.parametrize(

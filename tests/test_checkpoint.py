@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from vllm_hotswap.checkpoint import (
     CHUNK_BYTES,
     INDEX,
+    check_description,
+    check_generation,
     check_weights,
     converted_bytes,
     read_ahead,
@@ -148,7 +151,18 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert f"the weight file {missing!r} does not exist" == refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 7}', '{"weight_map": null}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 7}',
+        '{"weight_map": null}',
+        '{"weight_map": {"w": 7}}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     """Whatever is wrong with it."""
     (tmp_path / INDEX).write_text(text)
@@ -187,11 +201,100 @@ def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> N
     assert f"the header of the weight file {str(file)!r} cannot be read: " in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ('"dtype": ["x"], "shape": [1]', "dtype"),
+        ('"dtype": 7, "shape": [1]', "dtype"),
+        ('"shape": [1]', "dtype"),
+        ('"dtype": "F32", "shape": 1', "shape"),
+        ('"dtype": "F32", "shape": ["1"]', "shape"),
+        ('"dtype": "F32", "shape": [-1]', "shape"),
+        ('"dtype": "F32"', "shape"),
+    ],
+)
+def test_tensor_that_is_not_described_is_named(tmp_path: Path, entry: str, what: str) -> None:
+    """With its file, and with what is wrong."""
+    header = f'{{"w": {{{entry}, "data_offsets": [0, 0]}}}}'.encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    message = refusal(tmp_path)
+    assert f"the header of the weight file {str(file)!r} cannot be read: " in message
+    assert f"tensor 'w' has no valid {what}" in message
+    assert 0 == converted_bytes(tmp_path, 4)
+
+
+def test_name_in_the_index_that_no_file_can_have_is_named(tmp_path: Path) -> None:
+    """The system says what is wrong with it."""
+    write_index(tmp_path, "x" * 300)
+
+    assert refusal(tmp_path).endswith("xxx' cannot be read: File name too long")
+
+
 def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
     """A broken disk is told of as such."""
     (tmp_path / "model.safetensors").symlink_to("/proc/self/mem")
 
     assert refusal(tmp_path).endswith("model.safetensors' cannot be read: Input/output error")
+
+
+# --- how it describes itself ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[1]", "it is not a JSON object"),
+        ("7", "it is not a JSON object"),
+        ("", "Expecting value"),
+        ('{"a": ', "Expecting value"),
+        ("[" * 100_000, "it is nested too deep"),
+    ],
+    ids=str.__len__,
+)
+@pytest.mark.parametrize(
+    ("name", "look"),
+    [("config.json", check_description), ("generation_config.json", check_generation)],
+)
+def test_description_that_is_no_object_is_named(
+    tmp_path: Path, name: str, look: Callable[[Path], None], text: str, problem: str
+) -> None:
+    """Whatever a library below would say of it."""
+    (tmp_path / name).write_text(text)
+
+    with pytest.raises(ConfigError) as caught:
+        look(tmp_path)
+
+    start = f"the file {str(tmp_path / name)!r} cannot be read: {problem}"
+    assert caught.value.message.startswith(start)
+
+
+@pytest.mark.parametrize("value", ["5", '"LlamaForCausalLM"', "[5]", "{}"])
+def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -> None:
+    """With the file."""
+    (tmp_path / "config.json").write_text(f'{{"architectures": {value}}}')
+
+    with pytest.raises(ConfigError) as caught:
+        check_description(tmp_path)
+
+    assert caught.value.message == (
+        f"the file {str(tmp_path / 'config.json')!r} is wrong: "
+        "`architectures` must be a list of names"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"architectures": null}', '{"architectures": ["LlamaForCausalLM"]}']
+)
+def test_description_may_leave_things_out(tmp_path: Path, text: str) -> None:
+    """vLLM has its own defaults; it needs neither file in another format."""
+    check_description(tmp_path)
+    check_generation(tmp_path)
+
+    (tmp_path / "config.json").write_text(text)
+
+    check_description(tmp_path)
 
 
 # --- reading ahead --------------------------------------------------------------------------
@@ -245,8 +348,21 @@ async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ) == caught.value.message
 
 
-@pytest.mark.parametrize("offsets", ['[0, "x"]', "[0, 1.5]", "[0]", "{}"])
-def test_offsets_that_are_no_numbers_are_refused(tmp_path: Path, offsets: str) -> None:
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        '[0, "x"]',
+        '["0", 4]',
+        "[0, 1.5]",
+        "[0]",
+        "[0, 4, 8]",
+        "[4, 0]",
+        "[-4, 0]",
+        "[false, 4]",
+        "{}",
+    ],
+)
+def test_offsets_that_are_no_range_are_refused(tmp_path: Path, offsets: str) -> None:
     """With the file's name."""
     header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
     file = tmp_path / "model.safetensors"

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from vllm_hotswap.compat.configuration import nearest_architectures
 from vllm_hotswap.compat.names import PLACES, find
 from vllm_hotswap.compat.versions import READ_ON, RUN_ON, warning
 from vllm_hotswap.errors import ConfigError
@@ -109,3 +110,25 @@ def test_another_version_is_warned_of(version: str) -> None:
     assert text is not None
     assert version in text
     assert ", ".join(RUN_ON) in text
+
+
+def test_an_unknown_architecture_is_answered_with_the_nearest_ones() -> None:
+    """And not with the hundreds that vLLM knows."""
+    known = [f"Other{number}Model" for number in range(300)] + ["LlamaForCausalLM"]
+    message = (
+        "Value error, Model architectures ['LamaForCausalLM', 'Nope'] are not supported for now. "
+        f"Supported architectures: dict_keys({known})"
+    )
+
+    assert nearest_architectures(message) == (
+        "Value error, Model architectures ['LamaForCausalLM', 'Nope'] are not supported for now; "
+        "the nearest that are: LlamaForCausalLM"
+    )
+    assert nearest_architectures(message.replace("LamaForCausalLM", "No")).endswith(
+        "['No', 'Nope'] are not supported for now; none has a similar name"
+    )
+
+
+def test_other_messages_of_vllm_stay_what_they_are() -> None:
+    """Whole."""
+    assert "no [x] here" == nearest_architectures("no [x] here")

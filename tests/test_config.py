@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,7 +202,17 @@ def test_file_must_be_text(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_bytes(b"\xff\xfe\x00")
 
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text; save it as UTF-8"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, encoding: str) -> None:
+    """Some editors save UTF-16 without being asked."""
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {é: {model: org/a}}", encoding=encoding)
+
+    with pytest.raises(ConfigError, match=r"models\.yaml' is not UTF-8 text; save it as UTF-8$"):
         load_config(path)
 
 
@@ -827,6 +838,62 @@ def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str],
         "models.yaml:2: models.gemma is empty, and `model` and `seed` stand beside it; indent "
         "`model` and `seed` below gemma"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["org/model:tag", "模型", "two words", "...", ".hidden", "./models/a", "é" * 256, "👩\u200d💻"],
+)
+def test_a_name_may_be_nearly_any_text(load: Load, name: str) -> None:
+    """As an alias, a further name, and the name of a group."""
+    alias, further = (json.dumps(one, ensure_ascii=False) for one in (name, "b" + name[1:]))
+
+    config = load(
+        f"models: {{{alias}: {{model: x}}, b: {{model: y, aliases: [{further}]}}}}\n"
+        f"rights: {{{alias}: {{keys: [k]}}}}"
+    )
+
+    assert (name, "b") == config.aliases
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (".", "it is a path's dots; choose another name"),
+        ("..", "it is a path's dots; choose another name"),
+        ("a\0", "U+0000 in it is a control character; leave it out"),
+        ("\x1b[0m", "U+001B in it is a control character; leave it out"),
+        ("a\nb", "U+000A in it is a control character; leave it out"),
+        ("a\x85b", "U+0085 in it is a control character; leave it out"),
+        ("a\u2028b", "U+2028 in it is a control character; leave it out"),
+        ("x" * 257, "it has 257 characters; choose a name of at most 256"),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "models:\n  {}: {{model: x}}",
+        "models:\n  b: {{model: x, aliases: [c, {}]}}",
+        "models: {{b: {{model: x}}}}\nrights: {{{}: {{keys: [k]}}}}",
+    ],
+)
+def test_a_name_that_no_command_or_log_could_show_is_refused(
+    refusal: Callable[[str], str], text: str, name: str, reason: str
+) -> None:
+    """On one line that is safe to print: of an alias, a further name, and a group."""
+    message = refusal(text.format(json.dumps(name)))
+
+    assert "models.yaml:2: " in message
+    assert message.endswith(reason)
+    assert message.isprintable()
+    assert len(message) < 400
+
+
+def test_half_a_character_is_no_alias(refusal: Callable[[str], str]) -> None:
+    """No client could send it."""
+    message = refusal('models: {"a\\ud800": {model: x}}')
+
+    assert "the alias 'a\\ud800' cannot be used: U+D800 in it is half of a character" in message
 
 
 # --- values that YAML changes -----------------------------------------------------------------

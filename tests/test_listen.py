@@ -137,6 +137,33 @@ def test_a_host_that_is_not_known_is_named(host: str) -> None:
         bind(host, 8000)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "fe80::1"])
+def test_an_address_of_another_machine_is_named(host: str) -> None:
+    """Another port would not help either."""
+    with pytest.raises(ConfigError, match=f"cannot listen on .*{host}.*; choose another --host"):
+        bind(host, 0)
+
+
+def test_an_address_of_a_family_that_the_system_has_not_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """IPv6 may be switched off."""
+
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+    with pytest.raises(ConfigError, match="not supported by protocol; choose another --host"):
+        bind("::1", 0)
+
+
+def test_an_empty_path_of_a_socket_is_refused() -> None:
+    """A variable that is not set would open a TCP port to everybody."""
+    with pytest.raises(ConfigError, match="--uds is empty; name a file, or leave it out for TCP"):
+        Listener.open(flags(uds=""))
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -285,6 +312,32 @@ def test_who_may_read_the_port_file_is_for_the_umask_to_say(tmp_path: Path, umas
     assert 0o666 & ~umask == stat.S_IMODE((tmp_path / "port").stat().st_mode)
 
 
+def test_a_name_of_a_port_file_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    """What it is first written as is no longer than that."""
+    path = tmp_path / ("x" * 255)
+    listener = Listener.open(flags(), flags=ListenFlags(port_file=path))
+
+    listener.announce()
+
+    assert f"{listener.port}\n" == path.read_text()
+    listener.close()
+
+
+def test_a_folder_in_which_no_file_can_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota may be used up, for instance; nothing is left of the attempt."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+    with pytest.raises(ConfigError, match="port' cannot be written: Disk quota exceeded"):
+        Listener.open(flags(), flags=ListenFlags(port_file=tmp_path / "port"))
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
     """Whoever wrote it last owns it."""
     path = tmp_path / "port"
@@ -305,6 +358,8 @@ def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
         ("missing/port", {}, "--port-file: the folder .*missing' does not exist"),
         ("models.yaml", {}, "--port-file: .*models.yaml' exists and is not a port file"),
         ("link", {}, "--port-file: .*link' exists and is not a port file"),
+        ("x" * 300, {}, "--port-file: .*xxx' cannot be written: File name too long"),
+        ("x" * 300 + "/port", {}, "--port-file: .*x/port' cannot be written: File name too long"),
         (".", {}, "--port-file: .* exists and is not a port file"),
         ("port", {"uds": "s"}, "--port-file: with --uds there is no port"),
     ],

@@ -57,6 +57,30 @@ def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixtur
     )
 
 
+@pytest.mark.parametrize("lease", ["", "/", "a/b", "../status"])
+def test_what_is_no_leases_id_is_refused(
+    url: str, lease: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be another path."""
+    assert 1 == main(["release", "--url", url, lease])
+    (refused,) = capsys.readouterr().err.splitlines()
+    assert f"{lease!r} is not the id of a lease; {program()} leases lists them" in refused
+
+
+@pytest.mark.parametrize(
+    ("command", "says"), [("release", "there is no job lease"), ("load", "is not configured")]
+)
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_name_of_dots_stays_a_name(
+    url: str, command: str, says: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not taken for the way to another path."""
+    assert 1 == main([command, "--url", url, name])
+    (refused,) = capsys.readouterr().err.splitlines()
+    assert f"{name!r}" in refused
+    assert says in refused
+
+
 def hint(refused: str) -> str:
     """The command of ours that an error names."""
     (command,) = re.findall(rf"{re.escape(program())} [^;]*?(?= first$|$| lists)", refused)

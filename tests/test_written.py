@@ -187,6 +187,40 @@ def test_a_tag_that_is_wrong_or_not_known_is_refused(text: str, problem: str) ->
     assert problem in message
 
 
+@pytest.mark.parametrize(
+    ("text", "tag"),
+    [
+        ("!!seq a", "seq"),
+        ("!!map a", "map"),
+        ("!!map [a]", "map"),
+        ("!!seq {a: b}", "seq"),
+        ("!!int {a: b}", "int"),
+        ("!!null []", "null"),
+        ("!!str [a]", "str"),
+        ("!!str {a: b}", "str"),
+        ("!!merge [a]", "merge"),
+        ("!!plain [a]", "plain"),
+        ("{<<: !!str {a: b}}", "str"),
+        ("{<<: !!int [{a: b}]}", "int"),
+        ("{? !!merge [a] : {b: c}}", "merge"),
+    ],
+)
+def test_a_tag_of_another_kind_of_value_is_refused(text: str, tag: str) -> None:
+    """A list is no text and no number, a text no list; with the place of the value."""
+    message = refusal(f"\na: {text}")
+
+    assert message.startswith("models.yaml:2: is not valid YAML: ")
+    assert f"what is tagged !!{tag} is not one, column " in message
+
+
+@pytest.mark.parametrize(
+    "text", [r'a: "\UFFFFFFFF"', r'a: "\U00110000"', f"%YAML 1.{'9' * 5000}\n---\na: b"]
+)
+def test_a_number_that_yaml_cannot_hold_is_refused(text: str) -> None:
+    """A character beyond Unicode, a version of thousands of digits."""
+    assert refusal(text).startswith("models.yaml:1: is not valid YAML: ")
+
+
 def test_surprises_are_found_wherever_they_are() -> None:
     """In lists and mappings, with the way there."""
     value = read("a: [1, {b: 0512}]\nc: no")

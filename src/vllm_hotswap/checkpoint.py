@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, one_line
 
 INDEX = "model.safetensors.index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -52,9 +51,8 @@ def check_weights(folder: Path) -> None:
     Raises:
         ConfigError: a file is missing or not whole; the message names it.
     """
-    for name in _indexed(folder):
-        if not (folder / name).is_file():
-            raise ConfigError(f"the weight file {str(folder / name)!r} does not exist")
+    for name in sorted(_indexed(folder)):
+        _check_there(folder / name)
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
             try:
@@ -63,16 +61,73 @@ def check_weights(folder: Path) -> None:
                 raise _unreadable(file, error) from error
 
 
+def _check_there(file: Path) -> None:
+    try:
+        is_there = file.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise _unreadable(file, error) from error
+    if not is_there:
+        raise ConfigError(f"the weight file {str(file)!r} does not exist")
+
+
 def _indexed(folder: Path) -> set[str]:
     """Files that the index names; none where there is no index."""
     index = folder / INDEX
     if not index.is_file():
         return set()
+    names = json_object(index, "index").get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ConfigError(
+            f"the index {str(index)!r} cannot be read: it has no `weight_map` of tensors to files"
+        )
+    return set(names.values())
+
+
+def json_object(file: Path, what: str = "file") -> dict[str, Any]:
+    """What a JSON file holds. Raises `ConfigError`, which names it, where that is no object."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return {str(name) for name in names}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"the index {str(index)!r} cannot be read: {error}") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except RecursionError:
+        reason = "it is nested too deep"
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+    except ValueError as error:
+        reason = one_line(error)
+    else:
+        return content
+    raise ConfigError(f"the {what} {str(file)!r} cannot be read: {reason}")
+
+
+def check_description(folder: Path) -> None:
+    """See that `config.json`, where there is one, is what every reader of it takes for granted.
+
+    Raises:
+        ConfigError: it is not; the message names it.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    names = json_object(file).get("architectures")
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return
+    raise ConfigError(f"the file {str(file)!r} is wrong: `architectures` must be a list of names")
+
+
+def check_generation(folder: Path) -> None:
+    """See that `generation_config.json`, where there is one, can be read.
+
+    vLLM takes one that cannot be read for none, and serves with other defaults.
+
+    Raises:
+        ConfigError: it cannot; the message names it.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        json_object(file)
 
 
 def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -90,21 +145,14 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
                 f"the weight file {str(file)!r} is not a safetensors file: {actual} bytes, "
                 f"a header of {length}"
             )
-        try:
-            header = json.loads(content.read(length))
-            entries = {key: entry for key, entry in header.items() if key[:2] != "__"}
-            ends = [operator.index(entry["data_offsets"][1]) for entry in entries.values()]
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            raise ConfigError(
-                f"the header of the weight file {str(file)!r} cannot be read: {error!r}"
-            ) from error
+        raw = content.read(length)
+    try:
+        entries = _entries(json.loads(raw))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"the header of the weight file {str(file)!r} cannot be read: {error}"
+        ) from error
+    ends = [entry["data_offsets"][1] for entry in entries.values()]
     expected = 8 + length + max(ends, default=0)
     if actual < expected:
         raise ConfigError(
@@ -112,6 +160,35 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
         )
     return entries
 
+
+def _entries(header: Any) -> dict[str, dict[str, Any]]:
+    """The tensors of a header. Raises `ValueError` where one is not described as it has to be."""
+    if not isinstance(header, dict):
+        raise ValueError("it is not a JSON object")
+    entries = {name: entry for name, entry in header.items() if name[:2] != "__"}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"tensor {name!r} is not a JSON object")
+        for key, is_valid in _VALID.items():
+            if not is_valid(entry.get(key)):
+                raise ValueError(f"tensor {name!r} has no valid {key}")
+    return entries
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _is_range(value: Any) -> bool:
+    return _are_sizes(value) and len(value) == 2 and bool(value[0] <= value[1])
+
+
+_VALID: Mapping[str, Callable[[Any], bool]] = {
+    "dtype": lambda value: isinstance(value, str),
+    "shape": _are_sizes,
+    "data_offsets": _is_range,
+}
+"""What a header has to say of each tensor."""
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Sizes of the types that a load converts to the model's own, as safetensors calls them."""
@@ -131,7 +208,7 @@ def converted_bytes(folder: Path, itemsize: int) -> int:
 
 
 def _growth(entry: Mapping[str, Any], itemsize: int) -> int:
-    stored = FLOAT_BYTES.get(str(entry.get("dtype")), itemsize)
+    stored = FLOAT_BYTES.get(entry["dtype"], itemsize)
     begin, end = entry["data_offsets"]
     return int((end - begin) // stored * (itemsize - stored))
 

@@ -7,6 +7,7 @@ to vLLM's own argument parser, which knows their names and types.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass as plain_dataclass, field, fields, replace
@@ -54,6 +55,17 @@ from vllm_hotswap.written import (
 
 QUANT_VARIABLE = "QUANT_CONFIG"
 """What `quant_config` of a model sets; Gaudi's quantisation reads its configuration from there."""
+
+MAX_NAME = 256
+"""Characters of an alias, or of a group's name."""
+
+_UNUSABLE = {
+    "Cc": "a control character",
+    "Cs": "half of a character",
+    "Zl": "a control character",
+    "Zp": "a control character",
+}
+"""Categories of Unicode, with what they are for whoever reads a message."""
 
 MAX_SHOWN = 80
 """A longer value is not repeated in a message."""
@@ -334,6 +346,7 @@ class _Reader:
                         f"{self._beside('rights', name)}: a group's name must be a text; "
                         "put it in quotes"
                     )
+                _refuse_odd("the group's name", name, self._beside("rights", name))
                 read.append(self._group(name, entry, models))
         refuse_shared([(group, group.source.given) for group in read])
         return read
@@ -464,6 +477,7 @@ class _Reader:
             raise ConfigError(
                 f"{place}:{odd} an alias must be a non-empty string; put it in quotes"
             )
+        _refuse_odd(f"the alias {_shortened(alias)}", alias, self._beside("models", alias))
         keys = ("models", alias)
         own = self._underscored(
             _mapping(entry, place, "a mapping with at least the key model"), *keys
@@ -483,6 +497,9 @@ class _Reader:
                 ours["sampling"] = self._sampling(section, given)
         base = {"alias": alias, "settings": values, "inherited": inherited, "lines": given.lines()}
         model = self._validated_model(ours, base, given)
+        for name in model.aliases:
+            with self._noting(*keys, "aliases"):
+                _refuse_odd(f"the name {_shortened(name)}", name, given.place("aliases"))
         with self._noting(*keys, "model"):
             if model.model != UNKNOWN:
                 model = replace(
@@ -665,7 +682,11 @@ def _read_text(path: Path) -> str:
             f"configuration file {str(path)!r} does not exist; "
             "`vllm-hotswap demo --write DIR` writes one that works"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"configuration file {str(path)!r} is not UTF-8 text; save it as UTF-8"
+        ) from None
+    except OSError as error:
         raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
 
 
@@ -692,6 +713,28 @@ def _resolve_model(model: str, place: Place, path: Path) -> str:
 
 def _is_name(name: object) -> bool:
     return isinstance(name, str) and not isinstance(name, OddKey) and bool(name.strip())
+
+
+def _refuse_odd(what: str, name: str, place: Place) -> None:
+    """Raises `ConfigError` for a name that no command could name, or no terminal or log show."""
+    if reason := _oddity(name):
+        raise ConfigError(f"{place}: {what} cannot be used: {reason}")
+
+
+def _shortened(name: str) -> str:
+    return ascii(name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "...")
+
+
+def _oddity(name: str) -> str:
+    """What is wrong with a name; nothing, if that can be used."""
+    if name in (".", ".."):
+        return "it is a path's dots; choose another name"
+    for character in name:
+        if what := _UNUSABLE.get(unicodedata.category(character)):
+            return f"U+{ord(character):04X} in it is {what}; leave it out"
+    if len(name) > MAX_NAME:
+        return f"it has {len(name)} characters; choose a name of at most {MAX_NAME}"
+    return ""
 
 
 def _is_key_of_a_model(item: tuple[object, object]) -> bool:

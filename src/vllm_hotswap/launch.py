@@ -13,8 +13,13 @@ from pydantic import ValidationError
 
 from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
-from vllm_hotswap.checkpoint import converted_bytes, weight_files_bytes
-from vllm_hotswap.compat.configuration import engine_config, serve_parser
+from vllm_hotswap.checkpoint import (
+    check_description,
+    check_generation,
+    converted_bytes,
+    weight_files_bytes,
+)
+from vllm_hotswap.compat.configuration import engine_config, nearest_architectures, serve_parser
 from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
@@ -129,6 +134,7 @@ def _prepare_model(
 ) -> ModelLaunch:
     if not model.is_folder:
         _require_known(model, args, config.path)
+    _check_files(model, args, config.path)
     adapters = take_adapters(args, model, config.path)
     variables.learn(model.alias, model.environment)
     if config.switching.mode == "auto":
@@ -165,6 +171,18 @@ def _require_known(model: ModelConfig, args: argparse.Namespace, path: Path) -> 
         raise ConfigError(f"{model.at(path, 'model')}: {error.message}") from error
 
 
+def _check_files(model: ModelConfig, args: argparse.Namespace, path: Path) -> None:
+    """Refuse broken files of which the libraries below say nothing that helps, or nothing."""
+    folder = Path(model.model)
+    try:
+        if model.is_folder and not args.hf_config_path and args.config_format in ("auto", "hf"):
+            check_description(folder)
+        if args.generation_config == "auto" and model.is_folder:
+            check_generation(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{model.at(path, 'model')}: {error.message}") from error
+
+
 def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: DeviceMemory) -> Usage:
     """What all models together may hold, with the host memory that is free now.
 
@@ -195,8 +213,11 @@ def plan_memory(
 def _reason(error: Exception) -> str:
     """What is wrong, without what pydantic adds around it."""
     if isinstance(error, ValidationError):
-        return "; ".join(" ".join(str(detail["msg"]).split()) for detail in error.errors())
-    return one_line(error)
+        said = (str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+        message = "; ".join(" ".join(text.split()) for text in said)
+    else:
+        message = one_line(error)
+    return nearest_architectures(message)
 
 
 def _converted_bytes(model: ModelConfig, vllm_config: Any) -> int:

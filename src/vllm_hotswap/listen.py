@@ -6,6 +6,7 @@ All of it comes from flags, and is checked before anything slow is done.
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import logging
 import os
@@ -40,6 +41,9 @@ KEPT_FILES = 256
 TCP_PROBES = MappingProxyType({"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3})
 """Seconds of silence before a client is probed, seconds between probes, and how many."""
 
+HOST_ERRORS = frozenset([errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL])
+"""Another machine's address, no IPv6 here, a link-local address without its interface."""
+
 Refresher = Callable[[uvicorn.Config], Any]
 """Begins to watch the TLS files; what it returns ends that with `stop`."""
 
@@ -57,6 +61,8 @@ class ListenFlags:
         """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
         for host in self.allowed_hosts:
             allowed_host(host)
+        if args.uds == "":
+            raise ConfigError("--uds is empty; name a file, or leave it out for TCP")
         if self.uds_mode is not None and not args.uds:
             raise ConfigError("--uds-mode needs --uds")
         if self.port_file is not None:
@@ -221,7 +227,10 @@ def bind(host: str | None, port: int) -> socket.socket:
         ConfigError: the address cannot be bound; the message names it.
     """
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _cannot_bind(host, port, error) from error
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     _notice_vanished_clients(sock)
     try:
@@ -255,11 +264,13 @@ def _notice_vanished_clients(sock: socket.socket) -> None:
 def _cannot_bind(host: str | None, port: int, error: Exception) -> ConfigError:
     if isinstance(error, OverflowError):
         return ConfigError(f"--port {port} is not a valid port; choose one from 0 to 65535")
-    is_name = isinstance(error, socket.gaierror | UnicodeError)
+    is_host = isinstance(error, socket.gaierror | UnicodeError) or (
+        isinstance(error, OSError) and error.errno in HOST_ERRORS
+    )
     reason = error.strerror if isinstance(error, OSError) else one_line(error)
     return ConfigError(
         f"cannot listen on {host or '0.0.0.0'}:{port}: {reason}; "
-        f"choose another {'--host' if is_name else '--port'}"
+        f"choose another {'--host' if is_host else '--port'}"
     )
 
 

@@ -41,7 +41,7 @@ def replace_text(path: Path, text: str) -> os.stat_result:
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    new = path.with_name(f".vllm-hotswap-{secrets.token_hex(8)}")
+    new = _new_name(path.parent)
     with new.open("x", encoding="ascii") as file:
         try:
             file.write(text)
@@ -52,3 +52,14 @@ def replace_text(path: Path, text: str) -> os.stat_result:
                 new.unlink()
             raise
         return os.fstat(file.fileno())
+
+
+def try_to_write(folder: Path) -> None:
+    """Make a file as `replace_text` does, and remove it. Raises `OSError` if that fails."""
+    new = _new_name(folder)
+    with new.open("x"):
+        new.unlink()
+
+
+def _new_name(folder: Path) -> Path:
+    return folder / f".vllm-hotswap-{secrets.token_hex(8)}"

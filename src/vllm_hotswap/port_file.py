@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.paths import replace_text
+from vllm_hotswap.paths import replace_text, try_to_write
 from vllm_hotswap.unix_socket import FileIdentity
 
 
@@ -41,10 +42,18 @@ class PortFile:
 def check_port_file(path: Path) -> None:
     """Raises `ConfigError` if it cannot be written, or would replace something else."""
     folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"--port-file: the folder {str(folder)!r} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--port-file: the folder {str(folder)!r} cannot be written")
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise ConfigError(f"--port-file: {str(folder)!r} is not a folder")
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # raises what a name too long for the file system raises
+        try_to_write(folder)
+    except FileNotFoundError:
+        raise ConfigError(f"--port-file: the folder {str(folder)!r} does not exist") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--port-file: {str(path)!r} cannot be written: {error.strerror}; choose another"
+        ) from error
     if os.path.lexists(path) and not _holds_port(path):
         raise ConfigError(
             f"--port-file: {str(path)!r} exists and is not a port file; choose another"

@@ -153,6 +153,8 @@ def _leases(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _release(args: argparse.Namespace, _: Sequence[str]) -> int:
+    if not args.id or "/" in args.id:
+        raise RemoteError(f"{args.id!r} is not the id of a lease; {program()} leases lists them")
     answer = call(args, "DELETE", f"/admin/leases/{_quoted(args.id)}")
     return _print(args, answer, lambda lease: f"{lease['model']}: {lease['id']} has ended")
 
@@ -197,8 +199,9 @@ COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = 
 
 
 def _quoted(name: str) -> str:
-    """A name as a part of a path."""
-    return quote(_text(name))
+    """A name as a part of a path, also where it has parts that would be the way to another one."""
+    parts = quote(_text(name)).split("/")
+    return "/".join(part.replace(".", "%2E") if part in (".", "..") else part for part in parts)
 
 
 def _text(word: str) -> str:

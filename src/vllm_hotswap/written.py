@@ -55,6 +55,15 @@ _UNDERSCORED = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
+_KINDS: Mapping[str, type[Node]] = {
+    _PLAIN: ScalarNode,
+    **{_TAG + tag: ScalarNode for tag in ("str", "int", "float", "bool", "null", "merge")},
+    _TAG + "seq": SequenceNode,
+    _TAG + "map": MappingNode,
+}
+"""What may have a tag."""
+
+
 class WrittenInt(int):
     """A whole number that is shown as it was written."""
 
@@ -245,15 +254,20 @@ def read_yaml(text: str, path: Path) -> tuple[Any, Source]:
         ConfigError: it is no YAML, has an alias inside itself, or is too deep or too large. Nothing
             of the file's content is shown, which may hold keys.
     """
+    if odd := Reader.NON_PRINTABLE.search(text):
+        raise ConfigError(_place_of_character(path, text, odd.start()))
+    loader = _Loader(text)
     try:
-        if odd := Reader.NON_PRINTABLE.search(text):
-            raise ConfigError(_place_of_character(path, text, odd.start()))
-        loader = _Loader(text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
         return value, Source(path, {} if node is None else dict(_lines(node)))
     except yaml.YAMLError as error:
         raise ConfigError(_complaint(path, error)) from None
+    except (ValueError, OverflowError):  # PyYAML checks no range of `"\\U..."` and `%YAML`
+        line = loader.line + 1
+        raise ConfigError(
+            f"{path}:{line}: is not valid YAML: an escape or a version is out of range"
+        ) from None
 
 
 def _place_of_character(path: Path, text: str, position: int) -> str:
@@ -316,6 +330,7 @@ class _Loader(yaml.SafeLoader):
         self._open.append(event.anchor)
         node = super().compose_node(parent, index)
         self._open.pop()
+        _check_kind(node)
         self._bound(node, event)
         return node
 
@@ -345,6 +360,21 @@ class _Loader(yaml.SafeLoader):
         raise ComposerError(None, None, problem, event.start_mark)
 
 
+def _check_kind(node: Node | None) -> None:
+    """Refuse a tag of YAML's own on another kind of node, such as `!!int {a: b}`.
+
+    Here and not where values are made: what is merged and keys are not made from their tags.
+    """
+    kind = _KINDS.get(node.tag) if node is not None else None
+    if node is not None and kind is not None and not isinstance(node, kind):
+        raise _wrong_tag(node)
+
+
+def _wrong_tag(node: Node) -> ConstructorError:
+    tag = node.tag.removeprefix(_TAG)
+    return ConstructorError(None, None, f"what is tagged !!{tag} is not one", node.start_mark)
+
+
 def _items(node: Node | None) -> Iterator[Node]:
     if isinstance(node, MappingNode):
         for pair in node.value:
@@ -366,7 +396,7 @@ def _tagged(_: _Loader, node: ScalarNode) -> Any:
     kinds = {"int": int, "float": int | float, "bool": bool, "null": type(None)}
     value, kind = read_scalar(node.value), node.tag.removeprefix(_TAG)
     if not isinstance(value, kinds[kind]) or (kind != "bool" and isinstance(value, bool)):
-        raise ConstructorError(None, None, f"what is tagged !!{kind} is not one", node.start_mark)
+        raise _wrong_tag(node)
     return value
 
 

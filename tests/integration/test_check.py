@@ -31,7 +31,14 @@ BROKEN = {
     "truncated": ("weights", "model.safetensors"),
     "no-weights": ("weights", "no weight files"),
     "no-tokenizer": ("tokenizer", "no tokenizer.json in '"),
-    "bad-config": ("config.json", ""),
+    "bad-config": ("config.json", "['LamaForCausalLM'] are not supported for now; the nearest"),
+    "list-config": (
+        "config.json",
+        "list-config/config.json' cannot be read: it is not a JSON object",
+    ),
+    "odd-config": ("config.json", "`architectures` must be a list of names"),
+    "cut-generation": ("config.json", "generation_config.json' cannot be read: "),
+    "list-tokenizer": ("tokenizer", "tokenizer.json' cannot be read: it is not a JSON object"),
 }
 """Checkpoints that cannot be loaded."""
 
@@ -59,7 +66,15 @@ def break_checkpoints(folder: Path) -> None:
     (folder / "no-weights" / "model.safetensors").unlink()
     for path in (folder / "no-tokenizer").glob("tokenizer*"):
         path.unlink()
-    (folder / "bad-config" / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    config = folder / "bad-config" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LamaForCausalLM"))
+    for name, file, text in (
+        ("list-config", "config", "[1]"),
+        ("odd-config", "config", '{"architectures": 5}'),
+        ("cut-generation", "generation_config", '{"top_k": '),
+        ("list-tokenizer", "tokenizer", "[]"),
+    ):
+        (folder / name / f"{file}.json").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +123,7 @@ def test_every_mistake_is_told(report: dict[str, Any], alias: str, step: str, ca
     problems = report[alias]["problems"]
 
     assert cause in problems[step][0]
+    assert len(problems[step][0]) < 1000
     assert "\n" not in problems[step][0]
 
 

@@ -1,12 +1,14 @@
 """vLLM's flags and its configuration of one model. Checked on vLLM 0.32.0.
 
 Relies on: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs.from_cli_args`,
-`create_engine_config`, the two managers of parsers.
+`create_engine_config`, the two managers of parsers, what is said of an unknown architecture.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -39,6 +41,24 @@ def describing_parser(prog: str) -> argparse.ArgumentParser:
         return serve_parser(prog)
     finally:
         sys.argv.pop()
+
+
+def nearest_architectures(message: str) -> str:
+    """A message of vLLM's with the architectures near to the unknown one, rather than with all."""
+    found = re.search(r"\[(.*)\] are not supported for now\. Supported architectures: .*", message)
+    if found is None:
+        return message
+    asked, _, supported = found.group().partition("Supported")
+    known = re.findall(r"'(\w+)'", supported)
+    near = dict.fromkeys(
+        name for word in re.findall(r"'(\w+)'", asked) for name in _nearest(word, known)
+    )
+    hint = f"the nearest that are: {', '.join(near)}" if near else "none has a similar name"
+    return f"{message[: found.start()]}{asked.strip().removesuffix('.')}; {hint}"
+
+
+def _nearest(word: str, known: list[str]) -> list[str]:
+    return difflib.get_close_matches(word, known, n=3)
 
 
 def engine_config(args: argparse.Namespace) -> Any:

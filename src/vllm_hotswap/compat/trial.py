@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_hotswap.checkpoint import json_object
 from vllm_hotswap.compat.configuration import reasoning_parser
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.errors import ConfigError, one_line
@@ -31,6 +32,9 @@ VOCABULARIES = (
     "tokenization_*.py",
 )
 """Files that hold a tokenizer's vocabulary, by the names that the field uses; or its own code."""
+
+DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of a tokenizer that are JSON objects."""
 
 TOOL = {
     "type": "function",
@@ -64,7 +68,16 @@ def make_tokenizer(config: Any) -> Any:
                 f"no tokenizer.json in {str(folder)!r}, nor any other tokenizer's file; copy it "
                 "from where the checkpoint is from, or name another place with the key `tokenizer`"
             ) from error
+        if folder.is_dir():
+            _check_json(folder)
         raise
+
+
+def _check_json(folder: Path) -> None:
+    """Raises `ConfigError` for a tokenizer's file that is not even a JSON object."""
+    for name in DESCRIPTIONS:
+        if (folder / name).is_file():
+            json_object(folder / name)
 
 
 def has_tokenizer(folder: Path) -> bool:
