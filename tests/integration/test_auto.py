@@ -117,7 +117,6 @@ WRONG = [
     ("unused", "/classify", {"input": "Hello"}, "pooling"),
     ("late", "/v1/embeddings", {"input": "Hello"}, "generate"),
     ("late", "/score", {"text_1": "a", "text_2": "b"}, "generate"),
-    ("late", "/v1/audio/transcriptions", {}, "generate"),
 ]
 
 
@@ -134,6 +133,15 @@ def test_wrong_task_loads_and_switches_nothing(
     assert (404, "wrong_task") == (refused.status_code, error["code"])
     assert f"it serves {task};" in error["message"]
     assert ("cold", before["epoch"]) == (after["models"][alias]["residency"], after["epoch"])
+
+
+def test_a_form_of_the_wrong_task_loads_and_switches_nothing(server: ServerProcess) -> None:
+    """Audio comes as a form, which names its model in a field."""
+    refused = server.client.post("/v1/audio/transcriptions", data={"model": "late"})
+    after: Any = server.status()
+
+    assert (404, "wrong_task") == (refused.status_code, refused.json()["error"]["code"])
+    assert "cold" == after["models"]["late"]["residency"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -208,6 +216,15 @@ def test_model_that_was_never_loaded_is_loaded_by_its_first_request(server: Serv
 
 
 # --- what never switches ------------------------------------------------------------------------
+
+
+def test_a_form_of_the_wrong_task_loads_and_switches_nothing(server: ServerProcess) -> None:
+    """Audio comes as a form, which names its model in a field."""
+    refused = server.client.post("/v1/audio/transcriptions", data={"model": "late"})
+    after: Any = server.status()
+
+    assert (404, "wrong_task") == (refused.status_code, refused.json()["error"]["code"])
+    assert "cold" == after["models"]["late"]["residency"]
 
 
 @pytest.mark.parametrize("name", BAD)
