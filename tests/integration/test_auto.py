@@ -218,15 +218,6 @@ def test_model_that_was_never_loaded_is_loaded_by_its_first_request(server: Serv
 # --- what never switches ------------------------------------------------------------------------
 
 
-def test_a_form_of_the_wrong_task_loads_and_switches_nothing(server: ServerProcess) -> None:
-    """Audio comes as a form, which names its model in a field."""
-    refused = server.client.post("/v1/audio/transcriptions", data={"model": "late"})
-    after: Any = server.status()
-
-    assert (404, "wrong_task") == (refused.status_code, refused.json()["error"]["code"])
-    assert "cold" == after["models"]["late"]["residency"]
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_bad_request_gets_vllms_own_answer_and_never_switches(
     server: ServerProcess, name: str
