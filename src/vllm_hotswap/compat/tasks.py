@@ -87,9 +87,9 @@ def foresee(config: Any) -> ForeseenRoutes | None:
 
 
 def _optional_paths(tasks: frozenset[str]) -> frozenset[str]:
-    """What an environment variable adds, or the number of a classifier's classes."""
+    """What an environment variable adds, a newer version, or the number of a classifier's classes."""
     pairs = SCORING if "classify" in tasks else ()
-    return frozenset(["/cohere/v2/chat", "/cohere/v2/chat/render", *pairs])
+    return frozenset(["/cohere/v2/chat", "/cohere/v2/chat/render", "/v1/decisions", *pairs])
 
 
 def _generation(model: Any) -> tuple[frozenset[str], bool]:
