@@ -87,7 +87,7 @@ def foresee(config: Any) -> ForeseenRoutes | None:
 
 
 def _optional_paths(tasks: frozenset[str]) -> frozenset[str]:
-    """What an environment variable adds, a newer version, or the number of a classifier's classes."""
+    """What a variable, a newer version, or the number of a classifier's classes adds."""
     pairs = SCORING if "classify" in tasks else ()
     return frozenset(["/cohere/v2/chat", "/cohere/v2/chat/render", "/v1/decisions", *pairs])
 
