@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
+    {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
     {"json_scan", "media"},
     {
         "states",

@@ -291,6 +291,7 @@ def test_multipart_field_is_found(body: bytes) -> None:
         (multipart((MODEL + '; filename="model"', b"whisper")), MULTIPART),
         (multipart((MODEL, b"whisper")), "multipart/form-data"),
         (multipart((MODEL, b"whisper")), "multipart/form-data; boundary=other"),
+        (multipart((MODEL, b"whisper")), f"multipart/form-data; boundary={'b' * 257}"),
         (multipart((MODEL, b"whisper"))[:-12], MULTIPART),
         (b"", MULTIPART),
         (b"no form at all", MULTIPART),

@@ -6,7 +6,6 @@ All of it comes from flags, and is checked before anything slow is done.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import resource
@@ -20,6 +19,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.claims import claimed, give_back
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.port_file import PortFile, check_port_file
@@ -138,7 +138,7 @@ class Listener:
         """Whether programs of this machine alone get here, browsers among them."""
         if isinstance(self._bound, UnixSocket):
             return False
-        return ipaddress.ip_address(self._bound.getsockname()[0].partition("%")[0]).is_loopback
+        return is_loopback(self._bound.getsockname()[0])
 
     def announce(self) -> None:
         """Tell where clients get in, now that they do.

@@ -87,11 +87,20 @@ def _find(
 
 def form_fields(body: bytes, content_type: str) -> Work[Fields]:
     """The text field `model` of a multipart or urlencoded form."""
+    try:
+        field = _form_field(content_type)
+        return Fields((yield from field.find(body)) if field else None)
+    except ValueError:  # FormParserError; the application will refuse the body
+        return NO_FIELDS
+
+
+def _form_field(content_type: str) -> _Field | None:
+    """What finds the field `model`. Raises `FormParserError` for a boundary that cannot be one."""
     kind, options = parse_options_header(content_type)
     if kind == URLENCODED:
-        return Fields((yield from _UrlencodedField().find(body)))
+        return _UrlencodedField()
     boundary = options.get(b"boundary")
-    return Fields((yield from _MultipartField(boundary).find(body)) if boundary else None)
+    return _MultipartField(boundary) if boundary else None
 
 
 def from_query(query: bytes) -> str | None:
@@ -114,13 +123,11 @@ class _Field:
         """The form is over."""
 
     def find(self, body: bytes) -> Work[str | None]:
-        try:
-            for start in range(0, len(body), FORM_PIECE_BYTES):
-                self._parse(body[start : start + FORM_PIECE_BYTES])
-                yield
-            self._finish()
-        except ValueError:  # FormParserError; the application will refuse the body
-            return None
+        """The field's text. Raises `FormParserError` if the body is no such form."""
+        for start in range(0, len(body), FORM_PIECE_BYTES):
+            self._parse(body[start : start + FORM_PIECE_BYTES])
+            yield
+        self._finish()
         return self._found
 
 

@@ -10,6 +10,7 @@ response go to whoever keeps it, without a lease: they need no engine.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,9 +27,10 @@ from vllm_hotswap.errors import (
     HotswapError,
     InvalidRequest,
     TooManyValues,
+    Unforeseen,
     WrongTask,
 )
-from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
+from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_field import NO_FIELDS, Fields
@@ -38,6 +40,8 @@ from vllm_hotswap.responses import Following
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.turns import at_once, in_turns
+
+log = logging.getLogger("vllm_hotswap")
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
@@ -75,6 +79,11 @@ class Router:
                 await self._take(scope, receive, answer, body)
         except ClientGone:
             pass
+        except Exception as error:
+            if isinstance(error, AnswerCut) or not answer.can_tell:
+                raise  # the HTTP server logs it, and closes the connection
+            log.exception("event=request_failed code=internal_error")
+            await answer.cut(Unforeseen())
         finally:
             self._answers.discard(answer)
             answer.close()
