@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
     {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
-    {"json_scan", "media"},
+    {"json_scan", "media", "surrogates"},
     {
         "states",
         "answers",

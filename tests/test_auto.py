@@ -192,6 +192,20 @@ async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Serv
     assert told.endswith(" switched=1 epoch=2")
 
 
+async def test_stream_below_a_proxys_prefix_begins_at_once_too(auto: Server) -> None:
+    """With `--root-path`, every path begins with it; what is looked at is the route."""
+    path, below = f"/api{CHAT}", {"root_path": "/api"}
+    body = json.dumps({"model": "mistral", "stream": True, "max_tokens": 1}).encode()
+
+    bad = await auto.request("POST", path, BAD_STREAM, **below).finish()
+    loaded_for_bad = targets(auto)
+    answer = await auto.request("POST", path, body, **below).finish()
+
+    assert (400, []) == (bad.status, loaded_for_bad)
+    assert answer.is_whole
+    assert "x-hotswap-waited" not in answer.headers  # they were sent before its turn came
+
+
 async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto: Server) -> None:
     """As an event: the answer has begun."""
     auto.host.fail_next("load", "mistral")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
 from pathlib import Path
 
 import pytest
 
 from vllm_hotswap.bench import bodies
+from vllm_hotswap.demo import free_port
 from vllm_hotswap.model_field import from_json
 
 
@@ -30,4 +33,28 @@ def test_a_quick_run_tells_of_every_shape(
     assert list(bodies.SHAPES) == [row["shape"] for row in rows[1::2]]
     assert {404} == {row["status"] for row in rows if row.get("model") == "nobody"}
     assert all(row["probes"] > 0 for row in rows)
-    assert "| token lists" in capsys.readouterr().out
+    assert all(row["worst_chat_ms"] > 0 for row in rows)
+    assert 2 == capsys.readouterr().out.count("| token lists")
+
+
+def test_a_server_that_ends_is_not_waited_for() -> None:
+    """Nor one that was never there: the benchmark says what became of it."""
+    server = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(3,))
+    server.start()
+
+    with pytest.raises(OSError, match="the server ended with 3"):
+        bodies.until_it_serves(free_port(), server)
+
+
+def test_a_body_that_cannot_be_sent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the error that sending it gave."""
+
+    def fail(_port: int, body: bytes) -> tuple[int, float]:
+        raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(bodies, "health_s", lambda _port: 0.0)
+    monkeypatch.setattr(bodies, "chat_s", lambda _port: 0.0)
+    monkeypatch.setattr(bodies, "send", fail)
+
+    with pytest.raises(ConnectionResetError, match="reset"):
+        bodies.measure(free_port(), "numbers", 1, "nobody")

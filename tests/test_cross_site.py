@@ -14,7 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -31,6 +31,7 @@ from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.model_routes import WEBSOCKET
 from vllm_hotswap.progress import StartupProgress
 from vllm_hotswap.routes import Route
+from vllm_hotswap.settings import SwitchingConfig
 
 PLAIN, FORM = "text/plain;charset=UTF-8", "application/x-www-form-urlencoded"
 CROSS = {"Sec-Fetch-Site": "cross-site"}
@@ -107,13 +108,18 @@ async def make() -> AsyncIterator[Make]:
     running: list[Running] = []
 
     async def start(
-        access: Access | None = None, hosts: tuple[str, ...] = (), **given: Any
+        access: Access | None = None,
+        hosts: tuple[str, ...] = (),
+        mode: Literal["manual", "auto"] = "manual",
+        **given: Any,
     ) -> Running:
         access = access or Access(dev_mode=True)
         listen = ListenFlags(allowed_hosts=hosts)
         listener = Listener.open(flags(**given))
         cross_site = server.cross_site_of(access, listener, listen)
-        app = HotswapApp(FakeHost(("llama", "qwen")), access, cross_site=cross_site)
+        switching = SwitchingConfig(mode=mode)
+        host = FakeHost(("llama", "qwen", "cold"))
+        app = HotswapApp(host, access, switching, cross_site=cross_site)
         load = ["llama", "qwen"]
         progress = StartupProgress(load)
         serving = asyncio.create_task(server.serve(app, listener, load, "llama", progress))
@@ -221,7 +227,7 @@ async def test_a_refusal_needs_no_key(make: Make) -> None:
 
 
 async def test_a_page_of_another_origin_may_read_as_far_as_cors_lets_it(make: Make) -> None:
-    """Reading routes and inference are not ours to refuse: the browser keeps the answer back."""
+    """In `manual`, where inference moves no model: the browser keeps the answer back."""
     running = await make()
     headers = {**CROSS, "Origin": running.elsewhere, "Content-Type": "application/json"}
 
@@ -229,6 +235,69 @@ async def test_a_page_of_another_origin_may_read_as_far_as_cors_lets_it(make: Ma
     chat, _ = await running.send("POST", "/v1/chat/completions", headers, b'{"model": "llama"}')
 
     assert (200, 200) == (status, chat)
+
+
+IMAGE = {**CROSS, **NO_CORS, "Sec-Fetch-Dest": "image"}
+BLIND = [
+    ("GET", "/docs?model={model}", IMAGE, b""),
+    ("GET", "/docs/?model={model}", IMAGE, b""),
+    ("GET", "/load?model={model}", {**SAME_SITE, **NO_CORS}, b""),
+    ("POST", "/v1/chat/completions?model={model}", {**CROSS, **NO_CORS, "Origin": "null"}, b""),
+    (
+        "POST",
+        "/v1/audio/transcriptions",
+        {**CROSS, **NAVIGATE, "Origin": "https://evil.example", "Content-Type": FORM},
+        b"model={model}",
+    ),
+]
+"""Requests that a browser sends for a page of another origin without a preflight."""
+
+
+@pytest.mark.parametrize("model", ["qwen", "cold"])
+@pytest.mark.parametrize("mode", ["manual", "auto"])
+async def test_a_page_of_another_origin_moves_no_model(
+    make: Make, mode: Literal["manual", "auto"], model: str
+) -> None:
+    """Neither by an image nor by a form: no model is loaded, woken or switched to."""
+    running = await make(mode=mode)
+    before = running.state()
+
+    answers = [
+        await running.send(
+            method, path.format(model=model), headers, body.replace(b"{model}", model.encode())
+        )
+        for method, path, headers, body in BLIND
+    ]
+
+    assert before == running.state()
+    if mode == "auto":
+        assert [403] * len(BLIND) == [status for status, _ in answers]
+        assert {"cross_origin_refused"} == {json.loads(b)["error"]["code"] for _, b in answers}
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Sec-Fetch-Site": "same-origin"}, {**CROSS, "Origin": "https://page.example"}]
+)
+async def test_in_auto_programs_own_pages_and_allowed_origins_switch(
+    make: Make, headers: dict[str, str]
+) -> None:
+    """Only pages of other origins are kept from it."""
+    running = await make(mode="auto", allowed_origins=["https://page.example"])
+    given = {**headers, "Content-Type": "application/json"}
+
+    status, _ = await running.send("POST", "/v1/chat/completions", given, b'{"model": "qwen"}')
+
+    assert (200, "qwen") == (status, running.app.coordinator.active)
+
+
+def test_a_refusal_names_the_flag_with_its_value() -> None:
+    """As it can be pasted behind the command that starts the server."""
+    assert CrossOriginRefused("http://a:3").message.endswith(
+        """--allowed-origins '["http://a:3"]'"""
+    )
+    assert HostRefused("host.docker.internal:8000").message.endswith(
+        "start it with --allowed-hosts host.docker.internal:8000"
+    )
 
 
 async def test_a_page_of_another_origin_gets_no_websocket(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
@@ -10,15 +11,16 @@ from urllib.parse import urlencode
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong, TooManyValues, scan
+from vllm_hotswap.json_scan import MAX_TEXT_BYTES, PIECE_BYTES, TooLong, TooManyValues, scan
+from vllm_hotswap.media import FORM_PIECE_BYTES
 from vllm_hotswap.model_field import (
-    FORM_PIECE_BYTES,
     SMALL_BYTES,
     form_fields,
     from_json,
     from_query,
     json_fields,
 )
+from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import at_once
 
 TWO_MB = 2 << 20
@@ -139,16 +141,130 @@ def test_large_body_is_looked_at_in_pieces(unit: bytes) -> None:
 
     pieces = sum(1 for _ in json_fields(b'{"input": [' + items + b'], "model": "a"}'))
 
-    assert pieces >= TWO_MB // (128 << 10)
+    assert pieces >= TWO_MB // PIECE_BYTES
 
 
-@pytest.mark.parametrize("key", ["model", "m", "mode\\u006c"])
-def test_keys_are_looked_at_in_pieces(key: str) -> None:
-    """A body of nothing but keys that look like `model` costs no turn more than a few."""
-    body = b"{" + f'"{key}": 1,'.encode() * MANY + b'"model": "a"}'
+@pytest.mark.parametrize("unit", [b"1,", b"[],"])
+def test_no_shape_costs_more_turns_than_its_size(unit: bytes) -> None:
+    """One for each piece, and one to spare."""
+    body = b'{"input": [' + unit * MANY + b'1], "model": "a"}'
 
-    assert sum(1 for _ in json_fields(body)) >= len(body) // (128 << 10)
+    assert sum(1 for _ in json_fields(body)) <= len(body) // PIECE_BYTES + 1
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        b'"m":1,',
+        b'"model":1,',
+        b'"model" :1,',
+        b'"a":"model",',
+        b'"a":"model" ,',
+        b'"mode\\u006c":1,',
+        b'"\\u006d":1,',
+        b'"\\":1,',
+        b'"stream":"model",',
+    ],
+)
+def test_no_key_costs_more_than_another(unit: bytes) -> None:
+    """Keys that are looked for, and what resembles them: neither more turns, nor a loop over them.
+
+    What is counted are calls that the interpreter makes; they are as many for each piece.
+    """
+    body = b"{" + unit * MANY + b'"model": "a"}'
+    plain = b"{" + b'"x":1,' * (len(body) // 6) + b'"model": "a"}'
+
     assert "a" == from_json(body)
+    assert sum(1 for _ in json_fields(body)) <= len(body) // PIECE_BYTES + 1
+    assert calls_of(body) < 3 * calls_of(plain)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "\\ud83d",
+                "\\uDE00",
+                "\\\\",
+                "ud83d",
+                "\\n",
+                '\\"',
+                "\\u00e9",
+                "a" * 70,
+                "\ud55c",
+                "\ud83d",
+            ]
+        )
+    ),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-le"]),
+)
+def test_halves_of_surrogate_pairs_are_found(parts: list[str], encoding: str) -> None:
+    """Wherever `json.loads` would read one, however it is written; and nowhere else."""
+    raw = f'{{"prompt": ["{"".join(parts)}"]}}'.encode(encoding, "surrogatepass")
+    is_whole = "".join(json.loads(raw)["prompt"]).encode("utf-8", "replace").count(b"?") == 0
+
+    if is_whole:
+        at_once(json_fields(raw))
+    else:
+        with pytest.raises(HalfSurrogate, match=r"\\u[dD]"):
+            at_once(json_fields(raw))
+
+
+def calls_of(body: bytes) -> int:
+    """How many functions, of Python or of C, are called to find the fields of a body."""
+    calls = 0
+
+    def count(_frame: object, _event: str, _of: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        at_once(json_fields(body))
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+spaces = st.sampled_from(["", " ", "\t\n", " " * 20])
+written_keys = st.sampled_from(
+    [
+        *(f'"{key}"' for key in (*KEYS, "m", "mode", "models", "Model", "stream_options", "")),
+        *(with_escapes(key) for key in (*KEYS, "m", "modem")),
+        with_escapes("model").upper().replace("\\U", "\\u"),
+        '"mod\\u0065l"',
+        '"\\u006Dodel"',
+        '"\\u006dode\\u006C"',
+        '"\\u016dodel"',
+        '"model\\\\"',
+        '"\\"model"',
+        '"\\\\model"',
+    ]
+)
+written_values = st.sampled_from(
+    ['"model"', '"stream"', "true", "1", '"a"', '{"model": "b"}', '["model"]', '"\\"model"', '""']
+)
+
+
+@given(
+    st.lists(st.tuples(spaces, written_keys, spaces, spaces, written_values, spaces), max_size=6),
+    st.integers(1, 99),
+)
+def test_keys_are_told_from_values_however_they_are_written(
+    items: list[tuple[str, ...]], piece_bytes: int
+) -> None:
+    """With escapes, with space around them, cut by the end of a piece: as `json.loads` has it."""
+    written = (f"{a}{key}{b}:{c}{value}{d}" for a, key, b, c, value, d in items)
+    raw = ("{" + ",".join(written) + "}").encode()
+
+    read = json.loads(raw)
+    expected = {
+        key: read[key] if isinstance(read[key], str) or read[key] is True else None
+        for key in KEYS
+        if key in read
+    }
+    assert expected == at_once(scan(raw, KEYS, piece_bytes))
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 3), bodies)

@@ -88,6 +88,9 @@ def test_route_that_cannot_be_looked_into_is_left_to_the_application() -> None:
         ({"type": "websocket", "path": "/a"}, (WEBSOCKET, "/a")),
         ({"type": "http", "method": "GET", "path": "/p/a", "root_path": "/p"}, ("GET", "/a")),
         ({"type": "http", "method": "GET", "path": "/pa", "root_path": "/p"}, ("GET", "/pa")),
+        ({"type": "http", "method": "GET", "path": "/p/a/", "root_path": "/p/"}, ("GET", "/a")),
+        ({"type": "http", "method": "GET", "path": "/a//"}, ("GET", "/a")),
+        ({"type": "http", "method": "GET", "path": "/"}, ("GET", "/")),
     ],
 )
 def test_request_is_told_by_its_method_and_its_path(

@@ -191,6 +191,21 @@ async def test_body_of_another_kind_is_refused(
     assert error["message"].endswith(f"send the body with Content-Type: {wanted}")
 
 
+@pytest.mark.parametrize("below", ["", "/api"])
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_form_is_taken_however_its_path_is_written(
+    server: Server, below: str, slash: str
+) -> None:
+    """With a slash at its end, which the application redirects, and below a proxy's prefix."""
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    given: dict[str, Any] = {"headers": headers, "root_path": below}
+
+    answer = await server.request("POST", f"{below}{AUDIO}{slash}", FORM, **given).finish()
+
+    assert 404 == answer.status
+    assert b"model 'qwen'" in answer.body
+
+
 @pytest.mark.parametrize("path", [CHAT, SWITCH])
 async def test_compressed_body_is_refused(server: Server, path: str) -> None:
     """Nothing decompresses it: it is no JSON to vLLM either, and names no model."""
@@ -235,14 +250,23 @@ async def test_a_body_of_too_many_values_is_refused(make_server: MakeServer) -> 
     assert 200 == taken.status_code
 
 
-async def test_only_one_large_body_is_looked_at_in_a_turn(server: Server) -> None:
-    """Many of them make no turn of the loop longer: each waits for those before it."""
-    larger, large = "x" * (3 << 19), "x" * (1 << 16)
+@pytest.mark.parametrize("unit", ['"m":1,', '"model":1,', '"x":1,'])
+async def test_a_chat_does_not_wait_for_the_body_of_somebody_else(
+    make_server: MakeServer, unit: str
+) -> None:
+    """The larger body is looked at in pieces, whatever is in it; a chat waits for one of them."""
+    server = await make_server(limits=LimitsConfig(body_values=1 << 24))
+    body = ("{" + unit * (1 << 21) + '"model": "nobody"}').encode()
+    large = asyncio.create_task(
+        server.post(EMBEDDINGS, content=body, headers={"content-type": JSON})
+    )
+    assert 200 == (await server.get("/health")).status_code  # by now it is being looked at
 
-    server.ask("nobody", name="larger", path=EMBEDDINGS, input=larger)
-    await server.ask("nobody", name="large", path=EMBEDDINGS, input=large)
+    chat = await server.ask("llama", path=CHAT, more="x" * (20 << 10))
 
-    assert ["larger", "large"] == server.answered
+    assert 200 == chat.status_code
+    assert not large.done()
+    assert 404 == (await large).status_code
 
 
 async def test_name_beyond_all_bounds_is_refused(server: Server) -> None:
@@ -821,6 +845,25 @@ async def test_unforeseen_error_in_any_other_answer_closes_the_connection(server
 
     assert (200, False) == (answer.status, answer.complete)
     assert 0 == server.in_flight["llama"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a\ud83d"},
+        {"prompt": "a", "bad_words": ["\ud83d"]},
+        {"prompt": "a", "request_id": "\ud83d"},
+        {"messages": [{"role": "\ude00", "content": "a"}]},
+        {"prompt": "x" * (1 << 20) + "\ud83d"},
+    ],
+)
+async def test_half_of_a_surrogate_pair_is_refused(server: Server, body: dict[str, Any]) -> None:
+    """In whatever text, before anything is done for the request; the message shows the half."""
+    raw = json.dumps({"model": "llama", **body})  # which writes it as JavaScript does
+    response = await server.post(CHAT, content=raw, headers={"content-type": JSON})
+
+    assert (400, "invalid_request") == (response.status_code, code(response))
+    assert "which is half of a surrogate pair" in response.json()["error"]["message"]
 
 
 async def test_a_boundary_that_cannot_be_one_is_left_to_the_application(server: Server) -> None:

@@ -34,7 +34,7 @@ from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import Operations
 from vllm_hotswap.own_routes import own_routes
 from vllm_hotswap.registry import ModelPolicy
-from vllm_hotswap.routes import RouteTable, vllm_routes
+from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
 from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 
@@ -120,7 +120,7 @@ class HotswapApp:
         (method, path), headers = request_of(scope), Headers(scope=scope)
         self._cross_site.check_host(method, path, headers)
         route, parameters = self.routes.find(method, path)
-        if route.is_kept_from_other_sites:
+        if route.is_kept_from_other_sites or self._may_switch(route):
             self._cross_site.check_origin(method, path, headers)
         self.access.check(route.role, headers)
         if route.handler is None:
@@ -131,6 +131,10 @@ class HotswapApp:
                 media.check_own_body(Headers(scope=scope))
             request = Request({**scope, "path_params": parameters}, _replayed(body, receive))
             return await route.handler(request)
+
+    def _may_switch(self, route: Route) -> bool:
+        """Whether a request for a model may load it, wake it, and let another one give way."""
+        return route.handler is None and self.coordinator.is_automatic
 
     async def _events(self, request: Request) -> Response:
         if request.method == "HEAD":

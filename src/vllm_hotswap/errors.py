@@ -51,6 +51,8 @@ Domain code raises these; `openai.error_response` turns them into HTTP in one pl
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -308,9 +310,10 @@ class CrossOriginRefused(HotswapError):
 
     def __init__(self, origin: str | None) -> None:
         who = f"a web page of {origin!r}" if origin else "a web page of another site"
+        allowed = json.dumps([origin or "ORIGIN"])
         super().__init__(
-            f"{who} may not use this route; if it is to, start the server with "
-            "--allowed-origins and its origin"
+            f"{who} may not use this route; to allow it, start the server with "
+            f"--allowed-origins {shlex.quote(allowed)}"
         )
 
 
@@ -323,8 +326,8 @@ class HostRefused(HotswapError):
 
     def __init__(self, host: str) -> None:
         super().__init__(
-            f"the host {host!r} is not this machine, which is all that a server without keys on "
-            "loopback answers to; ask for localhost, or start the server with --allowed-hosts"
+            "a server on loopback without keys answers only to this machine's names, not to "
+            f"{host!r}; start it with --allowed-hosts {shlex.quote(host)}"
         )
 
 

@@ -16,7 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap import openai
 from vllm_hotswap.errors import HotswapError
-from vllm_hotswap.media import MULTIPART, URLENCODED, media_type
+from vllm_hotswap.media import FORM_PIECE_BYTES, FORMS, media_type
+from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.registry import Lease
 
 _AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
@@ -26,9 +27,6 @@ LAST_SEND_S = 3.0
 """Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
 
 PARKED_COMMENT = b": parked\n\n"
-FORM_PIECE_BYTES = 32 << 10
-"""Parsed at once by an application; some milliseconds whatever is in it."""
-
 COMMENT_S = 10.0
 """How often the event stream of a request that waits or is parked says that it is still there."""
 
@@ -146,7 +144,7 @@ class Client:
 
 def _pieces(scope: Scope, body: bytes) -> Iterator[bytes]:
     """A form in pieces, as its parser takes it; anything else whole, as it is parsed."""
-    is_form = media_type(Headers(scope=scope)) in (MULTIPART, URLENCODED)
+    is_form = media_type(Headers(scope=scope)) in FORMS
     size = FORM_PIECE_BYTES if is_form else len(body)
     for start in range(0, len(body) or 1, size or 1):
         yield body[start : start + size]
@@ -338,7 +336,7 @@ class Answer:
         elif self._scope["type"] == "websocket":
             await self._send(openai.close_message(cause))
         elif self.is_event_stream:
-            event = openai.error_event(cause, self._scope["path"])
+            event = openai.error_event(cause, request_of(self._scope)[1])
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             raise AnswerCut(cause.message)

@@ -2,9 +2,9 @@
 
 The body is looked at as an array of bytes, a piece at a time, with numpy: which bytes are inside
 strings (the parity of quotes), how deep each is nested (the running sum of brackets), and so where
-strings begin at the top level. Few of those are keys that are looked for. A piece costs a few
-milliseconds whatever is in it, which is why this is no loop over tokens, and no call of a C parser:
-those hold the interpreter for as long as they parse.
+strings begin at the top level. Those are compared with the keys that are looked for, all at once.
+A piece costs a few milliseconds whatever is in it, which is why this is no loop over tokens, and no
+call of a C parser: those hold the interpreter for as long as they parse.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ PIECE_BYTES = 128 << 10
 MAX_TEXT_BYTES = 16 << 10
 """Of a value that is looked for, as it is written. Names of models and ids are far shorter."""
 
-KEYS_AT_ONCE = 512
-
-_QUOTE, _OPEN, _CLOSE, _COMMA = b'"{},'
+_QUOTE, _OPEN, _CLOSE, _COMMA, _COLON, _BACKSLASH = b'"{},:\\'
 _TO_CURLY = 0x20
 """The bit that makes `{` and `}` of `[` and `]`."""
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
+_IS_SPACE = np.isin(np.arange(256), tuple(b" \t\r\n"))
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _TRUE = re.compile(rb"true(?!\w)")
 
@@ -54,7 +53,7 @@ def scan(
 
     Args:
         body: JSON in any encoding that `json.loads` knows.
-        keys: what to look for.
+        keys: what to look for, of letters, digits and underscores of ASCII.
         piece_bytes: how much is looked at between two yields.
         most_values: how many values there may be, at whatever depth: those that begin a list or
             an object, and those that follow a comma.
@@ -98,12 +97,17 @@ def _as_utf8(body: bytes, piece_bytes: int) -> Work[bytes]:
     return b"".join(pieces)
 
 
-def as_utf8(body: bytes) -> bytes:
+def utf8_of(body: bytes) -> Work[bytes]:
     """A JSON text in UTF-8, without a byte order mark; as it is, if it cannot be read."""
     try:
-        return at_once(_as_utf8(body, PIECE_BYTES))
+        return (yield from _as_utf8(body, PIECE_BYTES))
     except UnicodeDecodeError:
         return body
+
+
+def as_utf8(body: bytes) -> bytes:
+    """The same without a pause."""
+    return at_once(utf8_of(body))
 
 
 def _end_of_space(body: bytes, position: int, piece_bytes: int) -> Work[int]:
@@ -121,13 +125,7 @@ class _Scanner:
 
     def __init__(self, body: bytes, keys: Collection[str]) -> None:
         self._body = body
-        self._keys = frozenset(keys)
-        self._plain = {f'"{key}"'.encode(): key for key in keys}
-        longest = max(map(len, keys))
-        # A key may be written with an escape of six bytes for each character.
-        self._key = re.compile(rb'"(?:[^"\\]|\\.){1,%d}+"' % (6 * longest), re.DOTALL)
-        letters = "".join(key[0] for key in keys) + "\\"
-        self._first_bytes = np.frombuffer(letters.encode(), np.uint8)
+        self._keys = tuple(keys)
         self._bytes = np.frombuffer(body, np.uint8)
         self._depth = 0
         self._is_inside = False
@@ -151,7 +149,7 @@ class _Scanner:
             self.is_over = True
             tops = tops[tops < int(np.argmax(depth <= 0))]
         self._is_inside, self._depth = bool(inside[-1]), int(depth[-1])
-        yield from self._look_at_keys(self._possible_keys(tops + start), end - start)
+        yield from self._look_at_keys(tops + start, end)
 
     def _without_escapes(self, piece: bytes) -> bytes:
         """The piece with spaces in place of escaped quotes; positions stay."""
@@ -168,35 +166,62 @@ class _Scanner:
     def _steps(self, piece: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.int8]:
         """1 where a bracket opens, -1 where one closes."""
         curly = piece | _TO_CURLY
-        steps = (curly == _OPEN).astype(np.int8) - (curly == _CLOSE).astype(np.int8)
+        opens, closes = (curly == _OPEN).astype(np.int8), (curly == _CLOSE).astype(np.int8)
+        steps: NDArray[np.int8] = opens - closes
         steps[inside] = 0
         return steps
 
-    def _possible_keys(self, positions: NDArray[np.intp]) -> list[int]:
-        """Those whose string begins as a key that is looked for does, the last one first."""
-        after = self._bytes[np.minimum(positions + 1, len(self._bytes) - 1)]
-        possible: list[int] = positions[np.isin(after, self._first_bytes)][::-1].tolist()
-        return possible
+    def _look_at_keys(self, strings: NDArray[np.intp], end: int) -> Work[None]:
+        """Read what the last one of each key has, among strings at the top level of a piece.
 
-    def _look_at_keys(self, positions: list[int], piece_bytes: int) -> Work[None]:
-        """Of each key, the last place counts. Nobody but a mischief-maker has many."""
-        missing = set(self._keys)
-        for number, position in enumerate(positions, 1):
-            match = self._key.match(self._body, position)
-            key = self._named(match.group()) if match else None
-            if match is not None and key in missing:
-                colon = yield from _end_of_space(self._body, match.end(), piece_bytes)
-                if self._body[colon : colon + 1] == b":":
-                    begin = yield from _end_of_space(self._body, colon + 1, piece_bytes)
-                    self.found[key] = self._value(key, begin)
-                    missing.discard(key)
-            if not missing:
-                break
-            if number % KEYS_AT_ONCE == 0:
-                yield
+        Args:
+            strings: where they begin; they may end in a later piece.
+            end: of the piece.
+        """
+        for key in self._keys:
+            ends = self._ends_of(key, strings)
+            colon = (yield from self._last_colon(ends, end)) if len(ends) else None
+            if colon is not None:
+                begin = yield from _end_of_space(self._body, colon + 1, PIECE_BYTES)
+                self.found[key] = self._value(key, begin)
 
-    def _named(self, token: bytes) -> str | None:
-        return _decoded(token) if b"\\" in token else self._plain.get(token)
+    def _ends_of(self, key: str, strings: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Where those of the strings that are `key` end, behind their closing quotes."""
+        at = strings + 1
+        for letter in key.encode():
+            at = self._after(letter, at)
+        ends: NDArray[np.intp] = at[self._at(at) == _QUOTE] + 1
+        return ends
+
+    def _after(self, letter: int, at: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Where those go on that have this letter, plain or as an escape (`\\u006d`)."""
+        found = self._at(at)
+        plain: NDArray[np.intp] = at[found == letter] + 1
+        escaped = at[found == _BACKSLASH]
+        if not len(escaped):
+            return plain
+        for lower, upper in zip(b"\\u%04x" % letter, b"\\u%04X" % letter, strict=True):
+            found = self._at(escaped)
+            escaped = escaped[(found == lower) | (found == upper)] + 1
+        return np.sort(np.concatenate((plain, escaped)))
+
+    def _at(self, positions: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """The bytes there; beyond the end, the last one, which ends no key but its own."""
+        return self._bytes.take(positions, mode="clip")
+
+    def _last_colon(self, ends: NDArray[np.intp], piece_end: int) -> Work[int | None]:
+        """The colon after the last of these strings that is a key; the others are values."""
+        first = int(ends[0])
+        solid = np.flatnonzero(~_IS_SPACE[self._bytes[first:piece_end]]) + first
+        index = np.searchsorted(solid, ends)
+        if index[-1] == len(solid):  # what follows is in a later piece: true of the last one only
+            after = yield from _end_of_space(self._body, int(ends[-1]), PIECE_BYTES)
+            if self._body[after : after + 1] == b":":
+                return after
+            index = index[:-1]
+        following = solid[index]
+        colons = following[self._bytes[following] == _COLON]
+        return int(colons[-1]) if len(colons) else None
 
     def _value(self, key: str, begin: int) -> str | bool | None:
         end = begin + MAX_TEXT_BYTES

@@ -14,6 +14,11 @@ JSON = "application/json"
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 
+FORMS = frozenset([MULTIPART, URLENCODED])
+
+FORM_PIECE_BYTES = 16 << 10
+"""Of a form, parsed at once; some milliseconds whatever is in it."""
+
 FORM_PATHS = frozenset(["/v1/audio/transcriptions", "/v1/audio/translations"])
 """Routes of vLLM that take forms. All others take JSON."""
 
@@ -24,11 +29,14 @@ def media_type(headers: Headers) -> str:
 
 
 def check_model_body(headers: Headers, path: str) -> None:
-    """See that a body is sent as a route of vLLM takes it. Raises `UnsupportedMediaType`."""
+    """See that a body is sent as a route of vLLM takes it. Raises `UnsupportedMediaType`.
+
+    `path` is that of the route, as `model_routes.request_of` has it.
+    """
     _check_encoding(headers)
     sent = media_type(headers)
     if path in FORM_PATHS:
-        if sent not in (MULTIPART, URLENCODED):
+        if sent not in FORMS:
             raise UnsupportedMediaType(sent, f"POST {path} takes a form", MULTIPART)
     elif sent != JSON:
         raise UnsupportedMediaType(sent, f"POST {path} takes JSON", JSON)

@@ -17,20 +17,17 @@ from urllib.parse import parse_qs, unquote_plus
 
 from python_multipart.multipart import MultipartParser, QuerystringParser, parse_options_header
 
+from vllm_hotswap import media
 from vllm_hotswap.json_scan import scan
+from vllm_hotswap.surrogates import check_texts
 from vllm_hotswap.turns import Work, at_once
 
 SMALL_BYTES = 16 << 10
 """JSON bodies up to here are parsed: that takes two milliseconds at most."""
 
-FORM_PIECE_BYTES = 16 << 10
-
 MAX_NAME_BYTES = 256
 MAX_VALUE_BYTES = 64 << 10
 """What is kept at least of a form's field; no name is as long."""
-
-MULTIPART = b"multipart/form-data"
-URLENCODED = b"application/x-www-form-urlencoded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +51,10 @@ def json_fields(body: bytes, most_values: int = sys.maxsize) -> Work[Fields]:
     Raises:
         TooLong: a text is longer than any name.
         TooManyValues: a body that is not small has more than `most_values`.
+        HalfSurrogate: a text has one, wherever it is.
     """
     found = yield from _find(body, JSON_KEYS, most_values)
+    yield from check_texts(body)
     model, previous = found.get("model"), found.get("previous_response_id")
     return Fields(
         model if isinstance(model, str) else None,
@@ -97,7 +96,7 @@ def form_fields(body: bytes, content_type: str) -> Work[Fields]:
 def _form_field(content_type: str) -> _Field | None:
     """What finds the field `model`. Raises `FormParserError` for a boundary that cannot be one."""
     kind, options = parse_options_header(content_type)
-    if kind == URLENCODED:
+    if kind == media.URLENCODED.encode():
         return _UrlencodedField()
     boundary = options.get(b"boundary")
     return _MultipartField(boundary) if boundary else None
@@ -124,8 +123,8 @@ class _Field:
 
     def find(self, body: bytes) -> Work[str | None]:
         """The field's text. Raises `FormParserError` if the body is no such form."""
-        for start in range(0, len(body), FORM_PIECE_BYTES):
-            self._parse(body[start : start + FORM_PIECE_BYTES])
+        for start in range(0, len(body), media.FORM_PIECE_BYTES):
+            self._parse(body[start : start + media.FORM_PIECE_BYTES])
             yield
         self._finish()
         return self._found

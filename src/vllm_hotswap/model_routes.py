@@ -73,11 +73,15 @@ class ForeseenRoutes:
 
 
 def request_of(scope: Scope) -> tuple[str, str]:
-    """Method and path of a request; the path is the one below the prefix of a proxy."""
+    """Method and path of a request, as routes are written.
+
+    The path is the one below the prefix of a proxy, and without slashes at its end.
+    """
     path: str = scope["path"]
-    root: str = scope.get("root_path", "")
+    root: str = scope.get("root_path", "").rstrip("/")
     method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
-    return method, path.removeprefix(root) if path.startswith(f"{root}/") else path
+    below = path.removeprefix(root) if path.startswith(f"{root}/") else path
+    return method, below.rstrip("/") or "/"
 
 
 def _described(

@@ -59,7 +59,7 @@ class Route:
 
     @property
     def is_kept_from_other_sites(self) -> bool:
-        """Whether a web page of another origin may not use it.
+        """Whether a web page of another origin may not use it, in any mode.
 
         Ours that change state; and WebSockets, which no CORS keeps a page from reading.
         """

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import drain, json_scan, media, model_field, responses
+from vllm_hotswap import drain, json_scan, media, model_field, responses, surrogates
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import (
@@ -39,7 +39,8 @@ from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
-from vllm_hotswap.turns import at_once, in_turns
+from vllm_hotswap.surrogates import HalfSurrogate
+from vllm_hotswap.turns import Turns, at_once
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -69,7 +70,7 @@ class Router:
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
         self._answers: set[Answer] = set()
-        self._one_large_body = asyncio.Lock()
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(scope, receive, send)
@@ -119,7 +120,7 @@ class Router:
 
         Raises:
             UnsupportedMediaType: it is not sent as the route takes it.
-            InvalidRequest: a name in it is beyond all bounds.
+            InvalidRequest: a name in it is beyond all bounds, or a text is no Unicode.
             TooManyValues: parsing it would keep everybody else waiting.
         """
         if not body:
@@ -137,10 +138,11 @@ class Router:
         try:
             if len(body) <= model_field.SMALL_BYTES:
                 return at_once(work)
-            async with self._one_large_body:  # so that no turn of the loop has a piece of each
-                return await in_turns(work)
+            return await self._turns.run(work)
         except json_scan.TooManyValues:
             raise TooManyValues(most_values) from None
+        except HalfSurrogate as error:
+            raise InvalidRequest(surrogates.told(str(error))) from None
         except TooLong as error:
             raise InvalidRequest(
                 f"{error} is longer than {MAX_TEXT_BYTES} bytes; no name is", str(error)
@@ -196,7 +198,8 @@ class Router:
         waiting = Waiting(scope, receive)
         try:
             look_at = None
-            if body and scope["method"] == "POST":
+            is_redirected = scope["path"].endswith("/")  # by the application
+            if body and scope["method"] == "POST" and not is_redirected:
                 look_at = partial(self._look_at, scope, body, answer, is_stream)
             async with self._coordinator.lease(alias, terms, look_at) as lease:
                 await waiting.end()
@@ -241,12 +244,13 @@ class Router:
         """
         answer.follow(lease)
         engine = self._registry.model(lease.alias).engine
+        _, path = request_of(scope)
         content_type = Headers(scope=scope).get("content-type", "")
-        previewed = await engine.preview(scope["path"], content_type, body)
+        previewed = await engine.preview(path, content_type, body)
         if previewed.refusal is not None and lease.cut is None:
             lease.status = previewed.refusal.status_code
             raise Refused(previewed.refusal)
-        if previewed.is_accepted and scope["path"] in BEGUN_AHEAD and is_stream:
+        if previewed.is_accepted and path in BEGUN_AHEAD and is_stream:
             await answer.begin_event_stream()
 
     async def _serve(self, lease: Lease, scope: Scope, client: Receive, answer: Answer) -> None:

@@ -135,6 +135,15 @@ async def test_what_cannot_be_encoded_is_refused_before_it_waits(
     assert ([], set()) == (asked_for, lease.requests)
 
 
+@pytest.mark.parametrize("name", ["request_id", "session_id", "cache_salt"])
+async def test_half_surrogate_in_any_field_is_refused(name: str) -> None:
+    """Also in one that names the request: it is never sent, nor aborted in the engine."""
+    given = {"request_id": "a", "sampling_params": None, name: HALF}
+
+    with pytest.raises(VLLMClientError, match="half of a surrogate pair"):
+        await StampedCore("llama", Core()).add_request_async(SimpleNamespace(**given))
+
+
 async def test_what_can_be_encoded_is_sent() -> None:
     """Whatever a client may set: structured outputs, for one, are no plain values to msgspec."""
     sampling = SamplingParams(

@@ -1,9 +1,10 @@
 """`python -m vllm_hotswap.bench.bodies`: how long others wait while a large body is looked at.
 
 A server on fake engines runs in a process of its own. For each shape and size of body, the worst
-`GET /health` is noted while one such body is sent: to a model that does not exist, which is all
-that the server does by itself, and to the active one, whose application parses the body with
-`json.loads` on the event loop, as vLLM's does (vLLM checks it afterwards, which takes longer).
+`GET /health` and the worst chat of 20 KB are noted while one such body is sent: to a model that
+does not exist, which is all that the server does by itself, and to the active one, whose
+application parses the body with `json.loads` on the event loop, as vLLM's does (vLLM checks it
+afterwards, which takes longer).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import http.client
 import json
 import multiprocessing
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,10 @@ CASES = ((8, "nobody"), (63, "nobody"), (8, "llama"))
 """MiB of the body, and the model that it names."""
 
 PROBES = 200
+CHAT_BYTES = 20 << 10
+"""Of a chat as agents send it: too large to be parsed at once, and far smaller than the others."""
+START_S = 60.0
+"""How long the server may take to start."""
 SHAPES = {
     "one text": b"x",
     "escapes": b"\\n",
@@ -50,6 +57,7 @@ SHAPES = {
 """What a body is filled with."""
 TEXTS = frozenset(["one text", "escapes"])
 KEYS = frozenset(["keys", "same keys"])
+FIGURES = {"/health": "worst_health_ms", "a chat of 20 KB": "worst_chat_ms"}
 HEADERS = {"Content-Type": "application/json"}
 
 
@@ -100,51 +108,80 @@ def health_s(port: int) -> float:
     return time.perf_counter() - began_s
 
 
+def chat_s(port: int) -> float:
+    """Seconds that one chat of `CHAT_BYTES` with the active model takes. Raises `OSError`."""
+    messages = [{"role": "user", "content": "x" * CHAT_BYTES}]
+    body = json.dumps({"messages": messages, "max_tokens": 1, "model": "llama"}).encode()
+    status, took_s = send(port, body)
+    if status != HTTPStatus.OK:
+        raise OSError(f"a chat was answered with {status}")
+    return took_s
+
+
 def measure(port: int, shape: str, size_mib: int, model: str) -> dict[str, Any]:
-    """Send one body, and ask for `/health` until it is answered."""
-    answers: list[tuple[int, float]] = []
+    """Send one body; until it is answered, ask for `/health`, and chat, one after the other.
+
+    Raises whatever sending it raises.
+    """
     body = body_of(shape, size_mib * MIB, model)
-    sending = threading.Thread(target=lambda: answers.append(send(port, body)))
-    waits_s = []
-    sending.start()
-    while sending.is_alive():
-        waits_s.append(health_s(port))
-    sending.join()
-    status, took_s = answers[0]
+    waits_s: list[float] = []
+    chats_s: list[float] = []
+    with ThreadPoolExecutor(1) as sender:
+        sending = sender.submit(send, port, body)
+        while not waits_s or not sending.done():
+            waits_s.append(health_s(port))
+            chats_s.append(chat_s(port))
+        status, took_s = sending.result()
     return {
         "shape": shape,
         "mib": size_mib,
         "model": model,
         "status": status,
         "took_ms": round(took_s * 1000, 1),
-        "worst_health_ms": round(max(waits_s) * 1000, 1),
+        "worst_health_ms": _worst_ms(waits_s),
+        "worst_chat_ms": _worst_ms(chats_s),
         "probes": len(waits_s),
     }
 
 
 def without_body(port: int) -> dict[str, Any]:
     """The worst of as many probes as there are during a large body, while there is none."""
-    waits_s = [health_s(port) for _ in range(PROBES)]
-    worst_ms = round(max(waits_s) * 1000, 1)
-    return {"shape": "none", "worst_health_ms": worst_ms, "probes": PROBES}
+    return {
+        "shape": "none",
+        "worst_health_ms": _worst_ms([health_s(port) for _ in range(PROBES)]),
+        "worst_chat_ms": _worst_ms([chat_s(port) for _ in range(PROBES)]),
+        "probes": PROBES,
+    }
 
 
-def table(rows: Sequence[dict[str, Any]], cases: Sequence[tuple[int, str]]) -> Table:
-    """The worst wait for `/health`, by shape."""
+def _worst_ms(waits_s: Sequence[float]) -> float:
+    return round(max(waits_s) * 1000, 1)
+
+
+def table(
+    title: str, figure: str, rows: Sequence[dict[str, Any]], cases: Sequence[tuple[int, str]]
+) -> Table:
+    """One figure of the rows, by shape."""
     columns = [f"{mib} MiB, {'refused' if to == 'nobody' else 'parsed'}" for mib, to in cases]
     lines = [
-        (shape, *(f"{row['worst_health_ms']:.0f}" for row in rows if row["shape"] == shape))
+        (shape, *(f"{row[figure]:.0f}" for row in rows if row["shape"] == shape))
         for shape in SHAPES
     ]
-    idle = tuple(f"{rows[0]['worst_health_ms']:.0f}" for _ in cases)
-    return Table("Worst wait for /health, ms", ("body", *columns), (("no body", *idle), *lines))
+    idle = tuple(f"{rows[0][figure]:.0f}" for _ in cases)
+    return Table(title, ("body", *columns), (("no body", *idle), *lines))
 
 
-def _until_it_serves(port: int) -> None:
+def until_it_serves(port: int, server: BaseProcess) -> None:
+    """Wait for the server. Raises `OSError` if it ends, or takes longer than `START_S`."""
+    until_s = time.monotonic() + START_S
     while True:
         try:
             health_s(port)
         except ConnectionRefusedError:
+            if not server.is_alive():
+                raise OSError(f"the server ended with {server.exitcode}") from None
+            if time.monotonic() > until_s:
+                raise OSError(f"the server did not start within {START_S:.0f} s") from None
             time.sleep(0.05)
         else:
             return
@@ -167,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(port,), daemon=True)
     server.start()
     try:
-        _until_it_serves(port)
+        until_it_serves(port, server)
         rows.append(without_body(port))
         for shape in SHAPES:
             for mib, model in cases:
@@ -176,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         server.terminate()
         server.join()
-    print(report.render_table(table(rows, cases)))
+    for what, figure in FIGURES.items():
+        print(report.render_table(table(f"Worst wait for {what}, ms", figure, rows, cases)))
     kept = ("date", "cpu", "cores", "memory_gib", "python", "git_revision", "load_average_before")
     content = {"environment": {name: described[name] for name in kept}, "rows": rows}
     report.write(args.out / "bodies.json", content)
