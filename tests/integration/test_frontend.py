@@ -83,6 +83,9 @@ async def asked(app: FastAPI) -> tuple[int, dict[str, Any]]:
     [
         (EngineGenerateError(), RuntimeError("no more pages"), 500, "RuntimeError: no more pages"),
         (EngineGenerateError("told"), RuntimeError("hidden"), 500, "told"),
+        (EngineGenerateError(), TypeError("TextEncodeInput must be"), 400, "the tokenizer cannot"),
+        (TypeError("TextEncodeInput must be"), None, 400, "the tokenizer cannot read a text"),
+        (TypeError("other"), None, 400, "other"),
         (EngineDeadError(), None, 500, "EngineCore encountered an issue"),
         (HTTPException(400, "no such body"), None, 400, "no such body"),
         (FastApiError(400, "no such body"), None, 400, "no such body"),

@@ -36,6 +36,20 @@ def check_sendable(request: Any) -> None:
         raise _refusal(error) from error
 
 
+def refusal_of(error: BaseException) -> Any:
+    """A `VLLMValidationError`, if a tokenizer or an encoder met half of a surrogate pair."""
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return _refusal(error)
+    if isinstance(error, TypeError) and "TextEncodeInput" in str(error):  # of `tokenizers`
+        from vllm.exceptions import VLLMValidationError
+
+        return VLLMValidationError(
+            "the tokenizer cannot read a text of the request, perhaps for half of a surrogate "
+            "pair in it; send whole characters"
+        )
+    return None
+
+
 def _without_tokens(request: Any) -> list[Any]:
     """What texts of a client may be in; tokens and features are many, and come from vLLM."""
     return [getattr(request, name, None) for name in TEXTS]
