@@ -11,8 +11,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
-    {"json_scan", "media"},
+    {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
+    {"json_scan", "media", "surrogates"},
     {
         "states",
         "answers",

@@ -408,6 +408,18 @@ def test_request_waits_no_longer_than_it_may(play: Play) -> None:
     play(story, mode="auto", wait_timeout=5, drain_timeout=100)
 
 
+@pytest.mark.parametrize("place", ["load", "activate"])
+async def test_request_that_never_had_its_turn_is_not_counted(auto: Server, place: str) -> None:
+    """It was not admitted, whatever failed: the switch is counted, and nothing else."""
+    auto.host.fail_next(place, "mistral", HotswapError("no such file"))
+    assert 503 == (await auto.ask("mistral")).status_code
+    assert 200 == (await auto.ask("llama")).status_code
+
+    text = (await auto.get("/metrics")).text
+    counted = [line for line in text.splitlines() if line.startswith("hotswap_requests_total{")]
+    assert ['hotswap_requests_total{model="llama",result="served"} 1.0'] == counted
+
+
 async def test_model_that_cannot_be_loaded_is_left_alone_for_a_while(auto: Server) -> None:
     """Who waits is told why; nobody else makes the server try again at once."""
     auto.host.fail_next("load", "mistral", HotswapError("no such file"))

@@ -318,7 +318,8 @@ async def test_a_page_of_another_origin_gets_no_websocket(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:{port}", "localhost.evil.example", "8.8.8.8", "x@evil"]
+    "host",
+    ["evil.example", "evil.example:{port}", "localhost.evil.example", "8.8.8.8", "x@evil", "127.1"],
 )
 async def test_a_foreign_name_is_refused_on_loopback_without_keys(make: Make, host: str) -> None:
     """On every route: a page that had its own name resolved to this machine could read all."""
@@ -344,6 +345,7 @@ async def test_a_foreign_name_is_refused_on_loopback_without_keys(make: Make, ho
         "127.0.0.1:{port}",
         "127.8.8.8",
         "[::1]:{port}",
+        "::1",
         "[::ffff:127.0.0.1]",
         "0.0.0.0:{port}",
         "{machine}:{port}",

@@ -1040,7 +1040,8 @@ class MetricsTruth(Invariant):
         for ask in self.world.asks:
             self._check_ask(ask)
         ended = [events for ask in self.world.asks for events in self.world.released[ask.task]]
-        seen = Counter((event.model, event.result) for event in ended)
+        admitted = (e for e in ended if e.service_s is not None or e.result not in ("cut", "left"))
+        seen = Counter((event.model, event.result) for event in admitted)
         self._compare("hotswap_requests_total", seen, counted)
         switches = self.world.all_of(SwitchEnded)
         of_target = Counter((event.target, event.status) for event in switches)

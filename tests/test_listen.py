@@ -260,7 +260,14 @@ def test_the_address_is_told_in_the_form_that_clients_use(
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), (None, False)]
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("localhost", True),
+        (None, False),
+    ],
 )
 def test_loopback_is_told_by_what_was_bound(host: str | None, expected: bool) -> None:
     """And not by how it is written."""

@@ -20,6 +20,7 @@ from vllm_hotswap.model_field import (
     from_query,
     json_fields,
 )
+from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import at_once
 
 TWO_MB = 2 << 20
@@ -176,6 +177,37 @@ def test_no_key_costs_more_than_another(unit: bytes) -> None:
     assert "a" == from_json(body)
     assert sum(1 for _ in json_fields(body)) <= len(body) // PIECE_BYTES + 1
     assert calls_of(body) < 3 * calls_of(plain)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "\\ud83d",
+                "\\uDE00",
+                "\\\\",
+                "ud83d",
+                "\\n",
+                '\\"',
+                "\\u00e9",
+                "a" * 70,
+                "\ud55c",
+                "\ud83d",
+            ]
+        )
+    ),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-le"]),
+)
+def test_halves_of_surrogate_pairs_are_found(parts: list[str], encoding: str) -> None:
+    """Wherever `json.loads` would read one, however it is written; and nowhere else."""
+    raw = f'{{"prompt": ["{"".join(parts)}"]}}'.encode(encoding, "surrogatepass")
+    is_whole = "".join(json.loads(raw)["prompt"]).encode("utf-8", "replace").count(b"?") == 0
+
+    if is_whole:
+        at_once(json_fields(raw))
+    else:
+        with pytest.raises(HalfSurrogate, match=r"\\u[dD]"):
+            at_once(json_fields(raw))
 
 
 def calls_of(body: bytes) -> int:
@@ -375,6 +407,7 @@ def test_multipart_field_is_found(body: bytes) -> None:
         (multipart((MODEL + '; filename="model"', b"whisper")), MULTIPART),
         (multipart((MODEL, b"whisper")), "multipart/form-data"),
         (multipart((MODEL, b"whisper")), "multipart/form-data; boundary=other"),
+        (multipart((MODEL, b"whisper")), f"multipart/form-data; boundary={'b' * 257}"),
         (multipart((MODEL, b"whisper"))[:-12], MULTIPART),
         (b"", MULTIPART),
         (b"no form at all", MULTIPART),

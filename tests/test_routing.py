@@ -771,7 +771,7 @@ async def test_stream_is_cut_at_once_whoever_listened_before_it(
 
 
 async def test_application_that_fails_by_itself_fails_as_ever(server: Server) -> None:
-    """An error that has nothing to do with a switch is the application's own."""
+    """It has given its answer; the HTTP server gets the error, and logs it."""
 
     async def endpoint(request: Request) -> Response:
         raise RuntimeError("bug")
@@ -780,6 +780,99 @@ async def test_application_that_fails_by_itself_fails_as_ever(server: Server) ->
 
     with pytest.raises(RuntimeError, match="bug"):
         await server.ask("llama", path="/pooling")
+    assert 0 == server.in_flight["llama"]
+
+
+async def buggy_stream(request: Request) -> Response:
+    """Fails in the middle of its event stream."""
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b'data: "one"\n\n'
+        raise RuntimeError("bug")
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def buggy_body(request: Request) -> Response:
+    """Fails in the middle of an answer that has no room for an error."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"one"
+        raise RuntimeError("bug")
+
+    return StreamingResponse(pieces(), media_type="text/plain")
+
+
+def mistaken(*_: object) -> None:
+    """A mistake of ours that nobody has thought of."""
+    raise ZeroDivisionError("unforeseen")
+
+
+@pytest.mark.parametrize("place", ["media.check_model_body", "routing.Client"])
+async def test_unforeseen_error_is_answered_with_the_error_object(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """With or without a lease: it is logged once, told without details, and holds nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(f"vllm_hotswap.{place}", mistaken)
+        response = await server.ask("llama")
+
+    assert (500, "internal_error") == (response.status_code, code(response))
+    assert "unforeseen" not in response.text
+    assert 1 == caplog.text.count("event=request_failed")
+    assert 1 == caplog.text.count("ZeroDivisionError: unforeseen")
+    assert 0 == server.in_flight["llama"]
+    assert 200 == (await server.ask("llama")).status_code
+
+
+async def test_unforeseen_error_in_an_event_stream_is_its_last_event(server: Server) -> None:
+    """A client can tell it from the end of the stream."""
+    add_route(server, "/pooling", buggy_stream)
+
+    answer = await server.stream("llama", path="/pooling").finish()
+
+    assert (200, True) == (answer.status, answer.complete)
+    event = json.loads(answer.events[-1].removeprefix("data: "))
+    assert "internal_error" == event["error"]["code"]
+    assert 0 == server.in_flight["llama"]
+
+
+async def test_unforeseen_error_in_any_other_answer_closes_the_connection(server: Server) -> None:
+    """There is no place in it for an error."""
+    add_route(server, "/pooling", buggy_body)
+
+    answer = await server.stream("llama", path="/pooling").finish()
+
+    assert (200, False) == (answer.status, answer.complete)
+    assert 0 == server.in_flight["llama"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a\ud83d"},
+        {"prompt": "a", "bad_words": ["\ud83d"]},
+        {"prompt": "a", "request_id": "\ud83d"},
+        {"messages": [{"role": "\ude00", "content": "a"}]},
+        {"prompt": "x" * (1 << 20) + "\ud83d"},
+    ],
+)
+async def test_half_of_a_surrogate_pair_is_refused(server: Server, body: dict[str, Any]) -> None:
+    """In whatever text, before anything is done for the request; the message shows the half."""
+    raw = json.dumps({"model": "llama", **body})  # which writes it as JavaScript does
+    response = await server.post(CHAT, content=raw, headers={"content-type": JSON})
+
+    assert (400, "invalid_request") == (response.status_code, code(response))
+    assert "which is half of a surrogate pair" in response.json()["error"]["message"]
+
+
+async def test_a_boundary_that_cannot_be_one_is_left_to_the_application(server: Server) -> None:
+    """The router finds no model in such a form, and does not fail."""
+    kind = {"content-type": f"multipart/form-data; boundary={'b' * 257}"}
+
+    response = await server.post(AUDIO, content=b"--b--", headers=kind)
+
+    assert response.status_code < 500
     assert 0 == server.in_flight["llama"]
 
 

@@ -24,7 +24,7 @@ from vllm_hotswap.coordinator import Clock, Coordinator
 from vllm_hotswap.cross_site import CrossSite
 from vllm_hotswap.description import describe
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import HotswapError, NotReady
+from vllm_hotswap.errors import HotswapError, NotReady, Unforeseen
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.job_routes import JobRoutes
@@ -111,8 +111,7 @@ class HotswapApp:
             await openai.refuse(error, scope, receive, send)
         except Exception:
             log.exception("event=request_failed code=internal_error")
-            mistake = HotswapError("the server made a mistake; its log has the details")
-            await openai.refuse(mistake, scope, receive, send)
+            await openai.refuse(Unforeseen(), scope, receive, send)
         else:
             await answer(scope, receive, send)
 

@@ -7,7 +7,6 @@ https://fetch.spec.whatwg.org/#origin-header, https://www.w3.org/TR/fetch-metada
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 import socket
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 from starlette.datastructures import Headers
 
+from vllm_hotswap.addresses import ip_address
 from vllm_hotswap.errors import ConfigError, CrossOriginRefused, HostRefused
 
 log = logging.getLogger("vllm_hotswap")
@@ -109,7 +109,7 @@ def allowed_host(text: str) -> str:
     """
     place = text.strip().split("://", 1)[-1]
     with suppress(ValueError):
-        return str(ipaddress.ip_address(place))
+        return str(ip_address(place))
     with suppress(ValueError):
         name = (urlsplit(f"//{place}").hostname or "").encode("idna").decode("ascii").lower()
         if _HOST_NAME.fullmatch(name.removesuffix(".")) or _is_address(name):
@@ -122,7 +122,7 @@ def allowed_host(text: str) -> str:
 
 def _is_address(name: str) -> bool:
     try:
-        ipaddress.ip_address(name)
+        ip_address(name)
     except ValueError:
         return False
     return True
@@ -149,20 +149,22 @@ def _split(place: str, default: int | None) -> tuple[str | None, int | None]:
 
 def _name_of(host: str) -> str:
     """What `Host` names, in lower case, without port, brackets, and the dot of the DNS root."""
+    with suppress(ValueError):
+        return str(ip_address(host.strip()))  # an IPv6 one without brackets has colons of its own
     try:
         name = urlsplit(f"//{host.strip()}").hostname or ""
     except ValueError:
         return host
+    with suppress(ValueError):
+        return str(ip_address(name))
     return name.removesuffix(".")
 
 
 def _is_own_address(name: str) -> bool:
     """Raises `ValueError` if it is no IP address."""
-    address = ipaddress.ip_address(name)
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
+    address = ip_address(name)
     if address.is_loopback or address.is_unspecified:
         return True
     interfaces = psutil.net_if_addrs().values()
     known = {entry.address.partition("%")[0] for entries in interfaces for entry in entries}
-    return str(address).partition("%")[0] in known
+    return str(address) in known

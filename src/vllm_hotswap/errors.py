@@ -3,6 +3,7 @@
 ::
 
     HotswapError
+    ├── Unforeseen               500  the server made a mistake; its log has the details
     ├── ConfigError              the configuration cannot work; fix the named key or file
     ├── UnknownModel             404  ask for one of the configured aliases
     ├── ModelNotActive           404  switch first, or ask for the active alias
@@ -79,6 +80,13 @@ class HotswapError(Exception):
         self.message = message
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
+
+
+class Unforeseen(HotswapError):
+    """A mistake of the server itself. Clients are told no more of it; the log has all."""
+
+    def __init__(self) -> None:
+        super().__init__("the server made a mistake; its log has the details")
 
 
 class ConfigError(HotswapError):

@@ -312,6 +312,12 @@ class Answer:
             on_body, self.on_body = self.on_body, None
             on_body(body["body"])
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether there is still a place in the answer where an error can be told."""
+        can_go_on = self.is_event_stream or self._scope["type"] == "websocket"
+        return not self.started or (can_go_on and not self.complete)
+
     async def cut(self, cause: HotswapError) -> None:
         """End the answer with an explicit error, whatever of it has been sent.
 

@@ -97,12 +97,17 @@ def _as_utf8(body: bytes, piece_bytes: int) -> Work[bytes]:
     return b"".join(pieces)
 
 
-def as_utf8(body: bytes) -> bytes:
+def utf8_of(body: bytes) -> Work[bytes]:
     """A JSON text in UTF-8, without a byte order mark; as it is, if it cannot be read."""
     try:
-        return at_once(_as_utf8(body, PIECE_BYTES))
+        return (yield from _as_utf8(body, PIECE_BYTES))
     except UnicodeDecodeError:
         return body
+
+
+def as_utf8(body: bytes) -> bytes:
+    """The same without a pause."""
+    return at_once(utf8_of(body))
 
 
 def _end_of_space(body: bytes, position: int, piece_bytes: int) -> Work[int]:

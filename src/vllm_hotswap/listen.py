@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import ipaddress
 import logging
 import os
 import resource
@@ -21,6 +20,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
@@ -147,7 +147,7 @@ class Listener:
         """Whether programs of this machine alone get here, browsers among them."""
         if isinstance(self._bound, UnixSocket):
             return False
-        return ipaddress.ip_address(self._bound.getsockname()[0].partition("%")[0]).is_loopback
+        return is_loopback(self._bound.getsockname()[0])
 
     def announce(self) -> None:
         """Tell where clients get in, now that they do.

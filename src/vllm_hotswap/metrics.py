@@ -354,7 +354,9 @@ class SwitchMetrics:
             self._prefetched.labels(result).inc(event.prefetched_bytes)
 
     def _request_ended(self, event: RequestEnded) -> None:
-        self._requests.labels(event.model, event.result).inc()
+        if event.service_s is not None or event.result not in ("cut", "left"):
+            # Its model has answered it, perhaps without its engine.
+            self._requests.labels(event.model, event.result).inc()
         if event.service_s is not None:  # it has had its turn
             self._wait_seconds.labels(event.model).observe(event.waited_s)
 

@@ -19,6 +19,7 @@ from python_multipart.multipart import MultipartParser, QuerystringParser, parse
 
 from vllm_hotswap import media
 from vllm_hotswap.json_scan import scan
+from vllm_hotswap.surrogates import check_texts
 from vllm_hotswap.turns import Work, at_once
 
 SMALL_BYTES = 16 << 10
@@ -50,8 +51,10 @@ def json_fields(body: bytes, most_values: int = sys.maxsize) -> Work[Fields]:
     Raises:
         TooLong: a text is longer than any name.
         TooManyValues: a body that is not small has more than `most_values`.
+        HalfSurrogate: a text has one, wherever it is.
     """
     found = yield from _find(body, JSON_KEYS, most_values)
+    yield from check_texts(body)
     model, previous = found.get("model"), found.get("previous_response_id")
     return Fields(
         model if isinstance(model, str) else None,
@@ -83,11 +86,20 @@ def _find(
 
 def form_fields(body: bytes, content_type: str) -> Work[Fields]:
     """The text field `model` of a multipart or urlencoded form."""
+    try:
+        field = _form_field(content_type)
+        return Fields((yield from field.find(body)) if field else None)
+    except ValueError:  # FormParserError; the application will refuse the body
+        return NO_FIELDS
+
+
+def _form_field(content_type: str) -> _Field | None:
+    """What finds the field `model`. Raises `FormParserError` for a boundary that cannot be one."""
     kind, options = parse_options_header(content_type)
     if kind == media.URLENCODED.encode():
-        return Fields((yield from _UrlencodedField().find(body)))
+        return _UrlencodedField()
     boundary = options.get(b"boundary")
-    return Fields((yield from _MultipartField(boundary).find(body)) if boundary else None)
+    return _MultipartField(boundary) if boundary else None
 
 
 def from_query(query: bytes) -> str | None:
@@ -110,13 +122,11 @@ class _Field:
         """The form is over."""
 
     def find(self, body: bytes) -> Work[str | None]:
-        try:
-            for start in range(0, len(body), media.FORM_PIECE_BYTES):
-                self._parse(body[start : start + media.FORM_PIECE_BYTES])
-                yield
-            self._finish()
-        except ValueError:  # FormParserError; the application will refuse the body
-            return None
+        """The field's text. Raises `FormParserError` if the body is no such form."""
+        for start in range(0, len(body), media.FORM_PIECE_BYTES):
+            self._parse(body[start : start + media.FORM_PIECE_BYTES])
+            yield
+        self._finish()
         return self._found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ipaddress
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote, urlsplit
 
+from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.errors import HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.keys import check_sendable, plain_keys, split_keys
@@ -278,7 +278,7 @@ class Address:
             raise ValueError(text)
         path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
         url = f"{parts.scheme}://{parts.netloc}{path}"
-        return cls(url, _is_loopback(host), is_default)
+        return cls(url, _is_this_machine(host), is_default)
 
     def __str__(self) -> str:
         """Without a password that may be in it."""
@@ -295,13 +295,8 @@ def _path_of_socket(text: str) -> str:
     return path
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
+def _is_this_machine(host: str) -> bool:
+    return host == "localhost" or host.endswith(".localhost") or is_loopback(host)
 
 
 def _key(args: argparse.Namespace) -> tuple[str, str]:

@@ -10,6 +10,7 @@ response go to whoever keeps it, without a lease: they need no engine.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import drain, json_scan, media, model_field, responses
+from vllm_hotswap import drain, json_scan, media, model_field, responses, surrogates
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import (
@@ -26,9 +27,10 @@ from vllm_hotswap.errors import (
     HotswapError,
     InvalidRequest,
     TooManyValues,
+    Unforeseen,
     WrongTask,
 )
-from vllm_hotswap.exchange import Answer, Client, Waiting, uncancel
+from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_field import NO_FIELDS, Fields
@@ -37,7 +39,10 @@ from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import Turns, at_once
+
+log = logging.getLogger("vllm_hotswap")
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
@@ -75,6 +80,11 @@ class Router:
                 await self._take(scope, receive, answer, body)
         except ClientGone:
             pass
+        except Exception as error:
+            if isinstance(error, AnswerCut) or not answer.can_tell:
+                raise  # the HTTP server logs it, and closes the connection
+            log.exception("event=request_failed code=internal_error")
+            await answer.cut(Unforeseen())
         finally:
             self._answers.discard(answer)
             answer.close()
@@ -110,7 +120,7 @@ class Router:
 
         Raises:
             UnsupportedMediaType: it is not sent as the route takes it.
-            InvalidRequest: a name in it is beyond all bounds.
+            InvalidRequest: a name in it is beyond all bounds, or a text is no Unicode.
             TooManyValues: parsing it would keep everybody else waiting.
         """
         if not body:
@@ -131,6 +141,8 @@ class Router:
             return await self._turns.run(work)
         except json_scan.TooManyValues:
             raise TooManyValues(most_values) from None
+        except HalfSurrogate as error:
+            raise InvalidRequest(surrogates.told(str(error))) from None
         except TooLong as error:
             raise InvalidRequest(
                 f"{error} is longer than {MAX_TEXT_BYTES} bytes; no name is", str(error)

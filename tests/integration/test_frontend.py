@@ -83,6 +83,9 @@ async def asked(app: FastAPI) -> tuple[int, dict[str, Any]]:
     [
         (EngineGenerateError(), RuntimeError("no more pages"), 500, "RuntimeError: no more pages"),
         (EngineGenerateError("told"), RuntimeError("hidden"), 500, "told"),
+        (EngineGenerateError(), TypeError("TextEncodeInput must be"), 400, "the tokenizer cannot"),
+        (TypeError("TextEncodeInput must be"), None, 400, "the tokenizer cannot read a text"),
+        (TypeError("other"), None, 400, "other"),
         (EngineDeadError(), None, 500, "EngineCore encountered an issue"),
         (HTTPException(400, "no such body"), None, 400, "no such body"),
         (FastApiError(400, "no such body"), None, 400, "no such body"),
@@ -133,6 +136,15 @@ async def test_what_cannot_be_encoded_is_refused_before_it_waits(
             SimpleNamespace(request_id="a", sampling_params=sampling)
         )
     assert ([], set()) == (asked_for, lease.requests)
+
+
+@pytest.mark.parametrize("name", ["request_id", "session_id", "cache_salt"])
+async def test_half_surrogate_in_any_field_is_refused(name: str) -> None:
+    """Also in one that names the request: it is never sent, nor aborted in the engine."""
+    given = {"request_id": "a", "sampling_params": None, name: HALF}
+
+    with pytest.raises(VLLMClientError, match="half of a surrogate pair"):
+        await StampedCore("llama", Core()).add_request_async(SimpleNamespace(**given))
 
 
 async def test_what_can_be_encoded_is_sent() -> None:

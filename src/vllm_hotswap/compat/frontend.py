@@ -25,6 +25,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from vllm_hotswap.compat.loading import executor_class
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.compat.responses import KeptResponses
+from vllm_hotswap.compat.sendable import refusal_of
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.model_routes import ModelRoutes
@@ -146,6 +147,9 @@ def complete(app: Any) -> None:
     known = next((kind for kind in EngineGenerateError.__mro__ if kind in handlers), None)
     if known is not None:
         _set_handler(app, EngineGenerateError, _naming_cause(handlers[known]))
+    for kind in (TypeError, ValueError):  # what a tokenizer raises, before there is a generation
+        if kind in handlers:
+            _set_handler(app, kind, _naming_cause(handlers[kind]))
 
 
 def _set_handler(app: Any, kind: type[Exception], handler: Callable[..., Any]) -> None:
@@ -160,6 +164,7 @@ def _set_handler(app: Any, kind: type[Exception], handler: Callable[..., Any]) -
 
 def _naming_cause(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def handler(request: Any, error: Exception) -> Any:
+        error = refusal_of(error.__cause__ or error) or error
         if not str(error) and error.__cause__ is not None:
             cause = error.__cause__
             error.args = (f"{type(cause).__name__}: {one_line(cause)}",)

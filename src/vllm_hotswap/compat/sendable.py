@@ -5,13 +5,21 @@ engine that a text has half of a surrogate pair in it (as JSON may), or that a n
 It takes that for a failure of the engine.
 
 Relies on: `VLLMValidationError`, which `AsyncLLM.generate` passes on and vLLM's routes answer with
-400; `EngineCoreRequest.sampling_params`, which has everything of a client that is encoded as it is.
+400; the names of the fields of `EngineCoreRequest`, of which a version may know only some.
 Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from vllm_hotswap.surrogates import as_escape, told
+
+TEXTS = (
+    *("request_id", "external_req_id", "session_id", "cache_salt", "sampling_params"),
+    *("pooling_params", "lora_request", "trace_headers", "reasoning_parser_kwargs", "kv_hints"),
+)
+"""Fields of an `EngineCoreRequest`: all but tokens, embeddings and plain numbers."""
 
 
 def check_sendable(request: Any) -> None:
@@ -23,9 +31,28 @@ def check_sendable(request: Any) -> None:
     import msgspec
 
     try:
-        msgspec.msgpack.encode(request.sampling_params, enc_hook=_left_out)
+        msgspec.msgpack.encode(_without_tokens(request), enc_hook=_left_out)
     except (UnicodeEncodeError, OverflowError) as error:
         raise _refusal(error) from error
+
+
+def refusal_of(error: BaseException) -> Any:
+    """A `VLLMValidationError`, if a tokenizer or an encoder met half of a surrogate pair."""
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return _refusal(error)
+    if isinstance(error, TypeError) and "TextEncodeInput" in str(error):  # of `tokenizers`
+        from vllm.exceptions import VLLMValidationError
+
+        return VLLMValidationError(
+            "the tokenizer cannot read a text of the request, perhaps for half of a surrogate "
+            "pair in it; send whole characters"
+        )
+    return None
+
+
+def _without_tokens(request: Any) -> list[Any]:
+    """What texts of a client may be in; tokens and features are many, and come from vLLM."""
+    return [getattr(request, name, None) for name in TEXTS]
 
 
 def _left_out(_: object) -> None:
@@ -36,11 +63,7 @@ def _refusal(error: UnicodeEncodeError | OverflowError) -> Any:
     from vllm.exceptions import VLLMValidationError
 
     if isinstance(error, UnicodeEncodeError):
-        lone = error.object[error.start : error.end].encode("unicode_escape").decode()
-        return VLLMValidationError(
-            f"a text of the request, in `stop` for one, has {lone}, which is half of a surrogate "
-            "pair and no character; send whole characters"
-        )
+        return VLLMValidationError(told(as_escape(error.object[error.start])))
     return VLLMValidationError(
         "a number of the request does not fit into 64 bits; send a smaller one"
     )

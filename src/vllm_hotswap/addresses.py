@@ -1,0 +1,28 @@
+"""IP addresses as they are written, and what they mean."""
+
+from __future__ import annotations
+
+import ipaddress
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def ip_address(text: str) -> IPAddress:
+    """The address, without the zone (`%eth0`) that may follow it; an IPv4 one in IPv6 as IPv4.
+
+    `::ffff:127.0.0.1` reaches what `127.0.0.1` does. Source: RFC 4291, section 2.5.5.2.
+
+    Raises:
+        ValueError: it is no IP address.
+    """
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def is_loopback(text: str) -> bool:
+    """Whether it is an address of this machine alone; a name is none."""
+    try:
+        return ip_address(text).is_loopback
+    except ValueError:
+        return False
