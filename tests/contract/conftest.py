@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.cores import on_cores, share_of_cores
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.base import EngineHost
@@ -24,10 +25,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def host(backend: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
     """A started host with nothing loaded."""
-    made = fake_host() if backend == "fake" else vllm_host(tmp_path_factory.mktemp("models"))
-    await made.start()
-    yield made
-    await made.stop()
+    with on_cores(share_of_cores()):
+        made = fake_host() if backend == "fake" else vllm_host(tmp_path_factory.mktemp("models"))
+        await made.start()
+        yield made
+        await made.stop()
 
 
 def fake_host() -> EngineHost:

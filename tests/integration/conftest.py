@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.cores import ALL_CORES, on_cores, share_of_cores
 from tests.integration.processes import (
     PLAIN_MODULE,
     QUICKSTART_MODULE,
@@ -44,31 +43,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vllm)
 
 
-ALL_CORES = frozenset(os.sched_getaffinity(0))
-
-
-def share_of_cores() -> frozenset[int]:
-    """Those of this worker, where several run tests side by side.
-
-    Threads of two engine hosts that wait for each other on the same cores would take turns in
-    slices of milliseconds.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    if not 1 < workers <= len(ALL_CORES):
-        return ALL_CORES
-    return frozenset(sorted(ALL_CORES)[number % workers :: workers])
-
-
-@contextmanager
-def on_cores(cores: frozenset[int]) -> Iterator[None]:
-    """What is started meanwhile may use these cores."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    yield
-    os.sched_setaffinity(0, before)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def some_cores(request: pytest.FixtureRequest) -> Iterator[None]:
     """A module's servers get this worker's cores, or all of them if it is marked `all_cores`."""
@@ -98,8 +72,7 @@ def server(models_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(models_yaml),
     }
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with on_cores(ALL_CORES):  # as users start it, with a thread for each core
-        running = ServerProcess.start(["-m", QUICKSTART_MODULE], free_port(), log, environment)
+    running = ServerProcess.start(["-m", QUICKSTART_MODULE], free_port(), log, environment)
     yield running
     children = running.descendants()
     assert running.stop() == 0, running.log_tail()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 
-from tests.integration.conftest import ALL_CORES, events
+from tests.integration.conftest import events
 from tests.integration.processes import ServerProcess
 
 PROMPTS = ["Hello", "Who are you?", "What is the weather in Paris?", "The quick brown fox"]
@@ -210,19 +208,6 @@ def keep_asking(
             said = answer["choices"][0]["text"] if ok else answer["error"]["code"]
             outcomes.append((alias, response.status_code, said))
     return outcomes
-
-
-def test_io_threads_of_the_host_are_not_bound_to_the_compute_threads_core(
-    server: ServerProcess,
-) -> None:
-    """OpenMP binds the compute threads; whoever waits for a socket may use every core."""
-    host = server.status()["host"]["pid"]  # type: ignore[index]
-    tasks = list(Path(f"/proc/{host}/task").iterdir())
-    names = {int(task.name): (task / "comm").read_text() for task in tasks}
-    sockets = [tid for tid, name in names.items() if name.startswith("ZMQbg/IO")]
-
-    assert sockets
-    assert {ALL_CORES} == {frozenset(os.sched_getaffinity(tid)) for tid in sockets}
 
 
 def in_flight(server: ServerProcess, alias: str) -> int:
