@@ -214,6 +214,7 @@ def test_what_hangs_is_ended_at_its_deadline(
     restarts, before = killable.restarts, killable.faults.hits(place)
     killable.faults.inject(f"{place}=1*hang")
     running = pool.submit(killable.ask, "llama", 30)
+    wait_until(lambda: running.done() or killable.status["models"]["llama"]["in_flight"] == 1)
     answer = killable.switch("mistral", drain_timeout=1)
     running.result(timeout=10)
 
