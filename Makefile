@@ -68,7 +68,8 @@ test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VER
 check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
 
-check: lint types test-fast ## Lint, types and the fast tests
+check: lint types ## Lint, types and the quick tests
+	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not long and not slow"
 
 lint: setup ## Check style and formatting
 	$(BIN)/ruff check

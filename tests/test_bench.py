@@ -29,6 +29,8 @@ from vllm_hotswap.bench.stats import (
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
 EVENTS = (
     b'data: {"model": "qwen", "choices": [{"text": "a"}]}\n\n'

@@ -13,6 +13,8 @@ from vllm_hotswap.bench import bodies
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.model_field import from_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("shape", bodies.SHAPES)
 def test_every_body_is_json_that_names_its_model(shape: str) -> None:

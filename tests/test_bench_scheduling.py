@@ -16,6 +16,8 @@ from vllm_hotswap.simulate.report import figures
 from vllm_hotswap.simulate.run import World, simulate
 from vllm_hotswap.trace import TracedModel, TracedSwitching
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 

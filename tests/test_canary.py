@@ -28,6 +28,8 @@ from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.listen import Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"user": "sk-canary-user", "admin": "sk-canary-admin", "filed": "sk-canary-filed"}
 IN_ENVIRONMENT = "canary-in-environment"
 IN_CONFIGURATION = "canary-in-configuration"

@@ -23,6 +23,8 @@ from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import Steps, closing, write
 from vllm_hotswap.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_configuration_that_was_edited_is_left_alone(tmp_path: Path) -> None:
     """The message names it, and nothing is written beside it."""

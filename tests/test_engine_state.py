@@ -29,6 +29,8 @@ from vllm_hotswap.host.state import (
     in_own_state,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class ModelConfig:

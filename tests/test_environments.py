@@ -23,6 +23,8 @@ from vllm_hotswap.__main__ import main as program
 from vllm_hotswap.access import Access
 from vllm_hotswap.cli import COMMANDS, main
 
+pytestmark = pytest.mark.slow
+
 ERROR = "vllm-hotswap: error: "
 
 REMOTE: Mapping[str, list[str]] = {

@@ -27,6 +27,8 @@ from tests.support import Server
 from tests.virtual import VirtualLoop
 from vllm_hotswap.engines.fake import FakeSettings
 
+pytestmark = pytest.mark.slow
+
 SLOW = {alias: FakeSettings(token_s=1) for alias in ("llama", "qwen")}
 """Eight words, and so eight seconds, for an answer."""
 

@@ -23,6 +23,8 @@ from vllm_hotswap.trace import (
     TracedSwitching,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def recorded(world: World, shape: Shape) -> Trace:
     """A generated trace with what became of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis import Case, Response, checks
@@ -16,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from tests.support import Server
 from vllm_hotswap.access import Access
 from vllm_hotswap.planner import Usage
+
+pytestmark = pytest.mark.slow
 
 ADMIN = {"authorization": "Bearer admin"}
 KEYS = Access(user_keys=("user",), admin_keys=("admin",))

@@ -12,6 +12,8 @@ import pytest
 from vllm_hotswap.simulate.generate import KINDS, Kind, Shape, generate, shares
 from vllm_hotswap.trace import Trace, TracedModel, TracedSwitching
 
+pytestmark = pytest.mark.slow
+
 MANY = Shape(models=4, requests=20_000, rate=10.0)
 
 

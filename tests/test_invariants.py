@@ -63,6 +63,8 @@ from vllm_hotswap.events import (
 from vllm_hotswap.registry import Lease
 from vllm_hotswap.states import Residency, ServerState, SwitchPhase
 
+pytestmark = pytest.mark.slow
+
 WALKS = settings(
     max_examples=examples(8),
     stateful_step_count=30,

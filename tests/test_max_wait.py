@@ -20,6 +20,8 @@ from vllm_hotswap.policy import WORKED_S, Decision, Policy, PolicySettings, Snap
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.scheduler import RequestTerms
 
+pytestmark = pytest.mark.slow
+
 ALIASES = ("llama", "qwen", "mistral")
 TOKEN_S = 0.5
 LONG = 140

@@ -31,6 +31,8 @@ from vllm_hotswap.simulate.run import Run, Served, Simulation, Switched, World
 from vllm_hotswap.simulate.service import Service
 from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest
 
+pytestmark = pytest.mark.slow
+
 ALIASES = "abcd"
 SLACK_S = 1e-6
 

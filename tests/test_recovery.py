@@ -17,6 +17,8 @@ from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.events import HostDied, HostRestarted, ServiceDegraded
 from vllm_hotswap.settings import RecoveryConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def play(play: Play) -> Play:

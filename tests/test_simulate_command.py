@@ -12,6 +12,8 @@ from vllm_hotswap.cli import main
 from vllm_hotswap.states import Residency
 from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
 
+pytestmark = pytest.mark.slow
+
 Printed = pytest.CaptureFixture[str]
 
 

@@ -21,6 +21,8 @@ from tools.vllm_seams.wheel import NoSources, _unpack, sources_of
 from vllm_hotswap.compat.state import Owner, State
 from vllm_hotswap.compat.versions import READ_ON, RUN_ON
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 MakeTree = Callable[..., Tree]
 
