@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cores import ALL_CORES
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS, WEATHER_TOOL
+
+pytestmark = pytest.mark.all_cores
 
 CONFIGURATION = f"""\
 defaults:
@@ -169,3 +173,16 @@ def test_the_template_of_a_model_is_its_own(server: ServerProcess) -> None:
 
     assert shouted == plain
     assert shouted != usual
+
+
+def test_io_threads_of_the_host_are_not_bound_to_the_compute_threads_core(
+    server: ServerProcess,
+) -> None:
+    """OpenMP binds the compute threads; whoever waits for a socket may use every core."""
+    host = server.status()["host"]["pid"]  # type: ignore[index]
+    tasks = list(Path(f"/proc/{host}/task").iterdir())
+    names = {int(task.name): (task / "comm").read_text() for task in tasks}
+    sockets = [tid for tid, name in names.items() if name.startswith("ZMQbg/IO")]
+
+    assert sockets
+    assert {ALL_CORES} == {frozenset(os.sched_getaffinity(tid)) for tid in sockets}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.cores import ALL_CORES
 from tests.faults import wait_until
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, without_compilers
@@ -159,16 +156,3 @@ def test_the_death_of_a_worker_is_the_death_of_its_engine_alone(server: ServerPr
     assert before == host(server)
     server.switch("llama")
     assert "llama" in server.complete("llama", "Who are you?")
-
-
-def test_io_threads_of_the_host_are_not_bound_to_the_compute_threads_core(
-    server: ServerProcess,
-) -> None:
-    """OpenMP binds the compute threads; whoever waits for a socket may use every core."""
-    host = server.status()["host"]["pid"]  # type: ignore[index]
-    tasks = list(Path(f"/proc/{host}/task").iterdir())
-    names = {int(task.name): (task / "comm").read_text() for task in tasks}
-    sockets = [tid for tid, name in names.items() if name.startswith("ZMQbg/IO")]
-
-    assert sockets
-    assert {ALL_CORES} == {frozenset(os.sched_getaffinity(tid)) for tid in sockets}

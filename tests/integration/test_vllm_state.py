@@ -28,12 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: str, folder: Path) -> Any:
     """What the program saw. There is no compiler: an eager model needs none."""
-    (folder / program).mkdir()
+    without = folder / f"without-compilers-{program}"  # beside the models, which have names, too
+    without.mkdir()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **without_compilers(folder / program),
+        **without_compilers(without),
     }
     result = subprocess.run(
         [sys.executable, "-m", "tests.integration.state_program", program, str(folder)],
