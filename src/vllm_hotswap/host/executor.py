@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -135,24 +135,28 @@ class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[mi
 
 
 @contextmanager
-def _compiling_nothing(vllm_config: Any) -> Iterator[None]:
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Have an environment variable meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _compiling_nothing(vllm_config: Any) -> AbstractContextManager[None]:
     """Start the workers of a model that is not to be compiled without torch's compiler.
 
     Some of vLLM's functions are compiled at their first call, whatever the model: embedding a
     token of a model that is divided among workers, or counting ranks for log-probabilities.
     """
     if not compiles_nothing(vllm_config):
-        yield
-        return
-    before = os.environ.get(NO_COMPILER)
-    os.environ[NO_COMPILER] = "1"  # read by torch when a process imports it
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[NO_COMPILER]
-        else:
-            os.environ[NO_COMPILER] = before
+        return nullcontext()
+    return _variable(NO_COMPILER, "1")  # read by torch when a process imports it
 
 
 @contextmanager
@@ -161,20 +165,21 @@ def _cores_for_each(workers: int) -> Iterator[None]:
 
     vLLM divides cores by NUMA node, one for each worker, and refuses where there are fewer.
     """
-    before = os.environ.get(BIND_VARIABLE)
     binding = binding_for_ranks(os.environ, workers)
     if binding is None:
         yield
         return
-    os.environ[BIND_VARIABLE] = binding
+    with _environment_read_anew(), _variable(BIND_VARIABLE, binding):
+        yield
+
+
+@contextmanager
+def _environment_read_anew() -> Iterator[None]:
+    """Have vLLM, which may have read all variables already, read them again when it asks."""
     was_cached = envs._is_envs_cache_enabled()
-    envs.disable_envs_cache()  # vLLM has read the variable already
+    envs.disable_envs_cache()
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[BIND_VARIABLE]
-        else:
-            os.environ[BIND_VARIABLE] = before
         if was_cached:
-            envs.enable_envs_cache()
+            envs.enable_envs_cache()  # which reads them all: after they are as they were
