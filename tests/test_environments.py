@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import json
 import logging
@@ -10,6 +11,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from tests.remote_server import Canned, Listening, canned_server, listening_serv
 from vllm_hotswap import remote
 from vllm_hotswap.__main__ import main as program
 from vllm_hotswap.access import Access
-from vllm_hotswap.cli import COMMANDS, main
+from vllm_hotswap.cli import COMMANDS, INTERRUPTED, main
 
 pytestmark = pytest.mark.slow
 
@@ -301,6 +304,21 @@ def test_an_interrupt_ends_a_command_without_a_word(canned: Canned) -> None:
     process.send_signal(signal.SIGINT)
 
     assert ("", 130) == (process.communicate(timeout=60)[1], process.returncode)
+
+
+def test_an_interrupt_that_wakes_nobody_ends_a_command_too(run: Run, canned: Canned) -> None:
+    """One that arrives just before the thread of the command blocks in a read."""
+    canned.answer = None
+    canned.asked.clear()
+
+    def interrupt() -> None:
+        assert canned.asked.wait(60)
+        time.sleep(0.2)  # until it reads
+        _thread.interrupt_main()  # as a signal does, but that no system call ends early
+
+    threading.Thread(target=interrupt, daemon=True).start()
+
+    assert INTERRUPTED == run("switch", "llama", "--url", canned.url).status
 
 
 class Interrupting:

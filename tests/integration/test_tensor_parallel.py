@@ -10,7 +10,12 @@ import pytest
 
 from tests.faults import wait_until
 from tests.integration.conftest import events
-from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, without_compilers
+from tests.integration.processes import (
+    QUICKSTART_MODULE,
+    ServerProcess,
+    still_there,
+    without_compilers,
+)
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import anonymous_bytes
@@ -52,15 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     yield running
     children = running.descendants()
     assert running.stop() == 0, running.log_tail()
-    assert [child for child in children if is_alive(child)] == []
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Not one that has ended and is only waiting for somebody to notice."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert [] == still_there(children)
 
 
 @pytest.fixture(autouse=True)
