@@ -23,7 +23,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-on-vllm test-long test-vllm check check-vllm lint types format bench bench-residency \
+.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
 	bench-scheduling bench-auto soak reference clean
 
 help: ## List the commands
@@ -50,13 +50,16 @@ demo: setup ## Serve the tiny models that ship with the package, switch, and sho
 serve: setup ## Serve the tiny models on PORT until Ctrl-C
 	$(BIN)/vllm-hotswap demo --serve --port $(PORT)
 
-test: test-fast test-on-vllm ## Run all tests, those on the real vLLM too, but for the long ones
+test: test-fast test-on-vllm ## Run the tests, those on the real vLLM too; test-wide and test-long have the rest
 
 test-fast: setup
 	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not long" --durations=15
 
 test-on-vllm: setup
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and not long" --durations=15
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and not wide and not long" --durations=25
+
+test-wide: setup ## Run what varies settings, each on servers of its own; CI runs it, too
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and wide and not long" --durations=25
 
 test-long: setup ## Run what goes deeper: long walks, ten times as many examples; for the night
 	TEST_DEPTH=10 $(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm" --timeout=1800

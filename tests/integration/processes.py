@@ -136,7 +136,10 @@ COMPILERS = re.compile(r"([\w.]+-)*(c\+\+|g\+\+|gcc|cc|c89|c99|clang(\+\+)?|icp?
 
 
 def without_compilers(folder: Path) -> dict[str, str]:
-    """Environment variables for a process that finds every program but compilers, and no caches."""
+    """Environment variables for a process that finds every program but compilers.
+
+    And nothing that was compiled before.
+    """
     programs = folder / "programs"
     programs.mkdir()
     for place in os.environ["PATH"].split(os.pathsep):
@@ -149,7 +152,7 @@ def without_compilers(folder: Path) -> dict[str, str]:
         "CXX": "",
         "CC": "",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_CACHE_ROOT": str(cache_of_its_own(folder / "cache")),
     }
 
 

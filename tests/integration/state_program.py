@@ -1,6 +1,8 @@
-"""A program for `test_vllm_state.py`: engines of unlike models in one process.
+"""Programs for `test_vllm_state.py`: engines of unlike models in one process.
 
-Prints what it saw as one line of JSON, the last of its output.
+`python -m tests.integration.state_program FOLDER PROGRAM ...` writes what each saw to
+`FOLDER/PROGRAM.json`. Each is a fork of a process that has imported this module, and computed
+nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,20 @@ import torch
 from tests.integration.process_state import Watch  # before vLLM is imported
 
 # isort: split
-from tests.integration.hosted import Hosted
-from tests.integration.small_models import make
+from tests.integration.hosted import ENGINE_ARGUMENTS, PROMPTS, Hosted
+from tests.zoo.make import make
+from tests.zoo.plain import fork
 from vllm_hotswap.compat import loading
+from vllm_hotswap.compat.inspection import inspected_here
 from vllm_hotswap.host.state import absent, process_state
+
+CHECKPOINTS = {"llama": "llama", "moe": "qwen3-moe", "mamba": "mamba2", "embed": "bert"}
+"""By kind, which of the zoo's."""
 
 
 def orders(folder: Path) -> dict[str, Any]:
     """A mixture of experts after a dense model, and what each says whatever the others do."""
-    checkpoints = {kind: make(kind, folder / kind) for kind in ("llama", "moe", "mamba")}
+    checkpoints = {kind: make(CHECKPOINTS[kind], folder) for kind in ("llama", "moe", "mamba")}
     llama = Hosted(checkpoints["llama"], "llama")
     seen: dict[str, Any] = {"llama": llama.greedy()}
     moe = Hosted(checkpoints["moe"], "moe")
@@ -52,9 +59,10 @@ def orders(folder: Path) -> dict[str, Any]:
 
 def draws(folder: Path) -> dict[str, Any]:
     """What two models answer without a seed while each other is loaded, sleeps and so on."""
-    llama = Hosted(make("llama", folder / "llama"), "llama", seed=3)
+    checkpoints = {kind: make(CHECKPOINTS[kind], folder) for kind in ("llama", "moe")}
+    llama = Hosted(checkpoints["llama"], "llama", seed=3)
     first = llama.unseeded(2)
-    moe = Hosted(make("moe", folder / "moe"), "moe", seed=4)
+    moe = Hosted(checkpoints["moe"], "moe", seed=4)
     of_moe = moe.unseeded(1)
     second = llama.unseeded(1)
     moe.engine.sleep(2)
@@ -68,7 +76,7 @@ def draws(folder: Path) -> dict[str, Any]:
     llama.unload()
     of_moe += moe.unseeded(1)
     llama.reload()
-    fails(lambda: Hosted(break_(folder / "moe"), "broken"))
+    fails(lambda: Hosted(break_(checkpoints["moe"]), "broken"))
     second += llama.unseeded(2)
     llama.greedy()
     second += llama.unseeded(1)
@@ -90,7 +98,7 @@ def changes(folder: Path) -> dict[str, Any]:
 
     engines = {}
     for kind in ("llama", "moe", "mamba", "embed"):
-        checkpoint = make(kind, folder / kind)
+        checkpoint = make(CHECKPOINTS[kind], folder)
         engine = note(f"load {kind}", lambda kind=kind, at=checkpoint: Hosted(at, kind))
         ask = engine.pooled if kind == "embed" else lambda engine=engine: answers(engine)
         note(f"ask {kind}", ask)
@@ -132,9 +140,7 @@ def alone(folder: Path, kind: str, seed: int) -> dict[str, Any]:
     """What plain vLLM answers in a process of its own, without a seed and greedily."""
     from vllm import LLM, SamplingParams
 
-    from tests.integration.hosted import ENGINE_ARGUMENTS, PROMPTS
-
-    llm = LLM(model=str(make(kind, folder / kind)), seed=seed, **ENGINE_ARGUMENTS)
+    llm = LLM(model=str(make(CHECKPOINTS[kind], folder)), seed=seed, **ENGINE_ARGUMENTS)
 
     def ask(prompt: list[int], temperature: float) -> list[int]:
         params = SamplingParams(
@@ -178,19 +184,30 @@ def resources() -> dict[str, int]:
     }
 
 
-def main(program: str, folder: str, *arguments: str) -> Any:
-    programs: dict[str, Callable[..., Any]] = {
-        "orders": orders,
-        "draws": draws,
-        "changes": changes,
-        "worker": worker,
-        "llama": lambda folder: alone(folder, "llama", 3),
-        "moe": lambda folder: alone(folder, "moe", 4),
-    }
-    return programs[program](Path(folder), *arguments)
+PROGRAMS: Mapping[str, Callable[[Path], Any]] = {
+    "orders": orders,
+    "draws": draws,
+    "changes": changes,
+    "worker": worker,
+    "llama": lambda folder: alone(folder, "llama", 3),
+    "moe": lambda folder: alone(folder, "moe", 4),
+}
+
+
+def tell(program: str, folder: Path) -> None:
+    (folder / f"{program}.json").write_text(json.dumps(PROGRAMS[program](folder)))
+
+
+def main(at: str, *programs: str) -> int:
+    """How many of them failed."""
+    folder = Path(at)
+    failed = 0
+    for program in programs or PROGRAMS:
+        with inspected_here():
+            child = fork(lambda program=program: tell(program, folder))
+        failed += os.waitpid(child, 0)[1] != 0
+    return failed
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(*sys.argv[1:])) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # the IO threads of an engine never end
+    sys.exit(main(*sys.argv[1:]))

@@ -200,6 +200,7 @@ def test_a_start_tells_all_mistakes(tmp_path: Path) -> None:
     assert f"{path}:5: memory: unknown key 'devices'; did you mean 'device'?" == third
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(vllm_version() != "0.32.0", reason="each version has its own flags")
 def test_the_schema_that_ships_has_the_flags_of_vllm() -> None:
     """`make reference` makes it anew."""

@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("reloading_engine.py")
 
 # The first test waits for a model that is compiled for the first time, on a machine that may be
 # busy.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.wide]
 
 
 def run(program: str, folder: Path) -> Any:

@@ -29,7 +29,16 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(SETTINGS))
+QUICK = {"eager"}
+"""What every run starts; the others take minutes."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.wide) for name in SETTINGS
+    ],
+)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the program saw."""
     folder = tmp_path_factory.mktemp("worker") / "llama"

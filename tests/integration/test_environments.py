@@ -60,7 +60,7 @@ MACHINES = {
 }
 
 QUICK = {"one_core"}
-"""What every run starts; the others are for the long one."""
+"""What CI starts, too; the others are for the night."""
 
 
 @contextmanager
@@ -97,7 +97,10 @@ def configuration(folder: Path, memory: str = "") -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in MACHINES],
+    [
+        pytest.param(name, marks=pytest.mark.wide if name in QUICK else pytest.mark.long)
+        for name in MACHINES
+    ],
 )
 def test_models_switch_within_what_was_estimated(folder: Path, name: str) -> None:
     """With room for one model by the estimate alone: every switch works, memory stays within it,

@@ -61,6 +61,7 @@ def test_the_hosts_death_fails_every_request_and_ends_the_server_with_status_1(
         server.stop()
 
 
+@pytest.mark.wide
 def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path: Path) -> None:
     """Nobody waits for a model that cannot come; one line says why."""
     path = tmp_path / "models.yaml"
@@ -82,6 +83,7 @@ def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path
     assert "Traceback" not in rest
 
 
+@pytest.mark.wide
 def test_a_start_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
     """Before there is an event loop, too: no process, no socket, no folder; status 0."""
     path, sock, temporary = tmp_path / "models.yaml", tmp_path / "s", tmp_path / "tmp"
@@ -147,6 +149,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_start_that_cannot_work_ends_with_one_clear_line(name: str, tmp_path: Path) -> None:
     """Non-zero exit, the mistake named with its place, no traceback, no engine started."""
@@ -163,6 +166,7 @@ def test_a_start_that_cannot_work_ends_with_one_clear_line(name: str, tmp_path: 
     assert "Initializing a V1 LLM engine" not in ended.stdout + ended.stderr
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

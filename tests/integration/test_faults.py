@@ -176,6 +176,7 @@ def test_a_killed_host_fails_every_request_and_comes_back(
     assert faulty.serves_as_ever()
 
 
+@pytest.mark.wide
 def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
     """SIGSEGV: the call ends with the cause instead of hanging, and the source is back."""
     assert faulty.serves_as_ever()
@@ -202,6 +203,7 @@ def test_a_host_that_dies_as_it_activates_fails_the_switch(faulty: Faulty) -> No
     assert faulty.serves_as_ever()
 
 
+@pytest.mark.wide
 def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
     """SIGSTOP: alive, but silent. Its requests end with an error, and another host serves."""
     faulty.server.switch("llama")
@@ -216,6 +218,7 @@ def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
     assert faulty.serves_as_ever()
 
 
+@pytest.mark.wide
 def test_a_load_that_never_ends_is_ended(faulty: Faulty) -> None:
     """A pipe in place of the weights: nothing can interrupt that read but the end of the host.
 

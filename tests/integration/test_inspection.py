@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 
+import pytest
+
 from vllm_hotswap.compat.inspection import RUN, inspected_here, inspected_together
 
 
@@ -34,6 +36,7 @@ def test_a_check_looks_in_its_own_process() -> None:
     assert before is getattr(registry, RUN)
 
 
+@pytest.mark.wide
 def test_a_start_looks_in_one_process_for_all_models() -> None:
     """Which is another one, and is gone afterwards; what dies there is tried in vLLM's own way."""
     with inspected_together():

@@ -22,6 +22,8 @@ from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import CpuDevice
 from vllm_hotswap.engines.base_memory import expected_memory
 
+pytestmark = pytest.mark.wide
+
 PLUGIN = Path(__file__).with_name("away_platform")
 
 MIB = 1 << 20

@@ -195,23 +195,31 @@ def walk(server: ServerProcess, steps: int, seed: int) -> list[str]:
     return done
 
 
+@pytest.mark.parametrize(
+    "steps", [pytest.param(16, id="short"), pytest.param(40, id="long", marks=pytest.mark.wide)]
+)
 def test_random_walks_stay_within_the_budget_and_change_no_answer(
-    server: ServerProcess, folder: Path
+    server: ServerProcess, steps: int
 ) -> None:
-    """Every switch succeeds, memory stays below the budget, and answers are as before the walk:
-    plain vLLM's, as one of the models shows.
-    """
+    """Every switch succeeds, memory stays below the budget, and answers are as before the walk."""
     pid = host_pid(server)
     with MemoryWatch(pid) as memory:
         before = answers_of_all(server)
-        done = walk(server, steps=40, seed=3)
+        done = walk(server, steps, seed=3)
         after = answers_of_all(server)
 
     assert {"switch", "load", "sleep", "wake", "unload"} == set(done)
     assert memory.most_bytes < device_memory(server)["budget"]
     assert pid == host_pid(server)
     assert before == after
-    assert plain_answers(folder, "two") == after["two"]
+
+
+@pytest.mark.wide
+def test_a_model_that_was_swapped_answers_as_plain_vllm(
+    server: ServerProcess, folder: Path
+) -> None:
+    """As a server of that model alone does."""
+    assert plain_answers(folder, "two") == answers_of_all(server)["two"]
 
 
 def answers_of_all(server: ServerProcess) -> dict[str, list[str]]:
@@ -373,6 +381,7 @@ def test_a_load_that_fails_brings_the_source_back(server: ServerProcess, folder:
     assert mended["current_model"] == "misfit"
 
 
+@pytest.mark.wide
 def test_a_compile_cache_that_cannot_be_written_fails_one_switch(
     server: ServerProcess, folder: Path
 ) -> None:

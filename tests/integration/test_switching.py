@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import pytest
 
 from tests.integration.conftest import events
 from tests.integration.processes import ServerProcess
 
 PROMPTS = ["Hello", "Who are you?", "What is the weather in Paris?", "The quick brown fox"]
+
+CAT = "a cat sits on the mat"
 
 DRAIN_S = 60
 
@@ -36,42 +39,66 @@ def long_stream(server: ServerProcess, alias: str) -> Iterator[Iterator[object]]
 
 
 def test_fifty_switches_keep_both_processes_and_every_answer(
-    server: ServerProcess, plain_answer: Callable[..., object]
+    server: ServerProcess,
 ) -> None:
-    """Nothing is restarted, and each model answers as a plain vLLM server of it alone does."""
+    """Nothing is restarted, and each model answers as before."""
     pids = server.process.pid, server.status()["host"]["pid"]  # type: ignore[index]
+    before = answers_of_both(server)
     for _ in range(25):
         server.switch("qwen")
         server.complete("qwen", "Hello", max_tokens=2)
         server.switch("llama")
 
-    llama = completions_of("llama")(server)
-    server.switch("qwen")
-    qwen = completions_of("qwen")(server)
-
+    assert before == answers_of_both(server)
     assert pids == (server.process.pid, server.status()["host"]["pid"])  # type: ignore[index]
     assert server.process.poll() is None
+
+
+def answers_of_both(server: ServerProcess) -> list[list[str]]:
+    answers = []
+    for alias in ("llama", "qwen"):
+        server.switch(alias)
+        answers.append(completions_of(alias)(server))
+    return answers
+
+
+@pytest.mark.wide
+def test_each_model_answers_as_a_plain_server_of_it_alone(
+    server: ServerProcess, plain_answer: Callable[..., object]
+) -> None:
+    """Generating models to the letter."""
     with ThreadPoolExecutor() as pool:  # a start takes most of its time on one core
         plain = [
             pool.submit(plain_answer, alias, completions_of(alias)) for alias in ("llama", "qwen")
         ]
-    assert [one.result() for one in plain] == [llama, qwen]
+    assert [one.result() for one in plain] == answers_of_both(server)
 
 
 def test_switching_reaches_an_embedding_model_and_goes_on(
-    server: ServerProcess, plain_answer: Callable[..., object]
+    server: ServerProcess,
 ) -> None:
     """Task types mix: generate, embed, generate, in one server."""
     before = server.complete("llama", "Hello")
     server.switch("embed")
-    vector = server.embed("embed", "a cat sits on the mat")
+    vector = server.embed("embed", CAT)
     server.switch("qwen")
     after = server.complete("qwen", "Hello")
+    server.switch("embed")
 
-    expected = plain_answer("embed", lambda plain: plain.embed("embed", "a cat sits on the mat"))
-    assert max(abs(a - b) for a, b in zip(expected, vector, strict=True)) < 1e-3  # type: ignore[call-overload]
+    assert vector == pytest.approx(server.embed("embed", CAT), abs=1e-6)
     assert "llama" in before
     assert "qwen" in after
+
+
+@pytest.mark.wide
+def test_an_embedding_model_answers_as_a_plain_server_of_it_alone(
+    server: ServerProcess, plain_answer: Callable[..., object]
+) -> None:
+    """But for the order of sums."""
+    expected = plain_answer("embed", lambda plain: plain.embed("embed", CAT))
+    server.switch("embed")
+
+    assert server.embed("embed", CAT) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_stream_that_ends_in_time_is_whole(server: ServerProcess) -> None:

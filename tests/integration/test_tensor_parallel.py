@@ -20,7 +20,7 @@ from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import anonymous_bytes
 
-pytestmark = pytest.mark.all_cores
+pytestmark = [pytest.mark.all_cores, pytest.mark.wide]
 
 PROMPTS = ["Hello", "Who are you?"]
 MODELS_YAML = f"""\

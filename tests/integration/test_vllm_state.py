@@ -17,45 +17,59 @@ from vllm_hotswap.platforms import host_environment
 
 ROOT = Path(__file__).parents[2]
 
-# Each program is a process that imports vLLM, on a machine that may be busy.
-pytestmark = pytest.mark.timeout(600)
+# The first test waits for all programs, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(900)
+
+
+class Told:
+    """What the programs saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._log = folder / "programs.log"
+
+    def run(self) -> None:
+        """All programs. There is no compiler: an eager model needs none."""
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **without_compilers(self._folder),
+        }
+        command = [sys.executable, "-m", "tests.integration.state_program", str(self._folder)]
+        with self._log.open("wb") as log:
+            subprocess.run(
+                command, env=host_environment(environment), stdout=log, stderr=log, check=False
+            )
+
+    def by(self, program: str) -> Any:
+        """What a program saw, or an error with the end of the log, which has its traceback."""
+        told = self._folder / f"{program}.json"
+        assert told.exists(), self._log.read_text(errors="replace")[-5000:]
+        return json.loads(told.read_text())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    told = Told(tmp_path_factory.mktemp("state"))
+    told.run()
+    return told
 
 
-def run(program: str, folder: Path) -> Any:
-    """What the program saw. There is no compiler: an eager model needs none."""
-    without = folder / f"without-compilers-{program}"  # beside the models, which have names, too
-    without.mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **without_compilers(without),
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.integration.state_program", program, str(folder)],
-        env=host_environment(environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> Any:
+@pytest.fixture
+def alone(told: Told) -> Any:
     """What plain vLLM answers, with one model in its process."""
-    return {kind: run(kind, folder) for kind in ("llama", "moe")}
+    return {kind: told.by(kind) for kind in ("llama", "moe")}
 
 
-@pytest.fixture(scope="module")
-def seen(folder: Path) -> Any:
-    return run("orders", folder)
+@pytest.fixture
+def seen(told: Told) -> Any:
+    return told.by("orders")
+
+
+@pytest.fixture
+def watched(told: Told) -> Any:
+    return told.by("changes")
 
 
 def test_a_mixture_of_experts_loads_after_a_dense_model(seen: Any, alone: Any) -> None:
@@ -81,18 +95,13 @@ def test_loading_again_and_again_leaves_nothing_behind(seen: Any) -> None:
     assert before == after
 
 
-def test_unseeded_answers_are_those_of_a_process_of_its_own(folder: Path, alone: Any) -> None:
+def test_unseeded_answers_are_those_of_a_process_of_its_own(told: Told, alone: Any) -> None:
     """Whatever the other models do meanwhile, and whether the model itself sleeps or is gone."""
-    drawn = run("draws", folder)
+    drawn = told.by("draws")
 
     assert alone["llama"]["unseeded"][: len(drawn["llama"])] == drawn["llama"]
     assert alone["moe"]["unseeded"][: len(drawn["moe"])] == drawn["moe"]
     assert 1 < len({tuple(answer) for answer in alone["llama"]["unseeded"]})
-
-
-@pytest.fixture(scope="module")
-def watched(folder: Path) -> Any:
-    return run("changes", folder)
 
 
 def test_small_functions_need_no_compiler_beside_a_compiled_model(watched: Any) -> None:
@@ -100,9 +109,9 @@ def test_small_functions_need_no_compiler_beside_a_compiled_model(watched: Any) 
     assert [3, 1] == watched["ranks"]
 
 
-def test_small_functions_need_no_compiler_in_a_worker_process(folder: Path) -> None:
+def test_small_functions_need_no_compiler_in_a_worker_process(told: Told) -> None:
     """Of a compiled model that is divided among workers: each has imports of its own."""
-    assert [3, 1] == run("worker", folder)
+    assert [3, 1] == told.by("worker")
 
 
 def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:

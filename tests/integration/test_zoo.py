@@ -88,24 +88,43 @@ class References:
         self.process.communicate()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("zoo")
+FEW = (
+    "llama",
+    "gemma3",
+    "qwen3-moe",
+    "granite-hybrid",
+    "deepseek",
+    "gpt-oss",
+    "llama-int8",
+    "llama-lora",
+    "bert",
+)
+"""What every run loads: each kind of attention, state and head once."""
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.wide)])
+def zoo(request: pytest.FixtureRequest) -> Sequence[Model]:
+    return [model for model in ZOO if request.param == "all" or model.alias in FEW]
 
 
 @pytest.fixture(scope="module")
-def references(folder: Path) -> Iterator[References]:
+def folder(tmp_path_factory: pytest.TempPathFactory, zoo: Sequence[Model]) -> Path:
+    return tmp_path_factory.mktemp(f"zoo-of-{len(zoo)}")
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path, zoo: Sequence[Model]) -> Iterator[References]:
     """In the order in which they are asked for; first those that may or may not run here."""
-    order = sorted(shuffled(ZOO, SEED), key=lambda model: not model.unless)
+    order = sorted(shuffled(zoo, SEED), key=lambda model: not model.unless)
     found = References(folder, order)
     yield found
     found.stop()
 
 
 @pytest.fixture(scope="module")
-def running(references: References) -> Sequence[Model]:
+def running(references: References, zoo: Sequence[Model]) -> Sequence[Model]:
     """The models that plain vLLM can run here."""
-    return [model for model in ZOO if not model.cannot or may_run(model, references)]
+    return [model for model in zoo if not model.cannot or may_run(model, references)]
 
 
 def may_run(model: Model, references: References) -> bool:
@@ -256,6 +275,8 @@ def test_models_answer_the_same_after_every_level_of_sleep(
     assert {} == differences(server, models, references), names(models)
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize("zoo", ["all"], indirect=True, scope="module")
 @pytest.mark.parametrize("model", ZOO, ids=lambda model: model.alias)
 def test_plain_vllm_runs_what_the_list_says(model: Model, references: References) -> None:
     """What it cannot run is listed with its own words; when it begins to, this is noticed."""
@@ -292,6 +313,7 @@ def varies(answer: tuple[list[int], str]) -> bool:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("zoo", ["all"], indirect=True, scope="module")
 @pytest.mark.parametrize("seed", NIGHTLY_SEEDS)
 def test_long_walks_change_no_answer(
     server: ServerProcess, running: Sequence[Model], references: References, seed: int

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.zoo.models import PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
+from vllm_hotswap.compat.inspection import inspected_here
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.demo import MODELS
 
@@ -28,14 +29,15 @@ def main() -> None:
     folder, out, *aliases = sys.argv[1:]
     making = fork(lambda: make_checkpoints(Path(folder)))
     import_vllm()
-    looking = fork(look_at_architectures)
-    for what, child in {"making the checkpoints": making, "looking at classes": looking}.items():
-        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            sys.exit(f"{what} ended with {told(status)}")
-    print("made", flush=True)
-    models = {model.alias: model for model in ZOO}
+    models = [model for model in ZOO if model.alias in aliases or not aliases]
     at_once = max(1, len(os.sched_getaffinity(0)) // 2)
-    answer_all([models[alias] for alias in aliases or models], Path(folder), Path(out), at_once)
+    with inspected_here():
+        looking = fork(lambda: look_at_architectures(models))
+        for what, child in {"the making of checkpoints": making, "a look": looking}.items():
+            if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+                sys.exit(f"{what} ended with {told(status)}")
+        print("made", flush=True)
+        answer_all(in_order(models, aliases), Path(folder), Path(out), at_once)
 
 
 def make_checkpoints(folder: Path) -> None:
@@ -53,19 +55,19 @@ def import_vllm() -> None:
     import vllm.v1.core.sched.scheduler
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
-    from vllm.model_executor.models import registry
 
     find("make_arg_parser")
-    # To leave CUDA alone, vLLM looks at an architecture in a process of its own (seconds), and
-    # again each time where that fails. A child can do it itself.
-    registry._run_in_subprocess = lambda look: look()
 
 
-def look_at_architectures() -> None:
+def in_order(models: Sequence[Model], aliases: Sequence[str]) -> Sequence[Model]:
+    return sorted(models, key=lambda model: aliases.index(model.alias)) if aliases else models
+
+
+def look_at_architectures(models: Sequence[Model]) -> None:
     """Fill vLLM's cache of what each architecture can do, for the children and for the server."""
     from vllm.model_executor.models import registry
 
-    for architecture in {model.architecture for model in ZOO}:
+    for architecture in {model.architecture for model in models}:
         with suppress(Exception):  # vLLM will say it again, to whoever asks for the model
             registry.ModelRegistry.models[architecture].inspect_model_cls()
 
