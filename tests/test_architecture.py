@@ -23,6 +23,8 @@ LAYERS = [
         "failpoints",
         "checkpoint",
         "cross_site",
+        "forwarded",
+        "places",
         "models_file",
         "unix_socket",
         "adapters",
@@ -78,6 +80,7 @@ LAYERS = [
     {"simulate.report"},
     {"simulate.command", "record"},
     {
+        "connections",
         "drain",
         "ladder",
         "switch",
