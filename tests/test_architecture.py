@@ -11,7 +11,17 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
+    {
+        "addresses",
+        "errors",
+        "garbage",
+        "claims",
+        "hints",
+        "log_lines",
+        "signals",
+        "terminal",
+        "turns",
+    },
     {"json_scan", "media", "surrogates"},
     {
         "states",
