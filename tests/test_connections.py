@@ -403,3 +403,18 @@ async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServ
 
     assert 503 == full.status
     assert 200 == after.status
+
+
+async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> None:
+    """Before it sends its body."""
+    body = b'{"model": "qwen"}'
+    head = chunked(b"/v1/models/switch", b"Expect: 100-Continue")
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(head)
+        first = await client.answer()
+        await client.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        told = await client.answer()
+        await client.close()
+
+    assert [100, 200] == [first.status, told.status]

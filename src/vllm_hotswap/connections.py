@@ -4,15 +4,17 @@ httptools and uvicorn bound neither a head nor the time it takes, merge the trai
 the headers, and answer some mistakes with plain text. What is parsed, and how an answer is sent,
 stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 
-Relies on: `HttpToolsProtocol` with its callbacks of the parser, `pipeline`, `cycle` and
-`timeout_keep_alive_task`; `RequestResponseCycle` with `response_started`, `response_complete`,
-`keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's
-`feed_data` with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
+`pipeline`, `cycle` and `flow`; `on_response_complete` and `_unset_keepalive_if_required`, which are
+replaced; `RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`,
+`disconnected` and `message_event`; an error that a callback raises ends the parser's `feed_data`
+with an `HttpParserError`; the end of a head and that of trailers is an empty line.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +61,9 @@ A connection that is closed while data comes in is reset, which can cost the cli
 EVICTED_AFTER = 3
 """Times `limits.client_timeout` in which a client took nothing in: its requests end before that."""
 
+KEEP_ALIVE_S = 5.0
+"""How long a connection may be idle, unless uvicorn's configuration says otherwise."""
+
 QUIET_S = 10.0
 """Between two lines of the log about connections that found no place."""
 
@@ -68,11 +73,54 @@ def nobody(_: Scope) -> bool:
     return False
 
 
+class Deadlines:
+    """Waits that may all last as long, so that the first to begin is the first to end.
+
+    One timer is enough for all; a timer each would cost more than anything else here. It rings for
+    the first wait, if that still lasts, and is set again for the next.
+    """
+
+    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
+        self.seconds = seconds
+        self._late = late
+        self._ends_s: dict[Connection, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __contains__(self, connection: Connection) -> bool:
+        return connection in self._ends_s
+
+    def begin(self, connection: Connection) -> None:
+        """Nothing, if it waits already."""
+        if connection in self._ends_s:
+            return
+        self._ends_s[connection] = connection.loop.time() + self.seconds
+        self._set(connection.loop)
+
+    def end(self, connection: Connection) -> None:
+        """Idempotent."""
+        self._ends_s.pop(connection, None)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now_s = loop.time()
+        over = list(itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items()))
+        for connection, _ in over:
+            del self._ends_s[connection]
+        for connection, _ in over:
+            self._late(connection)
+        self._set(loop)
+
+    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is None and self._ends_s:
+            first_s = next(iter(self._ends_s.values()))
+            self._timer = loop.call_at(first_s, self._ring, loop)
+
+
 @dataclass(slots=True)
 class Connections:
-    """What all connections share: their bounds and places.
+    """What all connections share: their bounds, places and deadlines.
 
-    The mutable state besides the places is when the log was last told that there are none.
+    The mutable state besides these is when the log was last told that there are no places.
     """
 
     places: Places
@@ -82,7 +130,23 @@ class Connections:
     may use a place that is kept."""
     upgraded: dict[asyncio.BaseTransport, Place] = field(default_factory=dict)
     """Places of connections that have become websockets."""
+    heads: Deadlines = field(init=False)
+    """Connections whose next head is waited for."""
+    idle: Deadlines = field(init=False)
+    """Connections whose requests are answered, and which have not sent anything since."""
+    readers: Deadlines = field(init=False)
+    """Connections to which not everything that is to be sent could be sent."""
     _told_s: float | None = None
+
+    def __post_init__(self) -> None:
+        patience_s = EVICTED_AFTER * self.limits.client_timeout
+        self.heads = Deadlines(self.limits.head_timeout, Connection.head_is_late)
+        self.readers = Deadlines(patience_s, Connection.look_at_reader)
+        self.keep_alive(KEEP_ALIVE_S)
+
+    def keep_alive(self, seconds: float) -> None:
+        """How long a connection may be idle."""
+        self.idle = Deadlines(seconds, Connection.timeout_keep_alive_handler)
 
     def protocol(
         self,
@@ -118,10 +182,22 @@ class Connection(HttpToolsProtocol):
 
     Its state, besides uvicorn's: whether a head is next (`_head_next`) and whether a request's
     bytes are under way (`_in_message`); what arrived of the head so far (`_raw` bytes, of which the
-    parser has not seen those in `_held`); one timer, for whatever is waited for; and whether it was
-    refused, so that nothing more is read (`_deaf`). The parser changes the first two, from within
-    `data_received`.
+    parser has not seen those in `_held`); its times in the deadlines of all, and a timer for the
+    end of what is only read to be dropped; and whether it was refused, so that nothing more is
+    read (`_deaf`). The parser changes the first two, from within `data_received`.
     """
+
+    _place: Place | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _unsent = 0
+    _deaf = False
+    _fault: HotswapError | None = None
+    _head_next, _in_message = True, False
+    _raw = _parsed = _overhead = _trailers = 0
+    _moved = False
+    _held = bytearray()
+    """Replaced, and never changed, before anything is put into it."""
+    _tail = b""
 
     def __init__(
         self,
@@ -135,19 +211,7 @@ class Connection(HttpToolsProtocol):
         limits = shared.limits
         self._shared = shared
         self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
-        self._url_bytes, self._head_timeout_s = limits.url_bytes, limits.head_timeout
-        self._patience_s = EVICTED_AFTER * limits.client_timeout
-        self._place: Place | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._reader_timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
-        self._deaf = False
-        self._fault: HotswapError | None = None
-        self._head_next, self._in_message = True, False
-        self._raw, self._parsed, self._overhead, self._trailers = 0, 0, 0, 0
-        self._moved = False
-        self._held = bytearray()
-        self._tail = b""
+        self._url_bytes = limits.url_bytes
 
     # --- the connection -------------------------------------------------------------------
 
@@ -159,11 +223,12 @@ class Connection(HttpToolsProtocol):
             self._refuse(TooManyConnections())
             self.transport.close()
         else:
-            self._timer = self.loop.call_later(self._head_timeout_s, self._late)
+            self._shared.heads.begin(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._place is not None:
             self._place.leave()
+            self._place = None  # they hold each other, and would wait for the collector
         self._stop_timers()
         super().connection_lost(exc)
 
@@ -248,7 +313,11 @@ class Connection(HttpToolsProtocol):
             self._fail(self._too_many())
         if self._parsed > self._head_bytes:
             self._fail(self._too_large())
-        super().on_header(name, value)
+        # What uvicorn does, without a call: there are many of them.
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         place = self._place
@@ -280,11 +349,19 @@ class Connection(HttpToolsProtocol):
     # --- answers --------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        # As uvicorn's, but for a timer that would be made and cancelled for each request.
+        self.server_state.total_requests += 1
         if self.transport.is_closing():
             self._watch_reader()
-        elif self.cycle.response_complete:  # none is queued
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
             self._idle()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._shared.idle.end(self)
 
     @property
     def _is_answering(self) -> bool:
@@ -301,26 +378,25 @@ class Connection(HttpToolsProtocol):
             self._place.waits()
         if self._raw:
             self._unset_keepalive_if_required()
-            self._await_head()
+            self._shared.heads.begin(self)
         elif self._in_message and not self._head_next:
             self._unset_keepalive_if_required()
             self._stop_timer()
-            self._timer = self.loop.call_later(REST_S, self._late)
+            self._timer = self.loop.call_later(REST_S, self._end)
         else:
             self._stop_timer()
-            if self.timeout_keep_alive_task is None:
-                self.timeout_keep_alive_task = self.loop.call_later(
-                    self.timeout_keep_alive, self.timeout_keep_alive_handler
-                )
+            self._shared.idle.begin(self)
 
     def _watch_reader(self) -> None:
         """Where something is not sent yet, look later whether the client takes it in."""
-        if self._reader_timer is None and (unsent := self.transport.get_write_buffer_size()):
+        if self in self._shared.readers:
+            return
+        if unsent := self.transport.get_write_buffer_size():
             self._unsent = unsent
-            self._reader_timer = self.loop.call_later(self._patience_s, self._look_at_reader)
+            self._shared.readers.begin(self)
 
-    def _look_at_reader(self) -> None:
-        self._reader_timer = None
+    def look_at_reader(self) -> None:
+        """Let go of a client that has taken nothing in for as long as it may."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and unsent >= self._unsent:
             self.transport.abort()
@@ -338,10 +414,9 @@ class Connection(HttpToolsProtocol):
         seen = self._tail + data
         self._tail = seen[-2:]
         if b"\n\r\n" not in seen and b"\n\n" not in seen and self._raw <= self._head_bytes:
-            self._await_head()
+            self._shared.heads.begin(self)
             return b""
-        held = bytes(self._held)
-        self._held.clear()
+        held, self._held = bytes(self._held), bytearray()
         return held
 
     def _look_at_head(self, data: bytes) -> None:
@@ -353,12 +428,8 @@ class Connection(HttpToolsProtocol):
         if self._raw > self._head_bytes:
             self._refuse(self._too_large())
             return
-        self._tail = data[-2:]
-        self._await_head()
-
-    def _await_head(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self._head_timeout_s, self._late)
+        self._tail, self._held = data[-2:], bytearray()
+        self._shared.heads.begin(self)
 
     def _begun_scope(self) -> dict[str, Any]:
         """Of the request whose head is complete, as far as it tells who asks for what."""
@@ -388,26 +459,28 @@ class Connection(HttpToolsProtocol):
     def _stop_timers(self) -> None:
         self._stop_timer()
         self._unset_keepalive_if_required()
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
+        self._shared.readers.end(self)
 
     def _stop_timer(self) -> None:
+        self._shared.heads.end(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _late(self) -> None:
-        """What was waited for did not come in time."""
-        self._timer = None
-        if self._deaf:
-            self.transport.abort()
-        elif self._is_answering:
-            pass  # a head that came too early; its time begins when those before it are answered
-        elif self._raw:
-            self._refuse(HeadTimeout(self._head_timeout_s))
+    def head_is_late(self) -> None:
+        """Refuse what there is of a head. One that came too early has its time later."""
+        if self._is_answering:
+            return
+        if self._raw:
+            self._refuse(HeadTimeout(self._shared.heads.seconds))
         else:
-            self.transport.close()
-            self._watch_reader()
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing that could still come is wanted."""
+        self._timer = None
+        self.transport.close()
+        self._watch_reader()
 
     def _fail(self, error: HotswapError) -> None:
         """Have the parser stop; to be called by what it calls."""
@@ -443,7 +516,7 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
         if self._place is not None:
             self._place.waits()
-        self._timer = self.loop.call_later(LINGER_S, self._late)
+        self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
 
 def bounded(config: uvicorn.Config, shared: Connections) -> uvicorn.Config:
@@ -451,6 +524,7 @@ def bounded(config: uvicorn.Config, shared: Connections) -> uvicorn.Config:
 
     Where uvicorn has none for websockets, it stays so.
     """
+    shared.keep_alive(config.timeout_keep_alive)
     config.http_protocol_class = cast("type[asyncio.Protocol]", shared.protocol)
     if config.ws_protocol_class is not None:
         config.ws_protocol_class = shared.counted(config.ws_protocol_class)

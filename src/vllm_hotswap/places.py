@@ -153,6 +153,8 @@ class Places:
 
 def network_of(address: str) -> Hashable:
     """What counts as one client: an IPv4 address, or a network of IPv6."""
+    if ":" not in address:
+        return address
     try:
         found = ip_address(address)
     except ValueError:
