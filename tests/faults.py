@@ -64,6 +64,9 @@ class RawClient:
         self._socket.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return self
 
+    def send(self, content: bytes) -> None:
+        self._socket.sendall(content)
+
     def read(self, size: int = 65536) -> bytes:
         """What has come; empty at the end of the connection."""
         try:

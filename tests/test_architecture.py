@@ -11,7 +11,17 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
+    {
+        "addresses",
+        "errors",
+        "garbage",
+        "claims",
+        "hints",
+        "log_lines",
+        "signals",
+        "terminal",
+        "turns",
+    },
     {"json_scan", "media", "surrogates"},
     {
         "states",
@@ -23,6 +33,8 @@ LAYERS = [
         "failpoints",
         "checkpoint",
         "cross_site",
+        "forwarded",
+        "places",
         "models_file",
         "unix_socket",
         "adapters",
@@ -78,6 +90,7 @@ LAYERS = [
     {"simulate.report"},
     {"simulate.command", "record"},
     {
+        "connections",
         "drain",
         "ladder",
         "switch",

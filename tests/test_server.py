@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import logging
 import os
+import resource
 import shutil
 import signal
 import ssl
@@ -25,7 +26,7 @@ from tests.conftest import MakeServer
 from tests.ports import free_port
 from tests.serving import flags
 from tests.support import settled
-from vllm_hotswap import server
+from vllm_hotswap import listen, server
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import parse_config
@@ -74,6 +75,33 @@ def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(ConfigError, match="vLLM is not installed"):
         server.run(config, [])
+
+
+def test_the_engine_host_may_open_as_many_files_as_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From its first start: the limit is raised before."""
+    found: list[tuple[int, int]] = []
+
+    def look(_: HostLink) -> None:
+        found.append(resource.getrlimit(resource.RLIMIT_NOFILE))
+        raise Stopped
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(before[1], 4096)
+    monkeypatch.setattr(listen, "WANTED_FILES", wanted)
+    monkeypatch.setattr(HostLink, "spawn", look)
+    monkeypatch.setattr(server, "require_vllm", lambda: None)
+    config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
+    hangup = signal.getsignal(signal.SIGHUP)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted // 2, before[1]))
+        assert 0 == server.run(config, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        signal.signal(signal.SIGHUP, hangup)
+
+    assert [(wanted, before[1])] == found
 
 
 @pytest.mark.parametrize("error", [OSError("no more processes"), Stopped()])

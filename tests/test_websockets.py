@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
 
 import pytest
 import websockets
 
 from tests.conftest import MakeServer
-from tests.ports import free_port
-from tests.serving import flags
+from tests.listening import listening
 from tests.support import Server
-from vllm_hotswap import server as life
 from vllm_hotswap.engines.fake import FakeSettings
-from vllm_hotswap.listen import Listener
 
 REALTIME = "/v1/realtime"
 SPEECH = FakeSettings(tasks=("realtime",))
@@ -151,26 +144,10 @@ async def test_websocket_whose_client_leaves_lets_a_drain_end(speech: Server) ->
 # --- through a real listener ----------------------------------------------------------------
 
 
-@asynccontextmanager
-async def listening(server: Server) -> AsyncIterator[str]:
-    """The server behind a real socket; gives the address of its websockets."""
-    listener = Listener.open(flags(port=free_port()))
-    started = asyncio.get_running_loop().create_future()
-    config = listener.uvicorn_config(server.app)
-    uvicorn = life.Server(config, on_started=lambda: started.set_result(None))
-    serving = asyncio.create_task(uvicorn.serve([listener.sock]))
-    await started
-    try:
-        yield f"ws://{urlsplit(listener.address).netloc}"
-    finally:
-        uvicorn.should_exit = True
-        await serving
-        listener.close()
-
-
 async def test_client_talks_through_a_real_connection(speech: Server) -> None:
     """Opened, used and closed by the client; then cut by a switch, with the code and the reason."""
-    async with listening(speech) as address:
+    async with listening(speech) as port:
+        address = f"ws://127.0.0.1:{port}"
         async with websockets.connect(f"{address}{REALTIME}?model=ear", proxy=None) as client:
             await client.recv()
             await client.send("word")
@@ -187,7 +164,8 @@ async def test_client_talks_through_a_real_connection(speech: Server) -> None:
 
 async def test_client_is_told_in_the_handshake_why_it_is_refused(speech: Server) -> None:
     """The status and OpenAI's error object are in the answer to the handshake."""
-    async with listening(speech) as address:
+    async with listening(speech) as port:
+        address = f"ws://127.0.0.1:{port}"
         with pytest.raises(websockets.InvalidStatus) as refused:
             await websockets.connect(f"{address}{REALTIME}?model=llama", proxy=None)
 

@@ -152,6 +152,10 @@ class Access:
         if role in (Role.ADMIN, Role.ADMIN_KEY) and not is_admin:
             self._check_admin(role)
 
+    def is_admin(self, headers: Headers) -> bool:
+        """Whether an admin's key was sent. Nobody is one where there are none."""
+        return self._admin.know(_key(headers))
+
     def rights(self, headers: Headers) -> Rights:
         """Those of the caller, who has been let in."""
         key = _key(headers)

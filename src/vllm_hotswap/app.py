@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_hotswap import media, openai
-from vllm_hotswap.access import Access
+from vllm_hotswap.access import Access, Role
 from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Clock, Coordinator
@@ -64,6 +64,7 @@ class HotswapApp:
         self.host = host
         self._cross_site = cross_site or CrossSite()
         self.recovery = recovery or RecoveryConfig()
+        self.limits = limits or LimitsConfig()
         self.access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)
@@ -131,6 +132,18 @@ class HotswapApp:
                 media.check_own_body(Headers(scope=scope))
             request = Request({**scope, "path_params": parameters}, _replayed(body, receive))
             return await route.handler(request)
+
+    def may_use_kept_place(self, scope: Scope) -> bool:
+        """Whether a request is served where all connections are busy: a health check, or an admin.
+
+        Args:
+            scope: its `type`, `method`, `path`, `root_path` and `headers` are looked at.
+        """
+        try:
+            route, _ = self.routes.find(*request_of(scope))
+        except HotswapError:
+            return False
+        return route.role is Role.PUBLIC or self.access.is_admin(Headers(scope=scope))
 
     def _may_switch(self, route: Route) -> bool:
         """Whether a request for a model may load it, wake it, and let another one give way."""

@@ -227,6 +227,15 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
         help="further names that requests may have in `Host`, where a server on loopback without "
         "keys answers to this machine's own names only; may be given again",
     )
+    serve.add_argument(
+        "--forwarded-allow-ips",
+        action="append",
+        default=[],
+        metavar="ADDRESS[,ADDRESS]",
+        help="proxies, as IP addresses or networks, whose X-Forwarded-For and X-Forwarded-Proto "
+        "count; *: everybody's; default: FORWARDED_ALLOW_IPS, and without it nobody's; may be "
+        "given again",
+    )
 
 
 def _mode(text: str) -> int:
@@ -365,6 +374,7 @@ def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.flags import load_with_flags
     from vllm_hotswap.progress import configure_logging
+    from vllm_hotswap.settings import FORWARDED_VARIABLE
 
     configure_logging()
     with _nearest_flags(args, flags):
@@ -374,7 +384,10 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
         from vllm_hotswap.listen import ListenFlags
 
         keys = KeyFlags(args.admin_key, args.admin_key_file, args.api_key_file)
-        listen = ListenFlags(args.uds_mode, args.port_file, _names(args.allowed_hosts))
+        forwarded = args.forwarded_allow_ips or [os.environ.get(FORWARDED_VARIABLE, "")]
+        listen = ListenFlags(
+            args.uds_mode, args.port_file, _names(args.allowed_hosts), _names(forwarded)
+        )
         return server.run(config, flags, keys, args.record, listen)
 
 

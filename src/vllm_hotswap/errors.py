@@ -36,6 +36,11 @@
     ├── TooManyValues            413  the body has more values than the server takes
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
+    ├── MalformedRequest         400  what arrived is no HTTP request; send one
+    ├── HeadTooLarge             431  send fewer or shorter header fields
+    ├── UrlTooLong               414  send a shorter URL
+    ├── HeadTimeout              408  the head of the request did not arrive in time
+    ├── TooManyConnections       503  every connection is in use; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
     ├── DrainRefused             409  requests still run; wait for them, or park or abort them
     ├── DrainCut                 503  the request was still running at the drain deadline
@@ -567,6 +572,62 @@ class BodyTimeout(HotswapError):
     def __init__(self, timeout_s: float) -> None:
         super().__init__(
             f"the body did not arrive within {timeout_s:g} s (limits.body_timeout); send it faster"
+        )
+
+
+class MalformedRequest(HotswapError):
+    status = 400
+    type = "invalid_request_error"
+    code = "malformed_request"
+
+    def __init__(self) -> None:
+        super().__init__("what was sent is no valid HTTP/1.1 request; send one")
+
+
+class HeadTooLarge(HotswapError):
+    """`what` the request has too much of, and whose limit that is."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "head_too_large"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the request has more than {what}; send less")
+
+
+class UrlTooLong(HotswapError):
+    status = 414
+    type = "invalid_request_error"
+    code = "url_too_long"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"the URL is longer than {limit_bytes} bytes (limits.url_bytes); send a shorter one"
+        )
+
+
+class HeadTimeout(HotswapError):
+    status = 408
+    type = "timeout_error"
+    code = "head_timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"the head of the request did not arrive within {timeout_s:g} s "
+            "(limits.head_timeout); send it in one piece"
+        )
+
+
+class TooManyConnections(HotswapError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "too_many_connections"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__(
+            "every connection that this client may have is in use (limits.connections, "
+            "limits.connections_per_address); end requests, or retry later"
         )
 
 

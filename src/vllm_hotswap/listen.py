@@ -12,7 +12,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.claims import claimed_port, give_back
+from vllm_hotswap.connections import Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.forwarded import ForwardedClients, Proxies
+from vllm_hotswap.places import Places
 from vllm_hotswap.port_file import PortFile, check_port_file
+from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.unix_socket import UnixSocket
 
 log = logging.getLogger("vllm_hotswap")
@@ -56,11 +60,14 @@ class ListenFlags:
     """Of the socket's file; None: what the umask leaves."""
     port_file: Path | None = None
     allowed_hosts: Sequence[str] = ()
+    forwarded_allow_ips: Sequence[str] = ()
+    """Proxies whose word counts for where a request comes from; `*`: whoever connects."""
 
     def check(self, args: argparse.Namespace) -> None:
         """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
         for host in self.allowed_hosts:
             allowed_host(host)
+        Proxies.of(self.forwarded_allow_ips)
         if args.uds == "":
             raise ConfigError("--uds is empty; name a file, or leave it out for TCP")
         if self.uds_mode is not None and not args.uds:
@@ -86,11 +93,13 @@ class Listener:
         refresher: Refresher | None = None,
         port_file: Path | None = None,
         claim: socket.socket | None = None,
+        proxies: Proxies | None = None,
     ) -> None:
         self.args = args
         self.refresher = refresher
         self._bound = bound
         self._claim = claim
+        self._proxies = proxies or Proxies()
         self._log_config = log_config
         self._port_path = port_file
         self._port_file: PortFile | None = None
@@ -113,12 +122,13 @@ class Listener:
         flags.check(args)
         make_config(args, log_config, _nothing)
         watched = refresher if args.enable_ssl_refresh else None
+        proxies = Proxies.of(flags.forwarded_allow_ips)
         if args.uds:
             bound = UnixSocket.bind(Path(args.uds), flags.uds_mode)
-            return cls(args, bound, log_config, watched)
+            return cls(args, bound, log_config, watched, proxies=proxies)
         sock = bind(args.host, args.port)
         claim = _claim(sock, args.host)
-        return cls(args, sock, log_config, watched, flags.port_file, claim)
+        return cls(args, sock, log_config, watched, flags.port_file, claim, proxies)
 
     @property
     def sock(self) -> socket.socket:
@@ -171,9 +181,31 @@ class Listener:
         if self._port_file is not None:
             self._port_file.remove()
 
-    def uvicorn_config(self, app: ASGIApp) -> uvicorn.Config:
-        """A loaded configuration. Raises `ConfigError` if it cannot be loaded."""
-        return make_config(self.args, self._log_config, app)
+    def uvicorn_config(
+        self,
+        app: ASGIApp,
+        limits: LimitsConfig | None = None,
+        may_use_kept: Callable[[Scope], bool] = nobody,
+    ) -> uvicorn.Config:
+        """A loaded configuration, whose connections are bounded.
+
+        Args:
+            limits: bounds of heads and connections.
+            may_use_kept: whether a request may use a place that is kept when all others are taken.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        limits = _with_flags(limits or LimitsConfig(), self.args)
+        most = most_connections()
+        places = Places(
+            min(most, limits.connections or most),
+            limits.connections_per_address,
+            self._proxies.has,
+        )
+        served = ForwardedClients(app, self._proxies) if self._proxies else app
+        config = make_config(self.args, self._log_config, served)
+        return bounded(config, Connections(places, limits, may_use_kept))
 
 
 def make_config(
@@ -182,8 +214,6 @@ def make_config(
     """Uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
     _check_tls(args)
     config = _uvicorn_config(args, log_config, app)
-    # As vLLM does, for a uvicorn that reads it.
-    config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
     try:
         config.load()
     except (OSError, ValueError) as error:  # ssl's errors are among them
@@ -206,8 +236,7 @@ def _uvicorn_config(
             root_path=args.root_path or "",
             timeout_keep_alive=_keep_alive_s(),
             timeout_graceful_shutdown=LAST_ANSWERS_S,
-            limit_concurrency=most_connections(),
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+            proxy_headers=False,  # `ForwardedClients` reads them, where they are wanted
             ssl_keyfile=args.ssl_keyfile,
             ssl_certfile=args.ssl_certfile,
             ssl_ca_certs=args.ssl_ca_certs,
@@ -274,19 +303,34 @@ def _cannot_bind(host: str | None, port: int, error: Exception) -> ConfigError:
     )
 
 
-def most_connections() -> int:
-    """How many connections there may be; more are answered 503.
+def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
+    """The bounds of heads, as vLLM's flags for them make them smaller."""
+    return replace(
+        limits,
+        head_bytes=min(limits.head_bytes, args.h11_max_incomplete_event_size),
+        head_fields=min(limits.head_fields, args.h11_max_header_count),
+    )
 
-    The soft limit of open files is raised, as vLLM does for its server; what is kept back of it is
-    for the models: files that a load reads, sockets, the engine host.
+
+def most_connections() -> int:
+    """How many connections there may be: what is kept back of the limit of open files is for the
+    models, for the files that a load reads, sockets, the engine host.
+    """
+    files = raised_file_limit()
+    return max(files - KEPT_FILES, files // 2)
+
+
+def raised_file_limit() -> int:
+    """How many files this process may open, once the soft limit is raised as far as it may be.
+
+    vLLM does so for its server. Processes that are started later have the limit, too. Idempotent.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    files = WANTED_FILES if soft == resource.RLIM_INFINITY else soft
-    return max(files - KEPT_FILES, files // 2)
+    return WANTED_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def _check_tls(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from vllm_hotswap.events import (
     ServiceDegraded,
     SwitchEnded,
 )
+from vllm_hotswap.log_lines import escape_records
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -228,10 +229,12 @@ class CheckProgress:
 def configure_logging(level: str = "INFO") -> None:
     """Send this package's log to standard error, one `key=value` line per event.
 
+    What clients send stays within its line, in the logs of vLLM and uvicorn, too.
     A log that cannot be written is given up in silence, vLLM's and uvicorn's, too: where the reader
     of a pipe has left, every line would otherwise leave a stack trace.
     """
     terminal.prepare()
+    escape_records()
     logging.raiseExceptions = False
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s %(message)s"))

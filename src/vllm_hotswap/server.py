@@ -32,7 +32,7 @@ from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags
+from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags, raised_file_limit
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
@@ -117,6 +117,7 @@ def _run(
             early.listen(signal.SIGHUP)
         link, starting = HostLink(), exits.enter_context(contextlib.ExitStack())
         starting.callback(link.kill)
+        raised_file_limit()  # the engine host is to have it from its start
         with early.held():
             link.spawn()
         with no_collection(), waiting("loading vLLM"):
@@ -311,7 +312,8 @@ async def _first(
 
 
 async def _serve(app: HotswapApp, listener: Listener, stop: asyncio.Future[None]) -> int:
-    config = listener.uvicorn_config(_with_origins(app, listener.args))
+    served = _with_origins(app, listener.args)
+    config = listener.uvicorn_config(served, app.limits, app.may_use_kept_place)
     server = Server(config, on_started=lambda: _announce(app, listener))
     serving = asyncio.create_task(server.serve([listener.sock]))
     coordinator = app.coordinator

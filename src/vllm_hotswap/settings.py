@@ -215,6 +215,49 @@ class LimitsConfig:
             "after twice as long, its connection is closed and its request ended"
         ),
     ] = 60.0
+    head_bytes: Annotated[
+        ByteSize,
+        SIZE,
+        Field(
+            description="size of a request's head, its first line and header fields; a larger one "
+            "gets 431"
+        ),
+    ] = 64 << 10
+    head_fields: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(description="header fields of a request; more get 431"),
+    ] = 256
+    url_bytes: Annotated[
+        ByteSize,
+        SIZE,
+        Field(description="length of a request's URL, query included; a longer one gets 414"),
+    ] = 16 << 10
+    head_timeout: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="seconds in which a head must have arrived, counted from the connection or "
+            "from the head's first byte; then it gets 408"
+        ),
+    ] = 30.0
+    connections: Annotated[
+        CountAboveZero | None,
+        Wanted("a whole number above 0, or null"),
+        Field(
+            description="connections at a time; null: what the limit of open files leaves. Where "
+            "all are busy, others get 503, but for health checks and admins"
+        ),
+    ] = None
+    connections_per_address: Annotated[
+        CountAboveZero | None,
+        Wanted("a whole number above 0, or null"),
+        Field(
+            description="the same for one client's address (IPv6: one network of 64 bits); null: "
+            "half of all. A proxy that `--forwarded-allow-ips` names, and a Unix domain socket, "
+            "have all"
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, config=STRICT)
@@ -502,6 +545,8 @@ def overrides(environment: Mapping[str, str], flags: Mapping[str, str | None]) -
 CONFIG_VARIABLES = ("VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG")
 """Environment variables that may name the YAML file, the first one set wins."""
 
+FORWARDED_VARIABLE = "FORWARDED_ALLOW_IPS"
+
 VARIABLES: Mapping[str, str] = {
     CONFIG_VARIABLES[0]: "the YAML file, for the quickstart's start",
     CONFIG_VARIABLES[1]: "the same, as the quickstart names it",
@@ -514,6 +559,8 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_HOTSWAP_API_KEY_FILE": "a file with user keys; `--api-key-file` wins over it",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
+    FORWARDED_VARIABLE: "uvicorn's: proxies whose word counts for where a request comes from; "
+    "`--forwarded-allow-ips` wins over it",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "accepted, not needed, not passed on; see `adapters`",
     "VLLM_HOTSWAP_FAILPOINTS": "for tests: where the server is to fail; see "

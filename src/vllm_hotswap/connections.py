@@ -1,0 +1,531 @@
+"""One client's connection, within bounds: uvicorn's protocol for httptools, made to refuse.
+
+httptools and uvicorn bound neither a head nor the time it takes, merge the trailers of a body with
+the headers, and answer some mistakes with plain text. What is parsed, and how an answer is sent,
+stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
+
+Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
+`pipeline`, `cycle` and `flow`; `on_response_complete` and `_unset_keepalive_if_required`, which are
+replaced; `RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`,
+`disconnected` and `message_event`; an error that a callback raises ends the parser's `feed_data`
+with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from vllm_hotswap import openai
+from vllm_hotswap.errors import (
+    HeadTimeout,
+    HeadTooLarge,
+    HotswapError,
+    MalformedRequest,
+    TooManyConnections,
+    UrlTooLong,
+)
+from vllm_hotswap.places import Place, Places
+from vllm_hotswap.settings import LimitsConfig
+
+log = logging.getLogger("vllm_hotswap")
+
+TRAILER_BYTES = 8 << 10
+"""Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
+
+PIPELINED = 16
+"""Requests of one connection that wait for the answer before theirs; then it is read no further."""
+
+REST_S = 5.0
+"""How long the rest of a body may take once its request has been answered."""
+
+LINGER_S = 2.0
+"""How long a connection that was refused stays open, for the answer to arrive.
+
+A connection that is closed while data comes in is reset, which can cost the client the answer.
+"""
+
+EVICTED_AFTER = 3
+"""Times `limits.client_timeout` in which a client took nothing in: its requests end before that."""
+
+KEEP_ALIVE_S = 5.0
+"""How long a connection may be idle, unless uvicorn's configuration says otherwise."""
+
+QUIET_S = 10.0
+"""Between two lines of the log about connections that found no place."""
+
+
+def nobody(_: Scope) -> bool:
+    """No request may use a place that is kept."""
+    return False
+
+
+class Deadlines:
+    """Waits that may all last as long, so that the first to begin is the first to end.
+
+    One timer is enough for all; a timer each would cost more than anything else here. It rings for
+    the first wait, if that still lasts, and is set again for the next.
+    """
+
+    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
+        self.seconds = seconds
+        self._late = late
+        self._ends_s: dict[Connection, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __contains__(self, connection: Connection) -> bool:
+        return connection in self._ends_s
+
+    def begin(self, connection: Connection) -> None:
+        """Nothing, if it waits already."""
+        if connection in self._ends_s:
+            return
+        self._ends_s[connection] = connection.loop.time() + self.seconds
+        self._set(connection.loop)
+
+    def end(self, connection: Connection) -> None:
+        """Idempotent."""
+        self._ends_s.pop(connection, None)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now_s = loop.time()
+        over = list(itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items()))
+        for connection, _ in over:
+            del self._ends_s[connection]
+        for connection, _ in over:
+            self._late(connection)
+        self._set(loop)
+
+    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is None and self._ends_s:
+            first_s = next(iter(self._ends_s.values()))
+            self._timer = loop.call_at(first_s, self._ring, loop)
+
+
+@dataclass(slots=True)
+class Connections:
+    """What all connections share: their bounds, places and deadlines.
+
+    The mutable state besides these is when the log was last told that there are no places.
+    """
+
+    places: Places
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    may_use_kept: Callable[[Scope], bool] = nobody
+    """Whether a request, with the `type`, `method`, `path`, `root_path` and `headers` of its scope,
+    may use a place that is kept."""
+    upgraded: dict[asyncio.BaseTransport, Place] = field(default_factory=dict)
+    """Places of connections that have become websockets."""
+    heads: Deadlines = field(init=False)
+    """Connections whose next head is waited for."""
+    idle: Deadlines = field(init=False)
+    """Connections whose requests are answered, and which have not sent anything since."""
+    readers: Deadlines = field(init=False)
+    """Connections to which not everything that is to be sent could be sent."""
+    _told_s: float | None = None
+
+    def __post_init__(self) -> None:
+        patience_s = EVICTED_AFTER * self.limits.client_timeout
+        self.heads = Deadlines(self.limits.head_timeout, Connection.head_is_late)
+        self.readers = Deadlines(patience_s, Connection.look_at_reader)
+        self.keep_alive(KEEP_ALIVE_S)
+
+    def keep_alive(self, seconds: float) -> None:
+        """How long a connection may be idle."""
+        self.idle = Deadlines(seconds, Connection.timeout_keep_alive_handler)
+
+    def protocol(
+        self,
+        config: uvicorn.Config,
+        server_state: Any,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Connection:
+        """Makes what uvicorn calls the HTTP protocol class."""
+        return Connection(self, config, server_state, app_state, _loop)
+
+    def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
+        """The class for websockets that gives the place free at the end of a connection."""
+        upgraded = self.upgraded
+
+        class Counted(websockets):  # type: ignore[misc, valid-type]
+            def connection_lost(self, exc: Exception | None) -> None:
+                if place := upgraded.pop(self.transport, None):
+                    place.leave()
+                super().connection_lost(exc)
+
+        return Counted
+
+    def tell(self, error: TooManyConnections, now_s: float) -> None:
+        """Log that a client found no place, but not each time."""
+        if self._told_s is None or now_s - self._told_s >= QUIET_S:
+            self._told_s = now_s
+            log.warning("event=connection_refused code=%s places=%r", error.code, self.places)
+
+
+class Connection(HttpToolsProtocol):
+    """One connection.
+
+    Its state, besides uvicorn's: whether a head is next (`_head_next`) and whether a request's
+    bytes are under way (`_in_message`); what arrived of the head so far (`_raw` bytes, of which the
+    parser has not seen those in `_held`); its times in the deadlines of all, and a timer for the
+    end of what is only read to be dropped; and whether it was refused, so that nothing more is
+    read (`_deaf`). The parser changes the first two, from within `data_received`.
+    """
+
+    _place: Place | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _unsent = 0
+    _deaf = False
+    _fault: HotswapError | None = None
+    _head_next, _in_message = True, False
+    _raw = _parsed = _overhead = _trailers = 0
+    _moved = False
+    _held = bytearray()
+    """Replaced, and never changed, before anything is put into it."""
+    _tail = b""
+
+    def __init__(
+        self,
+        shared: Connections,
+        config: uvicorn.Config,
+        server_state: Any,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        limits = shared.limits
+        self._shared = shared
+        self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
+        self._url_bytes = limits.url_bytes
+
+    # --- the connection -------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        address = self.client[0] if self.client else None
+        self._place = self._shared.places.take(self, address)
+        if self._place is None:
+            self._refuse(TooManyConnections())
+            self.transport.close()
+        else:
+            self._shared.heads.begin(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._place is not None:
+            self._place.leave()
+            self._place = None  # they hold each other, and would wait for the collector
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def give_way(self) -> None:
+        """Close the connection: its place is needed, and it waits."""
+        self._deaf = True
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._unset_keepalive_if_required()
+        if self._head_next:
+            self._raw += len(data)
+            if self._raw != len(data) and not (data := self._gathered(data)):
+                return
+        self._moved = False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+                return
+            self._unsupported_upgrade_warning()
+        except httptools.HttpParserError:
+            self._refuse(self._fault or MalformedRequest())
+            return
+        if self._head_next:
+            self._look_at_head(data)
+        elif self._moved:
+            self._overhead = 0
+        else:
+            self._overhead += len(data)
+            if self._overhead > TRAILER_BYTES:
+                self._refuse(HeadTooLarge(f"{TRAILER_BYTES} bytes of trailers"))
+
+    def handle_websocket_upgrade(self) -> None:
+        self._stop_timers()
+        if self._place is not None:
+            self._place.is_busy()
+            self._shared.upgraded[self.transport] = self._place
+        super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_reader()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch_reader()
+
+    # --- what the parser says -------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= PIPELINED:
+            self._fail(MalformedRequest())
+        self._moved = self._in_message = True
+        self._parsed = self._trailers = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        self._parsed += len(url)
+        if len(self.url) > self._url_bytes:
+            self._fail(UrlTooLong(self._url_bytes))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_next:
+            self._trailers += len(name) + len(value) + 4
+            if self._trailers > TRAILER_BYTES:
+                self._fail(HeadTooLarge(f"{TRAILER_BYTES} bytes of trailers"))
+            return
+        self._parsed += len(name) + len(value) + 4
+        if len(self.headers) >= self._head_fields:
+            self._fail(self._too_many())
+        if self._parsed > self._head_bytes:
+            self._fail(self._too_large())
+        # What uvicorn does, without a call: there are many of them.
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        place = self._place
+        if place is not None:
+            place.is_busy()
+            if place.is_kept and not self._shared.may_use_kept(self._begun_scope()):
+                self._fail(TooManyConnections())
+        self._moved, self._raw = True, 0
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        super().on_headers_complete()
+        self._head_next = False
+        if place is not None and place.is_kept and self._last is not None:
+            self._last.keep_alive = False
+
+    def on_chunk_header(self) -> None:
+        self._moved = True
+
+    def on_body(self, body: bytes) -> None:
+        self._moved = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_next, self._in_message, self._moved, self._raw = True, False, True, 0
+        super().on_message_complete()
+        if self._last is not None and self._last.response_complete:
+            self._idle()
+
+    # --- answers --------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        # As uvicorn's, but for a timer that would be made and cancelled for each request.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            self._watch_reader()
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._shared.idle.end(self)
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._last is not None and not self._last.response_complete
+
+    @property
+    def _last(self) -> RequestResponseCycle | None:
+        """The last request whose head has arrived."""
+        return self.cycle
+
+    def _idle(self) -> None:
+        """Every request that has arrived is answered; the rest of a body may be under way."""
+        if self._place is not None:
+            self._place.waits()
+        if self._raw:
+            self._unset_keepalive_if_required()
+            self._shared.heads.begin(self)
+        elif self._in_message and not self._head_next:
+            self._unset_keepalive_if_required()
+            self._stop_timer()
+            self._timer = self.loop.call_later(REST_S, self._end)
+        else:
+            self._stop_timer()
+            self._shared.idle.begin(self)
+
+    def _watch_reader(self) -> None:
+        """Where something is not sent yet, look later whether the client takes it in."""
+        if self in self._shared.readers:
+            return
+        if unsent := self.transport.get_write_buffer_size():
+            self._unsent = unsent
+            self._shared.readers.begin(self)
+
+    def look_at_reader(self) -> None:
+        """Let go of a client that has taken nothing in for as long as it may."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent >= self._unsent:
+            self.transport.abort()
+        elif self.flow.write_paused or self.transport.is_closing():
+            self._watch_reader()
+
+    # --- heads ----------------------------------------------------------------------------
+
+    def _gathered(self, data: bytes) -> bytes:
+        """What the parser is to see of a head that comes in pieces; nothing for now, mostly.
+
+        For every piece of it the parser would copy what it has of the field: that is quadratic.
+        """
+        self._held += data
+        seen = self._tail + data
+        self._tail = seen[-2:]
+        if b"\n\r\n" not in seen and b"\n\n" not in seen and self._raw <= self._head_bytes:
+            self._shared.heads.begin(self)
+            return b""
+        held, self._held = bytes(self._held), bytearray()
+        return held
+
+    def _look_at_head(self, data: bytes) -> None:
+        """After the parser has seen all there is: nothing of a head, or a part of one."""
+        if not self._raw:
+            if not self._in_message:
+                return
+            self._raw = self._parsed + 1  # it began after the end of another request
+        if self._raw > self._head_bytes:
+            self._refuse(self._too_large())
+            return
+        self._tail, self._held = data[-2:], bytearray()
+        self._shared.heads.begin(self)
+
+    def _begun_scope(self) -> dict[str, Any]:
+        """Of the request whose head is complete, as far as it tells who asks for what."""
+        is_websocket = self.parser.should_upgrade() and self._should_upgrade()
+        path = httptools.parse_url(self.url).path or b""
+        return {
+            "type": "websocket" if is_websocket else "http",
+            "method": self.parser.get_method().decode("ascii"),
+            "path": self.root_path + path.decode("ascii"),
+            "root_path": self.root_path,
+            "headers": self.headers,
+        }
+
+    def _too_large(self) -> HeadTooLarge:
+        return HeadTooLarge(
+            f"{self._head_bytes} bytes of header fields (limits.head_bytes, "
+            "--h11-max-incomplete-event-size)"
+        )
+
+    def _too_many(self) -> HeadTooLarge:
+        return HeadTooLarge(
+            f"{self._head_fields} header fields (limits.head_fields, --h11-max-header-count)"
+        )
+
+    # --- ends -----------------------------------------------------------------------------
+
+    def _stop_timers(self) -> None:
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        self._shared.readers.end(self)
+
+    def _stop_timer(self) -> None:
+        self._shared.heads.end(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def head_is_late(self) -> None:
+        """Refuse what there is of a head. One that came too early has its time later."""
+        if self._is_answering:
+            return
+        if self._raw:
+            self._refuse(HeadTimeout(self._shared.heads.seconds))
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing that could still come is wanted."""
+        self._timer = None
+        self.transport.close()
+        self._watch_reader()
+
+    def _fail(self, error: HotswapError) -> None:
+        """Have the parser stop; to be called by what it calls."""
+        self._fault = error
+        raise error
+
+    def _refuse(self, error: HotswapError) -> None:
+        """Read nothing more; tell why, if that cannot be taken for the answer to something else."""
+        self._deaf = True
+        self._stop_timer()
+        if isinstance(error, TooManyConnections):
+            self._shared.tell(error, self.loop.time())
+        if not self._is_answering:
+            self._say(error)
+        elif self._head_next:
+            self.cycle.keep_alive = False  # those before it are answered, then it is closed
+        elif self.pipeline or self.cycle.response_started:
+            self.transport.close()
+            self._watch_reader()
+        else:
+            self._say(error)
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def _say(self, error: HotswapError) -> None:
+        response = openai.error_response(error)
+        content = [STATUS_LINE[error.status]]
+        for name, value in [*self.server_state.default_headers, *response.raw_headers]:
+            content += [name, b": ", value, b"\r\n"]
+        content += [b"connection: close\r\n\r\n", bytes(response.body)]
+        self.transport.write(b"".join(content))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        if self._place is not None:
+            self._place.waits()
+        self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
+
+
+def bounded(config: uvicorn.Config, shared: Connections) -> uvicorn.Config:
+    """A loaded configuration with the classes of this module.
+
+    Where uvicorn has none for websockets, it stays so.
+    """
+    shared.keep_alive(config.timeout_keep_alive)
+    config.http_protocol_class = cast("type[asyncio.Protocol]", shared.protocol)
+    if config.ws_protocol_class is not None:
+        config.ws_protocol_class = shared.counted(config.ws_protocol_class)
+    return config

@@ -1,0 +1,73 @@
+"""One event is one line of the log, whatever a client has sent.
+
+What is put into a message, and the text of an exception, may be a client's. Line breaks and control
+characters in it are escaped when the record is made, so that every logger, handler and formatter of
+the process has the same, vLLM's and uvicorn's among them. A stack trace keeps its lines, indented:
+none of them can be taken for a line of the log.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import traceback
+from typing import Any
+
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+"""C0, DEL and C1; line and paragraph separators; what turns the direction of text; halves of
+surrogate pairs, for which the line would be lost."""
+
+_UNSAFE = re.compile(f"[{_CONTROLS}\t\n]")
+_UNSAFE_IN_LINES = re.compile(f"[{_CONTROLS}]")
+
+_ONE_LINE = ("uvicorn", "vllm_hotswap")
+"""Loggers whose messages have one line. vLLM's may have more: its formatter marks each of them."""
+
+INDENT = "    "
+
+
+def escaped(text: str, *, keep_lines: bool = False) -> str:
+    """The text with control characters as Python escapes them; lines may be kept."""
+    unsafe = _UNSAFE_IN_LINES if keep_lines else _UNSAFE
+    return unsafe.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def escape_records() -> None:
+    """From now on, in this process. Idempotent."""
+    if not isinstance(logging.getLogRecordFactory(), _Factory):
+        logging.setLogRecordFactory(_Factory(logging.getLogRecordFactory()))
+
+
+class _Factory:
+    """Makes records as `make` does, and escapes what is in them."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record: logging.LogRecord = self._make(name, *args, **kwargs)
+        keep_lines = name.partition(".")[0] not in _ONE_LINE
+        if isinstance(record.args, tuple):
+            record.args = tuple(_safe(value, keep_lines) for value in record.args)
+        elif record.args:
+            record.args = {key: _safe(value, keep_lines) for key, value in record.args.items()}
+        elif isinstance(record.msg, str | BaseException):
+            record.msg = _safe(record.msg, keep_lines)
+        if record.exc_info and record.exc_info[1] is not None:
+            # Formatters take what is there already.
+            record.exc_text = _indented(record.exc_info[1])
+        return record
+
+
+def _safe(value: object, keep_lines: bool) -> object:
+    if isinstance(value, BaseException):
+        value = str(value)
+    return escaped(value, keep_lines=keep_lines) if isinstance(value, str) else value
+
+
+def _indented(error: BaseException) -> str:
+    written = io.StringIO()
+    traceback.print_exception(error, file=written)
+    lines = escaped(written.getvalue().rstrip("\n"), keep_lines=True).split("\n")
+    return "\n".join(INDENT + line for line in lines)

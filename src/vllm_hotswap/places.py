@@ -1,0 +1,164 @@
+"""Who has a connection to the server, and who gives way when there are no more.
+
+A connection waits while no request of its is under way: nothing has arrived yet, a head is not
+whole, or an answer was the last word. Where places run out, the one that has waited longest is
+closed. Where none waits, a few places are left that only some requests may use.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllm_hotswap.addresses import ip_address
+
+KEPT = 64
+"""Places beyond all others, for health checks and admins; an eighth of all where there are few."""
+
+KEPT_SHARE = 4
+"""One address may have a quarter of them."""
+
+NETWORK_BITS = 64
+"""Of an IPv6 address: what one client is usually given. Source: RFC 6177."""
+
+
+class Holder(Protocol):
+    """Has a place."""
+
+    def give_way(self) -> None:
+        """Close the connection, on which no request is under way."""
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The places of one client's address."""
+
+    key: Hashable
+    count: int = 0
+    waiting: dict[Place, None] = field(default_factory=dict)
+
+
+class Place:
+    """One connection's place in a pool. It waits until it is told otherwise."""
+
+    __slots__ = ("_group", "_pool", "holder", "is_kept")
+
+    def __init__(self, holder: Holder, pool: _Pool, group: _Group, is_kept: bool) -> None:
+        self.holder = holder
+        self.is_kept = is_kept
+        self._pool: _Pool | None = pool
+        self._group = group
+
+    def waits(self) -> None:
+        """No request is under way, from now on."""
+        if self._pool is not None:
+            self._pool.waiting[self] = None
+            self._group.waiting[self] = None
+
+    def is_busy(self) -> None:
+        """A request is under way, from now on."""
+        if self._pool is not None:
+            self._pool.waiting.pop(self, None)
+            self._group.waiting.pop(self, None)
+
+    def leave(self) -> None:
+        """The place is free. Idempotent."""
+        if self._pool is not None:
+            self.is_busy()
+            self._pool.free(self._group)
+            self._pool = None
+
+
+class _Pool:
+    """So many places, of which one address may have `share`."""
+
+    def __init__(self, most: int, share: int, is_kept: bool) -> None:
+        self.most, self.share, self._is_kept = most, share, is_kept
+        self.count = 0
+        self.waiting: dict[Place, None] = {}
+        """In the order in which they began to wait, as every group's."""
+        self.groups: dict[Hashable, _Group] = {}
+
+    def take(self, holder: Holder, key: Hashable) -> Place | None:
+        """A place; None if there is none. `key` is the address, None for one without a bound."""
+        group = self.groups.get(key) or _Group(key)
+        if key is not None and group.count >= self.share:
+            if not _made_room(group.waiting):
+                return None
+        elif self.count >= self.most and not _made_room(self.waiting):
+            return None
+        self.groups[key] = group
+        self.count += 1
+        group.count += 1
+        place = Place(holder, self, group, self._is_kept)
+        place.waits()
+        return place
+
+    def free(self, group: _Group) -> None:
+        self.count -= 1
+        group.count -= 1
+        if not group.count:
+            del self.groups[group.key]
+
+
+def _made_room(waiting: dict[Place, None]) -> bool:
+    """Have the one that has waited longest give way; False if none waits."""
+    longest = next(iter(waiting), None)
+    if longest is None:
+        return False
+    longest.leave()
+    longest.holder.give_way()
+    return True
+
+
+class Places:
+    """All places of a server: `most` for everybody, and some that are kept.
+
+    Args:
+        most: of all connections together, those included that are kept.
+        per_address: of one client's address; None: half of what is for everybody.
+        is_proxy: whether an address stands for many clients, and has no bound of its own.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        per_address: int | None = None,
+        is_proxy: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        kept = min(KEPT, most // 8)
+        for_all = max(1, most - kept)
+        share = max(1, for_all // 2) if per_address is None else per_address
+        self._all = _Pool(for_all, share, is_kept=False)
+        self._kept = _Pool(kept, max(1, kept // KEPT_SHARE), is_kept=True)
+        self._is_proxy = is_proxy
+
+    def __repr__(self) -> str:
+        return (
+            f"<Places {self._all.count} of {self._all.most}, waiting={len(self._all.waiting)}, "
+            f"kept {self._kept.count} of {self._kept.most}>"
+        )
+
+    def take(self, holder: Holder, address: str | None) -> Place | None:
+        """A place for a connection, which waits for now; None if there is none.
+
+        Args:
+            address: the client's IP address; None for a Unix domain socket.
+        """
+        key = None if address is None or self._is_proxy(address) else network_of(address)
+        return self._all.take(holder, key) or self._kept.take(holder, key)
+
+
+def network_of(address: str) -> Hashable:
+    """What counts as one client: an IPv4 address, or a network of IPv6."""
+    if ":" not in address:
+        return address
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address):
+        return int(found) >> (128 - NETWORK_BITS)
+    return str(found)

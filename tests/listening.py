@@ -1,0 +1,140 @@
+"""A server on fake engines behind a real socket, and clients that send whatever bytes they like."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.server import ServerState
+
+from tests.serving import flags
+from tests.support import Server
+from vllm_hotswap import server as life
+from vllm_hotswap.listen import Listener, ListenFlags
+from vllm_hotswap.settings import LimitsConfig
+
+PATIENCE_S = 30.0
+"""How long a test waits for what must come."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server listens, and what uvicorn knows of it."""
+
+    port: int
+    state: ServerState
+
+
+@asynccontextmanager
+async def listening(
+    server: Server, limits: LimitsConfig | None = None, **given: object
+) -> AsyncIterator[int]:
+    """The server behind a real socket, with vLLM's flags as given; gives its port."""
+    async with listening_with(server, limits, **given) as at:
+        yield at.port
+
+
+@asynccontextmanager
+async def listening_with(
+    server: Server,
+    limits: LimitsConfig | None = None,
+    listen: ListenFlags | None = None,
+    log_config: dict[str, Any] | None = None,
+    **given: object,
+) -> AsyncIterator[Listening]:
+    """The same, with flags of ours."""
+    listener = Listener.open(flags(**given), log_config, flags=listen)
+    started = asyncio.get_running_loop().create_future()
+    config = listener.uvicorn_config(server.app, limits, server.app.may_use_kept_place)
+    uvicorn = life.Server(config, on_started=lambda: started.set_result(None))
+    serving = asyncio.create_task(uvicorn.serve([listener.sock]))
+    await started
+    try:
+        yield Listening(listener.port or 0, uvicorn.server_state)
+    finally:
+        uvicorn.should_exit = True
+        await serving
+        listener.close()
+
+
+@dataclass
+class Told:
+    """One answer, as it came."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def code(self) -> str | None:
+        """That of the error, if the answer is one of ours."""
+        if self.headers.get("content-type") != "application/json":
+            return None
+        error = json.loads(self.body).get("error")
+        return error and error["code"]
+
+    @property
+    def ends(self) -> bool:
+        """Whether it says that the connection ends."""
+        return self.headers.get("connection") == "close"
+
+
+class Raw:
+    """A client's connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def connect(cls, port: int, host: str = "127.0.0.1") -> Raw:
+        return cls(*await asyncio.open_connection(host, port, limit=1 << 24))
+
+    async def send(self, *pieces: bytes) -> Raw:
+        """Each in a segment of its own. What the server refuses to take is not sent."""
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                self._writer.write(piece)
+                await self._writer.drain()
+                await asyncio.sleep(0.001 if len(pieces) > 1 else 0)
+        return self
+
+    async def get(self, path: str = "/health", *fields: str) -> Told:
+        lines = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", *fields, "", ""]
+        await self.send("\r\n".join(lines).encode())
+        return await self.answer()
+
+    async def answer(self) -> Told:
+        """The next one; its body as long as it says, or to the end of the connection."""
+        async with asyncio.timeout(PATIENCE_S):
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            status, *lines = head.rstrip().split("\r\n")
+            headers = {n.lower(): v for n, _, v in (line.partition(": ") for line in lines)}
+            size = int(headers.get("content-length", 0))
+            return Told(int(status.split()[1]), headers, await self._reader.readexactly(size))
+
+    async def rest(self) -> bytes:
+        """Whatever comes until the server closes the connection."""
+        async with asyncio.timeout(PATIENCE_S):
+            with contextlib.suppress(ConnectionError):
+                return await self._reader.read()
+            return b""
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+
+async def exchange(port: int, *pieces: bytes) -> tuple[Told, bytes]:
+    """The first answer to such bytes, and what comes after it until the server closes."""
+    client = await Raw.connect(port)
+    await client.send(*pieces)
+    told = await client.answer()
+    rest = await client.rest()
+    await client.close()
+    return told, rest

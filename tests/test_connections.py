@@ -1,0 +1,420 @@
+"""Connections and heads: what is beyond a bound is refused, told in the form of every error."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+
+import pytest
+import websockets
+from uvicorn.server import ServerState
+
+from tests.conftest import MakeServer
+from tests.depth import examples
+from tests.faults import RawClient
+from tests.listening import PATIENCE_S, Raw, exchange, listening, listening_with
+from tests.support import Server
+from vllm_hotswap import connections
+from vllm_hotswap.access import Access
+from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.settings import LimitsConfig
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+SMALL = LimitsConfig(head_bytes=4000, head_fields=20, url_bytes=1000)
+ADMIN = "Authorization: Bearer the-key"
+
+
+def chunked(path: bytes = b"/v1/models/switch", *fields: bytes) -> bytes:
+    lines = [b"POST %s HTTP/1.1" % path, b"Host: 127.0.0.1", b"Transfer-Encoding: chunked"]
+    return b"\r\n".join([*lines, *fields, b"", b""])
+
+
+# --- heads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (HEAD + b"X: " + b"x" * 5000 + b"\r\n\r\n", (431, "head_too_large")),
+        (HEAD + b"X: " + b"x" * 5000, (431, "head_too_large")),
+        (HEAD + b"a: b\r\n" * 40 + b"\r\n", (431, "head_too_large")),
+        (HEAD + b"a: b\r\n" * 40, (431, "head_too_large")),
+        (b"GET /" + b"x" * 2000 + b" HTTP/1.1\r\n\r\n", (414, "url_too_long")),
+        (b"GET /" + b"x" * 2000, (414, "url_too_long")),
+        (b"\r\n" * 3000, (431, "head_too_large")),
+        (b"nonsense\r\n\r\n", (400, "malformed_request")),
+        (b"\x16\x03\x01\x02\x00\x01\x00", (400, "malformed_request")),
+        (b"GET /health HTTP/1.1\nHost: x\n\n", (400, "malformed_request")),
+        (b"GET http://[::1 HTTP/1.1\r\n\r\n", (400, "malformed_request")),
+    ],
+)
+async def test_a_head_beyond_a_bound_is_refused(
+    server: Server, sent: bytes, expected: tuple[int, str]
+) -> None:
+    """Whether or not it is whole; in OpenAI's object, and the connection ends."""
+    async with listening(server, SMALL) as port:
+        told, rest = await exchange(port, sent)
+
+    assert expected == (told.status, told.code)
+    assert told.ends
+    assert b"" == rest
+
+
+async def test_a_head_within_its_bounds_is_answered_in_any_pieces(server: Server) -> None:
+    """One byte at a time, too, and with the next request behind it."""
+    request = HEAD + b"a: " + b"b" * 300 + b"\r\n\r\n"
+    async with listening(server, SMALL) as port:
+        client = await Raw.connect(port)
+        await client.send(*(request[n : n + 1] for n in range(len(request))))
+        first = await client.answer()
+        await client.send(request + request[:50], request[50:])
+        more = [await client.answer(), await client.answer()]
+        await client.close()
+
+    assert [200, 200, 200] == [told.status for told in (first, *more)]
+
+
+async def test_how_a_head_is_cut_does_not_matter(server: Server) -> None:
+    """The answer is the same for one piece and for many, and it is what the bounds say."""
+    chance = random.Random(15)  # noqa: S311
+    async with listening(server, SMALL) as port:
+        for _ in range(examples(40)):
+            url, size = chance.randrange(1, 1100), chance.randrange(4200)
+            fields = chance.randrange(25)
+            request = b"GET /%s HTTP/1.1\r\n" % (b"u" * url) + b"a: b\r\n" * fields
+            request += b"x: " + b"y" * size + b"\r\n\r\n"
+            is_large = fields >= 20 or url + 1 + 6 * fields + size + 5 > 4000
+            expected = 414 if url + 1 > 1000 else 431 if is_large else 404
+
+            assert {expected} == {
+                await status_of(port, [request]),
+                await status_of(port, cut(request, chance)),
+            }
+
+
+def cut(data: bytes, chance: random.Random) -> list[bytes]:
+    """Into at most six pieces, somewhere."""
+    places = sorted(chance.sample(range(1, len(data)), 5))
+    return [data[a:b] for a, b in itertools.pairwise([0, *places, len(data)])]
+
+
+async def status_of(port: int, pieces: list[bytes]) -> int:
+    client = await Raw.connect(port)
+    await client.send(*pieces)
+    told = await client.answer()
+    await client.close()
+    return told.status
+
+
+async def test_vllms_flags_for_heads_count_where_they_are_smaller(server: Server) -> None:
+    """`--h11-max-*` name the same bounds."""
+    small = {"h11_max_incomplete_event_size": 500, "h11_max_header_count": 5}
+    async with listening(server, **small) as port:
+        long, _ = await exchange(port, HEAD + b"a: " + b"b" * 600 + b"\r\n\r\n")
+        many, _ = await exchange(port, HEAD + b"a: b\r\n" * 5 + b"\r\n")
+
+    assert [431, 431] == [long.status, many.status]
+    assert "more than 500 bytes" in json.loads(long.body)["error"]["message"]
+    assert "more than 5 header fields" in json.loads(many.body)["error"]["message"]
+
+
+async def test_a_head_in_many_pieces_is_parsed_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser copies what it has of a field for every piece of it: it gets few."""
+    seen: list[int] = []
+
+    def counting(self: connections.Connection, shared: object, *rest: object) -> None:
+        original(self, shared, *rest)  # type: ignore[arg-type]
+        parser = self.parser
+
+        class Counting:
+            def feed_data(self, data: bytes) -> None:
+                seen.append(len(data))
+                parser.feed_data(data)
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(parser, name)
+
+        self.parser = Counting()
+
+    original = connections.Connection.__init__
+    monkeypatch.setattr(connections.Connection, "__init__", counting)
+    request = HEAD + b"a: " + b"b" * 2000 + b"\r\n\r\n"
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(*(request[n : n + 10] for n in range(0, len(request), 10)))
+        told = await client.answer()
+        await client.close()
+
+    assert 200 == told.status
+    assert len(request) == sum(seen)
+    assert len(seen) <= 2
+
+
+async def test_what_follows_a_refused_head_is_not_read(server: Server) -> None:
+    """However much it is, one answer comes back, and the connection ends."""
+    async with listening(server, SMALL) as port:
+        told, rest = await exchange(port, b"GET /" + b"x" * (1 << 22), HEAD + b"\r\n")
+
+    assert 414 == told.status
+    assert b"" == rest
+
+
+async def test_requests_ahead_of_a_bad_one_are_answered(server: Server) -> None:
+    """The error of a later head is no answer to an earlier request."""
+    async with listening(server, SMALL) as port:
+        for bad in (b"nonsense\r\n\r\n", b"GET http://[::1 HTTP/1.1\r\n\r\n", b"G" * 9):
+            client = await Raw.connect(port)
+            await client.send((HEAD + b"\r\n") * 2 + bad)
+            told = [await client.answer(), await client.answer()]
+            rest = await client.rest()
+            await client.close()
+
+            assert [200, 200] == [answer.status for answer in told]
+            assert b"HTTP/1.1 200" not in rest
+
+
+async def test_requests_that_are_sent_at_once_are_answered_up_to_a_number(server: Server) -> None:
+    """Then the connection ends: nothing of them is held without a bound."""
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send((HEAD + b"\r\n") * 5000)
+        rest = await client.rest()
+        await client.close()
+
+    assert connections.PIPELINED + 1 == rest.count(b"HTTP/1.1 200 OK")
+
+
+# --- trailers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_trailers_never_become_headers(make_server: MakeServer, together: bool) -> None:
+    """An admin's key at the end of a body lets nobody in."""
+    server = await make_server(access=Access(admin_keys=["the-key"]))
+    body = b'{"model": "qwen"}'
+    end = b"%x\r\n%s\r\n0\r\n%s\r\n\r\n" % (len(body), body, ADMIN.encode())
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(*([chunked() + end] if together else [chunked(), end]))
+        in_trailer = await client.answer()
+        again = await client.get()
+        await client.send(chunked(b"/v1/models/switch", ADMIN.encode()), end)
+        in_head = await client.answer()
+        await client.close()
+
+    assert (403, "switch_not_allowed") == (in_trailer.status, in_trailer.code)
+    assert 200 == again.status
+    assert 200 == in_head.status
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"0\r\n" + b"a: b\r\n" * 4000,
+        b"0\r\na: " + b"b" * 20_000,
+        b"0\r\na: " + b"b" * 20_000 + b"\r\n\r\n",
+        b"1;" + b"x" * 20_000,
+        b"0" * 20_000,
+    ],
+)
+async def test_trailers_and_extensions_of_chunks_are_bounded(server: Server, end: bytes) -> None:
+    """Whole or not."""
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        pieces = [end[n : n + 3000] for n in range(0, len(end), 3000)]
+        await client.send(chunked(), *pieces)
+        told = await client.answer()
+        await client.rest()
+        await client.close()
+
+    assert (431, "head_too_large") == (told.status, told.code)
+    assert told.ends
+
+
+async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) -> None:
+    """Not as plain text."""
+    async with listening(server) as port:
+        told, rest = await exchange(port, chunked(), b"zz\r\n")
+
+    assert (400, "malformed_request", b"") == (told.status, told.code, rest)
+    assert 0 == server.app.router.bodies.held_bytes
+
+
+# --- deadlines ------------------------------------------------------------------------------
+
+
+async def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
+    """Without an answer: nothing was asked."""
+    async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
+        client = await Raw.connect(port)
+        rest = await client.rest()
+        await client.close()
+
+    assert b"" == rest
+
+
+@pytest.mark.parametrize("before", [b"", HEAD + b"\r\n"])
+async def test_a_head_has_to_arrive_in_time(server: Server, before: bytes) -> None:
+    """However steadily it comes, and whichever of its connection it is."""
+    async with listening(server, LimitsConfig(head_timeout=0.3)) as port:
+        client = await Raw.connect(port)
+        if before:
+            await client.send(before)
+            await client.answer()
+
+        async def trickle() -> None:
+            await client.send(HEAD)
+            while True:
+                await client.send(b"a: b\r\n")
+                await asyncio.sleep(0.02)
+
+        trickling = asyncio.create_task(trickle())
+        told = await client.answer()
+        rest = await client.rest()
+        trickling.cancel()
+        await client.close()
+
+    assert (408, "head_timeout") == (told.status, told.code)
+    assert told.ends
+    assert b"" == rest
+
+
+async def test_a_head_that_came_too_early_has_its_time_after_the_answer(
+    make_server: MakeServer,
+) -> None:
+    """What is under way is not disturbed by the beginning of the next request."""
+    server = await make_server(settings={"llama": FakeSettings(token_s=0.1)})
+    body = json.dumps({"model": "llama", "max_tokens": 8}).encode()
+    ask = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
+        client = await Raw.connect(port)
+        await client.send(ask + b"Content-Length: %d\r\n\r\n%s" % (len(body), body) + HEAD)
+        answer = await client.answer()
+        late = await client.answer()
+        await client.rest()
+        await client.close()
+
+    assert 200 == answer.status
+    assert (408, "head_timeout") == (late.status, late.code)
+
+
+async def test_an_idle_connection_is_closed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the time that `VLLM_HTTP_TIMEOUT_KEEP_ALIVE` gives, also after an early answer."""
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "1")
+    early = b"POST /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n"
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.get()
+        await client.send(early)
+        told = await client.answer()
+        await client.send(b"0123456789")
+        rest = await client.rest()
+        await client.close()
+
+    assert 404 == told.status
+    assert b"" == rest
+
+
+async def test_a_body_that_goes_on_after_its_answer_is_cut(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that was told 401 has some time to send the rest, and no more."""
+    monkeypatch.setattr(connections, "REST_S", 0.3)
+    server = await make_server(access=Access(["a-key"]))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(head)
+        told = await client.answer()
+
+        async def go_on() -> None:
+            while True:
+                await client.send(b"x")
+                await asyncio.sleep(0.01)
+
+        going_on = asyncio.create_task(go_on())
+        rest = await client.rest()
+        going_on.cancel()
+        await client.close()
+
+    assert 401 == told.status
+    assert b"" == rest
+
+
+async def test_the_rest_of_a_body_may_come_in_time(make_server: MakeServer) -> None:
+    """The connection can be used again then."""
+    server = await make_server(access=Access(["a-key"]))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n"
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(head)
+        refused = await client.answer()
+        await client.send(b"x" * 100_000 + HEAD + b"\r\n")
+        told = await client.answer()
+        await client.close()
+
+    assert [401, 200] == [refused.status, told.status]
+
+
+async def test_a_client_that_takes_no_answer_is_let_go(server: Server) -> None:
+    """Also one whose requests belong to no model, and which no drain would end."""
+    asked = b"GET /admin/openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    async with listening_with(server, LimitsConfig(client_timeout=0.1)) as at:
+        with RawClient(at.port, receive_bytes=1024) as client:
+            while not at.state.connections or not stuck(at.state):
+                client.send(asked)
+                await asyncio.sleep(0.01)
+            async with asyncio.timeout(PATIENCE_S):
+                while at.state.connections:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+
+def stuck(state: ServerState) -> bool:
+    """Whether the one connection has more to send than it can."""
+    (connection,) = state.connections
+    return bool(connection.flow.write_paused)  # type: ignore[union-attr]
+
+
+# --- websockets -----------------------------------------------------------------------------
+
+
+async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServer) -> None:
+    """And its place is free when it ends."""
+    speech = FakeSettings(tasks=("realtime",))
+    server = await make_server(settings={"llama": speech})
+    limits = LimitsConfig(head_timeout=0.1, connections=1)
+    async with listening(server, limits) as port:
+        address = f"ws://127.0.0.1:{port}/v1/realtime?model=llama"
+        async with websockets.connect(address, proxy=None) as client:
+            await client.recv()
+            full, _ = await exchange(port, HEAD + b"\r\n")
+            await asyncio.sleep(0.3)
+            await client.send("word")
+            assert "delta" in json.loads(await client.recv())
+        other = await Raw.connect(port)
+        after = await other.get()
+        await other.close()
+
+    assert 503 == full.status
+    assert 200 == after.status
+
+
+async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> None:
+    """Before it sends its body."""
+    body = b'{"model": "qwen"}'
+    head = chunked(b"/v1/models/switch", b"Expect: 100-Continue")
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(head)
+        first = await client.answer()
+        await client.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        told = await client.answer()
+        await client.close()
+
+    assert [100, 200] == [first.status, told.status]

@@ -1,0 +1,215 @@
+"""Nothing that a client sends makes a line of the log, or hides one."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from tests.conftest import MakeServer
+from tests.depth import examples
+from tests.listening import Raw, exchange, listening_with
+from tests.serving import flags
+from tests.support import Server
+from vllm_hotswap import forwarded
+from vllm_hotswap.access import Access
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.listen import Listener, ListenFlags
+from vllm_hotswap.log_lines import escape_records, escaped
+from vllm_hotswap.progress import EventLog
+
+FORGED = '6.6.6.6 - "POST /v1/models/switch HTTP/1.1" 200 OK'
+LINE = re.compile(
+    r'INFO: +127\.0\.0\.1:\d+ - "[A-Z]+ [!-~]* HTTP/1\.\d" \d{3} .*|(WARNING|INFO) event=[ -~]+'
+)
+"""A line about a request, or one of ours; nothing outside ASCII here."""
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    """What the loggers of uvicorn and of this package write."""
+    before = logging.getLogRecordFactory()
+    ours = logging.getLogger("vllm_hotswap")
+    kept = ours.handlers[:], ours.propagate, ours.level
+    escape_records()
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    ours.handlers[:], ours.propagate = [handler], False
+    ours.setLevel("INFO")
+    yield written
+    ours.handlers[:], ours.propagate = kept[:2]
+    ours.setLevel(kept[2])
+    logging.setLogRecordFactory(before)
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+
+
+def uvicorns(written: io.StringIO) -> dict[str, Any]:
+    """Uvicorn's own configuration of the log, with another place to write to."""
+    formats = {
+        "default": {"()": "uvicorn.logging.DefaultFormatter", "fmt": "%(levelprefix)s %(message)s"},
+        "access": {
+            "()": "uvicorn.logging.AccessFormatter",
+            "fmt": '%(levelprefix)s %(client_addr)s - "%(request_line)s" %(status_code)s',
+        },
+    }
+    stream = {"class": "logging.StreamHandler", "stream": written}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {n: {**f, "use_colors": False} for n, f in formats.items()},
+        "handlers": {n: {**stream, "formatter": n} for n in formats},
+        "loggers": {
+            "uvicorn": {"handlers": ["default"], "level": "INFO", "propagate": False},
+            "uvicorn.access": {"handlers": ["access"], "level": "INFO", "propagate": False},
+        },
+    }
+
+
+WITH_LINES: dict[str, object] = {"disable_uvicorn_access_log": False, "uvicorn_log_level": "info"}
+
+
+@pytest.mark.parametrize("trusted", [[], ["127.0.0.1"], ["*"]])
+async def test_a_client_cannot_say_in_the_log_who_it_is(
+    server: Server, lines: io.StringIO, trusted: list[str]
+) -> None:
+    """What is no address is passed over, whoever sends it."""
+    listen = ListenFlags(forwarded_allow_ips=trusted)
+    async with listening_with(server, None, listen, uvicorns(lines), **WITH_LINES) as at:
+        client = await Raw.connect(at.port)
+        await client.get("/health", f"X-Forwarded-For: {FORGED}")
+        await client.get("/health", f"X-Forwarded-For: 9.9.9.9, fe80::1%{FORGED}")
+        await client.get("/health", "X-Forwarded-For: 9.9.9.9")
+        await client.close()
+
+    requests = [line for line in lines.getvalue().splitlines() if " - " in line]
+    last = "9.9.9.9:0" if trusted else "127.0.0.1:"
+    assert 3 == len(requests)
+    assert all(line.startswith("INFO:     127.0.0.1:") for line in requests[:2])
+    assert requests[2].startswith(f"INFO:     {last}")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"1.2.3.4", True),
+        (b"1.2.3.4:80, ::1 , [2001:db8::1]:443", True),
+        (b"", False),
+        (b"1.2.3.4,", False),
+        (b"unknown", False),
+        (b"fe80::1%eth0", False),
+        (b"1.2.3.4:x", False),
+        (b"1.2.3.4:999999", False),
+        (b"\xb2.2.3.4", False),
+    ],
+)
+def test_addresses_of_proxies_are_addresses(value: bytes, expected: bool) -> None:
+    """With a port or without, in both families, and without a zone."""
+    assert expected is forwarded.are_addresses(value)
+
+
+@pytest.mark.parametrize("name", ["proxy.example", "10.0.0.1/8", "", "1.2.3.4:80"])
+def test_a_proxy_that_could_not_be_one_is_named(name: str) -> None:
+    """It would never be trusted, and nobody would know why."""
+    with pytest.raises(ConfigError, match="is neither an IP address, nor a network") as caught:
+        Listener.open(flags(), flags=ListenFlags(forwarded_allow_ips=[name]))
+
+    assert caught.value.message.startswith(f"--forwarded-allow-ips {name!r} ")
+
+
+PIECES = [
+    *(bytes([n]) for n in range(256)),
+    *(b"%%%02x" % n for n in (0, 9, 10, 13, 27, 0x7F, 0x85, 0x9B)),
+    b"%e2%80%a8",
+    b"%e2%80%ae",
+    b"\r\nINFO:     " + FORGED.encode(),
+    b"/admin/status",
+    b"?model=",
+    b"#",
+]
+
+
+async def test_whatever_is_sent_each_line_is_one_of_the_servers(
+    make_server: MakeServer, lines: io.StringIO
+) -> None:
+    """Targets and header fields of any bytes, some refused and some answered."""
+    server = await make_server(access=Access(["a-key"]))
+    chance = random.Random(16)  # noqa: S311
+
+    def text(most: int) -> bytes:
+        usual = [b"abc", b"/", b"x-y", b"%41"]
+        some = chance.choices(usual, k=chance.randrange(most))
+        return b"".join([*some, chance.choice(PIECES), *chance.choices(usual, k=2)])
+
+    names = ["Host", "Origin", "X-Request-Id", "X-Forwarded-For", "x-hotswap-priority"]
+    async with listening_with(server, None, None, uvicorns(lines), **WITH_LINES) as at:
+        lines.truncate(lines.seek(0))
+        for _ in range(examples(150)):
+            method = chance.choice([b"GET", b"POST", b"DELETE"])
+            fields = b"".join(b"%s: %s\r\n" % (name.encode(), text(2)) for name in names)
+            request = b"%s /%s HTTP/1.1\r\nConnection: close\r\n%s\r\n" % (method, text(4), fields)
+            told, _ = await exchange(at.port, request)
+            assert told.status >= 400 or told.status == 200
+        written = lines.getvalue()
+
+    assert examples(20) < written.count("\n")
+    assert [] == [line for line in written.split("\n")[:-1] if not LINE.fullmatch(line)]
+
+
+async def test_what_an_admin_writes_stays_in_its_line(
+    make_server: MakeServer, lines: io.StringIO
+) -> None:
+    """Owners and notes of job leases, and names of adapters."""
+    server = await make_server(access=Access(dev_mode=True))
+    server.events.notify = EventLog().notify  # type: ignore[method-assign]
+    evil = f"x\n\r\x1b[2K\x85\u2028INFO:     {FORGED}"
+    lease = {"model": "llama", "owner": evil, "note": evil, "ttl": 10}
+
+    assert (await server.post("/admin/leases", json=lease)).status_code == 200
+    await server.post("/v1/load_lora_adapter", json={"lora_name": evil, "lora_path": evil})
+    await server.post("/v1/models/switch", json={"model": evil})
+    await server.post("/v1/completions", json={"model": evil})
+
+    assert "event=job_lease" in lines.getvalue()
+    assert [] == [n for n in lines.getvalue().splitlines() if not LINE.fullmatch(n)]
+
+
+@pytest.mark.parametrize("name", ["vllm_hotswap", "uvicorn.error", "vllm.entrypoints"])
+def test_the_text_of_an_exception_is_no_line(lines: io.StringIO, name: str) -> None:
+    """Neither in a stack trace, nor where it is put into a message."""
+    logger = logging.getLogger(name)
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        raise ValueError(f"no such thing: a\nINFO:     {FORGED}\x1b[2K\r")
+    except ValueError as error:
+        logger.exception("event=request_failed")
+        logger.error("cause=%s of=%s", "b\x1b[2K", json.dumps({"a": "b"}))
+        if name != "vllm.entrypoints":  # its formatter marks each line
+            logger.error("cause=%s", error)
+    logger.removeHandler(handler)
+
+    found = lines.getvalue().splitlines()
+    assert any("Traceback" in line for line in found)
+    assert [] == [n for n in found if not n.startswith(("ERROR ", "    "))]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lines.getvalue())
+
+
+@given(st.text(st.characters()))
+def test_what_is_escaped_is_one_line_that_can_be_written(text: str) -> None:
+    """And what was harmless is as it was."""
+    line = escaped(text)
+
+    assert len(line.splitlines()) <= 1
+    line.encode()
+    assert line.isprintable() or not text.isprintable()
+    assert line == text or not text.isprintable()
