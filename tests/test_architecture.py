@@ -11,11 +11,22 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
-    {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
+    {
+        "addresses",
+        "errors",
+        "start_folder",
+        "garbage",
+        "claims",
+        "hints",
+        "signals",
+        "terminal",
+        "turns",
+    },
     {"json_scan", "media", "surrogates"},
     {
         "states",
         "answers",
+        "caches",
         "canary",
         "disclosure",
         "platforms",
@@ -43,6 +54,7 @@ LAYERS = [
     {
         "port_file",
         "planner",
+        "environment",
         "compat.hashing",
         "compat.state",
         "compat.uncompiled",
@@ -51,9 +63,10 @@ LAYERS = [
         "host.messages",
         "host.arena",
         "host.heap",
+        "host.sealing",
         "host.teardown",
     },
-    {"host.randomness"},
+    {"host.randomness", "compat.gloo"},
     {"host.weights", "host.canaries", "host.compiled", "host.lora", "host.state"},
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
