@@ -27,13 +27,19 @@ PASS_ON_VARIABLE = "VLLM_HOTSWAP_PASS_ON"  # noqa: S105  # a name
 
 MEETING_PLACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-NOT_FOR_HOST = frozenset(
+OF_THE_SERVER = frozenset(
     {
         "VLLM_SERVER_DEV_MODE",
         "VLLM_ALLOW_INSECURE_SERIALIZATION",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         "VLLM_API_KEY",
         "VLLM_HPU_MULTI_MODEL_CONFIG",
+    }
+)
+"""Never for a host, besides our own `VLLM_HOTSWAP_*`."""
+
+OF_NO_USE = frozenset(
+    {
         # Groups of gloo that are not made, and connected, by the constructor of their class.
         "TORCH_GLOO_LAZY_INIT",
         "VLLM_DISTRIBUTED_USE_SPLIT_GROUP",
@@ -46,7 +52,7 @@ NOT_FOR_HOST = frozenset(
         "XAUTHORITY",
     }
 )
-NOT_FOR_HOST_PREFIXES = ("VLLM_HOTSWAP_", "LISTEN_", "SUDO_")
+OF_NO_USE_PREFIXES = ("LISTEN_", "SUDO_")
 
 FOR_MODELS = (
     "AWS_",
@@ -93,7 +99,7 @@ def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
     result = {
         name: value
         for name, value in environment.items()
-        if is_for_host(name, value) or name in further
+        if is_for_host(name, value) or (name in further and not _is_the_servers(name))
     }
     # A forked worker would inherit other models' threads and distributed groups.
     result["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
@@ -111,11 +117,15 @@ def is_for_host(name: str, value: str) -> bool:
     Everything is but what is known to be of no use there. A list of what is needed would have to
     know the variables of every platform, plugin, driver and library.
     """
-    if name in NOT_FOR_HOST or name.startswith(NOT_FOR_HOST_PREFIXES):
+    if _is_the_servers(name) or name in OF_NO_USE or name.startswith(OF_NO_USE_PREFIXES):
         return False
     if name.startswith(FOR_MODELS) or name.lower().endswith("_proxy"):
         return True
     return not (_SECRET.search(name) or _SECRET_IN_ADDRESS.search(value))
+
+
+def _is_the_servers(name: str) -> bool:
+    return name in OF_THE_SERVER or name.startswith("VLLM_HOTSWAP_")
 
 
 def _loopback(environment: Mapping[str, str]) -> dict[str, str]:

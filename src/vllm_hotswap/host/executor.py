@@ -105,7 +105,7 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
         elif hasattr(network_utils, "get_file_store_init_method"):
             # On ROCm vLLM takes a TCP store, on all interfaces, for a kernel of several workers.
             name = f"vllm_dist_{uuid4().hex}"
-        else:  # before 0.31 the worker knows no other
+        else:  # a worker of an older vLLM knows no other
             return method, rank, local_rank
         return f"file://{_under_way.get().folder}/{name}", rank, local_rank
 
