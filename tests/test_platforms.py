@@ -35,10 +35,20 @@ def test_text_that_is_no_core_list_is_refused(text: str) -> None:
         parse_cores(text)
 
 
-@pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION"])
-def test_host_is_not_told_to_open_development_routes(variable: str) -> None:
-    """What opens vLLM's development routes or its pickling never reaches the host."""
-    assert variable not in host_environment({variable: "1"})
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION",
+        "VLLM_API_KEY",
+        "VLLM_HOTSWAP_ADMIN_KEY",
+    ],
+)
+def test_host_is_not_told_what_is_the_servers_alone(variable: str) -> None:
+    """What opens vLLM's development routes or its pickling never reaches the host, nor do keys."""
+    environment = {variable: "1", "VLLM_HOTSWAP_PASS_ON": variable}
+
+    assert variable not in host_environment(environment)
 
 
 def test_rest_of_the_environment_is_passed_on() -> None:
@@ -47,6 +57,56 @@ def test_rest_of_the_environment_is_passed_on() -> None:
 
     assert "/models" == host_environment(environment)["HF_HOME"]
     assert {"HF_HOME": "/models", "VLLM_SERVER_DEV_MODE": "1"} == environment
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OPENAI_API_KEY", "sk"),
+        ("GITHUB_TOKEN", "sk"),
+        ("PGPASSWORD", "sk"),
+        ("MYSQL_PWD", "sk"),
+        ("APP_SECRET", "sk"),
+        ("DATABASE_URL", "postgres://user:sk@db/app"),
+        ("SSH_AUTH_SOCK", "/run/agent"),
+        ("SUDO_USER", "me"),
+        ("TORCH_GLOO_LAZY_INIT", "1"),
+        ("VLLM_DISTRIBUTED_USE_SPLIT_GROUP", "1"),
+    ],
+)
+def test_what_a_host_has_no_use_for_is_kept_from_it(name: str, value: str) -> None:
+    """Secrets by their name or their value, doors to other programs, what would leave ports open;
+    none that is asked for.
+    """
+    assert name not in host_environment({name: value})
+    assert name in host_environment({name: value, "VLLM_HOTSWAP_PASS_ON": f"OTHER, {name}"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_TOKEN", "hf"),
+        ("AWS_SECRET_ACCESS_KEY", "s3"),
+        ("HTTPS_PROXY", "http://user:word@proxy:3128"),
+        ("PWD", "/home/me"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("VLLM_MAX_TOKENS", "5"),
+        ("HF_ENDPOINT", "https://hub.example"),
+    ],
+)
+def test_what_reads_models_is_passed_on(name: str, value: str) -> None:
+    """The host fetches weights; and not everything with a token in its name is a secret."""
+    assert value == host_environment({name: value})[name]
+
+
+@on_linux
+def test_workers_meet_on_loopback() -> None:
+    """Unless somebody has said otherwise."""
+    given = {"GLOO_SOCKET_IFNAME": "eth7"}
+
+    assert "lo" == host_environment({})["GLOO_SOCKET_IFNAME"]
+    assert "lo" == host_environment({})["NCCL_SOCKET_IFNAME"]
+    assert "eth7" == host_environment(given)["GLOO_SOCKET_IFNAME"]
 
 
 @on_linux

@@ -115,6 +115,7 @@ def test_a_start_that_fails_closes_its_trace(
 
     monkeypatch.setattr(HostLink, "spawn", fail)
     monkeypatch.setattr(server, "require_vllm", lambda: None)
+    monkeypatch.setattr(server, "shut_out_others", lambda: None)  # it is for a whole process
     config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
     trace = tmp_path / "trace.jsonl"
     before = signal.getsignal(signal.SIGHUP)

@@ -14,4 +14,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from vllm_hotswap import start_folder
+
+    start_folder.leave()
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What the engine host's environment must hold before its first import.
+"""What the engine host's environment must hold before its first import, and must not hold at all.
 
 Preloaded libraries and OpenMP's thread binding are read when a process starts, so whoever
 starts the host decides them, and without importing torch (that alone takes seconds). On the CPU
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -21,6 +22,60 @@ from vllm_hotswap.errors import ConfigError
 
 BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 _RESERVED_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+
+PASS_ON_VARIABLE = "VLLM_HOTSWAP_PASS_ON"  # noqa: S105  # a name
+
+MEETING_PLACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+OF_THE_SERVER = frozenset(
+    {
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_API_KEY",
+        "VLLM_HPU_MULTI_MODEL_CONFIG",
+    }
+)
+"""Never for a host, besides our own `VLLM_HOTSWAP_*`."""
+
+OF_NO_USE = frozenset(
+    {
+        # Groups of gloo that are not made, and connected, by the constructor of their class.
+        "TORCH_GLOO_LAZY_INIT",
+        "VLLM_DISTRIBUTED_USE_SPLIT_GROUP",
+        # Doors to other programs of whoever started the server.
+        "DBUS_SESSION_BUS_ADDRESS",
+        "GPG_AGENT_INFO",
+        "NOTIFY_SOCKET",
+        "SSH_AGENT_PID",
+        "SSH_AUTH_SOCK",
+        "XAUTHORITY",
+    }
+)
+OF_NO_USE_PREFIXES = ("LISTEN_", "SUDO_")
+
+FOR_MODELS = (
+    "AWS_",
+    "AZURE_",
+    "GOOGLE_",
+    "HF_",
+    "HUGGING_FACE_",
+    "LMCACHE_",
+    "MODELSCOPE_",
+    "MOONCAKE_",
+    "RUNAI_STREAMER_",
+    "S3_",
+)
+"""Beginnings of variables by which the host reaches weights or KV memory, secrets among them."""
+
+_SECRET = re.compile(
+    r"(^|_)(API_?KEY|ACCESS_?KEY|KEY|KEYS|TOKEN|SECRET|SECRETS|PASS|PASSPHRASE|CREDENTIALS?|COOKIE)$"
+    r"|(PASSWORD|PASSWD|._PWD|APIKEY)$",
+    re.IGNORECASE,
+)
+"""Names by which secrets go."""
+
+_SECRET_IN_ADDRESS = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 def is_cpu_build() -> bool:
@@ -36,17 +91,48 @@ def is_cpu_build() -> bool:
 def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The host's environment, made from the server's.
 
-    Variables that open vLLM's development routes or its pickle serialisation are never passed on.
+    Left out is what opens vLLM's development routes or its pickle serialisation, what has gloo
+    connect later than `compat.gloo` thinks, and secrets and session doors that a host has no use
+    for. Python's start folder is no place to import from, for the host and whatever it starts.
     """
-    result = dict(environment)
-    result.pop("VLLM_SERVER_DEV_MODE", None)
-    result.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)
+    further = re.split(r"[,\s]+", environment.get(PASS_ON_VARIABLE, ""))
+    result = {
+        name: value
+        for name, value in environment.items()
+        if is_for_host(name, value) or (name in further and not _is_the_servers(name))
+    }
     # A forked worker would inherit other models' threads and distributed groups.
     result["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    result["PYTHONSAFEPATH"] = "1"
+    result.update(_loopback(result))
     if is_cpu_build():
         result.update(_preload(result))
         result.update(_thread_binding(result))
     return result
+
+
+def is_for_host(name: str, value: str) -> bool:
+    """Whether a variable of the server's is passed on to the engine host by itself.
+
+    Everything is but what is known to be of no use there. A list of what is needed would have to
+    know the variables of every platform, plugin, driver and library.
+    """
+    if _is_the_servers(name) or name in OF_NO_USE or name.startswith(OF_NO_USE_PREFIXES):
+        return False
+    if name.startswith(FOR_MODELS) or name.lower().endswith("_proxy"):
+        return True
+    return not (_SECRET.search(name) or _SECRET_IN_ADDRESS.search(value))
+
+
+def _is_the_servers(name: str) -> bool:
+    return name in OF_THE_SERVER or name.startswith("VLLM_HOTSWAP_")
+
+
+def _loopback(environment: Mapping[str, str]) -> dict[str, str]:
+    """Interfaces on which the workers of a model meet: all are on this machine."""
+    if not Path("/sys/class/net/lo").exists():
+        return {}
+    return {name: "lo" for name in MEETING_PLACES if not environment.get(name)}
 
 
 def _preload(environment: Mapping[str, str]) -> dict[str, str]:

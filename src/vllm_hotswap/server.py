@@ -30,6 +30,7 @@ from vllm_hotswap.cross_site import CrossSite
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
+from vllm_hotswap.environment import forget, shut_out_others, use_temporary_folder
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags, raised_file_limit
@@ -109,17 +110,20 @@ def _run(
     # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
     with contextlib.ExitStack() as exits, early.ended():
         recorders = () if record is None else (_recorder(record, config, exits, early),)
+        shut_out_others()
+        link = HostLink()
         _clean_environment()
         # Until there is a loop to handle it; the engine host never does.
         if _hears_hangups(access):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         else:
             early.listen(signal.SIGHUP)
-        link, starting = HostLink(), exits.enter_context(contextlib.ExitStack())
+        starting = exits.enter_context(contextlib.ExitStack())
         starting.callback(link.kill)
         raised_file_limit()  # the engine host is to have it from its start
         with early.held():
             link.spawn()
+            use_temporary_folder(link.folder)
         with no_collection(), waiting("loading vLLM"):
             # These import vLLM: seconds, during which the host does the same.
             from vllm_hotswap import launch
@@ -210,8 +214,7 @@ def _clean_environment() -> None:
     if os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_RUNTIME_LORA_UPDATING reason='not needed'")
     ours = [name for name in os.environ if name.startswith("VLLM_HOTSWAP_")]
-    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours):
-        os.environ.pop(name, None)
+    forget(["VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours])
 
 
 async def serve(

@@ -38,13 +38,19 @@ class ServerProcess:
 
     @classmethod
     def start(
-        cls, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str]
+        cls,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
     ) -> ServerProcess:
-        """Start it and wait until `/health` answers 200."""
+        """Start it, in a folder if one is given, and wait until `/health` answers 200."""
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
                 env={**os.environ, **environment},
+                cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -71,6 +77,19 @@ class ServerProcess:
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def all_processes(self) -> list[psutil.Process]:
+        """The API process first."""
+        return [psutil.Process(self.process.pid), *self.descendants()]
+
+    def listening(self) -> set[tuple[int, str, int]]:
+        """Process, address and port of every TCP socket of them on which anybody can connect."""
+        return {
+            (process.pid, connection.laddr.ip, connection.laddr.port)
+            for process in self.all_processes()
+            for connection in process.net_connections(kind="tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
 
     def stop(self) -> int:
         """SIGTERM, then wait. Returns the exit status; kills what does not end in time."""

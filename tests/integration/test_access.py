@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +18,19 @@ from vllm_hotswap.compat.configuration import serve_parser
 from vllm_hotswap.demo import write
 
 USER, ADMIN = "sk-canary-user", "sk-canary-admin"
+IN_VARIABLE = "sk-canary-variable"
 IN_CONFIGURATION = "canary-in-configuration"
-SECRETS = (USER, ADMIN, IN_CONFIGURATION)
+OF_SESSION = "canary-of-session"
+SECRETS = (USER, ADMIN, IN_VARIABLE, IN_CONFIGURATION, OF_SESSION)
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+
+
+IMPORTED_BY_ALL = ("argparse", "logging", "multiprocessing", "psutil", "torch")
+LEAVES_A_MARK = """\
+import os, pathlib
+pathlib.Path(__file__).with_suffix(f".{os.getpid()}").touch()
+raise ImportError("taken from the start folder")
+"""
 
 
 def as_caller(key: str | None) -> dict[str, str]:
@@ -31,6 +43,8 @@ class Guarded:
 
     server: ServerProcess
     keys: Path
+    started_in: Path
+    """A folder with a module of a name that every process imports."""
 
     def status(self, method: str, path: str, key: str | None, body: object = None) -> int:
         response = self.server.client.request(method, path, headers=as_caller(key), json=body)
@@ -43,13 +57,26 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     models = write(folder)
     text = models.read_text().replace("  llama:\n", '  llama:\n    hf_token: "${CANARY}"\n', 1)
     models.write_text(text)
+    python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     keys = folder / "keys"
     keys.touch(0o600)
     keys.write_text(f"{USER}  # canary\n")
-    environment = {"VLLM_HOTSWAP_ADMIN_KEY": ADMIN, "CANARY": IN_CONFIGURATION}
+    environment = {
+        "VLLM_HOTSWAP_ADMIN_KEY": ADMIN,
+        "VLLM_API_KEY": IN_VARIABLE,
+        "CANARY": IN_CONFIGURATION,
+        "SESSION_TOKEN": OF_SESSION,
+        "VLLM_CACHE_ROOT": str(folder / "cache"),  # architectures are looked at by a process
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, python_path))),
+    }
+    started_in = tmp_path_factory.mktemp("start")
+    for name in IMPORTED_BY_ALL:
+        (started_in / f"{name}.py").write_text(LEAVES_A_MARK)
     command = ["-m", "vllm_hotswap", "serve", str(models), "--api-key-file", str(keys)]
-    running = ServerProcess.start(command, free_port(), folder / "server.log", environment)
-    yield Guarded(running, keys)
+    running = ServerProcess.start(
+        command, free_port(), folder / "server.log", environment, started_in
+    )
+    yield Guarded(running, keys, started_in)
     assert 0 == running.stop(), running.log_tail()
 
 
@@ -111,6 +138,41 @@ def test_nothing_that_was_planted_is_told(guarded: Guarded) -> None:
     assert 503 == answers[-1].status_code
     assert [] == [word for word in (*SECRETS, str(folder), "Traceback") if word in told]
     assert [] == [secret for secret in SECRETS if secret in log]
+
+
+def environment_of(pid: int) -> str:
+    """What the system shows of a process's variables to its user."""
+    return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_no_process_shows_a_key(guarded: Guarded) -> None:
+    """Not even the one that was started with them; and the host has nothing of the session's."""
+    shown = {p.pid: environment_of(p.pid) for p in guarded.server.all_processes()}
+    status = guarded.server.client.get("/admin/status", headers=as_caller(ADMIN)).json()
+    host = shown[status["host"]["pid"]]
+
+    assert len(shown) >= 2
+    assert [] == [key for key in (ADMIN, IN_VARIABLE) if key in "".join(shown.values())]
+    assert "VLLM_CACHE_ROOT=" in host
+    assert OF_SESSION not in host
+
+
+def test_nothing_is_imported_from_the_start_folder(guarded: Guarded) -> None:
+    """Neither by the server nor by what it starts, a look at an architecture among it."""
+    left = {path.name for path in guarded.started_in.iterdir()}
+
+    assert {f"{name}.py" for name in IMPORTED_BY_ALL} == left
+
+
+def test_compiled_code_is_kept_in_private(guarded: Guarded) -> None:
+    """In a folder that is the user's alone; temporary files of the host, too."""
+    status = guarded.server.client.get("/admin/status", headers=as_caller(ADMIN)).json()
+    text = environment_of(status["host"]["pid"])
+    variables = dict(line.partition("=")[::2] for line in text.split("\0"))
+
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
+        assert 0o700 == Path(variables[name]).stat().st_mode & 0o777
 
 
 def test_pages_of_other_origins_are_let_in_by_nobody_by_default() -> None:

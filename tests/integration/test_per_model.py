@@ -15,6 +15,7 @@ from tests.ports import free_port
 from vllm_hotswap.demo import MODELS, WEATHER_TOOL
 
 pytestmark = pytest.mark.all_cores
+ROOT = Path(__file__).parent.parent.parent
 
 CONFIGURATION = f"""\
 defaults:
@@ -63,6 +64,7 @@ def server(folder: Path) -> Iterator[ServerProcess]:
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
         "QUANT_CONFIG": "/at/the/start.json",
         "TOLD": str(folder / "told"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     command = ["-m", QUICKSTART_MODULE, "--allow", "code"]
     running = ServerProcess.start(command, free_port(), folder / "server.log", environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -57,7 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     yield running
     children = running.descendants()
     assert running.stop() == 0, running.log_tail()
-    assert [] == still_there(children)
+    assert still_there(children) == []
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,21 @@ def test_a_model_of_two_workers_answers_like_one_of_one(server: ServerProcess) -
     assert expected == wide
     assert 2 == divided_among
     assert expected == [server.complete("llama", prompt) for prompt in PROMPTS]
+
+
+def test_nothing_listens_but_the_api(server: ServerProcess) -> None:
+    """Neither the host nor a worker, although each has met others over TCP; loaded again, too."""
+    asked_for = (server.process.pid, "127.0.0.1", httpx.URL(server.url).port)
+    server.switch("wide")
+    processes = len(server.all_processes())
+    first = server.listening()
+    server.switch("llama")
+    operate(server, "wide", "unload")
+    operate(server, "wide", "load")
+    again = server.listening()
+
+    assert processes >= 4
+    assert {asked_for} == first == again
 
 
 def test_its_workers_compile_nothing(server: ServerProcess) -> None:

@@ -80,7 +80,7 @@ def _shared(module: str, names: str, reason: str, since: str = "") -> Iterator[S
 
 GROUPS = (
     "parallel groups, each of this process alone. Models of mixtures of experts have more of "
-    "them than dense ones; a set per engine would cost 14 ports and 40 threads"
+    "them than dense ones; a set per engine would cost 14 sockets and 40 threads"
 )
 KERNELS = "kernels that the model's configuration has chosen"
 ROOT = (

@@ -57,13 +57,15 @@ class HostLink:
         """Start the process; it imports while the caller goes on. Needs no running loop."""
         if self._process is None:
             self.folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
-            # Where tensor-parallel workers of vLLM meet.
+            # Where tensor-parallel workers of vLLM meet, and where nobody else can put a file
+            # under a name that a library will use.
             self._environment["VLLM_RPC_BASE_PATH"] = str(self.folder)
+            self._environment["TMPDIR"] = str(self.folder)
         ours, theirs = socket.socketpair()
         # A stopped host must not stop this process, too, when there is more to tell than fits.
         seconds = struct.pack("ll", int(SEND_TIMEOUT_S), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
-        command = [sys.executable, "-m", self._module, "--channel", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", self._module, "--channel", str(theirs.fileno())]
         command += ["--folder", str(self.folder)]
         if hasattr(os, "sched_getaffinity"):
             command += ["--cores", ",".join(map(str, sorted(os.sched_getaffinity(0))))]

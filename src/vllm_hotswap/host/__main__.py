@@ -3,6 +3,7 @@
 from vllm_hotswap.host.obey import Obedience
 from vllm_hotswap.host.process import run
 
-# Worker processes of tensor-parallel models import this module under another name.
 if __name__ == "__main__":
     run("vllm_hotswap.host", Obedience)
+else:  # a worker process of a tensor-parallel model imports this module under another name
+    import vllm_hotswap.compat.gloo  # noqa: F401

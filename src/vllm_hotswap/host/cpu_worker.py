@@ -20,6 +20,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+import vllm_hotswap.compat.gloo  # before groups are made
 import vllm_hotswap.compat.uncompiled  # noqa: F401  # before vLLM's modules
 
 # isort: split

@@ -16,11 +16,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
+# isort: split
 import torch
 from vllm import envs
 from vllm.distributed.ec_transfer.ec_transfer_state import ensure_ec_transfer_shutdown
 from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+from vllm.utils import network_utils
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -98,8 +101,13 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
     def _distributed_args(self) -> tuple[str, int, int]:
         method, rank, local_rank = super()._distributed_args()
         if method.startswith("file://"):
-            method = f"file://{_under_way.get().folder}/{method.rpartition('/')[2]}"
-        return method, rank, local_rank
+            name = method.rpartition("/")[2]
+        elif hasattr(network_utils, "get_file_store_init_method"):
+            # On ROCm vLLM takes a TCP store, on all interfaces, for a kernel of several workers.
+            name = f"vllm_dist_{uuid4().hex}"
+        else:  # a worker of an older vLLM knows no other
+            return method, rank, local_rank
+        return f"file://{_under_way.get().folder}/{name}", rank, local_rank
 
     def shutdown(self) -> None:
         """End what the worker has started; `host.teardown` gives its memory back.

@@ -11,7 +11,12 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 
-from vllm_hotswap import cli
+from vllm_hotswap import start_folder
+
+if __name__ == "__main__":
+    start_folder.leave()
+
+from vllm_hotswap import cli  # from where it belongs
 from vllm_hotswap.settings import CONFIG_VARIABLES
 
 

@@ -1,0 +1,201 @@
+"""Closes the doors that gloo leaves open: the sockets on which its groups have been set up.
+
+Each group of gloo listens on a TCP port from its making to its end, although nobody has to connect
+once all members have met. It asks nobody who connects who they are, never gives the descriptor of
+a connection back, and ends the process when it has no more of them.
+
+gloo itself must not notice. It holds the number of the descriptor, watches it with epoll, and will
+take it out of there and close it. So the number stays: behind it comes, by `dup2`, a listening
+Unix domain socket whose name has been removed. To accept from it says that nobody is there, as
+gloo's thread expects that is at work meanwhile, and nobody ever will be.
+
+Where there is no `/proc`, nothing is done. Depends on Linux alone, not on torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import select
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger("vllm_hotswap.host")
+
+PROCESS = Path("/proc/self")
+ESTABLISHED = "01"
+INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class OpenFile:
+    """A descriptor with what is behind it: a number alone is soon another file's."""
+
+    fd: int
+    inode: int
+
+
+def open_files() -> frozenset[OpenFile]:
+    """The files that this process has open; none where there is no `/proc`."""
+    found = []
+    with suppress(OSError):
+        for fd in [int(path.name) for path in (PROCESS / "fd").iterdir()]:
+            with suppress(OSError):  # the one by which they were listed is closed
+                found.append(OpenFile(fd, os.fstat(fd).st_ino))
+    return frozenset(found)
+
+
+def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
+    """Close what a group that has just been made listens on; returns how many sockets that were.
+
+    Only TCP sockets are closed that were opened since `before`, and that are watched by an epoll
+    instance of the same age: what else this process listens on, a connector's port for example,
+    stays as it is.
+
+    Args:
+        before: `open_files()`, as it was before the group was made.
+        is_alone: the group has no other member. Whoever is connected to it is disconnected.
+
+    Raises:
+        ConnectionRefusedError: the group has other members, and somebody may be among them who is
+            not of this user.
+    """
+    ports = set()
+    for fd, watchers in _watched(open_files() - before).items():
+        if (port := _listening_port(fd)) is not None:
+            try:
+                _replace(fd, watchers)
+            except OSError as error:
+                log.warning("event=listener_left_open port=%d cause=%r", port, str(error))
+            else:
+                ports.add(port)
+    guests = list(_connected_to(ports, open_files() - before)) if ports else []
+    for guest in guests:
+        if is_alone:
+            _hang_up(guest)
+        elif is_from(os.geteuid(), guest.inode, connections()) is False:
+            raise ConnectionRefusedError(
+                "while the model's workers met, a process connected to them that is not this "
+                "user's; nothing was loaded; try again"
+            )
+    return len(ports)
+
+
+def _watched(new: Iterable[OpenFile]) -> dict[int, list[int]]:
+    """New descriptors that new epoll instances watch, with those instances."""
+    found: dict[int, list[int]] = {}
+    numbers = {file.fd for file in new}
+    for fd in numbers:
+        with suppress(OSError):
+            if (PROCESS / "fd" / str(fd)).readlink().name == "anon_inode:[eventpoll]":
+                text = (PROCESS / "fdinfo" / str(fd)).read_text(encoding="ascii")
+                for target in map(int, re.findall(r"^tfd:\s*(\d+)", text, re.MULTILINE)):
+                    found.setdefault(target, []).append(fd)
+    return {fd: watchers for fd, watchers in found.items() if fd in numbers}
+
+
+def _listening_port(fd: int) -> int | None:
+    """The TCP port on which a descriptor listens, None if it does not."""
+    with suppress(OSError), closing(_socket(fd)) as sock:
+        if sock.family in INTERNET and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return int(sock.getsockname()[1])
+    return None
+
+
+def _replace(fd: int, watchers: Iterable[int]) -> None:
+    """Put the closed door behind a descriptor; its watchers go on to watch it, for nothing."""
+    door = _closed_door().fileno()
+    polls = [select.epoll.fromfd(os.dup(watcher)) for watcher in watchers]  # before any change
+    try:
+        os.dup2(door, fd, inheritable=False)  # the old one leaves its watchers by itself
+        for poll in polls:
+            poll.register(fd, 0)
+    finally:
+        for poll in polls:
+            poll.close()
+
+
+@cache
+def _closed_door() -> socket.socket:
+    """A socket that listens, and to which nobody can connect."""
+    with tempfile.TemporaryDirectory(prefix="vllm-hotswap-door-") as folder:
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            door.bind(f"/proc/self/fd/{directory}/door")  # a path may only have 107 bytes
+            door.listen(1)
+        finally:
+            os.close(directory)
+    return door
+
+
+def _connected_to(ports: set[int], new: Iterable[OpenFile]) -> Iterator[OpenFile]:
+    for file in new:
+        with suppress(OSError), closing(_socket(file.fd)) as sock:
+            if sock.family in INTERNET and sock.getsockname()[1] in ports:
+                yield file
+
+
+def _hang_up(guest: OpenFile) -> None:
+    """End the connection. Its descriptor is gloo's, and stays."""
+    with suppress(OSError), closing(_socket(guest.fd)) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _socket(fd: int) -> socket.socket:
+    """A socket object of its own for a descriptor. Raises OSError if it is no socket."""
+    copy = os.dup(fd)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+
+
+# --- who the others are -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One end of a TCP connection, as `/proc/self/net/tcp` has it."""
+
+    local: str
+    remote: str
+    state: str
+    uid: int
+    inode: int
+
+
+def connections() -> list[Connection]:
+    """The ends of all TCP connections of this network namespace."""
+    found = []
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError):
+            lines = (PROCESS / "net" / name).read_text(encoding="ascii").splitlines()[1:]
+            for fields in map(str.split, lines):
+                _, local, remote, state, *_, uid, _, inode = fields[:10]
+                found.append(Connection(local, remote, state, int(uid), int(inode)))
+    return found
+
+
+def is_from(uid: int, inode: int, ends: Iterable[Connection]) -> bool | None:
+    """Whether the other end of the connection with this inode is a living socket of that user.
+
+    None if the connection itself is not among those that can be seen.
+    """
+    ends = list(ends)
+    mine = next((end for end in ends if end.inode == inode), None)
+    if mine is None:
+        return None
+    return any(
+        (end.local, end.remote) == (mine.remote, mine.local)
+        and end.state == ESTABLISHED
+        and end.uid == uid
+        for end in ends
+    )

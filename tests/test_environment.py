@@ -1,0 +1,137 @@
+"""What processes are told by their environment, and what the system shows of it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_hotswap.engines.fake_process import FakeProcessHost
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+SOURCE = Path(__file__).parent.parent / "src"
+KEY = "sk-of-an-admin"
+
+FORGET = """
+import os
+from pathlib import Path
+from vllm_hotswap.environment import forget
+forget(["VLLM_API_KEY", "EMPTY", "NOT_SET"])
+print(os.environ.get("VLLM_API_KEY"), os.environ["LIKE_VLLM_API_KEY"])
+print(Path("/proc/self/environ").read_bytes())
+"""
+
+
+def run(program: list[str], folder: Path | None = None, **variables: str) -> str:
+    """Output of a Python program that knows this package, and of what went wrong."""
+    path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *program],
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.stdout
+
+
+@on_linux
+def test_a_variable_that_is_forgotten_is_shown_to_nobody() -> None:
+    """Others are shown as before, even one with the same end."""
+    out = run(["-c", FORGET], VLLM_API_KEY=KEY, EMPTY="", LIKE_VLLM_API_KEY="stays", ZZZ="last")
+    found, shown = out.splitlines()
+
+    assert "None stays" == found
+    assert KEY not in shown
+    assert "LIKE_VLLM_API_KEY=stays" in shown
+    assert "ZZZ=last" in shown
+
+
+SHADOWED = ("argparse", "asyncio", "logging", "socket")
+MARK = "raise SystemExit('taken from the start folder: ' + __file__)"
+
+
+@pytest.fixture
+def start_folder(tmp_path: Path) -> Path:
+    """A folder with modules whose names everybody imports."""
+    for name in SHADOWED:
+        (tmp_path / f"{name}.py").write_text(MARK)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["vllm_hotswap", "--version"],
+        ["vllm_hotswap", "serve", "none.yaml"],
+        ["vllm_hotswap.entrypoints.openai.multi_model_api_server"],
+    ],
+)
+def test_the_command_line_imports_nothing_from_the_start_folder(
+    start_folder: Path, arguments: list[str]
+) -> None:
+    """However it is started."""
+    out = run(["-m", *arguments], start_folder, VLLM_HOTSWAP_CONFIG="none.yaml")
+
+    assert "taken from" not in out
+    assert "vllm-hotswap" in out
+
+
+def variables_of(pid: int) -> dict[str, str]:
+    """As the system shows them."""
+    shown = Path(f"/proc/{pid}/environ").read_text()
+    return dict(line.partition("=")[::2] for line in shown.split("\0"))
+
+
+def mode(folder: str) -> int:
+    return Path(folder).stat().st_mode & 0o777
+
+
+@pytest.fixture
+async def host_environment(
+    start_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[dict[str, str]]:
+    """Variables of a host that was started there, by somebody who has many keys."""
+    monkeypatch.chdir(start_folder)
+    for name in ("VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY", "OPENAI_API_KEY", "PGPASSWORD"):
+        monkeypatch.setenv(name, KEY)
+    host = FakeProcessHost(("llama",))
+    try:
+        await host.start()
+        yield variables_of(host.pid)
+    finally:
+        await host.stop()
+
+
+@on_linux
+async def test_a_host_is_started_in_private(host_environment: dict[str, str]) -> None:
+    """It is told no key, imports nothing from the start folder, where it would have ended, and
+    keeps temporary files to itself.
+    """
+    assert KEY not in host_environment.values()
+    assert "1" == host_environment["PYTHONSAFEPATH"]
+    assert 0o700 == mode(host_environment["TMPDIR"])
+
+
+@on_linux
+async def test_a_host_may_open_many_files() -> None:
+    """Also the first one, which is started before the server has raised its own limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few := min(soft, 500), hard))
+    host = FakeProcessHost(("llama",))
+    try:
+        await host.start()
+        its, _ = psutil.Process(host.pid).rlimit(psutil.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await host.stop()
+
+    assert few < its <= hard

@@ -1,0 +1,189 @@
+"""What gloo listens on is closed once its members have met; what others listen on is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_hotswap.host import sealing
+from vllm_hotswap.host.sealing import Connection, OpenFile, is_from, open_files, seal
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+
+
+class Listening:
+    """What a group of gloo has: a socket that listens, watched by an epoll instance of its own."""
+
+    def __init__(self) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.sock.setblocking(False)
+        self.address = self.sock.getsockname()
+        self.watcher = select.epoll()
+        self.watcher.register(self.sock, select.EPOLLIN)
+
+    def close(self) -> None:
+        self.watcher.close()
+        self.sock.close()
+
+
+@pytest.fixture
+def before() -> frozenset[OpenFile]:
+    return open_files()
+
+
+@pytest.fixture
+def group(before: frozenset[OpenFile]) -> Iterator[Listening]:
+    group = Listening()
+    yield group
+    group.close()
+
+
+def test_nobody_can_connect_to_a_sealed_group(
+    before: frozenset[OpenFile], group: Listening
+) -> None:
+    """The port is free again, although the descriptor stays."""
+    assert 1 == seal(before, is_alone=True)
+
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(group.address)
+    with socket.socket() as other:
+        other.bind(group.address)
+
+
+def test_a_sealed_group_notices_nothing(before: frozenset[OpenFile], group: Listening) -> None:
+    """Its thread, at work meanwhile, finds nobody there; its end takes the descriptor away."""
+    seal(before, is_alone=True)
+
+    with pytest.raises(BlockingIOError):
+        _accept(group.sock.fileno())
+    assert [] == group.watcher.poll(0)
+    group.watcher.unregister(group.sock.fileno())  # fails where it is not watched
+
+
+def _accept(fd: int) -> None:
+    """As gloo does: by its number, whatever is behind it now."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.accept()
+
+
+def test_many_groups_are_sealed(before: frozenset[OpenFile]) -> None:
+    """There is one door for all of them."""
+    groups = [Listening() for _ in range(3)]
+
+    assert 3 == seal(before, is_alone=True)
+    for group in groups:
+        group.watcher.unregister(group.sock.fileno())
+        group.close()
+
+
+def test_a_connection_of_the_meantime_is_ended(
+    before: frozenset[OpenFile], group: Listening
+) -> None:
+    """Whoever connects while a group is made is not kept."""
+    with socket.create_connection(group.address) as client:
+        accepted, _ = group.sock.accept()
+        seal(before, is_alone=True)
+
+        assert b"" == client.recv(1)
+        accepted.close()
+
+
+def test_connections_of_this_user_stay_among_members(
+    before: frozenset[OpenFile], group: Listening
+) -> None:
+    """Where a group has other members, they are those who have connected."""
+    with socket.create_connection(group.address) as client:
+        accepted, _ = group.sock.accept()
+        seal(before, is_alone=False)
+        client.sendall(b"x")
+
+        assert b"x" == accepted.recv(1)
+        accepted.close()
+
+
+def test_what_listened_before_goes_on(before: frozenset[OpenFile], group: Listening) -> None:
+    """Also what is watched by an old epoll instance, or by none."""
+    seal(open_files(), is_alone=True)
+
+    socket.create_connection(group.address).close()
+
+
+def test_what_nobody_watches_goes_on(before: frozenset[OpenFile]) -> None:
+    """A port that is opened in the meantime by somebody else is not gloo's."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert 0 == seal(before, is_alone=True)
+        socket.create_connection(other.getsockname()).close()
+
+
+def test_without_proc_nothing_is_done(
+    group: Listening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other systems keep their sockets, and work."""
+    monkeypatch.setattr(sealing, "PROCESS", tmp_path)
+
+    assert frozenset() == open_files()
+    assert 0 == seal(frozenset(), is_alone=False)
+    socket.create_connection(group.address).close()
+
+
+MINE = Connection("0100007F:1000", "0100007F:2000", "01", 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (Connection("0100007F:2000", "0100007F:1000", "01", 0, 8), True),
+        (Connection("0100007F:2000", "0100007F:1000", "01", 65534, 8), False),
+        (Connection("0100007F:2000", "0100007F:1000", "05", 0, 0), False),
+        (Connection("0100007F:2001", "0100007F:1000", "01", 0, 8), False),
+    ],
+    ids=["ours", "another user's", "closed already", "another one's"],
+)
+def test_a_member_is_known_by_its_user(other: Connection, expected: bool) -> None:
+    """What a connection has sent and left behind counts as a stranger's."""
+    assert expected is is_from(0, 7, [MINE, other])
+
+
+def test_who_cannot_be_seen_is_not_judged() -> None:
+    """Where the table does not have the connection itself, it says nothing."""
+    assert is_from(0, 7, []) is None
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.groups_program", *arguments],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_groups_of_torch_listen_nowhere_and_work() -> None:
+    """Alone and with another process: they talk, and they can be destroyed."""
+    result = run()
+
+    assert {"listening": [], "told": [0], "total": 1} == result["alone"]
+    assert {"listening": [], "told": [0, 1], "total": 2} == result["two"]
+    assert 0 == result["second"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, too")
+def test_another_user_does_not_get_among_the_members() -> None:
+    """A group into which somebody else may have got is not used."""
+    assert "not this user's" in run("stranger")["refused"]
