@@ -26,7 +26,7 @@ from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References
 from vllm_hotswap.rights import DEFAULT, Group, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.security import check_mode, check_settings
+from vllm_hotswap.security import check_settings, read_models_file
 from vllm_hotswap.settings import (
     ALL,
     SECTIONS,
@@ -178,8 +178,7 @@ def read_config(
     Raises:
         ConfigError: it is missing, unreadable or not YAML.
     """
-    document, source = read_yaml(_read_text(path), path)
-    check_mode(path, allowed)
+    document, source = read_yaml(_read_text(path, allowed), path)
     return _parse(document, source, overrides, allowed, environment)
 
 
@@ -674,9 +673,9 @@ def _complaint(first: Any, kind: type[Any], key: str) -> str:
     return f"it must be {words}" if words else message.replace("Input should be", "it must be")
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, allowed: frozenset[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_models_file(path, allowed).decode()
     except FileNotFoundError:
         raise ConfigError(
             f"configuration file {str(path)!r} does not exist; "

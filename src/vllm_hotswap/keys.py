@@ -8,15 +8,12 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-import shlex
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
-
-OTHERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IXOTH
+from vllm_hotswap.trusted_files import read_private
 
 _COMMENT = re.compile(r"(^|\s)#.*")
 
@@ -99,8 +96,8 @@ def plain_keys(path: Path) -> list[str]:
     """
     place = _place(path)
     try:
-        _check(path.stat().st_mode, path, place)
-        keys = [key for key in parse_key_file(path.read_text(encoding="utf-8")) if key]
+        text = read_private(path, place).decode()
+        keys = [key for key in parse_key_file(text) if key]
     except OSError as error:
         raise ConfigError(f"{place} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:  # which would show what it could not decode
@@ -118,15 +115,6 @@ def check_sendable(key: str, place: str) -> None:
 
 def _place(path: Path) -> str:
     return f"key file {str(path)!r}"
-
-
-def _check(mode: int, path: Path, place: str) -> None:
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{place} is not a regular file")
-    if mode & OTHERS:
-        raise ConfigError(
-            f"{place} is open to every user of the machine; run: chmod o= {shlex.quote(str(path))}"
-        )
 
 
 def _digest(key: bytes) -> bytes:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
+from vllm_hotswap.trusted_files import read_trusted
 from vllm_hotswap.written import Place
 
 ALLOW_VARIABLE = "VLLM_HOTSWAP_ALLOW"
@@ -26,7 +26,7 @@ DANGERS: Mapping[str, str] = {
     "trust_remote_code": "models whose `trust_remote_code` is true in the file",
     "code": "settings in the file that name code to be imported (`worker_cls`, plugins, "
     "`middleware`, `logits_processors`, ...) or run what a model writes (`tool_server: demo`)",
-    "world_writable": "a YAML file that every user of the machine may write",
+    "world_writable": "a YAML file that other users of the machine own, may write or may replace",
 }
 """What may be allowed, by its name in `--allow`, and what that accepts."""
 
@@ -53,13 +53,19 @@ def parse_allowed(words: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_mode(path: Path, allowed: frozenset[str]) -> None:
-    """Refuse a file that anybody may write. Raises `ConfigError`."""
-    if "world_writable" not in allowed and path.stat().st_mode & stat.S_IWOTH:
-        raise ConfigError(
-            f"configuration file {str(path)!r} can be written by every user of the machine, and it "
-            f"decides which code runs; chmod o-w it, or start with --allow world_writable"
-        )
+def read_models_file(path: Path, allowed: frozenset[str]) -> bytes:
+    """The content of a file that decides which code runs.
+
+    Raises:
+        ConfigError: somebody else may write or replace it, and that is not allowed.
+        OSError: it cannot be read.
+    """
+    return read_trusted(
+        path,
+        f"configuration file {str(path)!r}",
+        hatch=", or start with --allow world_writable: it decides which code runs",
+        is_checked="world_writable" not in allowed,
+    )
 
 
 def check_settings(
