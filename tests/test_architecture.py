@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "vllm_hotswap"
 
 LAYERS = [
     {"addresses", "errors", "garbage", "claims", "hints", "signals", "terminal", "turns"},
-    {"json_scan", "media", "surrogates", "trusted_files"},
+    {"code_settings", "json_scan", "media", "surrogates", "trusted_files"},
     {
         "states",
         "answers",
