@@ -331,7 +331,8 @@ def test_caller_is_told_by_role_fingerprint_and_name(tmp_path: Path) -> None:
 
     callers = [access.caller(bearer(key)) for key in ("a1", "a2", "u", "t", "x", None)]
 
-    assert ["admin", "admin", "user", "team", "anybody", "anybody"] == [c.role for c in callers]
+    assert ["admin", "admin", "user", "user", "anybody", "anybody"] == [c.role for c in callers]
+    assert ["", "", "", "team", "", ""] == [c.group for c in callers]
     assert ["ann", "", "", "", "", ""] == [c.name for c in callers]
     assert 4 == len({c.key for c in callers[:4]})
     assert callers[4] == callers[5] == Caller()

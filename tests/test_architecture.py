@@ -90,7 +90,7 @@ LAYERS = [
         "feed",
         "routes",
     },
-    {"dispatch", "foresight", "description", "host.process", "host.fake"},
+    {"audit", "dispatch", "foresight", "description", "host.process", "host.fake"},
     {
         "coordinator",
         "compat.cpu_worker",

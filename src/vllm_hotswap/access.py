@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from starlette.datastructures import Headers
 
@@ -52,8 +53,10 @@ class KeyFlags:
 class Caller:
     """Who calls, as records tell it."""
 
-    role: str = "anybody"
-    """`admin`, `user` or a group's name; `anybody` has sent no key that is known."""
+    role: Literal["admin", "user", "anybody"] = "anybody"
+    """`anybody` has sent no key that is known."""
+    group: str = ""
+    """Of `rights`; empty without one."""
     key: str = ""
     """The fingerprint of the key; empty without one."""
     name: str = ""
@@ -177,10 +180,10 @@ class Access:
         """Who has sent a request, whether it is let in or not."""
         sent = _key(headers)
         if (key := self._admin.find(sent)) is not None:
-            return Caller("admin", key.fingerprint, key.name)
+            return Caller("admin", "", key.fingerprint, key.name)
         if (key := self._user.find(sent)) is not None:
             groups = (rights.group for rights, keys in self._members if keys.know(sent))
-            return Caller(next(groups, "user"), key.fingerprint, key.name)
+            return Caller("user", next(groups, ""), key.fingerprint, key.name)
         return Caller()
 
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:

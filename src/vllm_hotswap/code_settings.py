@@ -27,6 +27,7 @@ CODE: Mapping[str, str] = {
     "log_config_file": "`logging.config` calls what it names",
     "pylogging_config_file": "the same",
     "logits_processors": "classes",
+    "logits_processor_pattern": "classes that requests may name",
     "middleware": "classes or functions",
     "model_class_overrides": "classes",
     "placement_group": "an object of Ray's",

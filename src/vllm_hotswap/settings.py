@@ -512,6 +512,8 @@ VARIABLES: Mapping[str, str] = {
     "it",
     "VLLM_HOTSWAP_ADMIN_KEY_FILE": "a file with admin keys; `--admin-key-file` wins over it",
     "VLLM_HOTSWAP_API_KEY_FILE": "a file with user keys; `--api-key-file` wins over it",
+    "VLLM_HOTSWAP_AUDIT_LOG": "a file for a line of every call that changes state; `--audit-log` "
+    "wins over it",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",

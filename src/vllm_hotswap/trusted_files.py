@@ -67,17 +67,27 @@ def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str 
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         found = os.fstat(descriptor)
-        is_regular = stat.S_ISREG(found.st_mode)
-        if is_private and not is_regular:
+        if is_private and not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{what} is not a regular file")
-        folders = _of_folders(path) if is_regular else ()
-        problems = chain(_of_file(found, path, is_private), folders)
-        if is_checked and (problem := next(problems, None)):
-            raise ConfigError(f"{what} {problem}{hatch}")
+        if is_checked:
+            _refuse(found, path, what, is_private, hatch)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def refuse_foreign(found: os.stat_result, path: Path, what: str) -> None:
+    """See that nobody else may write or replace an open file. Raises `ConfigError`, `OSError`."""
+    _refuse(found, path, what, is_private=False)
+
+
+def _refuse(
+    found: os.stat_result, path: Path, what: str, is_private: bool, hatch: str = ""
+) -> None:
+    folders = _of_folders(path) if stat.S_ISREG(found.st_mode) else ()
+    if problem := next(chain(_of_file(found, path, is_private), folders), None):
+        raise ConfigError(f"{what} {problem}{hatch}")
 
 
 def _of_file(found: os.stat_result, path: Path, is_private: bool) -> Iterator[str]:
