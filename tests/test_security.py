@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_hotswap.code_settings import code_keys
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config import load_config, read_config
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.security import DANGERS, check_settings, parse_allowed
 from vllm_hotswap.written import Place
@@ -207,6 +207,33 @@ def test_code_of_a_checkpoint_is_refused_wherever_it_is_trusted(
     """Inside of other settings, too."""
     with pytest.raises(ConfigError, match=f"{key}.*trust_remote_code runs code"):
         check_settings(settings, here, NOTHING)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "distributed_executor_backend: evil.json",
+        "distributed_executor_backend: évil.Cls",
+        "distributed-executor-backend: my-mod.Cls",
+        "compilation_config: {backend: evil.json, mode: 2}",
+        "compilation_config: {inductor_passes: {x: evil.f}}",
+        'compilation-config: \'{"cache_dir": "/srv/cache"}\'',
+        "mm_processor_kwargs: {trust_remote_code: true}",
+    ],
+)
+def test_what_is_refused_is_given_to_nobody(tmp_path: Path, settings: str) -> None:
+    """vLLM's parser, which looks for further mistakes, would import what some of it names."""
+    path = tmp_path / "models.yaml"
+    path.write_text(f"models: {{a: {{model: org/a, revision: x, {settings}}}}}")
+
+    read = read_config(path)
+
+    (mistake,) = read.mistakes
+    assert "runs code" in mistake.message or "names code" in mistake.message
+    assert read.config is not None
+    assert {"revision": "x"} == read.config.models[0].settings
+    allowed = read_config(path, allowed=frozenset(["code", "trust_remote_code"])).whole()
+    assert 2 == len(allowed.models[0].settings)
 
 
 def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:

@@ -302,3 +302,14 @@ def test_file_that_belongs_to_somebody_else_is_refused(tmp_path: Path, mode: int
         load_config(path)
     with pytest.raises(ConfigError, match="belongs to"):
         read_key_file(path)
+
+
+def test_configuration_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As `serve <(template models.yaml)` gives it; keys may not, as they are read again."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path, 0o600)
+    with subprocess.Popen(["/bin/sh", "-c", f"echo content > {path}"]):
+        assert b"content\n" == read_trusted(path, "the file")
+
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_private(path, "the file")

@@ -26,7 +26,7 @@ from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References
 from vllm_hotswap.rights import DEFAULT, Group, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.security import check_settings, read_models_file
+from vllm_hotswap.security import check_settings, read_models_file, without_dangers
 from vllm_hotswap.settings import (
     ALL,
     SECTIONS,
@@ -219,7 +219,10 @@ class ReadConfig:
     config: ServerConfig | None
     """None if there is nothing to look at; else without what is wrong."""
     unusable: frozenset[str]
-    """The aliases of models that cannot be made; of them, only `settings` are what they are."""
+    """The aliases of models that cannot be made; of them, only `settings` are what they are.
+
+    Without those that are refused, which nobody is to parse.
+    """
     mistakes: tuple[Mistake, ...]
 
     def whole(self) -> ServerConfig:
@@ -490,6 +493,7 @@ class _Reader:
         before = len(self.mistakes)
         with self._noting(*keys):
             check_settings(values, given.place, self._allowed)
+        values = without_dangers(values, self._allowed)
         with self._noting(*keys):
             if "sampling" in ours:
                 section = ours.pop("sampling")

@@ -77,6 +77,15 @@ def check_settings(
         raise ConfigMistakes(found)
 
 
+def without_dangers(settings: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
+    """The settings but for those that run code nobody has allowed.
+
+    vLLM's parser makes objects of what it parses, and so may run what they name already then.
+    """
+    refused = {keys[0] for keys, _ in _dangers(settings, allowed)}
+    return {key: value for key, value in settings.items() if key.replace("-", "_") not in refused}
+
+
 def _dangers(
     settings: Mapping[str, Any], allowed: frozenset[str]
 ) -> Iterator[tuple[list[str], str]]:

@@ -1,7 +1,10 @@
-"""The installed vLLM has no setting and no import by name of which nothing has been decided."""
+"""Settings that name code, on the installed vLLM: none is undecided, and none is run."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -52,3 +55,36 @@ def test_the_words_of_vllm_are_the_ones_that_pass(tree: Tree) -> None:
     from vllm.config.parallel import DistributedExecutorBackend
 
     assert set(get_args(DistributedExecutorBackend)) == CHOICES["distributed_executor_backend"]
+
+
+REFUSED = """
+models:
+  a: {model: org/a, distributed_executor_backend: evil.json}
+  b: {model: org/a, distributed_executor_backend: évil.Cls}
+  c: {model: org/a, distributed_executor_backend: my-mod.Cls}
+  d: {model: org/a, compilation_config: {backend: evil.json, mode: 2}}
+  e: {model: org/a, compilation_config: {inductor_passes: {x: evil.f}}}
+"""
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_check_runs_nothing_that_is_refused(tmp_path: Path, allow: bool) -> None:
+    """Nor does vLLM's parser, which a check asks for further mistakes; with permission, it does."""
+    for name in ("evil", "évil", "my-mod"):
+        marked = f"open({str(tmp_path / 'ran')!r}, 'a').close()\ndef f(_): ..."
+        (tmp_path / f"{name}.py").write_text(marked)
+    (tmp_path / "models.yaml").write_text(REFUSED)
+    command = [sys.executable, "-m", "vllm_hotswap", "check", str(tmp_path / "models.yaml")]
+    paths = os.pathsep.join([*sys.path, str(tmp_path)])
+
+    done = subprocess.run(
+        [*command, *(["--allow", "code"] if allow else [])],
+        env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert 1 == done.returncode
+    assert (0 if allow else 5) == done.stdout.count("names code that the server would run")
+    assert allow == (tmp_path / "ran").exists()
