@@ -194,6 +194,24 @@ async def test_a_hangup_has_the_audit_log_opened_anew(tmp_path: Path) -> None:
     assert ["/admin/models/llama/pin", "/v1/models/switch"] == [line["path"] for line in lines]
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(0o600, ""), (0o644, "it is open to every user of the machine")]
+)
+def test_a_tls_key_that_others_may_read_is_told(
+    mode: int, expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not refused: it is vLLM's flag, and may have been served with for long."""
+    path = tmp_path / "key.pem"
+    path.touch()
+    path.chmod(mode)
+
+    for name in (None, str(tmp_path / "missing"), str(path)):
+        server._tell_of_open_key(name)
+
+    assert bool(expected) == len(caplog.messages)
+    assert expected in caplog.text
+
+
 def test_the_audit_log_may_be_named_by_a_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ from vllm_hotswap.record import Recorder, head_of
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import CONFIG_VARIABLES
 from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal, on_hangup, stop_signal
+from vllm_hotswap.trusted_files import doubt
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -137,6 +138,7 @@ def _run(
             args = namespaces[""]
             access.use_user_keys(args.api_key)
             args.api_key = None
+            _tell_of_open_key(args.ssl_keyfile)
             log_config = frontend.uvicorn_log_config(args)
             refresher = frontend.certificate_refresher
             with early.held():
@@ -172,6 +174,13 @@ def _recorder(
         recorder = Recorder(path, head_of(config))
         exits.callback(recorder.close)
     return recorder
+
+
+def _tell_of_open_key(name: str | None) -> None:
+    """Warn of a TLS key that somebody else may read or replace; uvicorn takes any."""
+    with contextlib.suppress(OSError):  # uvicorn will say
+        if name and (cause := doubt(Path(name))):
+            log.warning("event=tls_key_open path=%r cause=%r", name, f"it {cause}")
 
 
 def _audit_log(path: Path | None, exits: contextlib.ExitStack) -> AuditLog | None:

@@ -61,6 +61,15 @@ def read_trusted(path: Path, what: str, hatch: str = "", is_checked: bool = True
     return _read(path, what, is_private=False, is_checked=is_checked, hatch=hatch)
 
 
+def doubt(path: Path) -> str | None:
+    """For what `read_private` would refuse a file that somebody else reads; None: it would not.
+
+    Raises:
+        OSError: it is not there, or cannot be looked at.
+    """
+    return next(chain(_of_file(path.stat(), path, is_private=True), _of_folders(path)), None)
+
+
 def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str = "") -> bytes:
     # Whoever reads keys is not to wait for a pipe; a configuration may come through one.
     flags = os.O_NONBLOCK if is_private else 0
