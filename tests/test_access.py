@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from starlette.datastructures import Headers
 
-from vllm_hotswap.access import Access, KeyFlags, Role
+from vllm_hotswap.access import Access, Caller, KeyFlags, Role
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
+from vllm_hotswap.keys import Keys, KeySource
+from vllm_hotswap.rights import Group, Rights
 from vllm_hotswap.routes import vllm_routes
 
 CLOSED = Access()
@@ -270,3 +273,68 @@ def test_dev_mode_opens_none_of_vllms_admin_routes() -> None:
     with pytest.raises(SwitchNotAllowed, match="send an admin key"):
         closed.check(Role.ADMIN_KEY, Headers())
     assert {Role.ADMIN_KEY} == {r.role for r in vllm_routes() if r.path == "/start_profile"}
+
+
+def test_one_key_in_two_roles_is_refused(tmp_path: Path) -> None:
+    """Every user would be an admin; the places are named, and not the key."""
+    users, admins = key_file(tmp_path / "u", "user", "both"), key_file(tmp_path / "a", "both")
+
+    with pytest.raises(ConfigError) as refused:
+        Access(user_key_files=[users], admin_key_files=[admins])
+
+    message = refused.value.message
+    assert f"an admin's (key file '{admins}', line 1)" in message
+    assert f"a user's (key file '{users}', line 2)" in message
+    assert "both" not in message
+    with pytest.raises(ConfigError, match=r"--admin-key or VLLM_HOTSWAP_ADMIN_KEY.*VLLM_API_KEY"):
+        Access(["x"], ["x"])
+
+
+def test_key_of_a_group_that_is_an_admins_is_refused() -> None:
+    """Whatever the group's rights are."""
+    group = Group(Rights("team"), "rights.team", KeySource(Keys.of(["x"], "rights.team.keys")))
+
+    with pytest.raises(ConfigError, match=r"a user's \(rights.team.keys\)"):
+        Access(admin_keys=["x"], groups=[group])
+
+
+def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
+    """vLLM's flag is known later than the others."""
+    access = Access(admin_keys=["x"])
+
+    with pytest.raises(ConfigError, match=r"a user's \(--api-key\)"):
+        access.use_user_keys(["x"])
+
+
+def test_keys_from_before_count_when_one_gets_a_second_role(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then, too, one line in the log says why, and shows no key."""
+    users, admins = key_file(tmp_path / "u", "user"), key_file(tmp_path / "a", "sk-admin")
+    access = Access(user_key_files=[users], admin_key_files=[admins])
+
+    key_file(users, "user", "sk-admin", "new")
+    access.read_again()
+
+    assert ["user", "sk-admin"] == who_passes(access, Role.USER, "user", "sk-admin", "new")
+    assert ["sk-admin"] == who_passes(access, Role.ADMIN, "user", "sk-admin", "new")
+    (message,) = caplog.messages
+    assert "event=keys_not_read" in message
+    assert "sk-admin" not in message
+
+
+def test_caller_is_told_by_role_fingerprint_and_name(tmp_path: Path) -> None:
+    """Not by the key; who has sent none that is known is anybody."""
+    group = Group(Rights("team"), "rights.team", KeySource(Keys.of(["t"], "rights.team.keys")))
+    admins = key_file(tmp_path / "a", "a1  # ann", "a2")
+    access = Access(["u"], admin_key_files=[admins], groups=[group])
+
+    callers = [access.caller(bearer(key)) for key in ("a1", "a2", "u", "t", "x", None)]
+
+    assert ["admin", "admin", "user", "user", "anybody", "anybody"] == [c.role for c in callers]
+    assert ["", "", "", "team", "", ""] == [c.group for c in callers]
+    assert ["ann", "", "", "", "", ""] == [c.name for c in callers]
+    assert 4 == len({c.key for c in callers[:4]})
+    assert callers[4] == callers[5] == Caller()
+    digest = hashlib.sha256(hashlib.sha256(b"a1").digest()).hexdigest()
+    assert digest.startswith(callers[0].key)

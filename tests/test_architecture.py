@@ -23,7 +23,7 @@ LAYERS = [
         "terminal",
         "turns",
     },
-    {"json_scan", "media", "surrogates"},
+    {"code_settings", "json_scan", "media", "surrogates", "trusted_files"},
     {
         "states",
         "answers",
@@ -107,7 +107,7 @@ LAYERS = [
         "feed",
         "routes",
     },
-    {"dispatch", "foresight", "description", "host.process", "host.fake"},
+    {"audit", "dispatch", "foresight", "description", "host.process", "host.fake"},
     {
         "coordinator",
         "compat.cpu_worker",

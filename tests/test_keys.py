@@ -49,7 +49,7 @@ def test_keys_are_not_kept() -> None:
     """What is not held cannot be shown by a repr, a traceback or a debugger's dump."""
     source = KeySource(Keys.of([SECRET], "--api-key"))
 
-    assert SECRET not in f"{source!r} {source.given!r} {source.given._digests!r}"
+    assert SECRET not in f"{source!r} {source.given!r} {source.given._keys!r}"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,22 @@ def test_file_holds_one_key_a_line() -> None:
     """With comments, which a key that has the sign inside is not cut by."""
     text = "# of the team\none  # until May\r\n\n\t two\t\nthree#3\n#four"
 
-    assert ["one", "two", "three#3"] == [key for key in parse_key_file(text) if key]
+    assert ["one", "two", "three#3"] == [key for key, _ in parse_key_file(text) if key]
+
+
+def test_comment_behind_a_key_is_its_name(tmp_path: Path) -> None:
+    """Without what a terminal would not show; the line is its place."""
+    path = key_file(tmp_path, "# keys\none # ann's \x1b[1mlaptop \ntwo#2\t#" + "x" * 200)
+
+    keys = read_key_file(path)
+
+    one, two = keys.find(b"one"), keys.find(b"two#2")
+    assert one is not None
+    assert two is not None
+    assert ("ann's [1mlaptop", f"key file '{path}', line 2") == (one.name, one.place)
+    assert "x" * 100 == two.name
+    assert one.fingerprint != two.fingerprint
+    assert 12 == len(one.fingerprint)
 
 
 def test_keys_of_files_add_up_to_those_that_were_given(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import logging
 import os
 import resource
@@ -13,7 +14,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.support import settled
 from vllm_hotswap import listen, server
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.audit import AuditLog
 from vllm_hotswap.config import parse_config
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.engines.link import HostLink
@@ -48,13 +50,15 @@ def serve(
     listener: Listener,
     access: Access | None = None,
     models_file: ModelsFile | None = None,
+    audit: AuditLog | None = None,
     **recovery: Any,
 ) -> Serving:
     """Start a server of the host's models in this process."""
     app = HotswapApp(host, access or Access(), recovery=RecoveryConfig(**recovery))
     load = list(host.engines)
     progress = StartupProgress(load)
-    return asyncio.create_task(server.serve(app, listener, load, load[0], progress, models_file))
+    serving = server.serve(app, listener, load, load[0], progress, models_file, audit=audit)
+    return asyncio.create_task(serving)
 
 
 async def answer(path: Path, **kwargs: object) -> httpx.Response:
@@ -105,7 +109,7 @@ def test_the_engine_host_may_open_as_many_files_as_the_server(
 
 
 @pytest.mark.parametrize("error", [OSError("no more processes"), Stopped()])
-def test_a_start_that_fails_closes_its_trace(
+def test_a_start_that_fails_closes_its_files(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever ends it, and whoever still holds the error."""
@@ -117,17 +121,19 @@ def test_a_start_that_fails_closes_its_trace(
     monkeypatch.setattr(server, "require_vllm", lambda: None)
     monkeypatch.setattr(server, "shut_out_others", lambda: None)  # it is for a whole process
     config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
-    trace = tmp_path / "trace.jsonl"
+    trace, audit = tmp_path / "trace.jsonl", tmp_path / "audit.jsonl"
     before = signal.getsignal(signal.SIGHUP)
     try:
         with suppress(OSError):
-            assert 0 == server.run(config, [], record=trace)
+            assert 0 == server.run(config, [], record=trace, audit=audit)
     finally:
         signal.signal(signal.SIGHUP, before)
 
     assert error.__traceback__ is not None
-    assert trace.exists()
-    assert str(trace) not in [file.path for file in psutil.Process().open_files()]
+    opened = [file.path for file in psutil.Process().open_files()]
+    for file in (trace, audit):
+        assert file.exists()
+        assert str(file) not in opened
 
 
 async def test_death_of_the_host_ends_a_start(tmp_path: Path) -> None:
@@ -192,6 +198,61 @@ async def test_a_hangup_has_key_files_read_again(tmp_path: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     assert ([200, 401], [401, 200]) == (before, after)
     assert 0 == await serving
+
+
+async def test_a_hangup_has_the_audit_log_opened_anew(tmp_path: Path) -> None:
+    """Whatever else is or is not read then; calls from then on go to the new file."""
+    file, old = tmp_path / "audit", tmp_path / "audit.1"
+    audit = AuditLog(file)
+    listener = Listener.open(flags(uds=str(tmp_path / "s")))
+    serving = serve(FakeHost(("llama",)), listener, Access(dev_mode=True), audit=audit)
+    await answer(tmp_path / "s")
+    transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "s"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        await client.post("/admin/models/llama/pin")
+        file.rename(old)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await settled()
+        await client.post("/v1/models/switch", json={"model": "llama"})
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert 0 == await serving
+
+    audit.close()
+
+    lines = [json.loads(path.read_text()) for path in (old, file)]
+    assert ["/admin/models/llama/pin", "/v1/models/switch"] == [line["path"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(0o600, ""), (0o644, "it is open to every user of the machine")]
+)
+def test_a_tls_key_that_others_may_read_is_told(
+    mode: int, expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not refused: it is vLLM's flag, and may have been served with for long."""
+    path = tmp_path / "key.pem"
+    path.touch()
+    path.chmod(mode)
+
+    for name in (None, str(tmp_path / "missing"), str(path)):
+        server._tell_of_open_key(name)
+
+    assert bool(expected) == len(caplog.messages)
+    assert expected in caplog.text
+
+
+def test_the_audit_log_may_be_named_by_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag wins over it; without either there is none."""
+    monkeypatch.setenv("VLLM_HOTSWAP_AUDIT_LOG", str(tmp_path / "variable"))
+    with ExitStack() as exits:
+        for path in (None, tmp_path / "flag"):
+            assert server._audit_log(path, exits) is not None
+        monkeypatch.delenv("VLLM_HOTSWAP_AUDIT_LOG")
+        assert server._audit_log(None, exits) is None
+
+    assert ["flag", "variable"] == sorted(file.name for file in tmp_path.iterdir())
 
 
 EDITED = "event=models_file_changed path="

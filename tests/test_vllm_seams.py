@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import pytest
 
 from tools.vllm_seams import __main__ as command
 from tools.vllm_seams.declared import seams
+from tools.vllm_seams.imports import decided
 from tools.vllm_seams.report import Known, changed, problems
 from tools.vllm_seams.routes import handlers_in, routes_in
 from tools.vllm_seams.state import seams_of_state
 from tools.vllm_seams.tree import Tree
 from tools.vllm_seams.uses import Uses, uses_in
 from tools.vllm_seams.wheel import NoSources, _unpack, sources_of
+from vllm_hotswap.code_settings import code_keys
 from vllm_hotswap.compat.state import Owner, State
 from vllm_hotswap.compat.versions import READ_ON, RUN_ON
 
@@ -172,6 +175,103 @@ def test_what_a_version_lacks_is_named(
 ) -> None:
     """With the name, what is wrong, and where it is used."""
     assert any(complaint in said for said in complaints(**replaced))
+
+
+ARGUMENTS = """
+    import enum
+    from dataclasses import dataclass, field
+    from typing import Annotated, Any, Literal
+    Kind = Literal["a", "b"]
+    class Level(enum.IntEnum):
+        LOW = 1
+    @dataclass
+    class Inner:
+        number: Annotated[int, "any"] = 1
+        {inner}
+    @dataclass
+    class EngineArgs:
+        kind: Kind | None = None
+        level: Level = Level.LOW
+        levels: "dict[str, list[Level]]" = None
+        inner: Inner = None
+        known: str = ""
+        later: str = field(default="", init=False)
+        {outer}
+    class AsyncEngineArgs(EngineArgs):
+        switch: bool = False
+"""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "complaint"),
+    [
+        ("", "", ""),
+        ("worker: str = ''", "", "AsyncEngineArgs.worker: str: is new, and may name code"),
+        ("worker: 'Kind | str' = ''", "", "AsyncEngineArgs.worker: Kind | str: is new"),
+        ("classes: list[Any] = ()", "", "AsyncEngineArgs.classes: list[Any]: is new"),
+        ("free: dict = None", "", "AsyncEngineArgs.free: dict: is new"),
+        ("other: Unheard = None", "", "AsyncEngineArgs.other: Unheard: is new"),
+        ("", "backend: str = ''", "Inner.backend: str: is new"),
+    ],
+)
+def test_a_setting_that_may_name_code_wants_a_decision(
+    make_tree: MakeTree, outer: str, inner: str, complaint: str
+) -> None:
+    """Of whatever configuration class; numbers and members of fixed sets need none."""
+    text = ARGUMENTS.format(outer=outer or "pass", inner=inner or "pass")
+    text = text.replace("        pass\n", "")
+    tree = make_tree(**{"engine/__init__": "", "engine/arg_utils": text})
+    known = dataclasses.replace(KNOWN, is_decided=lambda name: name == "known")
+
+    said = [str(p) for p in problems(tree, (1, 0), Uses((), ()), (), known)]
+
+    assert bool(complaint) == len(said)
+    assert "".join(said).startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_new"),
+    [
+        ("importlib.import_module(name)", True),
+        ("import_module(f'.{name}', __name__)", True),
+        ("resolve_obj_by_qualname(name)", True),
+        ("__import__(name)", True),
+        ("pickle.loads(name)", True),
+        ("torch.load(name)", True),
+        ("torch.load(name, weights_only=False)", True),
+        ("exec(name)", True),
+        ("importlib.import_module('triton')", False),
+        ("torch.load(name, weights_only=True)", False),
+        ("re.compile(name)", False),
+    ],
+)
+def test_a_function_that_imports_by_name_wants_a_decision(
+    make_tree: MakeTree, line: str, is_new: bool
+) -> None:
+    """So does one that unpickles; a name that is written there itself needs none."""
+    tree = make_tree(old=f"class Loader:\n    def load(self, name):\n        {line}\n")
+    known = dataclasses.replace(KNOWN, imports=frozenset(["vllm.old Loader.load"]))
+
+    said = [str(p) for p in problems(tree, (1, 0), Uses((), ()), (), KNOWN)]
+    after = list(problems(tree, (1, 0), Uses((), ()), (), known))
+
+    assert is_new == any(s.startswith("vllm.old Loader.load: imports by name") for s in said)
+    assert [] == after
+
+
+def test_settings_that_reach_an_import_are_refused() -> None:
+    """Each of the table, with a value that could be meant for nothing but a class."""
+    reaching = {setting for setting in decided().values() if setting}
+    values = {"kv_connector_extra_config", "media_io_kwargs", "hf_overrides"}
+
+    for setting in reaching:
+        *parents, key = setting.split(".")
+        value: object = {"any": "evil.Cls"} if key in values else "evil.Cls"
+        for parent in reversed([*parents, key]):
+            value = {parent: value}
+        assert isinstance(value, dict)
+        assert list(code_keys(value)), setting
+    assert "speculative_config.model" in reaching
 
 
 @pytest.mark.parametrize(

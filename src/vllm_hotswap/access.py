@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from starlette.datastructures import Headers
 
@@ -48,6 +49,20 @@ class KeyFlags:
     api_key_files: Sequence[Path] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, as records tell it."""
+
+    role: Literal["admin", "user", "anybody"] = "anybody"
+    """`anybody` has sent no key that is known."""
+    group: str = ""
+    """Of `rights`; empty without one."""
+    key: str = ""
+    """The fingerprint of the key; empty without one."""
+    name: str = ""
+    """What the key's file calls it."""
+
+
 class Access:
     """The keys of a server, and the decision about a caller.
 
@@ -65,7 +80,7 @@ class Access:
         admin_key_files: Sequence[Path] = (),
         groups: Iterable[Group] = (),
     ) -> None:
-        """Raises `ConfigError` if a file cannot be used, or a key is in two groups."""
+        """Raises `ConfigError` if a file cannot be used, or a key is in two groups or roles."""
         self._dev_mode = dev_mode
         rights = {group.rights.group: group for group in groups}
         self._others = rights.pop(DEFAULT).rights if DEFAULT in rights else Rights()
@@ -133,8 +148,9 @@ class Access:
     def _read(self) -> None:
         users, admins = self._user_source.read(), self._admin_source.read()
         members = read_members(self._groups)
-        self._user = sum((keys for _, keys in members), users)
-        self._admin, self._members = admins, members
+        users = sum((keys for _, keys in members), users)
+        _refuse_two_roles(users, admins)
+        self._user, self._admin, self._members = users, admins, members
 
     def check(self, role: Role, headers: Headers) -> None:
         """Let the caller pass.
@@ -164,6 +180,16 @@ class Access:
         of_groups = (rights for rights, keys in self._members if keys.know(key))
         return next(of_groups, self._others)
 
+    def caller(self, headers: Headers) -> Caller:
+        """Who has sent a request, whether it is let in or not."""
+        sent = _key(headers)
+        if (key := self._admin.find(sent)) is not None:
+            return Caller("admin", "", key.fingerprint, key.name)
+        if (key := self._user.find(sent)) is not None:
+            groups = (rights.group for rights, keys in self._members if keys.know(sent))
+            return Caller("user", next(groups, ""), key.fingerprint, key.name)
+        return Caller()
+
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for. Raises `InvalidRequest`."""
         asked = read_terms(headers)
@@ -181,6 +207,16 @@ class Access:
             )
         if not self._dev_mode:
             raise SwitchNotAllowed(f"switching is closed: {HOW_TO_OPEN}")
+
+
+def _refuse_two_roles(users: Keys, admins: Keys) -> None:
+    """See that no admin's key is a user's: each user would be an admin. Raises `ConfigError`."""
+    if (both := users.shared(admins)) is not None:
+        user, admin = both
+        raise ConfigError(
+            f"one key is an admin's ({admin.place}) and a user's ({user.place}), and would make "
+            "admins of users; take it out of one of them (admins may do what users may)"
+        )
 
 
 def _is_on(value: str) -> bool:

@@ -27,7 +27,7 @@ from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
 from vllm_hotswap.job_routes import leases_body
 from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import up_cost_s
-from vllm_hotswap.operations import move_body, predictions_body, usage_body
+from vllm_hotswap.operations import caller_of, move_body, predictions_body, usage_body
 from vllm_hotswap.registry import Model
 from vllm_hotswap.settings import DrainPolicy
 from vllm_hotswap.states import Residency, ServerState
@@ -82,7 +82,7 @@ class Admin:
     async def switch(self, request: Request) -> Response:
         call = _parse(await request.body())
         result = await self._coordinator.switch(
-            call.model, call.drain_timeout, call.on_drain_timeout
+            call.model, call.drain_timeout, call.on_drain_timeout, caller_of(request).key
         )
         return JSONResponse(switch_body(result))
 

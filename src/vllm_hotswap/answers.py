@@ -166,6 +166,8 @@ class JobLeaseAnswer(TypedDict):
     created: int
     expires_in_s: float
     pending: bool
+    key: NotRequired[str]
+    """For admins: the fingerprint of the key that has taken it."""
 
 
 class JobLeaseList(TypedDict):

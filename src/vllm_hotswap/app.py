@@ -31,7 +31,7 @@ from vllm_hotswap.job_routes import JobRoutes
 from vllm_hotswap.limits import ClientGone
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
-from vllm_hotswap.operations import Operations
+from vllm_hotswap.operations import CALLER, Operations
 from vllm_hotswap.own_routes import own_routes
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
@@ -130,7 +130,8 @@ class HotswapApp:
             body = await held.read(receive) if scope["method"] in BODY_METHODS else b""
             if body:
                 media.check_own_body(Headers(scope=scope))
-            request = Request({**scope, "path_params": parameters}, _replayed(body, receive))
+            own = {"path_params": parameters, CALLER: self.access.caller(headers)}
+            request = Request({**scope, **own}, _replayed(body, receive))
             return await route.handler(request)
 
     def may_use_kept_place(self, scope: Scope) -> bool:

@@ -191,6 +191,13 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
             help=f"file with keys as of --{role}-key, one a line (also "
             f"VLLM_HOTSWAP_{role.upper()}_KEY_FILE); read again on SIGHUP; may be given again",
         )
+    serve.add_argument(
+        "--audit-log",
+        type=Path,
+        metavar="FILE",
+        help="append a line to this file for every call that changes state, with the fingerprint "
+        "of its key (also VLLM_HOTSWAP_AUDIT_LOG); opened again on SIGHUP",
+    )
     _add_listening(serve)
     serve.add_argument(
         "--record",
@@ -388,7 +395,7 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
         listen = ListenFlags(
             args.uds_mode, args.port_file, _names(args.allowed_hosts), _names(forwarded)
         )
-        return server.run(config, flags, keys, args.record, listen)
+        return server.run(config, flags, keys, args.record, listen, args.audit_log)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:

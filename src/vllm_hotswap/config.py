@@ -26,7 +26,7 @@ from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References
 from vllm_hotswap.rights import DEFAULT, Group, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.security import check_mode, check_settings
+from vllm_hotswap.security import check_settings, read_models_file, without_dangers
 from vllm_hotswap.settings import (
     ALL,
     SECTIONS,
@@ -178,8 +178,7 @@ def read_config(
     Raises:
         ConfigError: it is missing, unreadable or not YAML.
     """
-    document, source = read_yaml(_read_text(path), path)
-    check_mode(path, allowed)
+    document, source = read_yaml(_read_text(path, allowed), path)
     return _parse(document, source, overrides, allowed, environment)
 
 
@@ -220,7 +219,10 @@ class ReadConfig:
     config: ServerConfig | None
     """None if there is nothing to look at; else without what is wrong."""
     unusable: frozenset[str]
-    """The aliases of models that cannot be made; of them, only `settings` are what they are."""
+    """The aliases of models that cannot be made; of them, only `settings` are what they are.
+
+    Without those that are refused, which nobody is to parse.
+    """
     mistakes: tuple[Mistake, ...]
 
     def whole(self) -> ServerConfig:
@@ -491,6 +493,7 @@ class _Reader:
         before = len(self.mistakes)
         with self._noting(*keys):
             check_settings(values, given.place, self._allowed)
+        values = without_dangers(values, self._allowed)
         with self._noting(*keys):
             if "sampling" in ours:
                 section = ours.pop("sampling")
@@ -674,9 +677,9 @@ def _complaint(first: Any, kind: type[Any], key: str) -> str:
     return f"it must be {words}" if words else message.replace("Input should be", "it must be")
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, allowed: frozenset[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_models_file(path, allowed).decode()
     except FileNotFoundError:
         raise ConfigError(
             f"configuration file {str(path)!r} does not exist; "

@@ -646,8 +646,11 @@ class Coordinator:
         alias: str,
         drain_timeout_s: float | None = None,
         on_drain_timeout: DrainPolicy | None = None,
+        key: str = "",
     ) -> SwitchResult:
         """Make `alias` the active model; wait until it is.
+
+        `key` is the fingerprint of the caller's key, for the record.
 
         Calls for the target that is being switched to join that switch; a switch that the server
         has decided on is waited for. A caller who leaves does not stop it.
@@ -673,7 +676,7 @@ class Coordinator:
             if drain_timeout_s is None:
                 drain_timeout_s = self._settings.drain_timeout
             policy = on_drain_timeout or self._settings.on_drain_timeout
-            self._begin(target, drain_timeout_s, policy)
+            self._begin(target, drain_timeout_s, policy).key = key
         switch = self._switch
         assert switch is not None
         if switch.target is not target:
@@ -715,9 +718,11 @@ class Coordinator:
         if self._switch is not None and self._switch.source is not None:
             drain.look_again(self._switch.source)
 
-    async def hold(self, alias: str, owner: str, ttl_s: float, note: str = "") -> JobLease:
+    async def hold(
+        self, alias: str, owner: str, ttl_s: float, note: str = "", key: str = ""
+    ) -> JobLease:
         """Hold a model for a job; see `Jobs.hold`."""
-        return await self.jobs.hold(self._usable(alias).alias, owner, ttl_s, note)
+        return await self.jobs.hold(self._usable(alias).alias, owner, ttl_s, note, key)
 
     def leases_changed(self) -> None:
         """Jobs hold another model than before, or until another time."""
@@ -1028,6 +1033,7 @@ class Coordinator:
                 switch.residency,
                 switch.drain_s,
                 duration_s if switch.turn_s is None else switch.turn_s - switch.started_s,
+                switch.key,
             )
         )
 

@@ -52,6 +52,8 @@ class SwitchEnded:
     drain_s: float = 0.0
     queued_s: float = 0.0
     """For which it waited for another operation that moved models."""
+    key: str = ""
+    """The fingerprint of the key of whoever has called for it; for logs alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ class JobLeaseChanged:
     owner: str
     change: JobLeaseChange
     expires_in_s: float
+    key: str = ""
+    """The fingerprint of the key of whoever has changed it; for logs alone."""
 
 
 @dataclass(frozen=True, slots=True)

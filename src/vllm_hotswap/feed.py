@@ -83,8 +83,9 @@ def event_name(event: Event) -> str:
 
 
 def event_fields(event: Event) -> dict[str, Any]:
-    """The event's fields; times are seconds."""
-    values = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    """The event's fields; times are seconds. Whose key it was is told to admins alone."""
+    names = [field.name for field in dataclasses.fields(event) if field.name != "key"]
+    values = {name: getattr(event, name) for name in names}
     return values | {"cause": told_if_any(values["cause"])} if "cause" in values else values
 
 

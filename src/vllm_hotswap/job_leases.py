@@ -26,6 +26,8 @@ class JobLease:
     """When it was asked for, in seconds since 1970."""
     expires_s: float | None = None
     """None: its model is not active yet."""
+    key: str = ""
+    """The fingerprint of the key of whoever has taken it."""
 
     @property
     def is_pending(self) -> bool:

@@ -10,7 +10,7 @@ from vllm_hotswap.answers import JobLeaseAnswer, JobLeaseList, RevokedLease
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.job_leases import JobLease
 from vllm_hotswap.jobs import Jobs
-from vllm_hotswap.operations import Body, parse_body
+from vllm_hotswap.operations import Body, caller_of, parse_body
 
 
 class LeaseOptions(Body):
@@ -37,34 +37,37 @@ class JobRoutes:
         self._coordinator = coordinator
 
     async def show(self, request: Request) -> Response:
-        body: JobLeaseList = {"leases": leases_body(self._coordinator.jobs)}
+        tells_keys = caller_of(request).role == "admin"
+        body: JobLeaseList = {"leases": leases_body(self._coordinator.jobs, tells_keys)}
         return JSONResponse(body)
 
     async def hold(self, request: Request) -> Response:
         options = parse_body(LeaseOptions, await request.body())
         lease = await self._coordinator.hold(
-            options.model, options.owner, options.ttl, options.note
+            options.model, options.owner, options.ttl, options.note, caller_of(request).key
         )
-        return JSONResponse(lease_body(lease, self._coordinator.jobs))
+        return JSONResponse(lease_body(lease, self._coordinator.jobs, tells_key=True))
 
     async def renew(self, request: Request) -> Response:
         options, jobs = parse_body(RenewOptions, await request.body()), self._coordinator.jobs
-        lease = jobs.renew(request.path_params["id"], options.ttl)
-        return JSONResponse(lease_body(lease, jobs))
+        lease = jobs.renew(request.path_params["id"], options.ttl, caller_of(request).key)
+        return JSONResponse(lease_body(lease, jobs, tells_key=True))
 
     async def revoke(self, request: Request) -> Response:
-        lease = self._coordinator.jobs.revoke(request.path_params["id"])
+        jobs, key = self._coordinator.jobs, caller_of(request).key
+        lease = jobs.revoke(request.path_params["id"], key)
         body: RevokedLease = {"id": lease.id, "model": lease.model, "revoked": True}
         return JSONResponse(body)
 
 
-def leases_body(jobs: Jobs) -> list[JobLeaseAnswer]:
+def leases_body(jobs: Jobs, tells_keys: bool = False) -> list[JobLeaseAnswer]:
     """Every job lease, as JSON."""
-    return [lease_body(lease, jobs) for lease in jobs.leases]
+    return [lease_body(lease, jobs, tells_keys) for lease in jobs.leases]
 
 
-def lease_body(lease: JobLease, jobs: Jobs) -> JobLeaseAnswer:
-    return {
+def lease_body(lease: JobLease, jobs: Jobs, tells_key: bool) -> JobLeaseAnswer:
+    """A job lease, as JSON. Whose key has taken it is for admins alone."""
+    body: JobLeaseAnswer = {
         "id": lease.id,
         "model": lease.model,
         "owner": lease.owner,
@@ -73,3 +76,6 @@ def lease_body(lease: JobLease, jobs: Jobs) -> JobLeaseAnswer:
         "expires_in_s": round(jobs.expires_in_s(lease), 3),
         "pending": lease.is_pending,
     }
+    if tells_key and lease.key:
+        body["key"] = lease.key
+    return body

@@ -27,8 +27,8 @@ class Holding(Protocol):
     @property
     def epoch(self) -> int: ...
 
-    async def switch(self, alias: str) -> object:
-        """Make a model active. Raises `HotswapError`."""
+    async def switch(self, alias: str, *, key: str) -> object:
+        """Make a model active, for whoever has this key. Raises `HotswapError`."""
 
     def leases_changed(self) -> None:
         """Another model is held than before, or until another time."""
@@ -73,7 +73,9 @@ class Jobs:
         """See that no other model than this is held. Raises `ModelLeased`."""
         self._leases.refuse_other(model, self._clock())
 
-    async def hold(self, model: str, owner: str, ttl_s: float, note: str = "") -> JobLease:
+    async def hold(
+        self, model: str, owner: str, ttl_s: float, note: str = "", key: str = ""
+    ) -> JobLease:
         """Hold a model, once it is active: it is switched to if it is not.
 
         Raises:
@@ -84,25 +86,26 @@ class Jobs:
         """
         self._check(ttl_s)
         lease_id = f"lease-{uuid.uuid4().hex[:12]}"
-        lease = JobLease(lease_id, model, owner, ttl_s, note, int(time.time()))
+        lease = JobLease(lease_id, model, owner, ttl_s, note, int(time.time()), key=key)
         self._leases.add(lease, self._clock())
         try:
-            await self._server.switch(model)
+            await self._server.switch(model, key=key)
         except BaseException:
             self._leases.discard(lease_id)
             self._server.leases_changed()
             raise
         # It may have been revoked meanwhile.
-        return self._changed(self._leases.begin(lease_id, self._clock()), "granted")
+        return self._changed(self._leases.begin(lease_id, self._clock()), "granted", key)
 
-    def renew(self, lease_id: str, ttl_s: float) -> JobLease:
+    def renew(self, lease_id: str, ttl_s: float, key: str = "") -> JobLease:
         """Have a lease end after `ttl_s` from now. Raises `InvalidRequest`, `UnknownLease`."""
         self._check(ttl_s)
-        return self._changed(self._leases.renew(lease_id, ttl_s, self._clock()), "renewed")
+        lease = self._leases.renew(lease_id, ttl_s, self._clock())
+        return self._changed(lease, "renewed", key)
 
-    def revoke(self, lease_id: str) -> JobLease:
+    def revoke(self, lease_id: str, key: str = "") -> JobLease:
         """End a lease. Raises `UnknownLease`."""
-        return self._changed(self._leases.remove(lease_id), "revoked")
+        return self._changed(self._leases.remove(lease_id), "revoked", key)
 
     def close(self) -> None:
         """Nothing expires any more."""
@@ -124,16 +127,16 @@ class Jobs:
         self._set_timer()
         self._server.leases_changed()
 
-    def _changed(self, lease: JobLease, change: JobLeaseChange) -> JobLease:
-        self._notify(lease, change)
+    def _changed(self, lease: JobLease, change: JobLeaseChange, key: str) -> JobLease:
+        self._notify(lease, change, key)
         self._set_timer()
         self._server.leases_changed()
         return lease
 
-    def _notify(self, lease: JobLease, change: JobLeaseChange) -> None:
-        left_s = self.expires_in_s(lease)
+    def _notify(self, lease: JobLease, change: JobLeaseChange, key: str = "") -> None:
+        left_s, epoch = self.expires_in_s(lease), self._server.epoch
         self._observer.notify(
-            JobLeaseChanged(self._server.epoch, lease.id, lease.model, lease.owner, change, left_s)
+            JobLeaseChanged(epoch, lease.id, lease.model, lease.owner, change, left_s, key)
         )
 
     def _set_timer(self) -> None:

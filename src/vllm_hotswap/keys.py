@@ -8,24 +8,42 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-import shlex
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.trusted_files import read_private
 
-OTHERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IXOTH
+FINGERPRINT_DIGITS = 12
 
-_COMMENT = re.compile(r"(^|\s)#.*")
+MAX_NAME = 100
+"""Characters of a key's name that are kept."""
+
+_LINE = re.compile(r"(.*?)(?:(?:^|\s)#(.*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key, as its digest."""
+
+    digest: bytes = field(repr=False)
+    place: str
+    """Where it was given."""
+    name: str = ""
+    """What its file calls it: the comment behind it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells keys apart in records, and does not change: part of the digest of the digest."""
+        return hashlib.sha256(self.digest).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of one role, as digests."""
+    """The keys of one role."""
 
-    _digests: tuple[bytes, ...] = field(default=(), repr=False)
+    _keys: tuple[Key, ...] = ()
 
     @classmethod
     def of(cls, keys: Iterable[str], place: str) -> Keys:
@@ -37,23 +55,28 @@ class Keys:
         given = [key for key in keys if key]
         for key in given:
             check_sendable(key, place)
-        return cls(tuple(_digest(key.encode()) for key in given))
+        return cls(tuple(Key(_digest(key.encode()), place) for key in given))
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._keys)
 
     def __add__(self, other: Keys) -> Keys:
-        return Keys(self._digests + other._digests)
+        return Keys(self._keys + other._keys)
 
-    def shares(self, other: Keys) -> bool:
-        """Whether some key is one of both."""
-        return not set(self._digests).isdisjoint(other._digests)
+    def shared(self, other: Keys) -> tuple[Key, Key] | None:
+        """A key that is one of both, as it was given here and there; None if there is none."""
+        theirs = {key.digest: key for key in other._keys}
+        return next(((key, theirs[key.digest]) for key in self._keys if key.digest in theirs), None)
+
+    def find(self, key: bytes) -> Key | None:
+        """The one that it is. Every one is compared, each in constant time."""
+        digest = _digest(key)
+        matches = [known for known in self._keys if secrets.compare_digest(digest, known.digest)]
+        return matches[0] if matches else None
 
     def know(self, key: bytes) -> bool:
-        """Whether it is one of them. Every one is compared, each in constant time."""
-        digest = _digest(key)
-        matches = [secrets.compare_digest(digest, known) for known in self._digests]
-        return any(matches)
+        """Whether it is one of them."""
+        return self.find(key) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +99,33 @@ def split_keys(text: str) -> list[str]:
     return re.split(r"[,\s]+", text.strip(", \t\r\n"))
 
 
-def parse_key_file(text: str) -> Iterator[str]:
-    """One key a line; `#` at the begin of a line, or behind white space, begins a comment."""
+def parse_key_file(text: str) -> Iterator[tuple[str, str]]:
+    """Key and name of each line; `#` at its begin, or behind white space, begins a comment.
+
+    The comment behind a key is its name.
+    """
     for line in text.splitlines():
-        yield _COMMENT.sub("", line).strip()
+        match = _LINE.fullmatch(line)
+        key, comment = match.groups() if match else (line, None)
+        yield key.strip(), _name(comment or "")
+
+
+def _name(comment: str) -> str:
+    return "".join(filter(str.isprintable, comment)).strip()[:MAX_NAME]
 
 
 def read_key_file(path: Path) -> Keys:
-    """The keys of a file that nobody else of the machine may read or write, as digests.
+    """The keys of a file that nobody else of the machine may read or write.
 
     Raises:
         ConfigError: it cannot be used; the message names the file and the next step.
     """
-    return Keys.of(plain_keys(path), _place(path))
+    place = _place(path)
+    keys = []
+    for number, key, name in _key_lines(path):
+        check_sendable(key, place)
+        keys.append(Key(_digest(key.encode()), f"{place}, line {number}", name))
+    return Keys(tuple(keys))
 
 
 def plain_keys(path: Path) -> list[str]:
@@ -97,17 +134,22 @@ def plain_keys(path: Path) -> list[str]:
     Raises:
         ConfigError: it cannot be used; the message names the file and the next step.
     """
+    return [key for _, key, _ in _key_lines(path)]
+
+
+def _key_lines(path: Path) -> list[tuple[int, str, str]]:
+    """Number, key and name of each line that has a key; at least one. Raises `ConfigError`."""
     place = _place(path)
     try:
-        _check(path.stat().st_mode, path, place)
-        keys = [key for key in parse_key_file(path.read_text(encoding="utf-8")) if key]
+        lines = enumerate(parse_key_file(read_private(path, place).decode()), start=1)
+        found = [(number, key, name) for number, (key, name) in lines if key]
     except OSError as error:
         raise ConfigError(f"{place} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:  # which would show what it could not decode
         raise ConfigError(f"{place} is not UTF-8 text; write one key a line") from None
-    if not keys:
+    if not found:
         raise ConfigError(f"{place} contains no key; write one a line")
-    return keys
+    return found
 
 
 def check_sendable(key: str, place: str) -> None:
@@ -118,15 +160,6 @@ def check_sendable(key: str, place: str) -> None:
 
 def _place(path: Path) -> str:
     return f"key file {str(path)!r}"
-
-
-def _check(mode: int, path: Path, place: str) -> None:
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{place} is not a regular file")
-    if mode & OTHERS:
-        raise ConfigError(
-            f"{place} is open to every user of the machine; run: chmod o= {shlex.quote(str(path))}"
-        )
 
 
 def _digest(key: bytes) -> bytes:

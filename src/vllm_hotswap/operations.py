@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from vllm_hotswap.access import Caller
 from vllm_hotswap.answers import (
     CancelAnswer,
     MoveAnswer,
@@ -192,6 +193,16 @@ def move_body(move: Move) -> MoveAnswer:
 
 def usage_body(usage: Usage) -> UsageAnswer:
     return {"device_bytes": usage.device, "host_bytes": usage.host}
+
+
+CALLER = "vllm_hotswap.caller"
+"""Where the scope of a request to our own routes says who has sent it."""
+
+
+def caller_of(request: Request) -> Caller:
+    """Who has sent a request to one of our own routes."""
+    caller: Caller = request.scope.get(CALLER, Caller())
+    return caller
 
 
 def parse_body(kind: type[Options], body: bytes) -> Options:

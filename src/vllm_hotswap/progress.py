@@ -142,8 +142,8 @@ LINES: Mapping[type[Event], tuple[int, str, tuple[str, ...]]] = {
     RequestsResumed: (logging.INFO, "event=requests_resumed model=%s count=%d", ("model", "count")),
     JobLeaseChanged: (
         logging.INFO,
-        "event=job_lease change=%s lease=%s model=%s owner=%r expires_in_s=%.0f",
-        ("change", "lease", "model", "owner", "expires_in_s"),
+        "event=job_lease change=%s lease=%s model=%s owner=%r expires_in_s=%.0f key=%s",
+        ("change", "lease", "model", "owner", "expires_in_s", "key"),
     ),
     LoadProgress: (
         logging.INFO,
@@ -162,7 +162,7 @@ class EventLog:
             case SwitchEnded(status="switched"):
                 log.info(
                     "event=switch source=%s target=%s epoch=%d seconds=%.4f cut=%d parked=%d "
-                    "lost=%d operation=%s",
+                    "lost=%d operation=%s key=%s",
                     event.source,
                     event.target,
                     event.epoch,
@@ -171,16 +171,18 @@ class EventLog:
                     event.requests_parked,
                     event.requests_lost,
                     event.operation_id,
+                    event.key,
                 )
             case SwitchEnded():
                 log.log(
                     logging.WARNING if event.status == "refused" else logging.ERROR,
-                    "event=switch_%s source=%s target=%s cause=%r operation=%s",
+                    "event=switch_%s source=%s target=%s cause=%r operation=%s key=%s",
                     event.status,
                     event.source,
                     event.target,
                     event.cause,
                     event.operation_id,
+                    event.key,
                 )
             case PhaseChanged(status="failed"):
                 log.error("event=phase_failed phase=%s target=%s", event.phase.value, event.target)

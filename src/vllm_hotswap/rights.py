@@ -85,7 +85,7 @@ def read_members(groups: Iterable[Group]) -> list[tuple[Rights, Keys]]:
 def refuse_shared(members: Sequence[tuple[Group, Keys]]) -> None:
     """See that no key is in two groups. Raises `ConfigError`."""
     for (one, ones), (other, others) in combinations(members, 2):
-        if ones.shares(others):
+        if ones.shared(others):
             raise ConfigError(
                 f"{other.place}: a key of it is one of {one.place}, too; "
                 "every key may be in one group"

@@ -7,37 +7,25 @@ could say so, too; that is why the permission is no key of the file.
 
 from __future__ import annotations
 
-import json
-import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_hotswap.code_settings import CODE, code_keys, trusting_keys
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
+from vllm_hotswap.trusted_files import read_trusted
 from vllm_hotswap.written import Place
 
 ALLOW_VARIABLE = "VLLM_HOTSWAP_ALLOW"
 
-CUSTOM_CLASS = "custom_class"
-"""The method of speculative decoding whose model is the name of a class."""
-
 DANGERS: Mapping[str, str] = {
     "trust_remote_code": "models whose `trust_remote_code` is true in the file",
     "code": "settings in the file that name code to be imported (`worker_cls`, plugins, "
-    "`middleware`, `logits_processors`, ...) or run what a model writes (`tool_server: demo`)",
-    "world_writable": "a YAML file that every user of the machine may write",
+    "`middleware`, `logits_processors`, ...), load compiled code (`cache_dir`), or run what a "
+    "model writes (`tool_server: demo`)",
+    "world_writable": "a YAML file that other users of the machine own, may write or may replace",
 }
 """What may be allowed, by its name in `--allow`, and what that accepts."""
-
-_NAMES_CODE = re.compile(
-    r"(^|_)(cls|class|classes|plugin|module_path|logits_processors|middleware|"
-    r"class_overrides|inductor_passes|custom_passes)$"
-)
-_NO_CODE = frozenset(["splitting_ops"])
-"""Nested keys whose values have dots and are names of operators."""
-
-_QUALIFIED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:\w+)?")
 
 
 def parse_allowed(words: Iterable[str]) -> frozenset[str]:
@@ -53,13 +41,19 @@ def parse_allowed(words: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_mode(path: Path, allowed: frozenset[str]) -> None:
-    """Refuse a file that anybody may write. Raises `ConfigError`."""
-    if "world_writable" not in allowed and path.stat().st_mode & stat.S_IWOTH:
-        raise ConfigError(
-            f"configuration file {str(path)!r} can be written by every user of the machine, and it "
-            f"decides which code runs; chmod o-w it, or start with --allow world_writable"
-        )
+def read_models_file(path: Path, allowed: frozenset[str]) -> bytes:
+    """The content of a file that decides which code runs.
+
+    Raises:
+        ConfigError: somebody else may write or replace it, and that is not allowed.
+        OSError: it cannot be read.
+    """
+    return read_trusted(
+        path,
+        f"configuration file {str(path)!r}",
+        hatch=", or start with --allow world_writable: it decides which code runs",
+        is_checked="world_writable" not in allowed,
+    )
 
 
 def check_settings(
@@ -83,67 +77,29 @@ def check_settings(
         raise ConfigMistakes(found)
 
 
+def without_dangers(settings: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
+    """The settings but for those that run code nobody has allowed.
+
+    vLLM's parser makes objects of what it parses, and so may run what they name already then.
+    """
+    refused = {keys[0] for keys, _ in _dangers(settings, allowed)}
+    return {key: value for key, value in settings.items() if key.replace("-", "_") not in refused}
+
+
 def _dangers(
     settings: Mapping[str, Any], allowed: frozenset[str]
 ) -> Iterator[tuple[list[str], str]]:
     """The way to each setting that runs code nobody has allowed, and what to do about it."""
-    named = {key.replace("-", "_"): value for key, value in settings.items()}
-    if named.get("trust_remote_code") and "trust_remote_code" not in allowed:
+    if "trust_remote_code" not in allowed:
         why = "if you have read it, start with --allow trust_remote_code"
-        yield ["trust_remote_code"], f"runs code that comes with the checkpoint; {why}"
+        for keys in trusting_keys(settings):
+            yield keys, f"runs code that comes with the checkpoint; {why}"
     if "code" not in allowed:
-        why = "if that is wanted, start with --allow code"
-        for key in code_keys(named):
-            yield key.split("."), f"names code that the server would run; {why}"
+        for keys in code_keys(settings):
+            yield keys, f"names code that the server would run; {_next_step(keys)}"
 
 
-def code_keys(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The keys, nested ones too, whose value names code."""
-    for key, value in settings.items():
-        if value in (None, "", [], {}, "auto"):
-            continue
-        if _NAMES_CODE.search(key) or _is_code(key, value):
-            yield key
-        else:
-            yield from (f"{key}{inner}" for inner in _nested(_parsed(value)))
-
-
-def _nested(value: object) -> Iterator[str]:
-    """Where code is named inside a value: vLLM imports what several such keys name."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _nested(item)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            key = str(name).replace("-", "_")
-            if item in (None, "", [], {}) or key in _NO_CODE:
-                continue
-            if _NAMES_CODE.search(key) or _is_qualified(item) or item == CUSTOM_CLASS:
-                yield f".{key}"
-            else:
-                yield from (f".{key}{inner}" for inner in _nested(item))
-
-
-def _is_code(key: str, value: object) -> bool:
-    if key == "tool_server":
-        return value == "demo"
-    if value == CUSTOM_CLASS:  # of speculative decoding
-        return True
-    return key.endswith("_backend") and _is_qualified(value)
-
-
-def _is_qualified(value: object) -> bool:
-    """Whether a value reads like the qualified name of a class, and not like a file's name."""
-    if not isinstance(value, str) or not _QUALIFIED.fullmatch(value):
-        return False
-    return not value.endswith((".json", ".yaml", ".yml", ".safetensors", ".gguf", ".txt"))
-
-
-def _parsed(value: object) -> object:
-    """A text that vLLM reads as JSON, as it reads it."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def _next_step(keys: list[str]) -> str:
+    step = "if that is wanted, start with --allow code"
+    is_declared = len(keys) == 1 or keys[-1] in CODE
+    return step if is_declared else f"{step}; if it is a file, put ./ or its folder before it"

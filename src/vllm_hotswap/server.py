@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from vllm_hotswap import __version__, failpoints, terminal
 from vllm_hotswap.access import HOW_TO_OPEN, Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
+from vllm_hotswap.audit import Audited, AuditLog
 from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
 from vllm_hotswap.cross_site import CrossSite
@@ -40,6 +41,7 @@ from vllm_hotswap.record import Recorder, head_of
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import CONFIG_VARIABLES
 from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal, on_hangup, stop_signal
+from vllm_hotswap.trusted_files import doubt
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -70,6 +72,7 @@ def run(
     keys: KeyFlags | None = None,
     record: Path | None = None,
     listen: ListenFlags | None = None,
+    audit: Path | None = None,
 ) -> int:
     """Serve until told to stop. Returns the exit status.
 
@@ -79,6 +82,7 @@ def run(
         keys: what the command line says of keys, besides `--api-key`.
         record: a new file for a trace of what happens.
         listen: what it says of the address, besides vLLM's flags.
+        audit: a file that gets a line for every call that changes state.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
@@ -86,7 +90,7 @@ def run(
     early = EarlyStop()
     early.listen(signal.SIGTERM)
     try:
-        return _run(config, flags, keys, record, listen or ListenFlags(), early)
+        return _run(config, flags, keys, record, listen or ListenFlags(), audit, early)
     except Stopped:
         log.info("event=stopped phase=start")
         return 0
@@ -100,6 +104,7 @@ def _run(
     keys: KeyFlags | None,
     record: Path | None,
     listen: ListenFlags,
+    audit: Path | None,
     early: EarlyStop,
 ) -> int:
     models_file = ModelsFile.read(config.path)
@@ -109,12 +114,13 @@ def _run(
     folders = config.adapter_folders
     # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
     with contextlib.ExitStack() as exits, early.ended():
+        audit_log = _audit_log(audit, exits)
         recorders = () if record is None else (_recorder(record, config, exits, early),)
         shut_out_others()
         link = HostLink()
         _clean_environment()
         # Until there is a loop to handle it; the engine host never does.
-        if _hears_hangups(access):
+        if _hears_hangups(access, audit_log):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         else:
             early.listen(signal.SIGHUP)
@@ -137,6 +143,7 @@ def _run(
             args = namespaces[""]
             access.use_user_keys(args.api_key)
             args.api_key = None
+            _tell_of_open_key(args.ssl_keyfile)
             log_config = frontend.uvicorn_log_config(args)
             refresher = frontend.certificate_refresher
             with early.held():
@@ -159,7 +166,8 @@ def _run(
             recovery=config.recovery,
             cross_site=cross_site_of(access, listener, listen),
         )
-        serving = serve(app, listener, load, config.default_model, progress, models_file, early)
+        default = config.default_model
+        serving = serve(app, listener, load, default, progress, models_file, early, audit_log)
         starting.pop_all()  # from here on, `serve` stops the host
         return _run_loop(serving)
 
@@ -171,6 +179,28 @@ def _recorder(
         recorder = Recorder(path, head_of(config))
         exits.callback(recorder.close)
     return recorder
+
+
+def _tell_of_open_key(name: str | None) -> None:
+    """Warn of a TLS key that somebody else may read or replace; uvicorn takes any."""
+    with contextlib.suppress(OSError):  # uvicorn will say
+        if name and (cause := doubt(Path(name))):
+            log.warning("event=tls_key_open path=%r cause=%r", name, f"it {cause}")
+
+
+def _audit_log(path: Path | None, exits: contextlib.ExitStack) -> AuditLog | None:
+    """That of the flag, or else of the variable."""
+    path = path or _audit_variable()
+    if path is None:
+        return None
+    audit = AuditLog(path)
+    exits.callback(audit.close)
+    return audit
+
+
+def _audit_variable() -> Path | None:
+    name = os.environ.get("VLLM_HOTSWAP_AUDIT_LOG")
+    return Path(name) if name else None
 
 
 def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
@@ -225,12 +255,14 @@ async def serve(
     progress: StartupProgress,
     models_file: ModelsFile | None = None,
     early: EarlyStop | None = None,
+    audit: AuditLog | None = None,
 ) -> int:
     """Load, serve, stop. Returns the exit status: 0 if it was told to stop.
 
     Args:
         models_file: what SIGHUP is to compare.
         early: whether it was told to stop before this began.
+        audit: where calls that change state are written down.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
@@ -238,8 +270,8 @@ async def serve(
     early = early or EarlyStop()
     with contextlib.ExitStack() as exits:
         further = []
-        if _hears_hangups(app.access):
-            exits.enter_context(on_hangup(lambda: _read_again(app.access, models_file)))
+        if _hears_hangups(app.access, audit):
+            exits.enter_context(on_hangup(lambda: _read_again(app.access, models_file, audit)))
         else:
             further.append(signal.SIGHUP)
         stop = exits.enter_context(
@@ -249,19 +281,21 @@ async def serve(
             if not await _start(app, load, default, stop):
                 return 0
             progress.close()
-            return await _serve(app, listener, stop)
+            return await _serve(app, listener, stop, audit)
         finally:
             progress.close()
             listener.close()
             await app.host.stop()
 
 
-def _hears_hangups(access: Access) -> bool:
-    """Whether SIGHUP has files read again. In a terminal without key files it ends the server."""
-    return access.has_files or not has_terminal()
+def _hears_hangups(access: Access, audit: AuditLog | None = None) -> bool:
+    """Whether SIGHUP has files opened again. In a terminal without such it ends the server."""
+    return access.has_files or audit is not None or not has_terminal()
 
 
-def _read_again(access: Access, models_file: ModelsFile | None) -> None:
+def _read_again(access: Access, models_file: ModelsFile | None, audit: AuditLog | None) -> None:
+    if audit is not None:
+        audit.reopen()
     if access.has_files:
         access.read_again()
     if models_file is not None:
@@ -314,8 +348,10 @@ async def _first(
     return False
 
 
-async def _serve(app: HotswapApp, listener: Listener, stop: asyncio.Future[None]) -> int:
-    served = _with_origins(app, listener.args)
+async def _serve(
+    app: HotswapApp, listener: Listener, stop: asyncio.Future[None], audit: AuditLog | None
+) -> int:
+    served = _with_origins(_audited(app, audit), listener.args)
     config = listener.uvicorn_config(served, app.limits, app.may_use_kept_place)
     server = Server(config, on_started=lambda: _announce(app, listener))
     serving = asyncio.create_task(server.serve([listener.sock]))
@@ -362,7 +398,11 @@ def _exit_status(app: HotswapApp, serving: asyncio.Task[None], stop: asyncio.Fut
     return 0 if stop.done() else 1
 
 
-def _with_origins(app: HotswapApp, args: argparse.Namespace) -> ASGIApp:
+def _audited(app: HotswapApp, audit: AuditLog | None) -> ASGIApp:
+    return app if audit is None else Audited(app, app.routes, app.access, audit)
+
+
+def _with_origins(app: ASGIApp, args: argparse.Namespace) -> ASGIApp:
     """The application behind vLLM's flags for web pages of other origins, where any is given."""
     if not args.allowed_origins:
         return app

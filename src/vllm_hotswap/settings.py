@@ -560,6 +560,8 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_HOTSWAP_PASS_ON": "names, with commas between, of variables that the engine host is to "
     "have although it would not get them ([configuration](configuration.md#what-the-engine-host-"
     "is-told))",
+    "VLLM_HOTSWAP_AUDIT_LOG": "a file for a line of every call that changes state; `--audit-log` "
+    "wins over it",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
     FORWARDED_VARIABLE: "uvicorn's: proxies whose word counts for where a request comes from; "

@@ -52,6 +52,8 @@ class Switch:
     policy: DrainPolicy = "abort"
     automatic: bool = False
     """Whether the server decided on it: then nobody is ended for it."""
+    key: str = ""
+    """The fingerprint of the key of whoever has called for it."""
     may_park: bool = True
     """Whether requests that run may be frozen for it, if the server decided on it."""
     drain_until_s: Callable[[], float] | None = None

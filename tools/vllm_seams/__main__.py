@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 from tools.vllm_seams.declared import numbers, seams
+from tools.vllm_seams.imports import decided
 from tools.vllm_seams.report import Known, changed, problems, summary
 from tools.vllm_seams.state import seams_of_state
 from tools.vllm_seams.tree import Tree
 from tools.vllm_seams.uses import Uses, uses_in
 from tools.vllm_seams.wheel import NoSources, installed_sources, sources_of
+from vllm_hotswap.code_settings import is_decided
 from vllm_hotswap.compat.frontend import HANDLERS
 from vllm_hotswap.compat.names import OPTIONAL, PLACES
 from vllm_hotswap.compat.versions import READ_ON, RUN_ON
@@ -48,6 +50,8 @@ def known() -> Known:
         handlers=HANDLERS,
         state=READ_OF_STATE,
         made_by_us=MADE_BY_US,
+        is_decided=is_decided,
+        imports=frozenset(decided()),
     )
 
 

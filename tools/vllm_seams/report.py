@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tools.vllm_seams.declared import Seam
+from tools.vllm_seams.imports import imports_in
 from tools.vllm_seams.routes import handlers_in, routes_in
+from tools.vllm_seams.settings import settings_in
 from tools.vllm_seams.tree import Signature, Tree
 from tools.vllm_seams.uses import Call, Override, Use, Uses
 
@@ -40,6 +42,10 @@ class Known:
     """Further names in that state that we read."""
     made_by_us: frozenset[str]
     """Constructors that are called by us alone, so that ours may take what it likes."""
+    is_decided: Callable[[str], bool] = bool
+    """Whether it has been decided if the setting of this name names code."""
+    imports: frozenset[str] = frozenset()
+    """Functions that import what they are given, of which it is known what reaches them."""
 
 
 def problems(
@@ -51,6 +57,17 @@ def problems(
     yield from _overrides(tree, uses.overrides, known)
     yield from (p for seam in seams if seam.is_meant_for(version) for p in _seam(tree, seam))
     yield from _routes(tree, known)
+    yield from _undecided(tree, known)
+
+
+def _undecided(tree: Tree, known: Known) -> Iterator[Problem]:
+    """What could be a way to have code run that nobody has allowed."""
+    for setting in settings_in(tree):
+        if not setting.is_closed and not known.is_decided(setting.name):
+            yield Problem(str(setting), "is new, and may name code; decide in code_settings")
+    for place, call in imports_in(tree).items():
+        if place not in known.imports:
+            yield Problem(place, f"imports by name ({call}); add it to imports.txt")
 
 
 def _places(tree: Tree, known: Known) -> Iterator[Problem]:

@@ -94,13 +94,13 @@ class Module:
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self._is_package = path.name == "__init__.py"
-        self._tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.root = ast.parse(path.read_text(encoding="utf-8"))
 
     @cached_property
     def bindings(self) -> Mapping[str, ast.AST]:
         """Names that the top level defines, in whatever branch; the first definition counts."""
         found: dict[str, ast.AST] = {}
-        for statement in _statements(self._tree.body):
+        for statement in _statements(self.root.body):
             for name in _bound(statement):
                 found.setdefault(name, statement)
         return found
@@ -109,7 +109,7 @@ class Module:
     def imports(self) -> Mapping[str, str]:
         """Local name -> dotted name that it stands for."""
         found: dict[str, str] = {}
-        for statement in _statements(self._tree.body):
+        for statement in _statements(self.root.body):
             if isinstance(statement, ast.ImportFrom):
                 base = self._absolute(statement)
                 found |= {a.asname or a.name: f"{base}.{a.name}" for a in statement.names}
@@ -128,14 +128,14 @@ class Module:
             return frozenset()
         return frozenset(
             key.value
-            for node in ast.walk(self._tree)
+            for node in ast.walk(self.root)
             if isinstance(node, ast.Dict)
             for key in node.keys
             if isinstance(key, ast.Constant) and isinstance(key.value, str)
         )
 
     def walk(self) -> Iterator[ast.AST]:
-        return ast.walk(self._tree)
+        return ast.walk(self.root)
 
     def _absolute(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -164,9 +164,13 @@ class Tree:
             self._modules[name] = None if path is None else Module(name, path)
         return self._modules[name]
 
-    def modules(self, package: str) -> Iterator[Module]:
-        """All modules of a package, in the order of their paths."""
+    def modules(self, package: str, words: Iterable[str] = ("",)) -> Iterator[Module]:
+        """All modules of a package that have one of these words, in the order of their paths."""
+        wanted = [word.encode() for word in words]
         for path in sorted(self.root.joinpath(*package.split(".")).rglob("*.py")):
+            text = path.read_bytes()
+            if not any(word in text for word in wanted):
+                continue
             parts = path.relative_to(self.root).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             if (module := self.module(name)) is not None:
@@ -233,7 +237,7 @@ class Tree:
 
     def _member(self, owner: Found, parts: list[str]) -> Found | None:
         name, *rest = parts
-        for found in self._lineage(owner):
+        for found in self.lineage(owner):
             node = _member(found.node, name) if found.node is not None else None
             if isinstance(node, ast.ClassDef) and rest:
                 return self._member(Found(found.module, node), rest)
@@ -242,24 +246,24 @@ class Tree:
                 return Found(found.module, node, owner_name)
         return None
 
-    def _lineage(self, found: Found) -> Iterator[Found]:
+    def lineage(self, found: Found) -> Iterator[Found]:
         """A class and those that it inherits from, as far as their sources are here."""
         yield found
         module = self.module(found.module)
         if not isinstance(found.node, ast.ClassDef) or module is None:
             return
         for base in found.node.bases:
-            name = _dotted(base.value if isinstance(base, ast.Subscript) else base)
+            name = dotted(base.value if isinstance(base, ast.Subscript) else base)
             parent = self._in_module(module, name.split(".")) if name else None
             if parent is not None and isinstance(parent.node, ast.ClassDef):
-                yield from self._lineage(parent)
+                yield from self.lineage(parent)
 
     def _constructor(self, found: Found) -> Signature | None:
-        for one in self._lineage(found):
+        for one in self.lineage(found):
             init = _member(one.node, "__init__")
             if isinstance(init, Function):
                 return Signature.of(init, is_method=True)
-        lineage = list(self._lineage(found))
+        lineage = list(self.lineage(found))
         if not any(_makes_fields(one.node) for one in lineage):
             return None
         fields = [name for one in reversed(lineage) for name in _fields(one.node)]
@@ -318,19 +322,19 @@ def _fields(node: ast.AST | None) -> Iterator[str]:
 def _makes_fields(node: ast.AST | None) -> bool:
     if not isinstance(node, ast.ClassDef):
         return False
-    bases = {_dotted(base).rpartition(".")[2] for base in node.bases}
+    bases = {dotted(base).rpartition(".")[2] for base in node.bases}
     return bool(bases & FIELD_BASES or set(_decorators(node)) & FIELD_MAKERS)
 
 
 def _decorators(node: Function | ast.ClassDef) -> list[str]:
     called = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
-    return [_dotted(one).rpartition(".")[2] for one in called]
+    return [dotted(one).rpartition(".")[2] for one in called]
 
 
-def _dotted(node: ast.AST) -> str:
+def dotted(node: ast.AST) -> str:
     """`a.b.c` of a name or of attributes of one; empty for anything else."""
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute) and (base := _dotted(node.value)):
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
         return f"{base}.{node.attr}"
     return ""

@@ -1,0 +1,293 @@
+"""`serve --audit-log FILE`: one JSON line for each call that changes what the server does.
+
+Lines are only ever appended. A thread of its own writes them, so that a slow disk holds no request
+up. A line that cannot be written is told in the log, and the call that it is of goes on. SIGHUP has
+the file opened anew, so that it can be moved away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import stat
+import threading
+import time
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_hotswap.access import Access, Caller, Role
+from vllm_hotswap.cross_site import SAFE_METHODS
+from vllm_hotswap.errors import ConfigError, HotswapError
+from vllm_hotswap.model_routes import request_of
+from vllm_hotswap.routes import RouteTable
+from vllm_hotswap.trusted_files import refuse_foreign
+
+log = logging.getLogger("vllm_hotswap")
+
+MAX_PENDING = 10_000
+"""Lines that wait for the disk; further ones are lost."""
+
+MAX_PATH = 500
+"""Characters of a path that are kept."""
+
+MAX_BODY = 4096
+"""Bytes; a longer body of a request is left out of its line."""
+
+CLOSE_S = 5.0
+"""For which the end of the server waits for the last lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """One call."""
+
+    time: str
+    """When it was answered: ISO 8601, UTC."""
+    method: str
+    path: str
+    model: str | None
+    """The alias that it was for, as far as the path, the request or the answer says one."""
+    role: str
+    """`admin`, `user`, or `anybody` without a key."""
+    group: str | None
+    """The group of the key, if it has one."""
+    key: str | None
+    """The fingerprint of the caller's key."""
+    name: str | None
+    """What the key's file calls it."""
+    client: str | None
+    """The address that it came from."""
+    status: int | None
+    """None: the client left, or the server ended, before there was one."""
+    seconds: float
+    request: Any = None
+    """The body, if it is short, and JSON."""
+
+
+FIELDS = [field.name for field in fields(AuditLine)]
+
+
+class AuditLog:
+    """The file.
+
+    The mutable state is the queue of lines, how many are in it (`_pending`, under the lock), and
+    the open file, which is the thread's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, and create it if there is none.
+
+        Raises:
+            ConfigError: it cannot be written, or somebody else could change it.
+        """
+        self._path = path
+        try:
+            self._descriptor = _open(path)
+        except OSError as error:
+            reason = error.strerror
+            raise ConfigError(f"{_what(path)} cannot be written: {reason}") from None
+        self._lines: queue.SimpleQueue[str | Literal["reopen", "stop"]] = queue.SimpleQueue()
+        self._pending = 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._write_all, name="audit-log", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<AuditLog path={str(self._path)!r} pending={self._pending}>"
+
+    def write(self, line: AuditLine) -> None:
+        """Have a line written soon. Never raises and never waits."""
+        with self._lock:
+            is_full = self._pending >= MAX_PENDING
+            self._pending += not is_full
+        if is_full:
+            self._tell("it takes lines too slowly")
+        else:
+            values = {name: getattr(line, name) for name in FIELDS}
+            self._lines.put(json.dumps(values, allow_nan=False) + "\n")
+
+    def reopen(self) -> None:
+        """Write what follows to a file that is opened anew under the same path."""
+        self._lines.put("reopen")
+
+    def close(self) -> None:
+        """Write what is left, for `CLOSE_S` at most."""
+        self._lines.put("stop")
+        self._thread.join(CLOSE_S)
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) != "stop":
+            if line == "reopen":
+                self._reopen()
+                continue
+            try:
+                _write(self._descriptor, line.encode())
+            except OSError as error:
+                self._tell(error.strerror)
+            with self._lock:
+                self._pending -= 1
+        os.close(self._descriptor)
+
+    def _reopen(self) -> None:
+        try:
+            descriptor = _open(self._path)
+        except (OSError, ConfigError) as error:
+            cause = str(getattr(error, "strerror", None) or error)
+            log.error(
+                "event=audit_log_not_reopened path=%r cause=%r then='lines go to the file from "
+                "before'",
+                str(self._path),
+                cause,
+            )
+            return
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        log.info("event=audit_log_reopened path=%r", str(self._path))
+
+    def _tell(self, cause: str | None) -> None:
+        log.error(
+            "event=audit_line_lost path=%r cause=%r then='the call went on'", str(self._path), cause
+        )
+
+
+class Audited:
+    """An application whose calls that change state are written down.
+
+    Those are all that ask for an admin and change something: our own routes, and vLLM's that an
+    admin may use. A call that is refused is written if its key is known; if not, anybody could fill
+    the disk.
+    """
+
+    def __init__(self, app: ASGIApp, routes: RouteTable, access: Access, audit: AuditLog) -> None:
+        self._app = app
+        self._routes = routes
+        self._access = access
+        self._audit = audit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (parameters := self._changing(scope)) is None:
+            await self._app(scope, receive, send)
+            return
+        call = _Call(scope, parameters.get("alias"), self._access.caller(Headers(scope=scope)))
+        try:
+            await self._app(scope, call.receiving(receive), call.sending(send))
+        finally:
+            if call.is_to_be_told:
+                self._audit.write(call.line())
+
+    def _changing(self, scope: Scope) -> dict[str, str] | None:
+        """What the path of a call that changes state says; None for any other call."""
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
+            return None
+        try:
+            route, parameters = self._routes.find(*request_of(scope))
+        except HotswapError:
+            return None
+        is_admins = route.role in (Role.ADMIN, Role.ADMIN_KEY)
+        return dict(parameters) if is_admins else None
+
+
+class _Call:
+    """What is seen of one call: the begin of its body and of its answer, and the status."""
+
+    def __init__(self, scope: Scope, alias: str | None, caller: Caller) -> None:
+        self._scope = scope
+        self._alias = alias
+        self._caller = caller
+        self._began_s = time.monotonic()
+        self._request, self._answer = bytearray(), bytearray()
+        self._status: int | None = None
+
+    def receiving(self, receive: Receive) -> Receive:
+        async def seen() -> Message:
+            message = await receive()
+            _keep(self._request, message.get("body", b""))
+            return message
+
+        return seen
+
+    def sending(self, send: Send) -> Send:
+        async def seen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._status = message["status"]
+            _keep(self._answer, message.get("body", b""))
+            await send(message)
+
+        return seen
+
+    @property
+    def is_to_be_told(self) -> bool:
+        return bool(self._caller.key) or self._status not in (401, 403)
+
+    def line(self) -> AuditLine:
+        request, caller = _json(self._request), self._caller
+        method, path = request_of(self._scope)
+        client = self._scope.get("client")
+        return AuditLine(
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            method=method,
+            path=path[:MAX_PATH],
+            model=(self._alias or "")[:MAX_PATH] or _model(request) or _model(_json(self._answer)),
+            role=caller.role,
+            group=caller.group or None,
+            key=caller.key or None,
+            name=caller.name or None,
+            client=client[0] if client else None,
+            status=self._status,
+            seconds=round(time.monotonic() - self._began_s, 3),
+            request=request,
+        )
+
+
+def _keep(kept: bytearray, more: bytes) -> None:
+    """As much as tells whether it is too long."""
+    kept += more[: MAX_BODY + 1 - len(kept)]
+
+
+def _json(body: bytearray) -> Any:
+    if len(body) > MAX_BODY:
+        return None
+    try:
+        value = json.loads(body or b"null")
+        json.dumps(value, allow_nan=False)  # Python reads more than JSON has
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _model(body: Any) -> str | None:
+    """The model that a request or an answer is of."""
+    fields = body if isinstance(body, dict) else {}
+    names = (fields.get(key) for key in ("model", "base_model_name", "current_model"))
+    return next((name[:MAX_PATH] for name in names if isinstance(name, str)), None)
+
+
+def _open(path: Path) -> int:
+    """Raises `OSError`, `ConfigError`."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{_what(path)} is not a regular file")
+        refuse_foreign(found, path, _what(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    while line:
+        line = line[os.write(descriptor, line) :]
+
+
+def _what(path: Path) -> str:
+    return f"audit log {str(path)!r}"

@@ -1,0 +1,195 @@
+"""Files that decide what the server does: who else could have written them, or may read them.
+
+A file is opened once, and what is looked at and what is read is that open file: nothing can be put
+in its place in between. Looked at are its owner, its mode and its group, and so are the folders on
+the way to it: who may write to one of them may put another file in place. Links are followed, as
+Kubernetes mounts secrets through them; the folders of each link count, too.
+
+The rules are OpenSSH's `StrictModes`, with two exceptions that are safe: the group that a user has
+alone, which is the default of distributions with a umask of 002, and folders with the sticky bit,
+in which nobody can replace what is another's (inode(7)).
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shlex
+import stat
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from vllm_hotswap.errors import ConfigError
+
+ROOT = 0
+
+_OTHERS = stat.S_IRWXO
+
+
+def read_private(path: Path, what: str) -> bytes:
+    """The content of a file that holds secrets.
+
+    Nobody may read it but its owner and members of groups that this process is in, too; nobody may
+    write it but its owner. Its owner is root, or the user of this process.
+
+    Args:
+        path: of a regular file, or a link to one.
+        what: it is, for messages.
+
+    Raises:
+        ConfigError: it is not so; the message has the command that makes it so.
+        OSError: it cannot be opened or read.
+    """
+    return _read(path, what, is_private=True, is_checked=True)
+
+
+def read_trusted(path: Path, what: str, hatch: str = "", is_checked: bool = True) -> bytes:
+    """The content of a file that anybody may read, and nobody else may write.
+
+    Args:
+        path: of the file, a link to it, or a pipe.
+        what: it is, for messages.
+        hatch: what a message says of a way around the rules.
+        is_checked: whether the rules count.
+
+    Raises:
+        ConfigError: somebody else may write or replace it; the message has the command to run.
+        OSError: it cannot be opened or read.
+    """
+    return _read(path, what, is_private=False, is_checked=is_checked, hatch=hatch)
+
+
+def doubt(path: Path) -> str | None:
+    """For what `read_private` would refuse a file that somebody else reads; None: it would not.
+
+    Raises:
+        OSError: it is not there, or cannot be looked at.
+    """
+    return next(chain(_of_file(path.stat(), path, is_private=True), _of_folders(path)), None)
+
+
+def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str = "") -> bytes:
+    # Whoever reads keys is not to wait for a pipe; a configuration may come through one.
+    flags = os.O_NONBLOCK if is_private else 0
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        found = os.fstat(descriptor)
+        if is_private and not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{what} is not a regular file")
+        if is_checked:
+            _refuse(found, path, what, is_private, hatch)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def refuse_foreign(found: os.stat_result, path: Path, what: str) -> None:
+    """See that nobody else may write or replace an open file. Raises `ConfigError`, `OSError`."""
+    _refuse(found, path, what, is_private=False)
+
+
+def _refuse(
+    found: os.stat_result, path: Path, what: str, is_private: bool, hatch: str = ""
+) -> None:
+    folders = _of_folders(path) if stat.S_ISREG(found.st_mode) else ()
+    if problem := next(chain(_of_file(found, path, is_private), folders), None):
+        raise ConfigError(f"{what} {problem}{hatch}")
+
+
+def _of_file(found: os.stat_result, path: Path, is_private: bool) -> Iterator[str]:
+    """What is wrong with a file, and the command that mends it."""
+    mode, name = found.st_mode, shlex.quote(str(path))
+    if not _is_trusted(found.st_uid):
+        yield _foreign(found.st_uid, name)
+    if is_private and mode & _OTHERS:
+        yield f"is open to every user of the machine; run: chmod o= {name}"
+    if mode & stat.S_IWOTH:
+        yield f"can be written by every user of the machine; run: chmod o-w {name}"
+    if mode & stat.S_IWGRP and not _is_alone(found):
+        yield f"can be written by the group {_group(found.st_gid)}; run: chmod g-w {name}"
+    if is_private and mode & stat.S_IRWXG and not _is_member(found):
+        yield f"is open to the group {_group(found.st_gid)}; run: chmod g= {name}"
+
+
+def _of_folders(path: Path) -> Iterator[str]:
+    """What is wrong with the folders on the way to a file."""
+    for folder in dict.fromkeys(_way_to(path)):
+        yield from _of_folder(folder.stat(), folder)
+
+
+def _way_to(path: Path) -> Iterator[Path]:
+    """Every folder in which a name is looked up on the way to a file, through all links."""
+    folder, names = Path("/"), list(path.absolute().parts[1:])
+    while names:
+        yield folder
+        name = names.pop(0)
+        if name == "..":
+            folder = folder.parent
+        elif (entry := folder / name).is_symlink():
+            target = entry.readlink()
+            folder = Path("/") if target.is_absolute() else folder
+            names = [part for part in target.parts if part != "/"] + names
+        else:
+            folder = entry
+
+
+def _of_folder(found: os.stat_result, folder: Path) -> Iterator[str]:
+    mode, name = found.st_mode, shlex.quote(str(folder))
+    where = f"lies below {str(folder)!r}, which"
+    if not _is_trusted(found.st_uid):
+        yield f"{where} {_foreign(found.st_uid, name)}"
+    if mode & stat.S_ISVTX:
+        return
+    if mode & stat.S_IWOTH:
+        yield f"{where} every user of the machine may write to; run: chmod o-w {name}"
+    if mode & stat.S_IWGRP and not _is_alone(found):
+        yield f"{where} the group {_group(found.st_gid)} may write to; run: chmod g-w {name}"
+
+
+def _foreign(uid: int, name: str) -> str:
+    own = os.geteuid()
+    return (
+        f"belongs to {_user(uid)}, neither to root nor to {_user(own)}, as whom this runs; "
+        f"run: chown {own} {name}"
+    )
+
+
+def _is_trusted(uid: int) -> bool:
+    """Root, this process's user, or whoever has become root with sudo for it."""
+    return uid in (ROOT, os.geteuid()) or (
+        os.geteuid() == ROOT and str(uid) == os.environ.get("SUDO_UID", "")
+    )
+
+
+def _is_member(found: os.stat_result) -> bool:
+    """Whether this process is in the group, or nobody else is."""
+    return found.st_gid in (os.getegid(), *os.getgroups()) or _is_alone(found)
+
+
+def _is_alone(found: os.stat_result) -> bool:
+    """Whether nobody is in the group but its owner, whose name it has then; or it is root's."""
+    if found.st_gid == ROOT:
+        return True
+    try:
+        user, group = pwd.getpwuid(found.st_uid), grp.getgrgid(found.st_gid)
+    except KeyError:
+        return False
+    is_own = user.pw_gid == group.gr_gid and user.pw_name == group.gr_name
+    return is_own and set(group.gr_mem) <= {user.pw_name}
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name!r}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return f"{grp.getgrgid(gid).gr_name!r}"
+    except KeyError:
+        return str(gid)

@@ -1,0 +1,315 @@
+"""Who else could have written, or may read, a file that decides what the server does."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_hotswap import trusted_files
+from vllm_hotswap.config import load_config
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.keys import read_key_file
+from vllm_hotswap.trusted_files import read_private, read_trusted
+
+MINE, MY_GROUP = 1000, 1000
+TEAM, FOREIGN_GROUP, FOREIGN = 2000, 3000, 4000
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine on which this runs as the user 1000, who has a group alone and is in a team."""
+    users = {MINE: ("ann", MY_GROUP), FOREIGN: ("eve", FOREIGN)}
+    groups = {MY_GROUP: ("ann", []), TEAM: ("team", ["ann", "eve"]), FOREIGN: ("eve", [])}
+
+    def user_of(uid: int) -> pwd.struct_passwd:
+        name, gid = users[uid]
+        return pwd.struct_passwd((name, "x", uid, gid, "", "/", "/bin/sh"))
+
+    def group_of(gid: int) -> grp.struct_group:
+        name, members = groups[gid]
+        return grp.struct_group((name, "x", gid, members))
+
+    def be(uid: int = MINE, members: list[str] | None = None) -> None:
+        groups[MY_GROUP] = ("ann", members or [])
+        monkeypatch.setattr(os, "geteuid", lambda: uid)
+        monkeypatch.setattr(os, "getegid", lambda: users.get(uid, ("", uid))[1])
+        monkeypatch.setattr(os, "getgroups", lambda: [TEAM])
+        monkeypatch.setattr(pwd, "getpwuid", user_of)
+        monkeypatch.setattr(grp, "getgrgid", group_of)
+
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    be()
+    return be
+
+
+def status(mode: int, uid: int = MINE, gid: int = MY_GROUP, kind: int = stat.S_IFREG) -> object:
+    return os.stat_result((kind | mode, 1, 1, 1, uid, gid, 1, 0, 0, 0))
+
+
+@pytest.fixture
+def seen_as(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """A real file, of which the system says what it is told to; so of its folder."""
+    path = tmp_path / "file"
+    path.write_text("content")
+
+    root, real = status(0o755, uid=0, gid=0, kind=stat.S_IFDIR), Path.stat
+
+    def as_told(file: object, folder: object = root) -> Path:
+        def told(self: Path, *, follow_symlinks: bool = True) -> object:
+            if not follow_symlinks:
+                return real(self, follow_symlinks=False)
+            return folder if self == tmp_path else root
+
+        monkeypatch.setattr(os, "fstat", lambda _: file)
+        monkeypatch.setattr(Path, "stat", told)
+        return path
+
+    return as_told
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        status(0o600),
+        status(0o400),
+        status(0o640, uid=0, gid=TEAM),
+        status(0o440, uid=0, gid=TEAM),
+        status(0o660),
+        status(0o640, gid=TEAM),
+        status(0o600, gid=FOREIGN_GROUP),
+    ],
+)
+def test_key_file_of_its_owner_and_his_groups_is_read(
+    machine: Machine, seen_as: Callable[..., Path], file: object
+) -> None:
+    """A group that this process is in may read it: so do secrets of Kubernetes reach it."""
+    assert b"content" == read_private(seen_as(file), "the file")
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (status(0o600, uid=FOREIGN), "belongs to 'eve', neither to root nor to 'ann'.*chown 1000 "),
+        (status(0o640, gid=FOREIGN_GROUP), "is open to the group 3000; run: chmod g= "),
+        (status(0o660, gid=TEAM), "can be written by the group 'team'; run: chmod g-w "),
+        (status(0o620, uid=0, gid=FOREIGN_GROUP), "can be written by the group 3000"),
+        (status(0o604), "is open to every user of the machine; run: chmod o= "),
+        (status(0o602), "is open to every user of the machine; run: chmod o= "),
+    ],
+)
+def test_key_file_that_somebody_else_may_use_is_refused(
+    machine: Machine, seen_as: Callable[..., Path], file: object, expected: str
+) -> None:
+    """With what it is, and the command that mends it."""
+    with pytest.raises(ConfigError, match=f"^the file {expected}"):
+        read_private(seen_as(file), "the file")
+
+
+@pytest.mark.parametrize(
+    "file", [status(0o644), status(0o664), status(0o644, uid=0, gid=0), status(0o664, uid=0, gid=0)]
+)
+def test_configuration_may_be_read_by_all_and_written_by_its_owners_own_group(
+    machine: Machine, seen_as: Callable[..., Path], file: object
+) -> None:
+    """0664 is what a umask of 002 leaves, where every user has a group alone."""
+    folder = status(0o775, kind=stat.S_IFDIR)
+
+    assert b"content" == read_trusted(seen_as(file, folder), "the file")
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (status(0o644, uid=FOREIGN, gid=FOREIGN), "belongs to 'eve'"),
+        (status(0o664, gid=TEAM), "can be written by the group 'team'; run: chmod g-w "),
+        (status(0o664, gid=FOREIGN), "can be written by the group 'eve'"),
+        (status(0o646), "can be written by every user of the machine; run: chmod o-w "),
+    ],
+)
+def test_configuration_that_somebody_else_may_write_is_refused(
+    machine: Machine, seen_as: Callable[..., Path], file: object, expected: str
+) -> None:
+    """Unless the operator says that it does not matter."""
+    path = seen_as(file)
+
+    with pytest.raises(ConfigError, match=f"^the file {expected}.*, or else$"):
+        read_trusted(path, "the file", hatch=", or else")
+
+    assert b"content" == read_trusted(path, "the file", is_checked=False)
+
+
+def test_own_group_with_a_second_member_is_nobodys_own(
+    machine: Machine, seen_as: Callable[..., Path]
+) -> None:
+    """Whoever was added to the group may write the file."""
+    machine(members=["eve"])
+
+    with pytest.raises(ConfigError, match="can be written by the group 'ann'"):
+        read_trusted(seen_as(status(0o664)), "the file")
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        (status(0o777, uid=0, gid=0, kind=stat.S_IFDIR), "every user of the machine may write to"),
+        (status(0o775, gid=TEAM, kind=stat.S_IFDIR), "the group 'team' may write to"),
+        (status(0o755, uid=FOREIGN, kind=stat.S_IFDIR), "belongs to 'eve'"),
+        (status(0o1777, uid=FOREIGN, kind=stat.S_IFDIR), "belongs to 'eve'"),
+    ],
+)
+def test_folder_in_which_somebody_else_may_replace_the_file_is_refused(
+    machine: Machine, seen_as: Callable[..., Path], folder: object, expected: str
+) -> None:
+    """Of either kind of file, whatever the file's own mode; the folder is named."""
+    path = seen_as(status(0o600), folder)
+
+    for read in (read_private, read_trusted):
+        with pytest.raises(ConfigError, match=f"the file lies below '{path.parent}', .*{expected}"):
+            read(path, "the file")
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o1775, 0o3777])
+def test_folder_with_the_sticky_bit_is_fine(
+    machine: Machine, seen_as: Callable[..., Path], mode: int
+) -> None:
+    """Nobody can replace another's file there; folders of Kubernetes' secrets are such."""
+    folder = status(mode, uid=0, gid=TEAM, kind=stat.S_IFDIR)
+
+    assert b"content" == read_private(seen_as(status(0o440, uid=0, gid=TEAM), folder), "the file")
+
+
+def test_file_of_whoever_called_sudo_is_his_own(
+    machine: Machine, seen_as: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root does not trust a user's file, but for the one who has become root to start this."""
+    machine(uid=0)
+    path = seen_as(status(0o644))
+    with pytest.raises(ConfigError, match="belongs to 'ann', neither to root"):
+        read_trusted(path, "the file")
+
+    monkeypatch.setenv("SUDO_UID", str(MINE))
+
+    assert b"content" == read_trusted(path, "the file")
+
+
+# --- real files -------------------------------------------------------------------------------
+
+
+def secret_volume(folder: Path, mode: int) -> Path:
+    """A secret as the kubelet mounts it: two links in a folder with the sticky bit.
+
+    https://kubernetes.io/docs/concepts/configuration/secret/#using-secrets-as-files-from-a-pod
+    """
+    volume, data = folder / "volume", folder / "volume" / "..2026_01_01_00_00_00.1"
+    data.mkdir(parents=True)
+    volume.chmod(0o1777)
+    (data / "keys").write_text("sk-one\n")
+    (data / "keys").chmod(mode)
+    (volume / "..data").symlink_to(data.name)
+    (volume / "keys").symlink_to("..data/keys")
+    return volume / "keys"
+
+
+def test_secret_of_kubernetes_is_read_through_its_links(tmp_path: Path) -> None:
+    """With `defaultMode: 0440`; with what it is by default, everybody may read it."""
+    assert 1 == len(read_key_file(secret_volume(tmp_path / "a", 0o440)))
+
+    with pytest.raises(ConfigError, match="is open to every user of the machine"):
+        read_key_file(secret_volume(tmp_path / "b", 0o644))
+
+
+def test_what_is_read_is_what_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that takes the path over in between is not read."""
+    path, other = tmp_path / "keys", tmp_path / "other"
+    path.write_text("sk-own")
+    other.write_text("sk-foreign")
+    path.chmod(0o600)
+    real = os.fstat
+
+    def swapped(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        if other.exists() and stat.S_ISREG(found.st_mode):
+            other.rename(path)
+        return found
+
+    monkeypatch.setattr(trusted_files.os, "fstat", swapped)
+
+    assert b"sk-own" == read_private(path, "the file")
+    assert "sk-foreign" == path.read_text()
+
+
+@pytest.mark.parametrize("name", ["models.yaml", "link/models.yaml"])
+def test_folder_that_everybody_may_write_to_is_refused_with_the_command_to_run(
+    tmp_path: Path, name: str
+) -> None:
+    """By its own name, or through a link to it."""
+    folder = tmp_path / "open to all"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "models.yaml").write_text("models: {a: {model: org/a}}")
+    path = (folder if name == "models.yaml" else tmp_path) / name
+    folder.chmod(0o777)
+
+    with pytest.raises(ConfigError, match="every user of the machine may write to") as refused:
+        load_config(path)
+    assert ("a",) == load_config(path, allowed=frozenset(["world_writable"])).aliases
+    command = refused.value.message.partition("run: ")[2].partition(", or start")[0]
+    subprocess.run(["/bin/sh", "-c", command], check=True)
+
+    assert ("a",) == load_config(path).aliases
+
+
+@pytest.mark.parametrize("name", ["shared/keys", "own/link", "own/up/keys"])
+def test_link_in_an_open_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """Who may replace the link chooses the file; be it one of several links on the way to it."""
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    own.mkdir(mode=0o700)
+    shared.mkdir()
+    shared.chmod(0o777)
+    (own / "keys").write_text("sk-one")
+    (own / "keys").chmod(0o600)
+    (shared / "keys").symlink_to("../own/keys")
+    (own / "link").symlink_to(shared / "keys")
+    (shared / "own").symlink_to(own)
+    (own / "up").symlink_to("../shared/own")
+
+    assert 1 == len(read_key_file(own / "keys"))
+    with pytest.raises(ConfigError, match=f"'{shared}', which every user of the machine may write"):
+        read_key_file(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_file_that_belongs_to_somebody_else_is_refused(tmp_path: Path, mode: int) -> None:
+    """He writes it whenever he likes."""
+    path = tmp_path / "file"
+    path.write_text("models: {a: {model: org/a}}")
+    path.chmod(mode)
+    os.chown(path, 65534, 65534)
+
+    with pytest.raises(ConfigError, match=r"belongs to .*; run: chown 0 .* --allow world_writable"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="belongs to"):
+        read_key_file(path)
+
+
+def test_configuration_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As `serve <(template models.yaml)` gives it; keys may not, as they are read again."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path, 0o600)
+    with subprocess.Popen(["/bin/sh", "-c", f"echo content > {path}"]):
+        assert b"content\n" == read_trusted(path, "the file")
+
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_private(path, "the file")
