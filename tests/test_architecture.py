@@ -58,6 +58,7 @@ LAYERS = [
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
     {
+        "asked",
         "limits",
         "policies",
         "scheduler",

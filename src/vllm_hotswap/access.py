@@ -17,8 +17,17 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
-from vllm_hotswap.keys import Keys, KeySource, split_keys
-from vllm_hotswap.rights import ADMIN, DEFAULT, Group, Rights, read_members, read_terms
+from vllm_hotswap.keys import Keys, KeySource, fingerprint, split_keys
+from vllm_hotswap.rights import (
+    ADMIN,
+    DEFAULT,
+    EVERYBODY,
+    Account,
+    Group,
+    Rights,
+    read_members,
+    read_terms,
+)
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 
 log = logging.getLogger("vllm_hotswap")
@@ -159,6 +168,19 @@ class Access:
             return ADMIN
         of_groups = (rights for rights, keys in self._members if keys.know(key))
         return next(of_groups, self._others)
+
+    def account(self, headers: Headers) -> Account:
+        """Whose bounds count for the caller, who has been let in."""
+        if not self.has_keys:
+            return EVERYBODY
+        key, rights = _key(headers), self.rights(headers)
+        if rights is ADMIN:
+            return Account("admin", ADMIN.group, has_key=True, is_admin=True)
+        if rights.group != DEFAULT:
+            return Account(f"group {rights.group}", rights.group, has_key=True, is_bounded=True)
+        if not self._user.know(key):
+            return Account(is_bounded=True)
+        return Account(f"key {fingerprint(key)}", has_key=True, is_bounded=True)
 
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for. Raises `InvalidRequest`."""

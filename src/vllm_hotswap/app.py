@@ -28,7 +28,7 @@ from vllm_hotswap.errors import HotswapError, NotReady, Unforeseen
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.job_routes import JobRoutes
-from vllm_hotswap.limits import ClientGone
+from vllm_hotswap.limits import Bodies, ClientGone
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import Operations
@@ -39,9 +39,6 @@ from vllm_hotswap.routing import BODY_METHODS, Router
 from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
-
-OWN_BODY_BYTES = 1 << 20
-"""Of the body of a request to one of our own routes, which parse it in one go."""
 
 
 class HotswapApp:
@@ -87,6 +84,7 @@ class HotswapApp:
         )
         observer.add(self.metrics)
         self.router = Router(self.coordinator, access, limits)
+        self.own_bodies = Bodies(limits or LimitsConfig(), are_own=True)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
@@ -125,10 +123,10 @@ class HotswapApp:
         self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
-        with self.router.bodies.hold(OWN_BODY_BYTES) as held:
-            body = await held.read(receive) if scope["method"] in BODY_METHODS else b""
+        with self.own_bodies.hold(self.access.account(headers)) as held:
+            body = await held.read(receive, headers) if scope["method"] in BODY_METHODS else b""
             if body:
-                media.check_own_body(Headers(scope=scope))
+                media.check_own_body(headers)
             request = Request({**scope, "path_params": parameters}, _replayed(body, receive))
             return await route.handler(request)
 

@@ -12,8 +12,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
 from pathlib import Path
 
@@ -494,6 +494,24 @@ class Coordinator:
         assert model is not None
         return model
 
+    @contextmanager
+    def reserved(self, alias: str | None, requests: int) -> Iterator[None]:
+        """Room for a call that becomes several engine requests, until it is over.
+
+        Raises `QueueFull`, `UnknownModel`, `AdapterUnavailable`.
+        """
+        if requests == 1:
+            yield
+            return
+        model = self.meant(alias)
+        if model.in_flight + requests > self._limits.in_flight:
+            raise self._too_many(model)
+        model.further += requests - 1
+        try:
+            yield
+        finally:
+            model.further -= requests - 1
+
     async def _take_in(self, alias: str | None, terms: RequestTerms) -> Lease:
         arrived_s, epoch = self._clock(), self._epoch
         held = self._admit(alias)
@@ -548,7 +566,7 @@ class Coordinator:
             raise ModelNotActive(model.alias, self.active, alias)
         if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
             raise ModelSwitching(model.alias, switch.target.alias, self._retry_after_s())
-        if len(model.leases) >= self._limits.in_flight:
+        if model.in_flight >= self._limits.in_flight:
             raise self._too_many(model)
         return self._grant(model, asyncio.current_task())
 
@@ -571,7 +589,7 @@ class Coordinator:
         model.leases[lease] = None
 
     def _hold(self, switch: Switch) -> asyncio.Future[Lease]:
-        if len(switch.held) + len(switch.target.leases) >= self._limits.in_flight:
+        if len(switch.held) + switch.target.in_flight >= self._limits.in_flight:
             raise self._too_many(switch.target)
         if len(switch.held) >= self._settings.max_waiting:
             raise QueueFull(

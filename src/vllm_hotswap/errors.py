@@ -34,6 +34,8 @@
     ├── SwitchRateLimited        429  too many switches in a short time; retry later
     ├── BodyTooLarge             413  the body is longer than the server takes
     ├── TooManyValues            413  the body has more values than the server takes
+    ├── CallTooLarge             413  it would be too many engine requests; send several
+    ├── GrammarTooLarge          413  a schema or a grammar has too much in it; simplify it
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── WaitTimeout              504  the switch took longer than a request may wait
@@ -542,6 +544,31 @@ class TooManyValues(HotswapError):
         )
 
 
+class CallTooLarge(HotswapError):
+    status = 413
+    type = "invalid_request_error"
+    code = "call_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the call asks for more than {limit} things at once, which are its prompts or items "
+            "times n (limits.requests_per_call); send several calls"
+        )
+
+
+class GrammarTooLarge(HotswapError):
+    status = 413
+    type = "invalid_request_error"
+    code = "grammar_too_large"
+
+    def __init__(self, most: str, param: str) -> None:
+        super().__init__(
+            f"the schemas, choices and grammars of the request have more than {most}; "
+            "ask for a simpler answer, or raise the limit"
+        )
+        self.param = param
+
+
 class UnsupportedMediaType(HotswapError):
     """The body is not sent as the route takes it.
 
@@ -564,9 +591,10 @@ class BodyTimeout(HotswapError):
     type = "timeout_error"
     code = "body_timeout"
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, rate: float, pace_s: float) -> None:
         super().__init__(
-            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout); send it faster"
+            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout), or came slower "
+            f"than {rate:g} bytes a second for {pace_s:g} s (limits.body_rate); send it faster"
         )
 
 

@@ -172,16 +172,10 @@ class Answer:
         """What the application says instead of the event stream that has begun."""
         self._is_between_events = True
         self._commenting: asyncio.Task[None] | None = None
-        self._on_admit: Callable[[], None] | None = None
 
-    def follow(self, lease: Lease, on_admit: Callable[[], None] | None = None) -> None:
-        """Answer for this lease from now on.
-
-        Args:
-            lease: the request's.
-            on_admit: called when it has its turn, if it has not had it.
-        """
-        self.lease, self._on_admit = lease, on_admit
+    def follow(self, lease: Lease) -> None:
+        """Answer for this lease from now on."""
+        self.lease = lease
         lease.on_park = self._parked
         lease.on_wait = self._waits
         lease.on_admit = self._admitted
@@ -277,8 +271,6 @@ class Answer:
 
     def _admitted(self) -> None:
         """If it had to wait, its headers have been sent before there was anything to tell."""
-        if self._on_admit is not None:
-            self._on_admit()
         if self._commenting is not None and self.lease is not None:
             told = " ".join(f"{name}={value}" for name, value in _turn(self.lease).items())
             self._begin_to_comment(f": served {told}\n\n".encode(), is_last=True)

@@ -63,6 +63,22 @@ ADMIN = Rights("admin", max_priority=HIGHEST_PRIORITY, min_max_wait_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """Whose bounds a request counts against: a group's, or one key's outside of all groups."""
+
+    name: str = ""
+    group: str = DEFAULT
+    has_key: bool = False
+    is_admin: bool = False
+    is_bounded: bool = False
+    """Whether there may be others, for whom something has to be left."""
+
+
+EVERYBODY = Account()
+"""Where no keys are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Rights, who has them, and where that is written."""
 

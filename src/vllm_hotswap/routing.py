@@ -13,13 +13,14 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import drain, json_scan, media, model_field, responses, surrogates
+from vllm_hotswap import asked, drain, json_scan, media, model_field, responses, surrogates
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import (
@@ -76,7 +77,8 @@ class Router:
         answer = Answer(scope, receive, send)
         self._answers.add(answer)
         try:
-            with self.bodies.hold() as body:
+            account = self._access.account(Headers(scope=scope))
+            with self.bodies.hold(account) as body:
                 await self._take(scope, receive, answer, body)
         except ClientGone:
             pass
@@ -91,9 +93,12 @@ class Router:
 
     async def _take(self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody) -> None:
         method, path = request_of(scope)
+        requests = 1
         try:
-            body = await held.read(receive) if method in BODY_METHODS else b""
+            headers = Headers(scope=scope)
+            body = await held.read(receive, headers) if method in BODY_METHODS else b""
             fields = await self._fields(scope, path, body)
+            held.weigh(fields.values)
             alias = _model_of(scope, fields)
             owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
@@ -105,15 +110,17 @@ class Router:
                     )
                 self._check_route(alias, method, path)
                 terms = self._terms(scope, alias)
+                requests = asked.requests_of(path, fields.members, self._limits)
+                asked.check_grammar(fields.members, self._limits)
+            fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
             await answer.refuse(error)
             return
         if owner is not None and response_id:
-            held.let_go()
             await self._visit(owner, response_id, scope, receive, body, answer)
         else:
             sent = None if method == WEBSOCKET else body
-            await self._route(scope, receive, answer, alias, sent, held, terms, fields.stream)
+            await self._route(scope, receive, answer, alias, sent, terms, fields.stream, requests)
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -133,7 +140,7 @@ class Router:
         work = (
             model_field.form_fields(body, kind)
             if is_form
-            else model_field.json_fields(body, most_values)
+            else model_field.json_fields(body, most_values, asked.keys_of(path))
         )
         try:
             if len(body) <= model_field.SMALL_BYTES:
@@ -191,9 +198,9 @@ class Router:
         answer: Answer,
         alias: str | None,
         body: bytes | None,
-        held: HeldBody,
         terms: RequestTerms,
         is_stream: bool,
+        requests: int,
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
@@ -201,15 +208,15 @@ class Router:
             is_redirected = scope["path"].endswith("/")  # by the application
             if body and scope["method"] == "POST" and not is_redirected:
                 look_at = partial(self._look_at, scope, body, answer, is_stream)
-            async with self._coordinator.lease(alias, terms, look_at) as lease:
-                await waiting.end()
-                if lease.ask is None:
-                    held.let_go()  # otherwise it counts as long as the request waits
-                lease.is_connection = scope["type"] == "websocket"
-                answer.follow(lease, held.let_go)
-                client = Client(scope, receive, body, waiting.heard, lease, answer)
-                with _noting_errors(lease):
-                    await self._serve(lease, scope, client, answer)
+            with self._coordinator.reserved(alias, requests):
+                async with self._coordinator.lease(alias, terms, look_at) as lease:
+                    await waiting.end()
+                    lease.calls = requests
+                    lease.is_connection = scope["type"] == "websocket"
+                    answer.follow(lease)
+                    client = Client(scope, receive, body, waiting.heard, lease, answer)
+                    with _noting_errors(lease):
+                        await self._serve(lease, scope, client, answer)
         except Refused as refusal:
             await waiting.end()
             await refusal.answer(scope, receive, answer.send)
