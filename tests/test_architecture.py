@@ -73,7 +73,7 @@ LAYERS = [
         "host.progress",
         "host.threads",
     },
-    {"trace"},
+    {"trace", "rates"},
     {"simulate.service", "simulate.costs", "simulate.generate"},
     {"simulate.run", "simulate.fit"},
     {"simulate.report"},

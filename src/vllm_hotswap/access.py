@@ -172,15 +172,19 @@ class Access:
     def account(self, headers: Headers) -> Account:
         """Whose bounds count for the caller, who has been let in."""
         if not self.has_keys:
-            return EVERYBODY
+            return EVERYBODY if self._others == Rights() else self._account("", "", self._others)
         key, rights = _key(headers), self.rights(headers)
+        mark = fingerprint(key)
         if rights is ADMIN:
-            return Account("admin", ADMIN.group, has_key=True, is_admin=True)
+            return Account("admin", mark, is_admin=True)
         if rights.group != DEFAULT:
-            return Account(f"group {rights.group}", rights.group, has_key=True, is_bounded=True)
+            return self._account(f"group {rights.group}", mark, rights)
         if not self._user.know(key):
-            return Account(is_bounded=True)
-        return Account(f"key {fingerprint(key)}", has_key=True, is_bounded=True)
+            return self._account("", "", rights)
+        return self._account(f"key {mark}", mark, rights)
+
+    def _account(self, name: str, key: str, rights: Rights) -> Account:
+        return Account(name, key, is_bounded=self.has_keys, per_minute=rights.per_minute)
 
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for. Raises `InvalidRequest`."""

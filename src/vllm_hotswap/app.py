@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_hotswap import media, openai
-from vllm_hotswap.access import Access
+from vllm_hotswap.access import Access, Role
 from vllm_hotswap.adapter_routes import AdapterRoutes
 from vllm_hotswap.admin import Admin
 from vllm_hotswap.coordinator import Clock, Coordinator
@@ -33,6 +33,7 @@ from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import Operations
 from vllm_hotswap.own_routes import own_routes
+from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
@@ -57,7 +58,9 @@ class HotswapApp:
         limits: LimitsConfig | None = None,
         recovery: RecoveryConfig | None = None,
         cross_site: CrossSite | None = None,
+        is_local: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`is_local`: whether programs of this machine alone get here."""
         self.host = host
         self._cross_site = cross_site or CrossSite()
         self.recovery = recovery or RecoveryConfig()
@@ -83,7 +86,8 @@ class HotswapApp:
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)
-        self.router = Router(self.coordinator, access, limits)
+        self._rates = Rates(limits or LimitsConfig(), clock, is_local)
+        self.router = Router(self.coordinator, access, self._rates, limits)
         self.own_bodies = Bodies(limits or LimitsConfig(), are_own=True)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
@@ -123,7 +127,10 @@ class HotswapApp:
         self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
-        with self.own_bodies.hold(self.access.account(headers)) as held:
+        account = self.access.account(headers)
+        if route.role is Role.ADMIN and route.method != "GET":
+            self._rates.switch(account)
+        with self.own_bodies.hold(account) as held:
             body = await held.read(receive, headers) if scope["method"] in BODY_METHODS else b""
             if body:
                 media.check_own_body(headers)

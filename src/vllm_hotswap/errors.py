@@ -31,6 +31,7 @@
     ├── UnknownResponse          404  no model keeps a response of that id
     ├── ResponseEnded            409  the response has no more events; ask how it ended
     ├── QueueFull                429  too many requests wait or run; retry later
+    ├── RateLimited              429  the key has used up what it may do in a minute; retry later
     ├── SwitchRateLimited        429  too many switches in a short time; retry later
     ├── BodyTooLarge             413  the body is longer than the server takes
     ├── TooManyValues            413  the body has more values than the server takes
@@ -519,6 +520,19 @@ class SwitchRateLimited(HotswapError):
     status = 429
     type = "rate_limit_error"
     code = "switch_rate_limited"
+
+
+class RateLimited(HotswapError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, what: str, per_minute: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{per_minute} {what} a minute are what this caller may ask for "
+            f"({what}_per_minute, in limits or in rights); retry in {retry_after_s} s",
+            retry_after_s=retry_after_s,
+        )
 
 
 class BodyTooLarge(HotswapError):

@@ -36,8 +36,10 @@ from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
+from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
+from vllm_hotswap.rights import Account
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.surrogates import HalfSurrogate
@@ -63,10 +65,15 @@ class Router:
     """An ASGI application that hands each request, whole, to its model's application."""
 
     def __init__(
-        self, coordinator: Coordinator, access: Access, limits: LimitsConfig | None = None
+        self,
+        coordinator: Coordinator,
+        access: Access,
+        rates: Rates,
+        limits: LimitsConfig | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._access = access
+        self._rates = rates
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
@@ -76,10 +83,10 @@ class Router:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(scope, receive, send)
         self._answers.add(answer)
+        account = self._access.account(Headers(scope=scope))
         try:
-            account = self._access.account(Headers(scope=scope))
             with self.bodies.hold(account) as body:
-                await self._take(scope, receive, answer, body)
+                await self._take(scope, receive, answer, body, account)
         except ClientGone:
             pass
         except Exception as error:
@@ -90,8 +97,12 @@ class Router:
         finally:
             self._answers.discard(answer)
             answer.close()
+            if (lease := answer.lease) is not None:
+                self._rates.spend(account, lease.prompt_tokens + lease.output_tokens)
 
-    async def _take(self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody) -> None:
+    async def _take(
+        self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody, account: Account
+    ) -> None:
         method, path = request_of(scope)
         requests = 1
         try:
@@ -112,6 +123,9 @@ class Router:
                 terms = self._terms(scope, alias)
                 requests = asked.requests_of(path, fields.members, self._limits)
                 asked.check_grammar(fields.members, self._limits)
+                self._rates.take(account, requests)
+                if self._coordinator.begins_to_wait(alias):
+                    self._rates.switch(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
             await answer.refuse(error)

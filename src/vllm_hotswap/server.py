@@ -153,6 +153,7 @@ def _run(
             limits=config.limits,
             recovery=config.recovery,
             cross_site=cross_site_of(access, listener, listen),
+            is_local=lambda: listener.is_loopback or bool(listener.args.uds),
         )
         serving = serve(app, listener, load, config.default_model, progress, models_file, early)
         starting.pop_all()  # from here on, `serve` stops the host

@@ -55,6 +55,7 @@ PerSecond = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 AT_LEAST_ZERO = Wanted("a number of at least 0")
 ABOVE_ZERO = Wanted("a number above 0")
 SHARE = Wanted("a number above 0, and 1 at most")
+PER_MINUTE = Wanted("a whole number of at least 0, or null")
 PRIORITY = Wanted("a whole number from -100 to 100")
 SIZE = Wanted("bytes, or a size such as 64MiB")
 IDLE = Wanted("a number of seconds above 0, or null")
@@ -254,6 +255,31 @@ class LimitsConfig:
             "tenth of what `minItems` and `maxItems` ask for; more get 413"
         ),
     ] = 2000
+    requests_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="engine requests that each key may ask for in a minute; more get 429. 0: "
+            "any number; null: 6000 where the server listens elsewhere than on loopback, there any "
+            "number. A number counts for callers without a key, too, for all of them together"
+        ),
+    ] = None
+    tokens_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="the same for tokens, of prompts and answers, counted when a request ends; "
+            "null: 6000000"
+        ),
+    ] = None
+    switches_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="the same for switches: calls that move models, and, in the mode `auto`, "
+            "requests that are the first to wait for a model; null: 60"
+        ),
+    ] = None
     client_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
@@ -450,6 +476,19 @@ class GroupConfig:
         AT_LEAST_ZERO,
         Field(description="auto: the shortest time, in seconds, that `x-hotswap-max-wait` gives"),
     ] = 5.0
+    requests_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="`limits.requests_per_minute` for each of its keys; null: as given there"
+        ),
+    ] = None
+    tokens_per_minute: Annotated[
+        Count | None, PER_MINUTE, Field(description="the same for `limits.tokens_per_minute`")
+    ] = None
+    switches_per_minute: Annotated[
+        Count | None, PER_MINUTE, Field(description="the same for `limits.switches_per_minute`")
+    ] = None
 
 
 SECTIONS: Mapping[str, type[Any]] = {
