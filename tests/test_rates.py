@@ -28,7 +28,7 @@ class Clock:
 
 
 def rates(clock: Clock | None = None, is_local: bool = True, **limits: int) -> Rates:
-    return Rates(LimitsConfig(**limits), clock or Clock(), lambda: is_local)  # type: ignore[arg-type]
+    return Rates(LimitsConfig(**limits), clock or Clock(), lambda: is_local)
 
 
 def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:

@@ -492,6 +492,16 @@ class ClientStalled(HotswapError):
         )
 
 
+class SlowReader(ClientStalled):
+    """A switch would have to wait for a client, and not for its engine."""
+
+    def __init__(self, target: str) -> None:
+        super(ClientStalled, self).__init__(
+            f"the answer was read slower than it came, while a switch to {target!r} waited for it "
+            "after its drain deadline; read the answer as it comes"
+        )
+
+
 class WrongStamp(HotswapError):
     """An output came from another model or epoch than the request's; it was not delivered."""
 

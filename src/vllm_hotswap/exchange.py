@@ -163,6 +163,7 @@ class Answer:
         self.started = False
         self.complete = False
         self._sending = 0
+        self._sending_since_s = self._kept_waiting_s = 0.0
         self.sent = 0
         """Messages that were sent: what does not grow while one is being sent has stalled."""
         self.is_event_stream = False
@@ -176,6 +177,7 @@ class Answer:
     def follow(self, lease: Lease) -> None:
         """Answer for this lease from now on."""
         self.lease = lease
+        lease.kept_waiting_s = self.kept_waiting_s
         lease.on_park = self._parked
         lease.on_wait = self._waits
         lease.on_admit = self._admitted
@@ -244,12 +246,23 @@ class Answer:
             self.close()
 
     async def _pass_on(self, message: Message) -> None:
+        now_s = asyncio.get_running_loop().time
+        if not self._sending:
+            self._sending_since_s = now_s()
         self._sending += 1
         try:
             await self._send(message)
         finally:
             self._sending -= 1
             self.sent += 1
+            if not self._sending:
+                self._kept_waiting_s += now_s() - self._sending_since_s
+
+    def kept_waiting_s(self) -> float:
+        """Seconds, so far, in which the client was to take something in, and had not yet."""
+        if not self._sending:
+            return self._kept_waiting_s
+        return self._kept_waiting_s + asyncio.get_running_loop().time() - self._sending_since_s
 
     @property
     def is_sending(self) -> bool:

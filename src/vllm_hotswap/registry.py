@@ -88,6 +88,8 @@ class Lease:
     """Requests that its engine is asked for by it."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
+    kept_waiting_s: Callable[[], float] | None = None
+    """Says for how long, so far, its answer has waited for its client to take something in."""
     on_wait: Callable[[], object] | None = None
     on_admit: Callable[[], object] | None = None
     arrived_s: float = 0.0
