@@ -352,6 +352,47 @@ def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
     play(story, mode="auto", limits=LimitsConfig(client_timeout=60.0), wait_timeout=1000)
 
 
+def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
+    """Where nobody can be parked: its deadline is over, and its engine was done long ago."""
+
+    async def story(server: Server) -> None:
+        watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
+        server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
+        stream = await server.start_stream("llama", words=1000)
+        other = server.ask("qwen", name="other")
+        began_s = asyncio.get_running_loop().time()
+        while not other.done():
+            await asyncio.sleep(4)
+            if not stream.task.done():
+                await stream.next_event()
+
+        assert "qwen" == model_of(await other)
+        assert 30 > asyncio.get_running_loop().time() - began_s
+        answer = await stream.finish()
+        assert '"code": "client_stalled"' in answer.events[-1]
+        assert "read slower than it came" in answer.events[-1]
+        watching.cancel()
+
+    play(story, mode="auto", drain_timeout=10, wait_timeout=1000)
+
+
+def test_reader_that_keeps_up_is_waited_for(play: Play) -> None:
+    """However long its answer is."""
+
+    async def story(server: Server) -> None:
+        server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
+        stream = server.request(
+            "POST", CHAT, b'{"model": "llama", "stream": true, "max_tokens": 50}'
+        )
+        reading = asyncio.create_task(stream.finish())
+        await server.settled()
+        other = server.ask("qwen")
+        assert (await reading).is_whole
+        assert "qwen" == model_of(await other)
+
+    play(story, mode="auto", drain_timeout=10, wait_timeout=1000)
+
+
 def test_comments_are_repeated(play: Play) -> None:
     """As long as it waits."""
 

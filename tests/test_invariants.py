@@ -60,6 +60,7 @@ from vllm_hotswap.events import (
     ServiceDegraded,
     SwitchEnded,
 )
+from vllm_hotswap.limits import BYTES_PER_BYTE, BYTES_PER_VALUE
 from vllm_hotswap.registry import Lease
 from vllm_hotswap.states import Residency, ServerState, SwitchPhase
 
@@ -900,12 +901,15 @@ class BoundedQueue(Invariant):
             self.expect(in_flight <= shape.in_flight, f"{in_flight} are in flight")
 
     def when_settled(self) -> None:
-        held = self.world.app.router.bodies.held_bytes
-        leases = self.world.leases
-        waiting = [c for c in self.world.calls if c.is_open and c.task not in leases]
-        most = sum(len(json.dumps(call.body)) for call in waiting)
-        least = sum(len(json.dumps(call.body)) for call in waiting if call.is_reading)
-        self.expect(least <= held <= most, f"{held} bytes are held for {waiting}")
+        held, asks = self.world.app.router.bodies.held_bytes, self.world.open_asks
+        self.expect(held == sum(map(_weight, asks)), f"{held} bytes are held for {asks}")
+
+
+def _weight(ask: Ask) -> int:
+    """What a request counts as long as it is open."""
+    body = json.dumps(ask.body)
+    values = sum(map(body.count, ",[{"))
+    return BYTES_PER_BYTE * len(body) + BYTES_PER_VALUE * values
 
 
 def test_I16_bounded_queue() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
 from tests.conftest import MakeServer
+from tests.support import CHAT
+from tests.virtual import VirtualLoop
+from vllm_hotswap.access import Access
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
-from vllm_hotswap.limits import Bodies, ClientGone, Rate
+from vllm_hotswap.limits import BYTES_PER_VALUE, Bodies, ClientGone, Ledger, Rate
+from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
 
 
@@ -52,17 +57,16 @@ def client(*parts: bytes, pause_s: float = 0.0, leaves: bool = False) -> Any:
     return receive
 
 
-async def test_body_is_counted_until_it_is_let_go() -> None:
+async def test_body_is_counted_until_its_request_is_over() -> None:
     """All that are held count together."""
     bodies = Bodies(LimitsConfig())
-    with bodies.hold() as first, bodies.hold() as second:
-        assert b"one two" == await first.read(client(b"one ", b"two"))
-        assert b"three" == await second.read(client(b"three"))
-        assert 12 == bodies.held_bytes
-
-        first.let_go()
-        assert 5 == bodies.held_bytes
-    assert "<Bodies held=0 of 536870912 bytes>" == repr(bodies)
+    with bodies.hold() as first:
+        with bodies.hold() as second:
+            assert b"one two" == await first.read(client(b"one ", b"two"))
+            assert b"three" == await second.read(client(b"three"))
+            assert 12 == bodies.held_bytes
+        assert 7 == bodies.held_bytes
+    assert "<Bodies <Ledger held=0 of 1073741824 bytes>>" == repr(bodies)
 
 
 @pytest.mark.parametrize(
@@ -94,21 +98,155 @@ async def test_too_long_a_body_gets_413(make_server: MakeServer, path: str) -> N
     assert (413, "body_too_large") == (response.status_code, response.json()["error"]["code"])
 
 
-async def test_bodies_of_held_requests_count(make_server: MakeServer) -> None:
-    """One too many gets 429 at once; those that are held are served."""
-    server = await make_server(limits=LimitsConfig(held_bytes=5000))
+async def test_what_a_request_holds_counts_until_its_answer_has_ended(
+    make_server: MakeServer,
+) -> None:
+    """While it waits, and while it is answered: vLLM keeps all of a body until then."""
+    server = await make_server(limits=LimitsConfig(held_bytes=18_000))
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
     held = [server.ask("qwen", text="x" * 2000) for _ in range(2)]
     await server.settled()
-
     assert 429 == (await server.ask("qwen", text="x" * 2000)).status_code
-
     server.host.release("activate", "qwen")
     await switch
     assert [200, 200] == [(await request).status_code for request in held]
+
+    stream = server.request("POST", CHAT, body_of("qwen", stream=True, text="x" * 3000))
+    await stream.next_event()
+    assert 4 * 3000 < server.app.router.bodies.held_bytes
+    assert 429 == (await server.ask("qwen", text="x" * 2000)).status_code
+
+    await stream.finish()
     assert 0 == server.app.router.bodies.held_bytes
+
+
+@pytest.mark.parametrize("count", [100, 10_000], ids=["parsed", "scanned"])
+async def test_many_small_values_weigh_more_than_their_bytes(
+    make_server: MakeServer, count: int
+) -> None:
+    """A parser makes an object of each: 30 MiB of them were 420 MiB."""
+    server = await make_server()
+    stream = server.request("POST", CHAT, body_of("llama", stream=True, kept=["ab"] * count))
+
+    await stream.next_event()
+    assert count * BYTES_PER_VALUE < server.app.router.bodies.held_bytes
+
+    await stream.finish()
+    assert 0 == server.app.router.bodies.held_bytes
+
+
+def body_of(alias: str, **fields: Any) -> bytes:
+    return json.dumps({"model": alias, **fields}).encode()
+
+
+def test_no_account_takes_all_of_a_pot() -> None:
+    """One alone has its share, two less each, and whoever comes next finds something free."""
+    ledger = Ledger(1000, share=0.5)
+    ann, ben, carl = (Account(name, is_bounded=True) for name in ("ann", "ben", "carl"))
+
+    assert ledger.fits(ann, 500)
+    assert not ledger.fits(ann, 501)
+    ledger.add(ann, 500)
+    assert ledger.fits(ben, 250)
+    assert not ledger.fits(ben, 251)
+    ledger.add(ben, 250)
+    assert ledger.fits(carl, 125)
+    assert ledger.fits(Account("admin", is_admin=True), 250)
+    assert not ledger.fits(Account("admin", is_admin=True), 251)
+
+    ledger.add(ann, -500)
+    assert ledger.fits(ben, 250)
+    assert "<Ledger held=250 of 1000 bytes>" == repr(ledger)
+
+
+def test_whole_share_is_no_bound() -> None:
+    """And without keys everybody is one account, which may have all."""
+    assert Ledger(1000, share=1).fits(Account("ann", is_bounded=True), 1000)
+    assert Ledger(1000, share=0.5).fits(EVERYBODY, 1000)
+    assert not Ledger(1000, share=1).fits(EVERYBODY, 1001)
+
+
+KEYS = Access(user_keys=["ann", "ben"], admin_keys=["root"])
+
+
+def as_who(key: str, **more: str) -> list[tuple[bytes, bytes]]:
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json", **more}
+    return [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
+
+
+async def test_unfinished_bodies_of_one_key_shut_nobody_out(make_server: MakeServer) -> None:
+    """Neither admins, nor other keys; and what the key has left is served, too."""
+    server = await make_server(access=KEYS, limits=LimitsConfig(held_bytes=100_000))
+    for _ in range(10):
+        hog = server.request("POST", CHAT, headers=as_who("ann"))
+        hog.say({"type": "http.request", "body": b" " * 5000, "more_body": True})
+    await server.settled()
+    assert 50_000 == server.app.router.bodies.held_bytes
+    hog = server.request("POST", CHAT, b" " * 5000, headers=as_who("ann"))
+    assert 429 == (await hog.finish()).status
+
+    for key in ("ben", "root"):
+        headers = {"authorization": f"Bearer {key}"}
+        answer = await server.post(CHAT, json={"model": "llama"}, headers=headers)
+        assert 200 == answer.status_code
+    headers = {"authorization": "Bearer root"}
+    switch = await server.post("/v1/models/switch", json={"model": "qwen"}, headers=headers)
+    assert 200 == switch.status_code
+
+
+async def test_own_routes_are_open_when_the_pot_is_full(make_server: MakeServer) -> None:
+    """Where nobody needs a key, too."""
+    server = await make_server(limits=LimitsConfig(held_bytes=1000))
+    hog = server.request("POST", CHAT, headers=[(b"content-type", b"application/json")])
+    hog.say({"type": "http.request", "body": b" " * 1000, "more_body": True})
+    await server.settled()
+
+    assert 429 == (await server.ask("llama")).status_code
+    assert 200 == (await server.switch("qwen")).status_code
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [(CHAT, 1001, 413), (CHAT, 801, 429), ("/v1/models/switch", (1 << 20) + 1, 413)],
+)
+async def test_announced_length_that_does_not_fit_is_not_waited_for(
+    make_server: MakeServer, path: str, length: int, status: int
+) -> None:
+    """The answer comes before the first byte of the body."""
+    limits = LimitsConfig(body_bytes=1000 if path == CHAT else 1 << 30, held_bytes=800)
+    server = await make_server(limits=limits)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
+
+    request = server.request("POST", path, headers=headers)
+
+    assert status == (await request.finish()).status
+
+
+def test_body_that_dribbles_is_ended() -> None:
+    """Below the rate for 20 s, whatever came before; above it, it has until the whole time."""
+
+    async def story() -> None:
+        fast = client(*[b"x" * 30_000] * 10, pause_s=5)
+        with Bodies(LimitsConfig()).hold() as body:
+            assert 300_000 == len(await body.read(fast))
+
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        dribble = client(b"x" * (1 << 20), *[b"x" * 1000] * 100, pause_s=1)
+        with pytest.raises(BodyTimeout), Bodies(LimitsConfig()).hold() as body:
+            await body.read(dribble)
+        assert 40 == loop.time() - began_s
+
+        began_s = loop.time()
+        long = client(*[b"x" * 8000] * 1000, pause_s=1)
+        with pytest.raises(BodyTimeout), Bodies(LimitsConfig()).hold() as body:
+            await body.read(long)
+        assert 300 == loop.time() - began_s
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(story())
 
 
 async def test_client_that_leaves_in_its_body_is_forgotten(make_server: MakeServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -60,7 +61,7 @@ ENCODINGS = [
 
 def scanned(body: bytes, piece_bytes: int = 7) -> str | None:
     """The `model` that a scan finds, in pieces that are far smaller than a server's."""
-    found = at_once(scan(body, KEYS, piece_bytes)).get("model")
+    found = at_once(scan(body, KEYS, piece_bytes)).found.get("model")
     return found if isinstance(found, str) else None
 
 
@@ -101,7 +102,7 @@ def test_the_last_of_equal_keys_counts(items: list[tuple[str, Any]], piece_bytes
         for key in KEYS
         if key in read
     }
-    assert expected == at_once(scan(raw, KEYS, piece_bytes))
+    assert expected == at_once(scan(raw, KEYS, piece_bytes)).found
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -120,7 +121,7 @@ def test_fields_of_one_body_are_found_together() -> None:
 
     fields = at_once(json_fields(json.dumps(body).encode()))
     assert ("a", "r", True) == (fields.model, fields.previous_response_id, fields.stream)
-    assert fields == at_once(json_fields(json.dumps(large | body).encode()))
+    assert replace(fields, values=4) == at_once(json_fields(json.dumps(large | body).encode()))
 
 
 def test_text_beyond_all_bounds_is_refused() -> None:
@@ -264,7 +265,7 @@ def test_keys_are_told_from_values_however_they_are_written(
         for key in KEYS
         if key in read
     }
-    assert expected == at_once(scan(raw, KEYS, piece_bytes))
+    assert expected == at_once(scan(raw, KEYS, piece_bytes)).found
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 3), bodies)

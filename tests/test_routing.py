@@ -141,7 +141,7 @@ JSON = "application/json"
         (EMBEDDINGS, JSON, "", '{"model": "qwen"}'.encode("utf-16")),
         (EMBEDDINGS, JSON, "", '{"model": "qwen"}'.encode("utf-32-be")),
         (EMBEDDINGS, JSON, "", b'{"model": "llama", "model": "qwen"}'),
-        (EMBEDDINGS, JSON, "", b'{"input": [' + b"[]," * 99_999 + b'1], "model": "qwen"}'),
+        (EMBEDDINGS, JSON, "", b'{"more": [' + b"[]," * 99_999 + b'1], "model": "qwen"}'),
     ],
 )
 async def test_model_is_found_wherever_a_route_has_it(

@@ -19,7 +19,16 @@ from starlette.datastructures import Headers
 
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
 from vllm_hotswap.keys import Keys, KeySource, split_keys
-from vllm_hotswap.rights import ADMIN, DEFAULT, Group, Rights, read_members, read_terms
+from vllm_hotswap.rights import (
+    ADMIN,
+    DEFAULT,
+    EVERYBODY,
+    Account,
+    Group,
+    Rights,
+    read_members,
+    read_terms,
+)
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 
 log = logging.getLogger("vllm_hotswap")
@@ -189,6 +198,22 @@ class Access:
             groups = (rights.group for rights, keys in self._members if keys.know(sent))
             return Caller("user", next(groups, ""), key.fingerprint, key.name)
         return Caller()
+
+    def account(self, headers: Headers) -> Account:
+        """Whose bounds count for the caller, who has been let in."""
+        if not self.has_keys:
+            return EVERYBODY if self._others == Rights() else self._account("", "", self._others)
+        rights, mark = self.rights(headers), self.caller(headers).key
+        if rights is ADMIN:
+            return Account("admin", mark, is_admin=True)
+        if rights.group != DEFAULT:
+            return self._account(f"group {rights.group}", mark, rights)
+        if not mark:
+            return self._account("", "", rights)
+        return self._account(f"key {mark}", mark, rights)
+
+    def _account(self, name: str, key: str, rights: Rights) -> Account:
+        return Account(name, key, is_bounded=self.has_keys, per_minute=rights.per_minute)
 
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for. Raises `InvalidRequest`."""

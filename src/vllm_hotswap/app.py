@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,18 @@ from vllm_hotswap.errors import HotswapError, NotReady, Unforeseen
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.job_routes import JobRoutes
-from vllm_hotswap.limits import ClientGone
+from vllm_hotswap.limits import Bodies, ClientGone
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import CALLER, Operations
 from vllm_hotswap.own_routes import own_routes
+from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
 from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
-
-OWN_BODY_BYTES = 1 << 20
-"""Of the body of a request to one of our own routes, which parse it in one go."""
 
 
 class HotswapApp:
@@ -60,7 +58,9 @@ class HotswapApp:
         limits: LimitsConfig | None = None,
         recovery: RecoveryConfig | None = None,
         cross_site: CrossSite | None = None,
+        is_local: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`is_local`: whether programs of this machine alone get here."""
         self.host = host
         self._cross_site = cross_site or CrossSite()
         self.recovery = recovery or RecoveryConfig()
@@ -87,7 +87,9 @@ class HotswapApp:
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)
-        self.router = Router(self.coordinator, access, limits)
+        self._rates = Rates(limits or LimitsConfig(), clock, is_local)
+        self.router = Router(self.coordinator, access, self._rates, limits)
+        self.own_bodies = Bodies(limits or LimitsConfig(), are_own=True)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
@@ -126,10 +128,13 @@ class HotswapApp:
         self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
-        with self.router.bodies.hold(OWN_BODY_BYTES) as held:
-            body = await held.read(receive) if scope["method"] in BODY_METHODS else b""
+        account = self.access.account(headers)
+        if route.role is Role.ADMIN and route.method != "GET":
+            self._rates.switch(account)
+        with self.own_bodies.hold(account) as held:
+            body = await held.read(receive, headers) if scope["method"] in BODY_METHODS else b""
             if body:
-                media.check_own_body(Headers(scope=scope))
+                media.check_own_body(headers)
             own = {"path_params": parameters, CALLER: self.access.caller(headers)}
             request = Request({**scope, **own}, _replayed(body, receive))
             return await route.handler(request)

@@ -24,7 +24,7 @@ from vllm_hotswap.hints import did_you_mean
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.paths import beside
 from vllm_hotswap.references import References
-from vllm_hotswap.rights import DEFAULT, Group, Rights, refuse_shared
+from vllm_hotswap.rights import DEFAULT, Group, PerMinute, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.security import check_settings, read_models_file, without_dangers
 from vllm_hotswap.settings import (
@@ -376,7 +376,10 @@ class _Reader:
         if given.switch_to != ALL:
             where = self._place(*keys, "switch_to")
             switch_to = frozenset(_configured(alias, models, where) for alias in given.switch_to)
-        rights = Rights(name, switch_to, given.max_priority, given.min_max_wait)
+        per_minute = PerMinute(
+            given.requests_per_minute, given.tokens_per_minute, given.switches_per_minute
+        )
+        rights = Rights(name, switch_to, given.max_priority, given.min_max_wait, per_minute)
         return Group(rights, place, KeySource(secrets, files))
 
     # --- sections -----------------------------------------------------------------------------

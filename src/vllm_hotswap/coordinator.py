@@ -12,9 +12,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
+from functools import partial
 from pathlib import Path
 
 from vllm_hotswap import drain
@@ -33,6 +34,7 @@ from vllm_hotswap.errors import (
     NameTaken,
     NoRoom,
     QueueFull,
+    SlowReader,
     SwitchFailed,
     SwitchInProgress,
     SwitchRateLimited,
@@ -74,6 +76,9 @@ log = logging.getLogger("vllm_hotswap")
 
 CONNECTION_LOOK_S = 0.5
 """How often a drain looks whether a connection has become idle."""
+
+SLOW_LOOK_S = 10.0
+"""How long a drain in the mode `auto` watches clients that it waits for."""
 
 IDLE_CHECK_S = 1.0
 """How often models are looked at that may rest when nobody uses them."""
@@ -494,6 +499,35 @@ class Coordinator:
         assert model is not None
         return model
 
+    def begins_to_wait(self, alias: str | None) -> bool:
+        """Whether a request for the model would be the first to wait for it, and so have it come.
+
+        Raises `UnknownModel`, `AdapterUnavailable`.
+        """
+        if self.dispatcher is None or alias is None:
+            return False
+        model = self.meant(alias)
+        is_coming = model.alias in (self.active, self.target)
+        return not is_coming and not model.entered and not model.parked
+
+    @contextmanager
+    def reserved(self, alias: str | None, requests: int) -> Iterator[None]:
+        """Room for a call that becomes several engine requests, until it is over.
+
+        Raises `QueueFull`, `UnknownModel`, `AdapterUnavailable`.
+        """
+        if requests == 1:
+            yield
+            return
+        model = self.meant(alias)
+        if model.in_flight + requests > self._limits.in_flight:
+            raise self._too_many(model)
+        model.further += requests - 1
+        try:
+            yield
+        finally:
+            model.further -= requests - 1
+
     async def _take_in(self, alias: str | None, terms: RequestTerms) -> Lease:
         arrived_s, epoch = self._clock(), self._epoch
         held = self._admit(alias)
@@ -548,7 +582,7 @@ class Coordinator:
             raise ModelNotActive(model.alias, self.active, alias)
         if switch is not None and switch.phase is not SwitchPhase.VALIDATE:
             raise ModelSwitching(model.alias, switch.target.alias, self._retry_after_s())
-        if len(model.leases) >= self._limits.in_flight:
+        if model.in_flight >= self._limits.in_flight:
             raise self._too_many(model)
         return self._grant(model, asyncio.current_task())
 
@@ -571,7 +605,7 @@ class Coordinator:
         model.leases[lease] = None
 
     def _hold(self, switch: Switch) -> asyncio.Future[Lease]:
-        if len(switch.held) + len(switch.target.leases) >= self._limits.in_flight:
+        if len(switch.held) + switch.target.in_flight >= self._limits.in_flight:
             raise self._too_many(switch.target)
         if len(switch.held) >= self._settings.max_waiting:
             raise QueueFull(
@@ -829,10 +863,25 @@ class Coordinator:
         return lambda: until_s() + ahead_s
 
     async def _drain_to_the_end(self, switch: Switch, source: Model) -> None:
-        """Park who still runs, if nobody is lost by that; wait for the others."""
+        """Park who still runs, if nobody is lost by that; wait for the others.
+
+        Not for clients that read slower than their answers come: those would hold up everybody for
+        as long as they like.
+        """
         if switch.may_park and self.ladder.can_keep_parked(switch.target):
             self._park(switch, source)
-        await self._until_empty(source, lambda: math.inf)
+        now_s = asyncio.get_running_loop().time
+        while drain.is_running(source):
+            before = {lease: _kept_waiting_s(lease) for lease in source.leases}
+            await self._until_empty(source, partial(float, now_s() + SLOW_LOOK_S))
+            slow = [
+                lease
+                for lease, before_s in before.items()
+                if lease in source.leases
+                and not lease.is_parked
+                and _kept_waiting_s(lease) - before_s > SLOW_LOOK_S / 2
+            ]
+            switch.requests_cut += drain.end(slow, SlowReader(switch.target.alias))
 
     async def _until_empty(self, source: Model, until_s: Callable[[], float]) -> None:
         """Wait for its requests. A connection whose last one ends meanwhile is not waited for.
@@ -1198,6 +1247,10 @@ def _refuse_failed_adapters(model: Model) -> None:
     for adapter in model.engine.adapters.values():
         if adapter.failure is not None:
             raise ConfigError(f"models.{model.alias}: {adapter.failure}")
+
+
+def _kept_waiting_s(lease: Lease) -> float:
+    return lease.kept_waiting_s() if lease.kept_waiting_s is not None else 0.0
 
 
 def _granted(held: asyncio.Future[Lease]) -> Lease | None:

@@ -148,7 +148,7 @@ class Dispatcher:
         if refused := self._not_allowed(alias, terms):
             raise refused
         self._refuse_while_it_fails(model, now_s)
-        if len(model.leases) + len(model.entered) >= self._limits.in_flight:
+        if model.in_flight >= self._limits.in_flight:
             raise QueueFull(
                 f"{self._limits.in_flight} requests of {alias!r} are in flight, or wait for it "
                 "(limits.in_flight); retry later",

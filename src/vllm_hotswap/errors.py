@@ -31,9 +31,12 @@
     ├── UnknownResponse          404  no model keeps a response of that id
     ├── ResponseEnded            409  the response has no more events; ask how it ended
     ├── QueueFull                429  too many requests wait or run; retry later
+    ├── RateLimited              429  the key has used up what it may do in a minute; retry later
     ├── SwitchRateLimited        429  too many switches in a short time; retry later
     ├── BodyTooLarge             413  the body is longer than the server takes
     ├── TooManyValues            413  the body has more values than the server takes
+    ├── CallTooLarge             413  it would be too many engine requests; send several
+    ├── GrammarTooLarge          413  a schema or a grammar has too much in it; simplify it
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── MalformedRequest         400  what arrived is no HTTP request; send one
@@ -494,6 +497,16 @@ class ClientStalled(HotswapError):
         )
 
 
+class SlowReader(ClientStalled):
+    """A switch would have to wait for a client, and not for its engine."""
+
+    def __init__(self, target: str) -> None:
+        super(ClientStalled, self).__init__(
+            f"the answer was read slower than it came, while a switch to {target!r} waited for it "
+            "after its drain deadline; read the answer as it comes"
+        )
+
+
 class WrongStamp(HotswapError):
     """An output came from another model or epoch than the request's; it was not delivered."""
 
@@ -524,6 +537,19 @@ class SwitchRateLimited(HotswapError):
     code = "switch_rate_limited"
 
 
+class RateLimited(HotswapError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, what: str, per_minute: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{per_minute} {what} a minute are what this caller may ask for "
+            f"({what}_per_minute, in limits or in rights); retry in {retry_after_s} s",
+            retry_after_s=retry_after_s,
+        )
+
+
 class BodyTooLarge(HotswapError):
     status = 413
     type = "invalid_request_error"
@@ -545,6 +571,31 @@ class TooManyValues(HotswapError):
             f"the body has more than {limit} JSON values (limits.body_values); "
             "send several requests, or raise the limit"
         )
+
+
+class CallTooLarge(HotswapError):
+    status = 413
+    type = "invalid_request_error"
+    code = "call_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the call asks for more than {limit} things at once, which are its prompts or items "
+            "times n (limits.requests_per_call); send several calls"
+        )
+
+
+class GrammarTooLarge(HotswapError):
+    status = 413
+    type = "invalid_request_error"
+    code = "grammar_too_large"
+
+    def __init__(self, most: str, param: str) -> None:
+        super().__init__(
+            f"the schemas, choices and grammars of the request have more than {most}; "
+            "ask for a simpler answer, or raise the limit"
+        )
+        self.param = param
 
 
 class UnsupportedMediaType(HotswapError):
@@ -569,9 +620,10 @@ class BodyTimeout(HotswapError):
     type = "timeout_error"
     code = "body_timeout"
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, rate: float, pace_s: float) -> None:
         super().__init__(
-            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout); send it faster"
+            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout), or came slower "
+            f"than {rate:g} bytes a second for {pace_s:g} s (limits.body_rate); send it faster"
         )
 
 

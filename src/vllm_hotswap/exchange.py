@@ -163,6 +163,7 @@ class Answer:
         self.started = False
         self.complete = False
         self._sending = 0
+        self._sending_since_s = self._kept_waiting_s = 0.0
         self.sent = 0
         """Messages that were sent: what does not grow while one is being sent has stalled."""
         self.is_event_stream = False
@@ -172,16 +173,11 @@ class Answer:
         """What the application says instead of the event stream that has begun."""
         self._is_between_events = True
         self._commenting: asyncio.Task[None] | None = None
-        self._on_admit: Callable[[], None] | None = None
 
-    def follow(self, lease: Lease, on_admit: Callable[[], None] | None = None) -> None:
-        """Answer for this lease from now on.
-
-        Args:
-            lease: the request's.
-            on_admit: called when it has its turn, if it has not had it.
-        """
-        self.lease, self._on_admit = lease, on_admit
+    def follow(self, lease: Lease) -> None:
+        """Answer for this lease from now on."""
+        self.lease = lease
+        lease.kept_waiting_s = self.kept_waiting_s
         lease.on_park = self._parked
         lease.on_wait = self._waits
         lease.on_admit = self._admitted
@@ -250,12 +246,23 @@ class Answer:
             self.close()
 
     async def _pass_on(self, message: Message) -> None:
+        now_s = asyncio.get_running_loop().time
+        if not self._sending:
+            self._sending_since_s = now_s()
         self._sending += 1
         try:
             await self._send(message)
         finally:
             self._sending -= 1
             self.sent += 1
+            if not self._sending:
+                self._kept_waiting_s += now_s() - self._sending_since_s
+
+    def kept_waiting_s(self) -> float:
+        """Seconds, so far, in which the client was to take something in, and had not yet."""
+        if not self._sending:
+            return self._kept_waiting_s
+        return self._kept_waiting_s + asyncio.get_running_loop().time() - self._sending_since_s
 
     @property
     def is_sending(self) -> bool:
@@ -277,8 +284,6 @@ class Answer:
 
     def _admitted(self) -> None:
         """If it had to wait, its headers have been sent before there was anything to tell."""
-        if self._on_admit is not None:
-            self._on_admit()
         if self._commenting is not None and self.lease is not None:
             told = " ".join(f"{name}={value}" for name, value in _turn(self.lease).items())
             self._begin_to_comment(f": served {told}\n\n".encode(), is_last=True)

@@ -13,7 +13,8 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ _TO_CURLY = 0x20
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _IS_SPACE = np.isin(np.arange(256), tuple(b" \t\r\n"))
+_EMPTY = re.compile(rb".[ \t\r\n]*+[\]}]", re.DOTALL)
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _TRUE = re.compile(rb"true(?!\w)")
 
@@ -43,24 +45,45 @@ class TooManyValues(ValueError):
     """The body has more values than whoever parses it may be given."""
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """The value of a top-level key as it is written, and how much is in it."""
+
+    text: memoryview = field(repr=False)
+    items: int
+    """What a list or an object has in it directly; 0 for any other value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """What was found in a body."""
+
+    found: Mapping[str, Any]
+    members: Mapping[str, Member]
+    values: int
+    """At whatever depth: those that begin a list or an object, and those that follow a comma."""
+
+
 def scan(
     body: bytes,
     keys: Collection[str],
     piece_bytes: int = PIECE_BYTES,
     most_values: int = sys.maxsize,
-) -> Work[dict[str, Any]]:
+    members: Collection[str] = (),
+) -> Work[Scanned]:
     """Values of top-level keys, as `json.loads` would read them, the last one of each key.
 
     Args:
         body: JSON in any encoding that `json.loads` knows.
         keys: what to look for, of letters, digits and underscores of ASCII.
         piece_bytes: how much is looked at between two yields.
-        most_values: how many values there may be, at whatever depth: those that begin a list or
-            an object, and those that follow a comma.
+        most_values: how many values there may be.
+        members: further keys, of which the whole value is wanted.
 
     Returns:
-        For each key that is there: its text, True, or None for any other value. What is no JSON
-        gives any of these, and never more than `json.loads` would: whoever parses it refuses it.
+        For each of `keys` that is there: its text, True, or None for any other value. What is no
+        JSON gives any of these, and never more than `json.loads` would: whoever parses it refuses
+        it.
 
     Raises:
         TooLong: a text is beyond all bounds.
@@ -68,9 +91,13 @@ def scan(
     """
     text = yield from _as_utf8(body, piece_bytes)
     begin = yield from _end_of_space(text, 0, piece_bytes)
-    if text[begin : begin + 1] != b"{":
-        return {}
-    scanner = _Scanner(text, keys)
+    match text[begin : begin + 1]:
+        case b"{":
+            scanner = _Scanner(text, keys, members)
+        case b"[":  # which is parsed, too, before it is refused
+            scanner = _Scanner(text, (), ())
+        case _:
+            return Scanned({}, {}, 0)
     for start in range(begin, len(text), piece_bytes):
         yield from scanner.look_at(start, start + piece_bytes)
         if scanner.values > most_values:
@@ -78,7 +105,7 @@ def scan(
         if scanner.is_over:
             break
         yield
-    return scanner.found
+    return Scanned(scanner.found, scanner.members(), scanner.values)
 
 
 def _as_utf8(body: bytes, piece_bytes: int) -> Work[bytes]:
@@ -120,12 +147,27 @@ def _end_of_space(body: bytes, position: int, piece_bytes: int) -> Work[int]:
     return position
 
 
+@dataclass(slots=True)
+class _Span:
+    """Where a member is, as far as it has been looked at."""
+
+    begin: int | None = None
+    end: int | None = None
+    commas: int = 0
+
+    def member(self, body: bytes) -> Member:
+        text = memoryview(body)[self.begin : self.end]
+        is_filled = bytes(text[:1]) in (b"[", b"{") and not _EMPTY.match(text)
+        return Member(text, self.commas + 1 if is_filled else 0)
+
+
 class _Scanner:
     """Reads a body piece by piece, and keeps what it needs to know from one to the next."""
 
-    def __init__(self, body: bytes, keys: Collection[str]) -> None:
+    def __init__(self, body: bytes, keys: Collection[str], members: Collection[str]) -> None:
         self._body = body
         self._keys = tuple(keys)
+        self._spans = {key: _Span() for key in members}
         self._bytes = np.frombuffer(body, np.uint8)
         self._depth = 0
         self._is_inside = False
@@ -150,6 +192,39 @@ class _Scanner:
             tops = tops[tops < int(np.argmax(depth <= 0))]
         self._is_inside, self._depth = bool(inside[-1]), int(depth[-1])
         yield from self._look_at_keys(tops + start, end)
+        if self._spans:
+            yield from self._look_at_members(tops + start, end)
+            commas = np.where((piece == _COMMA) & ~inside, depth, 0)
+            self._measure(commas == 2, (commas == 1) | (depth <= 0), start)
+
+    def members(self) -> dict[str, Member]:
+        """Of those keys that were looked for and are there."""
+        spans = self._spans.items()
+        return {key: span.member(self._body) for key, span in spans if span.begin is not None}
+
+    def _look_at_members(self, strings: NDArray[np.intp], end: int) -> Work[None]:
+        for key, span in self._spans.items():
+            ends = self._ends_of(key, strings)
+            colon = (yield from self._last_colon(ends, end)) if len(ends) else None
+            if colon is not None:
+                begin = yield from _end_of_space(self._body, colon + 1, PIECE_BYTES)
+                span.begin, span.end, span.commas = begin, None, 0
+
+    def _measure(self, commas: NDArray[np.bool_], ends: NDArray[np.bool_], start: int) -> None:
+        """Go on with the members that have begun, in a piece that begins at `start`.
+
+        Args:
+            commas: which bytes part what is in a member.
+            ends: which bytes end one.
+        """
+        for span in self._spans.values():
+            if span.begin is None or span.end is not None:
+                continue
+            first = max(0, span.begin - start)
+            if ends[first:].any():
+                span.end = start + first + int(np.argmax(ends[first:]))
+            last = None if span.end is None else span.end - start
+            span.commas += _count(commas[first:last])
 
     def _without_escapes(self, piece: bytes) -> bytes:
         """The piece with spaces in place of escaped quotes; positions stay."""

@@ -1,18 +1,37 @@
-"""Bounds: of switch calls per time, and of the bytes of requests that have not been admitted."""
+"""Bounds: of calls per time, and of the bytes that requests hold until they are answered."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable
 
+from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
+from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
 
 LARGE_BYTES = 2 << 20
 """Bodies from here on are put together beside the event loop."""
+
+OWN_BODY_BYTES = 1 << 20
+"""Of the body of a request to one of our own routes, which parse it in one go."""
+
+OWN_POT_BYTES = 64 << 20
+"""Of all those together, but for those of admins."""
+
+PACE_S = 20.0
+"""Seconds in which a body has to come as fast as `limits.body_rate` wants it, each time anew."""
+
+BYTES_PER_BYTE = 4
+"""What a byte of a body becomes at most: its text is kept with four bytes for each character, if
+one of them is no usual one. Measured with `json.loads` of Python 3.11."""
+
+BYTES_PER_VALUE = 160
+"""What a JSON value takes at most, besides its bytes: an object with one key. Measured alike."""
 
 
 class Rate:
@@ -28,93 +47,192 @@ class Rate:
     def __repr__(self) -> str:
         return f"<Rate tokens={self._tokens:.1f} of {self._burst}>"
 
-    def take(self) -> int | None:
-        """Take one token; where there is none, how many whole seconds to wait for it."""
+    def take(self, count: int = 1) -> int | None:
+        """Take tokens; where there are not enough, how many whole seconds to wait for them.
+
+        More than there can ever be are taken when the bucket is full, and are a debt.
+        """
+        if wait_s := self.wait_s(count):
+            return wait_s
+        self._tokens -= count
+        return None
+
+    def wait_s(self, count: int = 1) -> int | None:
+        """Whole seconds until there are so many, or until the bucket is full; None: there are."""
         now_s = self._clock()
         filled = self._tokens + (now_s - self._filled_s) * self._per_second
         self._tokens, self._filled_s = min(filled, self._burst), now_s
-        if self._tokens < 1:
-            return max(1, math.ceil((1 - self._tokens) / self._per_second))
-        self._tokens -= 1
-        return None
+        missing = min(count, self._burst) - self._tokens
+        return max(1, math.ceil(missing / self._per_second)) if missing > 0 else None
+
+    def spend(self, count: int) -> None:
+        """Take tokens for what has been done already; there may be a debt then."""
+        self._tokens -= count
 
 
 class ClientGone(Exception):
     """The client left before its request was complete or admitted."""
 
 
-class Bodies:
-    """The bodies of requests that are being read or held; `held_bytes` is what they are together.
+class Ledger:
+    """What accounts hold of one pot, in bytes.
 
-    Once a request is admitted, its body is the engine's frontend's.
+    No account can empty the pot: it may hold so much that what it leaves free is still as large as
+    the share says, compared with what it holds. With a share of a half, one alone may hold half
+    of the pot, two a third each, and whoever comes then finds the last third. Source: Choudhury and
+    Hahne, Dynamic queue length thresholds for shared-memory packet switches, 1998.
     """
 
-    def __init__(self, limits: LimitsConfig) -> None:
-        self._limits = limits
-        self.held_bytes = 0
+    def __init__(self, size: int, share: float) -> None:
+        self._size = size
+        self._per_free = math.inf if share >= 1 else share / (1 - share)
+        self._of: Counter[str] = Counter()
+        self.held = 0
 
     def __repr__(self) -> str:
-        return f"<Bodies held={self.held_bytes} of {self._limits.held_bytes} bytes>"
+        return f"<Ledger held={self.held} of {self._size} bytes>"
 
-    def hold(self, own_limit: int | None = None) -> HeldBody:
-        """`own_limit` are the bytes that the route takes, where it does not take as many."""
-        return HeldBody(self, self._limits, own_limit)
+    def fits(self, account: Account, more: int) -> bool:
+        """Whether the account may hold so many more."""
+        free = self._size - self.held - more
+        if free < 0:
+            return False
+        if not account.is_bounded or self._per_free == math.inf:
+            return True
+        return self._of[account.name] + more <= self._per_free * free
+
+    def add(self, account: Account, more: int) -> None:
+        """Note that it holds so many more, or fewer."""
+        self.held += more
+        self._of[account.name] += more
+        if not self._of[account.name]:
+            del self._of[account.name]
+
+
+class Bodies:
+    """What requests hold, from the first byte of a body until their answers have ended."""
+
+    def __init__(self, limits: LimitsConfig, *, are_own: bool = False) -> None:
+        """`are_own`: those of our own routes, which are small, and which users cannot fill."""
+        self.limits = limits
+        self.are_own = are_own
+        size = OWN_POT_BYTES if are_own else limits.held_bytes
+        self.ledger = Ledger(size, limits.held_share)
+
+    def __repr__(self) -> str:
+        return f"<Bodies {self.ledger!r}>"
+
+    @property
+    def held_bytes(self) -> int:
+        """What they hold together."""
+        return self.ledger.held
+
+    def hold(self, account: Account = EVERYBODY) -> HeldBody:
+        return HeldBody(self, account)
 
 
 class HeldBody:
-    """One request's body. As a context manager it counts until the end, or until `let_go`."""
+    """What one request holds. As a context manager it counts until the end."""
 
-    def __init__(self, bodies: Bodies, limits: LimitsConfig, own_limit: int | None) -> None:
+    def __init__(self, bodies: Bodies, account: Account) -> None:
         self._bodies = bodies
-        self._limits = limits
-        self._own_limit = own_limit
+        self._limits = bodies.limits
+        self._account = account
+        self._is_free = bodies.are_own and account.is_admin
         self._size = 0
+        self._counted = 0
+        self._pace: asyncio.TimerHandle
 
     def __enter__(self) -> HeldBody:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.let_go()
+        self._bodies.ledger.add(self._account, -self._counted)
+        self._counted = 0
 
-    def let_go(self) -> None:
-        """The body counts no longer. Idempotent."""
-        self._bodies.held_bytes -= self._size
-        self._size = 0
-
-    async def read(self, receive: Receive) -> bytes:
+    async def read(self, receive: Receive, headers: Headers | None = None) -> bytes:
         """The whole body.
 
         Raises:
-            BodyTooLarge, BodyTimeout, QueueFull: it is beyond a limit.
+            BodyTooLarge, QueueFull: it is beyond a limit, as its length is announced, or as it is.
+            BodyTimeout: it does not come, or too slowly.
             ClientGone: the client left.
         """
-        chunks = []
+        if headers is not None:
+            self._refuse_announced(headers.get("content-length", ""))
+        chunks: list[bytes] = []
         try:
-            async with asyncio.timeout(self._limits.body_timeout):
+            async with asyncio.timeout(self._limits.body_timeout) as deadline:
+                self._watch(deadline)
                 while (message := await receive()).get("more_body", False):
                     chunks.append(self._take(message))
         except TimeoutError:
-            raise BodyTimeout(self._limits.body_timeout) from None
+            raise BodyTimeout(self._limits.body_timeout, self._limits.body_rate, PACE_S) from None
+        finally:
+            self._pace.cancel()
         last = self._take(message)
         if self._size < LARGE_BYTES:
             return b"".join((*chunks, last)) if chunks else last
         # For large ones, joining lets go of the interpreter while it copies.
         return await asyncio.to_thread(b"".join, (*chunks, last))
 
+    def _watch(self, deadline: asyncio.Timeout) -> None:
+        """See, after a while, how much has come since, and again."""
+        loop = asyncio.get_running_loop()
+        self._pace = loop.call_later(PACE_S, self._look_at_pace, deadline, self._size)
+
+    def _look_at_pace(self, deadline: asyncio.Timeout, size_before: int) -> None:
+        if self._size - size_before < self._limits.body_rate * PACE_S:
+            deadline.reschedule(asyncio.get_running_loop().time())
+        else:
+            self._watch(deadline)
+
+    def weigh(self, values: int) -> None:
+        """Count what the body becomes when it is parsed, with so many JSON values.
+
+        Raises `QueueFull`.
+        """
+        self._count((BYTES_PER_BYTE - 1) * self._size + BYTES_PER_VALUE * values)
+
+    def _refuse_announced(self, length: str) -> None:
+        if length.isdecimal() and length.isascii() and len(length) < 20:
+            self._refuse_beyond(int(length))
+            if not self._fits(int(length)):
+                raise self._full()
+
+    def _refuse_beyond(self, size: int) -> None:
+        if size > self._limits.body_bytes:
+            raise BodyTooLarge(self._limits.body_bytes)
+        if self._bodies.are_own and size > OWN_BODY_BYTES:
+            raise BodyTooLarge(OWN_BODY_BYTES, "the most that this route takes")
+
     def _take(self, message: Message) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientGone
         chunk: bytes = message.get("body", b"")
         self._size += len(chunk)
-        self._bodies.held_bytes += len(chunk)
-        if self._size > self._limits.body_bytes:
-            raise BodyTooLarge(self._limits.body_bytes)
-        if self._own_limit is not None and self._size > self._own_limit:
-            raise BodyTooLarge(self._own_limit, "the most that this route takes")
-        if self._bodies.held_bytes > self._limits.held_bytes:
-            raise QueueFull(
-                f"the bodies of requests that wait are {self._limits.held_bytes} bytes together "
-                "already (limits.held_bytes); retry later",
+        self._refuse_beyond(self._size)
+        self._count(len(chunk))
+        return chunk
+
+    def _count(self, more: int) -> None:
+        if more and not self._fits(more):
+            raise self._full()
+        self._bodies.ledger.add(self._account, more)
+        self._counted += more
+
+    def _fits(self, more: int) -> bool:
+        return self._is_free or self._bodies.ledger.fits(self._account, more)
+
+    def _full(self) -> QueueFull:
+        if self._bodies.are_own:
+            return QueueFull(
+                "too many bodies are being sent to the server's own routes; retry later",
                 retry_after_s=1,
             )
-        return chunk
+        return QueueFull(
+            f"there is no room for this body: requests hold {self._bodies.held_bytes} of "
+            f"{self._limits.held_bytes} bytes (limits.held_bytes), of which one caller may have "
+            "its share (limits.held_share); retry later",
+            retry_after_s=1,
+        )

@@ -9,21 +9,26 @@ scanned in pieces, because a parser holds up the event loop for as long as it pa
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote_plus
 
 from python_multipart.multipart import MultipartParser, QuerystringParser, parse_options_header
 
 from vllm_hotswap import media
-from vllm_hotswap.json_scan import scan
+from vllm_hotswap.json_scan import Member, scan
 from vllm_hotswap.surrogates import check_texts
 from vllm_hotswap.turns import Work, at_once
 
 SMALL_BYTES = 16 << 10
 """JSON bodies up to here are parsed: that takes two milliseconds at most."""
+
+_OBJECTS = re.compile(rb"\[[ \t\r\n]*+\{")
+_ROLE = re.compile(rb'"role"')
+_NUMBERS = re.compile(rb"\[[ \t\r\n]*+[-0-9]")
 
 MAX_NAME_BYTES = 256
 MAX_VALUE_BYTES = 64 << 10
@@ -38,6 +43,10 @@ class Fields:
     previous_response_id: str | None = None
     stream: bool = False
     """Whether `stream` is true."""
+    values: int = 0
+    """JSON values in the body, counted by commas and opening brackets; 0 for a form."""
+    members: Mapping[str, Any] = field(default_factory=dict)
+    """Values of further keys, as `json.loads` has them; `Unread` where they are large."""
 
 
 NO_FIELDS = Fields()
@@ -45,43 +54,117 @@ NO_FIELDS = Fields()
 JSON_KEYS = ("model", "previous_response_id", "stream")
 
 
-def json_fields(body: bytes, most_values: int = sys.maxsize) -> Work[Fields]:
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A value of a body that was not parsed, because it is large."""
+
+    text: memoryview = field(repr=False)
+    items: int
+    """What a list or an object has in it directly."""
+
+    @property
+    def is_of_numbers(self) -> bool:
+        """Whether it is a list that begins with a number."""
+        return _NUMBERS.match(self.text) is not None
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether it is a list that begins with a message, which has a role."""
+        if not _OBJECTS.match(self.text):
+            return False
+        return _ROLE.search(self.text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    content: Mapping[str, Any]
+    values: int = 0
+    members: Mapping[str, Any] = field(default_factory=dict)
+
+
+def json_fields(
+    body: bytes, most_values: int = sys.maxsize, members: Collection[str] = ()
+) -> Work[Fields]:
     """The fields of a JSON body; none of one that is no JSON object.
+
+    Args:
+        body: in any encoding that `json.loads` knows.
+        most_values: how many values a body that is not small may have.
+        members: further keys, whose values are wanted: at the top level, or, as `outer.inner`, one
+            level below it.
 
     Raises:
         TooLong: a text is longer than any name.
         TooManyValues: a body that is not small has more than `most_values`.
         HalfSurrogate: a text has one, wherever it is.
     """
-    found = yield from _find(body, JSON_KEYS, most_values)
+    found = yield from _find(body, JSON_KEYS, most_values, members)
     yield from check_texts(body)
-    model, previous = found.get("model"), found.get("previous_response_id")
+    content = found.content
+    model, previous = content.get("model"), content.get("previous_response_id")
     return Fields(
         model if isinstance(model, str) else None,
         previous if isinstance(previous, str) else None,
-        found.get("stream") is True,
+        content.get("stream") is True,
+        found.values,
+        found.members,
     )
 
 
 def from_json(body: bytes, key: str = "model") -> str | None:
     """The text under a top-level key; None if there is none. Does not pause."""
-    found = at_once(_find(body, (key,))).get(key)
+    found = at_once(_find(body, (key,))).content.get(key)
     return found if isinstance(found, str) else None
 
 
 def _find(
-    body: bytes, keys: Collection[str], most_values: int = sys.maxsize
-) -> Work[dict[str, Any]]:
+    body: bytes,
+    keys: Collection[str],
+    most_values: int = sys.maxsize,
+    members: Collection[str] = (),
+) -> Work[_Found]:
+    tops = {key.partition(".")[0] for key in members}
     if len(body) > SMALL_BYTES:
         try:
-            return (yield from scan(body, keys, most_values=most_values))
+            scanned = yield from scan(body, keys, most_values=most_values, members=tops)
         except UnicodeDecodeError:
-            return {}
+            return _Found({})
+        read = {key: _read(member) for key, member in scanned.members.items()}
+        return _Found(scanned.found, scanned.values, (yield from _members(read, members)))
+    values = sum(map(body.count, (b",", b"[", b"{")))
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return _Found({}, values)
+    if not isinstance(content, dict):
+        return _Found({}, values)
+    return _Found(content, values, (yield from _members(content, members)))
+
+
+def _members(content: Mapping[str, Any], keys: Collection[str]) -> Work[dict[str, Any]]:
+    """Of these keys, those that are there."""
+    found = {key: content[key] for key in keys if key in content}
+    for key in keys:
+        outer, dot, inner = key.partition(".")
+        if not dot:
+            continue
+        value = content.get(outer)
+        if isinstance(value, Unread):
+            scanned = yield from scan(bytes(value.text), (), members=(inner,))
+            value = {name: _read(member) for name, member in scanned.members.items()}
+        if isinstance(value, dict) and inner in value:
+            found[key] = value[inner]
+    return found
+
+
+def _read(member: Member) -> Any:
+    """The value, if it is small; None for one that cannot be parsed."""
+    if len(member.text) > SMALL_BYTES:
+        return Unread(member.text, member.items)
+    try:
+        return json.loads(bytes(member.text))
+    except (ValueError, RecursionError):
+        return None
 
 
 def form_fields(body: bytes, content_type: str) -> Work[Fields]:

@@ -84,8 +84,12 @@ class Lease:
     """What counts of what the request asks for."""
     ticket: Ticket | None = None
     """Its place among those that wait, in the mode `auto`."""
+    calls: int = 1
+    """Requests that its engine is asked for by it."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
+    kept_waiting_s: Callable[[], float] | None = None
+    """Says for how long, so far, its answer has waited for its client to take something in."""
     on_wait: Callable[[], object] | None = None
     on_admit: Callable[[], object] | None = None
     arrived_s: float = 0.0
@@ -243,6 +247,8 @@ class Model:
     """Of its requests, in the order in which they were admitted."""
     entered: dict[Lease, None] = field(default_factory=dict)
     """Of requests that its frontend looks at, or that wait for their turn, in the mode `auto`."""
+    further: int = 0
+    """Engine requests of its requests, beyond one for each."""
     emptied: asyncio.Future[None] | None = None
     """Whoever drains the model waits here for its last lease."""
     last_used_s: float | None = None
@@ -273,6 +279,11 @@ class Model:
     def parked(self) -> list[Lease]:
         """Requests that are frozen with its engine."""
         return [lease for lease in self.leases if lease.is_parked]
+
+    @property
+    def in_flight(self) -> int:
+        """Engine requests of those that hold a lease, and of those that will."""
+        return len(self.leases) + len(self.entered) + self.further
 
     def in_flight_as(self, name: str) -> int:
         """Requests that hold a lease, or will, and call the model by this name."""

@@ -29,6 +29,15 @@ _MAX_SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True)
+class PerMinute:
+    """What each key may do in a minute; None: what `limits` says, 0: whatever it wants."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    switches: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rights:
     """What requests of one group may do."""
 
@@ -37,6 +46,7 @@ class Rights:
     """Aliases; None: all."""
     max_priority: int = 0
     min_max_wait_s: float = 5.0
+    per_minute: PerMinute = PerMinute()
 
     def may_switch_to(self, alias: str) -> bool:
         return self.switch_to is None or alias in self.switch_to
@@ -60,6 +70,23 @@ class Rights:
 
 ADMIN = Rights("admin", max_priority=HIGHEST_PRIORITY, min_max_wait_s=0.0)
 """Admins may do everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whose bounds a request counts against: a group's, or one key's outside of all groups."""
+
+    name: str = ""
+    key: str = ""
+    """Its fingerprint; empty for whoever has none."""
+    is_admin: bool = False
+    is_bounded: bool = False
+    """Whether there may be others, for whom something has to be left."""
+    per_minute: PerMinute = PerMinute()
+
+
+EVERYBODY = Account()
+"""Where no keys are asked for."""
 
 
 @dataclass(frozen=True, slots=True)

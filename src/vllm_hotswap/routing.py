@@ -13,13 +13,14 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_hotswap import drain, json_scan, media, model_field, responses, surrogates
+from vllm_hotswap import asked, drain, json_scan, media, model_field, responses, surrogates
 from vllm_hotswap.access import Access
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import (
@@ -35,8 +36,10 @@ from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
 from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
+from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following
+from vllm_hotswap.rights import Account
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.surrogates import HalfSurrogate
@@ -62,10 +65,15 @@ class Router:
     """An ASGI application that hands each request, whole, to its model's application."""
 
     def __init__(
-        self, coordinator: Coordinator, access: Access, limits: LimitsConfig | None = None
+        self,
+        coordinator: Coordinator,
+        access: Access,
+        rates: Rates,
+        limits: LimitsConfig | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._access = access
+        self._rates = rates
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
@@ -75,9 +83,10 @@ class Router:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(scope, receive, send)
         self._answers.add(answer)
+        account = self._access.account(Headers(scope=scope))
         try:
-            with self.bodies.hold() as body:
-                await self._take(scope, receive, answer, body)
+            with self.bodies.hold(account) as body:
+                await self._take(scope, receive, answer, body, account)
         except ClientGone:
             pass
         except Exception as error:
@@ -88,12 +97,19 @@ class Router:
         finally:
             self._answers.discard(answer)
             answer.close()
+            if (lease := answer.lease) is not None:
+                self._rates.spend(account, lease.prompt_tokens + lease.output_tokens)
 
-    async def _take(self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody) -> None:
+    async def _take(
+        self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody, account: Account
+    ) -> None:
         method, path = request_of(scope)
+        requests = 1
         try:
-            body = await held.read(receive) if method in BODY_METHODS else b""
+            headers = Headers(scope=scope)
+            body = await held.read(receive, headers) if method in BODY_METHODS else b""
             fields = await self._fields(scope, path, body)
+            held.weigh(fields.values)
             alias = _model_of(scope, fields)
             owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
@@ -105,15 +121,20 @@ class Router:
                     )
                 self._check_route(alias, method, path)
                 terms = self._terms(scope, alias)
+                requests = asked.requests_of(path, fields.members, self._limits)
+                asked.check_grammar(fields.members, self._limits)
+                self._rates.take(account, requests)
+                if self._coordinator.begins_to_wait(alias):
+                    self._rates.switch(account)
+            fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
             await answer.refuse(error)
             return
         if owner is not None and response_id:
-            held.let_go()
             await self._visit(owner, response_id, scope, receive, body, answer)
         else:
             sent = None if method == WEBSOCKET else body
-            await self._route(scope, receive, answer, alias, sent, held, terms, fields.stream)
+            await self._route(scope, receive, answer, alias, sent, terms, fields.stream, requests)
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -133,7 +154,7 @@ class Router:
         work = (
             model_field.form_fields(body, kind)
             if is_form
-            else model_field.json_fields(body, most_values)
+            else model_field.json_fields(body, most_values, asked.keys_of(path))
         )
         try:
             if len(body) <= model_field.SMALL_BYTES:
@@ -191,9 +212,9 @@ class Router:
         answer: Answer,
         alias: str | None,
         body: bytes | None,
-        held: HeldBody,
         terms: RequestTerms,
         is_stream: bool,
+        requests: int,
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
@@ -201,15 +222,15 @@ class Router:
             is_redirected = scope["path"].endswith("/")  # by the application
             if body and scope["method"] == "POST" and not is_redirected:
                 look_at = partial(self._look_at, scope, body, answer, is_stream)
-            async with self._coordinator.lease(alias, terms, look_at) as lease:
-                await waiting.end()
-                if lease.ask is None:
-                    held.let_go()  # otherwise it counts as long as the request waits
-                lease.is_connection = scope["type"] == "websocket"
-                answer.follow(lease, held.let_go)
-                client = Client(scope, receive, body, waiting.heard, lease, answer)
-                with _noting_errors(lease):
-                    await self._serve(lease, scope, client, answer)
+            with self._coordinator.reserved(alias, requests):
+                async with self._coordinator.lease(alias, terms, look_at) as lease:
+                    await waiting.end()
+                    lease.calls = requests
+                    lease.is_connection = scope["type"] == "websocket"
+                    answer.follow(lease)
+                    client = Client(scope, receive, body, waiting.heard, lease, answer)
+                    with _noting_errors(lease):
+                        await self._serve(lease, scope, client, answer)
         except Refused as refusal:
             await waiting.end()
             await refusal.answer(scope, receive, answer.send)

@@ -165,6 +165,7 @@ def _run(
             limits=config.limits,
             recovery=config.recovery,
             cross_site=cross_site_of(access, listener, listen),
+            is_local=lambda: listener.is_loopback or bool(listener.args.uds),
         )
         default = config.default_model
         serving = serve(app, listener, load, default, progress, models_file, early, audit_log)

@@ -49,10 +49,13 @@ SecondsAboveZero = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=10**9)]
 CountAboveZero = Annotated[int, Field(gt=0, lt=10**9)]
 Priority = Annotated[int, Field(ge=-100, le=100)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 PerSecond = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 
 AT_LEAST_ZERO = Wanted("a number of at least 0")
 ABOVE_ZERO = Wanted("a number above 0")
+SHARE = Wanted("a number above 0, and 1 at most")
+PER_MINUTE = Wanted("a whole number of at least 0, or null")
 PRIORITY = Wanted("a whole number from -100 to 100")
 SIZE = Wanted("bytes, or a size such as 64MiB")
 IDLE = Wanted("a number of seconds above 0, or null")
@@ -193,20 +196,90 @@ class LimitsConfig:
         ByteSize,
         SIZE,
         Field(
-            description="bytes of all bodies that are being read or held together; a request "
-            "beyond it gets 429"
+            description="bytes that all requests may hold together, from the first byte of a body "
+            "to the end of its answer: what has come of it while it is read, then four times that "
+            "and 160 bytes for each JSON value. A request beyond it gets 429"
         ),
-    ] = 512 << 20
+    ] = 1 << 30
+    held_share: Annotated[
+        Share,
+        SHARE,
+        Field(
+            description="share of `held_bytes` that one caller alone may hold, where keys are "
+            "asked for: a group of `rights`, or a key outside of them. The more others hold, the "
+            "less it may, so that there is always some left. Admins may hold all of it"
+        ),
+    ] = 0.5
     body_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(description="seconds in which a request's body must have arrived; then it gets 408"),
     ] = 300.0
+    body_rate: Annotated[
+        ByteSize,
+        SIZE,
+        Field(
+            description="bytes per second at least with which a body has to come, in every 20 "
+            "seconds; a slower one gets 408"
+        ),
+    ] = 4 << 10
     in_flight: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
-        Field(description="requests that one model may have in flight; more get 429"),
+        Field(
+            description="requests that one model may have in flight, each prompt, item and answer "
+            "of a call counted; more get 429"
+        ),
     ] = 10_000
+    requests_per_call: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="engine requests that one call may become: its prompts, items, documents "
+            "or conversations times `n`; more get 413"
+        ),
+    ] = 2048
+    grammar_bytes: Annotated[
+        ByteSize,
+        SIZE,
+        Field(
+            description="size of the schemas, choices and grammars of a request, tools that have "
+            "to be called or are strict included; more get 413"
+        ),
+    ] = 64 << 10
+    grammar_values: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="what may be in those: properties, members of lists, alternatives, and a "
+            "tenth of what `minItems` and `maxItems` ask for; more get 413"
+        ),
+    ] = 2000
+    requests_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="engine requests that each key may ask for in a minute; more get 429. 0: "
+            "any number; null: 6000 where the server listens elsewhere than on loopback, there any "
+            "number. A number counts for callers without a key, too, for all of them together"
+        ),
+    ] = None
+    tokens_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="the same for tokens, of prompts and answers, counted when a request ends; "
+            "null: 6000000"
+        ),
+    ] = None
+    switches_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="the same for switches: calls that move models, and, in the mode `auto`, "
+            "requests that are the first to wait for a model; null: 60"
+        ),
+    ] = None
     client_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
@@ -446,6 +519,19 @@ class GroupConfig:
         AT_LEAST_ZERO,
         Field(description="auto: the shortest time, in seconds, that `x-hotswap-max-wait` gives"),
     ] = 5.0
+    requests_per_minute: Annotated[
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="`limits.requests_per_minute` for each of its keys; null: as given there"
+        ),
+    ] = None
+    tokens_per_minute: Annotated[
+        Count | None, PER_MINUTE, Field(description="the same for `limits.tokens_per_minute`")
+    ] = None
+    switches_per_minute: Annotated[
+        Count | None, PER_MINUTE, Field(description="the same for `limits.switches_per_minute`")
+    ] = None
 
 
 SECTIONS: Mapping[str, type[Any]] = {

@@ -144,6 +144,44 @@ def test_a_route_of_one_models_flag_is_that_models_alone(server: ServerProcess) 
     assert error(refused)["message"].endswith("ask for llama")
 
 
+MANY = 200
+WORDS = [f"word {n}" for n in range(MANY)]
+LARGE: Mapping[tuple[str, str], tuple[Mapping[str, object], str]] = {
+    ("llama", "/v1/completions"): ({"prompt": WORDS, "max_tokens": 1}, "choices"),
+    ("llama", "/v1/chat/completions"): (
+        {"messages": MESSAGES, "n": MANY, "temperature": 1, "max_tokens": 1},
+        "choices",
+    ),
+    ("llama", "/v1/chat/completions/batch"): (
+        {"messages": [MESSAGES] * MANY, "max_tokens": 1},
+        "choices",
+    ),
+    ("llama", "/generative_scoring"): (
+        {"query": "a", "items": WORDS, "label_token_ids": [1]},
+        "data",
+    ),
+    ("embed", "/v1/embeddings"): ({"input": WORDS}, "data"),
+    ("embed", "/score"): ({"text_1": "a cat", "text_2": WORDS}, "data"),
+}
+
+
+@pytest.mark.parametrize(("alias", "path"), LARGE)
+def test_a_call_for_many_things_is_answered_whole(
+    server: ServerProcess, alias: str, path: str
+) -> None:
+    """In their order, although each begins in a turn of its own; too many are refused."""
+    server.switch(alias)
+    body, field = LARGE[alias, path]
+    answer = server.post(path, {"model": alias, **body})
+    assert 200 == answer.status_code, answer.text
+    assert [*range(MANY)] == [one["index"] for one in answer.json()[field]]
+
+    name, value = next((n, v) for n, v in body.items() if v in (WORDS, MANY, [MESSAGES] * MANY))
+    more = value * 20 if isinstance(value, list) else 4000
+    refused = server.post(path, {"model": alias, **body, name: more})
+    assert (413, "call_too_large") == (refused.status_code, error(refused)["code"])
+
+
 def test_a_classifier_tells_its_classes(server: ServerProcess) -> None:
     """By their names, with probabilities."""
     server.switch("classify")

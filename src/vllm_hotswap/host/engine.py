@@ -10,9 +10,9 @@ thread, and builds no frontend.
 Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` overridable;
 `EngineCore.__init__` callable again on the same object; `_process_input_queue` not blocking when
 `process_input_queue_block` is false; `_process_engine_step`; `has_work`; `_initialize_kv_caches`;
-`pause_scheduler` with mode "keep"; `_reset_caches`; `set_weight_version`; `add_request`, `add_lora`
-and `remove_lora`; the two IO threads it starts, which touch `aborts_queue` and `input_queue` while
-no model is loaded.
+`pause_scheduler` with mode "keep"; `_reset_caches`; `set_weight_version`; `add_request`,
+`abort_requests`, `add_lora` and `remove_lora`; the two IO threads it starts, which touch
+`aborts_queue` and `input_queue` while no model is loaded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
+from vllm_hotswap.compat import grammars
 from vllm_hotswap.compat.hashing import with_own_globals
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.canaries import Canaries
@@ -161,6 +162,10 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def has_work(self) -> bool:
         return self.is_loaded and not self._canaries.is_expected and super().has_work()
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        grammars.give_up(self.scheduler, request_ids)
+        super().abort_requests(request_ids)
 
     @in_own_state
     def run_step(self) -> None:

@@ -1,0 +1,187 @@
+"""What a request asks of its engine: how many requests it becomes there, and how large a grammar.
+
+Read from its body before vLLM sees it. vLLM makes an engine request of every prompt, every item and
+every one of `n` answers. A grammar it compiles as a whole, for which the time grows with the square
+of what is in it. Field names are those of vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_hotswap.errors import CallTooLarge, GrammarTooLarge
+from vllm_hotswap.model_field import Unread
+from vllm_hotswap.settings import LimitsConfig
+
+_SCORED = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
+
+LISTS: Mapping[str, tuple[str, ...]] = {
+    "/classify": ("input", "messages"),
+    "/generative_scoring": ("items",),
+    "/invocations": ("prompt", "input", *_SCORED),
+    "/pooling": ("input", "messages", "data"),
+    "/rerank": _SCORED,
+    "/score": _SCORED,
+    "/v1/chat/completions/batch": ("messages",),
+    "/v1/completions": ("prompt", "prompt_embeds"),
+    "/v1/completions/render": ("prompt", "prompt_embeds"),
+    "/v1/decisions": ("questions",),
+    "/v1/embeddings": ("input", "messages"),
+    "/v1/rerank": _SCORED,
+    "/v1/score": _SCORED,
+    "/v1/systemone": ("questions",),
+    "/v2/embed": ("texts", "images", "inputs"),
+    "/v2/rerank": _SCORED,
+}
+"""Where a route takes several things at once, each of which is an engine request."""
+
+ONE = frozenset(
+    [
+        "/cohere/v2/chat",
+        "/cohere/v2/chat/render",
+        "/detokenize",
+        "/inference/v1/generate",
+        "/tokenize",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/derender",
+        "/v1/chat/completions/render",
+        "/v1/completions/derender",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/messages/render",
+        "/v1/responses",
+        "/v1/responses/render",
+    ]
+)
+"""Routes that take one thing; `n` answers to it may be asked for."""
+
+_NUMBERS = ("n", "best_of", "sampling_params.n")
+_GRAMMARS = (
+    "response_format",
+    "structured_outputs",
+    "text",
+    "output_config",
+    "output_format",
+    "sampling_params.structured_outputs",
+)
+MEMBERS = (*_NUMBERS, *_GRAMMARS, "tools", "tool_choice")
+
+REPEATED = 10
+"""So many repetitions that `minItems` or `maxItems` ask for cost as much as one value."""
+
+_STRICT = re.compile(rb'"strict"')
+_AS_JSON = frozenset(["json", "choice", "structural_tag"])
+
+
+def keys_of(path: str) -> tuple[str, ...]:
+    """The top-level keys that tell it, of a body for this route."""
+    return (*MEMBERS, *LISTS.get(path, ()))
+
+
+def requests_of(path: str, members: Mapping[str, Any], limits: LimitsConfig) -> int:
+    """How many engine requests a body becomes.
+
+    Raises `CallTooLarge` for more than `limits.requests_per_call`.
+    """
+    things = sum(_things(members.get(key)) for key in LISTS.get(path, ()))
+    numbers = [_number(members.get(key)) for key in _NUMBERS]
+    requests = max(1, things) * max(1, *numbers)
+    if requests > limits.requests_per_call:
+        raise CallTooLarge(limits.requests_per_call)
+    return requests
+
+
+def _things(value: object) -> int:
+    """How many a list has. The tokens of one prompt, and the messages of one conversation, are not
+    several things, nor is anything else.
+    """
+    match value:
+        case Unread():
+            return 0 if value.is_of_numbers or value.is_conversation else value.items
+        case [int() | float() | {"role": _}, *_]:
+            return 0
+        case list() | dict():
+            return len(value)
+    return 0
+
+
+def _number(value: Any) -> int:
+    """As pydantic reads a whole number: perhaps from a text, or from 3.0."""
+    try:
+        return value if isinstance(value, int) else int(float(value or 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def check_grammar(members: Mapping[str, Any], limits: LimitsConfig) -> None:
+    """Raises `GrammarTooLarge` for one that would keep the compiler busy for too long."""
+    size = values = 0
+    for name, grammar in _grammars(members):
+        text = grammar.text if isinstance(grammar, Unread) else json.dumps(grammar)
+        size += len(text)
+        if size > limits.grammar_bytes:
+            raise GrammarTooLarge(f"{limits.grammar_bytes} bytes (limits.grammar_bytes)", name)
+        values += _values(_parsed(grammar.text) if isinstance(grammar, Unread) else grammar)
+        if values > limits.grammar_values:
+            raise GrammarTooLarge(f"{limits.grammar_values} values (limits.grammar_values)", name)
+
+
+def _grammars(members: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a grammar may be made from, by the name of its field."""
+    for name in _GRAMMARS:
+        if isinstance(members.get(name), dict | Unread):
+            yield name, members[name]
+    if _is_compiled(members):
+        yield "tools", members["tools"]
+
+
+def _is_compiled(members: Mapping[str, Any]) -> bool:
+    """Whether tools become a grammar: one has to be called, or is strict."""
+    tools = members.get("tools")
+    if not isinstance(tools, list | Unread):
+        return False
+    if members.get("tool_choice") not in (None, "auto", "none"):
+        return True
+    text = tools.text if isinstance(tools, Unread) else json.dumps(tools).encode()
+    return _STRICT.search(text) is not None
+
+
+def _parsed(text: memoryview | str) -> Any:
+    try:
+        return json.loads(text if isinstance(text, str) else bytes(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _values(grammar: object) -> int:
+    """What the time of a compilation grows with: whatever is in a list, and every part of a mapping
+    but plain ones, such as titles. Schemas may be texts that have JSON in them.
+    """
+    count, left = 0, [grammar]
+    while left:
+        value = left.pop()
+        parts = value if isinstance(value, list) else [*_parts(value)]
+        count += len(parts) + _repetitions(value)
+        left += parts
+    return count
+
+
+def _parts(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            part = _parsed(item) if isinstance(item, str) and key in _AS_JSON else item
+            if isinstance(part, dict | list | bool):
+                yield part
+
+
+def _repetitions(value: object) -> int:
+    if not isinstance(value, dict):
+        return 0
+    asked = [value.get(key) for key in ("minItems", "maxItems")]
+    numbers = [number for number in asked if isinstance(number, int | float)]
+    return int(min(max(0, *numbers, 0), 1e9)) // REPEATED

@@ -1,0 +1,76 @@
+"""What each key may do in a minute: requests, tokens, and switches.
+
+Token buckets of our own: `limits`, the usual package, keeps time by the wall clock and in storages
+that are shared between processes, neither of which is wanted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from vllm_hotswap.errors import RateLimited
+from vllm_hotswap.limits import Rate
+from vllm_hotswap.rights import Account, PerMinute
+from vllm_hotswap.settings import LimitsConfig
+
+Kind = Literal["requests", "tokens", "switches"]
+
+ELSEWHERE = PerMinute(requests=6000, tokens=6_000_000, switches=60)
+"""For each key, where nothing is said and others than programs of this machine may ask."""
+
+
+class Rates:
+    """The buckets of all keys; all callers without one share theirs. Admins have none.
+
+    Keys that are valid are few, so no bucket is ever dropped.
+    """
+
+    def __init__(
+        self, limits: LimitsConfig, clock: Callable[[], float], is_local: Callable[[], bool]
+    ) -> None:
+        """`is_local`: whether programs of this machine alone get here."""
+        self._general = PerMinute(
+            limits.requests_per_minute, limits.tokens_per_minute, limits.switches_per_minute
+        )
+        self._clock = clock
+        self._is_local = is_local
+        self._buckets: dict[tuple[Kind, str, int], Rate] = {}
+
+    def take(self, account: Account, requests: int) -> None:
+        """Count a call that becomes so many engine requests. Raises `RateLimited`."""
+        bucket = self._bucket("tokens", account)
+        if bucket is not None and (wait_s := bucket.wait_s()):
+            raise RateLimited("tokens", self._bound("tokens", account), wait_s)
+        self._take("requests", account, requests)
+
+    def switch(self, account: Account) -> None:
+        """Count what may move a model. Raises `RateLimited`."""
+        self._take("switches", account, 1)
+
+    def spend(self, account: Account, tokens: int) -> None:
+        """Count what a request has taken; until that is made up for, no other one is let in."""
+        if tokens and (bucket := self._bucket("tokens", account)) is not None:
+            bucket.spend(tokens)
+
+    def _take(self, kind: Kind, account: Account, count: int) -> None:
+        bucket = self._bucket(kind, account)
+        if bucket is not None and (wait_s := bucket.take(count)):
+            raise RateLimited(kind, self._bound(kind, account), wait_s)
+
+    def _bucket(self, kind: Kind, account: Account) -> Rate | None:
+        if account.is_admin or not (bound := self._bound(kind, account)):
+            return None
+        place = (kind, account.key, bound)
+        if place not in self._buckets:
+            self._buckets[place] = Rate(bound / 60, bound, self._clock)
+        return self._buckets[place]
+
+    def _bound(self, kind: Kind, account: Account) -> int:
+        """What counts; 0: nothing does."""
+        for said in (account.per_minute, self._general):
+            if (bound := getattr(said, kind)) is not None:
+                return int(bound)
+        if self._is_local() or not account.key:
+            return 0
+        return int(getattr(ELSEWHERE, kind))

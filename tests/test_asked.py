@@ -1,0 +1,228 @@
+"""What a request asks of its engine: how many requests, and how large a grammar."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from tests.conftest import MakeServer
+from tests.support import CHAT
+from vllm_hotswap import asked
+from vllm_hotswap.errors import CallTooLarge, GrammarTooLarge
+from vllm_hotswap.json_scan import scan
+from vllm_hotswap.model_field import SMALL_BYTES, json_fields
+from vllm_hotswap.model_routes import WEBSOCKET
+from vllm_hotswap.routes import VLLM_USER_ROUTES
+from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.turns import at_once
+
+LIMITS = LimitsConfig()
+LARGE = {"padding": "x" * SMALL_BYTES}
+"""Makes a body that is scanned."""
+
+
+def members_of(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    raw = json.dumps(body).encode()
+    return dict(at_once(json_fields(raw, members=asked.keys_of(path))).members)
+
+
+def requests_of(path: str, **body: Any) -> int:
+    """Of a small body, and of a large one, which are read in different ways."""
+    small, large = members_of(path, body), members_of(path, LARGE | body)
+    assert asked.requests_of(path, small, LIMITS) == asked.requests_of(path, large, LIMITS)
+    return asked.requests_of(path, small, LIMITS)
+
+
+def test_every_route_that_takes_a_body_is_known() -> None:
+    """A new one has to be looked at: may it ask for several things at once?"""
+    posts = {route.removeprefix("POST ") for route in VLLM_USER_ROUTES if route.startswith("POST")}
+    assert posts - {"/v1/responses/{response_id}/cancel"} == {*asked.LISTS, *asked.ONE}
+    assert WEBSOCKET not in posts
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "requests"),
+    [
+        (CHAT, {"messages": [{"role": "user"}] * 9}, 1),
+        (CHAT, {"n": 5}, 5),
+        (CHAT, {"n": "5"}, 5),
+        (CHAT, {"n": 5.0}, 5),
+        (CHAT, {"n": None}, 1),
+        (CHAT, {"n": 10**400}, None),
+        (CHAT, {"n": "inf"}, 1),
+        (CHAT, {"n": "many", "best_of": 3}, 3),
+        ("/v1/completions", {"prompt": "a b c"}, 1),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 3}, 6),
+        ("/v1/completions", {"prompt": [1, 2, 3]}, 1),
+        ("/v1/completions", {"prompt": [[1, 2], [3]]}, 2),
+        ("/v1/completions", {"prompt": []}, 1),
+        ("/v1/completions", {"prompt": [7] * 100_000}, 1),
+        ("/v1/completions", {"prompt": [[7] * 50] * 2000}, 2000),
+        ("/v1/completions", {"prompt": ["a" * 30] * 2049}, None),
+        ("/v1/completions", {"prompt": ["a"] * 1024, "n": 3}, None),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user"}]] * 7}, 7),
+        ("/v1/embeddings", {"messages": [{"role": "user", "content": "x" * 200}] * 2500}, 1),
+        ("/v1/embeddings", {"input": ["a,[b", "c"]}, 2),
+        ("/generative_scoring", {"query": "q", "items": ["x"] * 2048}, 2048),
+        ("/generative_scoring", {"query": "q", "items": ["x"] * 30_000}, None),
+        ("/score", {"queries": "q", "documents": [{"content": []}] * 3}, 3),
+        ("/rerank", {"query": "q", "documents": {"content": ["a"]}}, 1),
+        ("/v1/systemone", {"questions": {"a": {}, "b": {}}}, 2),
+        ("/v2/embed", {"texts": ["a"] * 96}, 96),
+        ("/inference/v1/generate", {"token_ids": [1], "sampling_params": {"n": 16384}}, None),
+        (
+            "/inference/v1/generate",
+            {"sampling_params": {"stop": ["x" * SMALL_BYTES], "n": 3000}},
+            None,
+        ),
+        ("/inference/v1/generate", {"sampling_params": {"n": 3}}, 3),
+        ("/inference/v1/generate", {"sampling_params": [1]}, 1),
+        ("/invocations", {"prompt": ["a"] * 4}, 4),
+    ],
+)
+def test_every_thing_that_is_asked_for_counts(
+    path: str, body: dict[str, Any], requests: int | None
+) -> None:
+    """Prompts, items and conversations times the answers to each; None: that is too many."""
+    if requests is None:
+        with pytest.raises(CallTooLarge, match=r"limits\.requests_per_call"):
+            requests_of(path, **body)
+    else:
+        assert requests == requests_of(path, **body)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(',[]{}":\\ é', max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("ab", max_size=2), inner),
+    max_leaves=12,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), values), max_size=5), st.integers(1, 40))
+def test_members_are_what_parsing_finds(items: list[tuple[str, Any]], piece_bytes: int) -> None:
+    """Each as it is written, the last one of equal keys, wherever a piece ends; and its size."""
+    raw = (
+        "{" + " , ".join(f'"{key}" : {json.dumps(value)}' for key, value in items) + "}"
+    ).encode()
+
+    members = at_once(scan(raw, (), piece_bytes, members=("a", "b"))).members
+
+    read = {key: value for key, value in json.loads(raw).items() if key in "ab"}
+    assert read == {key: json.loads(bytes(member.text)) for key, member in members.items()}
+    sizes = {key: len(v) if isinstance(v, list | dict) else 0 for key, v in read.items()}
+    assert sizes == {key: member.items for key, member in members.items()}
+
+
+# --- grammars ---------------------------------------------------------------------------------
+
+
+def check_grammar(limits: LimitsConfig = LIMITS, **body: Any) -> None:
+    """Of a small body or a large one."""
+    asked.check_grammar(members_of(CHAT, body), limits)
+
+
+def schema_of(properties: int) -> dict[str, Any]:
+    named = {f"p{n}": {"type": "string", "title": "t"} for n in range(properties)}
+    return {"type": "object", "properties": named}
+
+
+def asked_for(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": schema_of(2001)}}]
+LIGHT_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": schema_of(10)}}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"response_format": asked_for(schema_of(5000))},
+        {"response_format": asked_for(schema_of(2000))},
+        {"text": {"format": {"type": "json_schema", "schema": schema_of(2000)}}},
+        {"structured_outputs": {"json": schema_of(2000)}},
+        {"structured_outputs": {"json": json.dumps(schema_of(2000))}},
+        {"structured_outputs": {"choice": ["yes"] * 2001}},
+        {"structured_outputs": {"choice": ["x" * 70_000]}},
+        {"structured_outputs": {"regex": "x" * 70_000}},
+        {"structured_outputs": {"grammar": "x" * 70_000}},
+        {"structured_outputs": {"json": {"type": "array", "maxItems": 1_000_000}}},
+        {"structured_outputs": {"json": {"type": "array", "minItems": 1e300}}},
+        {"structured_outputs": {"json": {"enum": [*range(2001)]}}},
+        {"sampling_params": {"structured_outputs": {"json": schema_of(2000)}}},
+        {"sampling_params": {"structured_outputs": {"choice": ["x" * 70_000]}}},
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [{"function": {"strict": True, "parameters": schema_of(2001)}}]},
+    ],
+)
+def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any]) -> None:
+    """Whatever it is made from, and however it is written."""
+    with pytest.raises(GrammarTooLarge, match=r"limits\.grammar_") as caught:
+        check_grammar(**body)
+    assert (caught.value.param or "").startswith(next(iter(body)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": asked_for(schema_of(900))},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"structured_outputs": {"json": "no JSON {"}},
+        {"structured_outputs": {"json": {"type": "array", "minItems": 1, "maxItems": 1000}}},
+        {"tools": LIGHT_TOOLS, "tool_choice": "required"},
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "auto"},
+        {"tools": "none", "tool_choice": "required"},
+        {"text": "x" * 100},
+    ],
+)
+def test_usual_grammars_pass(body: dict[str, Any]) -> None:
+    """And tools that the model may call or not, which are no grammar."""
+    check_grammar(**body)
+
+
+def test_parts_of_a_grammar_count_together() -> None:
+    """Two halves are a whole."""
+    half = {"choice": ["x"] * 600}
+    limits = LimitsConfig(grammar_values=1000)
+    check_grammar(limits, structured_outputs=half)
+    with pytest.raises(GrammarTooLarge):
+        check_grammar(limits, structured_outputs=half, response_format=half)
+
+
+# --- at the server ----------------------------------------------------------------------------
+
+
+async def test_what_is_too_much_for_one_call_gets_413(make_server: MakeServer) -> None:
+    """With the setting that says so, and before the model's application has it."""
+    server = await make_server()
+
+    many = await server.ask("llama", path="/v1/completions", prompt=["a"] * 3000)
+    heavy = await server.ask("llama", response_format=asked_for(schema_of(2000)))
+
+    assert (413, "call_too_large") == (many.status_code, many.json()["error"]["code"])
+    assert (413, "grammar_too_large") == (heavy.status_code, heavy.json()["error"]["code"])
+    assert "response_format" == heavy.json()["error"]["param"]
+
+
+@pytest.mark.parametrize("mode", ["manual", "auto"])
+async def test_every_request_of_a_call_is_in_flight(make_server: MakeServer, mode: str) -> None:
+    """One call of seven leaves room for three of ten, until it is over."""
+    server = await make_server(mode=mode, limits=LimitsConfig(in_flight=10))
+    body = json.dumps({"model": "llama", "n": 7, "stream": True, "max_tokens": 3}).encode()
+    call = server.request("POST", CHAT, body)
+    await call.next_event()
+
+    refused = await server.ask("llama", n=4)
+    assert (429, "queue_full") == (refused.status_code, refused.json()["error"]["code"])
+    assert 200 == (await server.ask("llama", n=3)).status_code
+
+    await call.finish()
+    assert 200 == (await server.ask("llama", n=10)).status_code
+    assert [0, 0, 0] == [model.in_flight for model in server.coordinator.registry]

@@ -1,0 +1,187 @@
+"""What each key may do in a minute."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import MakeServer
+from tests.support import Server
+from vllm_hotswap.access import Access
+from vllm_hotswap.errors import RateLimited
+from vllm_hotswap.keys import Keys, KeySource
+from vllm_hotswap.limits import Rate
+from vllm_hotswap.rates import ELSEWHERE, Rates
+from vllm_hotswap.rights import EVERYBODY, Account, Group, PerMinute, Rights
+from vllm_hotswap.settings import LimitsConfig
+
+ANN, BEN = Account("key ann", "ann", is_bounded=True), Account("key ben", "ben", is_bounded=True)
+ADMIN = Account("admin", "root", is_admin=True)
+
+
+class Clock:
+    """Shows what it is set to."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def rates(clock: Clock | None = None, is_local: bool = True, **limits: int) -> Rates:
+    return Rates(LimitsConfig(**limits), clock or Clock(), lambda: is_local)
+
+
+def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:
+    """Told how long to wait, in whole seconds; other keys and admins are not held up."""
+    clock = Clock()
+    bounds = rates(clock, requests_per_minute=30)
+    bounds.take(ANN, 20)
+    bounds.take(ANN, 10)
+
+    with pytest.raises(RateLimited, match="30 requests a minute") as caught:
+        bounds.take(ANN, 1)
+    assert (429, "rate_limit_exceeded", 2) == (
+        caught.value.status,
+        caught.value.code,
+        caught.value.retry_after_s,
+    )
+    bounds.take(BEN, 30)
+    bounds.take(ADMIN, 1000)
+
+    clock.now_s = 2.0
+    bounds.take(ANN, 1)
+    with pytest.raises(RateLimited):
+        bounds.take(ANN, 1)
+
+
+def test_call_of_more_than_a_minutes_worth_is_let_in_and_paid_for() -> None:
+    """When nothing else has been asked for: it could never be let in otherwise."""
+    clock = Clock()
+    bounds = rates(clock, requests_per_minute=60)
+    bounds.take(ANN, 180)
+
+    with pytest.raises(RateLimited) as caught:
+        bounds.take(ANN, 1)
+    assert 121 == caught.value.retry_after_s
+    clock.now_s = 121.0
+    bounds.take(ANN, 1)
+
+
+def test_tokens_are_paid_for_afterwards() -> None:
+    """Nobody knows before how many they are; who has taken more waits until it is made up for."""
+    clock = Clock()
+    bounds = rates(clock, tokens_per_minute=600)
+    bounds.take(ANN, 1)
+    bounds.spend(ANN, 700)
+    bounds.spend(ADMIN, 700)
+
+    with pytest.raises(RateLimited, match="600 tokens a minute") as caught:
+        bounds.take(ANN, 1)
+    assert 11 == caught.value.retry_after_s
+    bounds.take(BEN, 1)
+    clock.now_s = 11.0
+    bounds.take(ANN, 1)
+
+
+def test_a_group_says_it_for_each_of_its_keys() -> None:
+    """More, less, or that there is no bound (0)."""
+    bounds = rates(switches_per_minute=2)
+    one, other, free = (
+        Account("group team", key, is_bounded=True, per_minute=PerMinute(switches=switches))
+        for key, switches in (("a", 1), ("b", 1), ("c", 0))
+    )
+    bounds.switch(one)
+    bounds.switch(other)
+    with pytest.raises(RateLimited, match="1 switches a minute"):
+        bounds.switch(one)
+    for _ in range(100):
+        bounds.switch(free)
+    bounds.switch(ANN)
+    bounds.switch(ANN)
+    with pytest.raises(RateLimited, match="2 switches a minute"):
+        bounds.switch(ANN)
+
+
+def test_defaults_count_elsewhere_than_on_loopback_and_for_keys() -> None:
+    """Whoever has none cannot be told from others, so that one would shut out all."""
+    for _ in range(3):
+        rates().take(ANN, 100_000)
+        rates(is_local=False).take(EVERYBODY, 100_000)
+    bounds = rates(is_local=False)
+    assert ELSEWHERE.requests is not None
+    bounds.take(ANN, ELSEWHERE.requests)
+    with pytest.raises(RateLimited):
+        bounds.take(ANN, 1)
+
+    bounds = rates(is_local=False, requests_per_minute=0)
+    for _ in range(3):
+        bounds.take(ANN, 100_000)
+    bounds = rates(requests_per_minute=1)
+    bounds.take(EVERYBODY, 1)
+    with pytest.raises(RateLimited):
+        bounds.take(EVERYBODY, 1)
+
+
+def test_bucket_says_how_long_to_wait_without_taking() -> None:
+    clock = Clock()
+    rate = Rate(per_second=1, burst=3, clock=clock)
+    assert [None, None] == [rate.wait_s(3), rate.take(2)]
+    assert 1 == rate.wait_s(2)
+    rate.spend(5)
+    assert 5 == rate.wait_s()
+
+
+# --- at the server ----------------------------------------------------------------------------
+
+TEAM = Group(
+    Rights("team", per_minute=PerMinute(tokens=50)), "team", KeySource(Keys.of(["team"], "team"))
+)
+ACCESS = Access(user_keys=["ann", "ben"], admin_keys=["root"], groups=[TEAM])
+
+
+async def ask(server: Server, key: str, **body: object) -> int:
+    headers = {"authorization": f"Bearer {key}"}
+    content = {"model": "llama", **body}
+    return (await server.post("/v1/chat/completions", json=content, headers=headers)).status_code
+
+
+async def test_requests_of_one_key_are_counted(make_server: MakeServer) -> None:
+    """`n` answers are as many; others are served, and admins always."""
+    clock = Clock()
+    limits = LimitsConfig(requests_per_minute=5)
+    server = await make_server(access=ACCESS, limits=limits, clock=clock)
+
+    assert [200, 200, 429] == [await ask(server, "ann", n=n) for n in (3, 2, 1)]
+    assert [200, 200, 429] == [await ask(server, "ben", n=n) for n in (3, 2, 1)]
+    assert {200} == {await ask(server, "root") for _ in range(9)}
+    clock.now_s = 12.0
+    assert 200 == await ask(server, "ann")
+
+
+async def test_tokens_of_one_key_are_counted(make_server: MakeServer) -> None:
+    """By its group, once it has had them."""
+    server = await make_server(access=ACCESS, clock=Clock())
+
+    assert 200 == await ask(server, "team", max_tokens=60)
+    assert 429 == await ask(server, "team", max_tokens=60)
+    assert 200 == await ask(server, "ann", max_tokens=60)
+
+
+async def test_switches_of_one_key_are_counted(make_server: MakeServer) -> None:
+    """In the mode `auto`, whoever has a model come; requests for the active one are none."""
+    limits = LimitsConfig(switches_per_minute=2)
+    server = await make_server(access=ACCESS, limits=limits, mode="auto", clock=Clock())
+
+    models = ("qwen", "qwen", "llama", "llama", "qwen")
+    assert [200, 200, 200, 200, 429] == [await ask(server, "ann", model=m) for m in models]
+    assert 200 == await ask(server, "ben", model="qwen")
+
+
+async def test_calls_that_switch_are_counted_where_everybody_may(make_server: MakeServer) -> None:
+    """With `VLLM_SERVER_DEV_MODE` and no admin key."""
+    server = await make_server(limits=LimitsConfig(switches_per_minute=1), clock=Clock())
+
+    assert 200 == (await server.switch("qwen")).status_code
+    refused = await server.switch("llama")
+    assert (429, "60") == (refused.status_code, refused.headers["retry-after"])
+    assert "rate_limit_exceeded" == refused.json()["error"]["code"]
