@@ -96,6 +96,7 @@ def test_the_engine_host_may_open_as_many_files_as_the_server(
     monkeypatch.setattr(listen, "WANTED_FILES", wanted)
     monkeypatch.setattr(HostLink, "spawn", look)
     monkeypatch.setattr(server, "require_vllm", lambda: None)
+    monkeypatch.setattr(server, "shut_out_others", lambda: None)  # it is for a whole process
     config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
     hangup = signal.getsignal(signal.SIGHUP)
     try:
