@@ -55,6 +55,7 @@ def test_the_version_is_one_that_was_run() -> None:
     assert warning(vllm_version()) is None
 
 
+@pytest.mark.wide
 def test_the_installed_version_has_everything_that_is_used(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -32,6 +32,7 @@ def left_running(tmp_path: Path) -> Iterator[ServerProcess]:
     assert 0 == server.stop()
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_every_command_that_the_demo_prints_works_when_it_is_pasted(
     left_running: ServerProcess, capsys: pytest.CaptureFixture[str]

@@ -21,7 +21,7 @@ import pytest
 
 from tests.faults import Faults, RawClient, wait_until
 from tests.integration.conftest import events
-from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, still_there
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
 
@@ -572,8 +572,7 @@ def test_the_death_of_the_server_takes_its_host_with_it(
     wait_until(lambda: faulty.faults.hits("host.load") > before)
     children = faulty.server.descendants()
     faulty.server.process.kill()
-    _, alive = psutil.wait_procs(children, timeout=10)
 
-    assert [] == alive
+    assert [] == still_there(children)
     assert isinstance(call.exception(timeout=10), httpx.TransportError)
     assert [] == list(faulty.frail.parent.glob("vllm-hotswap-*"))

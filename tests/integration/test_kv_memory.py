@@ -24,7 +24,7 @@ from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.launch import parse_flags, prepare
 
 # Each architecture is inspected by vLLM in a process of its own the first time on a machine.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.wide]
 
 MIB = 1 << 20
 LENGTH, SEQUENCES = 512, 4

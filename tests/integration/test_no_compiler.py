@@ -12,6 +12,8 @@ from tests.integration.processes import ServerProcess, without_compilers
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
 
+pytestmark = pytest.mark.wide
+
 CONFIGURATION = f"""\
 default_model: llama
 defaults: {{max_model_len: 512, enforce_eager: true, kv_cache_memory_bytes: 16M}}

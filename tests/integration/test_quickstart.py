@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS, QUESTION, WEATHER_TOOL
@@ -84,6 +86,7 @@ def test_development_routes_of_vllm_are_not_mounted(server: ServerProcess) -> No
     assert 404 == server.client.get("/server_info").status_code
 
 
+@pytest.mark.wide
 def test_without_the_variable_it_is_the_standard_server(tmp_path: Path) -> None:
     """The rollback: one model, vLLM's own list, and no switching."""
     command = ["-m", QUICKSTART_MODULE, "--model", str(MODELS / "llama"), "--enforce-eager"]
