@@ -6,12 +6,17 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server, Stream
+from vllm_hotswap.access import Access
 from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.responses import answered_id
+from vllm_hotswap.rights import Group, Rights
+from vllm_hotswap.settings import LimitsConfig
 
 RESPONSES = "/v1/responses"
 
@@ -45,6 +50,82 @@ async def begun(reader: Stream) -> dict[str, Any]:
 
 def status(response: dict[str, Any]) -> tuple[str, str]:
     return response["model"], response["status"]
+
+
+# --- whose it is ----------------------------------------------------------------------------
+
+TEAM = Group(Rights("team"), "rights.team", KeySource(Keys.of(["ann", "bob"], "team")))
+KEYS = Access(user_keys=["eve", "eve-too"], admin_keys=["root"], groups=[TEAM])
+
+
+async def ask(server: Server, key: str, method: str, path: str, **body: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"}
+    content = body or None
+    return await server.call(method, path, json=content, headers=headers)
+
+
+@pytest.mark.parametrize("stranger", ["eve", "root"])
+async def test_response_is_there_for_its_group_of_keys_alone(
+    make_server: MakeServer, stranger: str
+) -> None:
+    """To read, to go on from and to cancel; to others it is as if it did not exist."""
+    server = await make_server(access=KEYS)
+    new = {"model": "llama", "input": "x"}
+    mine = (await ask(server, "ann", "POST", RESPONSES, **new)).json()["id"]
+    calls: list[tuple[str, str, dict[str, Any]]] = [
+        ("GET", f"{RESPONSES}/{mine}", {}),
+        ("POST", f"{RESPONSES}/{mine}/cancel", {}),
+        ("POST", RESPONSES, {**new, "previous_response_id": mine}),
+    ]
+
+    theirs = [await ask(server, "bob", *call[:2], **call[2]) for call in calls]
+    refused = [await ask(server, stranger, *call[:2], **call[2]) for call in calls]
+    unknown = await ask(server, stranger, "GET", f"{RESPONSES}/resp_x")
+
+    assert [200, 200, 200] == [answer.status_code for answer in theirs]
+    assert [404, 404, 404] == [answer.status_code for answer in refused]
+    assert {"response_not_found"} == {answer.json()["error"]["code"] for answer in refused}
+    assert unknown.text == refused[0].text.replace(mine, "resp_x")
+
+
+async def test_keys_outside_of_groups_keep_their_responses_apart(make_server: MakeServer) -> None:
+    server = await make_server(access=KEYS)
+    answer = await ask(server, "eve", "POST", RESPONSES, model="llama", input="x")
+    path = f"{RESPONSES}/{answer.json()['id']}"
+
+    assert 200 == (await ask(server, "eve", "GET", path)).status_code
+    assert 404 == (await ask(server, "eve-too", "GET", path)).status_code
+
+
+async def test_nobody_overwrites_the_response_of_another(make_server: MakeServer) -> None:
+    """A client may choose the id of its response, and may use its own again."""
+    server = await make_server(access=KEYS)
+    new = {"model": "llama", "input": "x", "request_id": "resp_mine"}
+    answers = [await ask(server, key, "POST", RESPONSES, **new) for key in ("ann", "eve", "bob")]
+
+    assert [200, 400, 200] == [answer.status_code for answer in answers]
+    assert "request_id 'resp_mine' is in use" in answers[1].json()["error"]["message"]
+
+
+async def test_oldest_responses_are_forgotten(make_server: MakeServer) -> None:
+    """So that what is kept is bounded."""
+    server = await make_server(limits=LimitsConfig(kept_responses=2))
+    ids = [(await created(server, model="llama"))["id"] for _ in range(4)]
+    answers = [(await server.get(f"{RESPONSES}/{each}")).status_code for each in ids]
+
+    assert [404, 404, 200, 200] == answers
+
+
+async def test_response_that_is_not_kept_is_nobodys(make_server: MakeServer) -> None:
+    """Its request was refused, so that the id it wanted is free."""
+    server = await make_server(access=KEYS)
+    new = {"model": "llama", "input": "x", "request_id": "resp_x", "previous_response_id": "no"}
+    refused = await ask(server, "ann", "POST", RESPONSES, **new)
+    del new["previous_response_id"]
+    answer = await ask(server, "eve", "POST", RESPONSES, **new)
+
+    assert (404, 200) == (refused.status_code, answer.status_code)
+    assert 1 == len(server.app.router.owners)
 
 
 # --- who keeps it ---------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Fields:
 
     model: str | None = None
     previous_response_id: str | None = None
+    request_id: str | None = None
     stream: bool = False
     """Whether `stream` is true."""
     values: int = 0
@@ -51,7 +52,7 @@ class Fields:
 
 NO_FIELDS = Fields()
 
-JSON_KEYS = ("model", "previous_response_id", "stream")
+JSON_KEYS = ("model", "previous_response_id", "request_id", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +102,23 @@ def json_fields(
     found = yield from _find(body, JSON_KEYS, most_values, members)
     yield from check_texts(body)
     content = found.content
-    model, previous = content.get("model"), content.get("previous_response_id")
     return Fields(
-        model if isinstance(model, str) else None,
-        previous if isinstance(previous, str) else None,
+        _text(content.get("model")),
+        _text(content.get("previous_response_id")),
+        _text(content.get("request_id")),
         content.get("stream") is True,
         found.values,
         found.members,
     )
 
 
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def from_json(body: bytes, key: str = "model") -> str | None:
     """The text under a top-level key; None if there is none. Does not pause."""
-    found = at_once(_find(body, (key,))).content.get(key)
-    return found if isinstance(found, str) else None
+    return _text(at_once(_find(body, (key,))).content.get(key))
 
 
 def _find(

@@ -11,12 +11,14 @@ import asyncio
 import json
 import logging
 import re
+from collections.abc import Callable
 
 from vllm_hotswap import model_field
 from vllm_hotswap.engines.base import Responses
 from vllm_hotswap.errors import InvalidRequest, ResponseEnded, UnknownResponse, one_line
 from vllm_hotswap.exchange import Answer
 from vllm_hotswap.registry import Lease, Model, Registry
+from vllm_hotswap.rights import EVERYBODY, Account
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -76,14 +78,72 @@ def _keeper(models: Registry | list[Model], response_id: str) -> Model | None:
     return next((m for m in models if response_id in (m.engine.responses or ())), None)
 
 
+class Owners:
+    """Whose each kept response is: of a group of keys, of a key in none, or of the admins.
+
+    To everybody else it does not exist. Where no keys are asked for, everybody is one owner.
+    The mutable state is the owner of each response, in the order in which they were begun.
+    """
+
+    def __init__(self, registry: Registry, most: int) -> None:
+        self._registry, self._most = registry, most
+        self._names: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def check(self, response_id: str, account: Account, alias: str | None) -> None:
+        """See that a response may be read, gone on from, or cancelled. Raises `UnknownResponse`."""
+        if not self._is_of(response_id, account):
+            raise UnknownResponse(response_id, alias)
+
+    def check_new(self, response_id: str, account: Account) -> None:
+        """See that a response may get this id, which its client has chosen.
+
+        Raises:
+            InvalidRequest: somebody else's has it, which would be overwritten.
+        """
+        if response_id in self._names and not self._is_of(response_id, account):
+            raise InvalidRequest(
+                f"request_id {response_id!r} is in use; send another, or none", "request_id"
+            )
+
+    def note(self, response_id: str, account: Account) -> None:
+        """A response is the account's from now on; the oldest give way where there are too many."""
+        self._names.setdefault(response_id, account.name)
+        for oldest in list(self._names)[: max(0, len(self._names) - self._most)]:
+            keeper = _keeper(self._registry, oldest)
+            kept = keeper.engine.responses if keeper is not None else None
+            if kept is None or oldest not in kept.running:
+                del self._names[oldest]
+                if kept is not None:
+                    kept.forget(oldest)
+
+    def let_go(self, response_id: str, responses: Responses) -> None:
+        """Its request is over: there is nothing to be owned, unless it is kept."""
+        if response_id not in responses and response_id not in responses.running:
+            self._names.pop(response_id, None)
+
+    def _is_of(self, response_id: str, account: Account) -> bool:
+        return self._names.get(response_id, EVERYBODY.name) == account.name
+
+
 class Following:
     """One request of the Responses API that follows the work on a response, and may outlive it."""
 
-    def __init__(self, responses: Responses, lease: Lease, answer: Answer) -> None:
+    def __init__(
+        self,
+        responses: Responses,
+        lease: Lease,
+        answer: Answer,
+        noted: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._responses = responses
+        self._noted = noted
+        """Told the id of the response that the answer names."""
         self._lease = lease
         self._answer = answer
-        self._response_id = ""
+        self.response_id = ""
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
         """The work, while nobody has been told of its end."""
@@ -95,7 +155,7 @@ class Following:
 
     def begin(self, response_id: str) -> None:
         """Follow a response that is kept."""
-        self._response_id = response_id
+        self.response_id = response_id
         self._task = self._responses.running.get(response_id)
         if self._task is not None:
             self._task.add_done_callback(self._has_ended)
@@ -117,13 +177,17 @@ class Following:
 
     def _answered(self, body: bytes) -> None:
         running = self._responses.running
-        response_id = answered_id(body, self._answer.is_event_stream) if running else None
-        if response_id is not None and response_id in running:
+        response_id = answered_id(body, self._answer.is_event_stream)
+        if response_id is None:
+            return
+        self.response_id = response_id
+        self._noted(response_id)
+        if response_id in running:
             self._lease.work = running[response_id]
             self.begin(response_id)
 
     def _has_ended(self, task: asyncio.Task[object] | None) -> None:
-        self._responses.settle(self._response_id, self._why(task))
+        self._responses.settle(self.response_id, self._why(task))
         if not self._is_over:
             self._look_at_stream_later()
 
@@ -140,7 +204,7 @@ class Following:
         if self._answer.is_sending:
             self._look_at_stream_later()
         elif not self._answer.complete:
-            self._lease.end(ResponseEnded(self._response_id))
+            self._lease.end(ResponseEnded(self.response_id))
 
     def _why(self, task: asyncio.Task[object] | None) -> str:
         if self._lease.cut is not None:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from starlette.datastructures import Headers
@@ -38,7 +38,7 @@ from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import Lease, Model, current_lease
-from vllm_hotswap.responses import Following
+from vllm_hotswap.responses import Following, Owners
 from vllm_hotswap.rights import Account
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig
@@ -61,6 +61,18 @@ class Refused(Exception):
         self.answer = answer
 
 
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What a request asks of its model, beyond its name."""
+
+    is_stream: bool
+    requests: int
+    """How many engine requests it may become."""
+    account: Account
+    request_id: str | None
+    """The id that it wants for its response."""
+
+
 class Router:
     """An ASGI application that hands each request, whole, to its model's application."""
 
@@ -77,6 +89,7 @@ class Router:
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
         self.bodies = Bodies(self._limits)
+        self.owners = Owners(self._registry, self._limits.kept_responses)
         self._answers: set[Answer] = set()
         self._turns = Turns()
 
@@ -113,9 +126,11 @@ class Router:
             alias = _model_of(scope, fields)
             owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
+                self.owners.check(response_id, account, alias)
                 owner = responses.owner_of(self._registry, response_id, alias)
             else:
                 if path == responses.PATH:
+                    self._check_owner(fields, account, alias)
                     alias = responses.alias_that_goes_on(
                         self._registry, fields.previous_response_id, alias
                     )
@@ -134,7 +149,8 @@ class Router:
             await self._visit(owner, response_id, scope, receive, body, answer)
         else:
             sent = None if method == WEBSOCKET else body
-            await self._route(scope, receive, answer, alias, sent, terms, fields.stream, requests)
+            asking = Asking(fields.stream, requests, account, fields.request_id)
+            await self._route(scope, receive, answer, alias, sent, terms, asking)
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -213,24 +229,23 @@ class Router:
         alias: str | None,
         body: bytes | None,
         terms: RequestTerms,
-        is_stream: bool,
-        requests: int,
+        asking: Asking,
     ) -> None:
         waiting = Waiting(scope, receive)
         try:
             look_at = None
             is_redirected = scope["path"].endswith("/")  # by the application
             if body and scope["method"] == "POST" and not is_redirected:
-                look_at = partial(self._look_at, scope, body, answer, is_stream)
-            with self._coordinator.reserved(alias, requests):
+                look_at = partial(self._look_at, scope, body, answer, asking.is_stream)
+            with self._coordinator.reserved(alias, asking.requests):
                 async with self._coordinator.lease(alias, terms, look_at) as lease:
                     await waiting.end()
-                    lease.calls = requests
+                    lease.calls = asking.requests
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)
                     with _noting_errors(lease):
-                        await self._serve(lease, scope, client, answer)
+                        await self._serve(lease, scope, client, answer, asking)
         except Refused as refusal:
             await waiting.end()
             await refusal.answer(scope, receive, answer.send)
@@ -274,7 +289,9 @@ class Router:
         if previewed.is_accepted and path in BEGUN_AHEAD and is_stream:
             await answer.begin_event_stream()
 
-    async def _serve(self, lease: Lease, scope: Scope, client: Receive, answer: Answer) -> None:
+    async def _serve(
+        self, lease: Lease, scope: Scope, client: Receive, answer: Answer, asking: Asking
+    ) -> None:
         """Have the model answer, and keep it until all that it has accepted is done."""
         method, path = request_of(scope)
         self._check_route(lease.alias, method, path)  # it may have got its first frontend only now
@@ -282,13 +299,20 @@ class Router:
         if keeper is None or path != responses.PATH:
             await self._answer(lease, scope, client, answer)
             return
-        following = Following(keeper, lease, answer)
+        following = Following(
+            keeper, lease, answer, lambda found: self.owners.note(found, asking.account)
+        )
         following.begin_with_answer()
+        if asking.request_id:
+            self.owners.check_new(asking.request_id, asking.account)
+            self.owners.note(asking.request_id, asking.account)
         try:
             await self._answer(lease, scope, client, answer)
             await following.outlast()
         finally:
             following.stop()
+            for name in {asking.request_id, following.response_id} - {None, ""}:
+                self.owners.let_go(str(name), keeper)
 
     async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Run the model's application; if it is cut meanwhile, tell the client."""
@@ -304,6 +328,18 @@ class Router:
             uncancel()
             if not answer.complete:
                 await answer.cut(lease.cut)
+
+    def _check_owner(self, fields: Fields, account: Account, alias: str | None) -> None:
+        """See that a new response neither goes on from nor replaces somebody else's.
+
+        Raises:
+            UnknownResponse: it goes on from one.
+            InvalidRequest: it has the id of one.
+        """
+        if fields.previous_response_id:
+            self.owners.check(fields.previous_response_id, account, alias)
+        if fields.request_id:
+            self.owners.check_new(fields.request_id, account)
 
     def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
         """What the request may ask for. Raises `InvalidRequest` for a header that is wrong."""

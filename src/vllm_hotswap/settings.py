@@ -280,6 +280,14 @@ class LimitsConfig:
             "requests that are the first to wait for a model; null: 60"
         ),
     ] = None
+    kept_responses: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="responses of the Responses API that are kept, where they are; then the "
+            "oldest are forgotten"
+        ),
+    ] = 10_000
     client_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,

@@ -1,8 +1,8 @@
 """The responses that vLLM's frontend of one model keeps. Checked on vLLM 0.32.0.
 
 Relies on `OpenAIServingResponses`: its `response_store` (which is filled if the variable
-`VLLM_ENABLE_RESPONSES_API_STORE` is set) and `background_tasks`, both by id. vLLM never removes a
-response from its store.
+`VLLM_ENABLE_RESPONSES_API_STORE` is set), `msg_store`, `event_store` and `background_tasks`, all by
+id. vLLM never removes a response from its stores.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import Any
+
+STORES = ("response_store", "msg_store", "event_store")
 
 
 class KeptResponses:
@@ -34,3 +36,7 @@ class KeptResponses:
         response.status = "failed"
         if getattr(response, "error", None) is None:
             response.error = {"code": "server_error", "message": why}
+
+    def forget(self, response_id: str) -> None:
+        for name in STORES:
+            getattr(self._serving, name, {}).pop(response_id, None)

@@ -75,6 +75,9 @@ class Responses(Protocol):
         One that says already how it ended is left as it is, but for a reason that it lacks.
         """
 
+    def forget(self, response_id: str) -> None:
+        """Keep a response no longer; nothing, if it is not kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

@@ -47,13 +47,22 @@ class FakeResponses:
             response["status"] = "failed"
             response["error"] = {"code": "server_error", "message": why}
 
+    def forget(self, response_id: str) -> None:
+        self._kept.pop(response_id, None)
+        self._events.pop(response_id, None)
+
     async def _create(self, request: Request) -> Response:
         body = await request.json()
         previous = body.get("previous_response_id")
         if previous is not None and previous not in self._kept:
             return _not_found(previous)
-        response_id = f"resp_{self._alias}_{next(self._numbers)}"
-        response = {"id": response_id, "model": self._alias, "status": "queued", "output": []}
+        response_id = body.get("request_id") or f"resp_{self._alias}_{next(self._numbers)}"
+        response: dict[str, Any] = {
+            "id": response_id,
+            "model": self._alias,
+            "status": "queued",
+            "output": [],
+        }
         self._events[response_id] = []
         work = asyncio.create_task(self._work(response, int(body.get("max_output_tokens", 7))))
         if body.get("background"):
