@@ -28,6 +28,7 @@ from vllm_hotswap.cross_site import SAFE_METHODS, CrossSite
 from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import CrossOriginRefused, HostRefused
 from vllm_hotswap.listen import Listener, ListenFlags
+from vllm_hotswap.log_lines import escape_records
 from vllm_hotswap.model_routes import WEBSOCKET
 from vllm_hotswap.progress import StartupProgress
 from vllm_hotswap.routes import Route
@@ -456,12 +457,17 @@ def test_every_origin_may_be_allowed() -> None:
         CrossSite.of([origins], (), lambda: True).check_origin("POST", "/x", headers)
 
 
+@pytest.mark.parametrize("is_escaped", [False, True])
 def test_a_refused_host_is_logged_without_its_control_characters(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, is_escaped: bool
 ) -> None:
-    """In one line, whatever it is."""
+    """In one line, whatever it is; and escaped once, where a whole server does it, too."""
     caplog.set_level(logging.WARNING)
+    before = logging.getLogRecordFactory()
+    if is_escaped:
+        escape_records()
     with pytest.raises(HostRefused):
         CrossSite.of((), (), lambda: True).check_host("GET", "/", Headers({"host": "a\x1bb["}))
+    logging.setLogRecordFactory(before)
 
     assert "event=host_refused method=GET path='/' host='a\\x1bb['" in caplog.text

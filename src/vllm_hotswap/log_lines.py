@@ -12,7 +12,7 @@ import io
 import logging
 import re
 import traceback
-from typing import Any
+from typing import Any, Self
 
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 """C0, DEL and C1; line and paragraph separators; what turns the direction of text; halves of
@@ -63,7 +63,24 @@ class _Factory:
 def _safe(value: object, keep_lines: bool) -> object:
     if isinstance(value, BaseException):
         value = str(value)
-    return escaped(value, keep_lines=keep_lines) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    safe = escaped(value, keep_lines=keep_lines)
+    return value if safe == value else _Escaped(safe, repr(value))
+
+
+class _Escaped(str):
+    """A text whose `repr`, for `%r`, is that of the text as it was: it is not escaped twice."""
+
+    _shown: str
+
+    def __new__(cls, text: str, shown: str) -> Self:
+        made = super().__new__(cls, text)
+        made._shown = shown
+        return made
+
+    def __repr__(self) -> str:
+        return self._shown
 
 
 def _indented(error: BaseException) -> str:
