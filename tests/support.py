@@ -21,7 +21,7 @@ from vllm_hotswap.engines.fake import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.events import Event
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import ModelPolicy
-from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
 
 CHAT = "/v1/chat/completions"
 OPEN = Access(dev_mode=True)
@@ -194,6 +194,7 @@ class Server:
         clock: Callable[[], float] = time.monotonic,
         limits: LimitsConfig | None = None,
         recovery: RecoveryConfig | None = None,
+        isolation: IsolationConfig | None = None,
         **switching: Any,
     ) -> None:
         self._load, self._default = load, default
@@ -209,6 +210,7 @@ class Server:
             clock=clock,
             limits=limits,
             recovery=recovery,
+            isolation=isolation,
         )
         self.coordinator = self.app.coordinator
         self.answered: list[str] = []

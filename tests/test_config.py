@@ -279,7 +279,7 @@ def test_shape_that_cannot_work_is_named(
 
 
 KNOWN = (
-    "known keys: default_model, defaults, models, switching, limits, recovery, memory, adapters, "
+    "known keys: default_model, defaults, models, switching, isolation, limits, recovery, memory, adapters, "
     "rights"
 )
 

@@ -189,6 +189,30 @@ async def test_health_checks_and_admins_are_served_where_all_connections_are_bus
     assert 503 == unknown.status
 
 
+PING = b"POST /ping HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\nx"
+
+
+async def test_nobody_is_waited_for_who_needs_no_key(server: Server) -> None:
+    """The answer comes before the body, whose rest is not read for long."""
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(PING)
+        told = await client.answer()
+        await client.close()
+
+    assert 200 == told.status
+
+
+async def test_kept_places_are_not_for_bodies_of_strangers(slow: Server) -> None:
+    async with listening(slow, LimitsConfig(connections=16, connections_per_address=14)) as port:
+        clients = await occupied(slow, port, 14)
+        told, _ = await exchange(port, PING)
+        for client in clients:
+            await client.close()
+
+    assert (503, "too_many_connections") == (told.status, told.code)
+
+
 async def test_connections_that_wait_shut_nobody_out(server: Server) -> None:
     """However many there are: silent ones, ones with half a head, and ones that were answered."""
     async with listening_with(server, LimitsConfig(connections=8)) as at:

@@ -17,6 +17,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...] = (1, 2, 3)
     sampling_params: None = None
+    cache_salt: str | None = None
 
 
 @dataclass
@@ -178,3 +179,23 @@ async def test_what_is_released_is_forgotten(stamped: StampedCore, core: Core) -
 
     assert set() == lease.requests
     assert ["r"] == await delivered(stamped, core, "llama#9", "r")
+
+
+@pytest.mark.parametrize(
+    ("salt", "own", "sent"),
+    [
+        ("", None, None),
+        ("", "x", "x"),
+        ("group a", None, "group a"),
+        ("group a", "x", '["group a", "x"]'),
+    ],
+)
+async def test_the_callers_salt_parts_the_prefix_cache(
+    stamped: StampedCore, salt: str, own: str | None, sent: str | None
+) -> None:
+    """And a salt that the request asks for parts it within that."""
+    current_lease.set(Lease("llama", 1, None, cache_salt=salt))
+    request = Request("one", cache_salt=own)
+    await stamped.add_request_async(request)
+
+    assert sent == request.cache_salt

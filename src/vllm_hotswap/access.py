@@ -30,6 +30,7 @@ from vllm_hotswap.rights import (
     read_terms,
 )
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
+from vllm_hotswap.settings import Sharing
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -205,7 +206,7 @@ class Access:
             return EVERYBODY if self._others == Rights() else self._account("", "", self._others)
         rights, mark = self.rights(headers), self.caller(headers).key
         if rights is ADMIN:
-            return Account("admin", mark, is_admin=True)
+            return Account("admin", mark, is_admin=True, group=ADMIN.group)
         if rights.group != DEFAULT:
             return self._account(f"group {rights.group}", mark, rights)
         if not mark:
@@ -213,7 +214,18 @@ class Access:
         return self._account(f"key {mark}", mark, rights)
 
     def _account(self, name: str, key: str, rights: Rights) -> Account:
-        return Account(name, key, is_bounded=self.has_keys, per_minute=rights.per_minute)
+        return Account(
+            name, key, is_bounded=self.has_keys, per_minute=rights.per_minute, group=rights.group
+        )
+
+    def cache_salt(self, account: Account, sharing: Sharing | None) -> str:
+        """What sets the account's prompts apart in prefix caches; empty where all share them."""
+        if sharing == "key":
+            return f"key {account.key}"
+        if sharing == "group" or (sharing is None and self._members):
+            # No name of a group can be taken for it.
+            return f"group {account.group}" if not account.is_admin else "admin"
+        return ""
 
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
         """What counts of what a request for a model asks for. Raises `InvalidRequest`."""
@@ -227,7 +239,7 @@ class Access:
             raise SwitchNotAllowed("this route is for admins: send an admin key")
         if role is Role.ADMIN_KEY:
             raise SwitchNotAllowed(
-                "this route of vLLM's is for admins: start the server with --admin-key (or "
+                "this route is for admins: start the server with --admin-key (or "
                 "VLLM_HOTSWAP_ADMIN_KEY), and send that key"
             )
         if not self._dev_mode:

@@ -32,12 +32,12 @@ from vllm_hotswap.limits import Bodies, ClientGone
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import CALLER, Operations
-from vllm_hotswap.own_routes import own_routes
+from vllm_hotswap.own_routes import for_admins, own_routes
 from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
-from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -59,6 +59,7 @@ class HotswapApp:
         recovery: RecoveryConfig | None = None,
         cross_site: CrossSite | None = None,
         is_local: Callable[[], bool] = lambda: True,
+        isolation: IsolationConfig | None = None,
     ) -> None:
         """`is_local`: whether programs of this machine alone get here."""
         self.host = host
@@ -88,7 +89,8 @@ class HotswapApp:
         )
         observer.add(self.metrics)
         self._rates = Rates(limits or LimitsConfig(), clock, is_local)
-        self.router = Router(self.coordinator, access, self._rates, limits)
+        isolation = isolation or IsolationConfig()
+        self.router = Router(self.coordinator, access, self._rates, limits, isolation.prefix_cache)
         self.own_bodies = Bodies(limits or LimitsConfig(), are_own=True)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
@@ -99,6 +101,8 @@ class HotswapApp:
         own = own_routes(
             admin, moves, adapters, jobs, self._version, self._events, self._description
         )
+        if isolation.observers == "admins":
+            own = map(for_admins, own)
         self.routes = RouteTable([*own, *vllm_routes()])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,6 +132,8 @@ class HotswapApp:
         self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
+        if route.role is Role.PUBLIC:  # without a key nobody has the server wait for a body
+            return await route.handler(Request({**scope, "path_params": parameters}))
         account = self.access.account(headers)
         if route.role is Role.ADMIN and route.method != "GET":
             self._rates.switch(account)
@@ -149,7 +155,11 @@ class HotswapApp:
             route, _ = self.routes.find(*request_of(scope))
         except HotswapError:
             return False
-        return route.role is Role.PUBLIC or self.access.is_admin(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        if route.role is Role.PUBLIC:
+            has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+            return not has_body
+        return self.access.is_admin(headers)
 
     def _may_switch(self, route: Route) -> bool:
         """Whether a request for a model may load it, wake it, and let another one give way."""

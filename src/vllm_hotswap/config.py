@@ -34,6 +34,7 @@ from vllm_hotswap.settings import (
     TOP_LEVEL,
     AdapterConfig,
     GroupConfig,
+    IsolationConfig,
     LimitsConfig,
     ModelKeys,
     Override,
@@ -121,6 +122,7 @@ class ServerConfig:
     models: tuple[ModelConfig, ...]
     switching: SwitchingConfig = field(default_factory=SwitchingConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    isolation: IsolationConfig = field(default_factory=IsolationConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)

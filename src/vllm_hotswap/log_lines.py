@@ -72,6 +72,7 @@ def _safe(value: object, keep_lines: bool) -> object:
 class _Escaped(str):
     """A text whose `repr`, for `%r`, is that of the text as it was: it is not escaped twice."""
 
+    __slots__ = ("_shown",)
     _shown: str
 
     def __new__(cls, text: str, shown: str) -> Self:

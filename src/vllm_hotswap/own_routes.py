@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vllm_hotswap.access import Role
 from vllm_hotswap.adapter_routes import (
@@ -86,6 +87,17 @@ HEALTH = About(
     "Whether the server lives: it serves, or recovers", media_type="", errors=(EngineUnavailable,)
 )
 MODELS = About("Every alias, with the status of its model", ModelList)
+
+
+OBSERVING = frozenset({"/metrics", "/admin/status", "/admin/events", "/admin/leases"})
+"""What tells of everybody's requests."""
+
+
+def for_admins(route: Route) -> Route:
+    """The route, for admins alone if it tells of everybody's requests."""
+    if route.method == "GET" and route.path in OBSERVING:
+        return replace(route, role=Role.ADMIN_KEY)
+    return route
 
 
 def own_routes(

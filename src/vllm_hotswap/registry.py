@@ -86,6 +86,8 @@ class Lease:
     """Its place among those that wait, in the mode `auto`."""
     calls: int = 1
     """Requests that its engine is asked for by it."""
+    cache_salt: str = ""
+    """What sets its prompts apart from those of others in its engine's prefix cache."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
     kept_waiting_s: Callable[[], float] | None = None

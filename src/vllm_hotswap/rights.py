@@ -82,6 +82,7 @@ class Account:
     is_admin: bool = False
     is_bounded: bool = False
     """Whether there may be others, for whom something has to be left."""
+    group: str = ""
     per_minute: PerMinute = PerMinute()
 
 

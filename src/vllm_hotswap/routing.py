@@ -41,7 +41,7 @@ from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following, Owners
 from vllm_hotswap.rights import Account
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.settings import LimitsConfig, Sharing
 from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import Turns, at_once
 
@@ -82,12 +82,14 @@ class Router:
         access: Access,
         rates: Rates,
         limits: LimitsConfig | None = None,
+        prefix_cache: Sharing | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._access = access
         self._rates = rates
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
+        self._prefix_cache = prefix_cache
         self.bodies = Bodies(self._limits)
         self.owners = Owners(self._registry, self._limits.kept_responses)
         self._answers: set[Answer] = set()
@@ -241,6 +243,7 @@ class Router:
                 async with self._coordinator.lease(alias, terms, look_at) as lease:
                     await waiting.end()
                     lease.calls = asking.requests
+                    lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)

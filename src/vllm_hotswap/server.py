@@ -164,6 +164,7 @@ def _run(
             adapter_folders=folders,
             limits=config.limits,
             recovery=config.recovery,
+            isolation=config.isolation,
             cross_site=cross_site_of(access, listener, listen),
             is_local=lambda: listener.is_loopback or bool(listener.args.uds),
         )

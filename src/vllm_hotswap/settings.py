@@ -341,6 +341,35 @@ class LimitsConfig:
     ] = None
 
 
+Sharing = Literal["shared", "group", "key"]
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
+class IsolationConfig:
+    """The `isolation` section."""
+
+    prefix_cache: Annotated[
+        Sharing | None,
+        Wanted("shared, group or key, or null"),
+        Field(
+            description="whose prompts find each other in a model's prefix cache. `shared`: all; "
+            "who shares it can find out whether somebody else has sent the same beginning of a "
+            "prompt, by the time of the answer and by the cache's metrics. `group`: those of one "
+            "group of `rights`, where keys in no group are one, and admins are one. `key`: those "
+            "of one key. null: `group` where `rights` has groups with keys, else `shared`"
+        ),
+    ] = None
+    observers: Annotated[
+        Literal["users", "admins"],
+        Wanted("users or admins"),
+        Field(
+            description="who may read `/metrics`, `/admin/status`, `/admin/events` and "
+            "`/admin/leases`, which tell of everybody's requests: their models, tokens and times, "
+            "but no text"
+        ),
+    ] = "users"
+
+
 @dataclass(frozen=True, slots=True, config=STRICT)
 class RecoveryConfig:
     """The `recovery` section."""
@@ -545,6 +574,7 @@ class GroupConfig:
 SECTIONS: Mapping[str, type[Any]] = {
     "switching": SwitchingConfig,
     "limits": LimitsConfig,
+    "isolation": IsolationConfig,
     "recovery": RecoveryConfig,
     "memory": MemoryBudget,
     "adapters": AdapterConfig,
@@ -557,6 +587,7 @@ TOP_LEVEL: Mapping[str, str] = {
     "models": "the models: a mapping of alias to keys",
     "switching": "how switches go",
     "limits": "what requests and clients may take",
+    "isolation": "what keys may find out of each other's requests",
     "recovery": "what happens when engines or the engine host fail",
     "memory": "what all models together may hold",
     "adapters": "adapters that are added while the server runs",

@@ -1,13 +1,15 @@
 """The stamp on every output, checked against the lease of its request. Checked on vLLM 0.32.0.
 
 Relies on: `AsyncLLM.engine_core`, whose `add_request_async` and `get_output_async` are called once
-per request and per step; `EngineCoreOutputs.weight_version`, which is new in 0.32: outputs of
-older versions have no stamp, and are delivered unchecked.
+per request and per step; `EngineCoreRequest.cache_salt`, which parts the prefix cache;
+`EngineCoreOutputs.weight_version`, which is new in 0.32: outputs of older versions have no stamp,
+and are delivered unchecked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -60,6 +62,8 @@ class StampedCore:
                 await self._until_its_turn(lease.ask, request)
             if lease.cut is not None:  # while the request was being tokenised
                 raise EngineUnavailable(lease.cut.message)
+            if lease.cache_salt:
+                request.cache_salt = _salted(lease.cache_salt, request.cache_salt)
             lease.prompt_tokens += _prompt_tokens(request)
             self._leases[request.request_id] = lease
         await self._core.add_request_async(request)
@@ -117,6 +121,11 @@ class StampedCore:
                 self._forget(output.request_id)
         if refused:
             outputs.outputs = [o for o in outputs.outputs if o.request_id not in refused]
+
+
+def _salted(salt: str, own: str | None) -> str:
+    """The salt of the caller, and within it the one that the request has asked for."""
+    return salt if own is None else json.dumps([salt, own])
 
 
 def _prompt_tokens(request: Any) -> int:
