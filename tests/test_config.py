@@ -279,8 +279,8 @@ def test_shape_that_cannot_work_is_named(
 
 
 KNOWN = (
-    "known keys: default_model, defaults, models, switching, isolation, limits, recovery, memory, adapters, "
-    "rights"
+    "known keys: default_model, defaults, models, switching, limits, isolation, recovery, memory, "
+    "adapters, rights"
 )
 
 
