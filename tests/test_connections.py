@@ -444,6 +444,30 @@ async def test_a_client_that_stops_behind_its_last_answer_is_let_go() -> None:
         writer.close()
 
 
+async def test_a_client_that_stops_in_an_answer_that_broke_is_let_go() -> None:
+    """Also where all of it that there is was sent without waiting for the client."""
+
+    async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/0":
+            return await sized(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(32 * MIB), "more_body": True})
+        raise OSError("the model is gone")
+
+    async with listening_to(breaks, LimitsConfig(client_timeout=0.1)) as at:
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
+        writer.write(b"GET /0 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await large(reader)
+        (connection,) = at.state.connections
+        connection.transport.set_write_buffer_limits(64 * MIB)  # type: ignore[union-attr]
+        writer.write(b"GET /1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            while at.state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
 async def test_a_late_head_adds_nothing_to_a_last_answer() -> None:
     """The client was told that the connection ends; what is left of the answer is all it gets."""
     async with listening_to(sized, LimitsConfig(head_timeout=0.2)) as at:

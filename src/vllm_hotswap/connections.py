@@ -5,10 +5,11 @@ the headers, and answer some mistakes with plain text. What is parsed, and how a
 stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 
 Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
-`pipeline`, `cycle` and `flow`; `on_response_complete` and `_unset_keepalive_if_required`, which are
-replaced; `RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`,
-`disconnected` and `message_event`; an error that a callback raises ends the parser's `feed_data`
-with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+`pipeline`, `cycle` and `flow`; `_start_asgi_task`, which begins to answer a request;
+`on_response_complete` and `_unset_keepalive_if_required`, which are replaced;
+`RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`, `disconnected`
+and `message_event`; an error that a callback raises ends the parser's `feed_data` with an
+`HttpParserError`; the end of a head and that of trailers is an empty line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -372,6 +373,16 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self._idle()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                if not cycle.response_complete:
+                    self.loop.call_soon(self._watch_reader)  # uvicorn closes it before that
+
+        super()._start_asgi_task(cycle, cast("Any", watched))
 
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)
