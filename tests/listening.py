@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from tests.serving import flags
@@ -49,15 +51,31 @@ async def listening_with(
 ) -> AsyncIterator[Listening]:
     """The same, with flags of ours."""
     listener = Listener.open(flags(**given), log_config, flags=listen)
-    started = asyncio.get_running_loop().create_future()
     config = listener.uvicorn_config(server.app, limits, server.app.may_use_kept_place)
-    uvicorn = life.Server(config, on_started=lambda: started.set_result(None))
-    serving = asyncio.create_task(uvicorn.serve([listener.sock]))
+    async with _serving(listener, config) as at:
+        yield at
+
+
+@asynccontextmanager
+async def listening_to(
+    app: ASGIApp, limits: LimitsConfig | None = None
+) -> AsyncIterator[Listening]:
+    """Any application behind such a socket."""
+    listener = Listener.open(flags())
+    async with _serving(listener, listener.uvicorn_config(app, limits)) as at:
+        yield at
+
+
+@asynccontextmanager
+async def _serving(listener: Listener, config: uvicorn.Config) -> AsyncIterator[Listening]:
+    started = asyncio.get_running_loop().create_future()
+    serves = life.Server(config, on_started=lambda: started.set_result(None))
+    serving = asyncio.create_task(serves.serve([listener.sock]))
     await started
     try:
-        yield Listening(listener.port or 0, uvicorn.server_state)
+        yield Listening(listener.port or 0, serves.server_state)
     finally:
-        uvicorn.should_exit = True
+        serves.should_exit = True
         await serving
         listener.close()
 

@@ -9,12 +9,13 @@ import random
 
 import pytest
 import websockets
+from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from tests.conftest import MakeServer
 from tests.depth import examples
 from tests.faults import RawClient
-from tests.listening import PATIENCE_S, Raw, exchange, listening, listening_with
+from tests.listening import PATIENCE_S, Raw, exchange, listening, listening_to, listening_with
 from tests.support import Server
 from vllm_hotswap import connections
 from vllm_hotswap.access import Access
@@ -379,6 +380,135 @@ def stuck(state: ServerState) -> bool:
     """Whether the one connection has more to send than it can."""
     (connection,) = state.connections
     return bool(connection.flow.write_paused)  # type: ignore[union-attr]
+
+
+MIB = 1 << 20
+
+
+async def sized(scope: Scope, _: Receive, send: Send) -> None:
+    """An application whose answers have as many MiB as their path says, in one go.
+
+    With `?last` behind it, the connection ends with the answer.
+    """
+    body = bytes(int(scope["path"][1:]) * MIB)
+    fields = [(b"content-length", b"%d" % len(body))]
+    if scope["query_string"] == b"last":
+        fields.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": 200, "headers": fields})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def large(reader: asyncio.StreamReader, step_s: float = 0) -> int:
+    """Read an answer, in pieces with a pause behind each; the bytes of its body."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    size = missing = int(head.partition(b"content-length: ")[2].split()[0])
+    while missing:
+        piece = await reader.read(min(missing, 256 << 10))
+        assert piece, f"the connection ended, {missing} of {size} bytes are missing"
+        missing -= len(piece)
+        await asyncio.sleep(step_s)
+    return size
+
+
+async def test_a_client_that_has_taken_an_answer_has_all_its_time_for_the_next() -> None:
+    """What was not sent yet in the middle of one answer says nothing about another."""
+    async with listening_to(sized, LimitsConfig(client_timeout=0.3)) as at:
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
+        writer.write(b"GET /12 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        first = await large(reader)
+        writer.write(b"GET /48 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        second = await large(reader, step_s=0.01)  # 1.9 s or more; the first watch lasts 0.9 s
+        writer.close()
+
+    assert [12 * MIB, 48 * MIB] == [first, second]
+
+
+async def test_a_client_that_stops_behind_its_last_answer_is_let_go() -> None:
+    """However much it took before: the server closes, and it takes in no more."""
+    async with listening_to(sized, LimitsConfig(client_timeout=0.2)) as at:
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
+        writer.write(b"GET /0 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await large(reader)
+        (connection,) = at.state.connections
+        limits = {"high": 32 * MIB, "low": 24 * MIB}
+        connection.transport.set_write_buffer_limits(**limits)  # type: ignore[union-attr]
+        writer.write(b"GET /64?last HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        assert stuck(at.state)
+        while stuck(at.state):
+            await reader.readexactly(64 << 10)
+        assert connection.transport.get_write_buffer_size() > MIB  # type: ignore[union-attr]
+        async with asyncio.timeout(PATIENCE_S):
+            while at.state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
+async def test_a_client_that_stops_in_an_answer_that_broke_is_let_go() -> None:
+    """Also where all of it that there is was sent without waiting for the client."""
+
+    async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/0":
+            return await sized(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(32 * MIB), "more_body": True})
+        raise OSError("the model is gone")
+
+    async with listening_to(breaks, LimitsConfig(client_timeout=0.1)) as at:
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
+        writer.write(b"GET /0 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await large(reader)
+        (connection,) = at.state.connections
+        connection.transport.set_write_buffer_limits(64 * MIB)  # type: ignore[union-attr]
+        writer.write(b"GET /1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            while at.state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
+async def test_a_late_head_adds_nothing_to_a_last_answer() -> None:
+    """The client was told that the connection ends; what is left of the answer is all it gets."""
+    async with listening_to(sized, LimitsConfig(head_timeout=0.2)) as at:
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port, limit=64 << 10)
+        writer.write(b"GET /64?last HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he")
+        head = await reader.readuntil(b"\r\n\r\n")
+        (connection,) = at.state.connections
+        heads = connection._shared.heads  # type: ignore[union-attr]
+        async with asyncio.timeout(PATIENCE_S):
+            while connection in heads:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            rest = await reader.read()
+        writer.close()
+
+    assert b"connection: close" in head
+    assert 64 * MIB == len(rest)
+
+
+async def test_a_deadline_that_fails_costs_no_other_connection_its_own(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that end with it, and those that end later."""
+    failed: list[connections.Connection] = []
+
+    def late(self: connections.Connection) -> None:
+        if not failed:
+            failed.append(self)
+            raise RuntimeError("the handle is closed")
+        original(self)
+
+    original = connections.Connection.head_is_late
+    monkeypatch.setattr(connections.Connection, "head_is_late", late)
+    async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
+        clients = [await Raw.connect(port) for _ in range(4)]
+        rest = [await client.rest() for client in clients[1:]]
+        for client in clients:
+            await client.close()
+
+    assert [b"", b"", b""] == rest
+    assert 1 == len(failed)
+    assert ["event=deadline_failed"] == [r.getMessage().split()[0] for r in caplog.records]
 
 
 # --- websockets -----------------------------------------------------------------------------

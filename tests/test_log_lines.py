@@ -98,6 +98,28 @@ async def test_a_client_cannot_say_in_the_log_who_it_is(
 
 
 @pytest.mark.parametrize(
+    ("trusted", "expected"), [([], 1), (["10.0.0.0/8"], 1), (["127.0.0.1"], 0), (["*"], 0)]
+)
+async def test_a_proxy_on_loopback_that_is_not_trusted_is_told_of_once(
+    server: Server, lines: io.StringIO, trusted: list[str], expected: int
+) -> None:
+    """Its operator learns why the log has no clients, and what to do."""
+    listen = ListenFlags(forwarded_allow_ips=trusted)
+    async with listening_with(server, None, listen) as at:
+        client = await Raw.connect(at.port)
+        await client.get("/health")
+        assert "event=forwarded_ignored" not in lines.getvalue()
+        for address in ("9.9.9.9", "8.8.8.8"):
+            await client.get("/health", f"X-Forwarded-For: {address}")
+        await client.close()
+
+    told = [n for n in lines.getvalue().splitlines() if "event=forwarded_ignored" in n]
+    assert expected == len(told)
+    assert all(n.endswith("name it with --forwarded-allow-ips") for n in told)
+    assert all(LINE.fullmatch(n) for n in told)
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
     [
         (b"1.2.3.4", True),

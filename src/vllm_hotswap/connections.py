@@ -5,10 +5,11 @@ the headers, and answer some mistakes with plain text. What is parsed, and how a
 stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 
 Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
-`pipeline`, `cycle` and `flow`; `on_response_complete` and `_unset_keepalive_if_required`, which are
-replaced; `RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`,
-`disconnected` and `message_event`; an error that a callback raises ends the parser's `feed_data`
-with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+`pipeline`, `cycle` and `flow`; `_start_asgi_task`, which begins to answer a request;
+`on_response_complete` and `_unset_keepalive_if_required`, which are replaced;
+`RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`, `disconnected`
+and `message_event`; an error that a callback raises ends the parser's `feed_data` with an
+`HttpParserError`; the end of a head and that of trailers is an empty line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -106,9 +107,18 @@ class Deadlines:
         over = list(itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items()))
         for connection, _ in over:
             del self._ends_s[connection]
-        for connection, _ in over:
+        try:
+            for connection, _ in over:
+                self._end_one(connection)
+        finally:
+            self._set(loop)
+
+    def _end_one(self, connection: Connection) -> None:
+        """What happens to one connection must not cost the others their deadlines."""
+        try:
             self._late(connection)
-        self._set(loop)
+        except Exception:
+            log.exception("event=deadline_failed client=%s", connection.client)
 
     def _set(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is None and self._ends_s:
@@ -277,7 +287,11 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._watch_reader_anew()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch_reader_anew()  # what is sent from now on has a time of its own
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -360,6 +374,16 @@ class Connection(HttpToolsProtocol):
         else:
             self._idle()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                if not cycle.response_complete:
+                    self.loop.call_soon(self._watch_reader)  # uvicorn closes it before that
+
+        super()._start_asgi_task(cycle, cast("Any", watched))
+
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)
 
@@ -387,9 +411,19 @@ class Connection(HttpToolsProtocol):
             self._stop_timer()
             self._shared.idle.begin(self)
 
+    def _watch_reader_anew(self) -> None:
+        """The client took something in, or more is to be sent than before."""
+        self._shared.readers.end(self)
+        self._watch_reader()
+
     def _watch_reader(self) -> None:
-        """Where something is not sent yet, look later whether the client takes it in."""
+        """Where the client has to take in what is not sent yet, look later whether it does.
+
+        It has to if nothing more can be sent until then, and if the connection is to end.
+        """
         if self in self._shared.readers:
+            return
+        if not (self.flow.write_paused or self.transport.is_closing()):
             return
         if unsent := self.transport.get_write_buffer_size():
             self._unsent = unsent
@@ -400,7 +434,7 @@ class Connection(HttpToolsProtocol):
         unsent = self.transport.get_write_buffer_size()
         if unsent and unsent >= self._unsent:
             self.transport.abort()
-        elif self.flow.write_paused or self.transport.is_closing():
+        else:
             self._watch_reader()
 
     # --- heads ----------------------------------------------------------------------------
@@ -493,6 +527,8 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         if isinstance(error, TooManyConnections):
             self._shared.tell(error, self.loop.time())
+        if self.transport.is_closing():
+            return  # its last word is said, perhaps not sent yet
         if not self._is_answering:
             self._say(error)
         elif self._head_next:

@@ -7,6 +7,7 @@ What is no address is not passed to it: it would stand in every line of the log 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from vllm_hotswap.addresses import ip_address
+from vllm_hotswap.addresses import ip_address, is_loopback
 from vllm_hotswap.errors import ConfigError
+
+log = logging.getLogger("vllm_hotswap")
 
 FLAG = "--forwarded-allow-ips"
 
@@ -55,17 +58,36 @@ class Proxies:
 
 
 class ForwardedClients:
-    """Has an application see the client that a trusted proxy tells of, in place of the proxy."""
+    """Has an application see the client that a trusted proxy tells of, in place of the proxy.
+
+    A proxy of this machine that is not trusted is told of in the log, once: uvicorn alone would
+    trust it. That it has been is the mutable state.
+    """
 
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
+        self._proxies = proxies
+        self._is_told = False
         trusted = EVERYBODY if EVERYBODY in proxies.names else list(proxies.names)
         self._told = ProxyHeadersMiddleware(app, trusted)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         values = [v for name, v in scope.get("headers", ()) if name == b"x-forwarded-for"]
-        app = self._told if all(map(are_addresses, values)) else self._app
+        if values and not self._is_told:
+            self._tell(scope.get("client"))
+        app = self._told if self._proxies and all(map(are_addresses, values)) else self._app
         await app(scope, receive, send)  # type: ignore[arg-type]
+
+    def _tell(self, client: tuple[str, int] | None) -> None:
+        if client is None or not is_loopback(client[0]) or self._proxies.has(client[0]):
+            return
+        self._is_told = True
+        log.warning(
+            "event=forwarded_ignored peer=%s X-Forwarded-For does not count: "
+            "if a proxy sent it, name it with %s",
+            client[0],
+            FLAG,
+        )
 
 
 def are_addresses(value: bytes) -> bool:

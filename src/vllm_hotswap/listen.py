@@ -203,7 +203,7 @@ class Listener:
             limits.connections_per_address,
             self._proxies.has,
         )
-        served = ForwardedClients(app, self._proxies) if self._proxies else app
+        served = ForwardedClients(app, self._proxies)
         config = make_config(self.args, self._log_config, served)
         return bounded(config, Connections(places, limits, may_use_kept))
 
