@@ -514,6 +514,30 @@ async def test_a_deadline_that_fails_costs_no_other_connection_its_own(
 # --- websockets -----------------------------------------------------------------------------
 
 
+UPGRADE = (
+    "GET /v1/realtime HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Content-Length: 5\r\n",
+        "Transfer-Encoding: chunked\r\n",
+        f"X-Long: {'x' * 9000}\r\n",
+        "".join(f"X-{number}: y\r\n" for number in range(200)),
+    ],
+    ids=["length", "chunked", "long", "many"],
+)
+async def test_a_websocket_that_cannot_begin_is_refused(server: Server, fields: str) -> None:
+    """At once, and its place is free again: nobody would have told it anything."""
+    async with listening(server) as port:
+        told, _ = await exchange(port, f"{UPGRADE}{fields}\r\n".encode())
+
+    assert (400, "malformed_request") == (told.status, told.code)
+
+
 async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServer) -> None:
     """And its place is free when it ends."""
     speech = FakeSettings(tasks=("realtime",))

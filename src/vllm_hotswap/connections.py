@@ -7,8 +7,8 @@ stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
 `pipeline`, `cycle` and `flow`; `_start_asgi_task`, which begins to answer a request;
 `on_response_complete` and `_unset_keepalive_if_required`, which are replaced;
-`RequestResponseCycle` with `response_started`, `response_complete`, `keep_alive`, `disconnected`
-and `message_event`; an error that a callback raises ends the parser's `feed_data` with an
+`handshake_initiated` of its protocol for websockets; `RequestResponseCycle` with
+`response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's `feed_data` with an
 `HttpParserError`; the end of a head and that of trailers is an empty line.
 """
 
@@ -284,6 +284,9 @@ class Connection(HttpToolsProtocol):
             self._place.is_busy()
             self._shared.upgraded[self.transport] = self._place
         super().handle_websocket_upgrade()
+        if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
+            # `websockets` does not take the head, and uvicorn would leave it at that.
+            self._say(MalformedRequest())
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -342,10 +345,18 @@ class Connection(HttpToolsProtocol):
         self._moved, self._raw = True, 0
         self._stop_timer()
         self._unset_keepalive_if_required()
+        if self._has_body() and self._should_upgrade():
+            self._fail(MalformedRequest())  # a websocket's head has none, and nobody would read it
         super().on_headers_complete()
         self._head_next = False
         if place is not None and place.is_kept and self._last is not None:
             self._last.keep_alive = False
+
+    def _has_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
+            for name, value in self.headers
+        )
 
     def on_chunk_header(self) -> None:
         self._moved = True
