@@ -226,7 +226,7 @@ def test_what_is_mounted_read_only_is_written_by_nobody(
         read_trusted(path, "the file")
 
     mounted = SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID)
-    monkeypatch.setattr(trusted_files.os, "statvfs", lambda _: mounted)
+    monkeypatch.setattr(os, "statvfs", lambda _: mounted)
 
     assert b"content" == read_trusted(path, "the file")
 
@@ -236,7 +236,7 @@ def test_a_file_of_somebody_else_is_his_on_a_read_only_mount_too(
 ) -> None:
     """He writes it where it is not mounted so; secrets that all may read stay open to all."""
     mounted = SimpleNamespace(f_flag=os.ST_RDONLY)
-    monkeypatch.setattr(trusted_files.os, "statvfs", lambda _: mounted)
+    monkeypatch.setattr(os, "statvfs", lambda _: mounted)
 
     with pytest.raises(ConfigError, match="belongs to 'eve'"):
         read_trusted(seen_as(status(0o644, uid=FOREIGN)), "the file")

@@ -92,6 +92,16 @@ def foreign_owner(uid: int) -> str:
     )
 
 
+def is_read_only(place: int | Path) -> bool:
+    """Whether an open file, or a path, is mounted read-only: statvfs(3).
+
+    So the kubelet mounts a ConfigMap, whose folder everybody may write to by its mode alone.
+    """
+    with suppress(OSError):
+        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    return False
+
+
 def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str = "") -> bytes:
     # Whoever reads keys is not to wait for a pipe; a configuration may come through one.
     flags = os.O_NONBLOCK if is_private else 0
@@ -135,9 +145,9 @@ def _of_file(
         yield _foreign(found.st_uid, name)
     if is_private and mode & _OTHERS:
         yield f"is open to every user of the machine; run: chmod o= {name}"
-    if mode & stat.S_IWOTH and not _is_read_only(place):
+    if mode & stat.S_IWOTH and not is_read_only(place):
         yield f"can be written by every user of the machine; run: chmod o-w {name}"
-    if mode & stat.S_IWGRP and not _is_alone(found) and not _is_read_only(place):
+    if mode & stat.S_IWGRP and not _is_alone(found) and not is_read_only(place):
         yield f"can be written by the group {_group(found.st_gid)}; run: chmod g-w {name}"
     if is_private and mode & stat.S_IRWXG and not _is_member(found):
         yield f"is open to the group {_group(found.st_gid)}; run: chmod g= {name}"
@@ -170,7 +180,7 @@ def _of_folder(found: os.stat_result, folder: Path) -> Iterator[str]:
     where = f"lies below {str(folder)!r}, which"
     if not is_trusted(found.st_uid):
         yield f"{where} {_foreign(found.st_uid, name)}"
-    if mode & stat.S_ISVTX or not mode & (stat.S_IWOTH | stat.S_IWGRP) or _is_read_only(folder):
+    if mode & stat.S_ISVTX or not mode & (stat.S_IWOTH | stat.S_IWGRP) or is_read_only(folder):
         return
     if mode & stat.S_IWOTH:
         yield f"{where} every user of the machine may write to; run: chmod o-w {name}"
@@ -195,26 +205,16 @@ def _is_root(uid: int) -> bool:
 
 def _overflow_uid() -> int | None:
     with suppress(OSError, ValueError):
-        return int(OVERFLOW_UID.read_text(encoding="ascii"))
+        return int(OVERFLOW_UID.read_bytes())
     return None
 
 
 def _has_root() -> bool:
     """Whether root has a number in this user namespace; also where there are none."""
     with suppress(OSError, ValueError):
-        lines = UID_MAP.read_text(encoding="ascii").splitlines()
+        lines = UID_MAP.read_bytes().splitlines()
         return any(int(line.split()[0]) == ROOT for line in lines) or not lines
     return True
-
-
-def _is_read_only(place: int | Path) -> bool:
-    """Whether an open file, or a path, is mounted read-only: statvfs(3).
-
-    So the kubelet mounts a ConfigMap, whose folder everybody may write to by its mode alone.
-    """
-    with suppress(OSError):
-        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
-    return False
 
 
 def _is_member(found: os.stat_result) -> bool:
