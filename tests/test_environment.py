@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import subprocess
@@ -154,6 +155,22 @@ async def test_a_host_is_started_in_private(host_environment: dict[str, str]) ->
     assert KEY not in host_environment.values()
     assert "1" == host_environment["PYTHONSAFEPATH"]
     assert 0o700 == mode(host_environment["TMPDIR"])
+
+
+@on_linux
+async def test_the_temporary_folder_is_held_as_long_as_the_host_runs() -> None:
+    """systemd-tmpfiles goes past a folder of which it does not get the lock."""
+    host = FakeProcessHost(("llama",))
+    try:
+        await host.start()
+        descriptor = os.open(variables_of(host.pid)["TMPDIR"], os.O_RDONLY | os.O_DIRECTORY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    finally:
+        await host.stop()
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
 
 
 @on_linux
