@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_hotswap.caches import GIVEN, code_caches
+from vllm_hotswap.caches import GIVEN, code_caches, look_at_caches
 from vllm_hotswap.errors import ConfigError
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
@@ -63,7 +69,10 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None
     (tmp_path / "vllm-hotswap" / "torchinductor").mkdir(parents=True)
     os.chown(tmp_path / part, 65_534, -1)
 
-    with pytest.raises(ConfigError, match="belongs to the user 65534"):
+    with pytest.raises(
+        ConfigError,
+        match=r"belongs to .*, neither to root.*docker run --user 65534.*VLLM_CACHE_ROOT",
+    ):
         code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})
 
 
@@ -108,3 +117,150 @@ def test_a_parent_that_everybody_may_write_is_told(
     code_caches({"VLLM_CACHE_ROOT": str(root)})
 
     assert f"event=cache_can_be_moved folder={root}" in caplog.text
+    assert 1 == caplog.text.count("cache_can_be_moved")
+
+
+@pytest.fixture
+def mask() -> Iterator[None]:
+    """A umask that takes nothing away."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_nobody_else_may_write_to_what_is_made_whatever_the_umask_is(
+    tmp_path: Path, mask: None
+) -> None:
+    """A start would make folders that the next one refuses."""
+    root = tmp_path / "cache" / "vllm"
+
+    found = code_caches({"VLLM_CACHE_ROOT": str(root)})
+
+    assert [0o755] * 3 == [mode(root.parent), mode(root), mode(root / "vllm-hotswap")]
+    assert found == code_caches({"VLLM_CACHE_ROOT": str(root)})
+
+
+def test_without_a_home_there_is_no_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user without an entry, without HOME: a container that was started with any number."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with caplog.at_level(logging.INFO):
+        assert {} == code_caches({})
+
+    assert "event=no_code_cache" in caplog.text
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_look_makes_nothing(tmp_path: Path) -> None:
+    """Nor changes anything; it refuses the same."""
+    root = tmp_path / "vllm"
+    look_at_caches({"VLLM_CACHE_ROOT": str(root)})
+    assert [] == list(tmp_path.iterdir())
+
+    folder = root / "vllm-hotswap" / "torchinductor"
+    folder.mkdir(parents=True)
+    folder.chmod(0o755)
+    look_at_caches({"VLLM_CACHE_ROOT": str(root)})
+    assert 0o755 == mode(folder)
+
+    folder.chmod(0o775)
+    with pytest.raises(ConfigError, match=r"may be written by other users; run: chmod go-w"):
+        look_at_caches({"VLLM_CACHE_ROOT": str(root)})
+
+
+@as_root
+def test_the_cache_of_whoever_called_sudo_is_his_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As his files are."""
+    for folder in (tmp_path, tmp_path / "vllm-hotswap", tmp_path / "vllm-hotswap/torchinductor"):
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, 65_534, -1)
+    monkeypatch.setenv("SUDO_UID", "65534")
+
+    assert INDUCTOR in code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})
+
+
+AS_SOMEBODY = """
+import logging, os, sys
+from vllm_hotswap.caches import code_caches
+from vllm_hotswap.errors import ConfigError
+logging.basicConfig()
+os.setgroups([]); os.setgid(4321); os.setuid(4321)
+try:
+    print(code_caches({"VLLM_CACHE_ROOT": sys.argv[1]}))
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+def as_somebody(folder: Path) -> str:
+    command = [sys.executable, "-c", AS_SOMEBODY, str(folder)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A folder of root's that everybody may write to: an `emptyDir` of Kubernetes."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        volume = Path(folder) / "volume"
+        volume.mkdir()
+        volume.chmod(0o777)
+        yield volume
+
+
+@as_root
+def test_a_volume_of_all_that_cannot_be_changed_gets_a_folder_for_this_user(volume: Path) -> None:
+    """Everything goes there, vLLM's own cache, too; who could rename it is told."""
+    for _ in range(2):
+        told = as_somebody(volume)
+        own = volume / "vllm-hotswap"
+        variables = {"VLLM_CACHE_ROOT": str(own), INDUCTOR: str(own / "torchinductor")}
+
+        assert str(variables) in told
+        assert f"written_by_all={volume}" in told
+        assert 0o700 == mode(own)
+        assert 4321 == own.stat().st_uid
+
+
+@as_root
+@pytest.mark.parametrize("what", ["foreign", "link"])
+def test_what_somebody_else_has_put_there_is_not_used(volume: Path, what: str) -> None:
+    """A folder of his, or a link to one of ours that he may have lead elsewhere later."""
+    if what == "foreign":
+        (volume / "vllm-hotswap").mkdir()
+        os.chown(volume / "vllm-hotswap", 65_534, -1)
+    else:
+        ours = volume / "ours"
+        ours.mkdir()
+        os.chown(ours, 4321, 4321)
+        (volume / "vllm-hotswap").symlink_to(ours)
+
+    assert "refused: the folder" in as_somebody(volume)
+
+
+def test_what_is_mounted_read_only_is_written_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mode says nothing there."""
+    given = tmp_path / "given"
+    given.mkdir()
+    given.chmod(0o777)
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm"), INDUCTOR: str(given)}
+    with pytest.raises(ConfigError, match="below it"):
+        look_at_caches(environment)
+
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+
+    look_at_caches(environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vllm_hotswap.caches import GIVEN
 from vllm_hotswap.engines.fake_process import FakeProcessHost
+from vllm_hotswap.environment import shut_out_others, shut_out_others_for_a_look
+from vllm_hotswap.errors import ConfigError
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 SOURCE = Path(__file__).parent.parent / "src"
@@ -85,6 +89,38 @@ def test_the_command_line_imports_nothing_from_the_start_folder(
     assert "vllm-hotswap" in out
 
 
+def test_a_start_folder_that_has_been_deleted_is_none(tmp_path: Path) -> None:
+    """A shell stays in a folder that another one removes."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = f"import os; os.rmdir({str(folder)!r}); from vllm_hotswap import start_folder as s"
+
+    assert "[]" in run(
+        ["-c", f"{program}; import sys; sys.path[:] = ['']; s.leave(); print(sys.path)"], folder
+    )
+
+
+def test_a_look_tells_a_folder_that_a_start_would_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on: everything else is still to be looked at. No folder is made."""
+    for name in (*GIVEN, "PYTHONSAFEPATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    tmp_path.chmod(0o755)
+    shut_out_others_for_a_look()
+    assert "event=cache_refused" not in caplog.text
+
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError):
+        shut_out_others()
+    shut_out_others_for_a_look()
+
+    assert "event=cache_refused" in caplog.text
+    assert "1" == os.environ["PYTHONSAFEPATH"]
+    assert [] == list(tmp_path.iterdir())
+
+
 def variables_of(pid: int) -> dict[str, str]:
     """As the system shows them."""
     shown = Path(f"/proc/{pid}/environ").read_text()
@@ -119,6 +155,22 @@ async def test_a_host_is_started_in_private(host_environment: dict[str, str]) ->
     assert KEY not in host_environment.values()
     assert "1" == host_environment["PYTHONSAFEPATH"]
     assert 0o700 == mode(host_environment["TMPDIR"])
+
+
+@on_linux
+async def test_the_temporary_folder_is_held_as_long_as_the_host_runs() -> None:
+    """systemd-tmpfiles goes past a folder of which it does not get the lock."""
+    host = FakeProcessHost(("llama",))
+    try:
+        await host.start()
+        descriptor = os.open(variables_of(host.pid)["TMPDIR"], os.O_RDONLY | os.O_DIRECTORY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    finally:
+        await host.stop()
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
 
 
 @on_linux

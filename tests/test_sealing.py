@@ -8,7 +8,9 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +146,78 @@ MINE = Connection("0100007F:1000", "0100007F:2000", "01", 0, 7)
     [
         (Connection("0100007F:2000", "0100007F:1000", "01", 0, 8), True),
         (Connection("0100007F:2000", "0100007F:1000", "01", 65534, 8), False),
-        (Connection("0100007F:2000", "0100007F:1000", "05", 0, 0), False),
-        (Connection("0100007F:2001", "0100007F:1000", "01", 0, 8), False),
+        (Connection("0100007F:2000", "0100007F:1000", "05", 0, 0), None),
+        (Connection("0100007F:2001", "0100007F:1000", "01", 0, 8), None),
     ],
     ids=["ours", "another user's", "closed already", "another one's"],
 )
-def test_a_member_is_known_by_its_user(other: Connection, expected: bool) -> None:
-    """What a connection has sent and left behind counts as a stranger's."""
+def test_a_member_is_known_by_its_user(other: Connection, expected: bool | None) -> None:
+    """What a connection has sent and left behind is nobody's."""
     assert expected is is_from(0, 7, [MINE, other])
 
 
 def test_who_cannot_be_seen_is_not_judged() -> None:
     """Where the table does not have the connection itself, it says nothing."""
     assert is_from(0, 7, []) is None
+
+
+@pytest.mark.parametrize("missing", ["mine", "the member's"])
+def test_an_end_that_the_table_leaves_out_is_looked_for_again(
+    before: frozenset[OpenFile],
+    group: Listening,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+) -> None:
+    """The kernel does not write the table at once; a member is not turned away for that."""
+    with socket.create_connection(group.address) as client:
+        accepted, _ = group.sock.accept()
+        gone = os.fstat((client if missing == "the member's" else accepted).fileno()).st_ino
+        real, readings = sealing.connections, []
+
+        def torn() -> list[Connection]:
+            readings.append(1)
+            return [end for end in real() if end.inode != gone or len(readings) > 2]
+
+        monkeypatch.setattr(sealing, "connections", torn)
+        seal(before, is_alone=False)
+        client.sendall(b"x")
+
+        assert b"x" == accepted.recv(1)
+        assert len(readings) > 2
+        accepted.close()
+
+
+def test_whoever_is_never_seen_is_not_let_in(
+    before: frozenset[OpenFile], group: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be anybody."""
+    with socket.create_connection(group.address) as client:
+        accepted, _ = group.sock.accept()
+        gone, real = os.fstat(client.fileno()).st_ino, sealing.connections
+        seen = [end for end in real() if end.inode != gone]
+        monkeypatch.setattr(sealing, "connections", lambda: seen)
+
+        with pytest.raises(ConnectionRefusedError, match="cannot be told to be this user's"):
+            seal(before, is_alone=False)
+        accepted.close()
+
+
+def test_a_stranger_is_not_looked_for_again(
+    before: frozenset[OpenFile], group: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is seen with another user has no second chance."""
+    with socket.create_connection(group.address) as client:
+        accepted, _ = group.sock.accept()
+        inode = os.fstat(client.fileno()).st_ino
+        strange = [
+            replace(end, uid=end.uid + (end.inode == inode)) for end in sealing.connections()
+        ]
+        monkeypatch.setattr(sealing, "connections", lambda: strange)
+        monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it was looked for again"))
+
+        with pytest.raises(ConnectionRefusedError, match="is not this user's"):
+            seal(before, is_alone=False)
+        accepted.close()
 
 
 def run(*arguments: str) -> dict[str, Any]:
@@ -185,5 +246,5 @@ def test_groups_of_torch_listen_nowhere_and_work() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, too")
 def test_another_user_does_not_get_among_the_members() -> None:
-    """A group into which somebody else may have got is not used."""
-    assert "not this user's" in run("stranger")["refused"]
+    """A group into which somebody else may have got is not used, also if he has left."""
+    assert "a process connected to them that" in run("stranger")["refused"]

@@ -9,6 +9,7 @@ import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -199,6 +200,102 @@ def test_file_of_whoever_called_sudo_is_his_own(
     monkeypatch.setenv("SUDO_UID", str(MINE))
 
     assert b"content" == read_trusted(path, "the file")
+
+
+FOLDER = stat.S_IFDIR
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        (status(0o444, uid=0, gid=0), status(0o777, uid=0, gid=0, kind=FOLDER)),
+        (status(0o446), status(0o777, kind=FOLDER)),
+        (status(0o664, gid=TEAM), status(0o775, gid=TEAM, kind=FOLDER)),
+    ],
+)
+def test_what_is_mounted_read_only_is_written_by_nobody(
+    machine: Machine,
+    seen_as: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    file: object,
+    folder: object,
+) -> None:
+    """The kubelet mounts a ConfigMap so, in a folder of mode 0777."""
+    path = seen_as(file, folder)
+    with pytest.raises(ConfigError, match=r"write|written"):
+        read_trusted(path, "the file")
+
+    mounted = SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID)
+    monkeypatch.setattr(os, "statvfs", lambda _: mounted)
+
+    assert b"content" == read_trusted(path, "the file")
+
+
+def test_a_file_of_somebody_else_is_his_on_a_read_only_mount_too(
+    machine: Machine, seen_as: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He writes it where it is not mounted so; secrets that all may read stay open to all."""
+    mounted = SimpleNamespace(f_flag=os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda _: mounted)
+
+    with pytest.raises(ConfigError, match="belongs to 'eve'"):
+        read_trusted(seen_as(status(0o644, uid=FOREIGN)), "the file")
+    with pytest.raises(ConfigError, match="is open to every user"):
+        read_private(seen_as(status(0o604)), "the file")
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o2775])
+def test_folder_of_root_that_a_group_may_write_to_is_fine(
+    machine: Machine, seen_as: Callable[..., Path], mode: int
+) -> None:
+    """`/var/log` of Ubuntu, and `/var/local` of Debian; root alone has made them so."""
+    folder = status(mode, uid=0, gid=TEAM, kind=FOLDER)
+
+    assert b"content" == read_private(seen_as(status(0o600), folder), "the file")
+
+
+def test_root_is_told_both_ways_out_of_a_file_of_somebody_else(
+    machine: Machine, seen_as: Callable[..., Path]
+) -> None:
+    """A file that is mounted into a container that runs as root is a user's of the host."""
+    machine(uid=0)
+
+    with pytest.raises(ConfigError, match=r"chown 0 .*--user 1000\), or else"):
+        read_trusted(seen_as(status(0o644)), "the file", hatch=", or else")
+
+
+@pytest.mark.parametrize(
+    ("uid_map", "is_fine"),
+    [
+        ("      1000       1000          1\n", True),
+        ("         0       1000          1\n", False),
+        ("         0          0 4294967295\n", False),
+        ("      1000       1000          1\n         0     100000          1\n", False),
+        (None, False),
+    ],
+)
+def test_nobody_stands_for_root_where_there_is_no_root(
+    machine: Machine,
+    seen_as: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    uid_map: str | None,
+    is_fine: bool,
+) -> None:
+    """In a user namespace of one user, root's files are shown as nobody's."""
+    kernel, mapped = tmp_path / "overflowuid", tmp_path / "uid_map"
+    kernel.write_text(f"{FOREIGN}\n")
+    if uid_map is not None:
+        mapped.write_text(uid_map)
+    monkeypatch.setattr(trusted_files, "OVERFLOW_UID", kernel)
+    monkeypatch.setattr(trusted_files, "UID_MAP", mapped)
+    path = seen_as(status(0o644), status(0o755, uid=FOREIGN, gid=FOREIGN, kind=FOLDER))
+
+    if is_fine:
+        assert b"content" == read_trusted(path, "the file")
+    else:
+        with pytest.raises(ConfigError, match="belongs to 'eve'"):
+            read_trusted(path, "the file")
 
 
 # --- real files -------------------------------------------------------------------------------

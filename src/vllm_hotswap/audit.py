@@ -274,10 +274,9 @@ def _open(path: Path) -> int:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o600)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ConfigError(f"{_what(path)} is not a regular file")
-        refuse_foreign(found, path, _what(path))
+        refuse_foreign(descriptor, path, _what(path))
     except BaseException:
         os.close(descriptor)
         raise

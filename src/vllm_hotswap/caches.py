@@ -11,11 +11,12 @@ import logging
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.trusted_files import foreign_owner, is_read_only, is_trusted
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -29,7 +30,11 @@ GIVEN = (
 )
 """Variables that name a folder of code, where somebody has set them."""
 
+OWN = "vllm-hotswap"
+"""Our folder below vLLM's."""
+
 PRIVATE = stat.S_IRWXU
+READ_BY_ALL = 0o755
 OTHERS_WRITE = stat.S_IWOTH
 NOT_OURS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -37,39 +42,106 @@ NOT_OURS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def code_caches(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that keep compiled code in a folder of this user alone, which is made if need be.
 
-    Folders that are named already stay. Triton needs none: what it makes goes into torch's or
-    vLLM's folder, or the user's home. Empty where no folder can be made, such as with a home that
-    is read-only: then code is kept in the temporary folder of the engine host, and not for long.
+    Folders that are named already stay, but for a root that every user may write to, and that this
+    user cannot change, such as an `emptyDir` of Kubernetes: there a folder of our own takes its
+    place. Triton needs none: what it makes goes into torch's or vLLM's folder, or the user's home.
+    Empty where no folder can be made, such as without a home, or with one that is read-only: then
+    code is kept in the temporary folder of the engine host, and not for long.
+
+    Raises:
+        ConfigError: a folder belongs to another user, or others may write to it.
+    """
+    look_at_caches(environment)
+    root = _cache_root(environment)
+    own = root / OWN
+    found = {ROOT_VARIABLE: _made_below(root)} if _is_left_open(root) else {}
+    if environment.get(INDUCTOR_VARIABLE):
+        return found
+    folder = own / "torchinductor"
+    try:
+        if str(root).startswith("~"):
+            raise FileNotFoundError("the user has no home")
+        _make(own, READ_BY_ALL)
+        _make(folder, PRIVATE)
+        _check_private(folder)
+        if stat.S_IMODE(folder.stat().st_mode) != PRIVATE:
+            folder.chmod(PRIVATE)
+    except OSError as error:
+        log.info("event=no_code_cache folder=%s cause=%r", folder, error.strerror or str(error))
+        return found
+    return {**found, INDUCTOR_VARIABLE: str(folder)}
+
+
+def look_at_caches(environment: Mapping[str, str]) -> None:
+    """See that nobody else may write to folders of code that are there. Makes nothing.
 
     Raises:
         ConfigError: a folder belongs to another user, or others may write to it.
     """
     root = _cache_root(environment)
-    _check_shared(root, ROOT_VARIABLE)
+    if not _is_left_open(root):
+        _check_shared(root, ROOT_VARIABLE)
+    _check_shared(root / OWN, ROOT_VARIABLE)
+    _tell_who_may_move(root / OWN)
+    if not environment.get(INDUCTOR_VARIABLE):
+        _check_private(root / OWN / "torchinductor")
     for name in GIVEN:
         if given := environment.get(name):
-            _check_shared(Path(given).expanduser(), name)
-    if environment.get(INDUCTOR_VARIABLE):
-        return {}
-    own = root / "vllm-hotswap"
-    folder = own / "torchinductor"
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-        _check_shared(own, ROOT_VARIABLE)
-        folder.mkdir(mode=PRIVATE, exist_ok=True)
-        _check_private(folder)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("it is read-only")
-    except OSError as error:
-        log.info("event=no_code_cache folder=%s cause=%r", folder, error.strerror or str(error))
-        return {}
-    return {INDUCTOR_VARIABLE: str(folder)}
+            _check_shared(_expanded(given), name)
+            _tell_who_may_move(_expanded(given))
 
 
 def _cache_root(environment: Mapping[str, str]) -> Path:
     """vLLM's, as `vllm.envs` finds it."""
     caches = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(environment.get(ROOT_VARIABLE) or Path(caches, "vllm")).expanduser()
+    return _expanded(environment.get(ROOT_VARIABLE) or os.path.join(caches, "vllm"))  # noqa: PTH118
+
+
+def _expanded(folder: str) -> Path:
+    """With the home of the user; as it is where there is none, for which `Path` would raise."""
+    return Path(os.path.expanduser(folder))  # noqa: PTH111
+
+
+def _is_left_open(root: Path) -> bool:
+    """Whether every user may write to a folder, and this one cannot change that."""
+    with suppress(OSError):
+        found = root.stat()
+        is_changeable = os.geteuid() in (0, found.st_uid)
+        return _is_written_by_all(root) and is_trusted(found.st_uid) and not is_changeable
+    return False
+
+
+def _made_below(root: Path) -> str:
+    """A folder of our own to take the place of one that every user may write to.
+
+    It may be no link: whoever has made it could have it lead elsewhere later.
+    """
+    own = root / OWN
+    try:
+        _make(own, PRIVATE)
+        if own.is_symlink():
+            raise FileExistsError("there is a link of its name")
+        _check_private(own)
+        own.chmod(PRIVATE)
+    except OSError as error:
+        why = f"may be written by every user of the machine, and {str(own)!r} cannot be made"
+        cause = error.strerror or str(error)
+        raise _refused(root, f"{why}: {cause}", _elsewhere(ROOT_VARIABLE)) from None
+    return str(own)
+
+
+def _make(folder: Path, mode: int) -> None:
+    """Make a folder, and those above it, in which nobody else may write whatever the umask is.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written to it.
+    """
+    for parent in reversed(folder.parents):
+        if not parent.exists():
+            parent.mkdir(READ_BY_ALL, exist_ok=True)
+    folder.mkdir(mode, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError("it is read-only")
 
 
 def _check_shared(folder: Path, name: str) -> None:
@@ -78,35 +150,48 @@ def _check_shared(folder: Path, name: str) -> None:
     One of the administrator's is as good as an own one; so is a group's that may write.
     """
     with suppress(OSError):  # it is not there, and will be made, or cannot be
-        found = folder.stat()
-        if found.st_uid not in (0, os.geteuid()):
-            raise _refused(folder, name, f"belongs to the user {found.st_uid}")
-        if found.st_mode & OTHERS_WRITE:
-            raise _refused(folder, name, "may be written by every user of the machine")
-        for parent in _open_to_all(folder):
-            log.warning("event=cache_can_be_moved folder=%s written_by_all=%s", folder, parent)
+        if not is_trusted(uid := folder.stat().st_uid):
+            raise _foreign(folder, name, uid)
+        if _is_written_by_all(folder):
+            raise _open(folder, name, "every user of the machine", "o-w")
 
 
 def _check_private(folder: Path) -> None:
-    found = folder.stat()
-    if found.st_uid != os.geteuid():
-        raise _refused(folder, ROOT_VARIABLE, f"belongs to the user {found.st_uid}")
-    if found.st_mode & NOT_OURS_WRITE:
-        raise _refused(folder, ROOT_VARIABLE, "may be written by other users")
-    folder.chmod(PRIVATE)
+    """Raises `ConfigError` if a folder that is there may be written by any other user."""
+    _check_shared(folder, ROOT_VARIABLE)
+    with suppress(OSError):
+        if folder.stat().st_mode & NOT_OURS_WRITE:
+            raise _open(folder, ROOT_VARIABLE, "other users", "go-w")
 
 
-def _refused(folder: Path, name: str, why: str) -> ConfigError:
+def _is_written_by_all(folder: Path) -> bool:
+    return bool(folder.stat().st_mode & OTHERS_WRITE) and not is_read_only(folder)
+
+
+def _foreign(folder: Path, name: str, uid: int) -> ConfigError:
+    as_he = f"run as that user (docker run --user {uid}), or " if os.geteuid() == 0 else ""
+    return _refused(folder, foreign_owner(uid), as_he + _elsewhere(name))
+
+
+def _open(folder: Path, name: str, who: str, change: str) -> ConfigError:
+    command = f"run: chmod {change} {shlex.quote(str(folder))}"
+    return _refused(folder, f"may be written by {who}", f"{command}, or {_elsewhere(name)}")
+
+
+def _elsewhere(name: str) -> str:
+    return f"have {name} name a folder of your own, such as a new one below it"
+
+
+def _refused(folder: Path, why: str, way_out: str) -> ConfigError:
     return ConfigError(
-        f"the folder {shlex.quote(str(folder))}, from which compiled code is run, {why}; remove "
-        f"it, or have {name} name a folder of your own"
+        f"the folder {shlex.quote(str(folder))}, from which compiled code is run, {why}; {way_out}"
     )
 
 
-def _open_to_all(folder: Path) -> Iterator[Path]:
-    """Parents in which anybody may put another folder in the place of this one."""
+def _tell_who_may_move(folder: Path) -> None:
+    """Tell parents in which anybody may put another folder in the place of this one."""
     for parent in folder.resolve().parents:
         with suppress(OSError):
             mode = parent.stat().st_mode
-            if mode & OTHERS_WRITE and not mode & stat.S_ISVTX:
-                yield parent
+            if mode & OTHERS_WRITE and not mode & stat.S_ISVTX and not is_read_only(parent):
+                log.warning("event=cache_can_be_moved folder=%s written_by_all=%s", folder, parent)

@@ -405,9 +405,9 @@ def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
         read = read_config(args.config, *given(args))
         require_vllm()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
-        from vllm_hotswap.environment import shut_out_others
+        from vllm_hotswap.environment import shut_out_others_for_a_look
 
-        shut_out_others()
+        shut_out_others_for_a_look()
         from vllm_hotswap import check
 
         return check.run(read, flags, args.json)

@@ -8,6 +8,7 @@ memory, so that it can be overwritten.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import tempfile
@@ -15,7 +16,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from vllm_hotswap.caches import code_caches
+from vllm_hotswap.caches import code_caches, look_at_caches
+from vllm_hotswap.errors import ConfigError
+
+log = logging.getLogger("vllm_hotswap")
 
 STAT = Path("/proc/self/stat")
 _ENV_START, _ENV_END = 50, 51
@@ -64,6 +68,18 @@ def shut_out_others() -> None:
         ConfigError: a folder of compiled code belongs to another user, or others may write to it.
     """
     os.environ.update(code_caches(os.environ), PYTHONSAFEPATH="1")
+
+
+def shut_out_others_for_a_look() -> None:
+    """The same for a process that keeps no compiled code: it makes no folder.
+
+    A folder for which a server would not start is told in the log.
+    """
+    try:
+        look_at_caches(os.environ)
+    except ConfigError as error:
+        log.warning("event=cache_refused cause=%r then='serve will not start'", str(error))
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def use_temporary_folder(folder: Path) -> None:

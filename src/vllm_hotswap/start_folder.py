@@ -13,5 +13,13 @@ def leave() -> None:
 
     To be called by a program that `python -m` runs, before its other imports.
     """
-    if not sys.flags.safe_path and sys.path[:1] in ([os.getcwd()], [""]):  # noqa: PTH109
+    if not sys.flags.safe_path and sys.path[:1] in ([_current()], [""]):
         del sys.path[0]
+
+
+def _current() -> str:
+    """The start folder; the name of none where it has been deleted."""
+    try:
+        return os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        return ""

@@ -5,9 +5,10 @@ in its place in between. Looked at are its owner, its mode and its group, and so
 the way to it: who may write to one of them may put another file in place. Links are followed, as
 Kubernetes mounts secrets through them; the folders of each link count, too.
 
-The rules are OpenSSH's `StrictModes`, with two exceptions that are safe: the group that a user has
-alone, which is the default of distributions with a umask of 002, and folders with the sticky bit,
-in which nobody can replace what is another's (inode(7)).
+The rules are OpenSSH's `StrictModes`, with exceptions: the group that a user has alone, which is
+the default of distributions with a umask of 002; folders with the sticky bit, in which nobody can
+replace what is another's (inode(7)); root's folders that a group may write to, such as `/var/log`,
+as only root has made them so; and whoever may write to what is mounted read-only, where nobody can.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import pwd
 import shlex
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
 
 ROOT = 0
+
+OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
+UID_MAP = Path("/proc/self/uid_map")
 
 _OTHERS = stat.S_IRWXO
 
@@ -67,7 +72,34 @@ def doubt(path: Path) -> str | None:
     Raises:
         OSError: it is not there, or cannot be looked at.
     """
-    return next(chain(_of_file(path.stat(), path, is_private=True), _of_folders(path)), None)
+    found = path.stat()
+    return next(chain(_of_file(found, path, path, is_private=True), _of_folders(path)), None)
+
+
+def is_trusted(uid: int) -> bool:
+    """Root, this process's user, or whoever has become root with sudo for it."""
+    return (
+        uid == os.geteuid()
+        or _is_root(uid)
+        or (os.geteuid() == ROOT and str(uid) == os.environ.get("SUDO_UID", ""))
+    )
+
+
+def foreign_owner(uid: int) -> str:
+    """What is said of a file or a folder whose owner is not trusted."""
+    return (
+        f"belongs to {_user(uid)}, neither to root nor to {_user(os.geteuid())}, as whom this runs"
+    )
+
+
+def is_read_only(place: int | Path) -> bool:
+    """Whether an open file, or a path, is mounted read-only: statvfs(3).
+
+    So the kubelet mounts a ConfigMap, whose folder everybody may write to by its mode alone.
+    """
+    with suppress(OSError):
+        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    return False
 
 
 def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str = "") -> bytes:
@@ -79,36 +111,43 @@ def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str 
         if is_private and not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{what} is not a regular file")
         if is_checked:
-            _refuse(found, path, what, is_private, hatch)
+            _refuse(found, descriptor, path, what, is_private, hatch)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
         os.close(descriptor)
 
 
-def refuse_foreign(found: os.stat_result, path: Path, what: str) -> None:
+def refuse_foreign(descriptor: int, path: Path, what: str) -> None:
     """See that nobody else may write or replace an open file. Raises `ConfigError`, `OSError`."""
-    _refuse(found, path, what, is_private=False)
+    _refuse(os.fstat(descriptor), descriptor, path, what, is_private=False)
 
 
 def _refuse(
-    found: os.stat_result, path: Path, what: str, is_private: bool, hatch: str = ""
+    found: os.stat_result,
+    descriptor: int,
+    path: Path,
+    what: str,
+    is_private: bool,
+    hatch: str = "",
 ) -> None:
     folders = _of_folders(path) if stat.S_ISREG(found.st_mode) else ()
-    if problem := next(chain(_of_file(found, path, is_private), folders), None):
+    if problem := next(chain(_of_file(found, descriptor, path, is_private), folders), None):
         raise ConfigError(f"{what} {problem}{hatch}")
 
 
-def _of_file(found: os.stat_result, path: Path, is_private: bool) -> Iterator[str]:
-    """What is wrong with a file, and the command that mends it."""
+def _of_file(
+    found: os.stat_result, place: int | Path, path: Path, is_private: bool
+) -> Iterator[str]:
+    """What is wrong with a file, and the command that mends it. `place` is where it is mounted."""
     mode, name = found.st_mode, shlex.quote(str(path))
-    if not _is_trusted(found.st_uid):
+    if not is_trusted(found.st_uid):
         yield _foreign(found.st_uid, name)
     if is_private and mode & _OTHERS:
         yield f"is open to every user of the machine; run: chmod o= {name}"
-    if mode & stat.S_IWOTH:
+    if mode & stat.S_IWOTH and not is_read_only(place):
         yield f"can be written by every user of the machine; run: chmod o-w {name}"
-    if mode & stat.S_IWGRP and not _is_alone(found):
+    if mode & stat.S_IWGRP and not _is_alone(found) and not is_read_only(place):
         yield f"can be written by the group {_group(found.st_gid)}; run: chmod g-w {name}"
     if is_private and mode & stat.S_IRWXG and not _is_member(found):
         yield f"is open to the group {_group(found.st_gid)}; run: chmod g= {name}"
@@ -139,29 +178,43 @@ def _way_to(path: Path) -> Iterator[Path]:
 def _of_folder(found: os.stat_result, folder: Path) -> Iterator[str]:
     mode, name = found.st_mode, shlex.quote(str(folder))
     where = f"lies below {str(folder)!r}, which"
-    if not _is_trusted(found.st_uid):
+    if not is_trusted(found.st_uid):
         yield f"{where} {_foreign(found.st_uid, name)}"
-    if mode & stat.S_ISVTX:
+    if mode & stat.S_ISVTX or not mode & (stat.S_IWOTH | stat.S_IWGRP) or is_read_only(folder):
         return
     if mode & stat.S_IWOTH:
         yield f"{where} every user of the machine may write to; run: chmod o-w {name}"
-    if mode & stat.S_IWGRP and not _is_alone(found):
+    if mode & stat.S_IWGRP and not _is_root(found.st_uid) and not _is_alone(found):
         yield f"{where} the group {_group(found.st_gid)} may write to; run: chmod g-w {name}"
 
 
 def _foreign(uid: int, name: str) -> str:
     own = os.geteuid()
-    return (
-        f"belongs to {_user(uid)}, neither to root nor to {_user(own)}, as whom this runs; "
-        f"run: chown {own} {name}"
-    )
+    way_out = f"{foreign_owner(uid)}; run: chown {own} {name}"
+    return f"{way_out}, or run as that user (docker run --user {uid})" if own == ROOT else way_out
 
 
-def _is_trusted(uid: int) -> bool:
-    """Root, this process's user, or whoever has become root with sudo for it."""
-    return uid in (ROOT, os.geteuid()) or (
-        os.geteuid() == ROOT and str(uid) == os.environ.get("SUDO_UID", "")
-    )
+def _is_root(uid: int) -> bool:
+    """Root, or what stands for it in a user namespace in which there is none.
+
+    The kernel shows all owners there that the namespace has no number for as one user, `nobody`:
+    user_namespaces(7). Root is among them; who else is cannot be told.
+    """
+    return uid == ROOT or (uid == _overflow_uid() and not _has_root())
+
+
+def _overflow_uid() -> int | None:
+    with suppress(OSError, ValueError):
+        return int(OVERFLOW_UID.read_bytes())
+    return None
+
+
+def _has_root() -> bool:
+    """Whether root has a number in this user namespace; also where there are none."""
+    with suppress(OSError, ValueError):
+        lines = UID_MAP.read_bytes().splitlines()
+        return any(int(line.split()[0]) == ROOT for line in lines) or not lines
+    return True
 
 
 def _is_member(found: os.stat_result) -> bool:

@@ -7,6 +7,7 @@ when the host dies.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import os
 import shutil
@@ -52,11 +53,13 @@ class HostLink:
         self._channel: Connection[Command, Message] | None = None
         self.folder = Path()
         """For sockets and whatever else belongs to no other server; 0700. Made by `spawn`."""
+        self._hold: int | None = None
 
     def spawn(self) -> None:
         """Start the process; it imports while the caller goes on. Needs no running loop."""
         if self._process is None:
             self.folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
+            self._hold = _held(self.folder)
             # Where tensor-parallel workers of vLLM meet, and where nobody else can put a file
             # under a name that a library will use.
             self._environment["VLLM_RPC_BASE_PATH"] = str(self.folder)
@@ -155,6 +158,9 @@ class HostLink:
     def _remove_folder(self) -> None:
         if self.folder != Path():  # there is one
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self._hold is not None:
+            os.close(self._hold)
+            self._hold = None
 
     def end(self, why: str) -> None:
         """End a process that does not do what it should; it has died then, and this is why."""
@@ -216,3 +222,15 @@ class HostLink:
         if status < 0:
             return f"the engine host was killed by signal {-status}"
         return f"the engine host exited with status {status}"
+
+
+def _held(folder: Path) -> int:
+    """A descriptor by which a folder is kept, with all that is in it, as long as it is open.
+
+    systemd-tmpfiles removes what has not been used for days, but nothing in a folder that somebody
+    has locked: tmpfiles.d(5), "Age". Where the file system has no locks, the folder is not kept.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the descriptor
+    return descriptor

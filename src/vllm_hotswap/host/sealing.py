@@ -20,6 +20,7 @@ import re
 import select
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ log = logging.getLogger("vllm_hotswap.host")
 
 PROCESS = Path("/proc/self")
 ESTABLISHED = "01"
+READINGS = 5
+"""Of the table of connections, before an end that is not in it counts as unknown."""
+
+BETWEEN_S = 0.02
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -64,7 +69,7 @@ def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
 
     Raises:
         ConnectionRefusedError: the group has other members, and somebody may be among them who is
-            not of this user.
+            not of this user. Whoever is not seen at all may be.
     """
     ports = set()
     for fd, watchers in _watched(open_files() - before).items():
@@ -79,10 +84,11 @@ def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
     for guest in guests:
         if is_alone:
             _hang_up(guest)
-        elif is_from(os.geteuid(), guest.inode, connections()) is False:
+        elif not (known := _is_from_us(guest)) and connections():
+            whose = "is not this user's" if known is False else "cannot be told to be this user's"
             raise ConnectionRefusedError(
-                "while the model's workers met, a process connected to them that is not this "
-                "user's; nothing was loaded; try again"
+                f"while the model's workers met, a process connected to them that {whose}; "
+                "nothing was loaded; try again"
             )
     return len(ports)
 
@@ -187,15 +193,30 @@ def connections() -> list[Connection]:
 def is_from(uid: int, inode: int, ends: Iterable[Connection]) -> bool | None:
     """Whether the other end of the connection with this inode is a living socket of that user.
 
-    None if the connection itself is not among those that can be seen.
+    None if either end is not among those that can be seen.
     """
     ends = list(ends)
     mine = next((end for end in ends if end.inode == inode), None)
-    if mine is None:
-        return None
-    return any(
-        (end.local, end.remote) == (mine.remote, mine.local)
-        and end.state == ESTABLISHED
-        and end.uid == uid
+    users = [
+        end.uid
         for end in ends
-    )
+        if mine is not None
+        and (end.local, end.remote) == (mine.remote, mine.local)
+        and end.state == ESTABLISHED
+    ]
+    return users[0] == uid if users else None
+
+
+def _is_from_us(guest: OpenFile) -> bool | None:
+    """`is_from` for this process's user, read until both ends are seen.
+
+    The kernel writes the table piece by piece, and leaves ends out where others come and go
+    meanwhile. None if an end is never seen, or there is no table.
+    """
+    for attempt in range(READINGS):
+        if attempt:
+            time.sleep(BETWEEN_S)
+        known = is_from(os.geteuid(), guest.inode, connections())
+        if known is not None:
+            return known
+    return None
