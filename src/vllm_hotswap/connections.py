@@ -9,8 +9,8 @@ Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `exp
 `on_response_complete` and `_unset_keepalive_if_required`, which are replaced;
 `handshake_initiated` of its protocol for websockets; `RequestResponseCycle` with
 `response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`; an error
-that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of a head and
-that of trailers is an empty line.
+that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of a head
+and that of trailers is an empty line.
 """
 
 from __future__ import annotations
