@@ -66,6 +66,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "VLLM_API_KEY": IN_VARIABLE,
         "CANARY": IN_CONFIGURATION,
         "SESSION_TOKEN": OF_SESSION,
+        "TORCHINDUCTOR_CACHE_DIR": "",  # which torch sets in whatever process imports it
         "VLLM_CACHE_ROOT": str(folder / "cache"),  # architectures are looked at by a process
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, python_path))),
     }

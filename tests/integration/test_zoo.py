@@ -28,6 +28,8 @@ from vllm_hotswap.platforms import host_environment
 
 pytestmark = pytest.mark.timeout(900)
 
+ROOT = Path(__file__).parents[2]
+
 ROOM_BYTES = {"few": 400 * MIB, "all": 850 * MIB}
 """For some of the models: each has 64 MiB of KV memory, and is taken for 128 MiB at first."""
 
@@ -55,7 +57,12 @@ class References:
         self._out = folder / "plain"
         self._out.mkdir()
         self._told: set[str] = set()
-        environment = {**os.environ, **ONE_THREAD, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = {
+            **os.environ,
+            **ONE_THREAD,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
         command = [sys.executable, "-m", "tests.zoo.plain", str(folder), str(self._out)]
         self.log = folder / "plain.log"
         with self.log.open("wb") as log:
