@@ -61,8 +61,8 @@ def code_caches(environment: Mapping[str, str]) -> dict[str, str]:
     try:
         if str(root).startswith("~"):
             raise FileNotFoundError("the user has no home")
-        _make(own, READ_BY_ALL)
-        _make(folder, PRIVATE)
+        make_folder(own)
+        make_folder(folder, PRIVATE)
         _check_private(folder)
         if stat.S_IMODE(folder.stat().st_mode) != PRIVATE:
             folder.chmod(PRIVATE)
@@ -118,7 +118,7 @@ def _made_below(root: Path) -> str:
     """
     own = root / OWN
     try:
-        _make(own, PRIVATE)
+        make_folder(own, PRIVATE)
         if own.is_symlink():
             raise FileExistsError("there is a link of its name")
         _check_private(own)
@@ -130,7 +130,7 @@ def _made_below(root: Path) -> str:
     return str(own)
 
 
-def _make(folder: Path, mode: int) -> None:
+def make_folder(folder: Path, mode: int = READ_BY_ALL) -> None:
     """Make a folder, and those above it, in which nobody else may write whatever the umask is.
 
     Raises:

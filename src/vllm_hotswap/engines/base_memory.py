@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_hotswap import __version__
+from vllm_hotswap.caches import make_folder
 from vllm_hotswap.compat.versions import cache_root, cpu_capability
 from vllm_hotswap.devices import Device, DeviceMemory
 from vllm_hotswap.engines.link import HostLink
@@ -84,7 +85,7 @@ def _remember(held_bytes: int) -> int:
         return known
     path = _path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         replace_text(path, json.dumps({"host_bytes": counted}))
     except OSError as error:  # a check starts a host again then
         log.info("event=host_memory_not_kept path=%s cause=%r", path, one_line(error))
