@@ -47,27 +47,28 @@ class Rate:
     def __repr__(self) -> str:
         return f"<Rate tokens={self._tokens:.1f} of {self._burst}>"
 
-    def take(self, count: int = 1) -> int | None:
-        """Take tokens; where there are not enough, how many whole seconds to wait for them.
-
-        More than there can ever be are taken when the bucket is full, and are a debt.
-        """
-        if wait_s := self.wait_s(count):
+    def take(self) -> int | None:
+        """Take a token; where there is none, how many whole seconds to wait for it."""
+        if wait_s := self.wait_s():
             return wait_s
-        self._tokens -= count
+        self._tokens -= 1
         return None
 
-    def wait_s(self, count: int = 1) -> int | None:
-        """Whole seconds until there are so many, or until the bucket is full; None: there are."""
+    def wait_s(self) -> int | None:
+        """Whole seconds until there is a token; None: there is one."""
         now_s = self._clock()
         filled = self._tokens + (now_s - self._filled_s) * self._per_second
         self._tokens, self._filled_s = min(filled, self._burst), now_s
-        missing = min(count, self._burst) - self._tokens
+        missing = 1 - self._tokens
         return max(1, math.ceil(missing / self._per_second)) if missing > 0 else None
 
     def spend(self, count: int) -> None:
         """Take tokens for what has been done already; there may be a debt then."""
         self._tokens -= count
+
+    def give_back(self) -> None:
+        """Put a token back that was taken for nothing."""
+        self._tokens = min(self._tokens + 1, self._burst)
 
 
 class ClientGone(Exception):

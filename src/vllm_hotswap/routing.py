@@ -123,9 +123,8 @@ class Router:
                 terms = self._terms(scope, alias)
                 requests = asked.requests_of(path, fields.members, self._limits)
                 asked.check_grammar(fields.members, self._limits)
-                self._rates.take(account, requests)
-                if self._coordinator.begins_to_wait(alias):
-                    self._rates.switch(account)
+                terms = replace(terms, charge=partial(self._rates.switch, account))
+                self._rates.take(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
             await answer.refuse(error)
@@ -135,6 +134,8 @@ class Router:
         else:
             sent = None if method == WEBSOCKET else body
             await self._route(scope, receive, answer, alias, sent, terms, fields.stream, requests)
+            if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
+                self._rates.give_back(account)  # the server was full, or its model did not come
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.

@@ -230,7 +230,7 @@ class LimitsConfig:
             description="requests that one model may have in flight, each prompt, item and answer "
             "of a call counted; more get 429"
         ),
-    ] = 10_000
+    ] = 65_536
     requests_per_call: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
@@ -259,9 +259,10 @@ class LimitsConfig:
         Count | None,
         PER_MINUTE,
         Field(
-            description="engine requests that each key may ask for in a minute; more get 429. 0: "
-            "any number; null: 6000 where the server listens elsewhere than on loopback, there any "
-            "number. A number counts for callers without a key, too, for all of them together"
+            description="calls that each key may make in a minute, however many prompts each has; "
+            "more get 429. 0: any number; null: 30000 where the server listens elsewhere than on "
+            "loopback, there any number. A number counts for callers without a key, too, for all "
+            "of them together"
         ),
     ] = None
     tokens_per_minute: Annotated[
