@@ -122,7 +122,8 @@ class Router:
                 self._check_route(alias, method, path)
                 terms = self._terms(scope, alias)
                 requests = asked.requests_of(path, fields.members, self._limits)
-                asked.check_grammar(fields.members, self._limits)
+                are_strict = self._coordinator.meant(alias).engine.are_tools_strict
+                asked.check_grammar(fields.members, self._limits, are_strict)
                 terms = replace(terms, charge=partial(self._rates.switch, account))
                 self._rates.take(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long

@@ -251,8 +251,10 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="what may be in those: properties, members of lists, alternatives, and a "
-            "tenth of what `minItems` and `maxItems` ask for; more get 413"
+            description="what may be in those: properties, members of lists, alternatives, a "
+            "tenth of what `minItems`, `maxItems`, `minLength`, `maxLength`, `minProperties` and "
+            "`maxProperties` ask for, and the largest repetition (`{m,n}`) in each regular "
+            "expression or grammar; more get 413"
         ),
     ] = 2000
     requests_per_minute: Annotated[
