@@ -197,8 +197,9 @@ class LimitsConfig:
         SIZE,
         Field(
             description="bytes that all requests may hold together, from the first byte of a body "
-            "to the end of its answer: what has come of it while it is read, then four times that "
-            "and 160 bytes for each JSON value. A request beyond it gets 429"
+            "to the end of its answer: what has come of it while it is read, then, for JSON, twice "
+            "that, four times where texts have other characters than ASCII or are escaped (`\\u`), "
+            "and 160 bytes for each value. A request beyond it gets 429"
         ),
     ] = 1 << 30
     held_share: Annotated[
@@ -220,7 +221,7 @@ class LimitsConfig:
         SIZE,
         Field(
             description="bytes per second at least with which a body has to come, in every 20 "
-            "seconds; a slower one gets 408"
+            "seconds, once there are 64 KiB of it; a slower one gets 408"
         ),
     ] = 4 << 10
     in_flight: Annotated[
