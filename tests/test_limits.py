@@ -104,7 +104,7 @@ async def test_what_a_request_holds_counts_until_its_answer_has_ended(
     make_server: MakeServer,
 ) -> None:
     """While it waits, and while it is answered: vLLM keeps all of a body until then."""
-    server = await make_server(limits=LimitsConfig(held_bytes=11_000))
+    server = await make_server(limits=LimitsConfig(held_bytes=10_000))
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
