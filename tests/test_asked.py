@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.conftest import MakeServer
-from tests.support import CHAT
+from tests.support import CHAT, Server
 from vllm_hotswap import asked
 from vllm_hotswap.errors import CallTooLarge, GrammarTooLarge
 from vllm_hotswap.json_scan import scan
@@ -70,6 +70,13 @@ def test_every_route_that_takes_a_body_is_known() -> None:
         ("/generative_scoring", {"query": "q", "items": ["x"] * 30_000}, None),
         ("/score", {"queries": "q", "documents": [{"content": []}] * 3}, 3),
         ("/rerank", {"query": "q", "documents": {"content": ["a"]}}, 1),
+        ("/rerank", {"query": "q", "documents": [{"role": "x", "content": []}] * 9}, 9),
+        ("/rerank", {"query": "q", "documents": [{"role": "x" * 30}] * 2049}, None),
+        ("/score", {"queries": "q", "documents": [1, *["a"] * 8]}, 9),
+        ("/v2/embed", {"inputs": [{"role": "user", "content": []}] * 9}, 9),
+        ("/v1/embeddings", {"messages": [[{"role": "user"}]] * 9}, 9),
+        ("/v1/embeddings", {"input": [{"content": "x" * 200, "role": "user"}] * 2500}, 1),
+        ("/invocations", {"messages": [[{"role": "user"}]] * 9}, 9),
         ("/v1/systemone", {"questions": {"a": {}, "b": {}}}, 2),
         ("/v2/embed", {"texts": ["a"] * 96}, 96),
         ("/inference/v1/generate", {"token_ids": [1], "sampling_params": {"n": 16384}}, None),
@@ -119,9 +126,21 @@ def test_members_are_what_parsing_finds(items: list[tuple[str, Any]], piece_byte
 # --- grammars ---------------------------------------------------------------------------------
 
 
-def check_grammar(limits: LimitsConfig = LIMITS, **body: Any) -> None:
+class Raw(str):
+    """JSON, as it is written."""
+
+    __slots__ = ()
+
+
+def check_grammar(limits: LimitsConfig = LIMITS, are_strict: bool = False, **body: Any) -> None:
     """Of a small body or a large one."""
-    asked.check_grammar(members_of(CHAT, body), limits)
+    written = (
+        f"{json.dumps(key)}: {value if isinstance(value, Raw) else json.dumps(value)}"
+        for key, value in body.items()
+    )
+    raw = ("{" + ",".join(written) + "}").encode()
+    members = at_once(json_fields(raw, members=asked.keys_of(CHAT))).members
+    asked.check_grammar(members, limits, are_strict)
 
 
 def schema_of(properties: int) -> dict[str, Any]:
@@ -131,6 +150,16 @@ def schema_of(properties: int) -> dict[str, Any]:
 
 def asked_for(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+def strict(value: object) -> list[dict[str, Any]]:
+    return [{"function": {"strict": value, "parameters": schema_of(2001)}}]
+
+
+def named_strict(properties: int) -> dict[str, Any]:
+    schema = schema_of(properties)
+    schema["properties"]["strict"] = {"type": "boolean"}
+    return schema
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": schema_of(2001)}}]
@@ -156,7 +185,21 @@ LIGHT_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": sche
         {"sampling_params": {"structured_outputs": {"choice": ["x" * 70_000]}}},
         {"tools": TOOLS, "tool_choice": "required"},
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
-        {"tools": [{"function": {"strict": True, "parameters": schema_of(2001)}}]},
+        {"tools": strict(True)},
+        {"tools": strict("true")},
+        {"tools": Raw(json.dumps(strict(True)).replace("strict", "s\\u0074rict"))},
+        {"tools": Raw(json.dumps(strict(True)).replace('"strict":', '"strict"\n :\t\n'))},
+        {"tools": [*strict(False), {"function": {"description": "x" * (4 << 20)}}]},
+        {"tools": TOOLS, "strict_tools": True},
+        {"structured_outputs": {"json": {"type": "string", "maxLength": 1_000_000}}},
+        {"structured_outputs": {"json": {"type": "string", "minLength": 1_000_000}}},
+        {"structured_outputs": {"json": {"type": "object", "maxProperties": 1_000_000}}},
+        {"structured_outputs": {"json": {"type": "string", "pattern": "^[a-z]{1,10000}$"}}},
+        {"structured_outputs": {"json": {"patternProperties": {"a{10000}": {}}}}},
+        {"structured_outputs": {"regex": "(a{1,100}b){ 100 }"}},
+        {"structured_outputs": {"regex": "a{9999999999999999999,}"}},
+        {"structured_outputs": {"grammar": 'root ::= "a"{,100000}'}},
+        {"structured_outputs": {"grammar": 'start: "a"~1..100000'}},
     ],
 )
 def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any]) -> None:
@@ -179,12 +222,29 @@ def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any])
         {"tools": TOOLS},
         {"tools": TOOLS, "tool_choice": "auto"},
         {"tools": "none", "tool_choice": "required"},
+        {"tools": strict(False), "tool_choice": "auto"},
+        {"tools": strict(None)},
+        {"tools": [{"function": {"parameters": named_strict(2001)}}]},
+        {"tools": Raw(json.dumps([*TOOLS, {"description": "r\u00e9sum\u00e9 \u4e2d"}]))},
+        {"tools": TOOLS, "strict_tools": False},
+        {"tools": TOOLS, "strict_tools": None},
+        {"structured_outputs": {"regex": "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"}},
+        {"response_format": asked_for({"type": "string", "maxLength": 10_000, "minLength": 1})},
         {"text": "x" * 100},
     ],
 )
 def test_usual_grammars_pass(body: dict[str, Any]) -> None:
     """And tools that the model may call or not, which are no grammar."""
     check_grammar(**body)
+
+
+def test_tools_are_strict_where_the_model_says_so() -> None:
+    """With vLLM's --tool-strict-level parameter."""
+    check_grammar(tools=TOOLS)
+    check_grammar(tools=TOOLS, tool_choice="none", are_strict=True)
+    check_grammar(tools=LIGHT_TOOLS, are_strict=True)
+    with pytest.raises(GrammarTooLarge):
+        check_grammar(tools=TOOLS, are_strict=True)
 
 
 def test_parts_of_a_grammar_count_together() -> None:
@@ -209,6 +269,21 @@ async def test_what_is_too_much_for_one_call_gets_413(make_server: MakeServer) -
     assert (413, "call_too_large") == (many.status_code, many.json()["error"]["code"])
     assert (413, "grammar_too_large") == (heavy.status_code, heavy.json()["error"]["code"])
     assert "response_format" == heavy.json()["error"]["param"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b'"n": 16384' + b" " * 17_000, b'"n": "' + b"0" * 17_000 + b'16384"'],
+    ids=["spaces", "zeros"],
+)
+async def test_number_that_is_written_at_length_counts(server: Server, written: bytes) -> None:
+    """vLLM reads it as any other."""
+    body = b'{"model": "llama", "prompt": "x", ' + written + b"}"
+    answer = await server.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+
+    assert (413, "call_too_large") == (answer.status_code, answer.json()["error"]["code"])
 
 
 @pytest.mark.parametrize("mode", ["manual", "auto"])

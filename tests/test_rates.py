@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.conftest import MakeServer
@@ -31,56 +33,61 @@ def rates(clock: Clock | None = None, is_local: bool = True, **limits: int) -> R
     return Rates(LimitsConfig(**limits), clock or Clock(), lambda: is_local)
 
 
+def take(bounds: Rates, account: Account, count: int) -> None:
+    for _ in range(count):
+        bounds.take(account)
+
+
 def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:
     """Told how long to wait, in whole seconds; other keys and admins are not held up."""
     clock = Clock()
     bounds = rates(clock, requests_per_minute=30)
-    bounds.take(ANN, 20)
-    bounds.take(ANN, 10)
+    take(bounds, ANN, 30)
 
     with pytest.raises(RateLimited, match="30 requests a minute") as caught:
-        bounds.take(ANN, 1)
+        bounds.take(ANN)
     assert (429, "rate_limit_exceeded", 2) == (
         caught.value.status,
         caught.value.code,
         caught.value.retry_after_s,
     )
-    bounds.take(BEN, 30)
-    bounds.take(ADMIN, 1000)
+    take(bounds, BEN, 30)
+    take(bounds, ADMIN, 1000)
 
     clock.now_s = 2.0
-    bounds.take(ANN, 1)
+    bounds.take(ANN)
     with pytest.raises(RateLimited):
-        bounds.take(ANN, 1)
+        bounds.take(ANN)
 
 
-def test_call_of_more_than_a_minutes_worth_is_let_in_and_paid_for() -> None:
-    """When nothing else has been asked for: it could never be let in otherwise."""
-    clock = Clock()
-    bounds = rates(clock, requests_per_minute=60)
-    bounds.take(ANN, 180)
-
-    with pytest.raises(RateLimited) as caught:
-        bounds.take(ANN, 1)
-    assert 121 == caught.value.retry_after_s
-    clock.now_s = 121.0
-    bounds.take(ANN, 1)
+def test_what_is_given_back_is_there_again() -> None:
+    """And never more than a minute's worth."""
+    bounds = rates(Clock(), requests_per_minute=2)
+    take(bounds, ANN, 2)
+    bounds.give_back(ANN)
+    bounds.take(ANN)
+    for _ in range(9):
+        bounds.give_back(ANN)
+        bounds.give_back(ADMIN)
+    take(bounds, ANN, 2)
+    with pytest.raises(RateLimited):
+        bounds.take(ANN)
 
 
 def test_tokens_are_paid_for_afterwards() -> None:
     """Nobody knows before how many they are; who has taken more waits until it is made up for."""
     clock = Clock()
     bounds = rates(clock, tokens_per_minute=600)
-    bounds.take(ANN, 1)
+    bounds.take(ANN)
     bounds.spend(ANN, 700)
     bounds.spend(ADMIN, 700)
 
     with pytest.raises(RateLimited, match="600 tokens a minute") as caught:
-        bounds.take(ANN, 1)
+        bounds.take(ANN)
     assert 11 == caught.value.retry_after_s
-    bounds.take(BEN, 1)
+    bounds.take(BEN)
     clock.now_s = 11.0
-    bounds.take(ANN, 1)
+    bounds.take(ANN)
 
 
 def test_a_group_says_it_for_each_of_its_keys() -> None:
@@ -104,31 +111,29 @@ def test_a_group_says_it_for_each_of_its_keys() -> None:
 
 def test_defaults_count_elsewhere_than_on_loopback_and_for_keys() -> None:
     """Whoever has none cannot be told from others, so that one would shut out all."""
-    for _ in range(3):
-        rates().take(ANN, 100_000)
-        rates(is_local=False).take(EVERYBODY, 100_000)
+    most = ELSEWHERE.requests
+    assert most is not None
+    take(rates(), ANN, most + 1)
+    take(rates(is_local=False), EVERYBODY, most + 1)
     bounds = rates(is_local=False)
-    assert ELSEWHERE.requests is not None
-    bounds.take(ANN, ELSEWHERE.requests)
+    take(bounds, ANN, most)
     with pytest.raises(RateLimited):
-        bounds.take(ANN, 1)
+        bounds.take(ANN)
 
-    bounds = rates(is_local=False, requests_per_minute=0)
-    for _ in range(3):
-        bounds.take(ANN, 100_000)
+    take(rates(is_local=False, requests_per_minute=0), ANN, most + 1)
     bounds = rates(requests_per_minute=1)
-    bounds.take(EVERYBODY, 1)
+    bounds.take(EVERYBODY)
     with pytest.raises(RateLimited):
-        bounds.take(EVERYBODY, 1)
+        bounds.take(EVERYBODY)
 
 
 def test_bucket_says_how_long_to_wait_without_taking() -> None:
     clock = Clock()
     rate = Rate(per_second=1, burst=3, clock=clock)
-    assert [None, None] == [rate.wait_s(3), rate.take(2)]
-    assert 1 == rate.wait_s(2)
+    assert [None, None] == [rate.wait_s(), rate.take()]
+    assert None is rate.wait_s()
     rate.spend(5)
-    assert 5 == rate.wait_s()
+    assert 4 == rate.wait_s()
 
 
 # --- at the server ----------------------------------------------------------------------------
@@ -145,17 +150,62 @@ async def ask(server: Server, key: str, **body: object) -> int:
     return (await server.post("/v1/chat/completions", json=content, headers=headers)).status_code
 
 
-async def test_requests_of_one_key_are_counted(make_server: MakeServer) -> None:
-    """`n` answers are as many; others are served, and admins always."""
+async def test_calls_of_one_key_are_counted(make_server: MakeServer) -> None:
+    """However many answers each asks for; others are served, and admins always."""
     clock = Clock()
-    limits = LimitsConfig(requests_per_minute=5)
+    limits = LimitsConfig(requests_per_minute=3)
     server = await make_server(access=ACCESS, limits=limits, clock=clock)
 
-    assert [200, 200, 429] == [await ask(server, "ann", n=n) for n in (3, 2, 1)]
-    assert [200, 200, 429] == [await ask(server, "ben", n=n) for n in (3, 2, 1)]
+    assert [200, 200, 200, 429] == [await ask(server, "ann", n=n) for n in (3, 20, 1, 1)]
+    assert [200, 200, 200, 429] == [await ask(server, "ben", n=n) for n in (3, 20, 1, 1)]
     assert {200} == {await ask(server, "root") for _ in range(9)}
-    clock.now_s = 12.0
+    clock.now_s = 20.0
     assert 200 == await ask(server, "ann")
+
+
+async def test_batches_of_embeddings_pass_by_default(make_server: MakeServer) -> None:
+    """Five calls at once of as many inputs as there may be, and more within the minute."""
+    server = await make_server(access=ACCESS, clock=Clock())
+    server.app.router._rates._is_local = lambda: False
+    headers = {"authorization": "Bearer ann"}
+    content = {"model": "llama", "prompt": ["a"] * 2048}
+
+    async def embed() -> int:
+        path = "/v1/completions"
+        return (await server.post(path, json=content, headers=headers)).status_code
+
+    assert [200] * 5 == await asyncio.gather(*(embed() for _ in range(5)))
+    assert [200] * 5 == [await embed() for _ in range(5)]
+
+
+async def test_call_that_the_server_refuses_costs_nothing(make_server: MakeServer) -> None:
+    """For a model that is not active, or where there is no room: it may be tried again."""
+    limits = LimitsConfig(requests_per_minute=1, in_flight=5)
+    server = await make_server(access=ACCESS, limits=limits, clock=Clock())
+
+    assert [404] * 3 == [await ask(server, "ann", model="qwen") for _ in range(3)]
+    assert [429] * 3 == [await ask(server, "ann", n=6) for _ in range(3)]
+    assert 200 == await ask(server, "ann")
+    again = await server.post(
+        "/v1/chat/completions", json={"model": "llama"}, headers={"authorization": "Bearer ann"}
+    )
+    assert "rate_limit_exceeded" == again.json()["error"]["code"]
+
+
+async def test_call_that_finds_no_place_in_the_queue_costs_nothing(make_server: MakeServer) -> None:
+    """In the mode `auto`, where its model has a frontend that it has passed already."""
+    limits = LimitsConfig(requests_per_minute=1)
+    server = await make_server(
+        access=ACCESS, limits=limits, mode="auto", max_waiting=1, clock=Clock()
+    )
+    server.host.hold("activate", "qwen")
+    waiting = asyncio.create_task(ask(server, "ben", model="qwen"))
+    await server.settled()
+
+    assert [429] * 3 == [await ask(server, "ann", model="qwen") for _ in range(3)]
+    server.host.release("activate", "qwen")
+    assert 200 == await waiting
+    assert 200 == await ask(server, "ann", model="qwen")
 
 
 async def test_tokens_of_one_key_are_counted(make_server: MakeServer) -> None:
@@ -175,6 +225,27 @@ async def test_switches_of_one_key_are_counted(make_server: MakeServer) -> None:
     models = ("qwen", "qwen", "llama", "llama", "qwen")
     assert [200, 200, 200, 200, 429] == [await ask(server, "ann", model=m) for m in models]
     assert 200 == await ask(server, "ben", model="qwen")
+
+
+async def test_requests_that_never_switch_are_no_switches(make_server: MakeServer) -> None:
+    """Those that need no engine, and those that are refused before they wait for one."""
+    limits = LimitsConfig(switches_per_minute=1)
+    server = await make_server(access=ACCESS, limits=limits, mode="auto", clock=Clock())
+    headers = {"authorization": "Bearer ann"}
+
+    async def tokenize() -> int:
+        content = {"model": "qwen", "prompt": "a"}
+        return (await server.post("/tokenize", json=content, headers=headers)).status_code
+
+    assert [200] * 3 == [await tokenize() for _ in range(3)]
+    assert [400] * 3 == [
+        await ask(server, "ann", model="qwen", max_tokens="many") for _ in range(3)
+    ]
+    assert 200 == await ask(server, "ann", model="qwen")
+    assert 200 == await tokenize()
+    assert 429 == await ask(server, "ann", model="llama")
+    assert 429 == await ask(server, "ann", model="mistral")
+    assert ("load", "mistral") not in server.host.operations
 
 
 async def test_calls_that_switch_are_counted_where_everybody_may(make_server: MakeServer) -> None:

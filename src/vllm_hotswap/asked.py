@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ _SCORED = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_
 LISTS: Mapping[str, tuple[str, ...]] = {
     "/classify": ("input", "messages"),
     "/generative_scoring": ("items",),
-    "/invocations": ("prompt", "input", *_SCORED),
+    "/invocations": ("prompt", "input", "messages", *_SCORED),
     "/pooling": ("input", "messages", "data"),
     "/rerank": _SCORED,
     "/score": _SCORED,
@@ -60,6 +61,12 @@ ONE = frozenset(
 )
 """Routes that take one thing; `n` answers to it may be asked for."""
 
+_TOKENS = frozenset(["input", "prompt"])
+"""Where a list of numbers is one prompt."""
+
+_CONVERSATIONS = frozenset(["input", "messages"])
+"""Where a list of objects, which are messages, is one conversation."""
+
 _NUMBERS = ("n", "best_of", "sampling_params.n")
 _GRAMMARS = (
     "response_format",
@@ -69,12 +76,34 @@ _GRAMMARS = (
     "output_format",
     "sampling_params.structured_outputs",
 )
-MEMBERS = (*_NUMBERS, *_GRAMMARS, "tools", "tool_choice")
+MEMBERS = (*_NUMBERS, *_GRAMMARS, "tools", "tool_choice", "strict_tools")
 
 REPEATED = 10
-"""So many repetitions that `minItems` or `maxItems` ask for cost as much as one value."""
+"""So many repetitions that a schema asks for by a number cost as much as one value."""
 
-_STRICT = re.compile(rb'"strict"')
+_REPETITIONS = (
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "minProperties",
+    "maxProperties",
+)
+_AS_TEXT = ("regex", "pattern", "grammar", "ebnf", "lark", "definition")
+"""Where a regular expression or a grammar is written."""
+
+_TIMES = re.compile(
+    r"(\))?(?:\{[ \t]*+(\d*+)[ \t]*+(?:,[ \t]*+(\d*+)[ \t]*+)?\}|~[ \t]*+(\d++)(?:\.\.(\d++))?)"
+)
+"""`{m,n}` of regular expressions and grammars, and `~m..n` of Lark's; after a group, or not."""
+
+MOST_SEARCHED_BYTES = 4 << 20
+"""Tools that are larger are taken as strict, rather than searched on the event loop: 2 ms."""
+
+_STRICT = re.compile(rb'"strict"[ \t\r\n]*+:[ \t\r\n]*+(?![ \t\r\n{\[fn])|\\u00(?:6[39]|7[234])')
+"""`strict` that is not false, null, or a property of that name; or an escaped letter of it, so
+that it might be one. pydantic takes other values as true, too."""
+
 _AS_JSON = frozenset(["json", "choice", "structural_tag"])
 
 
@@ -88,7 +117,7 @@ def requests_of(path: str, members: Mapping[str, Any], limits: LimitsConfig) -> 
 
     Raises `CallTooLarge` for more than `limits.requests_per_call`.
     """
-    things = sum(_things(members.get(key)) for key in LISTS.get(path, ()))
+    things = sum(_things(key, members.get(key)) for key in LISTS.get(path, ()))
     numbers = [_number(members.get(key)) for key in _NUMBERS]
     requests = max(1, things) * max(1, *numbers)
     if requests > limits.requests_per_call:
@@ -96,14 +125,18 @@ def requests_of(path: str, members: Mapping[str, Any], limits: LimitsConfig) -> 
     return requests
 
 
-def _things(value: object) -> int:
+def _things(key: str, value: object) -> int:
     """How many a list has. The tokens of one prompt, and the messages of one conversation, are not
-    several things, nor is anything else.
+    several things, where vLLM reads them so; nor is anything else.
     """
     match value:
         case Unread():
-            return 0 if value.is_of_numbers or value.is_conversation else value.items
-        case [int() | float() | {"role": _}, *_]:
+            is_prompt = key in _TOKENS and value.is_of_numbers
+            is_conversation = key in _CONVERSATIONS and value.is_of_objects
+            return 0 if is_prompt or is_conversation else value.items
+        case [int() | float(), *_] if key in _TOKENS:
+            return 0
+        case [dict(), *_] if key in _CONVERSATIONS:
             return 0
         case list() | dict():
             return len(value)
@@ -111,17 +144,30 @@ def _things(value: object) -> int:
 
 
 def _number(value: Any) -> int:
-    """As pydantic reads a whole number: perhaps from a text, or from 3.0."""
+    """As pydantic reads a whole number: perhaps from a text, or from 3.0.
+
+    One that was too long to be read, with zeros before it or spaces behind it, may be any.
+    """
+    if isinstance(value, Unread):
+        return sys.maxsize
     try:
         return value if isinstance(value, int) else int(float(value or 0))
     except (TypeError, ValueError, OverflowError):
         return 0
 
 
-def check_grammar(members: Mapping[str, Any], limits: LimitsConfig) -> None:
-    """Raises `GrammarTooLarge` for one that would keep the compiler busy for too long."""
+def check_grammar(
+    members: Mapping[str, Any], limits: LimitsConfig, are_tools_strict: bool = False
+) -> None:
+    """Raises `GrammarTooLarge` for one that would keep the compiler busy for too long.
+
+    Args:
+        members: of the body, as far as they tell it.
+        limits: `grammar_bytes` and `grammar_values` count.
+        are_tools_strict: whether the model takes all tools as strict, whatever they say.
+    """
     size = values = 0
-    for name, grammar in _grammars(members):
+    for name, grammar in _grammars(members, are_tools_strict):
         text = grammar.text if isinstance(grammar, Unread) else json.dumps(grammar)
         size += len(text)
         if size > limits.grammar_bytes:
@@ -131,24 +177,26 @@ def check_grammar(members: Mapping[str, Any], limits: LimitsConfig) -> None:
             raise GrammarTooLarge(f"{limits.grammar_values} values (limits.grammar_values)", name)
 
 
-def _grammars(members: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _grammars(members: Mapping[str, Any], are_tools_strict: bool) -> Iterator[tuple[str, Any]]:
     """What a grammar may be made from, by the name of its field."""
     for name in _GRAMMARS:
         if isinstance(members.get(name), dict | Unread):
             yield name, members[name]
-    if _is_compiled(members):
+    if _is_compiled(members, are_tools_strict):
         yield "tools", members["tools"]
 
 
-def _is_compiled(members: Mapping[str, Any]) -> bool:
+def _is_compiled(members: Mapping[str, Any], are_strict: bool) -> bool:
     """Whether tools become a grammar: one has to be called, or is strict."""
     tools = members.get("tools")
     if not isinstance(tools, list | Unread):
         return False
     if members.get("tool_choice") not in (None, "auto", "none"):
         return True
+    if are_strict or members.get("strict_tools") not in (None, False):
+        return members.get("tool_choice") != "none"
     text = tools.text if isinstance(tools, Unread) else json.dumps(tools).encode()
-    return _STRICT.search(text) is not None
+    return len(text) > MOST_SEARCHED_BYTES or _STRICT.search(text) is not None
 
 
 def _parsed(text: memoryview | str) -> Any:
@@ -180,8 +228,28 @@ def _parts(value: object) -> Iterator[object]:
 
 
 def _repetitions(value: object) -> int:
+    """What numbers in it ask for, in values. Those of a text are expanded by some compilers."""
     if not isinstance(value, dict):
         return 0
-    asked = [value.get(key) for key in ("minItems", "maxItems")]
+    asked = [value.get(key) for key in _REPETITIONS]
     numbers = [number for number in asked if isinstance(number, int | float)]
-    return int(min(max(0, *numbers, 0), 1e9)) // REPEATED
+    texts = [value.get(key) for key in _AS_TEXT]
+    if isinstance(patterns := value.get("patternProperties"), dict):
+        texts += patterns
+    times = sum(_times(text) for text in texts if isinstance(text, str))
+    return int(min(max(0, *numbers, 0), 1e9)) // REPEATED + times
+
+
+def _times(text: str) -> int:
+    """How often a part of a regular expression or grammar is repeated at most: the largest number,
+    as often as the groups around it may be. Numbers up to ten are not worth counting.
+    """
+    most, groups = 1, 1
+    for group, *written in _TIMES.findall(text):
+        times = max(int(number[:9] or 0) if len(number) < 10 else 10**9 for number in written)
+        if group:
+            groups = min(groups * max(1, times), 10**9)
+        else:
+            most = max(most, times)
+    times = most * groups
+    return times if times > REPEATED else 0

@@ -499,17 +499,6 @@ class Coordinator:
         assert model is not None
         return model
 
-    def begins_to_wait(self, alias: str | None) -> bool:
-        """Whether a request for the model would be the first to wait for it, and so have it come.
-
-        Raises `UnknownModel`, `AdapterUnavailable`.
-        """
-        if self.dispatcher is None or alias is None:
-            return False
-        model = self.meant(alias)
-        is_coming = model.alias in (self.active, self.target)
-        return not is_coming and not model.entered and not model.parked
-
     @contextmanager
     def reserved(self, alias: str | None, requests: int) -> Iterator[None]:
         """Room for a call that becomes several engine requests, until it is over.

@@ -19,6 +19,7 @@ from vllm_hotswap.costs import SwitchCosts
 from vllm_hotswap.errors import (
     EngineUnavailable,
     QueueFull,
+    RateLimited,
     SwitchFailed,
     SwitchNotAllowed,
     WaitTimeout,
@@ -255,7 +256,7 @@ class Dispatcher:
         model = self._registry.model(lease.alias)
         refused: Cut | None = self._not_allowed(lease.alias, lease.terms)
         if not self._is_served_now(model):
-            refused = refused or self._full(model)
+            refused = refused or self._full(model) or self._charge(lease)
         if refused is not None:
             drain.end([lease], refused)
             return None
@@ -269,6 +270,19 @@ class Dispatcher:
         if not future.done() and lease.on_wait is not None:
             lease.on_wait()
         return future
+
+    def _charge(self, lease: Lease) -> RateLimited | None:
+        """Count a switch for whoever is the first to wait for a model; why it may not, if so."""
+        alias, charge = lease.alias, lease.terms.charge
+        is_coming = alias in (self._server.active, self._server.target)
+        is_waited_for = self.scheduler.waiting_for(alias) or self._registry.model(alias).parked
+        if charge is None or is_coming or is_waited_for:
+            return None
+        try:
+            charge()
+        except RateLimited as error:
+            return error
+        return None
 
     def _time_out(self, lease: Lease) -> None:
         timeout = WaitTimeout(

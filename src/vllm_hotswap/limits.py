@@ -13,6 +13,9 @@ from starlette.types import Message, Receive
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
 from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.turns import Work
+
+_BACKSLASH = ord("\\")
 
 LARGE_BYTES = 2 << 20
 """Bodies from here on are put together beside the event loop."""
@@ -26,12 +29,63 @@ OWN_POT_BYTES = 64 << 20
 PACE_S = 20.0
 """Seconds in which a body has to come as fast as `limits.body_rate` wants it, each time anew."""
 
+PACED_BYTES = 64 << 10
+"""From so many on. What is less costs nothing, and a client may stall for a while."""
+
+SECOND_LOOK_S = 1.0
+"""Seconds in which what has come is read, where the server itself was busy for long."""
+
 BYTES_PER_BYTE = 4
-"""What a byte of a body becomes at most: its text is kept with four bytes for each character, if
-one of them is no usual one. Measured with `json.loads` of Python 3.11."""
+"""What a byte of a JSON body becomes at most: its text is kept with four bytes for each character,
+if one of them is no usual one. Measured with `json.loads` of Python 3.11."""
+
+PLAIN_BYTES_PER_BYTE = 2
+"""The same for one of a text of ASCII: the body, and the text. Measured alike."""
+
+WINDOW_BYTES = 64 << 10
+"""What is looked at of a body between two yields. A text may be plain by itself if it is longer."""
 
 BYTES_PER_VALUE = 160
 """What a JSON value takes at most, besides its bytes: an object with one key. Measured alike."""
+
+
+def text_bytes(body: bytes) -> Work[int]:
+    """What a JSON body and the texts in it take at most, once they are parsed.
+
+    One unusual character makes all of its text wide, but no other one: an image beside it, in
+    base64, stays as it is.
+    """
+    plain = yield from _plain_bytes(body)
+    return PLAIN_BYTES_PER_BYTE * plain + BYTES_PER_BYTE * (len(body) - plain)
+
+
+def _plain_bytes(body: bytes) -> Work[int]:
+    """How much is sure to stay narrow: all of it, or whole texts that are long."""
+    windows = range(0, len(body), WINDOW_BYTES)
+    is_plain = True
+    for start in windows:
+        is_plain = is_plain and _is_plain(body, start, start + WINDOW_BYTES)
+        yield
+    if is_plain:
+        return len(body)
+    plain, begin, is_text = 0, 0, False  # one in which the last window was
+    for start in windows:
+        end = start + WINDOW_BYTES
+        if (first := body.find(b'"', start, end)) < 0:
+            is_text = is_text and _is_plain(body, start, end)
+        else:
+            if is_text and _is_plain(body, start, first) and body[first - 1] != _BACKSLASH:
+                plain += first - begin
+            begin = body.rfind(b'"', start, end)
+            is_text = body[max(0, begin - 1)] != _BACKSLASH and _is_plain(body, begin, end)
+        yield
+    return plain
+
+
+def _is_plain(body: bytes, start: int, end: int) -> bool:
+    """Whether there are characters of ASCII alone, and none written as `\\u`."""
+    piece = body[start : end + 1]  # an escape may begin in it
+    return piece.isascii() and b"\\u" not in piece
 
 
 class Rate:
@@ -47,27 +101,28 @@ class Rate:
     def __repr__(self) -> str:
         return f"<Rate tokens={self._tokens:.1f} of {self._burst}>"
 
-    def take(self, count: int = 1) -> int | None:
-        """Take tokens; where there are not enough, how many whole seconds to wait for them.
-
-        More than there can ever be are taken when the bucket is full, and are a debt.
-        """
-        if wait_s := self.wait_s(count):
+    def take(self) -> int | None:
+        """Take a token; where there is none, how many whole seconds to wait for it."""
+        if wait_s := self.wait_s():
             return wait_s
-        self._tokens -= count
+        self._tokens -= 1
         return None
 
-    def wait_s(self, count: int = 1) -> int | None:
-        """Whole seconds until there are so many, or until the bucket is full; None: there are."""
+    def wait_s(self) -> int | None:
+        """Whole seconds until there is a token; None: there is one."""
         now_s = self._clock()
         filled = self._tokens + (now_s - self._filled_s) * self._per_second
         self._tokens, self._filled_s = min(filled, self._burst), now_s
-        missing = min(count, self._burst) - self._tokens
+        missing = 1 - self._tokens
         return max(1, math.ceil(missing / self._per_second)) if missing > 0 else None
 
     def spend(self, count: int) -> None:
         """Take tokens for what has been done already; there may be a debt then."""
         self._tokens -= count
+
+    def give_back(self) -> None:
+        """Put a token back that was taken for nothing."""
+        self._tokens = min(self._tokens + 1, self._burst)
 
 
 class ClientGone(Exception):
@@ -182,17 +237,29 @@ class HeldBody:
         self._pace = loop.call_later(PACE_S, self._look_at_pace, deadline, self._size)
 
     def _look_at_pace(self, deadline: asyncio.Timeout, size_before: int) -> None:
-        if self._size - size_before < self._limits.body_rate * PACE_S:
+        if self._is_slow(size_before):
+            # Perhaps it waits to be read: this timer comes first after a pause of the server's.
+            loop = asyncio.get_running_loop()
+            self._pace = loop.call_later(SECOND_LOOK_S, self._look_again, deadline, size_before)
+        else:
+            self._watch(deadline)
+
+    def _look_again(self, deadline: asyncio.Timeout, size_before: int) -> None:
+        if self._is_slow(size_before):
             deadline.reschedule(asyncio.get_running_loop().time())
         else:
             self._watch(deadline)
 
-    def weigh(self, values: int) -> None:
-        """Count what the body becomes when it is parsed, with so many JSON values.
+    def _is_slow(self, size_before: int) -> bool:
+        came = self._size - size_before
+        return self._size >= PACED_BYTES and came < self._limits.body_rate * PACE_S
+
+    def weigh(self, text_bytes: int, values: int) -> None:
+        """Count what the body becomes when it is parsed: bytes of all, and JSON values.
 
         Raises `QueueFull`.
         """
-        self._count((BYTES_PER_BYTE - 1) * self._size + BYTES_PER_VALUE * values)
+        self._count(max(0, text_bytes - self._size) + BYTES_PER_VALUE * values)
 
     def _refuse_announced(self, length: str) -> None:
         if length.isdecimal() and length.isascii() and len(length) < 20:

@@ -26,9 +26,8 @@ from vllm_hotswap.turns import Work, at_once
 SMALL_BYTES = 16 << 10
 """JSON bodies up to here are parsed: that takes two milliseconds at most."""
 
-_OBJECTS = re.compile(rb"\[[ \t\r\n]*+\{")
-_ROLE = re.compile(rb'"role"')
-_NUMBERS = re.compile(rb"\[[ \t\r\n]*+[-0-9]")
+_OBJECTS = re.compile(rb"\[[ \t\r\n]{0,1000}+\{")
+_NUMBERS = re.compile(rb"\[[ \t\r\n]{0,1000}+[-0-9]")
 
 MAX_NAME_BYTES = 256
 MAX_VALUE_BYTES = 64 << 10
@@ -69,11 +68,9 @@ class Unread:
         return _NUMBERS.match(self.text) is not None
 
     @property
-    def is_conversation(self) -> bool:
-        """Whether it is a list that begins with a message, which has a role."""
-        if not _OBJECTS.match(self.text):
-            return False
-        return _ROLE.search(self.text) is not None
+    def is_of_objects(self) -> bool:
+        """Whether it is a list that begins with an object."""
+        return _OBJECTS.match(self.text) is not None
 
 
 @dataclass(frozen=True, slots=True)

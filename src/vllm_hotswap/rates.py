@@ -1,4 +1,4 @@
-"""What each key may do in a minute: requests, tokens, and switches.
+"""What each key may do in a minute: calls, tokens, and switches.
 
 Token buckets of our own: `limits`, the usual package, keeps time by the wall clock and in storages
 that are shared between processes, neither of which is wanted here.
@@ -16,7 +16,7 @@ from vllm_hotswap.settings import LimitsConfig
 
 Kind = Literal["requests", "tokens", "switches"]
 
-ELSEWHERE = PerMinute(requests=6000, tokens=6_000_000, switches=60)
+ELSEWHERE = PerMinute(requests=30_000, tokens=6_000_000, switches=60)
 """For each key, where nothing is said and others than programs of this machine may ask."""
 
 
@@ -37,25 +37,30 @@ class Rates:
         self._is_local = is_local
         self._buckets: dict[tuple[Kind, str, int], Rate] = {}
 
-    def take(self, account: Account, requests: int) -> None:
-        """Count a call that becomes so many engine requests. Raises `RateLimited`."""
+    def take(self, account: Account) -> None:
+        """Count a call, whatever it becomes in the engine. Raises `RateLimited`."""
         bucket = self._bucket("tokens", account)
         if bucket is not None and (wait_s := bucket.wait_s()):
             raise RateLimited("tokens", self._bound("tokens", account), wait_s)
-        self._take("requests", account, requests)
+        self._take("requests", account)
+
+    def give_back(self, account: Account) -> None:
+        """Count a call no longer that the server did not admit."""
+        if (bucket := self._bucket("requests", account)) is not None:
+            bucket.give_back()
 
     def switch(self, account: Account) -> None:
         """Count what may move a model. Raises `RateLimited`."""
-        self._take("switches", account, 1)
+        self._take("switches", account)
 
     def spend(self, account: Account, tokens: int) -> None:
         """Count what a request has taken; until that is made up for, no other one is let in."""
         if tokens and (bucket := self._bucket("tokens", account)) is not None:
             bucket.spend(tokens)
 
-    def _take(self, kind: Kind, account: Account, count: int) -> None:
+    def _take(self, kind: Kind, account: Account) -> None:
         bucket = self._bucket(kind, account)
-        if bucket is not None and (wait_s := bucket.take(count)):
+        if bucket is not None and (wait_s := bucket.take()):
             raise RateLimited(kind, self._bound(kind, account), wait_s)
 
     def _bucket(self, kind: Kind, account: Account) -> Rate | None:

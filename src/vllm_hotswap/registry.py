@@ -16,6 +16,7 @@ from vllm_hotswap.errors import (
     InvalidRequest,
     ParkedEnded,
     QueueFull,
+    RateLimited,
     ResponseEnded,
     SwitchFailed,
     SwitchNotAllowed,
@@ -36,6 +37,7 @@ Cut = (
     | WrongStamp
     | SwitchFailed
     | QueueFull
+    | RateLimited
     | WaitTimeout
     | SwitchNotAllowed
 )

@@ -33,7 +33,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
-from vllm_hotswap.limits import Bodies, ClientGone, HeldBody
+from vllm_hotswap.limits import Bodies, ClientGone, HeldBody, text_bytes
 from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.rates import Rates
@@ -124,7 +124,7 @@ class Router:
             headers = Headers(scope=scope)
             body = await held.read(receive, headers) if method in BODY_METHODS else b""
             fields = await self._fields(scope, path, body)
-            held.weigh(fields.values)
+            held.weigh(await self._weight(path, body), fields.values)
             alias = _model_of(scope, fields)
             owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
@@ -139,10 +139,10 @@ class Router:
                 self._check_route(alias, method, path)
                 terms = self._terms(scope, alias)
                 requests = asked.requests_of(path, fields.members, self._limits)
-                asked.check_grammar(fields.members, self._limits)
-                self._rates.take(account, requests)
-                if self._coordinator.begins_to_wait(alias):
-                    self._rates.switch(account)
+                are_strict = self._coordinator.meant(alias).engine.are_tools_strict
+                asked.check_grammar(fields.members, self._limits, are_strict)
+                terms = replace(terms, charge=partial(self._rates.switch, account))
+                self._rates.take(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
             await answer.refuse(error)
@@ -153,6 +153,8 @@ class Router:
             sent = None if method == WEBSOCKET else body
             asking = Asking(fields.stream, requests, account, fields.request_id)
             await self._route(scope, receive, answer, alias, sent, terms, asking)
+            if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
+                self._rates.give_back(account)  # the server was full, or its model did not come
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -186,6 +188,14 @@ class Router:
             raise InvalidRequest(
                 f"{error} is longer than {MAX_TEXT_BYTES} bytes; no name is", str(error)
             ) from None
+
+    async def _weight(self, path: str, body: bytes) -> int:
+        """Bytes of a body and of its texts. Forms become none."""
+        if path in media.FORM_PATHS:
+            return len(body)
+        if len(body) <= model_field.SMALL_BYTES:
+            return at_once(text_bytes(body))
+        return await self._turns.run(text_bytes(body))
 
     async def let_go_of_stalled_clients(self) -> None:
         """Until cancelled, end requests whose clients take in nothing of their answers."""

@@ -50,6 +50,9 @@ class RequestTerms:
     """Whether it may wait for a model to which nobody switches."""
     rule: str = "rights"
     """The setting that says so."""
+    charge: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    """Called when it is the first to wait for a model that does not come yet. Raises `RateLimited`:
+    then it does not wait."""
 
 
 NO_WISH = RequestTerms()

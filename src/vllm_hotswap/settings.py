@@ -197,8 +197,9 @@ class LimitsConfig:
         SIZE,
         Field(
             description="bytes that all requests may hold together, from the first byte of a body "
-            "to the end of its answer: what has come of it while it is read, then four times that "
-            "and 160 bytes for each JSON value. A request beyond it gets 429"
+            "to the end of its answer: what has come of it while it is read, then, for JSON, twice "
+            "that, four times where texts have other characters than ASCII or are escaped (`\\u`), "
+            "and 160 bytes for each value. A request beyond it gets 429"
         ),
     ] = 1 << 30
     held_share: Annotated[
@@ -220,7 +221,7 @@ class LimitsConfig:
         SIZE,
         Field(
             description="bytes per second at least with which a body has to come, in every 20 "
-            "seconds; a slower one gets 408"
+            "seconds, once there are 64 KiB of it; a slower one gets 408"
         ),
     ] = 4 << 10
     in_flight: Annotated[
@@ -230,7 +231,7 @@ class LimitsConfig:
             description="requests that one model may have in flight, each prompt, item and answer "
             "of a call counted; more get 429"
         ),
-    ] = 10_000
+    ] = 65_536
     requests_per_call: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
@@ -251,17 +252,20 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="what may be in those: properties, members of lists, alternatives, and a "
-            "tenth of what `minItems` and `maxItems` ask for; more get 413"
+            description="what may be in those: properties, members of lists, alternatives, a "
+            "tenth of what `minItems`, `maxItems`, `minLength`, `maxLength`, `minProperties` and "
+            "`maxProperties` ask for, and the largest repetition (`{m,n}`) in each regular "
+            "expression or grammar; more get 413"
         ),
     ] = 2000
     requests_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
         Field(
-            description="engine requests that each key may ask for in a minute; more get 429. 0: "
-            "any number; null: 6000 where the server listens elsewhere than on loopback, there any "
-            "number. A number counts for callers without a key, too, for all of them together"
+            description="calls that each key may make in a minute, however many prompts each has; "
+            "more get 429. 0: any number; null: 30000 where the server listens elsewhere than on "
+            "loopback, there any number. A number counts for callers without a key, too, for all "
+            "of them together"
         ),
     ] = None
     tokens_per_minute: Annotated[

@@ -3,33 +3,57 @@
 vLLM makes a task of each prompt of a list, and all of them begin in one turn of the event loop; the
 items of `/generative_scoring` it tokenises on the loop, one after the other.
 
-Relies on: `AsyncLLM.add_request` and `_add_request`, which its `generate` and `encode` call on the
-instance; `serving_generative_scoring` in the application's state, its `_build_prompts`, which is a
-coroutine that waits for nothing, and its `renderer._executor`, on whose threads vLLM tokenises
-everything else. Checked on vLLM 0.32.0.
+Relies on: `AsyncLLM._add_request`, which its `add_request` calls on the instance for every engine
+request, also for a single one; `serving_generative_scoring` in the application's state, its
+`_build_prompts`, which is a coroutine that waits for nothing, and its `renderer._executor`, on
+whose threads vLLM tokenises everything else. Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from vllm_hotswap.registry import current_lease
 
+PER_TURN = 8
+"""Engine requests that begin between two turns of the loop: some milliseconds of work."""
+
 
 class Pace:
-    """Lets the engine requests of large calls begin one by one, each in a turn of the loop."""
+    """Lets the engine requests of large calls begin a few at a time, then the loop turns."""
 
     def __init__(self) -> None:
-        self._turn = asyncio.Lock()  # lets in whoever came first
+        self._left = PER_TURN
+        self._waiting: deque[asyncio.Future[None]] = deque()  # in order
+        self._is_turning = False
 
     async def wait(self) -> None:
         """Return when it is the turn of the running task; at once for a call of one request."""
         lease = current_lease.get()
-        if lease is not None and lease.calls > 1:
-            async with self._turn:
-                await asyncio.sleep(0)
+        if lease is None or lease.calls == 1:
+            return
+        loop = asyncio.get_running_loop()
+        if not self._is_turning:
+            self._is_turning = True
+            loop.call_soon(self._turn)
+        if self._left and not self._waiting:
+            self._left -= 1
+            return
+        self._waiting.append(future := loop.create_future())
+        await future
+
+    def _turn(self) -> None:
+        self._left = PER_TURN
+        self._is_turning = bool(self._waiting)
+        while self._waiting and self._left:
+            if not (future := self._waiting.popleft()).done():  # else whoever waited has gone
+                future.set_result(None)
+                self._left -= 1
+        if self._is_turning:
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def paced(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def begin_in_turn(*args: Any, **kwargs: Any) -> Any:
@@ -42,8 +66,7 @@ class Pace:
 def spread(client: Any, app: Any) -> None:
     """Spread the work of a frontend; once, when it is made."""
     pace = Pace()
-    client.add_request = pace.paced(client.add_request)
-    client._add_request = pace.paced(client._add_request)  # each of `n` answers
+    client._add_request = pace.paced(client._add_request)  # once for each of `n` answers
     scoring = getattr(app.state, "serving_generative_scoring", None)
     if scoring is not None and hasattr(scoring, "_build_prompts"):
         scoring._build_prompts = _on_threads(scoring._build_prompts, scoring.renderer._executor)

@@ -121,6 +121,10 @@ class Engine(Protocol):
         """What is known of `routes` before there is an application."""
 
     @property
+    def are_tools_strict(self) -> bool:
+        """Whether it takes the tools of every request as strict."""
+
+    @property
     def responses(self) -> Responses | None:
         """What its frontend keeps; None if it keeps none, or there has been none."""
 

@@ -83,6 +83,7 @@ class FakeSettings:
     """What it is for; its routes are those of these tasks."""
     tells_tasks: bool = True
     """Whether its configuration says which tasks it has."""
+    are_tools_strict: bool = False
     offloads: bool = False
     """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
 
@@ -141,6 +142,10 @@ class FakeEngine:
             return None
         own, every = self._paths_of(self.settings.tasks), self._paths_of(TASKS)
         return ForeseenRoutes(self.settings.tasks, every - own, own)
+
+    @property
+    def are_tools_strict(self) -> bool:
+        return self.settings.are_tools_strict
 
     def _paths_of(self, tasks: Iterable[Task]) -> frozenset[str]:
         routes = [route for task in tasks for route in self._routes_of(task)]

@@ -167,6 +167,10 @@ class VllmEngine:
         return self._foreseen
 
     @property
+    def are_tools_strict(self) -> bool:
+        return getattr(self._launch.args, "tool_strict_level", "auto") == "parameter"
+
+    @property
     def responses(self) -> Responses | None:
         return self._frontend.responses if self._frontend else None
 
