@@ -60,7 +60,7 @@ from vllm_hotswap.events import (
     ServiceDegraded,
     SwitchEnded,
 )
-from vllm_hotswap.limits import BYTES_PER_BYTE, BYTES_PER_VALUE
+from vllm_hotswap.limits import BYTES_PER_VALUE, PLAIN_BYTES_PER_BYTE
 from vllm_hotswap.registry import Lease
 from vllm_hotswap.states import Residency, ServerState, SwitchPhase
 
@@ -906,10 +906,10 @@ class BoundedQueue(Invariant):
 
 
 def _weight(ask: Ask) -> int:
-    """What a request counts as long as it is open."""
+    """What a request counts as long as it is open. All texts are ASCII."""
     body = json.dumps(ask.body)
     values = sum(map(body.count, ",[{"))
-    return BYTES_PER_BYTE * len(body) + BYTES_PER_VALUE * values
+    return PLAIN_BYTES_PER_BYTE * len(body) + BYTES_PER_VALUE * values
 
 
 def test_I16_bounded_queue() -> None:
