@@ -56,14 +56,14 @@ test-fast: setup
 	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not long" --durations=15
 
 test-on-vllm: setup
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and not wide and not long" --durations=25
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and not wide and not long" --durations=25
 
 test-wide: setup ## Run what varies settings, each on servers of its own; CI runs it, too
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and wide and not long" --durations=25
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and wide and not long" --durations=25
 
 test-long: setup ## Run what goes deeper: long walks, ten times as many examples; for the night
 	TEST_DEPTH=10 $(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm" --timeout=1800
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "vllm and long" --timeout=1800
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and long" --timeout=1800
 
 test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VERSION=0.29.0
 	$(BIN)/pytest -m "not long" $(TESTS)

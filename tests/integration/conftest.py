@@ -36,7 +36,12 @@ EXTRA_MODELS = """\
 """
 
 
+LONGEST = ("test_zoo", "test_residency", "test_vllm_state", "test_faults", "test_lora")
+"""Modules that begin first, so that at the end no worker is alone with one of them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     here = str(Path(__file__).parent)
     for item in items:
         if str(item.path).startswith(here):

@@ -182,6 +182,7 @@ def test_a_file_that_is_wrong_itself_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.wide
 def test_a_start_tells_all_mistakes(tmp_path: Path) -> None:
     """A model that is missing hides neither a key of vLLM nor another section."""
     path = tmp_path / "models.yaml"

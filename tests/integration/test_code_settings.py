@@ -45,6 +45,7 @@ def test_every_setting_that_names_code_is_refused(tree: Tree) -> None:
     assert len(named) > 10
 
 
+@pytest.mark.wide
 def test_every_import_by_name_has_been_decided(tree: Tree) -> None:
     """A new one fails this until somebody has looked what reaches it."""
     assert {} == {place: call for place, call in imports_in(tree).items() if place not in decided()}

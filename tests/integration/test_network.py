@@ -119,6 +119,7 @@ def with_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         process.wait(60)
 
 
+@pytest.mark.wide
 def test_a_server_on_a_socket_listens_on_no_network(with_network: Machine) -> None:
     """With a model loaded; before, at no other address than loopback, and for a moment at most."""
     body = {"model": "llama", "prompt": "Hello", "max_tokens": 2}
