@@ -89,6 +89,7 @@ vllm.v1.engine.core_client.AsyncMPClient.abort_requests_async(request_ids)
 vllm.v1.engine.core_client.AsyncMPClient.get_output_async()
 vllm.v1.engine.EngineCoreOutputs.outputs
 vllm.v1.engine.EngineCoreOutputs.weight_version since 0.32
+vllm.v1.engine.EngineCoreRequest.cache_salt
 vllm.v1.engine.EngineCoreOutput.request_id
 vllm.v1.engine.EngineCoreOutput.new_token_ids
 vllm.v1.engine.EngineCoreOutput.finish_reason
@@ -98,6 +99,8 @@ vllm.v1.engine.EngineCoreRequest.lora_request
 vllm.v1.engine.EngineCoreRequest.client_index
 vllm.entrypoints.openai.models.serving.OpenAIServingModels.lora_requests
 vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.response_store
+vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.msg_store
+vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.event_store
 vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.background_tasks
 vllm.v1.metrics.loggers.PrometheusStatLogger._gauge_cls
 vllm.v1.metrics.loggers.PrometheusStatLogger._counter_cls
