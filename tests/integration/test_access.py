@@ -25,6 +25,7 @@ SECRETS = (USER, ADMIN, IN_VARIABLE, IN_CONFIGURATION, OF_SESSION)
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
 
+HITS = "vllm:prefix_cache_hits_total{"
 IMPORTED_BY_ALL = ("argparse", "logging", "multiprocessing", "psutil", "torch")
 LEAVES_A_MARK = """\
 import os, pathlib
@@ -56,7 +57,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("canary-folder")
     models = write(folder)
     text = models.read_text().replace("  llama:\n", '  llama:\n    hf_token: "${CANARY}"\n', 1)
-    models.write_text(text)
+    models.write_text(text + "isolation: {prefix_cache: key}\n")
     python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     keys = folder / "keys"
     keys.touch(0o600)
@@ -164,6 +165,24 @@ def test_nothing_is_imported_from_the_start_folder(guarded: Guarded) -> None:
     left = {path.name for path in guarded.started_in.iterdir()}
 
     assert {f"{name}.py" for name in IMPORTED_BY_ALL} == left
+
+
+def test_a_key_finds_no_prompt_of_another_in_the_prefix_cache(guarded: Guarded) -> None:
+    """Only its own, as the cache's metric tells."""
+
+    def hits_of(key: str) -> float:
+        before = hits()
+        body = {"model": "llama", "prompt": list(range(5, 405)), "max_tokens": 1}
+        assert 200 == guarded.status("POST", "/v1/completions", key, body)
+        return hits() - before
+
+    def hits() -> float:
+        text = guarded.server.client.get("/metrics", headers=as_caller(ADMIN)).text
+        lines = [line for line in text.splitlines() if line.startswith(HITS)]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    assert [0, 0] == [hits_of(USER), hits_of(IN_VARIABLE)]
+    assert hits_of(USER) > 0
 
 
 def test_compiled_code_is_kept_in_private(guarded: Guarded) -> None:
