@@ -14,6 +14,7 @@ LAYERS = [
     {
         "addresses",
         "errors",
+        "file_limit",
         "garbage",
         "claims",
         "hints",

@@ -27,7 +27,7 @@ from tests.conftest import MakeServer
 from tests.ports import free_port
 from tests.serving import flags
 from tests.support import settled
-from vllm_hotswap import listen, server
+from vllm_hotswap import file_limit, server
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.audit import AuditLog
@@ -93,7 +93,7 @@ def test_the_engine_host_may_open_as_many_files_as_the_server(
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(before[1], 4096)
-    monkeypatch.setattr(listen, "WANTED_FILES", wanted)
+    monkeypatch.setattr(file_limit, "WANTED_FILES", wanted)
     monkeypatch.setattr(HostLink, "spawn", look)
     monkeypatch.setattr(server, "require_vllm", lambda: None)
     monkeypatch.setattr(server, "shut_out_others", lambda: None)  # it is for a whole process

@@ -18,7 +18,7 @@ from typing import Literal
 from starlette.datastructures import Headers
 
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
-from vllm_hotswap.keys import Keys, KeySource, split_keys
+from vllm_hotswap.keys import Key, Keys, KeySource, split_keys
 from vllm_hotswap.rights import (
     ADMIN,
     DEFAULT,
@@ -184,34 +184,42 @@ class Access:
 
     def rights(self, headers: Headers) -> Rights:
         """Those of the caller, who has been let in."""
-        key = _key(headers)
-        if self._admin.know(key):
-            return ADMIN
-        of_groups = (rights for rights, keys in self._members if keys.know(key))
-        return next(of_groups, self._others)
+        _, rights = self._find(headers)
+        return rights
 
     def caller(self, headers: Headers) -> Caller:
         """Who has sent a request, whether it is let in or not."""
-        sent = _key(headers)
-        if (key := self._admin.find(sent)) is not None:
+        key, rights = self._find(headers)
+        if key is None:
+            return Caller()
+        if rights is ADMIN:
             return Caller("admin", "", key.fingerprint, key.name)
-        if (key := self._user.find(sent)) is not None:
-            groups = (rights.group for rights, keys in self._members if keys.know(sent))
-            return Caller("user", next(groups, ""), key.fingerprint, key.name)
-        return Caller()
+        group = "" if rights is self._others else rights.group
+        return Caller("user", group, key.fingerprint, key.name)
 
     def account(self, headers: Headers) -> Account:
         """Whose bounds count for the caller, who has been let in."""
         if not self.has_keys:
             return EVERYBODY if self._others == Rights() else self._account("", "", self._others)
-        rights, mark = self.rights(headers), self.caller(headers).key
+        key, rights = self._find(headers)
+        if key is None:
+            return self._account("", "", rights)
+        mark = key.fingerprint
         if rights is ADMIN:
             return Account("admin", mark, is_admin=True, group=ADMIN.group)
         if rights.group != DEFAULT:
             return self._account(f"group {rights.group}", mark, rights)
-        if not mark:
-            return self._account("", "", rights)
         return self._account(f"key {mark}", mark, rights)
+
+    def _find(self, headers: Headers) -> tuple[Key | None, Rights]:
+        """The key that was sent, if it is one of ours, and the rights that come with it."""
+        sent = _key(headers)
+        if (key := self._admin.find(sent)) is not None:
+            return key, ADMIN
+        if (key := self._user.find(sent)) is None:  # keys of groups are user keys
+            return None, self._others
+        of_groups = (rights for rights, keys in self._members if keys.know(sent))
+        return key, next(of_groups, self._others)
 
     def _account(self, name: str, key: str, rights: Rights) -> Account:
         return Account(

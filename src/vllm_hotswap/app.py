@@ -88,10 +88,12 @@ class HotswapApp:
             aliases=self.coordinator.registry.aliases,
         )
         observer.add(self.metrics)
-        self._rates = Rates(limits or LimitsConfig(), clock, is_local)
+        self._rates = Rates(self.limits, clock, is_local)
         isolation = isolation or IsolationConfig()
-        self.router = Router(self.coordinator, access, self._rates, limits, isolation.prefix_cache)
-        self.own_bodies = Bodies(limits or LimitsConfig(), are_own=True)
+        self.router = Router(
+            self.coordinator, access, self._rates, self.limits, isolation.prefix_cache
+        )
+        self.own_bodies = Bodies(self.limits, are_own=True)
         admin = Admin(self.coordinator, host, self.metrics.registry)
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)

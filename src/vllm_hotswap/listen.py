@@ -9,7 +9,6 @@ import argparse
 import errno
 import logging
 import os
-import resource
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.connections import Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.forwarded import ForwardedClients, Proxies
 from vllm_hotswap.places import Places
 from vllm_hotswap.port_file import PortFile, check_port_file
@@ -38,7 +38,6 @@ KEEP_ALIVE_S = 5
 LAST_ANSWERS_S = 3
 """Seconds that open connections get, at shutdown, to take in their last answer."""
 
-WANTED_FILES = 65_535
 KEPT_FILES = 256
 """Open files that connections may not take."""
 
@@ -318,19 +317,6 @@ def most_connections() -> int:
     """
     files = raised_file_limit()
     return max(files - KEPT_FILES, files // 2)
-
-
-def raised_file_limit() -> int:
-    """How many files this process may open, once the soft limit is raised as far as it may be.
-
-    vLLM does so for its server. Processes that are started later have the limit, too. Idempotent.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return WANTED_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def _check_tls(args: argparse.Namespace) -> None:

@@ -324,8 +324,8 @@ class Router:
             await following.outlast()
         finally:
             following.stop()
-            for name in {asking.request_id, following.response_id} - {None, ""}:
-                self.owners.let_go(str(name), keeper)
+            for name in filter(None, (asking.request_id, following.response_id)):
+                self.owners.let_go(name, keeper)
 
     async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Run the model's application; if it is cut meanwhile, tell the client."""

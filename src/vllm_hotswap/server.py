@@ -33,8 +33,9 @@ from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.environment import forget, shut_out_others, use_temporary_folder
 from vllm_hotswap.errors import EngineUnavailable, one_line
+from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags, raised_file_limit
+from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of

@@ -21,6 +21,10 @@ from vllm_hotswap.compat.versions import cache_root
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
 
+ROOT = Path(__file__).parents[2]
+FROM_HERE = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+"""For a process that imports tests: Python does not look into the start folder by itself there."""
+
 QUICKSTART_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 PLAIN_MODULE = "vllm.entrypoints.openai.api_server"
 

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.processes import without_compilers
+from tests.integration.processes import FROM_HERE, without_compilers
 from vllm_hotswap.compat.state import is_known
 from vllm_hotswap.platforms import host_environment
-
-ROOT = Path(__file__).parents[2]
 
 # The first test waits for all programs, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -32,7 +30,7 @@ class Told:
         """All programs. There is no compiler: an eager model needs none."""
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+            **FROM_HERE,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             **without_compilers(self._folder),
         }

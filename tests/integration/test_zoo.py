@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.integration.processes import ServerProcess
+from tests.integration.processes import FROM_HERE, ServerProcess
 from tests.ports import free_port
 from tests.zoo.models import MIB, PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
@@ -27,8 +27,6 @@ from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.platforms import host_environment
 
 pytestmark = pytest.mark.timeout(900)
-
-ROOT = Path(__file__).parents[2]
 
 ROOM_BYTES = {"few": 400 * MIB, "all": 850 * MIB}
 """For some of the models: each has 64 MiB of KV memory, and is taken for 128 MiB at first."""
@@ -60,7 +58,7 @@ class References:
         environment = {
             **os.environ,
             **ONE_THREAD,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+            **FROM_HERE,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         command = [sys.executable, "-m", "tests.zoo.plain", str(folder), str(self._out)]

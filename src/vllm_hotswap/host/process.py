@@ -10,7 +10,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from vllm_hotswap import failpoints
+from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import Ready, Stop
@@ -28,9 +28,6 @@ from vllm_hotswap.host.threads import remember_cores, use_all_cores
 from vllm_hotswap.platforms import parse_cores
 from vllm_hotswap.progress import configure_logging
 from vllm_hotswap.signals import signal_when_orphaned
-
-WANTED_FILES = 65_536
-"""Descriptors that a host and its workers may have, where the hard limit lets them."""
 
 log = logging.getLogger("vllm_hotswap.host")
 
@@ -66,7 +63,7 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _be_the_first_to_go()
-    _open_many_files()
+    raised_file_limit()  # whoever has started it, and with whatever limit
     obedience = make(channel.send)
     _wake_when_orphaned()
     reading = (channel, obedience, args.folder)
@@ -85,14 +82,6 @@ def _be_the_first_to_go() -> None:
     """Where memory runs out, the kernel is to end the host, which can be restarted."""
     with suppress(OSError):  # not on Linux, or lowered already by whoever started the server
         Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
-
-
-def _open_many_files() -> None:
-    """Raise the soft limit of open files, as the parent does for itself once the host has begun."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _arguments(module: str) -> argparse.Namespace:
