@@ -6,7 +6,6 @@ Everything is real but vLLM: uvicorn, the coordinator, the link, the host proces
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ import psutil
 from tests.faults import Faults
 from tests.ports import free_port
 from tests.serving import flags
-from vllm_hotswap import failpoints
+from vllm_hotswap import event_loop, failpoints
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.engines.fake import FakeSettings
@@ -56,7 +55,7 @@ def main(port: int, settings: dict[str, Any]) -> int:
     )
     timeout_s = settings.get("shutdown_timeout", 0)
     listener = Listener.open(flags(port=port, shutdown_timeout=timeout_s))
-    return asyncio.run(serve(app, listener, LOADED, "llama", progress))
+    return event_loop.run(serve(app, listener, LOADED, "llama", progress))
 
 
 class KillableServer:

@@ -6,10 +6,10 @@ Its model answers nothing until it is told to stop, and it would wait a minute f
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 
+from vllm_hotswap import event_loop
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.engines.fake import FakeHost, FakeSettings
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     given = flags(host=args.host, port=args.port, uds=args.uds, shutdown_timeout=60)
     listener = Listener.open(given)
     progress = StartupProgress([args.alias])
-    return asyncio.run(serve(app, listener, [args.alias], args.alias, progress))
+    return event_loop.run(serve(app, listener, [args.alias], args.alias, progress))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ LAYERS = [
     {
         "addresses",
         "errors",
+        "event_loop",
         "file_limit",
         "garbage",
         "claims",

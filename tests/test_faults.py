@@ -6,6 +6,7 @@ Where a signal is part of the fault, the engine host is a process: `tests/killab
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import resource
@@ -13,6 +14,7 @@ import signal
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -415,19 +417,28 @@ def test_the_death_of_the_server_takes_its_host_with_it(
 def test_a_server_without_descriptors_serves_who_is_connected(killable: KillableServer) -> None:
     """Row 56: no new connection gets in; a switch over an open one works, and all do later."""
     pid = killable.process.pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     assert 200 == killable.ask("llama").status_code  # this connection stays open
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (killable.process.num_fds(), limits[1]))
+    with without_descriptors(pid), RawClient(killable.port) as outside:
+        outside.post("/v1/completions", {"model": "qwen"})
+        switched, answer = killable.switch("qwen"), killable.ask("qwen")
+        assert b"" == outside.read()
+
+    assert 200 == switched.status_code, switched.text
+    assert 200 == answer.status_code, answer.text
+    assert 200 == httpx.get(f"http://127.0.0.1:{killable.port}/health", timeout=10).status_code
+
+
+@contextmanager
+def without_descriptors(pid: int) -> Iterator[None]:
+    """A process that can open none: the lowest number that is free is above what it may use."""
+    taken = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    free = next(number for number in itertools.count() if number not in taken)
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
-        with RawClient(killable.port) as outside:
-            outside.post("/v1/completions", {"model": "qwen"})
-            switched, answer = killable.switch("qwen"), killable.ask("qwen")
+        yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-
-    assert 200 == switched.status_code
-    assert 200 == answer.status_code
-    assert 200 == httpx.get(f"http://127.0.0.1:{killable.port}/health", timeout=10).status_code
 
 
 # --- clients --------------------------------------------------------------------------------------

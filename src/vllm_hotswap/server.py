@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from vllm_hotswap import __version__, failpoints, terminal
+from vllm_hotswap import __version__, event_loop, failpoints, terminal
 from vllm_hotswap.access import HOW_TO_OPEN, Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
 from vllm_hotswap.audit import Audited, AuditLog
@@ -172,7 +172,7 @@ def _run(
         default = config.default_model
         serving = serve(app, listener, load, default, progress, models_file, early, audit_log)
         starting.pop_all()  # from here on, `serve` stops the host
-        return _run_loop(serving)
+        return event_loop.run(serving)
 
 
 def _recorder(
@@ -439,13 +439,3 @@ def banner(app: HotswapApp, address: str) -> str:
         what = "admin routes are" if coordinator.is_automatic else "switching is"
         lines.append(f"  {what} closed: {HOW_TO_OPEN}")
     return "\n".join(lines)
-
-
-def _run_loop(main: Coroutine[Any, Any, int]) -> int:
-    """Run on uvloop where it is installed (vLLM brings it), as vLLM's own server does."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return asyncio.run(main)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(main)

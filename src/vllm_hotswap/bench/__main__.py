@@ -9,13 +9,13 @@ import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap import demo
+from vllm_hotswap import demo, event_loop
 from vllm_hotswap.bench import environment, gap, medium, parts, report
 from vllm_hotswap.bench.client import BadAnswer
 from vllm_hotswap.bench.load import Load
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench = prepare(options, arguments, Path(folder))
             print(report.render_table(environment_table(bench.environment)), flush=True)
             warn_if_busy(bench.environment)
-            _run_loop(bench)
+            event_loop.run(until_told(bench.run()))
     except (HotswapError, ServerFailed, BadAnswer) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1
@@ -278,15 +278,6 @@ def _public(arguments: Sequence[str]) -> list[str]:
 
 def _sizes(size: str) -> tuple[str, ...]:
     return ("tiny", "medium") if size == "both" else (size,)
-
-
-def _run_loop(bench: Bench) -> None:
-    """On uvloop where it is installed (vLLM brings it): the client costs less."""
-    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    with contextlib.suppress(ImportError):
-        from uvloop import new_event_loop
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(until_told(bench.run()))
 
 
 async def until_told(work: Coroutine[Any, Any, None]) -> None:

@@ -10,7 +10,6 @@ afterwards, which takes longer).
 from __future__ import annotations
 
 import argparse
-import asyncio
 import http.client
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ from typing import Any
 
 import uvicorn
 
+from vllm_hotswap import event_loop
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.bench import environment, report
@@ -84,7 +84,7 @@ async def _serve(port: int) -> None:
 
 def serve(port: int) -> None:
     """Run a server on fake engines until the process is ended."""
-    asyncio.run(_serve(port))
+    event_loop.run(_serve(port))
 
 
 def send(port: int, body: bytes) -> tuple[int, float]:

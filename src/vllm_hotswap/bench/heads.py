@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, cast
 import psutil
 import uvicorn
 
+from vllm_hotswap import event_loop
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.bench import environment, report
@@ -58,14 +58,6 @@ KEPT, CLOSED = (
 )
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """On uvloop where it is installed, as the server runs."""
-    make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    with contextlib.suppress(ImportError):
-        from uvloop import new_event_loop as make
-    return make()
-
-
 async def _serve(port: int, side: str) -> None:
     host = FakeHost(("llama", "qwen"))
     app = HotswapApp(host, Access(), SwitchingConfig())
@@ -89,8 +81,7 @@ async def _serve(port: int, side: str) -> None:
 
 def serve(port: int, side: str) -> None:
     """Run one of the servers until the process is ended."""
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(port, side))
+    event_loop.run(_serve(port, side))
 
 
 class Client(asyncio.Protocol):
@@ -246,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             started[side] = port, process
             until_it_serves(port, process)
         servers = {side: (port, process.pid or 0) for side, (port, process) in started.items()}
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            samples = runner.run(measure(servers, args.rounds, args.seconds))
+        samples = event_loop.run(measure(servers, args.rounds, args.seconds))
     finally:
         for _, process in started.values():
             process.terminate()

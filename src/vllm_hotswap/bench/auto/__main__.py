@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
 from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
 from vllm_hotswap.bench.auto import checkpoints, results, workloads
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.render_table(environment_table(described)), flush=True)
     warn_if_busy(described)
     try:
-        asyncio.run(until_told(_run(options, described)))
+        event_loop.run(until_told(_run(options, described)))
     except (HotswapError, ServerFailed, BadAnswer) as error:
         print(f"auto: error: {error}", file=sys.stderr)
         return 1

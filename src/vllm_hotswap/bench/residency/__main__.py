@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
 from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
 from vllm_hotswap.bench.client import BadAnswer
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = prepare(options, arguments)
         print(report.render_table(environment_table(bench.environment)), flush=True)
         warn_if_busy(bench.environment)
-        asyncio.run(until_told(bench.run()))
+        event_loop.run(until_told(bench.run()))
     except (HotswapError, ServerFailed, BadAnswer) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
 from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
 from vllm_hotswap.bench.client import BadAnswer
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     soak = Soak(options, datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), described)
     warn_if_busy(described)
     try:
-        asyncio.run(until_told(soak.run()))
+        event_loop.run(until_told(soak.run()))
     except (HotswapError, ServerFailed, BadAnswer) as error:
         print(f"soak: error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,22 @@
+"""The event loop that everything runs on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run to the end on uvloop, as vLLM's own server does.
+
+    asyncio's own loop would not do: where no more files can be opened, it tries to accept a
+    connection as often as the backlog is long, with a traceback in the log each time (CPython's
+    `BaseSelectorEventLoop._accept_connection`), and everything waits for it.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
