@@ -1,113 +1,117 @@
-"""Many engine requests of one call leave the event loop to others, and can be given up."""
+"""What vLLM does for a large call in one task leaves the event loop to others."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.datastructures import State
 
-from vllm_hotswap.compat.grammars import give_up
-from vllm_hotswap.compat.spread import PER_TURN, spread
+from vllm_hotswap.compat.spread import ITEMS, spread
+from vllm_hotswap.pace import PER_TURN, Pace, pace_tasks
 from vllm_hotswap.registry import Lease, current_lease
 
 
-class Client:
-    """Notes in which turn of the loop a request begins."""
-
-    def __init__(self) -> None:
-        self.turn = 0
-        self.began: list[int] = []
-
-    async def add_request(self, request_id: str, answers: int = 1) -> str:
-        for _ in range(answers):
-            await self._add_request()
-        return request_id
-
-    async def _add_request(self) -> None:
-        self.began.append(self.turn)
+@pytest.fixture
+async def pace() -> AsyncIterator[Pace]:
+    yield pace_tasks()
+    asyncio.get_running_loop().set_task_factory(None)
 
 
-async def begin(client: Any, requests: int, calls: int, **kwargs: int) -> list[str]:
-    """Begin requests of one call at once, while somebody else uses every turn."""
-    spread(client, SimpleNamespace(state=SimpleNamespace()))
+def application(**serving: Any) -> Any:
+    return SimpleNamespace(state=State(serving))
+
+
+class Serving:
+    """A handler that awaits something for each prompt of a call, which takes no time."""
+
+    async def _get_trace_headers(self, headers: str) -> str:
+        return headers
+
+    async def answer(self, prompts: int) -> list[str]:
+        return [await self._get_trace_headers("found") for _ in range(prompts)]
+
+
+@pytest.mark.parametrize(("calls", "turns"), [(1, 0), (100, 100 // PER_TURN)])
+async def test_a_loop_over_prompts_gives_the_event_loop_back(
+    pace: Pace, calls: int, turns: int
+) -> None:
+    """After a few of them, unless the call has only one; handlers with two names pace once."""
+    serving = Serving()
+    spread(application(one=serving, other=serving, none=None), pace)
     current_lease.set(Lease("llama", 1, None, calls=calls))
+    passed = 0
 
     async def others() -> None:
+        nonlocal passed
         while True:
-            client.turn += 1
             await asyncio.sleep(0)
+            passed += 1
 
     other = asyncio.create_task(others())
-    began = [client.add_request(str(n), **kwargs) for n in range(requests)]
-    answered = await asyncio.gather(*began)
+    await asyncio.sleep(0)
+    assert ["found"] * 100 == await serving.answer(100)
     other.cancel()
-    return answered
+
+    assert turns <= passed <= 2 * turns
 
 
-async def test_requests_of_a_large_call_begin_a_few_in_a_turn() -> None:
-    """In their order, and each of several answers, too; and in no more turns than that takes."""
-    client = Client()
-    assert [str(n) for n in range(50)] == await begin(client, 50, calls=50)
-    assert max(Counter(client.began).values()) <= PER_TURN
-    assert 50 // PER_TURN <= max(client.began) - min(client.began) <= 2 * 50 // PER_TURN
+@dataclass(frozen=True)
+class Request:
+    items: list[str]
 
-    client = Client()
-    await begin(client, 1, calls=20, answers=20)
-    assert max(Counter(client.began).values()) <= PER_TURN
+    def model_copy(self, update: dict[str, Any]) -> Request:
+        return replace(self, **update)
 
 
-async def test_calls_of_one_request_are_not_held_up() -> None:
-    """However many there are: each has come by itself."""
-    client = Client()
-    await begin(client, 50, calls=1)
-    assert 1 == len(set(client.began))
+class Scoring:
+    """Tokenises items as vLLM's generative scoring does, and notes where, and how many at once."""
+
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        self.renderer = SimpleNamespace(_executor=executor)
+        self.threads: list[threading.Thread] = []
+        self.sizes: list[int] = []
+
+    async def _build_prompts(self, request: Request, length: int) -> tuple[list[str], list[int]]:
+        self.threads.append(threading.current_thread())
+        self.sizes.append(len(request.items))
+        if "" in request.items:
+            raise ValueError("no text")
+        prompts = [text[:length] for text in request.items]
+        return prompts, [len(prompt) for prompt in prompts]
 
 
-async def test_items_are_tokenised_on_the_threads_of_the_renderer() -> None:
-    """With the same result; what goes wrong is told."""
+async def test_items_are_tokenised_on_the_threads_of_the_renderer(pace: Pace) -> None:
+    """Some at a time, so that others have those threads in between; with the same result."""
+    with ThreadPoolExecutor(1) as executor:
+        scoring: Any = Scoring(executor)
+        spread(application(serving_generative_scoring=scoring), pace)
+        texts = [f"text {number}" for number in range(100)]
 
-    async def build(texts: list[str], length: int) -> list[str]:
-        threads.append(threading.current_thread())
-        if not texts:
-            raise ValueError("no texts")
-        return [text[:length] for text in texts]
+        assert (texts, [len(text) for text in texts]) == await scoring._build_prompts(
+            Request(texts), 99
+        )
+        assert threading.main_thread() not in scoring.threads
+        assert max(scoring.sizes) == ITEMS
+        with pytest.raises(ValueError, match="no text"):
+            await scoring._build_prompts(Request(["a", ""]), 9)
 
-    async def waits() -> None:
+
+async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> None:
+    """A newer vLLM may do it in another way; that is told, rather than hanging."""
+
+    async def _build_prompts(request: Request) -> None:
         await asyncio.sleep(0)
 
-    threads: list[threading.Thread] = []
     with ThreadPoolExecutor(1) as executor:
-        scoring = SimpleNamespace(
-            _build_prompts=build, renderer=SimpleNamespace(_executor=executor)
-        )
-        state = SimpleNamespace(serving_generative_scoring=scoring)
-        spread(Client(), SimpleNamespace(state=state))
-
-        assert ["ab", "c"] == await scoring._build_prompts(["abc", "c"], 2)
-        with pytest.raises(ValueError, match="no texts"):
-            await scoring._build_prompts([], 2)
-        assert threading.main_thread() not in threads
-
-        scoring._build_prompts = waits
-        spread(Client(), SimpleNamespace(state=state))
+        renderer = SimpleNamespace(_executor=executor)
+        scoring: Any = SimpleNamespace(renderer=renderer, _build_prompts=_build_prompts)
+        spread(application(serving_generative_scoring=scoring), pace)
         with pytest.raises(RuntimeError, match="waits for something"):
-            await scoring._build_prompts()
-
-
-def test_compilation_that_nobody_waits_for_is_taken_off_the_queue() -> None:
-    """What runs goes on; requests without a grammar, and unknown ones, are passed over."""
-    begun, queued, ready = Future[object](), Future[object](), object()
-    begun.set_running_or_notify_cancel()
-    grammars: dict[str, Any] = {"a": begun, "b": queued, "c": ready}
-    requests = {
-        name: SimpleNamespace(structured_output_request=SimpleNamespace(_grammar=grammar))
-        for name, grammar in grammars.items()
-    } | {"d": SimpleNamespace(structured_output_request=None)}
-
-    assert 1 == give_up(SimpleNamespace(requests=requests), ["a", "b", "c", "d", "gone"])
-    assert (False, True) == (begun.cancelled(), queued.cancelled())
+            await scoring._build_prompts(Request(["a"]))

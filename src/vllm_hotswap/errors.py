@@ -45,6 +45,7 @@
     ├── HeadTimeout              408  the head of the request did not arrive in time
     ├── TooManyConnections       503  every connection is in use; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
+    ├── GrammarTimeout           504  the grammar was not compiled in time; simplify it, or retry
     ├── DrainRefused             409  requests still run; wait for them, or park or abort them
     ├── DrainCut                 503  the request was still running at the drain deadline
     ├── ParkedEnded              503  the request was parked and cannot be resumed; repeat it
@@ -441,6 +442,21 @@ class WaitTimeout(HotswapError):
     status = 504
     type = "timeout_error"
     code = "wait_timeout"
+
+
+class GrammarTimeout(HotswapError):
+    """A request whose grammar has to be compiled got no first token in time."""
+
+    status = 504
+    type = "timeout_error"
+    code = "grammar_timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"no token came within {timeout_s:g} s (limits.grammar_timeout) of a request whose "
+            "grammar has to be compiled first; ask for a simpler answer, or repeat it later",
+            retry_after_s=1,
+        )
 
 
 class DrainCut(HotswapError):

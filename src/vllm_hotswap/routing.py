@@ -254,6 +254,8 @@ class Router:
                     await waiting.end()
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
+                    lease.account = asking.account.name
+                    lease.grammar_timeout_s = self._limits.grammar_timeout
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)

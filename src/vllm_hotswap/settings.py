@@ -258,6 +258,15 @@ class LimitsConfig:
             "expression or grammar; more get 413"
         ),
     ] = 2000
+    grammar_timeout: Annotated[
+        SecondsAboveZero | None,
+        IDLE,
+        Field(
+            description="seconds from the time when an engine gets a request with one of those to "
+            "its first token; then it gets 504, and what has not begun to be compiled is not. "
+            "null: without end"
+        ),
+    ] = 300.0
     requests_per_minute: Annotated[
         Count | None,
         PER_MINUTE,

@@ -1,92 +1,74 @@
 """One call's many engine requests, spread so that everybody else has a turn between two of them.
 
-vLLM makes a task of each prompt of a list, and all of them begin in one turn of the event loop; the
-items of `/generative_scoring` it tokenises on the loop, one after the other.
+The tasks that vLLM makes for a large call are paced (`vllm_hotswap.pace`). What is left is done
+here: long loops in one task, which give the loop back at a place where they await something
+anyway; the items of `/generative_scoring`, which vLLM tokenises on the event loop; and the outputs
+of steps, of which some are looked at before others have a turn.
 
-Relies on: `AsyncLLM._add_request`, which its `add_request` calls on the instance for every engine
-request, also for a single one; `serving_generative_scoring` in the application's state, its
-`_build_prompts`, which is a coroutine that waits for nothing, and its `renderer._executor`, on
-whose threads vLLM tokenises everything else. Checked on vLLM 0.32.0.
+Relies on: `_get_trace_headers` of the serving objects in the application's state, which handlers of
+several prompts await for each of them; `serving_generative_scoring` there, its `_build_prompts`, a
+coroutine that waits for nothing, whose first argument has `items`, and which returns two lists with
+a member for each; its `renderer._executor`, on whose threads vLLM tokenises everything else;
+`VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM` reads when its first request comes. Checked on
+vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from vllm_hotswap.registry import current_lease
+from vllm_hotswap.pace import OUTPUTS, Pace
 
-PER_TURN = 8
-"""Engine requests that begin between two turns of the loop: some milliseconds of work."""
-
-
-class Pace:
-    """Lets the engine requests of large calls begin a few at a time, then the loop turns."""
-
-    def __init__(self) -> None:
-        self._left = PER_TURN
-        self._waiting: deque[asyncio.Future[None]] = deque()  # in order
-        self._is_turning = False
-
-    async def wait(self) -> None:
-        """Return when it is the turn of the running task; at once for a call of one request."""
-        lease = current_lease.get()
-        if lease is None or lease.calls == 1:
-            return
-        loop = asyncio.get_running_loop()
-        if not self._is_turning:
-            self._is_turning = True
-            loop.call_soon(self._turn)
-        if self._left and not self._waiting:
-            self._left -= 1
-            return
-        self._waiting.append(future := loop.create_future())
-        await future
-
-    def _turn(self) -> None:
-        self._left = PER_TURN
-        self._is_turning = bool(self._waiting)
-        while self._waiting and self._left:
-            if not (future := self._waiting.popleft()).done():  # else whoever waited has gone
-                future.set_result(None)
-                self._left -= 1
-        if self._is_turning:
-            asyncio.get_running_loop().call_soon(self._turn)
-
-    def paced(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def begin_in_turn(*args: Any, **kwargs: Any) -> Any:
-            await self.wait()
-            return await begin(*args, **kwargs)
-
-        return begin_in_turn
+ITEMS = 16
+"""Of a call, that are tokenised before somebody else's text can be."""
 
 
-def spread(client: Any, app: Any) -> None:
+def spread(app: Any, pace: Pace) -> None:
     """Spread the work of a frontend; once, when it is made."""
-    pace = Pace()
-    client._add_request = pace.paced(client._add_request)  # once for each of `n` answers
-    scoring = getattr(app.state, "serving_generative_scoring", None)
+    os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", str(OUTPUTS))
+    state = getattr(app.state, "_state", {})
+    for serving in {id(one): one for one in state.values()}.values():
+        if hasattr(serving, "_get_trace_headers"):
+            serving._get_trace_headers = _paced(serving._get_trace_headers, pace)
+    scoring = state.get("serving_generative_scoring")
     if scoring is not None and hasattr(scoring, "_build_prompts"):
-        scoring._build_prompts = _on_threads(scoring._build_prompts, scoring.renderer._executor)
+        scoring._build_prompts = _in_pieces(scoring._build_prompts, scoring.renderer._executor)
 
 
-def _on_threads(
-    work: Callable[..., Coroutine[Any, Any, Any]], executor: Any
+def _paced(work: Callable[..., Awaitable[Any]], pace: Pace) -> Callable[..., Awaitable[Any]]:
+    async def work_in_turn(*args: Any, **kwargs: Any) -> Any:
+        await pace.wait()
+        return await work(*args, **kwargs)
+
+    return work_in_turn
+
+
+def _in_pieces(
+    build: Callable[..., Coroutine[Any, Any, Any]], executor: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """A coroutine that waits for nothing, run beside the event loop."""
+    """A coroutine that waits for nothing, run beside the event loop, for some items at a time."""
 
-    def run(*args: Any) -> Any:
-        coroutine = work(*args)
-        try:
-            coroutine.send(None)
-        except StopIteration as end:
-            return end.value
-        coroutine.close()
-        raise RuntimeError(f"{work.__name__} of vLLM waits for something")
+    async def build_in_pieces(request: Any, *args: Any) -> tuple[list[Any], list[Any]]:
+        loop = asyncio.get_running_loop()
+        prompts: list[Any] = []
+        counts: list[Any] = []
+        for start in range(0, len(request.items), ITEMS):
+            piece = request.model_copy(update={"items": request.items[start : start + ITEMS]})
+            made = await loop.run_in_executor(executor, _run, build(piece, *args))
+            prompts += made[0]
+            counts += made[1]
+        return prompts, counts
 
-    async def run_on_thread(*args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(executor, run, *args)
+    return build_in_pieces
 
-    return run_on_thread
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise RuntimeError("tokenising items waits for something in this vLLM")
