@@ -10,8 +10,10 @@ from contextlib import contextmanager
 import anyio
 import anyio.lowlevel
 import pytest
+from starlette.types import Message
 
-from vllm_hotswap.pace import PER_TURN, Pace, pace_tasks
+from vllm_hotswap.exchange import Answer
+from vllm_hotswap.pace import PER_TURN, Pace, merged, pace_tasks
 from vllm_hotswap.registry import Lease, current_lease
 
 MANY = 100
@@ -140,8 +142,30 @@ async def test_one_task_may_wait_for_its_turn_by_itself(pace: Pace, turns: Turns
     assert before == turns.now
 
 
-async def test_a_task_that_is_cancelled_is_told_at_once(turns: Turns) -> None:
-    """Before its first step, while it waits for a place, and while it waits for something."""
+async def test_a_client_that_leaves_is_no_single_turn(turns: Turns) -> None:
+    """All tasks of its call are cancelled at once; what they do then is spread, too."""
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            turns.note()
+
+    with call(MANY):
+        tasks = [asyncio.create_task(work()) for _ in range(MANY)]
+    for _ in range(MANY):
+        await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert all(task.cancelled() for task in tasks)
+    assert MANY == len(turns.steps)
+    assert turns.most <= PER_TURN
+
+
+async def test_a_task_that_is_cancelled_early_is_cancelled(turns: Turns) -> None:
+    """Before its first step, and while it waits for a place, even if it is told again and again."""
     ended: list[int] = []
 
     async def work(number: int) -> None:
@@ -152,14 +176,16 @@ async def test_a_task_that_is_cancelled_is_told_at_once(turns: Turns) -> None:
 
     with call(MANY):
         tasks = [asyncio.create_task(work(number)) for number in range(MANY)]
+        never = asyncio.create_task(work(MANY))
+    never.cancel()
     for _ in range(3):
         await asyncio.sleep(0)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+    await asyncio.gather(*tasks, never, return_exceptions=True)
 
-    assert all(task.cancelled() for task in tasks)
-    assert 0 < len(ended) < MANY  # those that had begun
+    assert all(task.cancelled() for task in [*tasks, never])
+    assert MANY not in ended
 
 
 async def test_what_goes_wrong_is_raised(pace: Pace) -> None:
@@ -220,3 +246,77 @@ async def test_a_loop_has_one_pace(pace: Pace) -> None:
     """Of all models together."""
     assert pace is pace_tasks()
     assert f"<Pace left={PER_TURN} waiting=0>" == repr(pace)
+
+
+async def numbers(of: int, count: int, failing: bool = False) -> AsyncGenerator[str, None]:
+    try:
+        for number in range(count):
+            await asyncio.sleep(0)
+            yield f"{of}.{number}"
+        if failing:
+            raise ValueError("told")
+    finally:
+        closed.append(of)
+
+
+closed: list[int] = []
+
+
+@pytest.mark.parametrize("generators", [1, 2, 50])
+async def test_what_generators_yield_is_merged(turns: Turns, generators: int) -> None:
+    """All of it, each with its number, in its order; they are closed at the end."""
+    closed.clear()
+    with call(MANY):
+        found = [pair async for pair in merged(*(numbers(n, 3) for n in range(generators)))]
+
+    for n in range(generators):
+        assert [f"{n}.{i}" for i in range(3)] == [item for of, item in found if of == n]
+    assert sorted(closed) == list(range(generators))
+
+
+async def test_a_generator_that_fails_ends_the_merge(pace: Pace) -> None:
+    """And so does whoever takes no more: all of them are closed."""
+    closed.clear()
+    with call(MANY):
+        with pytest.raises(ValueError, match="told"):
+            async for _ in merged(numbers(0, 1, failing=True), numbers(1, 10**9)):
+                pass
+        merge = merged(numbers(2, 9), numbers(3, 9))
+        await anext(merge)
+        await merge.aclose()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert [0, 1, 2, 3] == sorted(closed)
+
+
+async def test_a_merge_of_what_is_ready_gives_the_event_loop_back(turns: Turns) -> None:
+    """After a few items, also while all of its generators have something to say."""
+
+    async def ready() -> AsyncGenerator[int, None]:
+        yield 1
+
+    with call(MANY):
+        async for _ in merged(*(ready() for _ in range(MANY))):
+            turns.note()
+    assert MANY == len(turns.steps)
+    assert turns.most <= 2 * PER_TURN
+
+
+@pytest.mark.parametrize(("requests", "most"), [(MANY, PER_TURN), (1, MANY)])
+async def test_events_that_are_ready_are_sent_a_few_in_a_turn(
+    turns: Turns, requests: int, most: int
+) -> None:
+    """All first events of a call's answers are: one task sends them, and waits for nothing."""
+
+    async def note(_: Message) -> None:
+        turns.note()
+
+    async def receive() -> Message:
+        raise AssertionError("nobody listens")
+
+    answer = Answer({"type": "http"}, receive, note)
+    with call(requests):
+        for _ in range(MANY):
+            await answer.send({"type": "http.response.body", "body": b"", "more_body": True})
+    assert MANY == len(turns.steps)
+    assert turns.most == most

@@ -594,10 +594,10 @@ class CallTooLarge(HotswapError):
     type = "invalid_request_error"
     code = "call_too_large"
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, setting: str) -> None:
         super().__init__(
             f"the call asks for more than {limit} things at once, which are its prompts or items "
-            "times n (limits.requests_per_call); send several calls"
+            f"times n ({setting}); send several calls"
         )
 
 

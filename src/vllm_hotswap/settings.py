@@ -240,6 +240,14 @@ class LimitsConfig:
             "or conversations times `n`; more get 413"
         ),
     ] = 2048
+    answers_per_call: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="the same for calls that have a model generate: vLLM writes all of their "
+            "answers in one piece, while nobody else is answered"
+        ),
+    ] = 1024
     grammar_bytes: Annotated[
         ByteSize,
         SIZE,

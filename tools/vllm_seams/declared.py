@@ -89,6 +89,15 @@ vllm.v1.engine.async_llm.AsyncLLM.input_processor
 vllm.v1.engine.input_processor.InputProcessor._validate_params(params, supported_tasks)
 vllm.v1.engine.input_processor.InputProcessor.structured_outputs_config
 vllm.v1.engine.core_client.MPClient.input_socket
+vllm.v1.engine.core_client.MPClient.resources
+vllm.v1.engine.core_client.BackgroundResources.output_socket
+vllm.v1.engine.core_client.AsyncMPClient._ensure_output_queue_task()
+vllm.v1.engine.async_llm.AsyncLLM.output_processor
+vllm.v1.engine.output_processor.OutputProcessor.add_request(request, prompt, parent_req)
+vllm.v1.engine.output_processor.OutputProcessor.parent_requests
+vllm.v1.engine.parallel_sampling.ParentRequest.child_requests
+vllm.v1.engine.async_llm.AsyncLLM.abort(request_id, internal=)
+vllm.utils.async_utils.merge_async_iterators
 vllm.v1.engine.core_client.AsyncMPClient.add_request_async(request)
 vllm.v1.engine.core_client.AsyncMPClient.abort_requests_async(request_ids)
 vllm.v1.engine.core_client.AsyncMPClient.get_output_async()

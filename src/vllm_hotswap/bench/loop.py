@@ -24,9 +24,11 @@ from vllm_hotswap.bench import environment, report
 from vllm_hotswap.bench.report import Table
 from vllm_hotswap.bench.stats import median
 
-THINGS = 2000
-PROMPTS = 1024
-"""So many vLLM takes in a list."""
+THINGS = 2048
+ANSWERS = 1024
+"""At most, where a model generates: as many as one call may ask for, and as prompts in vLLM's list."""
+PROPERTIES = 1990
+"""Of a schema, which has not many more values than that; the default bound is 2,000."""
 PAUSE_S = 0.002
 """Between two probes."""
 TIMEOUT_S = 600.0
@@ -61,17 +63,17 @@ CASES: Mapping[str, tuple[str, str, Callable[[int], Body]]] = {
     "/v1/completions, prompts": (
         "generates",
         "/v1/completions",
-        lambda n: {"prompt": [f"hello {i}" for i in range(min(n, PROMPTS))], "max_tokens": 4},
+        lambda n: {"prompt": [f"hello {i}" for i in range(n)], "max_tokens": 1},
     ),
     "/v1/completions, n": (
         "generates",
         "/v1/completions",
-        lambda n: {"prompt": "hello", "n": n, "temperature": 1, "max_tokens": 4},
+        lambda n: {"prompt": "hello", "n": n, "temperature": 1, "max_tokens": 1},
     ),
     "/v1/chat/completions, n": (
         "generates",
         "/v1/chat/completions",
-        lambda n: {"messages": _messages(0), "n": n, "temperature": 1, "max_tokens": 4},
+        lambda n: {"messages": _messages(0), "n": n, "temperature": 1, "max_tokens": 1},
     ),
     "/v1/chat/completions, n, streamed": (
         "generates",
@@ -80,19 +82,19 @@ CASES: Mapping[str, tuple[str, str, Callable[[int], Body]]] = {
             "messages": _messages(0),
             "n": n,
             "temperature": 1,
-            "max_tokens": 4,
+            "max_tokens": 1,
             "stream": True,
         },
     ),
     "/v1/chat/completions/batch": (
         "generates",
         "/v1/chat/completions/batch",
-        lambda n: {"messages": [_messages(i) for i in range(n)], "max_tokens": 4},
+        lambda n: {"messages": [_messages(i) for i in range(n)], "max_tokens": 1},
     ),
     "/v1/chat/completions, schema": (
         "generates",
         "/v1/chat/completions",
-        lambda n: _schema(n - 10),
+        lambda n: _schema(min(n, PROPERTIES)),
     ),
     "/v1/embeddings, inputs": (
         "embeds",
@@ -144,7 +146,9 @@ def health_ms(connection: http.client.HTTPConnection) -> float:
 
 def measure(server: Server, case: str, model: str, things: int) -> dict[str, Any]:
     """Make one call; until it is answered, ask for `/health`. Raises `OSError` if it fails."""
-    _, path, body_of = CASES[case]
+    does, path, body_of = CASES[case]
+    if does == "generates" and not case.endswith("schema"):
+        things = min(things, ANSWERS)
     body = {"model": model, **body_of(things)}
     probe = server.connect()
     before = [health_ms(probe) for _ in range(50)]

@@ -29,7 +29,7 @@ from vllm_hotswap.compat.adapters import ids_of_vllm
 from vllm_hotswap.compat.canary import ask_for_canary, can_be_asked, is_overflow
 from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.compat.preview import Preview, make_preview
-from vllm_hotswap.compat.spread import spread
+from vllm_hotswap.compat.spread import read_in_turns, spread
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
 from vllm_hotswap.compat.tasks import foresee
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
@@ -428,6 +428,7 @@ class VllmEngine:
         self._client = client
         self._exits.callback(client.shutdown)
         pace = pace_tasks()
+        read_in_turns(client.engine_core)
         client.engine_core = StampedCore(self.alias, client.engine_core, pace)
         checks = FairPool(1, f"grammars of {self.alias}")
         self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
@@ -435,7 +436,7 @@ class VllmEngine:
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)
             app = made.app
-            spread(app, pace)
+            spread(client, app, pace)
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
