@@ -26,7 +26,7 @@ from vllm_hotswap.bench.stats import median
 
 THINGS = 2048
 ANSWERS = 1024
-"""At most, where a model generates: as many as one call may ask for, and as prompts in vLLM's list."""
+"""At most where a model generates, as one call may ask for, and as prompts in vLLM's list."""
 PROPERTIES = 1990
 """Of a schema, which has not many more values than that; the default bound is 2,000."""
 PAUSE_S = 0.002
