@@ -215,12 +215,12 @@ async def test_an_answer_is_written_in_another_turn_than_it_is_made(pace: Pace) 
 
 
 async def test_inputs_are_given_to_threads_a_few_in_a_turn(pace: Pace) -> None:
-    """vLLM hands all of a call's over in one expression."""
+    """vLLM hands all of a call's over in one expression; those of one request go at once."""
     given = [0]
 
     def render_async(text: str) -> asyncio.Future[str]:
         given[-1] += 1
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         future.set_result(text.upper())
         return future
 
@@ -234,13 +234,44 @@ async def test_inputs_are_given_to_threads_a_few_in_a_turn(pace: Pace) -> None:
     of_tasks = SimpleNamespace(io_processors={"embed": other})
     spread(Client(), application(one=serving, other=of_tasks), pace)
     using = asyncio.create_task(others())
-    current_lease.set(Lease("llama", 1, None, calls=100))
-    for inputs in (one, other):
+    for inputs, calls, most in ((one, 100, PER_TURN), (other, 100, PER_TURN), (one, 1, 100)):
+        current_lease.set(Lease("llama", 1, None, calls=calls))
         given[:] = [0]
         made = [inputs.render_async(f"text {n}") for n in range(100)]
         assert [f"TEXT {n}" for n in range(100)] == await asyncio.gather(*made)
-        assert max(given) <= PER_TURN
+        assert max(given) <= most
+        assert 100 == sum(given)
     using.cancel()
+
+
+async def test_inputs_end_as_their_work_does(pace: Pace) -> None:
+    """In an error; and the work of whoever has left is not begun, or given up."""
+    begun: dict[str, asyncio.Future[str]] = {}
+
+    def render_async(text: str) -> asyncio.Future[str]:
+        begun[text] = asyncio.get_running_loop().create_future()
+        return begun[text]
+
+    inputs: Any = SimpleNamespace(render_async=render_async)
+    spread(Client(), application(one=SimpleNamespace(io_processor=inputs)), pace)
+    current_lease.set(Lease("llama", 1, None, calls=100))
+    wrong, left, gone, cancelled, never = map(inputs.render_async, "wlgcn")
+    never.cancel()
+    for _ in range(3 * len("wlgcn")):
+        await asyncio.sleep(0)
+    begun["w"].set_exception(ValueError("no text"))
+    left.cancel()
+    gone.cancel()
+    begun["g"].set_exception(ValueError("nobody hears it"))
+    begun["c"].cancel()
+
+    with pytest.raises(ValueError, match="no text"):
+        await wrong
+    await asyncio.sleep(0)
+    assert cancelled.cancelled()
+    assert begun["l"].cancelled()
+    assert "n" not in begun
+    assert left.cancelled()
 
 
 async def test_the_event_loop_turns_between_many_bytes_of_outputs() -> None:

@@ -34,6 +34,7 @@ import inspect
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -42,6 +43,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from vllm_hotswap.pace import OUTPUTS, Pace, give_back, merged
+from vllm_hotswap.registry import Lease, current_lease
 
 READ_BYTES = 16 << 10
 """Of outputs, that are read before the event loop has another turn."""
@@ -71,7 +73,7 @@ def spread(client: Any, app: Any, pace: Pace) -> None:
         if getattr(serving, "json_response_cls", None) is JSONResponse:
             serving.json_response_cls = JsonInPieces
         for inputs in _input_processors(serving):
-            inputs.render_async = _as_coroutine(inputs.render_async)
+            inputs.render_async = Feeder(inputs.render_async, pace)
     scoring = state.get("serving_generative_scoring")
     if scoring is not None and hasattr(scoring, "_build_prompts"):
         scoring._build_prompts = _in_pieces(scoring._build_prompts, scoring.renderer._executor)
@@ -173,13 +175,56 @@ def _input_processors(serving: Any) -> Iterator[Any]:
     yield from (inputs for inputs in found if hasattr(inputs, "render_async"))
 
 
-def _as_coroutine(submit: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """What gives work to a thread at once, as a coroutine, of which a task can be made."""
+class Feeder:
+    """Gives work to threads; that of a large call a few at a time, and promises it at once.
 
-    async def submit_in_turn(*args: Any, **kwargs: Any) -> Any:
-        return await submit(*args, **kwargs)
+    The mutable state is what each large call has still to give.
+    """
 
-    return submit_in_turn
+    def __init__(self, submit: Callable[..., asyncio.Future[Any]], pace: Pace) -> None:
+        self._submit = submit
+        self._pace = pace
+        self._left: dict[Lease, deque[tuple[asyncio.Future[Any], tuple[Any, ...]]]] = {}
+        self._feeding: set[asyncio.Task[None]] = set()
+
+    def __call__(self, *args: Any) -> asyncio.Future[Any]:
+        lease = current_lease.get()
+        if lease is None or lease.calls == 1:
+            return self._submit(*args)
+        if lease not in self._left:
+            self._left[lease] = deque()
+            self._feeding.add(task := asyncio.create_task(self._feed(lease)))
+            task.add_done_callback(self._feeding.discard)
+        promise = asyncio.get_running_loop().create_future()
+        self._left[lease].append((promise, args))
+        return promise
+
+    async def _feed(self, lease: Lease) -> None:
+        left = self._left[lease]
+        while left:
+            promise, args = left.popleft()
+            if not promise.done():  # else nobody waits for it any more
+                await self._pace.wait()
+                _keep(promise, self._submit(*args))
+        del self._left[lease]
+
+
+def _keep(promise: asyncio.Future[Any], work: asyncio.Future[Any]) -> None:
+    """Have a promise end as the work does, and the work be given up with the promise."""
+
+    def done(_: asyncio.Future[Any]) -> None:
+        if promise.done():
+            if not work.cancelled():
+                work.exception()  # nobody else looks at it
+        elif work.cancelled():
+            promise.cancel()
+        elif (error := work.exception()) is not None:
+            promise.set_exception(error)
+        else:
+            promise.set_result(work.result())
+
+    work.add_done_callback(done)
+    promise.add_done_callback(lambda _: work.cancel())
 
 
 def _few_at_once(
