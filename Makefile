@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
-	bench-scheduling bench-auto soak reference hashes clean
+	bench-scheduling bench-auto soak reference hashes audit audit-record clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +107,12 @@ reference: setup ## Make the reference page and the JSON schema anew
 hashes: ## Write the hashes of the pinned files anew, after a change in requirements/
 	@test -x $(BIN)/python || $(MAKE) setup
 	$(BIN)/python -m tools.hash_requirements
+
+audit: setup ## Tell known vulnerabilities of the pinned versions; OFFLINE=1: as they were recorded
+	$(BIN)/python -m tools.audit $(if $(OFFLINE),--offline)
+
+audit-record: setup ## Record the known vulnerabilities of the pinned versions as of today
+	$(BIN)/python -m tools.audit --record
 
 clean: ## Remove all environments, caches and results
 	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \

@@ -169,6 +169,24 @@ def make_index(folder: Path, file: Path) -> str:
     return folder.as_uri()
 
 
+def test_an_environment_of_one_list_needs_no_network_again(
+    python: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of `make audit` is looked at each time, and gets only what it lacks."""
+    monkeypatch.setattr(setup, "LISTS", tmp_path)
+    (tmp_path / "pip.txt").write_text(str(Pin("pip==9.0.1", ("0" * 64,))))
+    (tmp_path / "demo.txt").write_text(str(Pin("tiny-demo==1.0", (digest(wheel),))))
+    setup.install_list(tmp_path / "env", "demo.txt")
+    assert (site_packages(python) / "tiny_demo.py").exists()
+
+    wheel.unlink()
+    setup.install_list(tmp_path / "env", "demo.txt")
+
+    (tmp_path / "demo.txt").write_text(str(Pin("tiny-demo==1.1", (digest(Path(__file__)),))))
+    with pytest.raises(SetupError, match=r"^requirements/demo\.txt could not be installed"):
+        setup.install_list(tmp_path / "env", "demo.txt")
+
+
 @pytest.fixture
 def foreign(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another index, on which somebody has the same name and version, in a better build."""

@@ -247,15 +247,18 @@ def pip_install(python: Path) -> list[str | Path]:
 
 
 def install_list(folder: Path, name: str) -> None:
-    """Make an environment that has one list, and nothing else.
+    """Make an environment that has one list, and nothing else; only add what it lacks.
 
     Raises:
         SetupError: it can't be made, or a file of the list can't be had.
     """
     python = make_venv(folder)
     renew_pip(python)
+    wanted = missing(python, {pin.name: pin for pin in read(name)})
+    if not wanted:
+        return
     with step(f"packages of {name}"):
-        if not install(pip_install(python), read(name)):
+        if not install(pip_install(python), wanted):
             raise SetupError(f"requirements/{name} could not be installed, for the reason above")
 
 
