@@ -28,6 +28,7 @@ from vllm_hotswap.access import Access, Caller, Role
 from vllm_hotswap.cross_site import SAFE_METHODS
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.model_routes import MODEL_HEADER, request_of
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.routes import RouteTable
 from vllm_hotswap.trusted_files import refuse_foreign
 
@@ -163,7 +164,7 @@ class AuditLog:
         log.info("event=audit_log_reopened path=%r", str(self._path))
 
     def _tell(self, cause: str | None) -> None:
-        log.error(
+        log_of_clients.error(
             "event=audit_line_lost path=%r cause=%r then='the call went on'", str(self._path), cause
         )
 

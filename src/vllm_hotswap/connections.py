@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -41,9 +40,8 @@ from vllm_hotswap.errors import (
     UrlTooLong,
 )
 from vllm_hotswap.places import Place, Places
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.settings import LimitsConfig
-
-log = logging.getLogger("vllm_hotswap")
 
 TRAILER_BYTES = 8 << 10
 """Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
@@ -65,9 +63,6 @@ EVICTED_AFTER = 3
 
 KEEP_ALIVE_S = 5.0
 """How long a connection may be idle, unless uvicorn's configuration says otherwise."""
-
-QUIET_S = 10.0
-"""Between two lines of the log about connections that found no place."""
 
 
 def nobody(_: Scope) -> bool:
@@ -119,7 +114,7 @@ class Deadlines:
         try:
             self._late(connection)
         except Exception:
-            log.exception("event=deadline_failed client=%s", connection.client)
+            log_of_clients.exception("event=deadline_failed client=%s", connection.client)
 
     def _set(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is None and self._ends_s:
@@ -129,10 +124,7 @@ class Deadlines:
 
 @dataclass(slots=True)
 class Connections:
-    """What all connections share: their bounds, places and deadlines.
-
-    The mutable state besides these is when the log was last told that there are no places.
-    """
+    """What all connections share: their bounds, places and deadlines."""
 
     places: Places
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -147,7 +139,6 @@ class Connections:
     """Connections whose requests are answered, and which have not sent anything since."""
     readers: Deadlines = field(init=False)
     """Connections to which not everything that is to be sent could be sent."""
-    _told_s: float | None = None
 
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
@@ -180,12 +171,6 @@ class Connections:
                 super().connection_lost(exc)
 
         return Counted
-
-    def tell(self, error: TooManyConnections, now_s: float) -> None:
-        """Log that a client found no place, but not each time."""
-        if self._told_s is None or now_s - self._told_s >= QUIET_S:
-            self._told_s = now_s
-            log.warning("event=connection_refused code=%s places=%r", error.code, self.places)
 
 
 class Connection(HttpToolsProtocol):
@@ -266,7 +251,7 @@ class Connection(HttpToolsProtocol):
             if self._should_upgrade():
                 self.handle_websocket_upgrade()
                 return
-            self._unsupported_upgrade_warning()
+            # Whoever wants something else, such as HTTP/2, is answered in HTTP/1.1: RFC 9110, 7.8.
         except httptools.HttpParserError:
             self._refuse(self._fault or MalformedRequest())
             return
@@ -538,7 +523,8 @@ class Connection(HttpToolsProtocol):
         self._deaf = True
         self._stop_timer()
         if isinstance(error, TooManyConnections):
-            self._shared.tell(error, self.loop.time())
+            places = self._shared.places
+            log_of_clients.warning("event=connection_refused code=%s places=%r", error.code, places)
         if self.transport.is_closing():
             return  # its last word is said, perhaps not sent yet
         if not self._is_answering:
