@@ -62,6 +62,15 @@ class ListenFlags:
     allowed_hosts: Sequence[str] = ()
     forwarded_allow_ips: Sequence[str] = ()
     """Proxies whose word counts for where a request comes from; `*`: whoever connects."""
+    umask: int | None = None
+    """The one that counts for the socket's file; None: this process's."""
+
+    @property
+    def mode(self) -> int | None:
+        """Of the socket's file; None: what this process's umask leaves."""
+        if self.uds_mode is None and self.umask is not None:
+            return 0o777 & ~self.umask
+        return self.uds_mode
 
     def check(self, args: argparse.Namespace) -> None:
         """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
@@ -125,7 +134,7 @@ class Listener:
         watched = refresher if args.enable_ssl_refresh else None
         proxies = Proxies.of(flags.forwarded_allow_ips)
         if args.uds:
-            bound = UnixSocket.bind(Path(args.uds), flags.uds_mode)
+            bound = UnixSocket.bind(Path(args.uds), flags.mode)
             return cls(args, bound, log_config, watched, proxies=proxies)
         sock = bind(args.host, args.port)
         claim = _claim(sock, args.host)
