@@ -20,6 +20,7 @@ LAYERS = [
         "claims",
         "hints",
         "log_lines",
+        "quiet",
         "start_folder",
         "signals",
         "terminal",

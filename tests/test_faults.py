@@ -428,6 +428,20 @@ def test_a_server_without_descriptors_serves_who_is_connected(killable: Killable
     assert 200 == httpx.get(f"http://127.0.0.1:{killable.port}/health", timeout=10).status_code
 
 
+def test_connections_that_cannot_be_accepted_make_no_lines(killable: KillableServer) -> None:
+    """Row 56: they are closed; whoever goes on trying fills no disk."""
+    assert 200 == killable.ask("llama").status_code
+    before = killable.log.read_text()
+    with without_descriptors(killable.process.pid):
+        for _ in range(300):
+            with RawClient(killable.port) as outside:
+                assert b"" == outside.read()
+    after = killable.log.read_text()
+
+    assert 200 == httpx.get(f"http://127.0.0.1:{killable.port}/health", timeout=10).status_code
+    assert len(after.splitlines()) - len(before.splitlines()) <= 3, after
+
+
 @contextmanager
 def without_descriptors(pid: int) -> Iterator[None]:
     """A process that can open none: the lowest number that is free is above what it may use."""
