@@ -56,6 +56,8 @@ def chunked(path: bytes = b"/v1/models/switch", *fields: bytes) -> bytes:
         (b"nonsense\r\n\r\n", (400, "malformed_request")),
         (b"\x16\x03\x01\x02\x00\x01\x00", (400, "malformed_request")),
         (b"GET /health HTTP/1.1\nHost: x\n\n", (400, "malformed_request")),
+        (b"GET /health\r\n\r\n", (400, "malformed_request")),
+        (b"GET /health HTTP/2.0\r\n\r\n", (400, "malformed_request")),
         (b"GET http://[::1 HTTP/1.1\r\n\r\n", (400, "malformed_request")),
     ],
 )

@@ -45,6 +45,9 @@ from vllm_hotswap.places import Place, Places
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.settings import LimitsConfig
 
+VERSIONS = frozenset(["1.0", "1.1"])
+"""Of HTTP, that are answered. A line without a version is one of 0.9, which has no header fields."""
+
 TRAILER_BYTES = 8 << 10
 """Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
 
@@ -360,6 +363,8 @@ class Connection(HttpToolsProtocol):
         self._moved, self._raw = True, 0
         self._stop_timer()
         self._unset_keepalive_if_required()
+        if self.parser.get_http_version() not in VERSIONS:
+            self._fail(MalformedRequest())
         if self._has_body() and self._should_upgrade():
             self._fail(MalformedRequest())  # a websocket's head has none, and nobody would read it
         self._look_ahead()
