@@ -39,6 +39,10 @@ def clock() -> Clock:
     return Clock()
 
 
+BELOW = ("uvicorn.access", "uvicorn.error", log_of_clients.name)
+"""Loggers that tell theirs above; servers of other tests may have changed that."""
+
+
 @pytest.fixture
 def lines(clock: Clock) -> Iterator[Callable[[], list[str]]]:
     """What reaches the log through all filters."""
@@ -47,15 +51,15 @@ def lines(clock: Clock) -> Iterator[Callable[[], list[str]]]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     handlers = {name: [handler] for name in ("uvicorn", "asyncio", "vllm_hotswap", "vllm")}
     handlers["vllm"].append(logging.NullHandler())
-    loggers = {name: logging.getLogger(name) for name in handlers}
-    kept = {name: (each.handlers[:], each.propagate) for name, each in loggers.items()}
+    loggers = {name: logging.getLogger(name) for name in (*handlers, *BELOW)}
+    kept = {name: (each.handlers[:], each.propagate, each.level) for name, each in loggers.items()}
     for name, logger in loggers.items():
-        logger.handlers[:], logger.propagate = handlers[name], False
-        logger.setLevel("INFO")
+        logger.handlers[:], logger.propagate = handlers.get(name, []), name in BELOW
+        logger.setLevel(logging.NOTSET if name in BELOW else "INFO")
     yield lambda: written.getvalue().splitlines()
     for name, logger in loggers.items():
-        logger.handlers[:], logger.propagate = kept[name]
-        logger.setLevel(logging.NOTSET)
+        logger.handlers[:], logger.propagate, level = kept[name]
+        logger.setLevel(level)
 
 
 @pytest.fixture

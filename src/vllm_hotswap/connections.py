@@ -46,7 +46,7 @@ from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.settings import LimitsConfig
 
 VERSIONS = frozenset(["1.0", "1.1"])
-"""Of HTTP, that are answered. A line without a version is one of 0.9, which has no header fields."""
+"""Of HTTP, that are answered. A line without one is of 0.9, which has no header fields."""
 
 TRAILER_BYTES = 8 << 10
 """Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
