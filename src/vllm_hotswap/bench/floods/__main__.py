@@ -25,8 +25,8 @@ from vllm_hotswap.errors import HotswapError
 
 log = logging.getLogger("vllm_hotswap.bench")
 
-DEFAULT = Plan(seconds=60, around_s=30, warm_up_s=5, rest_s=5, per_second=8, nice=19)
-QUICK = Plan(seconds=6, around_s=4, warm_up_s=2, rest_s=1, per_second=8, nice=19)
+DEFAULT = Plan(seconds=60, around_s=30, warm_up_s=5, rest_s=2, per_second=8, nice=19)
+QUICK = Plan(seconds=6, around_s=4, warm_up_s=2, rest_s=0.5, per_second=8, nice=19)
 
 KEPT = (
     "date",
@@ -58,15 +58,21 @@ class Floods:
         return self.out / "floods.json"
 
     async def run(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="hotswap-floods-") as folder:
-            log.info("starting the server")
-            async with flooded(Path(folder), self.out, self.is_fake) as at:
-                for number, kind in enumerate(self.kinds, 1):
-                    log.info("flood %d of %d: %s", number, len(self.kinds), kind.name)
-                    self.found.append(await flood(at, kind, self.plan))
-                    self._write()
-        self._write()
-        print("\n\n".join(report.render_table(table) for table in results.tables(self.found)))
+        try:
+            with tempfile.TemporaryDirectory(prefix="hotswap-floods-") as folder:
+                await self._flood(Path(folder))
+        finally:
+            if self.found:
+                tables = results.tables(self.found)
+                print("\n\n".join(map(report.render_table, tables)), flush=True)
+
+    async def _flood(self, folder: Path) -> None:
+        log.info("starting the server")
+        async with flooded(folder, self.out, self.is_fake) as at:
+            for number, kind in enumerate(self.kinds, 1):
+                log.info("flood %d of %d: %s", number, len(self.kinds), kind.name)
+                self.found.append(await flood(at, kind, self.plan))
+                self._write()
 
     def _write(self) -> None:
         """All that is over, so that a later failure loses nothing."""
@@ -162,7 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _total_s(plan: Plan) -> float:
     """What one flood takes."""
-    return plan.warm_up_s + plan.rest_s + plan.seconds + 2 * plan.around_s
+    return plan.warm_up_s + 2 * plan.rest_s + plan.seconds + 2 * plan.around_s
 
 
 if __name__ == "__main__":

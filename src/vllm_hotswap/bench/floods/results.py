@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_hotswap.bench.floods.run import PHASES, Found, Memory, Phase
+from vllm_hotswap.bench.floods.run import FIRST, PHASES, Found, Memory, Phase
 from vllm_hotswap.bench.report import Table
 from vllm_hotswap.bench.stats import summarize
 
@@ -34,8 +34,9 @@ def row(found: Found) -> dict[str, Any]:
         "phases": {name: _phase(found.phases[name]) for name in PHASES},
         "p95_during_by_before": ratio(found, "during"),
         "p95_after_by_before": ratio(found, "after"),
-        "memory_mib": {name: _memory(found.memory[name]) for name in PHASES},
-        "kept_mib": round(kept_mib(found), 1),
+        "memory_mib": {name: _memory(memory) for name, memory in found.memory.items()},
+        "kept_mib": round(kept_mib(found, FIRST), 1),
+        "kept_again_mib": round(kept_mib(found, "before"), 1),
         "errors": [sample.error for sample in _errors(found)][:10],
     }
 
@@ -57,9 +58,9 @@ def ratio(found: Found, name: str) -> float | None:
     return round(value / before, 2) if value is not None and before else None
 
 
-def kept_mib(found: Found) -> float:
-    """What the server's processes have of their own after the flood, and had not before it."""
-    after, before = found.memory["after"], found.memory["before"]
+def kept_mib(found: Found, since: str) -> float:
+    """What the server's processes have of their own after the flood, and had not before."""
+    after, before = found.memory["after"], found.memory[since]
     return (after.api_uss + after.host_uss - before.api_uss - before.host_uss) / MIB
 
 
@@ -118,14 +119,19 @@ def others_table(all_found: Sequence[Found]) -> Table:
 
 
 def memory_table(all_found: Sequence[Found]) -> Table:
-    """RSS of both processes before, at most, and after; and what was not given back."""
+    """RSS of both processes before, at most, and after.
+
+    Kept is by how much what they have alone (USS) has grown since before the first flood of this
+    kind, kept again is since before the one that counts: what is allocated once is not in it.
+    """
     lines = []
     for found in all_found:
         of = found.memory
         api = " / ".join(f"{of[name].api_rss / MIB:.0f}" for name in PHASES)
         host = " / ".join(f"{of[name].host_rss / MIB:.0f}" for name in PHASES)
-        lines.append((_name(found), api, host, f"{kept_mib(found):.1f}"))
-    columns = ("MiB: before / most / after", "API process", "engine host", "kept (USS)")
+        kept = [f"{kept_mib(found, since):.1f}" for since in (FIRST, "before")]
+        lines.append((_name(found), api, host, *kept))
+    columns = ("MiB: before / most / after", "API process", "engine host", "kept", "kept again")
     return Table("Memory", columns, tuple(lines))
 
 

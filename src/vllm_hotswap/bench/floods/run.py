@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import secrets
 import sys
 import time
@@ -19,7 +20,9 @@ from vllm_hotswap.bench.floods.attacker import Attacker, Sent, attacker
 from vllm_hotswap.bench.floods.kinds import Kind
 from vllm_hotswap.bench.floods.line import Target
 from vllm_hotswap.bench.floods.victim import Pace, Sample, paces
-from vllm_hotswap.bench.servers import COMMON_FLAGS, Server, free_port, running
+from vllm_hotswap.bench.servers import COMMON_FLAGS, Server, free_port, idle_cpu, running
+
+log = logging.getLogger("vllm_hotswap.bench")
 
 ALIAS = "llama"
 FAKE_SERVER = "vllm_hotswap.bench.fake_server"
@@ -30,8 +33,17 @@ CONNECTIONS = 2048
 RATED_CALLS = 60
 """Calls in a minute of the key that has a rate; the others have none."""
 
+FIRST = "first"
+"""Before any flood of a kind, the one that does not count included."""
+
 LOOK_EVERY_S = 0.5
 """At the memory, while there is a flood."""
+
+CALM_S = 120.0
+"""How long the server may have to do with what a flood has left."""
+
+IDLE_CORES = 0.1
+"""What it takes then; idle, it takes 0.02."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +55,9 @@ class Plan:
     around_s: float
     """Before it, and after it."""
     warm_up_s: float
-    """Of a first flood that does not count: what it allocates once is not taken for kept."""
+    """Of a first flood that does not count: what is slow only once is not measured."""
     rest_s: float
-    """After that."""
+    """Before the server is looked at, whether it is calm."""
     per_second: float
     """Streams of the other user."""
     nice: int
@@ -129,7 +141,7 @@ class Found:
     phases: Mapping[str, Phase]
     """By `PHASES`."""
     memory: Mapping[str, Memory]
-    """At the end of each of these; during: of RSS the most that was seen."""
+    """`FIRST`, and at the end of each of `PHASES`; during: of RSS the most that was seen."""
     sent: Sent
 
 
@@ -200,12 +212,14 @@ async def flood(at: Flooded, kind: Kind, plan: Plan) -> Found:
         AttackerFailed: the attacker has not attacked.
     """
     with attacker(kind, at.target, plan.nice) as process:
+        await _calm(at.server, plan)
+        first = Mark.take(at.server).memory
         if plan.warm_up_s:
             process.go(plan.warm_up_s)
             await process.sent(plan.warm_up_s)
-            await asyncio.sleep(plan.rest_s)
+            await _calm(at.server, plan)
         try:
-            found = await _watched(at, kind, plan, process)
+            found = await _watched(at, kind, plan, process, first)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
     if (status := at.server.exit_status) is not None:
@@ -213,7 +227,16 @@ async def flood(at: Flooded, kind: Kind, plan: Plan) -> Found:
     return found
 
 
-async def _watched(at: Flooded, kind: Kind, plan: Plan, process: Attacker) -> Found:
+async def _calm(server: Server, plan: Plan) -> None:
+    """Wait until the server has nothing to do any more, or for `CALM_S`."""
+    until_s = time.perf_counter() + CALM_S
+    while time.perf_counter() < until_s:
+        if await idle_cpu(server, plan.rest_s, LOOK_EVERY_S) < IDLE_CORES:
+            return
+    log.warning("the server has not come to rest after %.0f s", CALM_S)
+
+
+async def _watched(at: Flooded, kind: Kind, plan: Plan, process: Attacker, first: Memory) -> Found:
     watched = at.paces(plan, kind.name)
     peak = Peak()
     async with asyncio.TaskGroup() as group:
@@ -231,7 +254,7 @@ async def _watched(at: Flooded, kind: Kind, plan: Plan, process: Attacker) -> Fo
         marks.append(Mark.take(at.server))
         for pace in watched:
             pace.until_s = marks[-1].at_s
-    memory = dict(zip(PHASES, (mark.memory for mark in marks[1:]), strict=True))
+    memory = {FIRST: first} | dict(zip(PHASES, (mark.memory for mark in marks[1:]), strict=True))
     memory["during"] = peak.raised(memory["during"])
     phases = {
         name: Phase.of(watched, begin, end)
