@@ -60,8 +60,8 @@ def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
 
 def test_a_ratio_above_one_is_better_now() -> None:
     """More tokens, or less time."""
-    now = Turn("now", 200, [10.0], [10.0], [10.0])
-    before = Turn("before", 100, [20.0], [20.0], [20.0])
+    now = Turn("now", 200, [10.0], [10.0], [10.0], 1.0, 1.0)
+    before = Turn("before", 100, [20.0], [20.0], [20.0], 2.0, 2.0)
 
     assert {2.0} == {figure.ratio(now, before) for figure in FIGURES}
 

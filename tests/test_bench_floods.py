@@ -70,7 +70,7 @@ async def test_routes_of_vllm_alone_are_asked(make_server: MakeServer, name: str
 
 def test_a_run_tells_of_each_flood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of everybody who was watched, before, during and after, of the memory, and of the flood."""
-    names = ["busy process", "silent", "wrong keys"]
+    names = ["busy process", "connects", "wrong keys"]
     times = [
         "--seconds",
         "1",

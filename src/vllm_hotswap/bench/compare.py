@@ -87,6 +87,10 @@ class Turn:
     """The same with one."""
     switch_ms: list[float]
     """Calls that switch."""
+    many_cpu_ms: float
+    """Of all processes of the server, for one token, with many clients."""
+    one_cpu_ms: float
+    """The same for one request, with one client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,10 @@ class Figure:
     """Less is better."""
 
     def ratio(self, now: Turn, before: Turn) -> float:
-        """Above 1: better now."""
+        """Above 1: better now; `nan` where the clock has seen nothing."""
         value, other = self.of(now), self.of(before)
+        if not (value and other):
+            return math.nan
         return other / value if self.is_time else value / other
 
 
@@ -110,6 +116,8 @@ FIGURES = (
     Figure("first token, many clients, p95, ms", lambda t: percentile(t.many_ms, 95)),
     Figure("first token, one client, p50, ms", lambda t: percentile(t.one_ms, 50)),
     Figure("first token, one client, p95, ms", lambda t: percentile(t.one_ms, 95)),
+    Figure("CPU of the server, many clients, ms/token", lambda t: t.many_cpu_ms),
+    Figure("CPU of the server, one client, ms/request", lambda t: t.one_cpu_ms),
     Figure("switch call, p50, ms", lambda t: percentile(t.switch_ms, 50)),
     Figure("switch call, p95, ms", lambda t: percentile(t.switch_ms, 95)),
 )
@@ -161,8 +169,11 @@ async def turn(server: Server, side: str, models: Models, plan: Plan, seed: str)
     alias, other = (model.alias for model in models)
     warm_up = Load(plan.many.clients, 1, 8)
     await run_load(server.port, alias, warm_up, f"warm-up {seed}")
+    cpu_s = [server.cpu_s()]
     many = await run_load(server.port, alias, plan.many, f"many {seed}")
+    cpu_s.append(server.cpu_s())
     one = await run_load(server.port, alias, plan.one, f"one {seed}")
+    cpu_s.append(server.cpu_s())
     switch_ms = []
     async with Connection(server.port) as connection:
         turns = itertools.islice(itertools.cycle((other, alias)), plan.switches + plan.switches % 2)
@@ -171,7 +182,11 @@ async def turn(server: Server, side: str, models: Models, plan: Plan, seed: str)
             if not answer.json()["switched"]:
                 raise BadAnswer(f"the switch to {target!r} did not happen: {answer.json()}")
             switch_ms.append(answer.duration_s * 1000)
-    return Turn(side, many.tokens_per_s, many.ttft_ms, one.ttft_ms, switch_ms)
+    many_cpu_ms = (cpu_s[1] - cpu_s[0]) / many.output_tokens * 1000
+    one_cpu_ms = (cpu_s[2] - cpu_s[1]) / len(one.ttft_ms) * 1000
+    return Turn(
+        side, many.tokens_per_s, many.ttft_ms, one.ttft_ms, switch_ms, many_cpu_ms, one_cpu_ms
+    )
 
 
 async def measure(sides: Sides, models: Models, plan: Plan) -> list[dict[str, Turn]]:
