@@ -93,6 +93,10 @@ class Turn:
     """The same for one request, with one client."""
 
 
+Round = Mapping[str, Turn]
+"""By side."""
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """What is told of a turn."""
@@ -189,25 +193,27 @@ async def turn(server: Server, side: str, models: Models, plan: Plan, seed: str)
     )
 
 
-async def measure(sides: Sides, models: Models, plan: Plan) -> list[dict[str, Turn]]:
-    """All rounds, a turn of each side in each; a first one does not count."""
-    rounds = []
+async def measure(sides: Sides, models: Models, plan: Plan, rounds: list[Round]) -> None:
+    """All rounds, a turn of each side in each; a first one does not count.
+
+    Args:
+        rounds: gets each one that is over.
+    """
     async with AsyncExitStack() as stack:
         servers = {}
         for side in SIDES:
             log.info("starting the server: %s", side)
             servers[side] = await stack.enter_async_context(sides.server(side, models))
         for number in range(plan.rounds + 1):
-            found = {}
+            found: dict[str, Turn] = {}
             for side in SIDES if number % 2 else SIDES[::-1]:
                 with alone(servers[side], servers.values()) as server:
                     found[side] = await turn(server, side, models, plan, str(number))
             log.info("round %d: %s", number, _brief(found))
             rounds += [found] if number else []
-    return rounds
 
 
-def _brief(found: Mapping[str, Turn]) -> str:
+def _brief(found: Round) -> str:
     return ", ".join(f"{side} {found[side].tokens_per_s:.0f} tokens/s" for side in SIDES)
 
 
@@ -222,7 +228,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[below], ordered[count - 1 - below]
 
 
-def part(rounds: Sequence[Mapping[str, Turn]]) -> Part:
+def part(rounds: Sequence[Round]) -> Part:
     """Medians of the turns with their ranges, ratios of the rounds, and the bars."""
     rows, bars = [], []
     for figure in FIGURES:
@@ -241,21 +247,22 @@ def part(rounds: Sequence[Mapping[str, Turn]]) -> Part:
 
 
 async def run(args: argparse.Namespace, plan: Plan, described: dict[str, Any]) -> None:
-    """Measure, print tables, write JSON."""
+    """Measure, print tables, write JSON, of what is over where it is stopped."""
     trees = {NOW: OURS, BEFORE: checked(args.before)}
     revisions = {side: environment.git_revision(tree) for side, tree in trees.items()}
     log.info("now: %s, before: %s", *revisions.values())
-    with tempfile.TemporaryDirectory(prefix="hotswap-compare-") as name:
-        folder = Path(name)
-        config = load_config(demo.write(folder / "demo"))
-        models = choose(config, None)
-        rounds = await measure(Sides(trees, args.fake, folder, args.out), models, plan)
-    found = part(rounds)
-    print(report.render(found), flush=True)
     options = {"plan": asdict(plan), "revisions": revisions, "fake": args.fake}
-    path = args.out / "compare.json"
-    report.write(path, report.document(described, options, [found]))
-    print(f"All samples: {path}")
+    rounds: list[Round] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="hotswap-compare-") as name:
+            folder = Path(name)
+            models = choose(load_config(demo.write(folder / "demo")), None)
+            await measure(Sides(trees, args.fake, folder, args.out), models, plan, rounds)
+    finally:
+        if rounds:
+            path = args.out / "compare.json"
+            report.write(path, report.document(described, options, [part(rounds)]))
+            print(f"{report.render(part(rounds))}\n\nAll samples: {path}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
