@@ -97,7 +97,7 @@ bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over 
 bench-auto: setup ## Measure the mode auto under two policies, and the simulator beside it
 	$(BIN)/python -m vllm_hotswap.bench.auto --out bench-results
 
-bench-floods: setup ## Flood a server in every way, and see how long others wait; three quarters of an hour
+bench-floods: setup ## Flood a server in every way, and see how long others wait; 50 minutes
 	$(BIN)/python -m vllm_hotswap.bench.floods --out bench-results
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
