@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
-	bench-scheduling bench-auto soak reference hashes audit audit-record clean
+	bench-scheduling bench-auto bench-floods soak reference hashes audit audit-record clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over 
 
 bench-auto: setup ## Measure the mode auto under two policies, and the simulator beside it
 	$(BIN)/python -m vllm_hotswap.bench.auto --out bench-results
+
+bench-floods: setup ## Flood a server in every way, and see how long others wait; 50 minutes
+	$(BIN)/python -m vllm_hotswap.bench.floods --out bench-results
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results
