@@ -21,6 +21,7 @@ LAYERS = [
         "claims",
         "hints",
         "log_lines",
+        "quiet",
         "start_folder",
         "signals",
         "terminal",
