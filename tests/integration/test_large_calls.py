@@ -100,7 +100,7 @@ def test_a_client_that_leaves_takes_its_many_requests_along(server: ServerProces
     body: dict[str, Any] = {"model": "llama", "prompt": "Hello", "n": 100, "temperature": 1}
     body |= {"max_tokens": 1500, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        server.post("/v1/completions", body, timeout=1)
+        server.post("/v1/completions", body, timeout=1.0)
 
     def is_free() -> bool:
         server.complete("llama", "Hello", max_tokens=2)  # a step tells how many there are
