@@ -177,6 +177,7 @@ async def _said(ask: Callable[[], Any]) -> tuple[str, str]:
     return "taken", str(request.sampling_params)
 
 
+@pytest.mark.filterwarnings("ignore:max_rollback_tokens is deprecated")  # vLLM sets it for xgrammar
 def test_vllm_compiles_on_the_threads_that_accounts_share() -> None:
     """And nothing of the account is left where others of its code look."""
     config = llama_config()
