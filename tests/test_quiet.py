@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import logging
+import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,7 +124,7 @@ def test_what_a_client_writes_makes_no_kind(lines: Lines, filtered: Quiet) -> No
     assert "<Quiet kinds=1>" == repr(filtered)
 
 
-@pytest.mark.parametrize("name", ["vllm_hotswap", "vllm.config", "uvicorn.access"])
+@pytest.mark.parametrize("name", ["vllm_hotswap", "uvicorn.access"])
 def test_lines_that_no_client_causes_are_all_there(
     lines: Lines, filtered: Quiet, name: str
 ) -> None:
@@ -132,14 +135,147 @@ def test_lines_that_no_client_causes_are_all_there(
     assert 3 == len(lines())
 
 
-def test_what_vllm_warns_of_for_each_request_is_told_once(lines: Lines, filtered: Quiet) -> None:
-    """Its lines without a warning are there on demand."""
-    logger = logging.getLogger("vllm.entrypoints.openai.serving")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm.entrypoints.openai.serving",
+        "vllm.sampling_params",
+        "vllm.tool_parsers.hermes_tool_parser",
+        "vllm.multimodal.media.audio",
+        "vllm.a_module_of_a_later_version",
+    ],
+)
+def test_what_vllm_warns_of_for_each_request_is_told_once(
+    lines: Lines, filtered: Quiet, name: str
+) -> None:
+    """Wherever in vLLM that is. Its lines without a warning are there on demand."""
+    logger = logging.getLogger(name)
     for number in range(3):
         logger.warning("bad request %d", number)
         logger.info("Received request %d", number)
 
     assert ["bad request 0", *(f"Received request {n}" for n in range(3))] == lines()
+
+
+def test_what_a_library_warns_of_is_told_once(
+    filtered: Quiet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nobody has set its logger up, Python writes its warnings to the standard error."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for number in range(3):
+        logging.getLogger("a_library.of_images").warning("bad image %d", number)
+
+    assert "bad image 0\n" == capsys.readouterr().err
+
+
+def test_errors_from_other_places_do_not_hide_each_other(lines: Lines, filtered: Quiet) -> None:
+    """One that clients cause at will must not cost the operator the next one's stack trace."""
+
+    def of_clients() -> None:
+        raise ValueError("what a client sent")
+
+    def ours() -> None:
+        raise ValueError("a mistake of the server's")
+
+    for cause in (of_clients, of_clients, ours):
+        try:
+            cause()
+        except ValueError:
+            logging.getLogger("uvicorn.error").exception("Exception in ASGI application")
+
+    told = [line for line in lines() if "ValueError: " in line]
+    assert ["what a client sent", "a mistake of the server's"] == [
+        line.partition(": ")[2] for line in told
+    ]
+
+
+def test_lines_of_code_that_a_client_writes_make_no_kinds(lines: Lines, filtered: Quiet) -> None:
+    """A chat template's error is at whichever of its lines the client likes."""
+    for number in range(10):
+        code = compile("\n" * number + "1 / 0", "<template>", "exec")
+        try:
+            exec(code)  # noqa: S102
+        except ZeroDivisionError:
+            logging.getLogger("uvicorn.error").exception("failed")
+
+    assert "<Quiet kinds=1>" == repr(filtered)
+
+
+@pytest.mark.parametrize("name", [log_of_clients.name, "vllm_hotswap", "vllm.v1.engine"])
+def test_what_was_left_out_is_told_where_no_such_line_follows(
+    lines: Lines, filtered: Quiet, clock: Clock, name: str
+) -> None:
+    """With the next line of another kind, whoever's, once."""
+    for _ in range(5):
+        log_of_clients.warning("event=refused")
+    clock.now_s += QUIET_S
+    for number in range(2):
+        logging.getLogger(name).warning("event=other number=%d", number, extra={"kind": number})
+
+    counts = [line for line in lines() if "left_out" in line]
+    assert len(counts) == 1
+    assert re.fullmatch(r"event=lines_left_out place=test_quiet\.py:\d+ left_out=4", counts[0])
+
+
+def test_what_was_left_out_is_told_at_the_end(lines: Lines, filtered: Quiet) -> None:
+    """And once only."""
+    for _ in range(5):
+        log_of_clients.warning("event=refused")
+    filtered.end()
+    filtered.end()
+
+    assert ["left_out=4"] == [line.rpartition(" ")[2] for line in lines() if "left_out" in line]
+
+
+def test_an_exception_that_was_told_is_let_go(lines: Lines, filtered: Quiet) -> None:
+    """With its frames, which hold a request's prompt."""
+
+    class Held(Exception):
+        pass
+
+    def tell() -> weakref.ref[Held]:
+        error = Held()
+        record = logging.LogRecord(
+            "vllm.some", logging.WARNING, "some.py", 1, "failed", None, (Held, error, None)
+        )
+        logging.getLogger("vllm").handlers[0].handle(record)
+        return weakref.ref(error)
+
+    told = tell()
+    gc.collect()
+
+    assert told() is None
+    assert lines()[0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("message", "args", "expected"),
+    [
+        ("100%", (), "100% left_out=1"),
+        ("%(a)s", ({"a": "b"},), "b left_out=1"),
+        (ValueError("100%"), (), "100% left_out=1"),
+        ("%d", ("no number",), None),
+        ("%s %s", ("one",), None),
+    ],
+)
+@pytest.mark.parametrize("name", ["uvicorn.error", "vllm.sampling_params"])
+def test_a_count_raises_into_nobody_who_logs(
+    lines: Lines,
+    filtered: Quiet,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    message: object,
+    args: tuple[object, ...],
+    expected: str | None,
+) -> None:
+    """Of a line that cannot be put together, logging itself tells that, as without a count."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    for seconds in (0, 0, QUIET_S):
+        clock.now_s += seconds
+        logging.getLogger(name).warning(message, *args)
+
+    assert [expected] == (lines()[1:] or [None])
 
 
 @pytest.mark.parametrize("has_access_log", [True, False])

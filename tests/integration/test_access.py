@@ -142,6 +142,16 @@ def test_nothing_that_was_planted_is_told(guarded: Guarded) -> None:
     assert [] == [secret for secret in SECRETS if secret in log]
 
 
+def test_what_vllm_warns_of_for_each_request_makes_few_lines(guarded: Guarded) -> None:
+    """Twenty requests with a temperature that vLLM raises, and says so each time."""
+    body = {"model": "llama", "prompt": [5], "max_tokens": 1, "temperature": 0.001}
+    sent = [guarded.status("POST", "/v1/completions", USER, body) for _ in range(20)]
+    told = guarded.server.log.read_text().count("temperature 0.001 is less than")
+
+    assert {200} == set(sent)
+    assert 1 <= told <= 5
+
+
 def environment_of(pid: int) -> str:
     """What the system shows of a process's variables to its user."""
     return Path(f"/proc/{pid}/environ").read_text(errors="replace")
