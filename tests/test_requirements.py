@@ -272,3 +272,29 @@ def test_a_list_stays_as_it_was_where_a_hash_cannot_be_had(
     assert capsys.readouterr().err == (
         "hashes: error: demo==1.0: no index that pip is configured with has a file for Linux\n"
     )
+
+
+def test_a_build_that_no_index_has_keeps_its_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the default index alone, the other lines are written all the same."""
+    only_index(monkeypatch, index(tmp_path / "index", "demo", **{WHEEL: A}))
+    kept = f"torch==1.0+cpu \\\n    --hash=sha256:{B} \\\n    --hash=sha256:{C}\n"
+    (listed := tmp_path / "list.txt").write_text(f"{kept}demo==1.0\n")
+
+    assert main([str(listed)]) == 0
+
+    assert f"{kept}demo==1.0 \\\n    --hash=sha256:{A}\n" == listed.read_text()
+    assert capsys.readouterr().out == "hashes: 2 packages in 1 lists\n"
+
+
+def test_a_build_without_hashes_that_no_index_has_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to keep."""
+    only_index(monkeypatch, tmp_path / "none")
+    (listed := tmp_path / "list.txt").write_text("torch==1.0+cpu\n")
+
+    assert main([str(listed)]) == 1
+
+    assert "hashes: error: torch==1.0+cpu: no index" in capsys.readouterr().err

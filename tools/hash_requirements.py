@@ -203,7 +203,8 @@ class Indexes:
     def hashes(self, pin: Pin) -> tuple[str, ...]:
         """The SHA-256 of each file that counts for a pin.
 
-        Taken from the first place that has one; the others may only agree.
+        Taken from the first place that has one; the others may only agree. A build with a local
+        version (`+cpu`), which no common index has, keeps its hashes where no place has it.
 
         Raises:
             HashError: no place has the version, or two of them differ.
@@ -218,6 +219,8 @@ class Indexes:
                         "them has the author's file, and take the other out of pip's configuration"
                     )
             found = found or here
+        if not found and is_local(pin) and pin.hashes:
+            return pin.hashes
         if not found:
             raise HashError(
                 f"{pin.requirement}: no index that pip is configured with has a file for Linux"
@@ -290,7 +293,12 @@ def with_other_builds(pin: Pin, found: tuple[str, ...]) -> tuple[str, ...]:
 
     Such builds are on no common index, and a folder of find-links may have one wheel of several.
     """
-    return tuple(dict.fromkeys([*pin.hashes, *found])) if "+" in pin.requirement else found
+    return tuple(dict.fromkeys([*pin.hashes, *found])) if is_local(pin) else found
+
+
+def is_local(pin: Pin) -> bool:
+    """Whether a pin's version is that of one build (`+cpu`)."""
+    return "+" in pin.requirement.partition(" ;")[0]
 
 
 def changes(pin: Pin, found: tuple[str, ...]) -> str | None:
