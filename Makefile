@@ -111,8 +111,8 @@ hashes: ## Write the hashes of the pinned files anew, after a change in requirem
 	@test -x $(BIN)/python || $(MAKE) setup
 	$(BIN)/python -m tools.hash_requirements
 
-audit: setup ## Tell known vulnerabilities of the pinned versions; OFFLINE=1: as they were recorded
-	$(BIN)/python -m tools.audit $(if $(OFFLINE),--offline)
+audit: setup ## Tell known vulnerabilities of the pinned versions; OFFLINE=1: as they were recorded; STRICT=1: fail on versions not looked up
+	$(BIN)/python -m tools.audit $(if $(OFFLINE),--offline) $(if $(STRICT),--strict)
 
 audit-record: setup ## Record the known vulnerabilities of the pinned versions as of today
 	$(BIN)/python -m tools.audit --record

@@ -94,6 +94,22 @@ def test_versions_that_were_not_looked_up_are_named(
     assert "0 to do, 0 accepted, 2 not known" in out
 
 
+def test_versions_that_were_not_looked_up_fail_where_that_is_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another exit code than that of a vulnerability, which comes first."""
+    (folder / "cpu.txt").write_text("demo==1.10\nother==2.0\n")
+    assert audit(folder, "--strict") == 2
+    assert "audit: error: 2 versions were not looked up" in capsys.readouterr().err
+
+    (folder / "cpu.txt").write_text("demo==1.2\nother==2.0\n")
+    assert audit(folder, "--strict") == 1
+
+    (folder / "cpu.txt").write_text("demo==1.2\n")
+    (folder / "accepted.toml").write_text(ACCEPTED)
+    assert audit(folder, "--strict") == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

@@ -1,8 +1,11 @@
 """`make audit`: which of the pinned versions have published vulnerabilities.
 
 Asks a service on the network, and reads the record of the day when that was last done; where no
-service can be reached, the record alone. Exits with 0 if nothing is found but what was accepted,
-with 1 if something is, with 2 if it cannot be told.
+service can be reached, the record alone. The record covers few packages: versions that nobody has
+looked up are named, and do not fail unless `--strict` is given.
+
+Exits with 0 if nothing is known but what was accepted, with 1 if something is, with 2 if a file
+cannot be used, and with `--strict` also with 2 if a version was not looked up.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except RecordError as error:
         print(f"audit: error: {error}", file=sys.stderr)
         return 2
-    return report(known, accepted)
+    return report(known, accepted, args.strict)
 
 
 class Knowledge:
@@ -113,8 +116,8 @@ class Knowledge:
         return 0
 
 
-def report(known: Knowledge, accepted: Sequence[Accepted]) -> int:
-    """Print what was found; an exit code."""
+def report(known: Knowledge, accepted: Sequence[Accepted], is_strict: bool) -> int:
+    """Print what was found; an exit code. A strict one is not 0 where a version is unknown."""
     found = findings(known.pins, known.advisories)
     bad = [it for it in found if not any(decision.covers(it) for decision in accepted)]
     for decision in accepted:
@@ -130,7 +133,16 @@ def report(known: Knowledge, accepted: Sequence[Accepted]) -> int:
     for finding in bad:
         print(f"audit: {finding}", file=sys.stderr)
     print(f"audit: {len(bad)} to do, {len(found) - len(bad)} accepted, {len(unknown)} not known")
-    return 1 if bad else 0
+    if bad:
+        return 1
+    if unknown and is_strict:
+        print(
+            f"audit: error: {len(unknown)} versions were not looked up, and --strict is given: "
+            "run make audit-record with a network",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
 
 
 def listed(pins: Sequence[Pinned]) -> str:
@@ -140,9 +152,18 @@ def listed(pins: Sequence[Pinned]) -> str:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="audit", description="Known vulnerabilities of the pins.")
+    parser = argparse.ArgumentParser(
+        prog="audit",
+        description="Known vulnerabilities of the pins. Versions that nobody has looked up are "
+        "named, and do not fail: the record covers few packages.",
+        epilog="Exit codes: 0 if nothing is known but what was accepted; 1 if something is; 2 if "
+        "a file cannot be used, or, with --strict, a version was not looked up.",
+    )
     parser.add_argument("lists", nargs="*", type=Path, metavar="LIST", help="default: all of them")
     parser.add_argument("--offline", action="store_true", help="read the record and ask nobody")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail (2) if a version was not looked up"
+    )
     parser.add_argument("--record", action="store_true", help="write the record anew")
     parser.add_argument("--database", type=Path, help="a folder of advisories in the OSV form")
     parser.add_argument(
