@@ -211,6 +211,53 @@ def test_versions_of_the_osv_schema_count_where_there_are_no_ranges() -> None:
     assert ("==1.1", "==1.2") == advisory.affected
 
 
+def test_versions_of_the_osv_schema_count_beside_ranges() -> None:
+    """A version is affected if either has it; what a range has already is not said again."""
+    ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "1.3"}]}]
+    entry = osv(ranges=ranges, versions=["1.2", "1.3rc1", "2.0", "not-one"])
+
+    (advisory,) = from_osv(entry, frozenset(["demo"]))
+
+    assert ("<1.3", "==2.0") == advisory.affected
+
+
+@pytest.mark.parametrize(
+    ("version", "is_affected"),
+    [("1.3", False), ("1.3rc1", True), ("1.3.dev1", True), ("1.0rc1", False), ("1.0", True)],
+)
+def test_a_version_before_the_fixed_one_is_affected(version: str, is_affected: bool) -> None:
+    """Also one that was published for trying it out, which pip does not count below 1.3."""
+    assert is_affected == ADVISORY.concerns(Pinned("demo", version, ()))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            json.dumps(
+                osv(ranges=[{"type": "ECOSYSTEM", "events": [{"introduced": "v_1"}]}]),
+            ),
+            "introduced in 'v_1', which is no version",
+        ),
+        ('{"demo"', "Expecting ':' delimiter"),
+        (json.dumps({"id": "demo", "affected": [3]}), "'int' object has no attribute 'get'"),
+    ],
+)
+def test_an_advisory_that_cannot_be_read_is_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    """In one line, with its file: passed over, it could hide a vulnerability."""
+    (database := folder / "database").mkdir()
+    (database / "1.json").write_text(text)
+
+    assert audit(folder, f"--database={database}") == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"audit: error: {database}/1.json is no advisory in the OSV form: {said}"
+    )
+
+
 def test_a_database_is_recorded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only what is about the pinned versions; what was withdrawn, or is about others, is not."""
     database = folder / "database" / "vulns" / "demo"

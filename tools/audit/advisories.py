@@ -39,7 +39,8 @@ class Advisory:
         package: its name, in its standard form.
         id: the advisory's.
         aliases: the same one's ids elsewhere, such as that of the CVE.
-        affected: version specifiers, of which any one is enough: `(">=1,<1.4", "==2.0")`.
+        affected: version specifiers, of which any one is enough: `(">=1,<1.4", "==2.0")`. They
+            are read as `within` does.
         fixed: the first versions that do not have it; none where there is no such version.
     """
 
@@ -57,9 +58,22 @@ class Advisory:
     def concerns(self, pinned: Pinned) -> bool:
         """Whether this very version has what the advisory is about."""
         return pinned.published_as == self.package and any(
-            SpecifierSet(versions).contains(pinned.public, prereleases=True)
-            for versions in self.affected
+            within(pinned.public, versions) for versions in self.affected
         )
+
+
+def within(version: str, specifiers: str) -> bool:
+    """Whether a version is in a range of an advisory: `<1.4` has 1.4rc1 in it.
+
+    Databases mean the order of versions alone. For pip that specifier leaves out what comes before
+    the very version that it names (PEP 440, "Exclusive ordered comparison").
+    """
+    return all(
+        Version(version) < Version(it.version)
+        if it.operator == "<"
+        else it.contains(version, prereleases=True)
+        for it in SpecifierSet(specifiers)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from packaging.version import InvalidVersion, Version
 
-from tools.audit.advisories import Advisory
+from tools.audit.advisories import Advisory, within
+from tools.audit.record import RecordError
 from tools.setup import canonical
 
 END = {"fixed": "<", "last_affected": "<="}
@@ -21,10 +22,20 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def advisories_in(folder: Path, packages: frozenset[str]) -> Iterator[Advisory]:
-    """The advisories on these packages; those that were withdrawn are left out."""
+    """The advisories on these packages; those that were withdrawn are left out.
+
+    Raises:
+        RecordError: one of them cannot be read.
+    """
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".yaml", ".json"}:
-            yield from _read(path, packages)
+            try:
+                yield from list(_read(path, packages))
+            except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+                what = " ".join(str(error).split()) or type(error).__name__
+                raise RecordError(
+                    f"{path} is no advisory in the OSV form: {what}; mend it, or take it out"
+                ) from None
 
 
 def _read(path: Path, packages: frozenset[str]) -> Iterator[Advisory]:
@@ -37,14 +48,24 @@ def _read(path: Path, packages: frozenset[str]) -> Iterator[Advisory]:
 
 
 def from_osv(entry: Mapping[str, Any], packages: frozenset[str]) -> Iterator[Advisory]:
-    """What one entry of the OSV schema says about these packages."""
+    """What one entry of the OSV schema says about these packages.
+
+    A version is affected if it is in a range or in `versions`, as the schema has it ("Evaluation").
+
+    Raises:
+        ValueError: a range begins with something that is no version.
+    """
     for about in entry.get("affected", []):
         package = about.get("package", {})
         name = canonical(package.get("name", ""))[0]
         if package.get("ecosystem") == "PyPI" and name in packages:
             ranges = [it for it in about.get("ranges", []) if it.get("type") == "ECOSYSTEM"]
             spans = [span for it in ranges for span in _spans(it["events"])]
-            named = () if spans else [f"=={version}" for version in about.get("versions", [])]
+            named = [
+                f"=={version}"
+                for version in filter(is_version, about.get("versions", []))
+                if not any(within(version, span) for span in spans)
+            ]
             yield Advisory(
                 name,
                 entry["id"],
@@ -62,6 +83,8 @@ def _spans(events: Sequence[Mapping[str, str]]) -> Iterator[str]:
     for event in events:
         ((kind, version),) = event.items()
         if kind == "introduced":
+            if not is_version(version):
+                raise ValueError(f"introduced in {version!r}, which is no version")
             since, is_open = "" if version == "0" else f">={version},", True
         elif is_open and kind in END and is_version(version):
             yield f"{since}{END[kind]}{version}"
