@@ -142,6 +142,11 @@ class Raw:
                 return await self._reader.read()
             return b""
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that the system has not taken yet."""
+        return self._writer.transport.get_write_buffer_size()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(ConnectionError):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import itertools
 import json
 import random
+import termios
 
 import pytest
 import websockets
@@ -238,39 +241,70 @@ async def connection_of(at: Listening) -> connections.Connection:
     return connection
 
 
-async def test_bodies_that_wait_are_read_no_further() -> None:
-    """However often the application listens to its client, and answers end."""
-    heard, goes_on = asyncio.Queue[int](), asyncio.Event()
+async def test_bodies_that_wait_are_bounded() -> None:
+    """What is too large is dropped; those before it are answered, then the connection is closed."""
+    goes_on = asyncio.Event()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
-        size, more = 0, scope["path"] == "/second"
-        if not more:
-            await goes_on.wait()
-        while more:
-            message = await receive()
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-        heard.put_nowait(size)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+        await goes_on.wait()
+        await sized({**scope, "path": "/0"}, receive, send)
 
-    first = b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n"
-    second = b"POST /second HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (32 * MIB)
+    post = b"POST /later HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
     async with listening_to(answers) as at, asyncio.timeout(PATIENCE_S):
-        _, writer = await asyncio.open_connection("127.0.0.1", at.port)
-        writer.write(first + second + bytes(32 * MIB))
+        client = await Raw.connect(at.port)
+        await client.send(HEAD + b"\r\n" + post % 10 + bytes(10))
         connection = await connection_of(at)
-        while not connection.pipeline:  # noqa: ASYNC110
+        await client.send(post % (8 * MIB) + bytes(8 * MIB))
+        while not connection._deaf or client.unsent or unread(connection):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        for _ in range(100):  # as whenever the first request's application listens
-            connection.flow.resume_reading()
-            await asyncio.sleep(0.002)
-        waiting = len(connection.cycle.body)
+        waiting = sum(len(cycle.body) for cycle, _ in connection.pipeline)
         goes_on.set()
-        sizes = [await heard.get(), await heard.get()]
-        writer.close()
+        rest = await client.rest()
+        await client.close()
 
-    assert 0 < waiting <= MIB
-    assert [0, 32 * MIB] == sizes
+    assert 10 == waiting
+    assert 2 == rest.count(b"HTTP/1.1 200 OK")
+    assert 1 == rest.count(b"connection: close")
+
+
+def unread(connection: connections.Connection) -> int:
+    """Bytes that have arrived, and that the server has not taken yet."""
+    found = array.array("i", [0])
+    fcntl.ioctl(connection.transport.get_extra_info("socket").fileno(), termios.FIONREAD, found)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "ahead",
+    [
+        HEAD + b"\r\n",
+        (HEAD + b"\r\n") * 50,
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + bytes(90_000),
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",
+        b"",
+    ],
+    ids=["one", "too-many", "too-large", "unfinished", "none"],
+)
+async def test_a_client_that_goes_is_noticed_whatever_it_has_sent_ahead(ahead: bytes) -> None:
+    """Else its request would be worked on to its end."""
+    begun, told = asyncio.Event(), asyncio.Queue[str]()
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        begun.set()
+        told.put_nowait((await receive())["type"])
+
+    async with listening_to(answers) as at, asyncio.timeout(PATIENCE_S):
+        client = await Raw.connect(at.port)
+        await client.send(HEAD + b"\r\n")
+        await begun.wait()
+        connection = await connection_of(at)
+        await client.send(ahead)
+        while ahead and not connection.pipeline and not connection._deaf:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await client.close()
+
+        assert await told.get() == "http.disconnect"
 
 
 # --- trailers -------------------------------------------------------------------------------

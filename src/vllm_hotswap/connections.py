@@ -5,8 +5,8 @@ the headers, and answer some mistakes with plain text. What is parsed, and how a
 stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 
 Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
-`pipeline`, `cycle` and `flow`, a `FlowControl`, without whose `resume_reading` nothing is read that
-was paused; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
+`pipeline` (the newest first), `cycle` (the newest) and `flow`, whose `resume_reading` has what was
+paused read on; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
 `_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
 websockets; `RequestResponseCycle` with `body`, `response_started`, `response_complete`,
 `keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's
@@ -25,7 +25,6 @@ from typing import Any, cast
 import httptools
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -52,7 +51,10 @@ TRAILER_BYTES = 8 << 10
 """Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
 
 PIPELINED = 16
-"""Requests of one connection that wait for the answer before theirs; then it is read no further."""
+"""Requests of one connection that wait for the answer before theirs. What follows is dropped."""
+
+AHEAD_BYTES = 64 << 10
+"""Of bodies of requests that wait for the answer before theirs, together."""
 
 FIELD_BYTES = 128
 """What a header field takes besides its text: two objects of Python and their pair."""
@@ -181,32 +183,13 @@ class Connections:
         return Counted
 
 
-class Flow(FlowControl):
-    """Reads nothing of a connection as long as bodies of requests wait that are large together.
-
-    uvicorn reads on whenever an answer has ended, and whenever an application listens to its
-    client. What waits would grow with each.
-    """
-
-    is_full = False
-
-    def hold(self, waiting: int) -> None:
-        """Say how many bytes of bodies wait."""
-        self.is_full = waiting > HIGH_WATER_LIMIT
-        if self.is_full:
-            self.pause_reading()
-
-    def resume_reading(self) -> None:
-        if not self.is_full:
-            super().resume_reading()
-
-
 class Connection(HttpToolsProtocol):
     """One connection.
 
     Its state, besides uvicorn's: whether a head is next (`_head_next`) and whether a request's
     bytes are under way (`_in_message`); what the heads of requests take that wait for the answer
-    before theirs (`_ahead`, bytes, the newest first, as in `pipeline`); what arrived of the head so
+    before theirs (`_ahead`, bytes, the newest first, as in `pipeline`); the request that is
+    answered, which is not the newest where some wait (`_answered`); what arrived of the head so
     far (`_raw` bytes, of which the parser has not seen those in `_held`); its times in the
     deadlines of all, and a timer for the end of what is only read to be dropped; and whether it was
     refused, so that nothing more is read (`_deaf`). The parser changes the first three, from within
@@ -218,6 +201,7 @@ class Connection(HttpToolsProtocol):
     _unsent = 0
     _deaf = False
     _fault: HotswapError | None = None
+    _answered: RequestResponseCycle | None = None
     _head_next, _in_message = True, False
     _raw = _parsed = _overhead = _trailers = 0
     _moved = False
@@ -244,7 +228,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = Flow(transport)
         address = self.client[0] if self.client else None
         self._place = self._shared.places.take(self, address)
         if self._place is None:
@@ -259,6 +242,10 @@ class Connection(HttpToolsProtocol):
             self._place = None  # they hold each other, and would wait for the collector
         self._stop_timers()
         super().connection_lost(exc)
+        if (answered := self._answered) is not None and not answered.response_complete:
+            answered.disconnected = True  # uvicorn tells the newest one alone
+            answered.message_event.set()
+        self._answered = None
 
     def give_way(self) -> None:
         """Close the connection: its place is needed, and it waits."""
@@ -370,6 +357,10 @@ class Connection(HttpToolsProtocol):
         self._look_ahead()
         super().on_headers_complete()
         self._head_next = False
+        if self.pipeline:
+            self.flow.resume_reading()  # while it is paused, nobody notices that the client goes
+        else:
+            self._answered = self._last
         if place is not None and place.is_kept and self._last is not None:
             self._last.keep_alive = False
 
@@ -383,8 +374,13 @@ class Connection(HttpToolsProtocol):
             self._fail(MalformedRequest())
         self._ahead.appendleft(weight)
 
-    def _hold_bodies(self) -> None:
-        cast("Flow", self.flow).hold(sum(len(cycle.body) for cycle, _ in self.pipeline))
+    def _look_at_bodies(self) -> None:
+        """Bound what bodies hold that wait.
+
+        A pause would have the request before them worked on to its end for a client that has gone.
+        """
+        if sum(len(cycle.body) for cycle, _ in self.pipeline) > AHEAD_BYTES:
+            self._fail(MalformedRequest())
 
     def _has_body(self) -> bool:
         return any(
@@ -399,7 +395,7 @@ class Connection(HttpToolsProtocol):
         self._moved = True
         super().on_body(body)
         if self.pipeline:
-            self._hold_bodies()
+            self._look_at_bodies()
 
     def on_message_complete(self) -> None:
         self._head_next, self._in_message, self._moved, self._raw = True, False, True, 0
@@ -418,7 +414,7 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self._ahead.pop()
             following = self.pipeline.pop()
-            self._hold_bodies()
+            self._answered = following[0]
             self.flow.resume_reading()
             self._start_asgi_task(*following)
         else:
@@ -585,13 +581,28 @@ class Connection(HttpToolsProtocol):
             self._say(error)
         elif self._head_next:
             self.cycle.keep_alive = False  # those before it are answered, then it is closed
-        elif self.pipeline or self.cycle.response_started:
+        elif self.pipeline:
+            self._drop_newest()
+        elif self.cycle.response_started:
             self.transport.close()
             self._watch_reader()
         else:
             self._say(error)
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+
+    def _drop_newest(self) -> None:
+        """Of requests that wait. Those before it are answered, then the connection is closed.
+
+        What comes is read on, and dropped: so the end of the connection is noticed.
+        """
+        self.pipeline.popleft()
+        self._ahead.popleft()
+        before = self.pipeline[0][0] if self.pipeline else self._answered
+        if before is not None:
+            self.cycle = before
+            before.keep_alive = False
+        self.flow.resume_reading()
 
     def _say(self, error: HotswapError) -> None:
         response = openai.error_response(error)
