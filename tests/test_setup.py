@@ -288,7 +288,7 @@ def test_an_older_pip_is_replaced(python: Path, wheel: Path, pinned_pip: Path) -
     assert (site_packages(python) / "pip-999.0.dist-info").is_dir()
 
 
-def test_setup_goes_on_with_the_old_pip_where_the_pinned_one_is_not_to_be_had(
+def test_setup_goes_on_with_the_old_pip_where_the_pinned_one_cannot_be_installed(
     python: Path, wheel: Path, pinned_pip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It says so: whoever sees it can look for the reason."""
@@ -296,7 +296,8 @@ def test_setup_goes_on_with_the_old_pip_where_the_pinned_one_is_not_to_be_had(
 
     setup.renew_pip(python)
 
-    assert "setup: pip==999.0 is not to be had here; going on with pip " in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "setup: pip==999.0 cannot be installed here; going on with pip " in said
 
 
 def test_a_foreign_pip_is_refused(python: Path, wheel: Path, pinned_pip: Path) -> None:

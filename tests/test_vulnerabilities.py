@@ -372,7 +372,7 @@ def test_the_repositorys_own_record_has_nothing_to_do(capsys: pytest.CaptureFixt
     assert "which nothing needs now" not in out
 
 
-def test_the_vllm_that_is_served_with_is_the_least_without_known_holes() -> None:
+def test_the_vllm_to_expose_is_the_oldest_without_known_vulnerabilities() -> None:
     """SECURITY.md names it, and the release before it has some."""
     named = re.search(r"vLLM (\d+\.\d+\.\d+) or newer", (LISTS.parent / "SECURITY.md").read_text())
     assert named is not None

@@ -2,8 +2,8 @@
 
 Installs the pinned lists in requirements/ and the project itself, editable. VERSION is one of vLLM,
 whose list, `requirements/vllm-VERSION.txt`, then replaces lines of the others. It uses uv, which is
-several times faster than pip, and pip where uv is not to be had. Both look in the same places: what
-pip's configuration says about indexes, find-links, proxies and certificates is passed on to uv.
+several times faster than pip, and pip where uv cannot be installed. Both look in the same places:
+uv is told what pip's configuration says about indexes, find-links, proxies and certificates.
 Nothing is done twice: a second run only adds what the lists have gained.
 
 Every line of the lists has the SHA-256 of each file that it may be installed from, and both refuse
@@ -224,7 +224,8 @@ def renew_pip(python: Path) -> None:
     """Replace a pip that is older than the pinned one, before it fetches anything else.
 
     Older ones write outside of the folders that they unpack into (CVE-2025-8869, CVE-2026-1703 and
-    more), and Python brings one of its own age. Where the pinned one is not to be had, that does.
+    more), and Python brings one of its own age. Where the pinned one cannot be
+    installed, that one does.
     """
     (pin,) = read("pip.txt")
     here = output_of(python, "-m", "pip", "--version").split()[1]
@@ -233,7 +234,7 @@ def renew_pip(python: Path) -> None:
     with step("pip"):
         done = install(pip_install(python), [pin])
     if not done:
-        print(f"setup: {pin.requirement} is not to be had here; going on with pip {here}")
+        print(f"setup: {pin.requirement} cannot be installed here; going on with pip {here}")
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -269,7 +270,7 @@ def get_uv(python: Path, pin: Pin) -> Path | None:
         done = install(pip_install(python), [pin])
     if done and run(uv, "--version", quiet=True):
         return uv
-    print("setup: uv is not to be had here; going on with pip, which takes longer")
+    print("setup: uv cannot be installed here; going on with pip, which takes longer")
     return None
 
 
