@@ -33,11 +33,17 @@ class Client:
         self.engine_core = Core()
         self.output_processor = OutputProcessor()
         self.aborted: list[tuple[list[str], bool]] = []
+        self.output_handler: asyncio.Task[None] | None = None
+
+    def _run_output_handler(self) -> None:
+        if self.output_handler is None:
+            self.output_handler = asyncio.create_task(self.engine_core.look())
 
     async def abort(self, request_id: list[str], internal: bool = False) -> None:
         self.aborted.append((request_id, internal))
 
     async def add_request(self, request_id: str, answers: int = 1) -> None:
+        self._run_output_handler()
         parent = SimpleNamespace(request_id=request_id) if answers > 1 else None
         requests = [SimpleNamespace(request_id=f"{n}_{request_id}") for n in range(answers)]
         for request in requests:
@@ -51,6 +57,12 @@ class Core:
 
     def __init__(self) -> None:
         self.sent: list[str] = []
+        self.looked = 0
+
+    async def look(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.looked += 1
 
     async def add_request_async(self, request: Any) -> None:
         await asyncio.sleep(0)
@@ -67,6 +79,34 @@ class OutputProcessor:
     def add_request(self, request: Any, prompt: str, parent: Any, index: int) -> None:
         assert (prompt, index) == ("prompt", 0)
         self.registered.append(request.request_id)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    client = Client()
+    yield client
+    if client.output_handler is not None:
+        client.output_handler.cancel()
+
+
+async def test_outputs_are_looked_at_in_every_turn(pace: Pace, client: Client) -> None:
+    """Whoever sends the first request: large calls, whose places are taken, are not waited for."""
+    current_lease.set(Lease("llama", 1, None, calls=100))
+    spread(client, application(), pace)
+    await client.add_request("first")
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(work()) for _ in range(100)]
+    before, turns = client.engine_core.looked, 0
+    current_lease.set(None)
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        turns += 1
+
+    assert turns > 2
+    assert client.engine_core.looked - before >= turns - 1
 
 
 def application(**serving: Any) -> Any:

@@ -22,7 +22,9 @@ Relies on:
 - `serving_generative_scoring` in the application's state: its `_build_prompts`, a coroutine that
   waits for nothing, whose first argument has `items`, and which returns two lists with a member for
   each; its `renderer._executor`, on whose threads vLLM tokenises everything else;
-- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM` reads when its first request comes.
+- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM._run_output_handler` reads: that begins the task
+  that looks at all outputs, uses the `engine_core` and `output_processor` of then, and does nothing
+  when it is called again, as `AsyncLLM` does with each request.
 
 Checked on vLLM 0.32.0.
 """
@@ -36,7 +38,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from functools import partial
 from typing import Any
 
@@ -74,9 +76,19 @@ def spread(client: Any, app: Any, pace: Pace) -> None:
             serving.json_response_cls = JsonInPieces
         for inputs in _input_processors(serving):
             inputs.render_async = Feeder(inputs.render_async, pace)
+    _look_at_outputs(client)
     scoring = state.get("serving_generative_scoring")
     if scoring is not None and hasattr(scoring, "_build_prompts"):
         scoring._build_prompts = _in_pieces(scoring._build_prompts, scoring.renderer._executor)
+
+
+def _look_at_outputs(client: Any) -> None:
+    """Begin the task that looks at the outputs for everybody, as nobody's.
+
+    vLLM begins it with the first request. If that were one of a large call, the task would take
+    places for its whole life, and all other answers would wait behind large calls.
+    """
+    Context().run(client._run_output_handler)
 
 
 def _merge_evenly() -> None:
@@ -163,7 +175,7 @@ def read_in_turns(core: Any) -> None:
     socket = resources.output_socket
     resources.output_socket = OutputSocket(socket)
     try:
-        core._ensure_output_queue_task()
+        Context().run(core._ensure_output_queue_task)  # it is nobody's
     finally:
         resources.output_socket = socket  # whoever ends it looks at its type
 
