@@ -159,8 +159,16 @@ async def merged(*iterators: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[in
     """What several generators yield, as it comes, each with the number of its generator.
 
     It is vLLM's `merge_async_iterators`, but what it does for one item does not grow with how many
-    generators there are, and the event loop turns after a few of them.
+    generators there are, and the event loop turns after a few of them. A single one is vLLM's too.
     """
+    if len(iterators) == 1:
+        try:
+            async for item in iterators[0]:
+                yield 0, item
+        finally:
+            with suppress(BaseException):
+                await iterators[0].aclose()
+        return
     loop = asyncio.get_running_loop()
     waiting: dict[asyncio.Task[T], int] = {}
     ready: deque[asyncio.Task[T]] = deque()
