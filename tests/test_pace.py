@@ -302,11 +302,14 @@ async def test_one_generator_is_not_merged_with_anything(turns: Turns) -> None:
             closed.append(0)
 
     found = []
-    with pytest.raises(ValueError, match="told"):
+
+    async def take() -> None:
         async for pair in merged(ready()):
             turns.note()
             found.append(pair)
 
+    with pytest.raises(ValueError, match="told"):
+        await take()
     assert [(0, number) for number in range(MANY)] == found
     assert 1 == len(set(turns.steps))
     assert [0] == closed
