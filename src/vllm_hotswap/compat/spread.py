@@ -20,8 +20,9 @@ Relies on:
 - `output_socket` of the core client's `resources`, from which the task that
   `_ensure_output_queue_task` begins reads;
 - `serving_generative_scoring` in the application's state: its `_build_prompts`, a coroutine that
-  waits for nothing, whose first argument has `items`, and a `query` that it tokenises with the
-  second one, or takes as tokens, and which returns two lists with a member for each item; its `renderer._executor`, on whose threads vLLM tokenises everything else;
+  waits for nothing, whose first argument has `items`, and a `query` that it takes as tokens, or
+  tokenises with the second argument's `encode` and `add_special_tokens`; it returns two lists with
+  a member for each item; its `renderer._executor`, on whose threads vLLM tokenises everything else;
 - `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM._run_output_handler` reads: that begins the task
   that looks at all outputs, uses the `engine_core` and `output_processor` of then, and does nothing
   when it is called again, as `AsyncLLM` does with each request.
