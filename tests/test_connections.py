@@ -236,7 +236,7 @@ async def test_a_request_knows_nothing_of_the_one_before() -> None:
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
         before = current_lease.get()
-        found.append(before and before.alias)
+        found.append(before.alias if before else None)
         current_lease.set(Lease(scope["path"], 1, None))
         while (await receive()).get("more_body", False):
             pass
