@@ -31,6 +31,7 @@ from tests.support import Server
 from vllm_hotswap import connections
 from vllm_hotswap.access import Access
 from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.settings import LimitsConfig
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -230,6 +231,34 @@ async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
         await client.close()
 
     assert 1 + together == rest.count(b"HTTP/1.1 200 OK")
+
+
+async def test_a_request_knows_nothing_of_the_one_before() -> None:
+    """Whether it was waiting already, or is read after the one before had reading go on."""
+    found: list[str | None] = []
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        before = current_lease.get()
+        found.append(before.alias if before else None)
+        current_lease.set(Lease(scope["path"], 1, None))
+        while (await receive()).get("more_body", False):
+            pass
+        await sized({**scope, "path": "/0"}, receive, send)
+
+    request = HEAD + b"\r\n"
+    body = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % MIB + bytes(MIB)
+    async with listening_to(answers) as at, asyncio.timeout(PATIENCE_S):
+        client = await Raw.connect(at.port)
+        await client.send(request + request)
+        await client.answer()
+        await client.answer()
+        await client.send(body)
+        await client.answer()
+        await client.send(request)
+        await client.answer()
+        await client.close()
+
+    assert [None] * 4 == found
 
 
 async def connection_of(at: Listening) -> connections.Connection:

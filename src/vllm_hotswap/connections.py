@@ -19,6 +19,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -197,6 +198,8 @@ class Connection(HttpToolsProtocol):
     """
 
     _place: Place | None = None
+    _context: Context
+    """The connection's own, of which each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
     _unsent = 0
     _deaf = False
@@ -228,6 +231,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._context = copy_context()
         address = self.client[0] if self.client else None
         self._place = self._shared.places.take(self, address)
         if self._place is None:
@@ -288,7 +292,7 @@ class Connection(HttpToolsProtocol):
         if self._place is not None:
             self._place.is_busy()
             self._shared.upgraded[self.transport] = self._place
-        super().handle_websocket_upgrade()
+        self._context.run(super().handle_websocket_upgrade)
         if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
             # `websockets` does not take the head, and uvicorn would leave it at that.
             self._say(MalformedRequest())
@@ -429,7 +433,9 @@ class Connection(HttpToolsProtocol):
                 if not cycle.response_complete:
                     self.loop.call_soon(self._watch_reader)  # uvicorn closes it before that
 
-        super()._start_asgi_task(cycle, cast("Any", watched))
+        # Not the one of the request before, in whose task it may be that this one begins, or that
+        # reading went on, and with it, in asyncio's loop, all that is read from then on.
+        self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
 
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)

@@ -271,7 +271,7 @@ class LimitsConfig:
         IDLE,
         Field(
             description="seconds from the time when an engine gets a request with one of those to "
-            "its first token; then it gets 504, and what has not begun to be compiled is not. "
+            "its first token; then it gets 504; if compilation had not begun, it does not begin. "
             "null: without end"
         ),
     ] = 300.0

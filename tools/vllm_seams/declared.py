@@ -92,6 +92,7 @@ vllm.v1.engine.core_client.MPClient.input_socket
 vllm.v1.engine.core_client.MPClient.resources
 vllm.v1.engine.core_client.BackgroundResources.output_socket
 vllm.v1.engine.core_client.AsyncMPClient._ensure_output_queue_task()
+vllm.v1.engine.async_llm.AsyncLLM._run_output_handler()
 vllm.v1.engine.async_llm.AsyncLLM.output_processor
 vllm.v1.engine.output_processor.OutputProcessor.add_request(request, prompt, parent_req)
 vllm.v1.engine.output_processor.OutputProcessor.parent_requests
