@@ -76,7 +76,14 @@ LAYERS = [
         "host.teardown",
     },
     {"host.randomness", "compat.gloo"},
-    {"host.cuda_hosting", "host.weights", "host.canaries", "host.compiled", "host.lora", "host.state"},
+    {
+        "host.cuda_hosting",
+        "host.weights",
+        "host.canaries",
+        "host.compiled",
+        "host.lora",
+        "host.state",
+    },
     {"events", "budget", "engines.base", "engines.fake_responses"},
     {"settings"},
     {
@@ -183,6 +190,7 @@ VLLM_DOORS = {
     "metrics",
     "host.compiled",
     "host.cpu_worker",
+    "host.cuda_worker",
     "host.engine",
     "host.executor",
     "host.lora",

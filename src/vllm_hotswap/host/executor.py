@@ -109,6 +109,15 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
             return method, rank, local_rank
         return f"file://{_under_way.get().folder}/{name}", rank, local_rank
 
+    def settle(self) -> None:
+        """Wait for outputs that a thread fetches from the device.
+
+        It must hold no tensors of the device while memory pools of ours are worked with
+        (`host.cuda_pools`). Until vLLM 0.29 or so there is such a thread; it takes one at a time.
+        """
+        if (fetching := getattr(self, "async_output_thread", None)) is not None:
+            fetching.submit(int).result()
+
     def shutdown(self) -> None:
         """End what the worker has started; `host.teardown` gives its memory back.
 
@@ -117,6 +126,8 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
         ensure_kv_transfer_shutdown()
         ensure_ec_transfer_shutdown()
         worker = getattr(getattr(self, "driver_worker", None), "worker", None)
+        if let_go := getattr(worker, "let_go_of_graphs", None):
+            let_go()
         for name in ("profiler", "weight_transfer_engine", "elastic_ep_executor"):
             if shutdown := getattr(getattr(worker, name, None), "shutdown", None):
                 shutdown()
