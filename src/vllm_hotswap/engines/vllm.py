@@ -60,6 +60,7 @@ from vllm_hotswap.host.messages import (
     Load,
     Loaded,
     LoadStage,
+    Look,
     Measure,
     Message,
     Ping,
@@ -121,6 +122,8 @@ class VllmEngine:
         """Whoever asks the engine something waits for its death, too."""
         self._canary: Canary | None = None
         """Of its first load."""
+        self._has_copy = False
+        """Whether its weights are in host memory, where they stay once it has slept."""
         self.loads = 0
         self._stamp = ""
         self._aborting: set[asyncio.Task[None]] = set()
@@ -181,7 +184,7 @@ class VllmEngine:
     @property
     def footprint(self) -> Footprint:
         loaded, needs = self._loaded, replace(self._needs, kv_bytes=self._kv_bytes)
-        return footprint_of(needs, self._device, loaded)
+        return footprint_of(needs, self._device, loaded, self._has_copy)
 
     @property
     def _kv_bytes(self) -> int:
@@ -257,6 +260,7 @@ class VllmEngine:
         config, variables = self._launch.vllm_config, self._launch.variables
         log_stats = not self._launch.args.disable_log_stats
         self._progress = progress
+        self._has_copy = False
         self.loads += 1
         try:
             self._loaded = await self._link.call(
@@ -330,12 +334,14 @@ class VllmEngine:
 
     async def sleep(self, level: int) -> None:
         await self._link.call(lambda number: Sleep(number, self.alias, level))
+        self._has_copy = True
 
     async def wake(self) -> None:
         await self._link.call(lambda number: Wake(number, self.alias))
 
     async def unload(self) -> None:
         await self._link.call(lambda number: Unload(number, self.alias))
+        self._has_copy = False
 
     async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         revision = self._launch.vllm_config.model_config.revision
@@ -369,6 +375,7 @@ class VllmEngine:
 
     async def host_died(self) -> None:
         """Forget the engine; the next one, in another host, says that it is ready."""
+        self._has_copy = False
         if self._client is not None:
             await frontend.forget_engine(self._client)
             self._is_engine_lost = True
@@ -445,8 +452,15 @@ class VllmEngine:
         return SamplingFilter(app, sampling, frontend.request_keys(app, args))
 
 
-def footprint_of(needs: ModelNeeds, device: Device, loaded: Loaded | None) -> Footprint:
-    """What a model holds in each residency: as its load has measured it, estimated before one."""
+def footprint_of(
+    needs: ModelNeeds, device: Device, loaded: Loaded | None, has_copy: bool = False
+) -> Footprint:
+    """What a model holds in each residency: as its load has measured it, estimated before one.
+
+    `has_copy`: its weights are in host memory, awake as well.
+    """
+    if device.tells_sleep:
+        return _told_footprint(needs, loaded, has_copy)
     kv = needs.kv_bytes or 0
     weights = needs.weights_bytes + needs.more_weights_bytes
     held = needs.held_bytes
@@ -461,6 +475,24 @@ def footprint_of(needs: ModelNeeds, device: Device, loaded: Loaded | None) -> Fo
     if loaded.can_discard if loaded else 2 in device.sleep_levels:
         usage[Residency.DISCARDED] = Usage(rest)
     return Footprint(usage, Usage(held + kv + needs.reading_bytes))
+
+
+def _told_footprint(needs: ModelNeeds, loaded: Loaded | None, has_copy: bool) -> Footprint:
+    """Of a model whose worker tells what its sleep gives back, and what it takes."""
+    kv = needs.kv_bytes or 0
+    held, residue = needs.held_bytes + kv, needs.residue_bytes
+    copy = needs.held_bytes - residue
+    if loaded is not None and loaded.sleep_bytes > 0:
+        # Another process that has given memory back during the load makes it look small.
+        held = max(loaded.held_bytes + kv, loaded.sleep_bytes)
+        residue, copy = held - loaded.sleep_bytes, loaded.copy_bytes
+    parked = Usage(held, copy if has_copy else 0)
+    usage = {
+        Residency.PARKED: parked,
+        Residency.ASLEEP: Usage(residue, copy),
+        Residency.COLD: Usage(),
+    }
+    return Footprint(usage, parked + Usage(needs.reading_bytes))
 
 
 async def _on_daemon_thread(make: Callable[[], T]) -> T:
@@ -512,6 +544,11 @@ class VllmHost:
         }
         self._on_engine_failed: list[EngineFailure] = []
         self._budget = Usage()
+        """As it was planned with, with what others held then."""
+        self._seen: DeviceMemory | None = None
+        """A shared device as it was last looked at."""
+        self._used_then = 0
+        """What models held of it then."""
         self._base_bytes = 0
 
     def __repr__(self) -> str:
@@ -523,7 +560,30 @@ class VllmHost:
 
     @property
     def budget(self) -> Usage:
-        return self._budget
+        if self._seen is None:
+            return self._budget
+        # Half of the reserve may be gone before models have to move.
+        left = max(0, self._seen.free + self._used_then + self._seen.reserve // 2)
+        return replace(self._budget, device=min(self._budget.device, left))
+
+    @property
+    def is_device_shared(self) -> bool:
+        return next(iter(self._engines.values())).device.is_shared
+
+    @property
+    def others_bytes(self) -> int:
+        if self._seen is None:
+            return 0
+        ours = self._base_bytes + self._used_then
+        return max(0, self._seen.total - self._seen.free - self._seen.reserve - ours)
+
+    async def look(self, used_bytes: int) -> None:
+        device = next(iter(self._engines.values())).device
+        # With less than that free, either others have taken it, or torch keeps it.
+        reserve = self._seen.reserve if self._seen else 0
+        enough = self._budget.device - used_bytes + reserve // 2
+        self._seen = await self._link.call(lambda number: Look(number, device, enough))
+        self._used_then = used_bytes
 
     @property
     def base_bytes(self) -> int:
@@ -541,6 +601,8 @@ class VllmHost:
         memory = await self._ready(engines[0].device)
         memory = with_known_base(memory, engines[0].device)
         self._base_bytes = memory.held
+        if engines[0].device.is_shared:
+            self._seen = memory
         self._budget, needs = plan_memory(self._launches, self._memory, memory)
         for engine in engines:
             engine.give_memory(needs[engine.alias])

@@ -4,10 +4,9 @@ Torch takes an allocator as the addresses of two C functions. Ours are made by c
 asks for comes to `host.cuda_memory.ModelMemory` without a compiled extension.
 
 Torch holds its allocator's lock while it calls them, and they need the interpreter's: a thread that
-has the interpreter's, and frees a tensor of the device, would wait for the other for ever. So they
-are only called while no other thread has such tensors: garbage is not collected meanwhile, which
-any thread may do, and outputs that are being fetched are waited for before
-(`host.executor.HostedExecutor.settle`).
+has the interpreter's, and frees a tensor of the device, would wait for the other for ever. So only
+the thread that loads and steps has such tensors (vLLM's `UniProcExecutor` fetches outputs on it,
+from 0.26 to 0.33), and garbage, which any thread may collect, is not collected meanwhile.
 
 Relies on torch 2.11 to 2.14: `torch._C._cuda_customAllocator`, which is behind
 `torch.cuda.memory.CUDAPluggableAllocator`; `torch.cuda.MemPool` and its `snapshot`;

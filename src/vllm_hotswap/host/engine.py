@@ -291,11 +291,6 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         told = self.collective_rpc("sleep_bytes")
         return told[0][0], sum(host for _, host in told)
 
-    def settle(self) -> None:
-        """Wait for outputs that another thread is fetching from the device."""
-        if self.is_loaded and (settle := getattr(self.model_executor, "settle", None)):
-            settle()
-
     @in_own_state
     def unload(self) -> None:
         """Give back everything of the model; the IO threads and sockets stay."""

@@ -109,15 +109,6 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
             return method, rank, local_rank
         return f"file://{_under_way.get().folder}/{name}", rank, local_rank
 
-    def settle(self) -> None:
-        """Wait for outputs that a thread fetches from the device.
-
-        It must hold no tensors of the device while memory pools of ours are worked with
-        (`host.cuda_pools`). Until vLLM 0.29 or so there is such a thread; it takes one at a time.
-        """
-        if (fetching := getattr(self, "async_output_thread", None)) is not None:
-            fetching.submit(int).result()
-
     def shutdown(self) -> None:
         """End what the worker has started; `host.teardown` gives its memory back.
 
