@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
-from vllm_hotswap.host.cuda_driver import check_driver
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.host.cuda_driver import DriverError, check_driver
 from vllm_hotswap.nvml import device_free_bytes
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -221,6 +223,15 @@ def device_of(vllm_config: Any) -> Device:
     if worker == CUDA_WORKER:
         return RocmDevice() if is_rocm() else CudaDevice()
     return OwnSleepDevice()
+
+
+def why_no_device(environment: Mapping[str, str]) -> str | None:
+    """What is wrong with this machine's NVIDIA GPU; None where nothing is known to be."""
+    try:
+        check_driver(environment)
+    except (ConfigError, DriverError) as error:
+        return f"vLLM finds no device: {error}"
+    return None
 
 
 def is_rocm() -> bool:
