@@ -164,7 +164,7 @@ class FakeCuda:
             return OUT_OF_MEMORY
         file = os.memfd_create("device")
         os.ftruncate(file, size.value)
-        os.pwrite(file, b"garbage", 0)  # new memory is not zero
+        os.pwrite(file, b"\xaa" * size.value, 0)  # new memory is not zero
         number = self._number()
         self.physical[number] = Physical(file, size.value)
         self.most = max(self.most, self.used)

@@ -68,22 +68,33 @@ async def test_a_switch_plans_with_what_others_have_left(gpu: Server) -> None:
 
     await gpu.switch("mistral")
 
-    assert {"llama": "parked", "qwen": "asleep", "mistral": "active"} != gpu.residencies
     assert {"llama": "asleep", "qwen": "asleep", "mistral": "active"} == gpu.residencies
+
+
+async def test_a_load_plans_with_what_others_have_left(gpu: Server) -> None:
+    """The active model keeps its place."""
+    await gpu.operate("mistral", "unload")
+    gpu.host.taken_bytes = 5 * MIB
+
+    await gpu.operate("mistral", "load")
+
+    assert {"llama": "active", "qwen": "asleep", "mistral": "parked"} == gpu.residencies
 
 
 async def test_a_switch_for_which_others_have_left_no_room_is_refused_at_once(
     gpu: Server,
 ) -> None:
-    """The source has given up nothing."""
+    """The source's requests are not waited for, and it has given up nothing."""
     await gpu.operate("mistral", "unload")
     gpu.host.taken_bytes = 13 * MIB
+    stream = await gpu.start_stream("llama")
 
-    response = await gpu.switch("mistral")
+    response = await asyncio.wait_for(gpu.switch("mistral"), 10)
 
     assert 503 == response.status_code
     assert "no room: 'mistral' needs 6.0 MiB" in response.text
     assert {"llama": "active", "qwen": "parked", "mistral": "cold"} == gpu.residencies
+    await stream.finish()
 
 
 async def test_status_shows_what_others_hold(gpu: Server) -> None:
