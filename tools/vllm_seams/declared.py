@@ -99,6 +99,8 @@ vllm.platforms.interface.Platform.is_cuda()
 
 # engines.vllm, compat.frontend, compat.stamps, compat.canary: the client of an engine
 vllm.v1.engine.async_llm.AsyncLLM.engine_core
+vllm.v1.engine.async_llm.AsyncLLM._run_output_handler()
+vllm.v1.engine.async_llm.AsyncLLM.output_handler
 vllm.v1.engine.async_llm.AsyncLLM.add_lora(lora_request)
 vllm.v1.engine.async_llm.AsyncLLM.generate(prompt, sampling_params, request_id)
 vllm.v1.engine.async_llm.AsyncLLM.encode(prompt, pooling_params, request_id)

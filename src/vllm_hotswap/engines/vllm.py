@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +71,7 @@ from vllm_hotswap.host.messages import (
     Wake,
 )
 from vllm_hotswap.launch import ModelLaunch, plan_memory
-from vllm_hotswap.metrics import adopting_frontend_metrics
+from vllm_hotswap.metrics import adopting_frontend_metrics, forget_frontend_metrics
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.sampling import SamplingFilter
@@ -129,6 +130,10 @@ class VllmEngine:
         self._aborting: set[asyncio.Task[None]] = set()
         self._is_engine_lost = False
         """Whether the engine that the frontend is connected to went with its host."""
+        self._is_frontend_broken = False
+        """Whether it takes in no more outputs: another one has to take its place."""
+        self.on_broken: Callable[[str], None] = lambda _: None
+        """Called with the cause once that is so."""
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -254,6 +259,8 @@ class VllmEngine:
             return None
 
     async def load(self, progress: Progress) -> None:
+        if self._is_frontend_broken:
+            await self._give_up_frontend()
         self._sockets = self._sockets or self._new_sockets()
         sockets = self._sockets
         # The host gets a copy, so that what a load writes into it is gone at the next one.
@@ -400,6 +407,23 @@ class VllmEngine:
                     ) from error
                 raise
 
+    async def _give_up_frontend(self) -> None:
+        """Have the next load make another frontend, and another engine for it."""
+        log.warning("event=frontend_given_up model=%s", self.alias)
+        self._frontend = self._client = self._door = self._sockets = None
+        self._is_frontend_broken = self._is_engine_lost = False
+        try:
+            await self._exits.aclose()
+        except Exception as error:  # noqa: BLE001  # it is broken, and goes all the same
+            cause = one_line(error)
+            log.warning("event=frontend_kept model=%s cause=%r", self.alias, cause)
+        forget_frontend_metrics(self.alias)
+        await self._forget_engine()
+
+    def _frontend_broke(self) -> None:
+        self._is_frontend_broken = True
+        self.on_broken("its frontend takes in no more outputs, because of an error")
+
     async def _forget_engine(self) -> None:
         """Have the host forget it; one that does not do that soon is stuck, or loads another."""
         forgetting = self._link.call(lambda number: Unload(number, self.alias, forget=True))
@@ -433,6 +457,7 @@ class VllmEngine:
         self._client = client
         self._exits.callback(client.shutdown)
         client.engine_core = StampedCore(self.alias, client.engine_core)
+        frontend.watch_outputs(client, self._frontend_broke)
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)
             app = made.app
@@ -542,6 +567,8 @@ class VllmHost:
             launch.alias: VllmEngine(launch, link, self._new_sockets, lock, self._new_shelf(launch))
             for launch in launches
         }
+        for engine in self._engines.values():
+            engine.on_broken = partial(self._frontend_broke, engine)
         self._on_engine_failed: list[EngineFailure] = []
         self._budget = Usage()
         """As it was planned with, with what others held then."""
@@ -657,6 +684,13 @@ class VllmHost:
             case LoadStage(alias=alias, stage=stage):
                 self._engines[alias].stage_reached(stage)
             case EngineFailed(alias=alias, load=load, cause=cause):
-                self._engines[alias].engine_died(cause)
-                for callback in self._on_engine_failed:
-                    callback(alias, cause, load)
+                self._failed(self._engines[alias], cause, load)
+
+    def _frontend_broke(self, engine: VllmEngine, cause: str) -> None:
+        """What its engine generates reaches nobody: it is as good as dead."""
+        self._failed(engine, cause, engine.loads)
+
+    def _failed(self, engine: VllmEngine, cause: str, load: int) -> None:
+        engine.engine_died(cause)
+        for callback in self._on_engine_failed:
+            callback(engine.alias, cause, load)
