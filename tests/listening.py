@@ -58,10 +58,10 @@ async def listening_with(
 
 @asynccontextmanager
 async def listening_to(
-    app: ASGIApp, limits: LimitsConfig | None = None
+    app: ASGIApp, limits: LimitsConfig | None = None, log_config: dict[str, Any] | None = None
 ) -> AsyncIterator[Listening]:
     """Any application behind such a socket."""
-    listener = Listener.open(flags())
+    listener = Listener.open(flags(), log_config)
     async with _serving(listener, listener.uvicorn_config(app, limits)) as at:
         yield at
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vllm_hotswap import event_loop
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.bench.fake_server import FLAGS
 from vllm_hotswap.engines.fake import FakeHost, FakeSettings
 from vllm_hotswap.listen import Listener
 from vllm_hotswap.progress import EventLog, StartupProgress, configure_logging
@@ -20,28 +21,7 @@ from vllm_hotswap.server import serve
 
 def flags(**given: object) -> argparse.Namespace:
     """Flags of the server as vLLM's parser gives them, on 127.0.0.1."""
-    defaults: dict[str, object] = {
-        "host": "127.0.0.1",
-        "port": 0,
-        "uds": None,
-        "uvicorn_log_level": "warning",
-        "disable_uvicorn_access_log": True,
-        "root_path": None,
-        "h11_max_incomplete_event_size": 1 << 22,
-        "h11_max_header_count": 256,
-        "ssl_keyfile": None,
-        "ssl_certfile": None,
-        "ssl_ca_certs": None,
-        "ssl_cert_reqs": 0,
-        "ssl_ciphers": None,
-        "enable_ssl_refresh": False,
-        "allowed_origins": [],
-        "allowed_methods": ["*"],
-        "allowed_headers": ["*"],
-        "allow_credentials": False,
-        "shutdown_timeout": 0,
-    }
-    return argparse.Namespace(**{**defaults, **given})
+    return argparse.Namespace(**{**FLAGS, **given})
 
 
 def main(argv: Sequence[str]) -> int:

@@ -60,13 +60,14 @@ def test_every_route_that_takes_a_body_is_known() -> None:
         ("/v1/completions", {"prompt": [[1, 2], [3]]}, 2),
         ("/v1/completions", {"prompt": []}, 1),
         ("/v1/completions", {"prompt": [7] * 100_000}, 1),
-        ("/v1/completions", {"prompt": [[7] * 50] * 2000}, 2000),
+        ("/v1/completions", {"prompt": [[7] * 50] * 1000}, 1000),
         ("/v1/completions", {"prompt": ["a" * 30] * 2049}, None),
         ("/v1/completions", {"prompt": ["a"] * 1024, "n": 3}, None),
         ("/v1/chat/completions/batch", {"messages": [[{"role": "user"}]] * 7}, 7),
         ("/v1/embeddings", {"messages": [{"role": "user", "content": "x" * 200}] * 2500}, 1),
         ("/v1/embeddings", {"input": ["a,[b", "c"]}, 2),
-        ("/generative_scoring", {"query": "q", "items": ["x"] * 2048}, 2048),
+        ("/generative_scoring", {"query": "q", "items": ["x"] * 1024}, 1024),
+        ("/v1/embeddings", {"input": ["x"] * 2048}, 2048),
         ("/generative_scoring", {"query": "q", "items": ["x"] * 30_000}, None),
         ("/score", {"queries": "q", "documents": [{"content": []}] * 3}, 3),
         ("/rerank", {"query": "q", "documents": {"content": ["a"]}}, 1),
@@ -99,6 +100,39 @@ def test_every_thing_that_is_asked_for_counts(
             requests_of(path, **body)
     else:
         assert requests == requests_of(path, **body)
+
+
+MANY = ["x" * 30] * 1025
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_refused"),
+    [
+        (CHAT, {"n": 1025}, True),
+        ("/v1/completions", {"prompt": MANY}, True),
+        ("/generative_scoring", {"query": "q", "items": MANY}, True),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user"}]] * 1025}, True),
+        ("/v1/embeddings", {"input": MANY}, False),
+        ("/rerank", {"query": "q", "documents": MANY}, False),
+        ("/classify", {"input": MANY}, False),
+        ("/pooling", {"input": MANY}, False),
+        ("/invocations", {"prompt": MANY}, True),
+        ("/invocations", {"input": MANY}, False),
+        ("/invocations", {"text_1": "a", "text_2": MANY}, False),
+        ("/invocations", {"input": "a", "n": 1025}, True),
+        ("/invocations", {"input": "a", "prompt": MANY}, True),
+        ("/invocations", {"messages": [{"role": "user"}], "n": 1025}, True),
+    ],
+)
+def test_what_is_generated_has_a_bound_of_its_own(
+    path: str, body: dict[str, Any], is_refused: bool
+) -> None:
+    """Its answers are written in one piece; what models pool is written beside the event loop."""
+    if is_refused:
+        with pytest.raises(CallTooLarge, match=r"limits\.answers_per_call"):
+            requests_of(path, **body)
+    else:
+        assert 1025 <= requests_of(path, **body)
 
 
 values = st.recursive(

@@ -14,7 +14,9 @@ from typing import Any
 import httpx
 import pytest
 from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 
+from tests.adapters import write_adapter_for
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap import audit as module
@@ -36,6 +38,12 @@ def audit(tmp_path: Path) -> Iterator[AuditLog]:
     log = AuditLog(tmp_path / "audit.jsonl")
     yield log
     log.close()
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """An adapter that may be added."""
+    return write_adapter_for(tmp_path / "adapters" / "a", {"model.layers.0.q_proj": (8, 8)})
 
 
 class Audit:
@@ -63,7 +71,8 @@ async def audited(make_server: MakeServer, audit: AuditLog, tmp_path: Path) -> A
     keys = tmp_path / "admins"
     keys.write_text("admin  # ann's laptop\n")
     keys.chmod(0o600)
-    server = await make_server(access=Access(["user"], admin_key_files=[keys]))
+    access = Access(["user"], admin_key_files=[keys])
+    server = await make_server(access=access, adapter_folders=[tmp_path / "adapters"])
     found = Audit(server, audit, tmp_path / "audit.jsonl")
     yield found
     await found.client.aclose()
@@ -82,6 +91,7 @@ async def test_a_line_says_what_was_done_by_whom(audited: Audit) -> None:
         "method": "POST",
         "path": SWITCH,
         "model": "qwen",
+        "asked": None,
         "role": "admin",
         "group": None,
         "key": key,
@@ -124,8 +134,10 @@ async def test_every_changing_route_leaves_a_line(audited: Audit) -> None:
     assert [("POST", "/admin/leases"), *((m, p) for m, p, _ in calls)] == [
         (line["method"], line["path"]) for line in lines
     ]
-    assert ["qwen"] * 3 + ["llama"] * 9 == [line["model"] for line in lines]
-    assert {200, 403, 404, 409} >= {line["status"] for line in lines}
+    assert ["qwen"] * 3 + ["llama"] * 9 == [line["asked"] or line["model"] for line in lines]
+    assert {line["status"] < 400 for line in lines if line["model"]} == {True}
+    assert {line["status"] < 400 for line in lines if line["asked"]} == {False}
+    assert {200, 400, 404, 409} >= {line["status"] for line in lines}
     assert 1 == len({line["key"] for line in lines})
 
 
@@ -160,7 +172,53 @@ async def test_failed_calls_leave_their_status(audited: Audit) -> None:
 
     lines = audited.lines()
 
-    assert [(404, "nobody"), (400, None)] == [(one["status"], one["model"]) for one in lines]
+    assert [(404, "nobody"), (400, None)] == [(one["status"], one["asked"]) for one in lines]
+    assert [None, None] == [one["model"] for one in lines]
+
+
+async def test_the_model_is_what_the_answer_says(audited: Audit, lora: Path) -> None:
+    """What the caller wrote stands apart, and is cut: it may be anything."""
+    lease = await audited.call(
+        "POST", "/admin/leases", json={"model": "qwen", "owner": "a", "ttl": 9}
+    )
+    path = f"/admin/leases/{lease.json()['id']}"
+    await audited.call("DELETE", path, content=b'{"model": "llama"}')
+    await audited.call("POST", "/admin/models/llama/pin", json={"pinned": True})
+    await audited.call("POST", SWITCH, json={"model": "x" * 3000})
+    adapter = {"lora_name": "a", "lora_path": str(lora), "base_model_name": "mistral"}
+    await audited.call("POST", "/v1/load_lora_adapter", json=adapter)
+    await audited.call("POST", "/v1/unload_lora_adapter", json={"lora_name": "a"})
+
+    found = [(line["model"], line["asked"]) for line in audited.lines()]
+
+    assert [
+        ("qwen", None),
+        ("qwen", "llama"),
+        ("llama", None),
+        (None, "x" * 500),
+        ("mistral", None),
+        ("mistral", None),
+    ] == found
+
+
+async def test_a_long_answer_still_names_its_model(audit: AuditLog, tmp_path: Path) -> None:
+    """Of a switch for which many models moved."""
+    body = {"previous_model": "a", "current_model": "b", "evicted": ["x" * 100] * 200}
+    table = RouteTable([Route("POST", "/a", Role.ADMIN)])
+    app = Audited(JSONResponse(body), table, Access(), audit)
+    scope = {"type": "http", "method": "POST", "path": "/a", "headers": []}
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"model": "c"}'}
+
+    async def send(_: Any) -> None:
+        pass
+
+    await app(scope, receive, send)
+    audit.close()
+
+    line = json.loads((tmp_path / "audit.jsonl").read_text())
+    assert "b" == line["model"]
 
 
 async def test_nothing_that_is_sent_forges_a_line(audited: Audit) -> None:
@@ -178,7 +236,7 @@ async def test_nothing_that_is_sent_forges_a_line(audited: Audit) -> None:
     lines = audited.lines()
 
     assert 7 == len(lines)
-    assert forged == lines[1]["model"]
+    assert forged == lines[1]["asked"]
     assert [None] * 3 == [lines[n]["request"] for n in (2, 3, 4)]
     assert all(line["path"] in (SWITCH, lines[0]["path"]) for line in lines)
 
@@ -213,7 +271,10 @@ async def test_switch_and_lease_name_the_callers_key(
 
 
 def line(path: str = "/a") -> AuditLine:
-    return AuditLine("now", "POST", path, None, "admin", None, "0" * 12, None, None, 200, 0.1)
+    unknown = None
+    return AuditLine(
+        "now", "POST", path, None, unknown, "admin", None, "0" * 12, None, None, 200, 0.1
+    )
 
 
 def paths(file: Path) -> list[str]:

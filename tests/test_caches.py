@@ -76,6 +76,24 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None
         code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})
 
 
+@as_root
+@pytest.mark.parametrize("name", ["VLLM_CACHE_ROOT", *GIVEN])
+def test_a_link_that_somebody_else_can_replace_is_refused(tmp_path: Path, name: str) -> None:
+    """In a folder with the sticky bit, where he alone can: it leads elsewhere tomorrow."""
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    shared.mkdir()
+    own.mkdir(mode=0o755)
+    shared.chmod(0o1777)
+    (shared / "cache").symlink_to(own)
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "root"), name: str(shared / "cache")}
+    code_caches(environment)
+
+    os.chown(shared / "cache", 65_534, -1, follow_symlinks=False)
+
+    with pytest.raises(ConfigError, match=rf"through the link .*chown -h 0 .*have {name} name"):
+        code_caches(environment)
+
+
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_folder_that_somebody_has_named_is_looked_at(tmp_path: Path, name: str) -> None:
     """It stays the one that is used, unless others may write to it."""

@@ -15,7 +15,15 @@ from uvicorn.server import ServerState
 from tests.conftest import MakeServer
 from tests.depth import examples
 from tests.faults import RawClient
-from tests.listening import PATIENCE_S, Raw, exchange, listening, listening_to, listening_with
+from tests.listening import (
+    PATIENCE_S,
+    Listening,
+    Raw,
+    exchange,
+    listening,
+    listening_to,
+    listening_with,
+)
 from tests.support import Server
 from vllm_hotswap import connections
 from vllm_hotswap.access import Access
@@ -48,6 +56,8 @@ def chunked(path: bytes = b"/v1/models/switch", *fields: bytes) -> bytes:
         (b"nonsense\r\n\r\n", (400, "malformed_request")),
         (b"\x16\x03\x01\x02\x00\x01\x00", (400, "malformed_request")),
         (b"GET /health HTTP/1.1\nHost: x\n\n", (400, "malformed_request")),
+        (b"GET /health\r\n\r\n", (400, "malformed_request")),
+        (b"GET /health HTTP/2.0\r\n\r\n", (400, "malformed_request")),
         (b"GET http://[::1 HTTP/1.1\r\n\r\n", (400, "malformed_request")),
     ],
 )
@@ -187,6 +197,80 @@ async def test_requests_that_are_sent_at_once_are_answered_up_to_a_number(server
         await client.close()
 
     assert connections.PIPELINED + 1 == rest.count(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(
+    ("fields", "together"),
+    [(b"a: b\r\n" * 250, 2), (b"a: " + b"b" * 20_000 + b"\r\n", 4), (b"a: b\r\n", 16)],
+    ids=["many", "long", "small"],
+)
+async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
+    fields: bytes, together: int
+) -> None:
+    """Text and number of fields count; then the connection ends."""
+    goes_on = asyncio.Event()
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await goes_on.wait()
+        await sized({**scope, "path": "/0"}, receive, send)
+
+    request = HEAD + fields + b"\r\n"
+    async with listening_to(answers) as at, asyncio.timeout(PATIENCE_S):
+        client = await Raw.connect(at.port)
+        await client.send(request * (together + 2))
+        connection = await connection_of(at)
+        while not connection._deaf:
+            connection.flow.resume_reading()  # as whenever the application listens
+            await asyncio.sleep(0.001)
+        goes_on.set()
+        rest = await client.rest()
+        await client.close()
+
+    assert 1 + together == rest.count(b"HTTP/1.1 200 OK")
+
+
+async def connection_of(at: Listening) -> connections.Connection:
+    """The one that there is, as soon as there is one."""
+    while not at.state.connections:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    (connection,) = at.state.connections
+    assert isinstance(connection, connections.Connection)
+    return connection
+
+
+async def test_bodies_that_wait_are_read_no_further() -> None:
+    """However often the application listens to its client, and answers end."""
+    heard, goes_on = asyncio.Queue[int](), asyncio.Event()
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        size, more = 0, scope["path"] == "/second"
+        if not more:
+            await goes_on.wait()
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        heard.put_nowait(size)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    first = b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n"
+    second = b"POST /second HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (32 * MIB)
+    async with listening_to(answers) as at, asyncio.timeout(PATIENCE_S):
+        _, writer = await asyncio.open_connection("127.0.0.1", at.port)
+        writer.write(first + second + bytes(32 * MIB))
+        connection = await connection_of(at)
+        while not connection.pipeline:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        for _ in range(100):  # as whenever the first request's application listens
+            connection.flow.resume_reading()
+            await asyncio.sleep(0.002)
+        waiting = len(connection.cycle.body)
+        goes_on.set()
+        sizes = [await heard.get(), await heard.get()]
+        writer.close()
+
+    assert 0 < waiting <= MIB
+    assert [0, 32 * MIB] == sizes
 
 
 # --- trailers -------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ async def test_a_page_of_another_origin_changes_nothing(
     assert [403] * len(answers) == [status for status, _ in answers]
     assert {"cross_origin_refused"} == {json.loads(b)["error"]["code"] for _, b in answers}
     assert before == running.state()
-    assert len(answers) == caplog.text.count("event=cross_origin_refused")
+    assert 1 == caplog.text.count("event=cross_origin_refused")  # the others are counted
 
 
 @pytest.mark.parametrize(

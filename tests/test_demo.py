@@ -177,6 +177,37 @@ sys.exit(demo.run(int(sys.argv[1])))
 """
 
 
+INTERRUPTED_DEMO = """
+import _thread, signal, threading, time
+
+def interrupt(client):
+    time.sleep(0.5)  # until the answer is waited for
+    _thread.interrupt_main(signal.SIGHUP)  # as a signal does, but that no system call ends early
+
+def ask(client):
+    threading.Thread(target=interrupt, args=(client,), daemon=True).start()
+    demo.chat(client, "llama")
+"""
+
+
+def test_a_signal_that_wakes_nobody_ends_a_demo_too(tmp_path: Path) -> None:
+    """One that arrives just before an answer is read."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    program = INTERRUPTED_DEMO + WAITING_DEMO.replace(
+        'lambda client: demo.chat(client, "llama")', "ask"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(free_port())],
+        env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert 129 == ended.returncode
+
+
 @pytest.mark.parametrize(
     ("number", "status", "left"),
     [

@@ -189,7 +189,15 @@ TEST = r"`(tests/[\w/]+\.py)::(test_\w+)`"
 @pytest.mark.parametrize(
     ("path", "name"),
     sorted(
-        set(re.findall(TEST, page("quickstart-compatibility.md") + page("reliability.md"))),
+        {
+            test
+            for path in (
+                DOCS / "quickstart-compatibility.md",
+                DOCS / "reliability.md",
+                ROOT / "SECURITY.md",
+            )
+            for test in re.findall(TEST, path.read_text())
+        },
     ),
 )
 def test_what_is_promised_is_held_by_tests_that_exist(path: str, name: str) -> None:
@@ -205,6 +213,16 @@ def test_every_promise_of_the_quickstart_names_its_test() -> None:
 
     assert len(rows) > 20
     assert [] == [promise for promise, held in rows if not re.search(TEST, held)]
+
+
+def test_every_claim_about_security_names_its_tests() -> None:
+    """Each that has a name, in the order of the page."""
+    text = (ROOT / "SECURITY.md").read_text()
+    claims, _, table = text.partition("\n## Claims and the tests that hold them\n")
+    rows = re.findall(r"^\| (?!claim|---)(.*?) \| (.*) \|$", table, re.MULTILINE)
+
+    assert re.findall(r"^- \*\*(.*?)\.?\*\*", claims, re.MULTILINE) == [row[0] for row in rows]
+    assert [] == [claim for claim, held in rows if not re.search(TEST, held)]
 
 
 def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,11 @@ import pytest
 
 from vllm_hotswap.caches import GIVEN
 from vllm_hotswap.engines.fake_process import FakeProcessHost
-from vllm_hotswap.environment import shut_out_others, shut_out_others_for_a_look
+from vllm_hotswap.environment import (
+    shut_out_others,
+    shut_out_others_for_a_look,
+    shut_out_writers,
+)
 from vllm_hotswap.errors import ConfigError
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
@@ -45,6 +50,36 @@ def run(program: list[str], folder: Path | None = None, **variables: str) -> str
         check=False,
     )
     return done.stdout
+
+
+@pytest.fixture
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0, 0o002, 0o022, 0o077, 0o137], indirect=True)
+def test_nobody_else_writes_to_what_is_made(umask: int, tmp_path: Path) -> None:
+    """Whatever the umask was; what it forbids stays forbidden."""
+    assert umask == shut_out_writers()
+    (tmp_path / "made").mkdir()
+
+    assert 0o777 & ~umask & ~0o022 == stat.S_IMODE((tmp_path / "made").stat().st_mode)
+
+
+@on_linux
+@pytest.mark.parametrize("umask", [0, 0o077], indirect=True)
+async def test_the_engine_hosts_umask_keeps_others_from_writing(umask: int) -> None:
+    """Whoever starts it. vLLM makes folders there, with the mode that the umask leaves."""
+    host = FakeProcessHost(("llama",))
+    await host.start()
+    try:
+        found = umask_of(host.pid)
+    finally:
+        await host.stop()
+
+    assert umask | 0o022 == found
 
 
 @on_linux
@@ -125,6 +160,11 @@ def variables_of(pid: int) -> dict[str, str]:
     """As the system shows them."""
     shown = Path(f"/proc/{pid}/environ").read_text()
     return dict(line.partition("=")[::2] for line in shown.split("\0"))
+
+
+def umask_of(pid: int) -> int:
+    """As the system shows it: proc_pid_status(5)."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("Umask:")[2].split()[0], 8)
 
 
 def mode(folder: str) -> int:

@@ -305,6 +305,20 @@ def test_a_link_that_waits_for_the_port_file_is_not_followed(
     assert not (tmp_path / "port").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 0o775), ({"uds_mode": 0o600}, 0o600), ({"uds_mode": 0o777}, 0o777)]
+)
+def test_the_umask_of_whoever_started_it_counts_for_the_socket(
+    tmp_path: Path, given: dict[str, int], expected: int
+) -> None:
+    """The server's own is stricter: it is for what libraries make."""
+    path = tmp_path / "s"
+    listener = Listener.open(flags(uds=str(path)), flags=ListenFlags(umask=0o002, **given))
+
+    assert expected == stat.S_IMODE(path.stat().st_mode)
+    listener.close()
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_who_may_read_the_port_file_is_for_the_umask_to_say(tmp_path: Path, umask: int) -> None:
     """As for every other file."""

@@ -109,6 +109,33 @@ def test_the_engine_host_may_open_as_many_files_as_the_server(
     assert [(wanted, before[1])] == found
 
 
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_nobody_else_writes_to_what_the_server_makes(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM, which this process imports, makes folders with what the umask leaves; so is a trace."""
+    found: list[int] = []
+
+    def look(_: HostLink) -> None:
+        found.append(os.umask(0))
+        raise Stopped
+
+    monkeypatch.setattr(HostLink, "spawn", look)
+    monkeypatch.setattr(server, "require_vllm", lambda: None)
+    monkeypatch.setattr(server, "shut_out_others", lambda: None)  # it is for a whole process
+    config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
+    hangup = signal.getsignal(signal.SIGHUP)
+    before = os.umask(umask)
+    try:
+        assert 0 == server.run(config, [], record=tmp_path / "trace.jsonl")
+    finally:
+        os.umask(before)
+        signal.signal(signal.SIGHUP, hangup)
+
+    assert [umask | 0o022] == found
+    assert not (tmp_path / "trace.jsonl").stat().st_mode & 0o022
+
+
 @pytest.mark.parametrize("error", [OSError("no more processes"), Stopped()])
 def test_a_start_that_fails_closes_its_files(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

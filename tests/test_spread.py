@@ -1,113 +1,375 @@
-"""Many engine requests of one call leave the event loop to others, and can be given up."""
+"""What vLLM does for a large call in one task leaves the event loop to others."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.datastructures import State
+from starlette.responses import JSONResponse
 
-from vllm_hotswap.compat.grammars import give_up
-from vllm_hotswap.compat.spread import PER_TURN, spread
+from vllm_hotswap.compat.spread import ITEMS, READ_BYTES, JsonInPieces, read_in_turns, spread
+from vllm_hotswap.pace import OUTPUTS, PER_TURN, Pace, pace_tasks
 from vllm_hotswap.registry import Lease, current_lease
 
 
+@pytest.fixture
+async def pace() -> AsyncIterator[Pace]:
+    yield pace_tasks()
+    asyncio.get_running_loop().set_task_factory(None)
+
+
 class Client:
-    """Notes in which turn of the loop a request begins."""
+    """An `AsyncLLM`, as far as it adds the answers of a call: it registers all, then sends all."""
 
     def __init__(self) -> None:
-        self.turn = 0
-        self.began: list[int] = []
+        self.engine_core = Core()
+        self.output_processor = OutputProcessor()
+        self.aborted: list[tuple[list[str], bool]] = []
 
-    async def add_request(self, request_id: str, answers: int = 1) -> str:
-        for _ in range(answers):
-            await self._add_request()
-        return request_id
+    async def abort(self, request_id: list[str], internal: bool = False) -> None:
+        self.aborted.append((request_id, internal))
 
-    async def _add_request(self) -> None:
-        self.began.append(self.turn)
+    async def add_request(self, request_id: str, answers: int = 1) -> None:
+        parent = SimpleNamespace(request_id=request_id) if answers > 1 else None
+        requests = [SimpleNamespace(request_id=f"{n}_{request_id}") for n in range(answers)]
+        for request in requests:
+            self.output_processor.add_request(request, "prompt", parent, 0)
+        for request in requests:
+            await self.engine_core.add_request_async(request)
 
 
-async def begin(client: Any, requests: int, calls: int, **kwargs: int) -> list[str]:
-    """Begin requests of one call at once, while somebody else uses every turn."""
-    spread(client, SimpleNamespace(state=SimpleNamespace()))
+class Core:
+    """Notes what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    async def add_request_async(self, request: Any) -> None:
+        await asyncio.sleep(0)
+        self.sent.append(request.request_id)
+
+
+class OutputProcessor:
+    """Notes what was registered."""
+
+    def __init__(self) -> None:
+        self.parent_requests: dict[str, Any] = {}
+        self.registered: list[str] = []
+
+    def add_request(self, request: Any, prompt: str, parent: Any, index: int) -> None:
+        assert (prompt, index) == ("prompt", 0)
+        self.registered.append(request.request_id)
+
+
+def application(**serving: Any) -> Any:
+    return SimpleNamespace(state=State(serving))
+
+
+class Serving:
+    """A handler that awaits something for each prompt of a call, which takes no time."""
+
+    async def _get_trace_headers(self, headers: str) -> str:
+        return headers
+
+    async def answer(self, prompts: int) -> list[str]:
+        return [await self._get_trace_headers("found") for _ in range(prompts)]
+
+
+@pytest.mark.parametrize(("calls", "turns"), [(1, 0), (100, 100 // PER_TURN)])
+async def test_a_loop_over_prompts_gives_the_event_loop_back(
+    pace: Pace, calls: int, turns: int
+) -> None:
+    """After a few of them, unless the call has only one; handlers with two names pace once."""
+    serving = Serving()
+    spread(Client(), application(one=serving, other=serving, none=None), pace)
+    passed = 0
+
+    async def others() -> None:
+        nonlocal passed
+        while True:
+            await asyncio.sleep(0)
+            passed += 1
+
+    other = asyncio.create_task(others())
     current_lease.set(Lease("llama", 1, None, calls=calls))
+    await asyncio.sleep(0)
+    assert ["found"] * 100 == await serving.answer(100)
+    other.cancel()
+
+    assert turns <= passed <= 2 * turns
+
+
+@dataclass(frozen=True)
+class Request:
+    items: list[str]
+
+    def model_copy(self, update: dict[str, Any]) -> Request:
+        return replace(self, **update)
+
+
+class Scoring:
+    """Tokenises items as vLLM's generative scoring does, and notes where, and how many at once."""
+
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        self.renderer = SimpleNamespace(_executor=executor)
+        self.threads: list[threading.Thread] = []
+        self.sizes: list[int] = []
+
+    async def _build_prompts(self, request: Request, length: int) -> tuple[list[str], list[int]]:
+        self.threads.append(threading.current_thread())
+        self.sizes.append(len(request.items))
+        if "" in request.items:
+            raise ValueError("no text")
+        prompts = [text[:length] for text in request.items]
+        return prompts, [len(prompt) for prompt in prompts]
+
+
+async def test_items_are_tokenised_on_the_threads_of_the_renderer(pace: Pace) -> None:
+    """Some at a time, so that others have those threads in between; with the same result."""
+    with ThreadPoolExecutor(1) as executor:
+        scoring: Any = Scoring(executor)
+        spread(Client(), application(serving_generative_scoring=scoring), pace)
+        texts = [f"text {number}" for number in range(100)]
+
+        assert (texts, [len(text) for text in texts]) == await scoring._build_prompts(
+            Request(texts), 99
+        )
+        assert threading.main_thread() not in scoring.threads
+        assert max(scoring.sizes) == ITEMS
+        with pytest.raises(ValueError, match="no text"):
+            await scoring._build_prompts(Request(["a", ""]), 9)
+
+
+async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> None:
+    """A newer vLLM may do it in another way; that is told, rather than hanging."""
+
+    async def _build_prompts(request: Request) -> None:
+        await asyncio.sleep(0)
+
+    with ThreadPoolExecutor(1) as executor:
+        renderer = SimpleNamespace(_executor=executor)
+        scoring: Any = SimpleNamespace(renderer=renderer, _build_prompts=_build_prompts)
+        spread(Client(), application(serving_generative_scoring=scoring), pace)
+        with pytest.raises(RuntimeError, match="waits for something"):
+            await scoring._build_prompts(Request(["a"]))
+
+
+async def test_answers_of_a_call_are_registered_as_they_are_sent(pace: Pace) -> None:
+    """Not all before the first one; whoever gives the call up finds it from the beginning."""
+    client: Any = Client()
+    spread(client, application(), pace)
+    processor, core = client.output_processor, client.engine_core
+    ahead: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            assert processor.parent_requests
+            ahead.append(len(processor.registered) - len(core.sent))
+            await asyncio.sleep(0)
+
+    adding = asyncio.create_task(client.add_request("many", answers=50))
+    await asyncio.sleep(0)
+    watching = asyncio.create_task(watch())
+    await adding
+    watching.cancel()
+
+    assert [f"{n}_many" for n in range(50)] == processor.registered == core.sent
+    assert max(ahead) <= 1
+
+    await client.add_request("one")
+    assert ("0_one", ["many"]) == (processor.registered[-1], [*processor.parent_requests])
+
+
+async def test_an_answer_is_written_in_another_turn_than_it_is_made(pace: Pace) -> None:
+    """Each takes its time, where it has many parts."""
+
+    class Making:
+        async def create_completion(self, name: str) -> str:
+            return name
+
+        def create_error(self) -> str:
+            return "told"
+
+    serving = Making()
+    spread(Client(), application(serving=serving), pace)
+    turned = asyncio.Event()
+
+    async def make(calls: int) -> bool:
+        current_lease.set(Lease("llama", 1, None, calls=calls))
+        asyncio.get_running_loop().call_soon(turned.set)
+        assert "made" == await serving.create_completion("made")
+        return turned.is_set()
+
+    assert await make(100)
+    turned.clear()
+    assert not await make(1)
+    assert "told" == serving.create_error()
+
+
+async def test_inputs_are_given_to_threads_a_few_in_a_turn(pace: Pace) -> None:
+    """vLLM hands all of a call's over in one expression; those of one request go at once."""
+    given = [0]
+
+    def render_async(text: str) -> asyncio.Future[str]:
+        given[-1] += 1
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.set_result(text.upper())
+        return future
 
     async def others() -> None:
         while True:
-            client.turn += 1
             await asyncio.sleep(0)
+            given.append(0)
+
+    one, other = (SimpleNamespace(render_async=render_async) for _ in range(2))
+    serving = SimpleNamespace(io_processor=one)
+    of_tasks = SimpleNamespace(io_processors={"embed": other})
+    spread(Client(), application(one=serving, other=of_tasks), pace)
+    using = asyncio.create_task(others())
+    for inputs, calls, most in ((one, 100, PER_TURN), (other, 100, PER_TURN), (one, 1, 100)):
+        current_lease.set(Lease("llama", 1, None, calls=calls))
+        given[:] = [0]
+        made = [inputs.render_async(f"text {n}") for n in range(100)]
+        assert [f"TEXT {n}" for n in range(100)] == await asyncio.gather(*made)
+        assert max(given) <= most
+        assert 100 == sum(given)
+    using.cancel()
+
+
+async def test_inputs_end_as_their_work_does(pace: Pace) -> None:
+    """In an error; and the work of whoever has left is not begun, or given up."""
+    begun: dict[str, asyncio.Future[str]] = {}
+
+    def render_async(text: str) -> asyncio.Future[str]:
+        begun[text] = asyncio.get_running_loop().create_future()
+        return begun[text]
+
+    inputs: Any = SimpleNamespace(render_async=render_async)
+    spread(Client(), application(one=SimpleNamespace(io_processor=inputs)), pace)
+    current_lease.set(Lease("llama", 1, None, calls=100))
+    wrong, left, gone, cancelled, never = map(inputs.render_async, "wlgcn")
+    never.cancel()
+    for _ in range(3 * len("wlgcn")):
+        await asyncio.sleep(0)
+    begun["w"].set_exception(ValueError("no text"))
+    left.cancel()
+    gone.cancel()
+    begun["g"].set_exception(ValueError("nobody hears it"))
+    begun["c"].cancel()
+
+    with pytest.raises(ValueError, match="no text"):
+        await wrong
+    await asyncio.sleep(0)
+    assert cancelled.cancelled()
+    assert begun["l"].cancelled()
+    assert "n" not in begun
+    assert left.cancelled()
+
+
+async def test_the_event_loop_turns_between_many_bytes_of_outputs() -> None:
+    """Which have come already; small ones are read as they come."""
+    turns = 0
+
+    class Socket:
+        closed, size = False, 0
+
+        async def recv_multipart(self, copy: bool) -> list[bytes]:
+            assert not copy
+            return [b"x" * self.size]
+
+    class Resources:
+        output_socket: Any = Socket()
+
+    class EngineCore:
+        resources = Resources()
+        reads: Any = None
+
+        def _ensure_output_queue_task(self) -> None:
+            self.reads = self.resources.output_socket
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    core = EngineCore()
+    read_in_turns(core)
+    assert isinstance(core.resources.output_socket, Socket)
+    assert core.reads.closed is False
+    using = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    for size, expected in ((READ_BYTES // 10, 0), (READ_BYTES + 1, 4)):
+        turns, core.resources.output_socket.size = 0, size
+        for _ in range(5):
+            await core.reads.recv_multipart(copy=False)
+        assert expected <= turns <= expected + 1
+    using.cancel()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"data": [], "usage": {"a": [1]}, "id": None},
+        {"data": [{"embedding": [0.1, -2e-9], "index": 0}, {"ß": "\n\u2028", "x": True}], "n": 1.5},
+        ["a", {"b": []}],
+        "text",
+    ],
+)
+def test_an_answer_in_pieces_has_the_same_bytes(content: Any) -> None:
+    """As starlette writes it at once."""
+    assert JSONResponse(content).body == JsonInPieces(content).body
+
+
+async def test_long_lists_of_numbers_are_written_in_pieces(pace: Pace) -> None:
+    """On a thread, others wait for every piece; what is no number is refused as before."""
+    serving, other = (
+        SimpleNamespace(json_response_cls=JSONResponse),
+        SimpleNamespace(json_response_cls=State),
+    )
+    spread(Client(), application(one=serving, other=other), pace)
+    assert (JsonInPieces, State) == (serving.json_response_cls, other.json_response_cls)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        JsonInPieces({"data": [float("nan")]})
+
+
+async def test_requests_are_given_up_a_few_in_a_turn(pace: Pace) -> None:
+    """Those of a list, and the answers of one request, which goes last."""
+    client: Any = Client()
+    aborted = client.aborted
+    children = [f"{n}_many" for n in range(100)]
+    client.output_processor.parent_requests["many"] = SimpleNamespace(child_requests=children)
+    spread(client, application(), pace)
+    done = [0]
+
+    async def others() -> None:
+        while True:
+            await asyncio.sleep(0)
+            done.append(sum(len(ids) for ids, _ in aborted))
 
     other = asyncio.create_task(others())
-    began = [client.add_request(str(n), **kwargs) for n in range(requests)]
-    answered = await asyncio.gather(*began)
+    await asyncio.sleep(0)
+    await client.abort("many", internal=True)
+    await client.abort(children)
     other.cancel()
-    return answered
+
+    assert [*children, "many", *children] == [one for ids, _ in aborted for one in ids]
+    assert {True, False} == {internal for _, internal in aborted}
+    assert max(after - before for before, after in pairwise(done)) <= 2 * OUTPUTS
 
 
-async def test_requests_of_a_large_call_begin_a_few_in_a_turn() -> None:
-    """In their order, and each of several answers, too; and in no more turns than that takes."""
-    client = Client()
-    assert [str(n) for n in range(50)] == await begin(client, 50, calls=50)
-    assert max(Counter(client.began).values()) <= PER_TURN
-    assert 50 // PER_TURN <= max(client.began) - min(client.began) <= 2 * 50 // PER_TURN
-
-    client = Client()
-    await begin(client, 1, calls=20, answers=20)
-    assert max(Counter(client.began).values()) <= PER_TURN
-
-
-async def test_calls_of_one_request_are_not_held_up() -> None:
-    """However many there are: each has come by itself."""
-    client = Client()
-    await begin(client, 50, calls=1)
-    assert 1 == len(set(client.began))
-
-
-async def test_items_are_tokenised_on_the_threads_of_the_renderer() -> None:
-    """With the same result; what goes wrong is told."""
-
-    async def build(texts: list[str], length: int) -> list[str]:
-        threads.append(threading.current_thread())
-        if not texts:
-            raise ValueError("no texts")
-        return [text[:length] for text in texts]
-
-    async def waits() -> None:
-        await asyncio.sleep(0)
-
-    threads: list[threading.Thread] = []
-    with ThreadPoolExecutor(1) as executor:
-        scoring = SimpleNamespace(
-            _build_prompts=build, renderer=SimpleNamespace(_executor=executor)
-        )
-        state = SimpleNamespace(serving_generative_scoring=scoring)
-        spread(Client(), SimpleNamespace(state=state))
-
-        assert ["ab", "c"] == await scoring._build_prompts(["abc", "c"], 2)
-        with pytest.raises(ValueError, match="no texts"):
-            await scoring._build_prompts([], 2)
-        assert threading.main_thread() not in threads
-
-        scoring._build_prompts = waits
-        spread(Client(), SimpleNamespace(state=state))
-        with pytest.raises(RuntimeError, match="waits for something"):
-            await scoring._build_prompts()
-
-
-def test_compilation_that_nobody_waits_for_is_taken_off_the_queue() -> None:
-    """What runs goes on; requests without a grammar, and unknown ones, are passed over."""
-    begun, queued, ready = Future[object](), Future[object](), object()
-    begun.set_running_or_notify_cancel()
-    grammars: dict[str, Any] = {"a": begun, "b": queued, "c": ready}
-    requests = {
-        name: SimpleNamespace(structured_output_request=SimpleNamespace(_grammar=grammar))
-        for name, grammar in grammars.items()
-    } | {"d": SimpleNamespace(structured_output_request=None)}
-
-    assert 1 == give_up(SimpleNamespace(requests=requests), ["a", "b", "c", "d", "gone"])
-    assert (False, True) == (begun.cancelled(), queued.cancelled())
+async def test_one_request_is_given_up_at_once(pace: Pace) -> None:
+    """By its name, as vLLM does it."""
+    client: Any = Client()
+    spread(client, application(), pace)
+    await client.abort("one")
+    assert [(["one"], False)] == client.aborted

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from vllm_hotswap.compat.grammars import ACCOUNT
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp, read_stamp
-from vllm_hotswap.errors import DrainCut, EngineUnavailable, WrongStamp
+from vllm_hotswap.errors import DrainCut, EngineUnavailable, GrammarTimeout, WrongStamp
+from vllm_hotswap.pace import OUTPUTS, PER_TURN, Pace
 from vllm_hotswap.registry import Lease, current_lease
+
+
+@dataclass
+class Sampling:
+    structured_outputs: str | None = "a grammar"
+    extra_args: dict[str, str] | None = None
 
 
 @dataclass
 class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...] = (1, 2, 3)
-    sampling_params: None = None
+    sampling_params: Sampling | None = None
     cache_salt: str | None = None
 
 
@@ -199,3 +209,117 @@ async def test_the_callers_salt_parts_the_prefix_cache(
     await stamped.add_request_async(request)
 
     assert sent == request.cache_salt
+
+
+def structured(**lease: Any) -> tuple[Lease, Request]:
+    """A request with a grammar, and its lease, which is the running task's."""
+    current_lease.set(made := Lease("llama", 3, None, **lease))
+    return made, Request("r", sampling_params=Sampling())
+
+
+async def test_a_grammar_that_takes_too_long_ends_its_request(stamped: StampedCore) -> None:
+    """Its first output did not come in time."""
+    lease, request = structured(grammar_timeout_s=0.01)
+    ended = asyncio.Event()
+    lease.on_cut = ended.set
+    await stamped.add_request_async(request)
+    await ended.wait()
+
+    assert isinstance(lease.cut, GrammarTimeout)
+    assert (504, "grammar_timeout") == (lease.cut.status, lease.cut.code)
+    assert "limits.grammar_timeout" in lease.cut.message
+
+
+@pytest.mark.parametrize("how", ["output", "abort", "none", "no grammar"])
+async def test_a_request_whose_first_output_has_come_goes_on(
+    stamped: StampedCore, core: Core, how: str
+) -> None:
+    """Whatever it waits for later; so does one without a grammar, and where no time is set."""
+    lease, request = structured(grammar_timeout_s=None if how == "none" else 0.01)
+    if how == "no grammar":
+        request.sampling_params = Sampling(structured_outputs=None)
+    await stamped.add_request_async(request)
+    if how == "output":
+        await delivered(stamped, core, "llama#3", "r")
+    elif how == "abort":
+        await stamped.abort_requests_async(["r"])
+
+    other, later = structured(grammar_timeout_s=0.02)
+    later.request_id = "later"
+    ended = asyncio.Event()
+    other.on_cut = ended.set
+    await stamped.add_request_async(later)
+    await ended.wait()
+    assert lease.cut is None
+
+
+async def test_a_parked_request_has_its_time_when_it_goes_on(stamped: StampedCore) -> None:
+    """Nothing of it can come while its engine is not stepped."""
+    lease, request = structured(grammar_timeout_s=0.01)
+    ended = asyncio.Event()
+    lease.on_cut = ended.set
+    lease.is_parked = True
+    await stamped.add_request_async(request)
+
+    other, later = structured(grammar_timeout_s=0.03)
+    later.request_id = "later"
+    other_ended = asyncio.Event()
+    other.on_cut = other_ended.set
+    await stamped.add_request_async(later)
+    await other_ended.wait()
+    assert lease.cut is None
+
+    lease.is_parked = False
+    await ended.wait()
+    assert isinstance(lease.cut, GrammarTimeout)
+
+
+async def test_an_engine_is_told_for_whom_a_grammar_is(stamped: StampedCore) -> None:
+    """And only of requests that have one."""
+    _, request = structured(account="group a")
+    await stamped.add_request_async(request)
+    plain = Request("s", sampling_params=Sampling(structured_outputs=None))
+    await stamped.add_request_async(plain)
+
+    assert request.sampling_params == Sampling(extra_args={ACCOUNT: "group a"})
+    assert plain.sampling_params == Sampling(structured_outputs=None)
+
+
+async def test_outputs_of_several_steps_are_not_looked_at_in_one_turn(
+    stamped: StampedCore, core: Core
+) -> None:
+    """Although all of them have come already."""
+    passed = 0
+
+    async def others() -> None:
+        nonlocal passed
+        while True:
+            await asyncio.sleep(0)
+            passed += 1
+
+    other = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    for _ in range(10):
+        await delivered(stamped, core, None, *(str(number) for number in range(OUTPUTS)))
+    other.cancel()
+    assert 9 == passed
+
+
+async def test_answers_of_one_call_begin_a_few_in_a_turn(core: Core) -> None:
+    """vLLM sends the requests for all of them in one task."""
+    stamped = StampedCore("llama", core, Pace(asyncio.get_running_loop()))
+    current_lease.set(Lease("llama", 3, None, calls=100))
+    sent = [0]
+
+    async def others() -> None:
+        while True:
+            await asyncio.sleep(0)
+            sent.append(len(core.told))
+
+    other = asyncio.create_task(others())
+    for number in range(100):
+        await stamped.add_request_async(Request(str(number)))
+    other.cancel()
+
+    assert 100 == len(core.told)
+    assert max(after - before for before, after in pairwise(sent)) <= 2 * PER_TURN

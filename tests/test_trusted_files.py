@@ -7,9 +7,9 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -22,29 +22,57 @@ from vllm_hotswap.trusted_files import read_private, read_trusted
 MINE, MY_GROUP = 1000, 1000
 TEAM, FOREIGN_GROUP, FOREIGN = 2000, 3000, 4000
 
+FOLDER = stat.S_IFDIR
+
 Machine = Callable[..., None]
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine on which this runs as the user 1000, who has a group alone and is in a team."""
-    users = {MINE: ("ann", MY_GROUP), FOREIGN: ("eve", FOREIGN)}
-    groups = {MY_GROUP: ("ann", []), TEAM: ("team", ["ann", "eve"]), FOREIGN: ("eve", [])}
+    users = {
+        0: ("root", 0, "/bin/bash"),
+        5: ("sync", 0, "/bin/sync"),
+        11: ("operator", 0, "/sbin/nologin"),
+        MINE: ("ann", MY_GROUP, "/bin/sh"),
+        FOREIGN: ("eve", FOREIGN, "/bin/sh"),
+    }
+    groups = {
+        0: ("root", []),
+        MY_GROUP: ("ann", []),
+        TEAM: ("team", ["ann", "eve"]),
+        FOREIGN: ("eve", []),
+    }
 
     def user_of(uid: int) -> pwd.struct_passwd:
-        name, gid = users[uid]
-        return pwd.struct_passwd((name, "x", uid, gid, "", "/", "/bin/sh"))
+        name, gid, shell = users[uid]
+        return pwd.struct_passwd((name, "x", uid, gid, "", "/", shell))
+
+    def user_named(name: str) -> pwd.struct_passwd:
+        return next(user for user in map(user_of, users) if user.pw_name == name)
 
     def group_of(gid: int) -> grp.struct_group:
         name, members = groups[gid]
         return grp.struct_group((name, "x", gid, members))
 
-    def be(uid: int = MINE, members: list[str] | None = None) -> None:
+    def be(
+        uid: int = MINE,
+        members: list[str] | None = None,
+        gid: int | None = None,
+        in_roots_group: Sequence[str] = (),
+        accounts: Mapping[int, tuple[str, int, str]] = MappingProxyType({}),
+    ) -> None:
+        """As this user; with further members of its group and of root's, and further accounts."""
         groups[MY_GROUP] = ("ann", members or [])
+        groups[0] = ("root", list(in_roots_group))
+        users.update(accounts)
+        own = users[uid][1] if uid in users else uid
         monkeypatch.setattr(os, "geteuid", lambda: uid)
-        monkeypatch.setattr(os, "getegid", lambda: users.get(uid, ("", uid))[1])
+        monkeypatch.setattr(os, "getegid", lambda: own if gid is None else gid)
         monkeypatch.setattr(os, "getgroups", lambda: [TEAM])
         monkeypatch.setattr(pwd, "getpwuid", user_of)
+        monkeypatch.setattr(pwd, "getpwnam", user_named)
+        monkeypatch.setattr(pwd, "getpwall", lambda: list(map(user_of, users)))
         monkeypatch.setattr(grp, "getgrgid", group_of)
 
     monkeypatch.delenv("SUDO_UID", raising=False)
@@ -158,6 +186,67 @@ def test_own_group_with_a_second_member_is_nobodys_own(
         read_trusted(seen_as(status(0o664)), "the file")
 
 
+@pytest.mark.parametrize("shell", ["/bin/sh", "/sbin/nologin"])
+def test_own_group_in_which_another_account_begins_is_nobodys_own(
+    machine: Machine, seen_as: Callable[..., Path], shell: str
+) -> None:
+    """Whether or not it is listed as a member; a service may run as one that cannot log in."""
+    machine(accounts={1001: ("worker", MY_GROUP, shell)})
+
+    with pytest.raises(ConfigError, match="can be written by the group 'ann'"):
+        read_trusted(seen_as(status(0o664)), "the file")
+
+
+ROOTS = status(0o664, uid=0, gid=0)
+EVE_IS_ROOTS = {FOREIGN: ("eve", 0, "/bin/sh")}
+
+
+@pytest.mark.parametrize(
+    "others", [{"in_roots_group": ["root", "eve"]}, {"accounts": EVE_IS_ROOTS}]
+)
+def test_what_roots_group_may_write_is_refused_where_somebody_else_is_in_it(
+    machine: Machine, seen_as: Callable[..., Path], others: dict[str, object]
+) -> None:
+    """Added to it, or with an account that begins there."""
+    path = seen_as(ROOTS)
+    assert b"content" == read_trusted(path, "the file")
+
+    machine(**others)
+
+    with pytest.raises(ConfigError, match="can be written by the group 'root'; run: chmod g-w "):
+        read_trusted(path, "the file")
+    with pytest.raises(ConfigError, match="the group 'root'"):
+        read_trusted(seen_as(status(0o644), status(0o770, gid=0, kind=FOLDER)), "the file")
+
+
+@pytest.mark.parametrize("accounts", [{}, {12345: ("12345", 0, "/sbin/nologin")}])
+def test_in_a_container_of_openshift_roots_group_is_the_servers(
+    machine: Machine, seen_as: Callable[..., Path], accounts: dict[int, tuple[str, int, str]]
+) -> None:
+    """It runs as a number that no image knows, in root's group; the image may have users there.
+
+    https://docs.redhat.com/en/documentation/openshift_container_platform/4.18/html/images/creating-images#use-uid_create-images
+    """
+    machine(12345, gid=0, accounts={**EVE_IS_ROOTS, **accounts})
+
+    folder = status(0o775, uid=0, gid=0, kind=FOLDER)
+    assert b"content" == read_private(seen_as(status(0o660, uid=0, gid=0), folder), "the file")
+
+    machine(12345, gid=0, in_roots_group=["eve"])
+    with pytest.raises(ConfigError, match="can be written by the group 'root'"):
+        read_trusted(seen_as(ROOTS), "the file")
+
+
+def test_who_shares_roots_group_with_the_server_is_somebody_else(
+    machine: Machine, seen_as: Callable[..., Path]
+) -> None:
+    """Where the server's user is one that logs in."""
+    machine(accounts={MINE: ("ann", 0, "/bin/sh"), **EVE_IS_ROOTS})
+
+    with pytest.raises(ConfigError, match="can be written by the group 'root'"):
+        read_trusted(seen_as(status(0o664, gid=0)), "the file")
+
+
 @pytest.mark.parametrize(
     ("folder", "expected"),
     [
@@ -200,9 +289,6 @@ def test_file_of_whoever_called_sudo_is_his_own(
     monkeypatch.setenv("SUDO_UID", str(MINE))
 
     assert b"content" == read_trusted(path, "the file")
-
-
-FOLDER = stat.S_IFDIR
 
 
 @pytest.mark.parametrize(
@@ -384,6 +470,50 @@ def test_link_in_an_open_folder_is_refused(tmp_path: Path, name: str) -> None:
     assert 1 == len(read_key_file(own / "keys"))
     with pytest.raises(ConfigError, match=f"'{shared}', which every user of the machine may write"):
         read_key_file(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links away")
+@pytest.mark.parametrize("mode", [0o1775, 0o1777])
+@pytest.mark.parametrize("name", ["shared/keys", "link", "shared/own/keys"])
+def test_link_of_somebody_else_in_a_folder_with_the_sticky_bit_is_refused(
+    tmp_path: Path, mode: int, name: str
+) -> None:
+    """He has it lead to another of root's files tomorrow; nobody else can do that."""
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    own.mkdir(mode=0o700)
+    shared.mkdir()
+    (own / "keys").write_text("sk-one\n")
+    (own / "keys").chmod(0o600)
+    (shared / "keys").symlink_to("../own/keys")
+    (shared / "own").symlink_to(own)
+    (tmp_path / "link").symlink_to("shared/keys")
+    os.chown(shared, 0, 65534)
+    shared.chmod(mode)
+    path = tmp_path / name
+    assert 1 == len(read_key_file(path))
+
+    for link in (shared / "keys", shared / "own"):
+        os.chown(link, 65534, 65534, follow_symlinks=False)
+
+    # Where nobody follows such links (protected_symlinks), the file cannot be opened.
+    by_system = "|Permission denied" if mode == 0o1777 else ""
+    refused = "is found through the link .*; run: chown -h 0 "
+    with pytest.raises(ConfigError, match=refused + by_system) as caught:
+        read_key_file(path)
+    if command := caught.value.message.partition("run: ")[2].partition(", or run")[0]:
+        subprocess.run(["/bin/sh", "-c", command], check=True)
+        assert 1 == len(read_key_file(path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links away")
+def test_link_of_somebody_else_in_a_folder_that_only_root_writes_to_is_fine(tmp_path: Path) -> None:
+    """He can do nothing with it."""
+    (tmp_path / "keys").write_text("sk-one\n")
+    (tmp_path / "keys").chmod(0o600)
+    (tmp_path / "link").symlink_to("keys")
+    os.chown(tmp_path / "link", 65534, 65534, follow_symlinks=False)
+
+    assert 1 == len(read_key_file(tmp_path / "link"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -23,6 +23,8 @@ from vllm_hotswap.errors import (
     InvalidRequest,
     UnknownAdapter,
 )
+from vllm_hotswap.exchange import in_header
+from vllm_hotswap.model_routes import MODEL_HEADER
 from vllm_hotswap.operations import Body, parse_body
 
 
@@ -104,7 +106,7 @@ class AdapterRoutes:
             raise EngineUnavailable("no model is active; name one in model")
         name, is_3d = options.lora_name, options.is_3d_lora_weight
         await self._coordinator.add_adapter(alias, name, folder, is_3d, options.load_inplace)
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+        return self._told(alias, f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_as_vllm(self, request: Request) -> Response:
         """vLLM's route. Without a model, it is the one that has the adapter."""
@@ -112,7 +114,12 @@ class AdapterRoutes:
         name = options.lora_name
         alias = options.model or options.base_model_name or self._owner(name)
         self._coordinator.remove_adapter(alias, name)
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+        return self._told(alias, f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _told(self, alias: str, text: str) -> Response:
+        """vLLM's words; which model has changed is in a header."""
+        model = self._coordinator.registry.model(alias)
+        return PlainTextResponse(text, headers={MODEL_HEADER: in_header(model.alias).decode()})
 
     def _owner(self, name: str) -> str:
         for model in self._coordinator.registry:

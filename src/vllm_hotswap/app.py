@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,13 +32,12 @@ from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.operations import CALLER, Operations
 from vllm_hotswap.own_routes import for_admins, own_routes
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
 from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
-
-log = logging.getLogger("vllm_hotswap")
 
 
 class HotswapApp:
@@ -116,10 +114,13 @@ class HotswapApp:
             return
         except HotswapError as error:
             if error.status >= 500 and not isinstance(error, NotReady):  # clients are told less
-                log.warning("event=request_failed code=%s cause=%r", error.code, error.message)
+                code, kind = error.code, {"kind": error.code}
+                log_of_clients.warning(
+                    "event=request_failed code=%s cause=%r", code, error.message, extra=kind
+                )
             await openai.refuse(error, scope, receive, send)
         except Exception:
-            log.exception("event=request_failed code=internal_error")
+            log_of_clients.exception("event=request_failed code=internal_error")
             await openai.refuse(Unforeseen(), scope, receive, send)
         else:
             await answer(scope, receive, send)

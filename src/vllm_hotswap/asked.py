@@ -19,6 +19,21 @@ from vllm_hotswap.settings import LimitsConfig
 
 _SCORED = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
 
+POOLING = frozenset(
+    [
+        "/classify",
+        "/pooling",
+        "/rerank",
+        "/score",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/score",
+        "/v2/embed",
+        "/v2/rerank",
+    ]
+)
+"""Routes whose models pool, and generate nothing."""
+
 LISTS: Mapping[str, tuple[str, ...]] = {
     "/classify": ("input", "messages"),
     "/generative_scoring": ("items",),
@@ -115,14 +130,25 @@ def keys_of(path: str) -> tuple[str, ...]:
 def requests_of(path: str, members: Mapping[str, Any], limits: LimitsConfig) -> int:
     """How many engine requests a body becomes.
 
-    Raises `CallTooLarge` for more than `limits.requests_per_call`.
+    Raises `CallTooLarge` for more than `limits.requests_per_call`, or, where they are to be
+    generated, than `limits.answers_per_call`.
     """
     things = sum(_things(key, members.get(key)) for key in LISTS.get(path, ()))
     numbers = [_number(members.get(key)) for key in _NUMBERS]
     requests = max(1, things) * max(1, *numbers)
     if requests > limits.requests_per_call:
-        raise CallTooLarge(limits.requests_per_call)
+        raise CallTooLarge(limits.requests_per_call, "limits.requests_per_call")
+    if requests > limits.answers_per_call and _generates(path, members):
+        raise CallTooLarge(limits.answers_per_call, "limits.answers_per_call")
     return requests
+
+
+def _generates(path: str, members: Mapping[str, Any]) -> bool:
+    """Whether a model is to generate. `/invocations` takes what several routes do."""
+    if path != "/invocations":
+        return path not in POOLING
+    asked = "prompt" in members or any(_number(members.get(key)) > 1 for key in _NUMBERS)
+    return asked or not any(key in members for key in (*_SCORED, "input"))
 
 
 def _things(key: str, value: object) -> int:

@@ -14,10 +14,12 @@ import queue
 import stat
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,7 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_hotswap.access import Access, Caller, Role
 from vllm_hotswap.cross_site import SAFE_METHODS
 from vllm_hotswap.errors import ConfigError, HotswapError
-from vllm_hotswap.model_routes import request_of
+from vllm_hotswap.model_routes import MODEL_HEADER, request_of
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.routes import RouteTable
 from vllm_hotswap.trusted_files import refuse_foreign
 
@@ -35,10 +38,17 @@ MAX_PENDING = 10_000
 """Lines that wait for the disk; further ones are lost."""
 
 MAX_PATH = 500
-"""Characters of a path that are kept."""
+"""Characters that are kept of a path, and of a model's name."""
 
 MAX_BODY = 4096
 """Bytes; a longer body of a request is left out of its line."""
+
+MAX_ANSWER = 64 << 10
+"""Bytes; no answer that names a model is longer, with some hundred models that moved."""
+
+ASKED = ("model", "base_model_name")
+ANSWERED = ("current_model", "model")
+"""Fields of bodies that name a model, the one that counts first."""
 
 CLOSE_S = 5.0
 """For which the end of the server waits for the last lines."""
@@ -53,7 +63,9 @@ class AuditLine:
     method: str
     path: str
     model: str | None
-    """The alias that it was for, as far as the path, the request or the answer says one."""
+    """The alias that it was for, by the answer: after a switch, the one that is active."""
+    asked: str | None
+    """The alias that the caller wrote into the path or the body, where it is not `model`."""
     role: str
     """`admin`, `user`, or `anybody` without a key."""
     group: str | None
@@ -152,7 +164,7 @@ class AuditLog:
         log.info("event=audit_log_reopened path=%r", str(self._path))
 
     def _tell(self, cause: str | None) -> None:
-        log.error(
+        log_of_clients.error(
             "event=audit_line_lost path=%r cause=%r then='the call went on'", str(self._path), cause
         )
 
@@ -204,11 +216,12 @@ class _Call:
         self._began_s = time.monotonic()
         self._request, self._answer = bytearray(), bytearray()
         self._status: int | None = None
+        self._answered_by: str | None = None
 
     def receiving(self, receive: Receive) -> Receive:
         async def seen() -> Message:
             message = await receive()
-            _keep(self._request, message.get("body", b""))
+            _keep(self._request, message.get("body", b""), MAX_BODY)
             return message
 
         return seen
@@ -217,7 +230,9 @@ class _Call:
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
-            _keep(self._answer, message.get("body", b""))
+                named = Headers(raw=message.get("headers", [])).get(MODEL_HEADER)
+                self._answered_by = named and unquote(named)
+            _keep(self._answer, message.get("body", b""), MAX_ANSWER)
             await send(message)
 
         return seen
@@ -227,14 +242,16 @@ class _Call:
         return bool(self._caller.key) or self._status not in (401, 403)
 
     def line(self) -> AuditLine:
-        request, caller = _json(self._request), self._caller
+        request, caller = _json(self._request, MAX_BODY), self._caller
         method, path = request_of(self._scope)
+        model, asked = self._model(), _cut(self._alias or _text(request, ASKED))
         client = self._scope.get("client")
         return AuditLine(
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             method=method,
             path=path[:MAX_PATH],
-            model=(self._alias or "")[:MAX_PATH] or _model(request) or _model(_json(self._answer)),
+            model=model,
+            asked=None if asked == model else asked,
             role=caller.role,
             group=caller.group or None,
             key=caller.key or None,
@@ -245,14 +262,20 @@ class _Call:
             request=request,
         )
 
+    def _model(self) -> str | None:
+        """What the server says; nothing that a caller writes gets here."""
+        if self._answered_by is None and (self._status or 500) < 400:
+            return _cut(_text(_json(self._answer, MAX_ANSWER), ANSWERED))
+        return _cut(self._answered_by)
 
-def _keep(kept: bytearray, more: bytes) -> None:
+
+def _keep(kept: bytearray, more: bytes, most: int) -> None:
     """As much as tells whether it is too long."""
-    kept += more[: MAX_BODY + 1 - len(kept)]
+    kept += more[: most + 1 - len(kept)]
 
 
-def _json(body: bytearray) -> Any:
-    if len(body) > MAX_BODY:
+def _json(body: bytearray, most: int) -> Any:
+    if len(body) > most:
         return None
     try:
         value = json.loads(body or b"null")
@@ -262,11 +285,15 @@ def _json(body: bytearray) -> Any:
     return value
 
 
-def _model(body: Any) -> str | None:
-    """The model that a request or an answer is of."""
+def _text(body: Any, names: Iterable[str]) -> str | None:
+    """The first text under one of these names."""
     fields = body if isinstance(body, dict) else {}
-    names = (fields.get(key) for key in ("model", "base_model_name", "current_model"))
-    return next((name[:MAX_PATH] for name in names if isinstance(name, str)), None)
+    values = (fields.get(name) for name in names)
+    return next((value for value in values if isinstance(value, str)), None)
+
+
+def _cut(name: str | None) -> str | None:
+    return name and name[:MAX_PATH]
 
 
 def _open(path: Path) -> int:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.trusted_files import foreign_owner, is_read_only, is_trusted
+from vllm_hotswap.trusted_files import foreign_link, foreign_owner, is_read_only, is_trusted
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -147,8 +147,11 @@ def make_folder(folder: Path, mode: int = READ_BY_ALL) -> None:
 def _check_shared(folder: Path, name: str) -> None:
     """Raises `ConfigError` if a folder that is there may be written by any user of the machine.
 
-    One of the administrator's is as good as an own one; so is a group's that may write.
+    One of the administrator's is as good as an own one; so is a group's that may write. A link on
+    the way to it, of which somebody else makes another one, is as bad as a folder of theirs.
     """
+    if problem := foreign_link(folder):
+        raise _refused(folder, problem, f"or {_elsewhere(name)}")
     with suppress(OSError):  # it is not there, and will be made, or cannot be
         if not is_trusted(uid := folder.stat().st_uid):
             raise _foreign(folder, name, uid)

@@ -5,19 +5,19 @@ the headers, and answer some mistakes with plain text. What is parsed, and how a
 stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 
 Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
-`pipeline`, `cycle` and `flow`; `_start_asgi_task`, which begins to answer a request;
-`on_response_complete` and `_unset_keepalive_if_required`, which are replaced;
-`handshake_initiated` of its protocol for websockets; `RequestResponseCycle` with
-`response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`; an error
-that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of a head
-and that of trailers is an empty line.
+`pipeline`, `cycle` and `flow`, a `FlowControl`, without whose `resume_reading` nothing is read that
+was paused; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
+`_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
+websockets; `RequestResponseCycle` with `body`, `response_started`, `response_complete`,
+`keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's
+`feed_data` with an `HttpParserError`; the end of a head and that of trailers is an empty line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,6 +25,7 @@ from typing import Any, cast
 import httptools
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -41,15 +42,20 @@ from vllm_hotswap.errors import (
     UrlTooLong,
 )
 from vllm_hotswap.places import Place, Places
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.settings import LimitsConfig
 
-log = logging.getLogger("vllm_hotswap")
+VERSIONS = frozenset(["1.0", "1.1"])
+"""Of HTTP, that are answered. A line without one is of 0.9, which has no header fields."""
 
 TRAILER_BYTES = 8 << 10
 """Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
 
 PIPELINED = 16
 """Requests of one connection that wait for the answer before theirs; then it is read no further."""
+
+FIELD_BYTES = 128
+"""What a header field takes besides its text: two objects of Python and their pair."""
 
 REST_S = 5.0
 """How long the rest of a body may take once its request has been answered."""
@@ -65,9 +71,6 @@ EVICTED_AFTER = 3
 
 KEEP_ALIVE_S = 5.0
 """How long a connection may be idle, unless uvicorn's configuration says otherwise."""
-
-QUIET_S = 10.0
-"""Between two lines of the log about connections that found no place."""
 
 
 def nobody(_: Scope) -> bool:
@@ -119,7 +122,7 @@ class Deadlines:
         try:
             self._late(connection)
         except Exception:
-            log.exception("event=deadline_failed client=%s", connection.client)
+            log_of_clients.exception("event=deadline_failed client=%s", connection.client)
 
     def _set(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is None and self._ends_s:
@@ -129,10 +132,7 @@ class Deadlines:
 
 @dataclass(slots=True)
 class Connections:
-    """What all connections share: their bounds, places and deadlines.
-
-    The mutable state besides these is when the log was last told that there are no places.
-    """
+    """What all connections share: their bounds, places and deadlines."""
 
     places: Places
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -147,7 +147,6 @@ class Connections:
     """Connections whose requests are answered, and which have not sent anything since."""
     readers: Deadlines = field(init=False)
     """Connections to which not everything that is to be sent could be sent."""
-    _told_s: float | None = None
 
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
@@ -181,21 +180,37 @@ class Connections:
 
         return Counted
 
-    def tell(self, error: TooManyConnections, now_s: float) -> None:
-        """Log that a client found no place, but not each time."""
-        if self._told_s is None or now_s - self._told_s >= QUIET_S:
-            self._told_s = now_s
-            log.warning("event=connection_refused code=%s places=%r", error.code, self.places)
+
+class Flow(FlowControl):
+    """Reads nothing of a connection as long as bodies of requests wait that are large together.
+
+    uvicorn reads on whenever an answer has ended, and whenever an application listens to its
+    client. What waits would grow with each.
+    """
+
+    is_full = False
+
+    def hold(self, waiting: int) -> None:
+        """Say how many bytes of bodies wait."""
+        self.is_full = waiting > HIGH_WATER_LIMIT
+        if self.is_full:
+            self.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
 
 
 class Connection(HttpToolsProtocol):
     """One connection.
 
     Its state, besides uvicorn's: whether a head is next (`_head_next`) and whether a request's
-    bytes are under way (`_in_message`); what arrived of the head so far (`_raw` bytes, of which the
-    parser has not seen those in `_held`); its times in the deadlines of all, and a timer for the
-    end of what is only read to be dropped; and whether it was refused, so that nothing more is
-    read (`_deaf`). The parser changes the first two, from within `data_received`.
+    bytes are under way (`_in_message`); what the heads of requests take that wait for the answer
+    before theirs (`_ahead`, bytes, the newest first, as in `pipeline`); what arrived of the head so
+    far (`_raw` bytes, of which the parser has not seen those in `_held`); its times in the
+    deadlines of all, and a timer for the end of what is only read to be dropped; and whether it was
+    refused, so that nothing more is read (`_deaf`). The parser changes the first three, from within
+    `data_received`.
     """
 
     _place: Place | None = None
@@ -223,11 +238,13 @@ class Connection(HttpToolsProtocol):
         self._shared = shared
         self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
         self._url_bytes = limits.url_bytes
+        self._ahead: deque[int] = deque()
 
     # --- the connection -------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = Flow(transport)
         address = self.client[0] if self.client else None
         self._place = self._shared.places.take(self, address)
         if self._place is None:
@@ -266,7 +283,7 @@ class Connection(HttpToolsProtocol):
             if self._should_upgrade():
                 self.handle_websocket_upgrade()
                 return
-            self._unsupported_upgrade_warning()
+            # Whoever wants something else, such as HTTP/2, is answered in HTTP/1.1: RFC 9110, 7.8.
         except httptools.HttpParserError:
             self._refuse(self._fault or MalformedRequest())
             return
@@ -346,12 +363,28 @@ class Connection(HttpToolsProtocol):
         self._moved, self._raw = True, 0
         self._stop_timer()
         self._unset_keepalive_if_required()
+        if self.parser.get_http_version() not in VERSIONS:
+            self._fail(MalformedRequest())
         if self._has_body() and self._should_upgrade():
             self._fail(MalformedRequest())  # a websocket's head has none, and nobody would read it
+        self._look_ahead()
         super().on_headers_complete()
         self._head_next = False
         if place is not None and place.is_kept and self._last is not None:
             self._last.keep_alive = False
+
+    def _look_ahead(self) -> None:
+        """Bound what requests hold that wait: together, what one may."""
+        if not self._is_answering:
+            return
+        weight = self._parsed + FIELD_BYTES * len(self.headers)
+        most = self._head_bytes + FIELD_BYTES * self._head_fields
+        if sum(self._ahead) + weight > most:
+            self._fail(MalformedRequest())
+        self._ahead.appendleft(weight)
+
+    def _hold_bodies(self) -> None:
+        cast("Flow", self.flow).hold(sum(len(cycle.body) for cycle, _ in self.pipeline))
 
     def _has_body(self) -> bool:
         return any(
@@ -365,6 +398,8 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._moved = True
         super().on_body(body)
+        if self.pipeline:
+            self._hold_bodies()
 
     def on_message_complete(self) -> None:
         self._head_next, self._in_message, self._moved, self._raw = True, False, True, 0
@@ -380,10 +415,14 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._watch_reader()
             return
-        self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            self._ahead.pop()
+            following = self.pipeline.pop()
+            self._hold_bodies()
+            self.flow.resume_reading()
+            self._start_asgi_task(*following)
         else:
+            self.flow.resume_reading()
             self._idle()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -538,7 +577,8 @@ class Connection(HttpToolsProtocol):
         self._deaf = True
         self._stop_timer()
         if isinstance(error, TooManyConnections):
-            self._shared.tell(error, self.loop.time())
+            places = self._shared.places
+            log_of_clients.warning("event=connection_refused code=%s places=%r", error.code, places)
         if self.transport.is_closing():
             return  # its last word is said, perhaps not sent yet
         if not self._is_answering:

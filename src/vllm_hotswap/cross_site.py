@@ -7,7 +7,6 @@ https://fetch.spec.whatwg.org/#origin-header, https://www.w3.org/TR/fetch-metada
 
 from __future__ import annotations
 
-import logging
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +20,7 @@ from starlette.datastructures import Headers
 
 from vllm_hotswap.addresses import ip_address
 from vllm_hotswap.errors import ConfigError, CrossOriginRefused, HostRefused
-
-log = logging.getLogger("vllm_hotswap")
+from vllm_hotswap.quiet import log_of_clients
 
 SAFE_METHODS = frozenset(["GET", "HEAD", "OPTIONS"])
 """Those that change nothing. https://www.rfc-editor.org/rfc/rfc9110#name-safe-methods"""
@@ -64,7 +62,9 @@ class CrossSite:
         """
         host = headers.get("host", "")
         if host and self.checks_host() and not self._is_ours(_name_of(host)):
-            log.warning("event=host_refused method=%s path=%r host=%r", method, path, host)
+            log_of_clients.warning(
+                "event=host_refused method=%s path=%r host=%r", method, path, host
+            )
             raise HostRefused(host)
 
     def check_origin(self, method: str, path: str, headers: Headers) -> None:
@@ -75,7 +75,7 @@ class CrossSite:
         """
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if not self._may_ask(origin, site, headers.get("host", "")):
-            log.warning(
+            log_of_clients.warning(
                 "event=cross_origin_refused method=%s path=%r origin=%r site=%r",
                 *(method, path, origin, site),
             )

@@ -22,7 +22,7 @@ from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.progress import Waiting
 from vllm_hotswap.schema import EDITOR_LINE
-from vllm_hotswap.signals import EarlyStop, Stopped, signal_when_orphaned
+from vllm_hotswap.signals import EarlyStop, Stopped, interruptible, signal_when_orphaned
 
 if TYPE_CHECKING:
     import httpx
@@ -217,7 +217,7 @@ def call(
     """Send one request and show it, as a command to paste, with its answer."""
     _say(f"$ {curl_line(client, path, body)}")
     started = time.perf_counter()
-    response = client.request(method, path, json=body)
+    response = interruptible(lambda: client.request(method, path, json=body))
     elapsed_ms = (time.perf_counter() - started) * 1000
     answer: dict[str, Any] = response.json()
     _say(json.dumps(_without_nulls(answer), indent=2, ensure_ascii=False))

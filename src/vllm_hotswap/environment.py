@@ -1,4 +1,4 @@
-"""The environment of this process: variables that it is to forget, and what it hands on.
+"""The environment of this process: variables that it is to forget, and what it hands on. Its umask.
 
 Linux shows the variables with which a process was started to its user and to root, in
 `/proc/PID/environ`, whatever becomes of them afterwards. What is shown is the process's own
@@ -24,6 +24,21 @@ log = logging.getLogger("vllm_hotswap")
 STAT = Path("/proc/self/stat")
 _ENV_START, _ENV_END = 50, 51
 """Fields of `/proc/PID/stat`, counted from 1: proc_pid_stat(5)."""
+
+
+WRITE_BY_OTHERS = 0o022
+
+
+def shut_out_writers() -> int:
+    """Have nobody else write to what this process makes, and what it starts, from now on.
+
+    Libraries make folders of compiled code with whatever the umask leaves. It only gets stricter.
+
+    Returns: the umask from before.
+    """
+    before = os.umask(0o077)
+    os.umask(before | WRITE_BY_OTHERS)
+    return before
 
 
 def forget(names: Iterable[str]) -> None:
@@ -75,6 +90,7 @@ def shut_out_others_for_a_look() -> None:
 
     A folder for which a server would not start is told in the log.
     """
+    shut_out_writers()
     try:
         look_at_caches(os.environ)
     except ConfigError as error:

@@ -45,6 +45,7 @@
     ├── HeadTimeout              408  the head of the request did not arrive in time
     ├── TooManyConnections       503  every connection is in use; retry later
     ├── WaitTimeout              504  the switch took longer than a request may wait
+    ├── GrammarTimeout           504  the grammar was not compiled in time; simplify it, or retry
     ├── DrainRefused             409  requests still run; wait for them, or park or abort them
     ├── DrainCut                 503  the request was still running at the drain deadline
     ├── ParkedEnded              503  the request was parked and cannot be resumed; repeat it
@@ -443,6 +444,21 @@ class WaitTimeout(HotswapError):
     code = "wait_timeout"
 
 
+class GrammarTimeout(HotswapError):
+    """A request whose grammar has to be compiled got no first token in time."""
+
+    status = 504
+    type = "timeout_error"
+    code = "grammar_timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"no token came within {timeout_s:g} s (limits.grammar_timeout) of a request whose "
+            "grammar has to be compiled first; ask for a simpler answer, or repeat it later",
+            retry_after_s=1,
+        )
+
+
 class DrainCut(HotswapError):
     status = 503
     type = "service_unavailable_error"
@@ -578,10 +594,10 @@ class CallTooLarge(HotswapError):
     type = "invalid_request_error"
     code = "call_too_large"
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, setting: str) -> None:
         super().__init__(
             f"the call asks for more than {limit} things at once, which are its prompts or items "
-            "times n (limits.requests_per_call); send several calls"
+            f"times n ({setting}); send several calls"
         )
 
 

@@ -18,6 +18,7 @@ from vllm_hotswap import openai
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.media import FORM_PIECE_BYTES, FORMS, media_type
 from vllm_hotswap.model_routes import request_of
+from vllm_hotswap.pace import PER_TURN, give_back
 from vllm_hotswap.registry import Lease
 
 _AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
@@ -197,6 +198,8 @@ class Answer:
         self.is_ahead = True
 
     async def send(self, message: Message) -> None:
+        if self.sent % PER_TURN == PER_TURN - 1:
+            await give_back()  # a large call may have many events ready, in one task
         if self.lease is not None:
             if self.lease.gate is not None:
                 await asyncio.wait([self.lease.gate])

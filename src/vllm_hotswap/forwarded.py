@@ -24,8 +24,12 @@ FLAG = "--forwarded-allow-ips"
 
 EVERYBODY = "*"
 
-_WRITTEN = re.compile(r"(?a:\[([0-9A-Fa-f:.]+)\](?::\d{1,5})?|([0-9.]+):\d{1,5}|([0-9A-Fa-f:.]+))")
+_WRITTEN = re.compile(
+    r"(?a:(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::(?P<port>[1-9]\d{0,4}))?|([0-9A-Fa-f:.]+))"
+)
 """An address, perhaps with a port: `[::1]:80`, `1.2.3.4:80`, `::1`. No zone, which may be text."""
+
+MAX_PORT = 65_535
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -91,7 +95,7 @@ class ForwardedClients:
 
 
 def are_addresses(value: bytes) -> bool:
-    """Whether a value of `X-Forwarded-For` has nothing but IP addresses in it."""
+    """Whether a value of `X-Forwarded-For` has nothing but IP addresses in it, some with ports."""
     return all(_is_address(item.strip()) for item in value.decode("latin-1").split(","))
 
 
@@ -99,10 +103,10 @@ def _is_address(text: str) -> bool:
     if not (found := _WRITTEN.fullmatch(text)):
         return False
     try:
-        ipaddress.ip_address(next(filter(None, found.groups())))
+        ipaddress.ip_address(found[1] or found[2] or found[4])
     except ValueError:
         return False
-    return True
+    return int(found["port"] or 1) <= MAX_PORT
 
 
 def _network(name: str) -> _Network:

@@ -28,6 +28,7 @@ from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.forwarded import ForwardedClients, Proxies
 from vllm_hotswap.places import Places
 from vllm_hotswap.port_file import PortFile, check_port_file
+from vllm_hotswap.quiet import Quiet
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.unix_socket import UnixSocket
 
@@ -61,6 +62,15 @@ class ListenFlags:
     allowed_hosts: Sequence[str] = ()
     forwarded_allow_ips: Sequence[str] = ()
     """Proxies whose word counts for where a request comes from; `*`: whoever connects."""
+    umask: int | None = None
+    """The one that counts for the socket's file; None: this process's."""
+
+    @property
+    def mode(self) -> int | None:
+        """Of the socket's file; None: what this process's umask leaves."""
+        if self.uds_mode is None and self.umask is not None:
+            return 0o777 & ~self.umask
+        return self.uds_mode
 
     def check(self, args: argparse.Namespace) -> None:
         """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
@@ -80,8 +90,8 @@ class ListenFlags:
 class Listener:
     """The address, bound already, and everything else that uvicorn is told.
 
-    The mutable state is the file that tells the port, once that can be used, and whether the
-    address has been given back.
+    The mutable state is the file that tells the port, once that can be used, what of the log has
+    been left out, and whether the address has been given back.
     """
 
     def __init__(
@@ -102,6 +112,7 @@ class Listener:
         self._log_config = log_config
         self._port_path = port_file
         self._port_file: PortFile | None = None
+        self._quiet = Quiet(not args.disable_uvicorn_access_log)
         self._is_closed = False
 
     @classmethod
@@ -123,7 +134,7 @@ class Listener:
         watched = refresher if args.enable_ssl_refresh else None
         proxies = Proxies.of(flags.forwarded_allow_ips)
         if args.uds:
-            bound = UnixSocket.bind(Path(args.uds), flags.uds_mode)
+            bound = UnixSocket.bind(Path(args.uds), flags.mode)
             return cls(args, bound, log_config, watched, proxies=proxies)
         sock = bind(args.host, args.port)
         claim = _claim(sock, args.host)
@@ -175,6 +186,7 @@ class Listener:
         if self._is_closed:
             return  # by now the files may be another server's
         self._is_closed = True
+        self._quiet.end()
         self._bound.close()
         give_back(self._claim)
         if self._port_file is not None:
@@ -186,7 +198,7 @@ class Listener:
         limits: LimitsConfig | None = None,
         may_use_kept: Callable[[Scope], bool] = nobody,
     ) -> uvicorn.Config:
-        """A loaded configuration, whose connections are bounded.
+        """A loaded configuration, whose connections are bounded, and their lines of the log.
 
         Args:
             limits: bounds of heads and connections.
@@ -204,6 +216,7 @@ class Listener:
         )
         served = ForwardedClients(app, self._proxies)
         config = make_config(self.args, self._log_config, served)
+        self._quiet.begin()  # only now are vLLM's handlers there, and stay
         return bounded(config, Connections(places, limits, may_use_kept))
 
 

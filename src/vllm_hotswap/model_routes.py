@@ -16,6 +16,9 @@ from starlette.types import Scope
 WEBSOCKET = "WEBSOCKET"
 """Stands for the method of a websocket's request."""
 
+MODEL_HEADER = "x-hotswap-model"
+"""Of an answer: the alias of the model that has answered, or changed; see `exchange.in_header`."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRoutes:

@@ -29,6 +29,7 @@ from vllm_hotswap.events import (
     SwitchEnded,
 )
 from vllm_hotswap.log_lines import escape_records
+from vllm_hotswap.quiet import log_of_clients
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -188,7 +189,8 @@ class EventLog:
                 log.error("event=phase_failed phase=%s target=%s", event.phase.value, event.target)
             case _ if type(event) in LINES:
                 level, text, fields = LINES[type(event)]
-                log.log(level, text, *(getattr(event, name) for name in fields))
+                told = log_of_clients if isinstance(event, ClientEvicted) else log
+                told.log(level, text, *(getattr(event, name) for name in fields))
             case _:
                 log.debug("event=%r", event)
 

@@ -13,6 +13,7 @@ from vllm_hotswap.errors import (
     ClientStalled,
     DrainCut,
     EngineUnavailable,
+    GrammarTimeout,
     InvalidRequest,
     ParkedEnded,
     QueueFull,
@@ -39,6 +40,7 @@ Cut = (
     | QueueFull
     | RateLimited
     | WaitTimeout
+    | GrammarTimeout
     | SwitchNotAllowed
 )
 
@@ -90,6 +92,10 @@ class Lease:
     """Requests that its engine is asked for by it."""
     cache_salt: str = ""
     """What sets its prompts apart from those of others in its engine's prefix cache."""
+    account: str = ""
+    """With whom it shares its turns among those whose grammars are checked and compiled."""
+    grammar_timeout_s: float | None = None
+    """In which its first output must come once its engine has it, if it has a grammar."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
     kept_waiting_s: Callable[[], float] | None = None

@@ -13,17 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote, urlsplit
 
 from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.errors import HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.keys import check_sendable, plain_keys, split_keys
+from vllm_hotswap.signals import interruptible
 from vllm_hotswap.states import DrainPolicy
 
 if TYPE_CHECKING:
@@ -41,12 +41,7 @@ READ_S = 60.0
 QUIET_S = 2.0
 """After so many seconds, what the server does is told."""
 
-INTERRUPT_S = 0.2
-"""An interrupt ends a call after so many seconds at the latest."""
-
 _MIB = 1 << 20
-
-_Answer = TypeVar("_Answer")
 
 Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
@@ -344,7 +339,7 @@ def call(
         headers["Content-Type"] = "application/json"
     try:
         with _client(address, headers, changes) as client, _followed(client, address, changes):
-            answer = _interruptible(lambda: client.request(method, path, content=content))
+            answer = interruptible(lambda: client.request(method, path, content=content))
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise RemoteError(
             f"no answer from {address}: {one_line(error)}; is this the server's --url?"
@@ -358,26 +353,6 @@ def call(
     if not answer.is_success or not isinstance(found, dict):
         raise RemoteError(Refusal(args, address, origin).explain(found, answer.status_code))
     return found
-
-
-def _interruptible(ask: Callable[[], _Answer]) -> _Answer:
-    """What `ask` returns or raises; an interrupt ends the wait for it at once.
-
-    An interrupt that comes just before a thread blocks in a read is noticed after the read only. So
-    another thread reads.
-    """
-    answer: Future[_Answer] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:  # noqa: BLE001  # for the thread that waits
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while not answer.done():
-        wait([answer], timeout=INTERRUPT_S)
-    return answer.result()
 
 
 def _body(body: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 from collections.abc import Callable
 
@@ -17,10 +16,9 @@ from vllm_hotswap import model_field
 from vllm_hotswap.engines.base import Responses
 from vllm_hotswap.errors import InvalidRequest, ResponseEnded, UnknownResponse, one_line
 from vllm_hotswap.exchange import Answer
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.registry import Lease, Model, Registry
 from vllm_hotswap.rights import EVERYBODY, Account
-
-log = logging.getLogger("vllm_hotswap")
 
 PATH = "/v1/responses"
 STREAM_GRACE_S = 1.0
@@ -212,7 +210,7 @@ class Following:
         error = None if task is None or task.cancelled() else task.exception()
         if error is not None:
             alias, cause = self._lease.alias, one_line(error)
-            log.warning("event=background_failed model=%s cause=%r", alias, cause)
+            log_of_clients.warning("event=background_failed model=%s cause=%r", alias, cause)
         return "the work on it ended with an error; the server's log has the cause"
 
 

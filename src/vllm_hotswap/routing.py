@@ -10,7 +10,6 @@ response go to whoever keeps it, without a lease: they need no engine.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody, text_bytes
 from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
+from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following, Owners
@@ -44,8 +44,6 @@ from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 from vllm_hotswap.settings import LimitsConfig, Sharing
 from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import Turns, at_once
-
-log = logging.getLogger("vllm_hotswap")
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
@@ -107,7 +105,7 @@ class Router:
         except Exception as error:
             if isinstance(error, AnswerCut) or not answer.can_tell:
                 raise  # the HTTP server logs it, and closes the connection
-            log.exception("event=request_failed code=internal_error")
+            log_of_clients.exception("event=request_failed code=internal_error")
             await answer.cut(Unforeseen())
         finally:
             self._answers.discard(answer)
@@ -254,6 +252,8 @@ class Router:
                     await waiting.end()
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
+                    lease.account = asking.account.name
+                    lease.grammar_timeout_s = self._limits.grammar_timeout
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)

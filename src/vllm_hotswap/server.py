@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,12 @@ from vllm_hotswap.cross_site import CrossSite
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
-from vllm_hotswap.environment import forget, shut_out_others, use_temporary_folder
+from vllm_hotswap.environment import (
+    forget,
+    shut_out_others,
+    shut_out_writers,
+    use_temporary_folder,
+)
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
@@ -108,6 +114,7 @@ def _run(
     audit: Path | None,
     early: EarlyStop,
 ) -> int:
+    listen = replace(listen, umask=shut_out_writers())
     models_file = ModelsFile.read(config.path)
     access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()

@@ -240,6 +240,14 @@ class LimitsConfig:
             "or conversations times `n`; more get 413"
         ),
     ] = 2048
+    answers_per_call: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="the same for calls that have a model generate: vLLM writes all of their "
+            "answers in one piece, while nobody else is answered"
+        ),
+    ] = 1024
     grammar_bytes: Annotated[
         ByteSize,
         SIZE,
@@ -258,6 +266,15 @@ class LimitsConfig:
             "expression or grammar; more get 413"
         ),
     ] = 2000
+    grammar_timeout: Annotated[
+        SecondsAboveZero | None,
+        IDLE,
+        Field(
+            description="seconds from the time when an engine gets a request with one of those to "
+            "its first token; then it gets 504, and what has not begun to be compiled is not. "
+            "null: without end"
+        ),
+    ] = 300.0
     requests_per_minute: Annotated[
         Count | None,
         PER_MINUTE,

@@ -9,13 +9,21 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from types import FrameType
+from typing import TypeVar
 
 log = logging.getLogger("vllm_hotswap")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
+
+INTERRUPT_S = 0.2
+"""A signal ends an interruptible wait after so many seconds at the latest."""
+
+T = TypeVar("T")
 
 
 class Stopped(BaseException):
@@ -113,6 +121,26 @@ def stop_signal(
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def interruptible(ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises; what a signal's handler raises ends the wait for it at once.
+
+    A signal that comes just before the main thread blocks in a read is noticed after the read only.
+    So another thread reads.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # noqa: BLE001  # for the thread that waits
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not answer.done():
+        wait([answer], timeout=INTERRUPT_S)
+    return answer.result()
 
 
 def signal_when_orphaned(number: signal.Signals) -> None:

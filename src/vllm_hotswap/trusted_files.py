@@ -3,16 +3,19 @@
 A file is opened once, and what is looked at and what is read is that open file: nothing can be put
 in its place in between. Looked at are its owner, its mode and its group, and so are the folders on
 the way to it: who may write to one of them may put another file in place. Links are followed, as
-Kubernetes mounts secrets through them; the folders of each link count, too.
+Kubernetes mounts secrets through them; the folders of each link count, too, and its owner where he
+may replace it.
 
 The rules are OpenSSH's `StrictModes`, with exceptions: the group that a user has alone, which is
-the default of distributions with a umask of 002; folders with the sticky bit, in which nobody can
-replace what is another's (inode(7)); root's folders that a group may write to, such as `/var/log`,
-as only root has made them so; and whoever may write to what is mounted read-only, where nobody can.
+the default of distributions with a umask of 002; root's group, where nobody else is in it; folders
+with the sticky bit, in which nobody can replace what is another's (inode(7)); root's folders that a
+group may write to, such as `/var/log`, as only root has made them so; and whoever may write to what
+is mounted read-only, where nobody can.
 """
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -29,6 +32,12 @@ ROOT = 0
 
 OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
 UID_MAP = Path("/proc/self/uid_map")
+
+MAX_LINKS = 40
+"""On one way: path_resolution(7)."""
+
+NO_LOGIN = frozenset(["false", "halt", "nologin", "shutdown", "sync"])
+"""Programs in the place of a shell that let nobody in."""
 
 _OTHERS = stat.S_IRWXO
 
@@ -73,7 +82,19 @@ def doubt(path: Path) -> str | None:
         OSError: it is not there, or cannot be looked at.
     """
     found = path.stat()
-    return next(chain(_of_file(found, path, path, is_private=True), _of_folders(path)), None)
+    return next(chain(_of_file(found, path, path, is_private=True), _of_way(path)), None)
+
+
+def foreign_link(path: Path) -> str | None:
+    """What is wrong with a link on the way to a file or a folder, which somebody else may replace.
+
+    None where there is no such link, or the way cannot be looked at.
+    """
+    with suppress(OSError):
+        for step in _way_to(path):
+            if step.is_symlink() and (problem := _of_link(step)):
+                return problem
+    return None
 
 
 def is_trusted(uid: int) -> bool:
@@ -131,8 +152,8 @@ def _refuse(
     is_private: bool,
     hatch: str = "",
 ) -> None:
-    folders = _of_folders(path) if stat.S_ISREG(found.st_mode) else ()
-    if problem := next(chain(_of_file(found, descriptor, path, is_private), folders), None):
+    way = _of_way(path) if stat.S_ISREG(found.st_mode) else ()
+    if problem := next(chain(_of_file(found, descriptor, path, is_private), way), None):
         raise ConfigError(f"{what} {problem}{hatch}")
 
 
@@ -153,21 +174,32 @@ def _of_file(
         yield f"is open to the group {_group(found.st_gid)}; run: chmod g= {name}"
 
 
-def _of_folders(path: Path) -> Iterator[str]:
-    """What is wrong with the folders on the way to a file."""
-    for folder in dict.fromkeys(_way_to(path)):
-        yield from _of_folder(folder.stat(), folder)
+def _of_way(path: Path) -> Iterator[str]:
+    """What is wrong with the folders and the links on the way to a file."""
+    for step in dict.fromkeys(_way_to(path)):
+        if not step.is_symlink():
+            yield from _of_folder(step.stat(), step)
+        elif problem := _of_link(step):
+            yield problem
 
 
 def _way_to(path: Path) -> Iterator[Path]:
-    """Every folder in which a name is looked up on the way to a file, through all links."""
-    folder, names = Path("/"), list(path.absolute().parts[1:])
+    """Every folder in which a name is looked up on the way to a file, and every link there.
+
+    Raises:
+        OSError: there are more links than the system follows.
+    """
+    folder, names, links = Path("/"), list(path.absolute().parts[1:]), 0
     while names:
         yield folder
         name = names.pop(0)
         if name == "..":
             folder = folder.parent
         elif (entry := folder / name).is_symlink():
+            yield entry
+            links += 1
+            if links > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
             target = entry.readlink()
             folder = Path("/") if target.is_absolute() else folder
             names = [part for part in target.parts if part != "/"] + names
@@ -188,9 +220,21 @@ def _of_folder(found: os.stat_result, folder: Path) -> Iterator[str]:
         yield f"{where} the group {_group(found.st_gid)} may write to; run: chmod g-w {name}"
 
 
-def _foreign(uid: int, name: str) -> str:
+def _of_link(link: Path) -> str | None:
+    """What is wrong with a link: its owner has it lead elsewhere, if he may write to its folder."""
+    found, folder = link.lstat(), link.parent.stat()
+    is_shared = folder.st_mode & stat.S_IWOTH or (
+        folder.st_mode & stat.S_IWGRP and not _is_alone(folder)
+    )
+    if not is_shared or is_trusted(found.st_uid):
+        return None
+    foreign = _foreign(found.st_uid, shlex.quote(str(link)), "chown -h")
+    return f"is found through the link {str(link)!r}, which {foreign}"
+
+
+def _foreign(uid: int, name: str, command: str = "chown") -> str:
     own = os.geteuid()
-    way_out = f"{foreign_owner(uid)}; run: chown {own} {name}"
+    way_out = f"{foreign_owner(uid)}; run: {command} {own} {name}"
     return f"{way_out}, or run as that user (docker run --user {uid})" if own == ROOT else way_out
 
 
@@ -223,15 +267,57 @@ def _is_member(found: os.stat_result) -> bool:
 
 
 def _is_alone(found: os.stat_result) -> bool:
-    """Whether nobody is in the group but its owner, whose name it has then; or it is root's."""
+    """Whether nobody is in the group but its owner, whose name it has then; or none but root."""
     if found.st_gid == ROOT:
-        return True
+        return _is_roots_alone()
     try:
         user, group = pwd.getpwuid(found.st_uid), grp.getgrgid(found.st_gid)
     except KeyError:
         return False
     is_own = user.pw_gid == group.gr_gid and user.pw_name == group.gr_name
-    return is_own and set(group.gr_mem) <= {user.pw_name}
+    names = {*group.gr_mem, *(account.pw_name for account in _accounts_of(group.gr_gid))}
+    return is_own and names <= {user.pw_name}
+
+
+def _is_roots_alone() -> bool:
+    """Whether nobody is in root's group but root and this process's user.
+
+    Red Hat's systems, and images made from them, have accounts there with which nobody can log in.
+    OpenShift runs a container as a user of any number, and in root's group: what accounts its image
+    has says nothing of who is on the machine.
+    """
+    with suppress(KeyError):  # a container need not have the file
+        if not all(map(_is_own_name, grp.getgrgid(ROOT).gr_mem)):
+            return False
+    others = (each for each in _accounts_of(ROOT) if not is_trusted(each.pw_uid))
+    return _is_lent_a_number() or not any(map(_can_log_in, others))
+
+
+def _is_lent_a_number() -> bool:
+    """Whether this user is in root's group, is not root, and nobody can log in as it."""
+    if os.getegid() != ROOT or os.geteuid() == ROOT:
+        return False
+    try:
+        return not _can_log_in(pwd.getpwuid(os.geteuid()))
+    except KeyError:
+        return True
+
+
+def _accounts_of(gid: int) -> list[pwd.struct_passwd]:
+    """Accounts that begin in a group, as far as the system lists accounts."""
+    return [account for account in pwd.getpwall() if account.pw_gid == gid]
+
+
+def _is_own_name(name: str) -> bool:
+    """Whether that is root's name, or that of the user of this process."""
+    try:
+        return is_trusted(pwd.getpwnam(name).pw_uid)
+    except KeyError:
+        return False
+
+
+def _can_log_in(account: pwd.struct_passwd) -> bool:
+    return Path(account.pw_shell).name not in NO_LOGIN
 
 
 def _user(uid: int) -> str:

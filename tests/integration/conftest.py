@@ -11,9 +11,9 @@ import pytest
 
 from tests.cores import ALL_CORES, on_cores, share_of_cores
 from tests.integration.processes import (
-    PLAIN_MODULE,
     QUICKSTART_MODULE,
     ServerProcess,
+    plain_server,
     still_there,
 )
 from tests.ports import free_port
@@ -94,15 +94,8 @@ def plain_answer(
 
     def ask(alias: str, question: Callable[[ServerProcess], object]) -> object:
         log = tmp_path_factory.mktemp(f"plain-{alias}") / "server.log"
-        command = ["-m", PLAIN_MODULE, "--model", str(MODELS / alias)]
-        command += ["--served-model-name", alias, "--enforce-eager"]
-        command += ["--max-model-len", str(MODEL_FLAGS[alias])]
-        command += ["--kv-cache-memory-bytes", "64M"]
-        plain = ServerProcess.start(command, free_port(), log, {})
-        try:
+        with plain_server(MODELS / alias, log, MODEL_FLAGS[alias]) as plain:
             return question(plain)
-        finally:
-            plain.stop()
 
     return ask
 

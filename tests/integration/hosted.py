@@ -85,7 +85,7 @@ class Hosted:
         return [token for output in outputs for token in output.new_token_ids]
 
     def _outputs(self, prompt: list[int], **params: Any) -> list[Any]:
-        request = self.engine.preprocess_add_request(_request(prompt, **params))
+        request = self.engine.preprocess_add_request(request_of(prompt, **params))
         self.engine.input_queue.put_nowait((EngineCoreRequestType.ADD, request))
         self.engine.take_input()
         while self.engine.has_work():
@@ -97,7 +97,7 @@ class Hosted:
         return outputs
 
 
-def _request(prompt: list[int], sampling_params: Any = None, pooling_params: Any = None) -> Any:
+def request_of(prompt: list[int], sampling_params: Any = None, pooling_params: Any = None) -> Any:
     return EngineCoreRequest(
         request_id=os.urandom(8).hex(),
         external_req_id="",

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
 
+from tests.ports import free_port
 from vllm_hotswap.compat.versions import cache_root
 
 START_TIMEOUT_S = 240.0
@@ -153,6 +154,21 @@ class ServerProcess:
         assert response.status_code == 200, response.text
         vector: list[float] = response.json()["data"][0]["embedding"]
         return vector
+
+
+@contextlib.contextmanager
+def plain_server(
+    model: Path, log: Path, max_model_len: int, kv_cache: str = "64M"
+) -> Iterator[ServerProcess]:
+    """vLLM's own server of one model alone, whose name is that of its folder."""
+    command = ["-m", PLAIN_MODULE, "--model", str(model), "--served-model-name", model.name]
+    command += ["--enforce-eager", "--max-model-len", str(max_model_len)]
+    command += ["--kv-cache-memory-bytes", kv_cache]
+    plain = ServerProcess.start(command, free_port(), log, {})
+    try:
+        yield plain
+    finally:
+        plain.stop()
 
 
 COMPILERS = re.compile(r"([\w.]+-)*(c\+\+|g\+\+|gcc|cc|c89|c99|clang(\+\+)?|icp?[cx])(-[\d.]+)?")

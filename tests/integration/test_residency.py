@@ -16,10 +16,10 @@ import pytest
 
 from tests.integration.conftest import events
 from tests.integration.processes import (
-    PLAIN_MODULE,
     QUICKSTART_MODULE,
     ServerProcess,
     cache_of_its_own,
+    plain_server,
     still_there,
 )
 from tests.integration.watching import MemoryWatch
@@ -167,13 +167,8 @@ def host_pid(server: ServerProcess) -> int:
 
 def plain_answers(folder: Path, alias: str) -> list[str]:
     """What a plain vLLM server of that model alone answers."""
-    command = ["-m", PLAIN_MODULE, "--model", str(folder / alias), "--served-model-name", alias]
-    command += ["--max-model-len", "1024", "--enforce-eager", "--kv-cache-memory-bytes", "96M"]
-    plain = ServerProcess.start(command, free_port(), folder / f"plain-{alias}.log", {})
-    try:
+    with plain_server(folder / alias, folder / f"plain-{alias}.log", 1024, "96M") as plain:
         return answers(plain, alias)
-    finally:
-        plain.stop()
 
 
 def walk(server: ServerProcess, steps: int, seed: int) -> list[str]:

@@ -26,9 +26,10 @@ from vllm_hotswap.devices import CpuDevice
 from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.platforms import host_environment
 
-pytestmark = pytest.mark.timeout(900)
+# `test_vllm_state.py` has those whose kinds are the most unlike in every run.
+pytestmark = [pytest.mark.wide, pytest.mark.timeout(900)]
 
-ROOM_BYTES = {"few": 400 * MIB, "all": 850 * MIB}
+ROOM_BYTES = 850 * MIB
 """For some of the models: each has 64 MiB of KV memory, and is taken for 128 MiB at first."""
 
 TOLERANCE = 1e-3
@@ -93,43 +94,24 @@ class References:
         self.process.communicate()
 
 
-FEW = (
-    "llama",
-    "gemma3",
-    "qwen3-moe",
-    "granite-hybrid",
-    "deepseek",
-    "gpt-oss",
-    "llama-int8",
-    "llama-lora",
-    "bert",
-)
-"""What every run loads: each kind of attention, state and head once."""
-
-
-@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.wide)])
-def zoo(request: pytest.FixtureRequest) -> Sequence[Model]:
-    return [model for model in ZOO if request.param == "all" or model.alias in FEW]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("zoo")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, zoo: Sequence[Model]) -> Path:
-    return tmp_path_factory.mktemp(f"zoo-of-{len(zoo)}")
-
-
-@pytest.fixture(scope="module")
-def references(folder: Path, zoo: Sequence[Model]) -> Iterator[References]:
+def references(folder: Path) -> Iterator[References]:
     """In the order in which they are asked for; first those that may or may not run here."""
-    order = sorted(shuffled(zoo, SEED), key=lambda model: not model.unless)
+    order = sorted(shuffled(ZOO, SEED), key=lambda model: not model.unless)
     found = References(folder, order)
     yield found
     found.stop()
 
 
 @pytest.fixture(scope="module")
-def running(references: References, zoo: Sequence[Model]) -> Sequence[Model]:
+def running(references: References) -> Sequence[Model]:
     """The models that plain vLLM can run here."""
-    return [model for model in zoo if not model.cannot or may_run(model, references)]
+    return [model for model in ZOO if not model.cannot or may_run(model, references)]
 
 
 def may_run(model: Model, references: References) -> bool:
@@ -144,7 +126,7 @@ def server(
     path = folder / "models.yaml"
     models = {model.alias: entry(model, folder) for model in running}
     host_bytes = expected_memory(CpuDevice(), print).held
-    memory = {"device": host_bytes + ROOM_BYTES["few" if len(running) <= len(FEW) else "all"]}
+    memory = {"device": host_bytes + ROOM_BYTES}
     content = {"default_model": running[0].alias, "memory": memory, "models": models}
     path.write_text(yaml.safe_dump(content))
     environment = {"VLLM_SERVER_DEV_MODE": "1", **ONE_THREAD}
@@ -280,8 +262,6 @@ def test_models_answer_the_same_after_every_level_of_sleep(
     assert {} == differences(server, models, references), names(models)
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("zoo", ["all"], indirect=True, scope="module")
 @pytest.mark.parametrize("model", ZOO, ids=lambda model: model.alias)
 def test_plain_vllm_runs_what_the_list_says(model: Model, references: References) -> None:
     """What it cannot run is listed with its own words; when it begins to, this is noticed."""
@@ -318,7 +298,6 @@ def varies(answer: tuple[list[int], str]) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zoo", ["all"], indirect=True, scope="module")
 @pytest.mark.parametrize("seed", NIGHTLY_SEEDS)
 def test_long_walks_change_no_answer(
     server: ServerProcess, running: Sequence[Model], references: References, seed: int

@@ -43,6 +43,9 @@ vllm.v1.engine.core.EngineCore.structured_output_manager
 vllm.v1.engine.core.EngineCore.request_block_hasher
 vllm.v1.engine.core.EngineCore.available_gpu_memory_for_kv_cache
 vllm.v1.structured_output.StructuredOutputManager.clear_backend()
+vllm.v1.structured_output.StructuredOutputManager.executor
+vllm.sampling_params.SamplingParams.structured_outputs
+vllm.sampling_params.SamplingParams.extra_args
 vllm.v1.structured_output.request.StructuredOutputRequest._grammar
 vllm.v1.request.Request.structured_output_request
 vllm.v1.engine.core.EngineCore.abort_requests(request_ids)
@@ -105,9 +108,20 @@ vllm.v1.engine.async_llm.AsyncLLM.add_lora(lora_request)
 vllm.v1.engine.async_llm.AsyncLLM.generate(prompt, sampling_params, request_id)
 vllm.v1.engine.async_llm.AsyncLLM.encode(prompt, pooling_params, request_id)
 vllm.v1.engine.async_llm.AsyncLLM.get_supported_tasks()
-vllm.v1.engine.async_llm.AsyncLLM.add_request
-vllm.v1.engine.async_llm.AsyncLLM._add_request
+vllm.v1.engine.async_llm.AsyncLLM.add_request(request_id, prompt, params)
+vllm.v1.engine.async_llm.AsyncLLM.input_processor
+vllm.v1.engine.input_processor.InputProcessor._validate_params(params, supported_tasks)
+vllm.v1.engine.input_processor.InputProcessor.structured_outputs_config
 vllm.v1.engine.core_client.MPClient.input_socket
+vllm.v1.engine.core_client.MPClient.resources
+vllm.v1.engine.core_client.BackgroundResources.output_socket
+vllm.v1.engine.core_client.AsyncMPClient._ensure_output_queue_task()
+vllm.v1.engine.async_llm.AsyncLLM.output_processor
+vllm.v1.engine.output_processor.OutputProcessor.add_request(request, prompt, parent_req)
+vllm.v1.engine.output_processor.OutputProcessor.parent_requests
+vllm.v1.engine.parallel_sampling.ParentRequest.child_requests
+vllm.v1.engine.async_llm.AsyncLLM.abort(request_id, internal=)
+vllm.utils.async_utils.merge_async_iterators
 vllm.v1.engine.core_client.AsyncMPClient.add_request_async(request)
 vllm.v1.engine.core_client.AsyncMPClient.abort_requests_async(request_ids)
 vllm.v1.engine.core_client.AsyncMPClient.get_output_async()

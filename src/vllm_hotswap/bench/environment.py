@@ -30,7 +30,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": {"vllm-hotswap": vllm_hotswap.__version__, **_versions()},
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(Path(__file__).parent),
         "load_average_before": round(os.getloadavg()[0], 2),
         "server_variables": server_variables(),
         "server_flags": list(COMMON_FLAGS),
@@ -54,9 +54,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_revision() -> str | None:
-    """The commit of the source that runs, with "+changes" if it differs; None outside git."""
-    git = ("git", "-C", str(Path(__file__).parent))
+def git_revision(folder: Path) -> str | None:
+    """The commit of a source tree, with "+changes" if it differs; None outside git."""
+    git = ("git", "-C", str(folder))
     try:
         described = subprocess.run(
             [*git, "describe", "--always", "--abbrev=12", "--dirty=+changes"],

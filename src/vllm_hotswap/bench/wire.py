@@ -92,10 +92,12 @@ async def ask(
     body: Mapping[str, Any] | None = None,
     manner: Manner = PATIENT,
     reply: Reply | None = None,
+    key: str = "",
 ) -> Reply:
     """Send a request (a POST if it has a body) to this machine, and read its answer to its end.
 
     Args:
+        key: is sent, if there is one.
         reply: is filled while the answer comes, for those who cannot wait for its end.
     """
     reply = Reply() if reply is None else reply
@@ -103,7 +105,7 @@ async def ask(
     leaves_first = manner.leave_after_s is not None and manner.leave_after_s < manner.deadline_s
     try:
         async with asyncio.timeout(manner.leave_after_s if leaves_first else manner.deadline_s):
-            reply.end = await _talk(port, _request(path, body), manner, reply)
+            reply.end = await _talk(port, _request(path, body, key), manner, reply)
     except TimeoutError:
         reply.end = End.LEFT if leaves_first else End.HUNG
     except asyncio.IncompleteReadError:
@@ -171,7 +173,7 @@ def _take(reply: Reply, piece: bytes) -> None:
     reply.arrivals.append((len(reply.body), time.perf_counter()))
 
 
-def _request(path: str, body: Mapping[str, Any] | None) -> bytes:
+def _request(path: str, body: Mapping[str, Any] | None, key: str) -> bytes:
     content = b"" if body is None else json.dumps(body).encode()
     lines = [
         f"{'GET' if body is None else 'POST'} {path} HTTP/1.1",
@@ -179,5 +181,6 @@ def _request(path: str, body: Mapping[str, Any] | None) -> bytes:
         "Connection: close",
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",
+        *([f"Authorization: Bearer {key}"] if key else []),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + content

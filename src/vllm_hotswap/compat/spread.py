@@ -1,92 +1,297 @@
 """One call's many engine requests, spread so that everybody else has a turn between two of them.
 
-vLLM makes a task of each prompt of a list, and all of them begin in one turn of the event loop; the
-items of `/generative_scoring` it tokenises on the loop, one after the other.
+The tasks that vLLM makes for a large call are paced (`vllm_hotswap.pace`). What is left is done
+here: long loops in one task, which give the loop back where they await something anyway, or after
+which they do; the waiting for many answers at once, for which vLLM looks at all of them each time;
+the items of `/generative_scoring`, which it tokenises on the event loop; and the outputs of
+steps, of which some are looked at before others have a turn.
 
-Relies on: `AsyncLLM._add_request`, which its `add_request` calls on the instance for every engine
-request, also for a single one; `serving_generative_scoring` in the application's state, its
-`_build_prompts`, which is a coroutine that waits for nothing, and its `renderer._executor`, on
-whose threads vLLM tokenises everything else. Checked on vLLM 0.32.0.
+Relies on:
+
+- of the serving objects in the application's state: their coroutine functions `create_*`, which
+  make an answer that is then written at once; `_get_trace_headers`, which handlers of several
+  prompts await for each of them; `io_processor` and `io_processors`, whose `render_async` is a
+  function that returns a future; `json_response_cls`, with which those of pooling models write an
+  answer on a thread;
+- `merge_async_iterators`, which modules of vLLM's entrypoints have as a global;
+- `OutputProcessor.add_request` and its `parent_requests`, for the answers of `n`, all of which
+  `AsyncLLM` registers before it sends the first one; `AsyncLLM.abort`, which gives up those of
+  `ParentRequest.child_requests`, too;
+- `output_socket` of the core client's `resources`, from which the task that
+  `_ensure_output_queue_task` begins reads;
+- `serving_generative_scoring` in the application's state: its `_build_prompts`, a coroutine that
+  waits for nothing, whose first argument has `items`, and which returns two lists with a member for
+  each; its `renderer._executor`, on whose threads vLLM tokenises everything else;
+- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM` reads when its first request comes.
+
+Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
+import os
+import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
-from vllm_hotswap.registry import current_lease
+from starlette.responses import JSONResponse
 
-PER_TURN = 8
-"""Engine requests that begin between two turns of the loop: some milliseconds of work."""
+from vllm_hotswap.pace import OUTPUTS, Pace, give_back, merged
+from vllm_hotswap.registry import Lease, current_lease
+
+READ_BYTES = 16 << 10
+"""Of outputs, that are read before the event loop has another turn."""
+
+ITEMS = 16
+"""Of a call, that are tokenised before somebody else's text can be."""
 
 
-class Pace:
-    """Lets the engine requests of large calls begin a few at a time, then the loop turns."""
+_unregistered: ContextVar[dict[str, Callable[[], None]] | None] = ContextVar(
+    "unregistered", default=None
+)
+"""The answers of the running task's call that are not registered yet, by the ids of requests."""
 
-    def __init__(self) -> None:
-        self._left = PER_TURN
-        self._waiting: deque[asyncio.Future[None]] = deque()  # in order
-        self._is_turning = False
 
-    async def wait(self) -> None:
-        """Return when it is the turn of the running task; at once for a call of one request."""
+def spread(client: Any, app: Any, pace: Pace) -> None:
+    """Spread the work of a frontend; once, when it is made, and its engine core is stamped."""
+    os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", str(OUTPUTS))
+    _merge_evenly()
+    _register_when_sent(client)
+    client.abort = _few_at_once(client.abort, client.output_processor.parent_requests)
+    state = getattr(app.state, "_state", {})
+    for serving in {id(one): one for one in state.values()}.values():
+        if hasattr(serving, "_get_trace_headers"):
+            serving._get_trace_headers = _paced(serving._get_trace_headers, pace)
+        for name, create in _creators(serving):
+            setattr(serving, name, _before_writing(create))
+        if getattr(serving, "json_response_cls", None) is JSONResponse:
+            serving.json_response_cls = JsonInPieces
+        for inputs in _input_processors(serving):
+            inputs.render_async = Feeder(inputs.render_async, pace)
+    scoring = state.get("serving_generative_scoring")
+    if scoring is not None and hasattr(scoring, "_build_prompts"):
+        scoring._build_prompts = _in_pieces(scoring._build_prompts, scoring.renderer._executor)
+
+
+def _merge_evenly() -> None:
+    """Put our way of waiting for many answers in the place of vLLM's."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.entrypoints.") and "merge_async_iterators" in vars(module):
+            vars(module)["merge_async_iterators"] = merged
+
+
+def _register_when_sent(client: Any) -> None:
+    """Have each of the answers of `n` registered just before it is sent, which is paced."""
+    add, core, processor = client.add_request, client.engine_core, client.output_processor
+    send, register = core.add_request_async, processor.add_request
+
+    async def add_request(*args: Any, **kwargs: Any) -> Any:
+        token = _unregistered.set({})
+        try:
+            return await add(*args, **kwargs)
+        finally:
+            _unregistered.reset(token)
+
+    def register_later(
+        request: Any, prompt: Any, parent: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if parent is None or (later := _unregistered.get()) is None:
+            register(request, prompt, parent, *args, **kwargs)
+        else:
+            processor.parent_requests[parent.request_id] = parent  # whoever aborts looks there
+            later[request.request_id] = partial(register, request, prompt, parent, *args, **kwargs)
+
+    async def send_registered(request: Any) -> None:
+        if (later := _unregistered.get()) and (now := later.pop(request.request_id, None)):
+            now()
+        await send(request)
+
+    client.add_request = add_request
+    processor.add_request = register_later
+    core.add_request_async = send_registered
+
+
+class JsonInPieces(JSONResponse):
+    """The same bytes; but a long list is not written in one call, for which all threads wait."""
+
+    def render(self, content: Any) -> bytes:
+        if not isinstance(content, dict):
+            return super().render(content)
+        members = (f"{_json(str(key))}:{_listed(value)}" for key, value in content.items())
+        return f"{{{','.join(members)}}}".encode()
+
+
+_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+"""As starlette's response writes it."""
+
+
+def _listed(value: Any) -> str:
+    return f"[{','.join(map(_json, value))}]" if isinstance(value, list) else _json(value)
+
+
+class OutputSocket:
+    """An engine's outputs, between two of which the event loop turns when they are many bytes.
+
+    What has come already is read without a turn, and reading it takes its time.
+    """
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._read_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    async def recv_multipart(self, *args: Any, **kwargs: Any) -> Any:
+        if self._read_bytes > READ_BYTES:
+            self._read_bytes = 0
+            await asyncio.sleep(0)
+        frames = await self._socket.recv_multipart(*args, **kwargs)
+        self._read_bytes += sum(map(len, frames))
+        return frames
+
+
+def read_in_turns(core: Any) -> None:
+    """Begin to read what an engine core says; before vLLM's client of it does so by itself."""
+    resources = core.resources
+    socket = resources.output_socket
+    resources.output_socket = OutputSocket(socket)
+    try:
+        core._ensure_output_queue_task()
+    finally:
+        resources.output_socket = socket  # whoever ends it looks at its type
+
+
+def _input_processors(serving: Any) -> Iterator[Any]:
+    """What prepares the inputs of pooling models: one of a handler, or one of each task."""
+    found = [getattr(serving, "io_processor", None)]
+    found += (getattr(serving, "io_processors", None) or {}).values()
+    yield from (inputs for inputs in found if hasattr(inputs, "render_async"))
+
+
+class Feeder:
+    """Gives work to threads; that of a large call a few at a time, and promises it at once.
+
+    The mutable state is what each large call has still to give.
+    """
+
+    def __init__(self, submit: Callable[..., asyncio.Future[Any]], pace: Pace) -> None:
+        self._submit = submit
+        self._pace = pace
+        self._left: dict[Lease, deque[tuple[asyncio.Future[Any], tuple[Any, ...]]]] = {}
+        self._feeding: set[asyncio.Task[None]] = set()
+
+    def __call__(self, *args: Any) -> asyncio.Future[Any]:
         lease = current_lease.get()
         if lease is None or lease.calls == 1:
-            return
-        loop = asyncio.get_running_loop()
-        if not self._is_turning:
-            self._is_turning = True
-            loop.call_soon(self._turn)
-        if self._left and not self._waiting:
-            self._left -= 1
-            return
-        self._waiting.append(future := loop.create_future())
-        await future
+            return self._submit(*args)
+        if lease not in self._left:
+            self._left[lease] = deque()
+            self._feeding.add(task := asyncio.create_task(self._feed(lease)))
+            task.add_done_callback(self._feeding.discard)
+        promise = asyncio.get_running_loop().create_future()
+        self._left[lease].append((promise, args))
+        return promise
 
-    def _turn(self) -> None:
-        self._left = PER_TURN
-        self._is_turning = bool(self._waiting)
-        while self._waiting and self._left:
-            if not (future := self._waiting.popleft()).done():  # else whoever waited has gone
-                future.set_result(None)
-                self._left -= 1
-        if self._is_turning:
-            asyncio.get_running_loop().call_soon(self._turn)
-
-    def paced(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def begin_in_turn(*args: Any, **kwargs: Any) -> Any:
-            await self.wait()
-            return await begin(*args, **kwargs)
-
-        return begin_in_turn
+    async def _feed(self, lease: Lease) -> None:
+        left = self._left[lease]
+        while left:
+            promise, args = left.popleft()
+            if not promise.done():  # else nobody waits for it any more
+                await self._pace.wait()
+                _keep(promise, self._submit(*args))
+        del self._left[lease]
 
 
-def spread(client: Any, app: Any) -> None:
-    """Spread the work of a frontend; once, when it is made."""
-    pace = Pace()
-    client._add_request = pace.paced(client._add_request)  # once for each of `n` answers
-    scoring = getattr(app.state, "serving_generative_scoring", None)
-    if scoring is not None and hasattr(scoring, "_build_prompts"):
-        scoring._build_prompts = _on_threads(scoring._build_prompts, scoring.renderer._executor)
+def _keep(promise: asyncio.Future[Any], work: asyncio.Future[Any]) -> None:
+    """Have a promise end as the work does, and the work be given up with the promise."""
+
+    def done(_: asyncio.Future[Any]) -> None:
+        if promise.done():
+            if not work.cancelled():
+                work.exception()  # nobody else looks at it
+        elif work.cancelled():
+            promise.cancel()
+        elif (error := work.exception()) is not None:
+            promise.set_exception(error)
+        else:
+            promise.set_result(work.result())
+
+    work.add_done_callback(done)
+    promise.add_done_callback(lambda _: work.cancel())
 
 
-def _on_threads(
-    work: Callable[..., Coroutine[Any, Any, Any]], executor: Any
+def _few_at_once(
+    abort: Callable[..., Awaitable[None]], parents: Mapping[str, Any]
+) -> Callable[..., Awaitable[None]]:
+    """vLLM's way of giving requests up, a few in a turn; so with the answers of one of them."""
+
+    async def abort_few(request_id: str | Iterable[str], internal: bool = False) -> None:
+        ids = [request_id] if isinstance(request_id, str) else [*request_id]
+        found = [parents.get(one) for one in ids] if internal else []
+        ids[:0] = [child for parent in found if parent for child in parent.child_requests]
+        for start in range(0, len(ids), OUTPUTS):
+            if start:
+                await asyncio.sleep(0)
+            await abort(ids[start : start + OUTPUTS], internal=internal)
+
+    return abort_few
+
+
+def _creators(serving: Any) -> Iterator[tuple[str, Callable[..., Awaitable[Any]]]]:
+    for name in dir(type(serving)):
+        if name.startswith("create_"):
+            create = getattr(serving, name)
+            if inspect.iscoroutinefunction(create):
+                yield name, create
+
+
+def _before_writing(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def create_and_give_back(*args: Any, **kwargs: Any) -> Any:
+        answer = await create(*args, **kwargs)
+        await give_back()
+        return answer
+
+    return create_and_give_back
+
+
+def _paced(work: Callable[..., Awaitable[Any]], pace: Pace) -> Callable[..., Awaitable[Any]]:
+    async def work_in_turn(*args: Any, **kwargs: Any) -> Any:
+        await pace.wait()
+        return await work(*args, **kwargs)
+
+    return work_in_turn
+
+
+def _in_pieces(
+    build: Callable[..., Coroutine[Any, Any, Any]], executor: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """A coroutine that waits for nothing, run beside the event loop."""
+    """A coroutine that waits for nothing, run beside the event loop, for some items at a time."""
 
-    def run(*args: Any) -> Any:
-        coroutine = work(*args)
-        try:
-            coroutine.send(None)
-        except StopIteration as end:
-            return end.value
-        coroutine.close()
-        raise RuntimeError(f"{work.__name__} of vLLM waits for something")
+    async def build_in_pieces(request: Any, *args: Any) -> tuple[list[Any], list[Any]]:
+        loop = asyncio.get_running_loop()
+        prompts: list[Any] = []
+        counts: list[Any] = []
+        for start in range(0, len(request.items), ITEMS):
+            piece = request.model_copy(update={"items": request.items[start : start + ITEMS]})
+            made = await loop.run_in_executor(executor, _run, build(piece, *args))
+            prompts += made[0]
+            counts += made[1]
+        return prompts, counts
 
-    async def run_on_thread(*args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(executor, run, *args)
+    return build_in_pieces
 
-    return run_on_thread
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise RuntimeError("tokenising items waits for something in this vLLM")

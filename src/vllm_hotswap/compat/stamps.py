@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from vllm_hotswap import drain
+from vllm_hotswap.compat import grammars
 from vllm_hotswap.compat.sendable import check_sendable
-from vllm_hotswap.errors import EngineUnavailable, WrongStamp
+from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout, WrongStamp
+from vllm_hotswap.pace import OUTPUTS, Pace
 from vllm_hotswap.registry import Lease, current_lease
 
 
@@ -33,15 +35,19 @@ class StampedCore:
     """vLLM's client of one engine core, between it and the `AsyncLLM` that uses it.
 
     The mutable state is `_leases`, by the id that vLLM gives a request, from its beginning to its
-    last output; `_held`, those that wait for their turn, or were given up before it; and the last
-    stamp, read.
+    last output; `_held`, those that wait for their turn, or were given up before it; `_timers`, by
+    the same id, of those whose grammar has to be compiled before their first output; `_told`, the
+    outputs since the event loop was last given back; and the last stamp, read.
     """
 
-    def __init__(self, alias: str, core: Any) -> None:
+    def __init__(self, alias: str, core: Any, pace: Pace | None = None) -> None:
         self._alias = alias
         self._core = core
+        self._pace = pace
         self._leases: dict[str, Lease] = {}
         self._held: set[str] = set()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._told = 0
         self._stamp = ""
         self._owner = ("", -1)
 
@@ -58,20 +64,43 @@ class StampedCore:
             lease.requests.add(request.request_id)  # vLLM's frontend knows it already
             if lease.alias != self._alias:
                 raise WrongStamp(lease.alias, self._alias)
-            if lease.ask is not None:
-                await self._until_its_turn(lease.ask, request)
+            if lease.ask is not None or lease.calls > 1:
+                await self._until_its_turn(lease, request)
             if lease.cut is not None:  # while the request was being tokenised
                 raise EngineUnavailable(lease.cut.message)
             if lease.cache_salt:
                 request.cache_salt = _salted(lease.cache_salt, request.cache_salt)
             lease.prompt_tokens += _prompt_tokens(request)
             self._leases[request.request_id] = lease
+            if grammars.has_grammar(request):
+                grammars.sign(request, lease.account)
+                self._await_first_output(request.request_id, lease)
         await self._core.add_request_async(request)
 
-    async def _until_its_turn(self, ask: Callable[[int], Awaitable[None]], request: Any) -> None:
+    def _await_first_output(self, request_id: str, lease: Lease) -> None:
+        """End the request unless an output of it comes in time; while it is parked, none can."""
+        if (timeout_s := lease.grammar_timeout_s) is None:
+            return
+
+        def expire() -> None:
+            if lease.is_parked:
+                self._await_first_output(request_id, lease)
+            else:
+                drain.end([lease], GrammarTimeout(timeout_s))
+
+        self._timers[request_id] = asyncio.get_running_loop().call_later(timeout_s, expire)
+
+    def _stop_timer(self, request_id: str) -> None:
+        if (timer := self._timers.pop(request_id, None)) is not None:
+            timer.cancel()
+
+    async def _until_its_turn(self, lease: Lease, request: Any) -> None:
         """Hold the request here, where it is known to be a good one, and is in no engine yet."""
         self._held.add(request.request_id)
-        await ask(_most_tokens(request))
+        if self._pace is not None:
+            await self._pace.wait()
+        if lease.ask is not None:
+            await lease.ask(_most_tokens(request))
         if request.request_id not in self._held:  # it was aborted meanwhile
             raise asyncio.CancelledError
         self._held.discard(request.request_id)
@@ -84,8 +113,12 @@ class StampedCore:
             await self._core.abort_requests_async(sent)
 
     async def get_output_async(self) -> Any:
+        if self._told >= OUTPUTS:  # of several steps, perhaps, which have come already
+            self._told = 0
+            await asyncio.sleep(0)
         outputs = await self._core.get_output_async()
         if outputs.outputs:
+            self._told += len(outputs.outputs)
             self._check(outputs, getattr(outputs, "weight_version", None))
         return outputs
 
@@ -95,6 +128,7 @@ class StampedCore:
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
+        self._stop_timer(request_id)
         lease = self._leases.pop(request_id, None)
         if lease is not None:
             lease.requests.discard(request_id)
@@ -116,6 +150,8 @@ class StampedCore:
                 refused.add(output.request_id)
                 drain.end([lease], WrongStamp(lease.alias, stamp))
                 continue
+            if self._timers:
+                self._stop_timer(output.request_id)
             lease.output_tokens += len(output.new_token_ids)
             if output.finish_reason is not None:
                 self._forget(output.request_id)

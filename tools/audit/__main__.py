@@ -1,0 +1,159 @@
+"""`make audit`: which of the pinned versions have published vulnerabilities.
+
+Asks a service on the network, and reads the record of the day when that was last done; where no
+service can be reached, the record alone. Exits with 0 if nothing is found but what was accepted,
+with 1 if something is, with 2 if it cannot be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.audit.advisories import (
+    Accepted,
+    Advisory,
+    Pinned,
+    findings,
+    pinned_in,
+    unneeded,
+)
+from tools.audit.database import advisories_in
+from tools.audit.record import (
+    Record,
+    RecordError,
+    load,
+    load_accepted,
+    looked_up,
+    written,
+)
+from tools.audit.services import NotReached, ask, pip_audit
+from tools.setup import LISTS, ROOT, canonical, parse
+
+ENVIRONMENT = ROOT / ".venv-audit"
+SHOWN = 8
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    pins = pinned_in(
+        {
+            path.name: [canonical(it.requirement) for it in parse(path.read_text())]
+            for path in args.lists
+        }
+    )
+    try:
+        accepted = load_accepted(args.accepted)
+        known = Knowledge(pins)
+        if args.database:
+            known.read_database(args.database, args.source)
+        elif not args.offline:
+            known.ask_service()
+        if args.record:
+            return known.write(args.advisories)
+        known.read_record(load(args.advisories))
+    except RecordError as error:
+        print(f"audit: error: {error}", file=sys.stderr)
+        return 2
+    return report(known, accepted)
+
+
+class Knowledge:
+    """What is known of some pinned versions, gathered from one place after the other."""
+
+    def __init__(self, pins: Sequence[Pinned]) -> None:
+        self.pins = pins
+        self.advisories: list[Advisory] = []
+        self.known: set[Pinned] = set()
+        self.source = ""
+
+    def ask_service(self) -> None:
+        """Ask a service on the network; says so where none is reached, and knows nothing then."""
+        try:
+            service, self.advisories, known = ask(pip_audit(ENVIRONMENT), self.pins)
+        except NotReached as error:
+            print(f"audit: no service was reached ({error}); what follows is from the record alone")
+            return
+        self.source = f"{service}, by pip-audit"
+        self.known.update(known)
+        print(f"audit: {self.source}, knows {len(known)} of {len(self.pins)} pinned versions")
+
+    def read_database(self, folder: Path, source: str) -> None:
+        """Read a folder of advisories in the OSV form; one that has none is an error."""
+        names = frozenset(pin.published_as for pin in self.pins)
+        self.advisories = list(advisories_in(folder, names))
+        if not self.advisories:
+            raise RecordError(f"{folder} has no advisory on any of the {len(names)} packages")
+        self.source = source
+        self.known.update(self.pins)
+
+    def read_record(self, record: Record) -> None:
+        """Add what was recorded."""
+        recorded = [pin for pin in self.pins if record.has(pin)]
+        self.advisories += record.advisories
+        self.known.update(recorded)
+        age = (dt.datetime.now(dt.UTC).date() - record.recorded).days
+        print(
+            f"audit: record of {record.recorded} ({age} days old; {record.source}), "
+            f"has {len(recorded)} of {len(self.pins)} pinned versions"
+        )
+
+    def write(self, path: Path) -> int:
+        """Make the record anew from what is known; an exit code."""
+        if not self.known:
+            print("audit: error: nothing to record; the record stays as it is", file=sys.stderr)
+            return 2
+        there = [it for it in self.advisories if any(it.concerns(pin) for pin in self.known)]
+        today = dt.datetime.now(dt.UTC).date()
+        path.write_text(written(Record(today, self.source, looked_up(self.known), tuple(there))))
+        print(f"audit: {len(there)} advisories on {len(self.known)} versions are recorded")
+        return 0
+
+
+def report(known: Knowledge, accepted: Sequence[Accepted]) -> int:
+    """Print what was found; an exit code."""
+    found = findings(known.pins, known.advisories)
+    bad = [it for it in found if not any(decision.covers(it) for decision in accepted)]
+    for decision in accepted:
+        covered = [finding for finding in found if decision.covers(finding)]
+        for pin in dict.fromkeys(finding.pinned for finding in covered):
+            ids = ", ".join(it.advisory.id for it in covered if it.pinned == pin)
+            print(f"audit: accepted: {pin.name} {pin.version}: {ids}: {decision.reason}")
+    for package, name in unneeded(accepted, found):
+        print(f"audit: accepted.toml has {package} {name}, which nothing needs now")
+    unknown = [pin for pin in known.pins if pin not in known.known]
+    if unknown:
+        print(f"audit: nothing is known of {listed(unknown)}: run make audit-record with a network")
+    for finding in bad:
+        print(f"audit: {finding}", file=sys.stderr)
+    print(f"audit: {len(bad)} to do, {len(found) - len(bad)} accepted, {len(unknown)} not known")
+    return 1 if bad else 0
+
+
+def listed(pins: Sequence[Pinned]) -> str:
+    """Some of these pins by name, and how many there are."""
+    names = ", ".join(f"{pin.name} {pin.version}" for pin in pins[:SHOWN])
+    return f"{names} and {len(pins) - SHOWN} others" if len(pins) > SHOWN else names
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="audit", description="Known vulnerabilities of the pins.")
+    parser.add_argument("lists", nargs="*", type=Path, metavar="LIST", help="default: all of them")
+    parser.add_argument("--offline", action="store_true", help="read the record and ask nobody")
+    parser.add_argument("--record", action="store_true", help="write the record anew")
+    parser.add_argument("--database", type=Path, help="a folder of advisories in the OSV form")
+    parser.add_argument(
+        "--source", default="a database", help="what the record says of that folder"
+    )
+    parser.add_argument("--advisories", type=Path, default=LISTS / "advisories.toml")
+    parser.add_argument("--accepted", type=Path, default=LISTS / "accepted.toml")
+    args = parser.parse_args(argv)
+    args.lists = args.lists or sorted(LISTS.glob("*.txt"))
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

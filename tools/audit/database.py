@@ -1,0 +1,79 @@
+"""Advisories from a folder in the form of the Open Source Vulnerabilities (OSV) schema.
+
+PyPA's advisory database is such a folder, one YAML or JSON file for each advisory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.version import InvalidVersion, Version
+
+from tools.audit.advisories import Advisory
+from tools.setup import canonical
+
+END = {"fixed": "<", "last_affected": "<="}
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def advisories_in(folder: Path, packages: frozenset[str]) -> Iterator[Advisory]:
+    """The advisories on these packages; those that were withdrawn are left out."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".yaml", ".json"}:
+            yield from _read(path, packages)
+
+
+def _read(path: Path, packages: frozenset[str]) -> Iterator[Advisory]:
+    text = path.read_text(encoding="utf-8")
+    if not any(name in text.lower().replace("_", "-").replace(".", "-") for name in packages):
+        return  # most are about others, and YAML is slow to read
+    entry = json.loads(text) if path.suffix == ".json" else yaml.load(text, LOADER)  # noqa: S506
+    if isinstance(entry, dict) and "withdrawn" not in entry:
+        yield from from_osv(entry, packages)
+
+
+def from_osv(entry: Mapping[str, Any], packages: frozenset[str]) -> Iterator[Advisory]:
+    """What one entry of the OSV schema says about these packages."""
+    for about in entry.get("affected", []):
+        package = about.get("package", {})
+        name = canonical(package.get("name", ""))[0]
+        if package.get("ecosystem") == "PyPI" and name in packages:
+            ranges = [it for it in about.get("ranges", []) if it.get("type") == "ECOSYSTEM"]
+            spans = [span for it in ranges for span in _spans(it["events"])]
+            named = () if spans else [f"=={version}" for version in about.get("versions", [])]
+            yield Advisory(
+                name,
+                entry["id"],
+                tuple(entry.get("aliases", [])),
+                (*spans, *named),
+                tuple(
+                    event["fixed"] for it in ranges for event in it["events"] if "fixed" in event
+                ),
+            )
+
+
+def _spans(events: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Version specifiers from events in their order: introduced, then fixed or last affected."""
+    since, is_open = "", False
+    for event in events:
+        ((kind, version),) = event.items()
+        if kind == "introduced":
+            since, is_open = "" if version == "0" else f">={version},", True
+        elif is_open and kind in END and is_version(version):
+            yield f"{since}{END[kind]}{version}"
+            is_open = False
+    if is_open:
+        yield since.rstrip(",") or ">=0"
+
+
+def is_version(text: str) -> bool:
+    """Whether Python's rules read it. Some advisories end with none; theirs count as not ended."""
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
