@@ -90,7 +90,8 @@ class Ladder:
 
     Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
     `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves.
+    sum of what models hold is only known between moves; and `_is_short`, whether others have taken
+    memory of the device that models hold by the plan.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
+        self._is_short = False
         self.on_step: Callable[[], object] | None = None
         """Called when a model has moved."""
 
@@ -397,16 +399,18 @@ class Ladder:
         """
         async with self.turn():
             await self.look()
-            if self.used.device <= self.budget.device:
+            was_short, self._is_short = self._is_short, self.used.device > self.budget.device
+            if not self._is_short:
                 return ()
             moves = relief(self.snapshot(), [active.alias for active in self._active()])
-            log.warning(
-                "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
-                self._host.others_bytes,
-                self.budget.device,
-                self.used.device,
-                {move.alias: move.after.value for move in moves},
-            )
+            if moves or not was_short:  # not again where nothing can be done
+                log.warning(
+                    "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
+                    self._host.others_bytes,
+                    self.budget.device,
+                    self.used.device,
+                    {move.alias: move.after.value for move in moves},
+                )
             for move in moves:
                 await self.move_down(self._registry.resolve(move.alias), move.after)
             return moves
