@@ -383,6 +383,33 @@ async def test_trailers_and_extensions_of_chunks_are_bounded(server: Server, end
     assert told.ends
 
 
+WANTS_MORE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_a_body_is_never_taken_for_a_request(server: Server, pieces: int) -> None:
+    """Of a request that asks for another protocol, after which the parser would look for one."""
+    hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /seen HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(hidden)
+    sent = [head + WANTS_MORE + b"\r\n", hidden]
+    async with listening(server) as port:
+        told, rest = await exchange(port, *(sent if pieces == 2 else [b"".join(sent)]))
+
+    assert (400, "upgrade_with_body", b"") == (told.status, told.code, rest)
+
+
+async def test_a_request_behind_one_for_another_protocol_is_answered(server: Server) -> None:
+    """All in HTTP/1.1, also where they come in one piece."""
+    one = b"GET /ping HTTP/1.1\r\nHost: x\r\n"
+    async with listening(server) as port:
+        told, rest = await exchange(
+            port, 2 * (one + WANTS_MORE + b"\r\n") + one + b"Connection: close\r\n\r\n"
+        )
+
+    assert 200 == told.status
+    assert 2 == rest.count(b"HTTP/1.1 200 OK")
+
+
 async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) -> None:
     """Not as plain text."""
     async with listening(server) as port:

@@ -39,6 +39,7 @@ from vllm_hotswap.errors import (
     HotswapError,
     MalformedRequest,
     TooManyConnections,
+    UpgradeWithBody,
     UrlTooLong,
 )
 from vllm_hotswap.places import Place, Places
@@ -268,13 +269,21 @@ class Connection(HttpToolsProtocol):
             if self._raw != len(data) and not (data := self._gathered(data)):
                 return
         self._moved = False
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
-                return
-            # Whoever wants something else, such as HTTP/2, is answered in HTTP/1.1: RFC 9110, 7.8.
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    if self._should_upgrade():
+                        self.handle_websocket_upgrade()
+                        return
+                    # Whoever wants another protocol, such as HTTP/2, is answered in HTTP/1.1: RFC
+                    # 9110, 7.8. The parser has stopped behind that request.
+                    data = data[upgrade.args[0] :]
         except httptools.HttpParserError:
             self._refuse(self._fault or MalformedRequest())
             return
@@ -356,8 +365,9 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self.parser.get_http_version() not in VERSIONS:
             self._fail(MalformedRequest())
-        if self._has_body() and self._should_upgrade():
-            self._fail(MalformedRequest())  # a websocket's head has none, and nobody would read it
+        if self._has_body() and self.parser.should_upgrade():
+            # The parser would take the body for something else; a websocket's head has none.
+            self._fail(MalformedRequest() if self._should_upgrade() else UpgradeWithBody())
         self._look_ahead()
         super().on_headers_complete()
         self._head_next = False

@@ -83,6 +83,9 @@ SLOW_LOOK_S = 10.0
 IDLE_CHECK_S = 1.0
 """How often models are looked at that may rest when nobody uses them."""
 
+DEVICE_CHECK_S = 5.0
+"""How often it is seen whether other processes have taken memory of the device."""
+
 
 class Coordinator:
     """Admits requests and switches models.
@@ -402,6 +405,17 @@ class Coordinator:
                 await self.rest_idle()
             except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
                 log.warning("event=rest_failed cause=%r", one_line(error))
+
+    async def watch_device(self) -> None:
+        """Until cancelled, see whether other processes have taken memory that models count on."""
+        while self._host.is_device_shared:
+            await asyncio.sleep(DEVICE_CHECK_S)
+            if self.is_host_down:
+                continue
+            try:
+                await self.ladder.relieve()
+            except Exception as error:  # noqa: BLE001  # the next look may be better
+                log.warning("event=relief_failed cause=%r", one_line(error))
 
     async def rest_idle(self) -> None:
         """Whatever is to be done after a while without requests."""
@@ -788,6 +802,8 @@ class Coordinator:
     async def _take_over(self, switch: Switch) -> None:
         target = switch.target
         async with self._phase(switch, SwitchPhase.VALIDATE):
+            if not target.is_loaded:
+                await self.ladder.look()
             self._validate(switch)
             await target.engine.rehearse()
         switch.moves, switch.residency = not target.is_loaded, target.residency

@@ -40,6 +40,7 @@
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── MalformedRequest         400  what arrived is no HTTP request; send one
+    ├── UpgradeWithBody          400  a body and another protocol at once; leave one of them out
     ├── HeadTooLarge             431  send fewer or shorter header fields
     ├── UrlTooLong               414  send a shorter URL
     ├── HeadTimeout              408  the head of the request did not arrive in time
@@ -650,6 +651,18 @@ class MalformedRequest(HotswapError):
 
     def __init__(self) -> None:
         super().__init__("what was sent is no valid HTTP/1.1 request; send one")
+
+
+class UpgradeWithBody(HotswapError):
+    status = 400
+    type = "invalid_request_error"
+    code = "upgrade_with_body"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this request has a body and asks for another protocol (Connection: upgrade); send it "
+            "without that header, as plain HTTP/1.1"
+        )
 
 
 class HeadTooLarge(HotswapError):

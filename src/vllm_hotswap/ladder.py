@@ -29,7 +29,16 @@ from vllm_hotswap.errors import (
     one_line,
 )
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
-from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
+from vllm_hotswap.planner import (
+    ModelView,
+    Move,
+    Plan,
+    Snapshot,
+    Usage,
+    fits_together,
+    make_plan,
+    relief,
+)
 from vllm_hotswap.registry import Model, Prefetch, Registry
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import DOWN, Residency, Step, is_below
@@ -44,6 +53,10 @@ RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
 
 READ_BYTES_PER_S = 500e6
 """How fast weights are read, for the cost of a load that has not been measured yet."""
+
+LINK_BYTES_PER_S = 20e9
+"""How fast weights come from host memory to an accelerator, for a wake that was not measured yet;
+about that of PCI Express 4.0 with 16 lanes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,8 @@ class Ladder:
 
     Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
     `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves.
+    sum of what models hold is only known between moves; and `_is_short`, whether others have taken
+    memory of the device that models hold by the plan.
     """
 
     def __init__(
@@ -96,6 +110,7 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
+        self._is_short = False
         self.on_step: Callable[[], object] | None = None
         """Called when a model has moved."""
 
@@ -298,8 +313,7 @@ class Ladder:
             if not model.is_loaded:
                 model.engine.validate()
                 # Whoever is active now, not when this was asked for.
-                active = [m for m in self._registry if m.residency is Residency.ACTIVE]
-                evicted = (await self.make_room(model, keep=active)).evicted
+                evicted = (await self.make_room(model, keep=self._active())).evicted
                 await self.bring_up(model)
             took_s = self._clock() - started_s
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
@@ -359,11 +373,47 @@ class Ladder:
         """
         if target.is_loaded:
             return Room()  # needs nothing, and is what most switches are to
+        await self.look()
         plan = self._plan(target, [model.alias for model in keep])
         lost = 0
         for move in plan.evictions:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
+
+    def _active(self) -> list[Model]:
+        return [model for model in self._registry if model.residency is Residency.ACTIVE]
+
+    async def look(self) -> None:
+        """See what other processes use of the device: the budget follows. Nothing moves meanwhile.
+
+        The caller holds the turn.
+        """
+        if self._host.is_device_shared:
+            timeout_s = self._deadlines.command_timeout
+            await self.within(self._host.look(self.used.device), timeout_s, "a look at the device")
+
+    async def relieve(self) -> tuple[Move, ...]:
+        """Move models down if others have taken memory of the device that the budget counts on.
+
+        So that an allocation does not fail later. The active model stays.
+        """
+        async with self.turn():
+            await self.look()
+            was_short, self._is_short = self._is_short, self.used.device > self.budget.device
+            if not self._is_short:
+                return ()
+            moves = relief(self.snapshot(), [active.alias for active in self._active()])
+            if moves or not was_short:  # not again where nothing can be done
+                log.warning(
+                    "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
+                    self._host.others_bytes,
+                    self.budget.device,
+                    self.used.device,
+                    {move.alias: move.after.value for move in moves},
+                )
+            for move in moves:
+                await self.move_down(self._registry.resolve(move.alias), move.after)
+            return moves
 
     async def make_all_room(self, target: Model, even: Model | None = None) -> int:
         """Unload every model but pinned ones and `target`, whatever a plan says.
@@ -400,10 +450,15 @@ class Ladder:
         if model.residency is Residency.COLD:
             await self._load(model)
         elif not model.is_loaded:
+            open_ones = [lease for lease in model.parked if lease.gate is None]
             for lease in model.parked:
                 lease.shut()  # an engine that cannot be woken is unloaded, and aborts them
             try:
                 await self._timed(model, Step.WAKE, model.engine.wake())
+            except NoRoom:  # it is still asleep, with its requests
+                for lease in open_ones:
+                    lease.open()
+                raise
             except Exception:
                 drain.end(model.leases, ParkedEnded(model.alias, "its model could not be woken"))
                 refuse_failed(model)
@@ -519,8 +574,9 @@ def up_cost_s(model: Model, where: Residency) -> float:
         return model.up_s[where]
     if where is Residency.DISCARDED and Residency.COLD in model.up_s:
         return model.up_s[Residency.COLD]  # which reads the same bytes
-    weights = model.engine.memory.weights_bytes
-    return 0.1 if where is Residency.ASLEEP else 1.0 + weights / READ_BYTES_PER_S
+    if where is Residency.ASLEEP:
+        return 0.1 + model.engine.footprint.at(where).host / LINK_BYTES_PER_S
+    return 1.0 + model.engine.memory.weights_bytes / READ_BYTES_PER_S
 
 
 def _at_least(model: Model, target: Model) -> Residency:

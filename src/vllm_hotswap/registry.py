@@ -224,6 +224,13 @@ class Lease:
         if self.gate is None:
             self.gate = asyncio.get_running_loop().create_future()
 
+    def open(self) -> None:
+        """Tell again: undo `shut`."""
+        if self.gate is not None:
+            if not self.gate.done():
+                self.gate.set_result(None)
+            self.gate = None
+
     def settle(self) -> None:
         """Go on, or end: no longer parked, and whatever there is to tell is told."""
         self.is_parked = False
@@ -233,10 +240,7 @@ class Lease:
         if self.cut is None:
             for countdown in self.countdowns.values():
                 countdown.go_on()
-        if self.gate is not None:
-            if not self.gate.done():
-                self.gate.set_result(None)
-            self.gate = None
+        self.open()
 
 
 current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=None)

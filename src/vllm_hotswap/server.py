@@ -369,6 +369,7 @@ async def _serve(
     with contextlib.ExitStack() as exits:
         for lasting in (
             coordinator.rest_idle_models(),
+            coordinator.watch_device(),
             coordinator.recovery.watch(),
             app.router.let_go_of_stalled_clients(),
         ):

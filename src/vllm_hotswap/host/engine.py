@@ -38,7 +38,7 @@ from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.randomness import Randomness
 from vllm_hotswap.host.state import EngineState, in_own_state, process_state
-from vllm_hotswap.host.teardown import dismantle
+from vllm_hotswap.host.teardown import dismantle, pools_of
 from vllm_hotswap.host.threads import use_all_cores
 
 log = logging.getLogger("vllm_hotswap.host")
@@ -266,7 +266,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     @in_own_state
     def wake(self) -> None:
-        """Take memory back and schedule again."""
+        """Take memory back and schedule again.
+
+        Raises:
+            NoRoom: there is too little; it is still asleep.
+        """
         self.model_executor.wake_up()
         self.resume_scheduler()
 
@@ -279,6 +283,14 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def weights_bytes(self) -> int:
         """Bytes that sleep level 2 gives back besides KV memory."""
         return sum(self.collective_rpc("weights_bytes"))
+
+    @in_own_state
+    def sleep_bytes(self) -> tuple[int, int]:
+        """What sleep level 1 gives back on the device of one worker, and what it takes of the
+        host's memory for all of them; in bytes. For workers that can tell.
+        """
+        told = self.collective_rpc("sleep_bytes")
+        return told[0][0], sum(host for _, host in told)
 
     @in_own_state
     def unload(self) -> None:
@@ -330,7 +342,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             for name in model:
                 if name != "aborts_queue":
                     delattr(self, name)
+            pools = pools_of(model)
             dismantle(model)
+            model.clear()
+            if pools is not None:
+                pools.close()
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""
