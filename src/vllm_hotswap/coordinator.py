@@ -62,6 +62,7 @@ from vllm_hotswap.job_leases import JobLease
 from vllm_hotswap.jobs import Jobs
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
 from vllm_hotswap.limits import Rate
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import Plan
 from vllm_hotswap.recovery import Recovery
 from vllm_hotswap.registry import Lease, Model, ModelPolicy, Registry
@@ -1028,7 +1029,8 @@ class Coordinator:
                 await self._restore(switch.source, switch)
         except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
             log.error(
-                "event=rollback_failed target=%s cause=%r", switch.target.alias, one_line(error)
+                "event=rollback_failed target=%s cause=%r",
+                *(value_text(switch.target.alias), one_line(error)),
             )
             self._host.kill(f"the engine host was ended: a switch was not undone: {error}")
 
@@ -1058,7 +1060,7 @@ class Coordinator:
 
     async def _lose(self, source: Model, cause: str) -> None:
         """The source could not be brought back: no model is active until recovery, or a switch."""
-        log.error("event=source_lost model=%s cause=%r", source.alias, cause)
+        log.error("event=source_lost model=%s cause=%r", value_text(source.alias), cause)
         self._active = None
         self._last_active = source
         if source.is_loaded and not self._host.died.done():
@@ -1184,7 +1186,7 @@ class Coordinator:
         """One engine died in a step; the others go on."""
         model = self.registry.model(alias)
         if load != model.engine.loads:
-            log.info("event=stale_event_dropped model=%s load=%d", alias, load)
+            log.info("event=stale_event_dropped model=%s load=%d", value_text(alias), load)
             return
         self._fail(model, cause)
         self._observer.notify(EngineDied(self._epoch, alias, cause))

@@ -29,6 +29,7 @@ from vllm_hotswap.errors import (
     one_line,
 )
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import (
     ModelView,
     Move,
@@ -536,7 +537,8 @@ class Ladder:
                 if self._is_due(model, after_s) and _may_rest(model, to):
                     await self.move_down(model, to)
         except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
-            log.warning("event=rest_failed model=%s cause=%r", model.alias, one_line(error))
+            alias = value_text(model.alias)
+            log.warning("event=rest_failed model=%s cause=%r", alias, one_line(error))
 
     def resting_place(self, model: Model, idle_s: float) -> Residency | None:
         """Where the active model goes that nobody has used for so long; None: it stays."""

@@ -72,6 +72,7 @@ from vllm_hotswap.host.messages import (
     Wake,
 )
 from vllm_hotswap.launch import ModelLaunch, plan_memory
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.metrics import adopting_frontend_metrics, forget_frontend_metrics
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.pace import pace_tasks
@@ -257,7 +258,8 @@ class VllmEngine:
         try:
             return await _on_daemon_thread(lambda: make_preview(args, config))
         except Exception as error:  # noqa: BLE001  # the load will tell what is wrong
-            log.warning("event=no_preview model=%s cause=%r", self.alias, one_line(error))
+            alias = value_text(self.alias)
+            log.warning("event=no_preview model=%s cause=%r", alias, one_line(error))
             return None
 
     async def load(self, progress: Progress) -> None:
@@ -320,7 +322,8 @@ class VllmEngine:
     async def _asked_for_canary(self) -> Canary | None:
         """The canary; None if it cannot be had, which says nothing of the model."""
         if not can_be_asked(self._tasks):
-            log.info("event=not_verified model=%s reason='no canary for its tasks'", self.alias)
+            alias = value_text(self.alias)
+            log.info("event=not_verified model=%s reason='no canary for its tasks'", alias)
             return None
         config, stamp = self._launch.vllm_config, self._stamp
         try:
@@ -330,7 +333,8 @@ class VllmEngine:
         except Exception as error:
             if not is_overflow(error):
                 raise VerifyFailed(self.alias, one_line(error)) from error
-            log.warning("event=not_verified model=%s reason=%r", self.alias, one_line(error))
+            alias = value_text(self.alias)
+            log.warning("event=not_verified model=%s reason=%r", alias, one_line(error))
         # Its parked requests are as many as may be, and are not to wait for it any longer.
         await self._link.call(lambda number: Activate(number, self.alias, stamp))
         return None

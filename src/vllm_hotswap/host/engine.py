@@ -40,6 +40,7 @@ from vllm_hotswap.host.randomness import Randomness
 from vllm_hotswap.host.state import EngineState, in_own_state, process_state
 from vllm_hotswap.host.teardown import dismantle, pools_of
 from vllm_hotswap.host.threads import use_all_cores
+from vllm_hotswap.log_lines import value_text
 
 log = logging.getLogger("vllm_hotswap.host")
 
@@ -207,7 +208,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone
             log.error(
                 "event=adapter_failed adapter=%s cause=%r",
-                request.lora_request.lora_name,
+                value_text(request.lora_request.lora_name),
                 one_line(error),
             )
             self._send_error_outputs_to_client([request.request_id], request.client_index)

@@ -33,6 +33,7 @@ from vllm_hotswap.host.messages import (
     Wake,
 )
 from vllm_hotswap.host.teardown import collect_shells
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.variables import Variables
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Obedience:
             held -= engine.kv_bytes() * kv_shares(command.vllm_config)
         log.info(
             "event=loaded model=%s seconds=%.2f held_bytes=%d",
-            command.alias,
+            value_text(command.alias),
             time.monotonic() - before_s,
             held,
         )
@@ -224,7 +225,7 @@ class Obedience:
         return engine
 
     def _engine_failed(self, alias: str, error: Exception) -> None:
-        log.error("event=engine_failed model=%s", alias, exc_info=error)
+        log.error("event=engine_failed model=%s", value_text(alias), exc_info=error)
         self._shells += 1
         self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
 
