@@ -136,8 +136,12 @@ def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str 
             raise ConfigError(f"{what} is not a regular file")
         if is_checked:
             _refuse(found, descriptor, path, what, is_private, hatch)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
+        try:
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        except OSError as error:
+            error.filename = str(path)  # in place of the descriptor's number
+            raise
     finally:
         os.close(descriptor)
 
