@@ -112,6 +112,9 @@ class FakeTorch:
     def clear_workspaces(self) -> None:
         self.told.append("clear_workspaces")
 
+    def clear_before_captures(self) -> None:
+        self.told.append("clear_before_captures")
+
     def tensor(self, nbytes: int) -> Tensor:
         return Tensor(self.current, nbytes)
 
@@ -167,6 +170,7 @@ class Worker:
         raise AssertionError("the allocator of the whole process")
 
     def compile_or_warm_up_model(self) -> float:
+        self.torch.told.append("captures")
         return 1.5
 
     def reload_weights(self, path: str) -> str:
@@ -249,12 +253,16 @@ def test_two_workers_have_memory_of_their_own() -> None:
     assert b"two" == read(two.tensors["kv_cache"].storage.address, 3)
 
 
-def test_workspaces_of_matrix_multiplications_are_cleared_after_a_load() -> None:
-    """Torch would keep them for ever, and with them the memory of the graphs."""
+def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_not_after() -> None:
+    """Graphs know the address of theirs. What it would do to them shows `test_cuda_torch`."""
     worker = loaded()
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
 
-    assert ["synchronize", "clear_workspaces"] == worker._torch.told[-2:]  # type: ignore[attr-defined]
-    assert 1.5 == worker.compile_or_warm_up_model()
+    assert "clear_before_captures" == torch.told[0]
+    assert "captures" == torch.told[-1]
+    unload(worker)
+    told = torch.told[torch.told.index("captures") :]
+    assert ["synchronize", "clear_workspaces", "empty_cache"] == told[1:4]
 
 
 def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:

@@ -11,8 +11,7 @@ Relies on, in vLLM 0.26.0 to 0.32.0:
   allocation of the KV memory ("kv_cache"; in 0.26 of more of the runner). 0.32 asks for "runtime"
   and "workspace", too;
 - `model_runner.kv_caches`: tensors, or lists of them;
-- `model_runner.cudagraph_manager.graphs`, where there is such a manager;
-- `compile_or_warm_up_model` being the last part of a load.
+- `model_runner.cudagraph_manager.graphs`, where there is such a manager.
 """
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ class HostedOnCuda:
             )
         with self._content_with_little():
             super().init_device()  # type: ignore[misc]
+        self._torch.clear_before_captures()
         self._pools = ModelPools(self._make_memory(), self._torch)
 
     @contextmanager
@@ -88,14 +88,6 @@ class HostedOnCuda:
         if tag in SLEEPING and self._pools is not None:
             return self._pools.allocating(tag)
         return nullcontext()
-
-    def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        # Graphs are captured on a stream of their own, for which cuBLAS has been given 32 MiB of
-        # the graphs' memory. Torch would keep them for ever, and with them all of that memory.
-        self._torch.synchronize()
-        self._torch.clear_workspaces()
-        return result
 
     # --- residency ----------------------------------------------------------------------------
 
