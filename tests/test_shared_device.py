@@ -134,6 +134,57 @@ async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None
     assert 18 * MIB == gpu.coordinator.ladder.budget.device
 
 
+# --- an engine that nobody can use any more -----------------------------------------------------
+
+
+@pytest.fixture
+async def room_for_two(make_server: MakeServer) -> Server:
+    """Of three models; llama is active, qwen is parked."""
+    size = dict.fromkeys(ALIASES, GPU)
+    budget = Usage(12 * MIB, 100 * MIB)
+    return await make_server(load=ALIASES[:2], settings=size, budget=budget)
+
+
+async def test_what_a_broken_frontend_leaves_is_given_back_before_another_model_comes(
+    room_for_two: Server,
+) -> None:
+    """Its engine counts as cold, and is planned over."""
+    server = room_for_two
+    server.host.break_frontend("qwen")
+
+    assert 200 == (await server.switch("mistral")).status_code
+
+    assert {"llama": "parked", "qwen": "failed", "mistral": "active"} == server.residencies
+    assert [("bury", "qwen"), ("load", "mistral")] == server.host.operations[:2]
+    assert 12 * MIB == server.host.most_held_bytes
+
+
+async def test_what_a_broken_frontend_leaves_is_given_back_at_once(room_for_two: Server) -> None:
+    """Without anybody asking for something, and its engine is stepped no more."""
+    server = room_for_two
+    server.host.hold("load", "llama")
+    server.host.break_frontend("llama")
+    await server.settled()
+
+    assert ("bury", "llama") == server.host.operations[0]
+    assert (None, False) == (
+        server.host.engines["llama"].level,
+        server.host.engines["llama"].is_stepped,
+    )
+    server.host.release("load", "llama")
+
+
+async def test_whoever_moves_models_meanwhile_finds_the_room(room_for_two: Server) -> None:
+    """It does not wait for somebody else's turn."""
+    server = room_for_two
+    ladder = server.coordinator.ladder
+    async with ladder.turn():
+        server.host.break_frontend("qwen")
+        await ladder.make_room(server.coordinator.registry.model("mistral"))
+
+        assert [("bury", "qwen")] == server.host.operations
+
+
 # --- a wake without room -------------------------------------------------------------------------
 
 

@@ -371,12 +371,23 @@ class Ladder:
         """
         if target.is_loaded:
             return Room()  # needs nothing, and is what most switches are to
+        await self.bury()
         await self.look()
         plan = self._plan(target, [model.alias for model in keep])
         lost = 0
         for move in plan.evictions:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
+
+    async def bury(self) -> None:
+        """Have engines that have failed give back what they still hold. The caller holds the turn.
+
+        They count as cold, and others are planned in their place.
+        """
+        timeout_s = self._deadlines.command_timeout
+        for model in self._registry:
+            what = f"the end of the failed engine of {model.alias!r}"
+            await self.within(model.engine.bury(), timeout_s, what)
 
     def _active(self) -> list[Model]:
         return [model for model in self._registry if model.residency is Residency.ACTIVE]
