@@ -281,6 +281,26 @@ def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
     assert {} == cuda.left
 
 
+def test_a_worker_may_do_without_memory_of_its_own() -> None:
+    """It does not sleep then; it is content with little all the same, and leaves nothing."""
+    worker = Hosted(cuda := FakeCuda())
+    worker.has_pools = False
+    worker.load()
+
+    assert [0.001] == worker.demanded
+    assert not any(tensor.pool for tensor in worker.tensors.values())
+    assert [] == cuda.calls
+    with pytest.raises(NotImplementedError, match="VLLM_HOTSWAP_CUDA_SLEEP is 0"):
+        worker.sleep()
+    assert "there" == worker.reload_weights("there")
+
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    pools = worker.take_pools()
+    assert pools is not None
+    pools.close()
+    assert ["synchronize", "clear_workspaces", "empty_cache"] == torch.told[-3:]
+
+
 def test_no_garbage_is_collected_while_torch_may_call_back() -> None:
     """Another thread that collects some would wait for torch's lock, and torch for its own."""
     torch = FakeTorch()

@@ -28,6 +28,7 @@ from vllm_hotswap.errors import (
     DrainCut,
     DrainRefused,
     EngineUnavailable,
+    HotswapError,
     ModelInUse,
     ModelNotActive,
     ModelSwitching,

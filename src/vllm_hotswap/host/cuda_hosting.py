@@ -25,7 +25,7 @@ from typing import Any
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory, Range
-from vllm_hotswap.host.cuda_pools import ModelPools, Torch, TorchCuda
+from vllm_hotswap.host.cuda_pools import ModelPools, NoPools, Torch, TorchCuda
 
 SLEEPING = ("weights", "kv_cache")
 """What gives its memory back. Workspaces and whatever else a runner keeps stay on the device."""
@@ -50,7 +50,10 @@ class HostedOnCuda:
     parallel_config: Any
     vllm_config: Any
 
-    _pools: ModelPools | None = None
+    has_pools = True
+    """Whether it has memory of its own, by which it sleeps."""
+
+    _pools: ModelPools | NoPools | None = None
     _torch: Torch = TorchCuda()
 
     # --- a load -------------------------------------------------------------------------------
@@ -67,7 +70,12 @@ class HostedOnCuda:
         with self._content_with_little():
             super().init_device()  # type: ignore[misc]
         self._torch.clear_before_captures()
-        self._pools = ModelPools(self._make_memory(), self._torch)
+        self._pools = self._make_pools()
+
+    def _make_pools(self) -> ModelPools | NoPools:
+        if self.has_pools:
+            return ModelPools(self._make_memory(), self._torch)
+        return NoPools(self._torch)
 
     @contextmanager
     def _content_with_little(self) -> Iterator[None]:
@@ -93,16 +101,18 @@ class HostedOnCuda:
 
     @property
     def pools(self) -> ModelPools:
-        assert self._pools is not None, "init_device() comes first"
+        assert isinstance(self._pools, ModelPools), "it has none, or init_device() comes first"
         return self._pools
 
     def sleep(self, level: int = 1) -> None:
         """Give the device memory of weights and KV cache back; weights stay in host memory.
 
         Raises:
-            NotImplementedError: the level is not 1.
+            NotImplementedError: the level is not 1, or it has no memory of its own.
             NoRoom: there is too little host memory. In both cases nothing has changed.
         """
+        if not self.has_pools:
+            raise NotImplementedError("it cannot sleep: VLLM_HOTSWAP_CUDA_SLEEP is 0")
         if level != 1:
             raise NotImplementedError(f"sleep level {level} is not known here; use 1, or unload")
         memory, before_s = self.pools.memory, time.monotonic()
@@ -147,12 +157,16 @@ class HostedOnCuda:
         )
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> Any:
-        self.pools.memory.weights_changed()
+        self._weights_changed()
         return super().reload_weights(*args, **kwargs)  # type: ignore[misc]
 
     def reset_weights(self) -> Any:
-        self.pools.memory.weights_changed()
+        self._weights_changed()
         return super().reset_weights()  # type: ignore[misc]
+
+    def _weights_changed(self) -> None:
+        if self.has_pools:
+            self.pools.memory.weights_changed()
 
     def _kv_ranges(self) -> list[Range]:
         caches = getattr(self.model_runner, "kv_caches", None) or []
@@ -178,7 +192,7 @@ class HostedOnCuda:
         if graphs := getattr(manager, "graphs", None):
             graphs.clear()
 
-    def take_pools(self) -> ModelPools | None:
+    def take_pools(self) -> ModelPools | NoPools | None:
         """What is to be closed once the model has been taken apart."""
         pools, self._pools = self._pools, None
         return pools

@@ -221,6 +221,24 @@ class ModelPools:
             self.memory.close()
 
 
+class NoPools:
+    """Instead of them, for a model that lies in torch's own memory, and never sleeps."""
+
+    def __init__(self, torch: Torch) -> None:
+        self._torch = torch
+
+    @contextmanager
+    def allocating(self, tag: str) -> Iterator[None]:
+        """Where torch has it."""
+        yield
+
+    def close(self) -> None:
+        """Give back what torch keeps of a model that has been taken apart."""
+        self._torch.synchronize()
+        self._torch.clear_workspaces()  # one of them is in the memory of its graphs
+        self._torch.empty_cache()
+
+
 @contextmanager
 def _garbage_kept() -> Iterator[None]:
     """Inside, no thread collects garbage by itself."""
