@@ -580,8 +580,8 @@ def test_whether_models_on_cuda_sleep_is_still_known_when_their_configurations_a
     """Other variables of ours have been read by then, and are gone; vLLM would warn of them."""
     monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", "0")
     monkeypatch.setenv("VLLM_HOTSWAP_URL", "http://127.0.0.1:8000")
-    monkeypatch.setattr("vllm_hotswap.server.forget", lambda names: gone.update(names))
     gone: set[str] = set()
+    monkeypatch.setattr("vllm_hotswap.server.forget", gone.update)
 
     server._clean_environment()
 

@@ -159,7 +159,7 @@ class TorchCuda:
             return begin(*args, **kwargs)
 
         capture_begin.clears_workspaces = True  # type: ignore[attr-defined]
-        torch.cuda.CUDAGraph.capture_begin = capture_begin  # type: ignore[method-assign]
+        torch.cuda.CUDAGraph.capture_begin = capture_begin
 
 
 class ModelPools:
