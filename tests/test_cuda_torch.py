@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -283,4 +285,19 @@ def test_a_workspace_that_a_load_has_made_does_not_sleep() -> None:
 
     assert pools.memory.device_bytes <= 2 * MIB
     del weight
+    pools.close()
+
+
+def test_what_is_kept_for_the_whole_process_does_not_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes it first does so while its own weights are loaded."""
+    module: Any = ModuleType("vllm.of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))
+    with pools.allocating("weights"):
+        module.workspace = torch.full((4 * MIB,), 7, **BYTES)
+
+    assert not pools.memory.has(module.workspace.data_ptr())
+    assert 0 == pools.memory.device_bytes
+    assert module.workspace.numel() == 4 * MIB
+    del module.workspace
     pools.close()

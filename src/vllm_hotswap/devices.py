@@ -247,7 +247,7 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
     try:
         check_driver(environment)
     except (ConfigError, DriverError) as error:
-        return f"vLLM finds no device: {error}"
+        return f"for an NVIDIA GPU: {error}"
     return None
 
 

@@ -11,12 +11,15 @@ Relies on, in vLLM 0.26.0 to 0.32.0:
   allocation of the KV memory ("kv_cache"; in 0.26 of more of the runner). 0.32 asks for "runtime"
   and "workspace", too;
 - `model_runner.kv_caches`: tensors, or lists of them;
-- `model_runner.cudagraph_manager.graphs`, where there is such a manager.
+- `model_runner.cudagraph_manager.graphs`, where there is such a manager;
+- `CUDAGraphWrapper.clear_all_graphs` and `BreakableCUDAGraphWrapper.clear_all_graphs`, which drop
+  the graphs of the engine whose state is in place.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +35,12 @@ SLEEPING = ("weights", "kv_cache")
 
 LITTLE = 0.001
 """Of the device, which vLLM is to find free. How much there really is, the budget has seen to."""
+
+WRAPPERS = (
+    ("vllm.compilation.cuda_graph", "CUDAGraphWrapper"),
+    ("vllm.compilation.breakable_cudagraph", "BreakableCUDAGraphWrapper"),
+)
+"""Classes that know all their instances: those of one engine, as `compat.state` has it."""
 
 BLOCK = 512
 """Torch gives whole blocks of so many bytes: what is behind a tensor up to there is nobody's."""
@@ -191,6 +200,18 @@ class HostedOnCuda:
         manager = getattr(getattr(self, "model_runner", None), "cudagraph_manager", None)
         if graphs := getattr(manager, "graphs", None):
             graphs.clear()
+        for module, name in WRAPPERS:
+            if wrapper := getattr(sys.modules.get(module), name, None):
+                wrapper.clear_all_graphs()
+
+    def shutdown(self) -> None:
+        """The end of a worker process: torch is not to call back while the interpreter ends."""
+        pools = self.take_pools()
+        super().shutdown()  # type: ignore[misc]
+        if pools is not None:
+            self.let_go_of_graphs()
+            self.model_runner = None
+            pools.close()
 
     def take_pools(self) -> ModelPools | NoPools | None:
         """What is to be closed once the model has been taken apart."""

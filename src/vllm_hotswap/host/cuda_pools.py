@@ -27,7 +27,7 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -105,6 +105,9 @@ class Torch(Protocol):
         That which graphs know stays theirs, if it was made during their capture.
         """
 
+    def move_out(self, is_inside: Callable[[int], bool]) -> list[str]:
+        """Have nothing that is kept for the whole process begin at such an address."""
+
     def clear_before_captures(self) -> None:
         """From now on, clear it before each capture of a graph in this process."""
 
@@ -144,6 +147,11 @@ class TorchCuda:
         import torch
 
         torch._C._cuda_clearCublasWorkspaces()
+
+    def move_out(self, is_inside: Callable[[int], bool]) -> list[str]:
+        from vllm_hotswap.host.strays import move_out
+
+        return move_out(is_inside)
 
     def clear_before_captures(self) -> None:
         import torch
@@ -195,6 +203,8 @@ class ModelPools:
             self.memory.tag = before
         self._torch.synchronize()
         self._torch.clear_workspaces()  # one that was made meanwhile would sleep, too
+        if moved := self._torch.move_out(self.memory.has):
+            log.info("event=moved_out what=%s", moved)
         # Nothing is allocated in this pool any more, and torch would keep what is free there.
         for address in self._torch.unused(pool):
             self.memory.empty(address)
