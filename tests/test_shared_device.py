@@ -61,23 +61,6 @@ async def test_nobody_moves_when_others_take_what_is_free(
     assert "" == caplog.text
 
 
-async def test_what_cannot_be_helped_is_told_once(
-    gpu: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where only the active model is left, and again when others have taken something anew."""
-    gpu.host.taken_bytes = 15 * MIB
-    for _ in range(3):
-        await gpu.coordinator.ladder.relieve()
-    assert {"llama": "active", "qwen": "cold", "mistral": "cold"} == gpu.residencies
-    assert 1 == caplog.text.count("event=device_taken")
-
-    gpu.host.taken_bytes = 0
-    await gpu.coordinator.ladder.relieve()
-    gpu.host.taken_bytes = 15 * MIB
-    await gpu.coordinator.ladder.relieve()
-    assert 2 == caplog.text.count("event=device_taken")
-
-
 async def test_a_switch_plans_with_what_others_have_left(gpu: Server) -> None:
     """It looks before anything moves, so that the target comes up in what there is."""
     await gpu.operate("mistral", "unload")

@@ -93,8 +93,8 @@ class Ladder:
 
     Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
     `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves; and `_is_short`, whether others have taken
-    memory of the device that models hold by the plan.
+    sum of what models hold is only known between moves; and `_told_lack`, what was last logged of
+    memory that others have taken.
     """
 
     def __init__(
