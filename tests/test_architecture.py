@@ -58,6 +58,7 @@ LAYERS = [
         "variables",
         "written",
         "compat.names",
+        "host.strays",
         "compat.sendable",
         "compat.versions",
     },

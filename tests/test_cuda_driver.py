@@ -176,3 +176,10 @@ def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("vllm_hotswap.nvml.LIBRARY", "libnvml-of-nobody.so.1")
 
     assert device_free_bytes(WithBus()) is None
+
+
+def test_without_sleep_neither_mapping_nor_torchs_pools_have_to_work() -> None:
+    """Where models lie in torch's own memory."""
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+    assert check_driver(environment, cuda := FakeCuda(can_map=False), maps=False) is cuda

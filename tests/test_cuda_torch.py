@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from vllm_hotswap.devices import CudaDevice
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory
-from vllm_hotswap.host.cuda_pools import ModelPools
+from vllm_hotswap.host.cuda_pools import ModelPools, TorchCuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -201,3 +203,101 @@ def test_held_bytes_are_what_the_device_says() -> None:
     model.sleep()
     assert before == device.held_bytes()
     model.unload()
+
+
+# --- workspaces of matrix multiplications --------------------------------------------------------
+
+
+class Graph:
+    """Captured as vLLM does it: warmed up on the stream of the capture, and then captured."""
+
+    def __init__(self, stream: Any) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.weight = torch.empty(256, 256, device="cuda")
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self.weight @ self.weight
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, pool=self.pool, stream=stream):
+            self.output = self.weight @ self.weight
+        torch.cuda.empty_cache()
+        self.segments = addresses()
+        """What is there once it has been captured."""
+
+
+def addresses(pool: Any = None) -> set[int]:
+    """Of torch's segments, of one pool or of all."""
+    return {
+        segment["address"]
+        for segment in torch.cuda.memory_snapshot()
+        if pool in (None, segment["segment_pool_id"])
+    }
+
+
+def forget_workspaces() -> None:
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def no_workspaces() -> Iterator[None]:
+    TorchCuda().clear_before_captures()
+    forget_workspaces()
+    yield
+    forget_workspaces()
+
+
+@pytest.mark.usefixtures("no_workspaces")
+def test_nothing_vanishes_that_a_graph_may_know() -> None:
+    """Its workspace is in its own memory, where it stays whatever is cleared."""
+    graph = Graph(torch.cuda.Stream())
+
+    forget_workspaces()
+
+    assert set() == graph.segments - addresses()
+
+
+@pytest.mark.usefixtures("no_workspaces")
+def test_an_unload_takes_no_workspace_of_another_models_graphs() -> None:
+    """Streams repeat, so that two models may have the same one; each one's memory goes with it."""
+    before, stream = used(), torch.cuda.Stream()
+    one, first = Model(1), Graph(stream)
+    two, second = Model(2), Graph(stream)
+    its_own = addresses(first.pool) | set(one.memory._segments)
+
+    del first
+    one.unload()
+    assert set() == second.segments - addresses() - its_own
+
+    del second
+    two.unload()
+    assert before == used()
+
+
+@pytest.mark.usefixtures("no_workspaces")
+def test_a_workspace_that_a_load_has_made_does_not_sleep() -> None:
+    """It would be that of all models' steps on the same stream."""
+    pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))
+    with pools.allocating("weights"):
+        weight = torch.empty(256, 256, device="cuda")
+        weight @ weight
+
+    assert pools.memory.device_bytes <= 2 * MIB
+    del weight
+    pools.close()
+
+
+def test_what_is_kept_for_the_whole_process_does_not_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes it first does so while its own weights are loaded."""
+    module: Any = ModuleType("vllm.of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))
+    with pools.allocating("weights"):
+        module.workspace = torch.full((4 * MIB,), 7, **BYTES)
+
+    assert not pools.memory.has(module.workspace.data_ptr())
+    assert 0 == pools.memory.device_bytes
+    assert module.workspace.numel() == 4 * MIB
+    del module.workspace
+    pools.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 from tests.cuda import STEP, FakeCuda, read, write
 from vllm_hotswap.errors import HotswapError, NoRoom
-from vllm_hotswap.host import cuda_pools
+from vllm_hotswap.host import cuda_hosting, cuda_pools
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_hosting import HostedOnCuda
 from vllm_hotswap.host.cuda_memory import ModelMemory
@@ -77,6 +78,7 @@ class FakeTorch:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.moved: list[Any] = []
         self.pools: list[FakePool] = []
         self.current: FakePool | None = None
         self.on_empty_cache = lambda: None
@@ -111,6 +113,13 @@ class FakeTorch:
 
     def clear_workspaces(self) -> None:
         self.told.append("clear_workspaces")
+
+    def move_out(self, is_inside: Any) -> list[str]:
+        self.moved.append(is_inside)
+        return []
+
+    def clear_before_captures(self) -> None:
+        self.told.append("clear_before_captures")
 
     def tensor(self, nbytes: int) -> Tensor:
         return Tensor(self.current, nbytes)
@@ -167,7 +176,11 @@ class Worker:
         raise AssertionError("the allocator of the whole process")
 
     def compile_or_warm_up_model(self) -> float:
+        self.torch.told.append("captures")
         return 1.5
+
+    def shutdown(self) -> None:
+        self.torch.told.append("shutdown")
 
     def reload_weights(self, path: str) -> str:
         self.reloads += 1
@@ -249,12 +262,16 @@ def test_two_workers_have_memory_of_their_own() -> None:
     assert b"two" == read(two.tensors["kv_cache"].storage.address, 3)
 
 
-def test_workspaces_of_matrix_multiplications_are_cleared_after_a_load() -> None:
-    """Torch would keep them for ever, and with them the memory of the graphs."""
+def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_not_after() -> None:
+    """Graphs know the address of theirs. What it would do to them shows `test_cuda_torch`."""
     worker = loaded()
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
 
-    assert ["synchronize", "clear_workspaces"] == worker._torch.told[-2:]  # type: ignore[attr-defined]
-    assert 1.5 == worker.compile_or_warm_up_model()
+    assert "clear_before_captures" == torch.told[0]
+    assert "captures" == torch.told[-1]
+    unload(worker)
+    told = torch.told[torch.told.index("captures") :]
+    assert ["synchronize", "clear_workspaces", "empty_cache"] == told[1:4]
 
 
 def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
@@ -271,6 +288,26 @@ def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
     torch.forget(stays)
     pools.close()
     assert {} == cuda.left
+
+
+def test_a_worker_may_do_without_memory_of_its_own() -> None:
+    """It does not sleep then; it is content with little all the same, and leaves nothing."""
+    worker = Hosted(cuda := FakeCuda())
+    worker.has_pools = False
+    worker.load()
+
+    assert [0.001] == worker.demanded
+    assert not any(tensor.pool for tensor in worker.tensors.values())
+    assert [] == cuda.calls
+    with pytest.raises(NotImplementedError, match="VLLM_HOTSWAP_CUDA_SLEEP is 0"):
+        worker.sleep()
+    assert "there" == worker.reload_weights("there")
+
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    pools = worker.take_pools()
+    assert pools is not None
+    pools.close()
+    assert ["synchronize", "clear_workspaces", "empty_cache"] == torch.told[-3:]
 
 
 def test_no_garbage_is_collected_while_torch_may_call_back() -> None:
@@ -454,6 +491,46 @@ def test_graphs_go_at_once() -> None:
     assert {} == worker.model_runner.cudagraph_manager.graphs
 
     Hosted(FakeCuda()).let_go_of_graphs()
+
+
+def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in wrappers, of which vLLM knows all."""
+    cleared: list[str] = []
+    for module, name in cuda_hosting.WRAPPERS:
+        wrapper = SimpleNamespace(clear_all_graphs=lambda name=name: cleared.append(name))
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: wrapper}))
+
+    loaded().let_go_of_graphs()
+
+    assert ["CUDAGraphWrapper", "BreakableCUDAGraphWrapper"] == cleared
+
+
+def test_the_end_of_a_worker_process_leaves_nothing_for_torch_to_call() -> None:
+    """Its interpreter takes our functions apart before torch's pools."""
+    worker = loaded(cuda := FakeCuda())
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    in_pools = [tensor for tensor in worker.tensors.values() if tensor.pool]
+    torch.on_empty_cache = lambda: torch.forget(*[in_pools.pop() for _ in [*in_pools]])
+    pools = worker.pools
+
+    worker.shutdown()
+    worker.shutdown()
+
+    assert [] == pools._pools
+    assert {} == cuda.left
+    assert 2 == torch.told.count("shutdown")
+
+
+def test_what_is_kept_for_the_whole_process_lies_elsewhere() -> None:
+    """It is asked for after each time that something was allocated."""
+    worker = loaded()
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    inside = torch.moved[-1]
+
+    assert 2 == len(torch.moved)
+    weights = worker.tensors["weights"].storage
+    assert inside(weights.address + weights.size - 1)
+    assert not inside(weights.address + worker.pools.memory.device_bytes * 100)
 
 
 def test_a_worker_of_another_kind_has_no_pools() -> None:

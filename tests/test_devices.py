@@ -16,10 +16,12 @@ from vllm_hotswap.devices import (
     CUDA_WORKER,
     HOSTED_CPU_WORKER,
     HOSTED_CUDA_WORKER,
+    WAKEFUL_CUDA_WORKER,
     CpuDevice,
     CudaDevice,
     Device,
     OwnSleepDevice,
+    WakefulCudaDevice,
     anonymous_bytes,
     device_of,
 )
@@ -63,6 +65,7 @@ def process(code: str) -> Iterator[int]:
         (HOSTED_CPU_WORKER, CpuDevice, {1, 2}, True),
         (CUDA_WORKER, CudaDevice, {1}, False),
         (HOSTED_CUDA_WORKER, CudaDevice, {1}, False),
+        (WAKEFUL_CUDA_WORKER, WakefulCudaDevice, set(), False),
         ("vllm_gaudi.v1.worker.hpu_worker.HPUWorker", OwnSleepDevice, {1}, False),
     ],
 )
@@ -94,6 +97,26 @@ def test_cuda_is_given_a_worker_that_sleeps_by_itself() -> None:
 
     assert HOSTED_CUDA_WORKER == cuda.parallel_config.worker_cls
     assert "cuda" == device_of(cuda).name
+
+
+@pytest.mark.parametrize(
+    ("value", "worker"), [("0", WAKEFUL_CUDA_WORKER), ("1", HOSTED_CUDA_WORKER)]
+)
+def test_cuda_does_without_sleep_where_it_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, value: str, worker: str
+) -> None:
+    """The host, which has no such variable, is told by the worker. Else it is the same device."""
+    monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", value)
+    cuda = config(CUDA_WORKER)
+    device_of(cuda).configure(cuda)
+    monkeypatch.delenv("VLLM_HOTSWAP_CUDA_SLEEP")
+
+    device = device_of(cuda)
+
+    assert worker == cuda.parallel_config.worker_cls
+    assert (value == "1") is (1 in device.sleep_levels) is device.tells_sleep
+    assert device.is_shared
+    assert not device.obeys_utilization
 
 
 def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +164,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, torch: TorchCuda, has_nvml: bool = 
         return 81 * GIB - held if has_nvml else None
 
     monkeypatch.setattr(devices, "_cuda", lambda: torch)
-    monkeypatch.setattr(devices, "check_driver", lambda environment: object())
+    monkeypatch.setattr(devices, "check_driver", lambda environment, **_: object())
     monkeypatch.setattr(devices, "device_free_bytes", free)
     return CudaDevice()
 

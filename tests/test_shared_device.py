@@ -61,23 +61,6 @@ async def test_nobody_moves_when_others_take_what_is_free(
     assert "" == caplog.text
 
 
-async def test_what_cannot_be_helped_is_told_once(
-    gpu: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where only the active model is left, and again when others have taken something anew."""
-    gpu.host.taken_bytes = 15 * MIB
-    for _ in range(3):
-        await gpu.coordinator.ladder.relieve()
-    assert {"llama": "active", "qwen": "cold", "mistral": "cold"} == gpu.residencies
-    assert 1 == caplog.text.count("event=device_taken")
-
-    gpu.host.taken_bytes = 0
-    await gpu.coordinator.ladder.relieve()
-    gpu.host.taken_bytes = 15 * MIB
-    await gpu.coordinator.ladder.relieve()
-    assert 2 == caplog.text.count("event=device_taken")
-
-
 async def test_a_switch_plans_with_what_others_have_left(gpu: Server) -> None:
     """It looks before anything moves, so that the target comes up in what there is."""
     await gpu.operate("mistral", "unload")
@@ -140,6 +123,52 @@ async def test_a_shared_device_is_looked_at_until_the_server_ends(
     watching.cancel()
 
 
+async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
+    gpu: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may take longer than commands may: that is no reason to end the host."""
+    monkeypatch.setattr("vllm_hotswap.ladder.LOOK_S", 0.0)
+    never = asyncio.Event()
+
+    async def look(used_bytes: int) -> None:
+        await never.wait()
+
+    monkeypatch.setattr(gpu.host, "look", look)
+    gpu.host.taken_bytes = 4 * MIB
+
+    assert () == await gpu.coordinator.ladder.relieve()
+    assert not gpu.host.died.done()
+
+
+async def test_what_cannot_be_helped_is_told_once(
+    gpu: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And again when it has been over in the meantime."""
+    relieve = gpu.coordinator.ladder.relieve
+    gpu.host.taken_bytes = 17 * MIB
+    for _ in range(4):
+        await relieve()
+    told = caplog.text.count("event=device_taken")
+    assert 2 == told  # as long as models could move, and then
+
+    gpu.host.taken_bytes = 0
+    await relieve()
+    gpu.host.taken_bytes = 17 * MIB
+    await relieve()
+    assert told + 1 == caplog.text.count("event=device_taken")
+
+
+async def test_a_model_whose_weights_find_no_room_on_the_host_is_unloaded(gpu: Server) -> None:
+    """What the others give is given all the same."""
+    await gpu.switch("qwen")
+    gpu.host.taken_bytes = 9 * MIB
+    gpu.host.fail_next("sleep", "mistral", NoRoom("no host memory"))
+
+    await gpu.coordinator.ladder.relieve()
+
+    assert {"llama": "asleep", "qwen": "active", "mistral": "cold"} == gpu.residencies
+
+
 async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None:
     """There is nothing to see."""
     gpu.host.is_device_shared = False
@@ -149,6 +178,52 @@ async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None
     await gpu.coordinator.ladder.look()
 
     assert 18 * MIB == gpu.coordinator.ladder.budget.device
+
+
+# --- an engine that nobody can use any more -----------------------------------------------------
+
+
+@pytest.fixture
+async def room_for_two(make_server: MakeServer) -> Server:
+    """Of three models; llama is active, qwen is parked."""
+    size = dict.fromkeys(ALIASES, GPU)
+    budget = Usage(12 * MIB, 100 * MIB)
+    return await make_server(load=ALIASES[:2], settings=size, budget=budget)
+
+
+async def test_what_a_broken_frontend_leaves_is_given_back_before_another_model_comes(
+    room_for_two: Server,
+) -> None:
+    """Its engine counts as cold, and is planned over."""
+    server = room_for_two
+    server.host.break_frontend("qwen")
+
+    assert 200 == (await server.switch("mistral")).status_code
+
+    assert {"llama": "parked", "qwen": "failed", "mistral": "active"} == server.residencies
+    assert [("bury", "qwen"), ("load", "mistral")] == server.host.operations[:2]
+    assert 12 * MIB == server.host.most_held_bytes
+
+
+async def test_what_a_broken_frontend_leaves_is_given_back_at_once(room_for_two: Server) -> None:
+    """Without anybody asking for something."""
+    server = room_for_two
+    server.host.break_frontend("qwen")
+    await server.settled()
+
+    assert [("bury", "qwen")] == server.host.operations
+    assert server.host.engines["qwen"].level is None
+
+
+async def test_whoever_moves_models_meanwhile_finds_the_room(room_for_two: Server) -> None:
+    """It does not wait for somebody else's turn."""
+    server = room_for_two
+    ladder = server.coordinator.ladder
+    async with ladder.turn():
+        server.host.break_frontend("qwen")
+        await ladder.make_room(server.coordinator.registry.model("mistral"))
+
+        assert [("bury", "qwen")] == server.host.operations
 
 
 # --- a wake without room -------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from vllm_hotswap.errors import (
     DrainCut,
     DrainRefused,
     EngineUnavailable,
+    HotswapError,
     ModelInUse,
     ModelNotActive,
     ModelSwitching,
@@ -155,6 +156,7 @@ class Coordinator:
         self.switches = 0
         """Switches that have ended."""
         self.switches_failed = 0
+        self._burials: set[asyncio.Task[None]] = set()
         host.on_engine_failed(self._engine_failed)
 
     def __repr__(self) -> str:
@@ -1192,7 +1194,18 @@ class Coordinator:
         self._observer.notify(EngineDied(self._epoch, alias, cause))
         if model is self._active:
             self._active = None
+        burial = asyncio.create_task(self._bury())
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
         self._recover_if_needed(f"the engine of {alias!r} died: {cause}")
+
+    async def _bury(self) -> None:
+        """What the engine still holds is given back now, and not at the next switch."""
+        try:
+            async with self.ladder.turn():
+                await self.ladder.bury()
+        except HotswapError as error:  # the host has died, or whoever needs room is told
+            log.warning("event=bury_failed cause=%r", one_line(error))
 
     def _fail(self, model: Model, cause: str) -> None:
         model.failure = cause

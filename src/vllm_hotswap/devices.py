@@ -25,10 +25,14 @@ from vllm_hotswap.nvml import device_free_bytes
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 HOSTED_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.HostedCudaWorker"
+WAKEFUL_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.WakefulCudaWorker"
 HOSTED_CPU_WORKER = "vllm_hotswap.host.cpu_worker.HostedCPUWorker"
 
 ACCELERATOR_RESERVE_BYTES = 1 << 30
 """Left free on an accelerator for activations and graphs. An estimate, not yet measured."""
+
+SLEEP_VARIABLE = "VLLM_HOTSWAP_CUDA_SLEEP"
+"""`0`: models on CUDA lie in torch's own memory, and do not sleep."""
 
 RESERVED_PART = 32
 """On CUDA, one part of so many of the device is left free, if that is more: activations grow with
@@ -178,12 +182,13 @@ class CudaDevice:
     is_shared = True
     obeys_utilization = False
     graphs_bytes = GRAPHS_BYTES
+    worker = HOSTED_CUDA_WORKER
 
     def configure(self, vllm_config: Any) -> None:
-        vllm_config.parallel_config.worker_cls = HOSTED_CUDA_WORKER
+        vllm_config.parallel_config.worker_cls = self.worker
 
     def memory(self) -> DeviceMemory:
-        driver = check_driver(os.environ)
+        driver = check_driver(os.environ, maps=self.tells_sleep)
         free_before = device_free_bytes(driver)  # without a context, which the next line makes
         free, total = _cuda().mem_get_info()
         base = 0
@@ -207,6 +212,14 @@ class CudaDevice:
         return int(total - free)
 
 
+class WakefulCudaDevice(CudaDevice):
+    """NVIDIA's GPUs without memory of ours: models are parked or unloaded."""
+
+    sleep_levels: frozenset[int] = frozenset()
+    tells_sleep = False
+    worker = WAKEFUL_CUDA_WORKER
+
+
 def _cuda() -> Any:
     import torch
 
@@ -220,8 +233,12 @@ def device_of(vllm_config: Any) -> Device:
         return CpuDevice()
     if worker == HOSTED_CUDA_WORKER:
         return CudaDevice()
+    if worker == WAKEFUL_CUDA_WORKER:
+        return WakefulCudaDevice()
     if worker == CUDA_WORKER:
-        return RocmDevice() if is_rocm() else CudaDevice()
+        if is_rocm():
+            return RocmDevice()
+        return WakefulCudaDevice() if os.environ.get(SLEEP_VARIABLE) == "0" else CudaDevice()
     return OwnSleepDevice()
 
 
@@ -230,7 +247,7 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
     try:
         check_driver(environment)
     except (ConfigError, DriverError) as error:
-        return f"vLLM finds no device: {error}"
+        return f"for an NVIDIA GPU: {error}"
     return None
 
 

@@ -55,6 +55,9 @@ RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
 READ_BYTES_PER_S = 500e6
 """How fast weights are read, for the cost of a load that has not been measured yet."""
 
+LOOK_S = 2.0
+"""In which a look that nobody needs has to be answered; it waits for the step under way."""
+
 LINK_BYTES_PER_S = 20e9
 """How fast weights come from host memory to an accelerator, for a wake that was not measured yet;
 about that of PCI Express 4.0 with 16 lanes."""
@@ -91,8 +94,8 @@ class Ladder:
 
     Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
     `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves; and `_is_short`, whether others have taken
-    memory of the device that models hold by the plan.
+    sum of what models hold is only known between moves; and `_told_lack`, what was last logged of
+    memory that others have taken.
     """
 
     def __init__(
@@ -111,7 +114,8 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
-        self._is_short = False
+        self._told_lack: object = None
+        """What was last logged of memory that others have taken."""
         self.on_step: Callable[[], object] | None = None
         """Called when a model has moved."""
 
@@ -374,12 +378,23 @@ class Ladder:
         """
         if target.is_loaded:
             return Room()  # needs nothing, and is what most switches are to
+        await self.bury()
         await self.look()
         plan = self._plan(target, [model.alias for model in keep])
         lost = 0
         for move in plan.evictions:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
+
+    async def bury(self) -> None:
+        """Have engines that have failed give back what they still hold. The caller holds the turn.
+
+        They count as cold, and others are planned in their place.
+        """
+        timeout_s = self._deadlines.command_timeout
+        for model in self._registry:
+            what = f"the end of the failed engine of {model.alias!r}"
+            await self.within(model.engine.bury(), timeout_s, what)
 
     def _active(self) -> list[Model]:
         return [model for model in self._registry if model.residency is Residency.ACTIVE]
@@ -396,25 +411,53 @@ class Ladder:
     async def relieve(self) -> tuple[Move, ...]:
         """Move models down if others have taken memory of the device that the budget counts on.
 
-        So that an allocation does not fail later. The active model stays.
+        So that an allocation does not fail later. The active model stays. Where the host does not
+        answer soon, because a step takes long, nothing is done: there is a next time.
         """
         async with self.turn():
-            await self.look()
-            was_short, self._is_short = self._is_short, self.used.device > self.budget.device
-            if not self._is_short:
+            if not await self._has_looked():
+                return ()
+            if self.used.device <= self.budget.device:
+                self._told_lack = None
                 return ()
             moves = relief(self.snapshot(), [active.alias for active in self._active()])
-            if moves or not was_short:  # not again where nothing can be done
-                log.warning(
-                    "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
-                    self._host.others_bytes,
-                    self.budget.device,
-                    self.used.device,
-                    {move.alias: move.after.value for move in moves},
-                )
+            self._tell_lack(moves)
             for move in moves:
-                await self.move_down(self._registry.resolve(move.alias), move.after)
+                await self._relieve_by(self._registry.resolve(move.alias), move.after)
             return moves
+
+    async def _has_looked(self) -> bool:
+        if not self._host.is_device_shared:
+            return True
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await self._host.look(self.used.device)
+        except TimeoutError:
+            return False
+        return True
+
+    def _tell_lack(self, moves: tuple[Move, ...]) -> None:
+        """Once, as long as nothing can be done about it."""
+        lack = (self._host.others_bytes, self.used.device, moves)
+        if lack == self._told_lack:
+            return
+        self._told_lack = lack
+        log.warning(
+            "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
+            self._host.others_bytes,
+            self.budget.device,
+            self.used.device,
+            {move.alias: move.after.value for move in moves},
+        )
+
+    async def _relieve_by(self, model: Model, to: Residency) -> None:
+        """A model for whose weights the host has no room is unloaded, unless requests need it."""
+        try:
+            await self.move_down(model, to)
+        except NoRoom as error:
+            log.warning("event=sleep_failed model=%s cause=%r", model.alias, one_line(error))
+            if not model.leases:
+                await self.move_down(model, Residency.COLD)
 
     async def make_all_room(self, target: Model, even: Model | None = None) -> int:
         """Unload every model but pinned ones and `target`, whatever a plan says.

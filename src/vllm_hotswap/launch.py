@@ -239,7 +239,9 @@ def _reason(error: Exception) -> str:
     else:
         message = one_line(error)
     if NO_DEVICE in message:
-        message = why_no_device(os.environ) or message
+        # It may be another kind that is missing: vLLM's own words stay.
+        why = why_no_device(os.environ)
+        message = message if why is None else f"{message}; {why}"
     return nearest_architectures(message)
 
 

@@ -728,6 +728,8 @@ VARIABLES: Mapping[str, str] = {
     "is-told))",
     "VLLM_HOTSWAP_AUDIT_LOG": "a file for a line of every call that changes state; `--audit-log` "
     "wins over it",
+    "VLLM_HOTSWAP_CUDA_SLEEP": "`0`: on CUDA, models lie in torch's own memory, and are parked or "
+    "unloaded ([NVIDIA GPUs](guides/gpu.md#without-sleep))",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
     FORWARDED_VARIABLE: "uvicorn's: proxies whose word counts for where a request comes from; "

@@ -40,6 +40,10 @@ async def test_an_error_in_an_output_costs_one_load(host: EngineHost) -> None:
     await asyncio.to_thread(wait_until, lambda: bool(failed), 30)
     assert [("llama", 1)] == [(alias, load) for alias, _, load in failed]
     assert client.errored
+    held = host.stats().used_bytes
+    await llama.bury()
+    await llama.bury()
+    assert host.stats().used_bytes < held
 
     await llama.load(lambda _: None)
     await llama.activate(2)

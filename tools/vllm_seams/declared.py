@@ -81,7 +81,7 @@ vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter
 # host.cuda_hosting: a GPU worker that sleeps by itself
 vllm.v1.worker.gpu_worker.Worker.init_device()
 vllm.v1.worker.gpu_worker.Worker._maybe_get_memory_pool_context(tag)
-vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model()
+vllm.v1.worker.gpu_worker.Worker.shutdown()
 vllm.v1.worker.gpu_worker.Worker.reload_weights(weights)
 vllm.v1.worker.gpu_worker.Worker.reset_weights() since 0.32
 vllm.v1.worker.gpu_worker.Worker.sleep(level)
@@ -96,6 +96,8 @@ vllm.v1.worker.gpu.model_runner.GPUModelRunner.kv_caches
 vllm.v1.worker.gpu.model_runner.GPUModelRunner.model
 vllm.v1.worker.gpu.model_runner.GPUModelRunner.cudagraph_manager
 vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.graphs
+vllm.compilation.cuda_graph.CUDAGraphWrapper.clear_all_graphs()
+vllm.compilation.breakable_cudagraph.BreakableCUDAGraphWrapper.clear_all_graphs()
 vllm.config.ModelConfig.enable_sleep_mode
 vllm.config.ModelConfig.enable_cumem_allocator since 0.29
 vllm.platforms.interface.Platform.is_cuda()

@@ -211,6 +211,12 @@ class Engine(Protocol):
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""
 
+    async def bury(self) -> None:
+        """Give back what an engine still holds that has failed, and is of no use. Idempotent.
+
+        Most failures leave nothing; a frontend that has broken leaves its engine.
+        """
+
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
     ) -> Adapter:

@@ -106,6 +106,8 @@ class FakeEngine:
         self.level: int | None = None
         """0: loaded, 1 or 2: asleep at that level, None: not loaded."""
         self.has_frontend = False
+        self.is_left = False
+        """Whether it is loaded behind a frontend that has broken."""
         self.loads = 0
         self.canary = "canary"
         """What it generates to be verified; that of the first load is remembered."""
@@ -202,6 +204,7 @@ class FakeEngine:
         return Previewed(refusal, is_accepted=refusal is None)
 
     async def load(self, progress: Progress) -> None:
+        await self.bury()
         self.loads += 1
         for stage in ("weights", "kv_cache", "warm_up"):
             progress(stage)
@@ -247,6 +250,12 @@ class FakeEngine:
     async def unload(self) -> None:
         await self.host.operate("unload", self.alias, self.settings.unload_s)
         self._leave_memory(None)
+
+    async def bury(self) -> None:
+        if self.is_left:
+            await self.host.operate("bury", self.alias, self.settings.unload_s)
+            self.is_left = self.has_frontend = False
+            self._leave_memory(None)
 
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
@@ -591,6 +600,7 @@ class FakeHost:
         for engine in self._engines.values():
             engine.set_stepped(False)
             engine.level = None
+            engine.is_left = False
         for (operation, _), gate in self._gates.items():
             if operation not in ("step", "restart"):
                 gate.set()
@@ -604,6 +614,13 @@ class FakeHost:
         engine = self._engines[alias]
         engine.set_stepped(False)
         engine.level = None
+        for callback in self._callbacks:
+            callback(alias, cause, engine.loads)
+
+    def break_frontend(self, alias: str, cause: str = "its frontend is broken") -> None:
+        """Have what one engine generates reach nobody; it stays where it is, and is stepped."""
+        engine = self._engines[alias]
+        engine.is_left = True
         for callback in self._callbacks:
             callback(alias, cause, engine.loads)
 

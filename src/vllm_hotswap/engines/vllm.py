@@ -135,6 +135,8 @@ class VllmEngine:
         """Whether the engine that the frontend is connected to went with its host."""
         self._is_frontend_broken = False
         """Whether it takes in no more outputs: another one has to take its place."""
+        self._is_engine_left = False
+        """Whether the engine of a broken frontend is in the host, of use to nobody."""
         self.on_broken: Callable[[str], None] = lambda _: None
         """Called with the cause once that is so."""
         self._exits = AsyncExitStack()
@@ -356,6 +358,17 @@ class VllmEngine:
         await self._link.call(lambda number: Unload(number, self.alias))
         self._has_copy = False
 
+    async def bury(self) -> None:
+        if not self._is_engine_left:
+            return
+        self._is_engine_left = self._has_copy = False
+        try:
+            await self._link.call(lambda number: Unload(number, self.alias, forget=True))
+        except EngineUnavailable:
+            raise
+        except HotswapError as error:  # what it could take apart, it has
+            log.warning("event=not_buried model=%s cause=%r", self.alias, one_line(error))
+
     async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         revision = self._launch.vllm_config.model_config.revision
         folder = hub.local_folder(self._launch.model, revision)
@@ -388,7 +401,7 @@ class VllmEngine:
 
     async def host_died(self) -> None:
         """Forget the engine; the next one, in another host, says that it is ready."""
-        self._has_copy = False
+        self._has_copy = self._is_engine_left = False
         if self._client is not None:
             await frontend.forget_engine(self._client)
             self._is_engine_lost = True
@@ -417,7 +430,7 @@ class VllmEngine:
         """Have the next load make another frontend, and another engine for it."""
         log.warning("event=frontend_given_up model=%s", self.alias)
         self._frontend = self._client = self._door = self._sockets = None
-        self._is_frontend_broken = self._is_engine_lost = False
+        self._is_frontend_broken = self._is_engine_lost = self._is_engine_left = False
         try:
             await self._exits.aclose()
         except Exception as error:  # noqa: BLE001  # it is broken, and goes all the same
@@ -427,7 +440,7 @@ class VllmEngine:
         await self._forget_engine()
 
     def _frontend_broke(self) -> None:
-        self._is_frontend_broken = True
+        self._is_frontend_broken = self._is_engine_left = True
         self.on_broken("its frontend takes in no more outputs, because of an error")
 
     async def _forget_engine(self) -> None:

@@ -252,8 +252,10 @@ def _text(library: Any, code: int) -> str:
     return (text.value or b"unknown error").decode(errors="replace")
 
 
-def check_driver(environment: Mapping[str, str], library: Any = None, device: int = 0) -> Any:
-    """libcuda, with a device that can do what is needed.
+def check_driver(
+    environment: Mapping[str, str], library: Any = None, device: int = 0, maps: bool = True
+) -> Any:
+    """libcuda, with a device that can do what is needed: map memory, if `maps`.
 
     Raises:
         ConfigError: there is no driver or no GPU, it cannot map memory, or a variable is in the
@@ -264,11 +266,12 @@ def check_driver(environment: Mapping[str, str], library: Any = None, device: in
         raise ConfigError(
             f"{VISIBLE} is {visible!r}, which hides every GPU; unset it, or name one, such as 0"
         )
-    for name in ALLOCATOR_SETTINGS:
+    for name in ALLOCATOR_SETTINGS if maps else ():
         if "expandable_segments:true" in environment.get(name, "").lower():
             raise ConfigError(
                 f"{name} is {environment[name]!r}, and torch's memory pools, by which models "
-                "sleep, do not work with expandable segments; take expandable_segments out of it"
+                "sleep, do not work with expandable segments; take expandable_segments out of it, "
+                "or do without sleep: VLLM_HOTSWAP_CUDA_SLEEP=0"
             )
     cuda = _loaded(library)
     code = cuda.cuInit(ctypes.c_uint(0))
@@ -295,11 +298,11 @@ def check_driver(environment: Mapping[str, str], library: Any = None, device: in
         ctypes.c_int(MAPS_MEMORY),
         ctypes.c_int(device),
     )
-    if not can_map.value:
+    if maps and not can_map.value:
         raise ConfigError(
             f"GPU {device} or its driver cannot map memory (CUDA virtual memory management), "
             "by which models sleep; virtual GPUs need it switched on by their administrator, "
-            "others a driver of 2021 or newer"
+            "others a driver of 2021 or newer; VLLM_HOTSWAP_CUDA_SLEEP=0 does without sleep"
         )
     return cuda
 

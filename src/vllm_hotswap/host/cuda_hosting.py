@@ -12,12 +12,14 @@ Relies on, in vLLM 0.26.0 to 0.32.0:
   and "workspace", too;
 - `model_runner.kv_caches`: tensors, or lists of them;
 - `model_runner.cudagraph_manager.graphs`, where there is such a manager;
-- `compile_or_warm_up_model` being the last part of a load.
+- `CUDAGraphWrapper.clear_all_graphs` and `BreakableCUDAGraphWrapper.clear_all_graphs`, which drop
+  the graphs of the engine whose state is in place.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,13 +28,19 @@ from typing import Any
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory, Range
-from vllm_hotswap.host.cuda_pools import ModelPools, Torch, TorchCuda
+from vllm_hotswap.host.cuda_pools import ModelPools, NoPools, Torch, TorchCuda
 
 SLEEPING = ("weights", "kv_cache")
 """What gives its memory back. Workspaces and whatever else a runner keeps stay on the device."""
 
 LITTLE = 0.001
 """Of the device, which vLLM is to find free. How much there really is, the budget has seen to."""
+
+WRAPPERS = (
+    ("vllm.compilation.cuda_graph", "CUDAGraphWrapper"),
+    ("vllm.compilation.breakable_cudagraph", "BreakableCUDAGraphWrapper"),
+)
+"""Classes that know all their instances: those of one engine, as `compat.state` has it."""
 
 BLOCK = 512
 """Torch gives whole blocks of so many bytes: what is behind a tensor up to there is nobody's."""
@@ -51,7 +59,10 @@ class HostedOnCuda:
     parallel_config: Any
     vllm_config: Any
 
-    _pools: ModelPools | None = None
+    has_pools = True
+    """Whether it has memory of its own, by which it sleeps."""
+
+    _pools: ModelPools | NoPools | None = None
     _torch: Torch = TorchCuda()
 
     # --- a load -------------------------------------------------------------------------------
@@ -67,7 +78,13 @@ class HostedOnCuda:
             )
         with self._content_with_little():
             super().init_device()  # type: ignore[misc]
-        self._pools = ModelPools(self._make_memory(), self._torch)
+        self._torch.clear_before_captures()
+        self._pools = self._make_pools()
+
+    def _make_pools(self) -> ModelPools | NoPools:
+        if self.has_pools:
+            return ModelPools(self._make_memory(), self._torch)
+        return NoPools(self._torch)
 
     @contextmanager
     def _content_with_little(self) -> Iterator[None]:
@@ -89,28 +106,22 @@ class HostedOnCuda:
             return self._pools.allocating(tag)
         return nullcontext()
 
-    def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        # Graphs are captured on a stream of their own, for which cuBLAS has been given 32 MiB of
-        # the graphs' memory. Torch would keep them for ever, and with them all of that memory.
-        self._torch.synchronize()
-        self._torch.clear_workspaces()
-        return result
-
     # --- residency ----------------------------------------------------------------------------
 
     @property
     def pools(self) -> ModelPools:
-        assert self._pools is not None, "init_device() comes first"
+        assert isinstance(self._pools, ModelPools), "it has none, or init_device() comes first"
         return self._pools
 
     def sleep(self, level: int = 1) -> None:
         """Give the device memory of weights and KV cache back; weights stay in host memory.
 
         Raises:
-            NotImplementedError: the level is not 1.
+            NotImplementedError: the level is not 1, or it has no memory of its own.
             NoRoom: there is too little host memory. In both cases nothing has changed.
         """
+        if not self.has_pools:
+            raise NotImplementedError("it cannot sleep: VLLM_HOTSWAP_CUDA_SLEEP is 0")
         if level != 1:
             raise NotImplementedError(f"sleep level {level} is not known here; use 1, or unload")
         memory, before_s = self.pools.memory, time.monotonic()
@@ -155,12 +166,16 @@ class HostedOnCuda:
         )
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> Any:
-        self.pools.memory.weights_changed()
+        self._weights_changed()
         return super().reload_weights(*args, **kwargs)  # type: ignore[misc]
 
     def reset_weights(self) -> Any:
-        self.pools.memory.weights_changed()
+        self._weights_changed()
         return super().reset_weights()  # type: ignore[misc]
+
+    def _weights_changed(self) -> None:
+        if self.has_pools:
+            self.pools.memory.weights_changed()
 
     def _kv_ranges(self) -> list[Range]:
         caches = getattr(self.model_runner, "kv_caches", None) or []
@@ -185,8 +200,20 @@ class HostedOnCuda:
         manager = getattr(getattr(self, "model_runner", None), "cudagraph_manager", None)
         if graphs := getattr(manager, "graphs", None):
             graphs.clear()
+        for module, name in WRAPPERS:
+            if wrapper := getattr(sys.modules.get(module), name, None):
+                wrapper.clear_all_graphs()
 
-    def take_pools(self) -> ModelPools | None:
+    def shutdown(self) -> None:
+        """The end of a worker process: torch is not to call back while the interpreter ends."""
+        pools = self.take_pools()
+        super().shutdown()  # type: ignore[misc]
+        if pools is not None:
+            self.let_go_of_graphs()
+            self.model_runner = None
+            pools.close()
+
+    def take_pools(self) -> ModelPools | NoPools | None:
         """What is to be closed once the model has been taken apart."""
         pools, self._pools = self._pools, None
         return pools

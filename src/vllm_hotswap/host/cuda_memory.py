@@ -140,6 +140,10 @@ class ModelMemory:
         """Host memory of its copies; they stay while it is awake."""
         return sum(s.copy.nbytes for s in self._all() if s.copy is not None)
 
+    def has(self, address: int) -> bool:
+        """Whether an address is one of its."""
+        return any(s.address <= address < s.address + s.nbytes for s in self._all())
+
     def copy_bytes(self, dropped: Iterable[Range]) -> int:
         """Host memory that its copies take once it has slept, if so much is not kept."""
         holes = merged(dropped)

@@ -8,18 +8,26 @@ has the interpreter's, and frees a tensor of the device, would wait for the othe
 the thread that loads and steps has such tensors (vLLM's `UniProcExecutor` fetches outputs on it,
 from 0.26 to 0.33), and garbage, which any thread may collect, is not collected meanwhile.
 
+Workspaces of cuBLAS are torch's, one for each stream, made at its first matrix multiplication in
+whatever memory is being allocated from then, and kept for ever. A captured graph knows the address
+of the one of its stream. So they are dropped before every capture, which makes a new one in the
+memory of the graph itself, and that memory stays as long as the graph does, whatever is dropped
+later. They are also dropped when tensors have been allocated that sleep, and when a model goes.
+
 Relies on torch 2.11 to 2.14: `torch._C._cuda_customAllocator`, which is behind
 `torch.cuda.memory.CUDAPluggableAllocator`; `torch.cuda.MemPool` and its `snapshot`;
-`torch.cuda.use_mem_pool`; `torch._C._cuda_clearCublasWorkspaces`.
+`torch.cuda.use_mem_pool`; `torch._C._cuda_clearCublasWorkspaces`; all captures beginning with
+`torch.cuda.CUDAGraph.capture_begin`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -92,7 +100,16 @@ class Torch(Protocol):
         """Give back memory that is free, but kept by torch."""
 
     def clear_workspaces(self) -> None:
-        """Give back the scratch memory of matrix multiplications on all streams."""
+        """Give back the scratch memory of matrix multiplications on all streams.
+
+        That which graphs know stays theirs, if it was made during their capture.
+        """
+
+    def move_out(self, is_inside: Callable[[int], bool]) -> list[str]:
+        """Have nothing that is kept for the whole process begin at such an address."""
+
+    def clear_before_captures(self) -> None:
+        """From now on, clear it before each capture of a graph in this process."""
 
 
 class TorchCuda:
@@ -131,6 +148,27 @@ class TorchCuda:
 
         torch._C._cuda_clearCublasWorkspaces()
 
+    def move_out(self, is_inside: Callable[[int], bool]) -> list[str]:
+        from vllm_hotswap.host.strays import move_out
+
+        return move_out(is_inside)
+
+    def clear_before_captures(self) -> None:
+        import torch
+
+        begin = torch.cuda.CUDAGraph.capture_begin
+        if getattr(begin, "clears_workspaces", False):
+            return
+
+        @functools.wraps(begin)
+        def capture_begin(*args: Any, **kwargs: Any) -> Any:
+            self.synchronize()
+            self.clear_workspaces()
+            return begin(*args, **kwargs)
+
+        capture_begin.clears_workspaces = True  # type: ignore[attr-defined]
+        torch.cuda.CUDAGraph.capture_begin = capture_begin
+
 
 class ModelPools:
     """Where tensors of one model lie that sleep with it.
@@ -164,6 +202,9 @@ class ModelPools:
         finally:
             self.memory.tag = before
         self._torch.synchronize()
+        self._torch.clear_workspaces()  # one that was made meanwhile would sleep, too
+        if moved := self._torch.move_out(self.memory.has):
+            log.info("event=moved_out what=%s", moved)
         # Nothing is allocated in this pool any more, and torch would keep what is free there.
         for address in self._torch.unused(pool):
             self.memory.empty(address)
@@ -176,6 +217,8 @@ class ModelPools:
         the end of a process that touches it.
         """
         with _garbage_kept():
+            self._torch.synchronize()
+            self._torch.clear_workspaces()  # one of them is in the memory of its graphs
             self._pools.clear()
             self._torch.empty_cache()
         if self.memory.address_bytes:
@@ -186,6 +229,24 @@ class ModelPools:
             self.memory.drop_copies()
         else:
             self.memory.close()
+
+
+class NoPools:
+    """Instead of them, for a model that lies in torch's own memory, and never sleeps."""
+
+    def __init__(self, torch: Torch) -> None:
+        self._torch = torch
+
+    @contextmanager
+    def allocating(self, tag: str) -> Iterator[None]:
+        """Where torch has it."""
+        yield
+
+    def close(self) -> None:
+        """Give back what torch keeps of a model that has been taken apart."""
+        self._torch.synchronize()
+        self._torch.clear_workspaces()  # one of them is in the memory of its graphs
+        self._torch.empty_cache()
 
 
 @contextmanager

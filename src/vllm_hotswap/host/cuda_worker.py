@@ -13,3 +13,9 @@ from vllm_hotswap.host.cuda_hosting import HostedOnCuda
 
 class HostedCudaWorker(HostedOnCuda, Worker):  # type: ignore[misc]  # vLLM's types stop here
     """A GPU worker beside others."""
+
+
+class WakefulCudaWorker(HostedCudaWorker):
+    """One without memory of its own, which cannot sleep: for where that does not work."""
+
+    has_pools = False
