@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,6 +231,27 @@ async def test_what_an_admin_writes_stays_in_its_line(
 def test_a_value_is_quoted_where_it_is_no_word(value: str | None, written: str) -> None:
     """So that a line of `key=value` can be taken apart again."""
     assert written == value_text(value)
+
+
+NAMED = re.compile(r"event=.* (adapter|model|source|target)=%s")
+
+
+def unquoted(path: Path) -> list[str]:
+    """Functions of a module that write a line with a name, and quote none."""
+    return [
+        f"{path.name}: {function.name}"
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        and NAMED.search(text := ast.unparse(function))
+        and "value_text(" not in text
+    ]
+
+
+def test_every_name_in_a_line_is_quoted_where_it_is_no_word() -> None:
+    """Whoever adds a line with the name of a model or an adapter has to use `value_text`."""
+    modules = (Path(__file__).parent.parent / "src" / "vllm_hotswap").rglob("*.py")
+
+    assert [] == [place for path in modules for place in unquoted(path)]
 
 
 @pytest.mark.parametrize(

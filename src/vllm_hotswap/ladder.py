@@ -455,7 +455,8 @@ class Ladder:
         try:
             await self.move_down(model, to)
         except NoRoom as error:
-            log.warning("event=sleep_failed model=%s cause=%r", model.alias, one_line(error))
+            alias = value_text(model.alias)
+            log.warning("event=sleep_failed model=%s cause=%r", alias, one_line(error))
             if not model.leases:
                 await self.move_down(model, Residency.COLD)
 

@@ -367,7 +367,8 @@ class VllmEngine:
         except EngineUnavailable:
             raise
         except HotswapError as error:  # what it could take apart, it has
-            log.warning("event=not_buried model=%s cause=%r", self.alias, one_line(error))
+            alias = value_text(self.alias)
+            log.warning("event=not_buried model=%s cause=%r", alias, one_line(error))
 
     async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         revision = self._launch.vllm_config.model_config.revision
@@ -428,14 +429,15 @@ class VllmEngine:
 
     async def _give_up_frontend(self) -> None:
         """Have the next load make another frontend, and another engine for it."""
-        log.warning("event=frontend_given_up model=%s", self.alias)
+        log.warning("event=frontend_given_up model=%s", value_text(self.alias))
         self._frontend = self._client = self._door = self._sockets = None
         self._is_frontend_broken = self._is_engine_lost = self._is_engine_left = False
         try:
             await self._exits.aclose()
         except Exception as error:  # noqa: BLE001  # it is broken, and goes all the same
             cause = one_line(error)
-            log.warning("event=frontend_kept model=%s cause=%r", self.alias, cause)
+            alias = value_text(self.alias)
+            log.warning("event=frontend_kept model=%s cause=%r", alias, cause)
         forget_frontend_metrics(self.alias)
         await self._forget_engine()
 
