@@ -53,13 +53,13 @@ serve: setup ## Serve the tiny models on PORT until Ctrl-C
 test: test-fast test-on-vllm ## Run the tests, those on the real vLLM too; test-wide and test-long have the rest
 
 test-fast: setup
-	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not long" --durations=15
+	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not wide and not long" --durations=15
 
 test-on-vllm: setup
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and not wide and not long" --durations=25
 
 test-wide: setup ## Run what varies settings, each on servers of its own; CI runs it, too
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and wide and not long" --durations=25
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "wide and not long" --durations=25
 
 test-long: setup ## Run what goes deeper: long walks, ten times as many examples; for the night
 	TEST_DEPTH=10 $(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm" --timeout=1800
@@ -72,7 +72,7 @@ check-vllm: setup ## Read another vLLM for every name that is used: make check-v
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
 
 check: lint types ## Lint, types and the quick tests
-	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not long and not slow"
+	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not wide and not long and not slow"
 
 lint: setup ## Check style and formatting
 	$(BIN)/ruff check

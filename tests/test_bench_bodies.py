@@ -13,7 +13,7 @@ from vllm_hotswap.bench import bodies
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.model_field import from_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 
 @pytest.mark.parametrize("shape", bodies.SHAPES)

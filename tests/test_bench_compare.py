@@ -11,7 +11,7 @@ from vllm_hotswap.bench import compare
 from vllm_hotswap.bench.compare import FIGURES, OURS, Turn, interval
 from vllm_hotswap.errors import ConfigError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 
 def test_two_equal_trees_are_compared_round_by_round(

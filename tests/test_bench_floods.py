@@ -21,7 +21,7 @@ from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.rights import Group, PerMinute, Rights
 from vllm_hotswap.settings import LimitsConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 RATED = Group(
     Rights("rated", per_minute=PerMinute(requests=1)),

@@ -12,7 +12,7 @@ from tests.conftest import MakeServer
 from tests.listening import listening
 from vllm_hotswap.bench import heads
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 
 def test_a_run_tells_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

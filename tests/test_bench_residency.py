@@ -34,7 +34,7 @@ from vllm_hotswap.bench.servers import flags, hotswap_config
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import ConfigError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 NOTHING = Held(0, 0, 0, 0, 0, 0, 0, 0)
 

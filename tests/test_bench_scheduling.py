@@ -16,7 +16,7 @@ from vllm_hotswap.simulate.report import figures
 from vllm_hotswap.simulate.run import World, simulate
 from vllm_hotswap.trace import TracedModel, TracedSwitching
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -17,6 +17,8 @@ from tools import setup
 from tools.setup import Pin, SetupError
 from vllm_hotswap.compat.versions import RUN_ON
 
+pytestmark = pytest.mark.wide  # pip and uv are started again and again
+
 
 def versions(packages: Mapping[str, Pin], *names: str) -> list[str]:
     return [packages[name].requirement.partition("==")[2] for name in names]

@@ -11,9 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -124,23 +123,30 @@ def stop_signal(
 
 
 def interruptible(ask: Callable[[], T]) -> T:
-    """What `ask` returns or raises; what a signal's handler raises ends the wait for it at once.
+    """What `ask` returns or raises, or what a signal's handler raises meanwhile.
 
-    A signal that comes just before the main thread blocks in a read is noticed after the read only.
-    So another thread reads.
+    Python runs handlers between two instructions of the main thread. A signal that comes just
+    before that blocks in a read is noticed after the read only. So it is woken now and then by
+    another signal, which does nothing.
     """
-    answer: Future[T] = Future()
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        return ask()  # no signal comes here
+    done = threading.Event()
 
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:  # noqa: BLE001  # for the thread that waits
-            answer.set_exception(error)
+    def wake() -> None:
+        while not done.wait(INTERRUPT_S):
+            signal.pthread_kill(cast("int", main.ident), signal.SIGURG)
 
-    threading.Thread(target=run, daemon=True).start()
-    while not answer.done():
-        wait([answer], timeout=INTERRUPT_S)
-    return answer.result()
+    before = signal.signal(signal.SIGURG, lambda *_: None)
+    waking = threading.Thread(target=wake, daemon=True)
+    waking.start()
+    try:
+        return ask()
+    finally:
+        done.set()
+        waking.join()
+        signal.signal(signal.SIGURG, before)
 
 
 def signal_when_orphaned(number: signal.Signals) -> None:

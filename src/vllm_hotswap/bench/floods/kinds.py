@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_hotswap.bench.floods.line import Attack, request
+from vllm_hotswap.settings import LimitsConfig
 
 MIB = 1 << 20
+ANSWERS = LimitsConfig().answers_per_call
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
@@ -255,23 +257,23 @@ async def _schemas(attack: Attack) -> None:
 
 
 async def _prompts(attack: Attack) -> None:
-    prompts = [f"{number} is a number" for number in range(1024)]
+    prompts = [f"{number} is a number" for number in range(ANSWERS // 2)]
     await _ask(attack, COMPLETIONS, {"prompt": prompts, "n": 2, "temperature": 1, "max_tokens": 1})
 
 
 async def _answers(attack: Attack) -> None:
-    body = {"prompt": "Hi", "n": 2048, "temperature": 1, "max_tokens": 8, "ignore_eos": True}
+    body = {"prompt": "Hi", "n": ANSWERS, "temperature": 1, "max_tokens": 8, "ignore_eos": True}
     await _ask(attack, COMPLETIONS, body)
 
 
 async def _items(attack: Attack) -> None:
-    items = [f"{number} is a number" for number in range(2048)]
+    items = [f"{number} is a number" for number in range(ANSWERS)]
     body = {"query": "Is it?", "items": items, "label_token_ids": [5, 6]}
     await _ask(attack, "/generative_scoring", body)
 
 
 async def _conversations(attack: Attack) -> None:
-    messages = [[{"role": "user", "content": f"Hi {number}"}] for number in range(2048)]
+    messages = [[{"role": "user", "content": f"Hi {number}"}] for number in range(ANSWERS)]
     await _ask(attack, "/v1/chat/completions/batch", {"messages": messages, "max_tokens": 1})
 
 
@@ -310,10 +312,10 @@ _FLOODS = (
     Kind("invalid JSON", "256 KiB of brackets", _invalid_json, 16, _shows("400")),
     Kind("kept responses", "small ones, kept", _responses, 16, _shows("200")),
     Kind("schemas", "1,700 properties, 60 KB", _schemas, 16, _shows("200")),
-    Kind("prompts", "1,024 prompts, `n: 2`", _prompts, 4, _shows("200", "429")),
-    Kind("answers", "`n: 2048`", _answers, 4, _shows("200", "429")),
-    Kind("items", "2,048 `items` to score", _items, 4, _shows("200", "429")),
-    Kind("conversations", "2,048 in a batch", _conversations, 4, _shows("200", "429")),
+    Kind("prompts", f"{ANSWERS // 2} prompts, `n: 2`", _prompts, 4, _shows("200", "429")),
+    Kind("answers", f"`n: {ANSWERS}`", _answers, 4, _shows("200", "429")),
+    Kind("items", f"{ANSWERS} `items` to score", _items, 4, _shows("200", "429")),
+    Kind("conversations", f"{ANSWERS} in a batch", _conversations, 4, _shows("200", "429")),
     Kind("slow readers", "long streams, 5 KB/s each", _slow_readers, 24, _shows("200")),
 )
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (*_CONTROLS, *_FLOODS)}
