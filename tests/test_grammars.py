@@ -149,11 +149,12 @@ class Slow:
         self.client.input_processor._validate_params = self._check
         check_aside(self.client, self.pool)
 
-    def _check(self, params: Params, tasks: tuple[str, ...]) -> None:
+    def _check(self, params: Params, tasks: tuple[str, ...]) -> bool:
         self.checked.append(str(params.structured_outputs))
         if params.structured_outputs == "endless":
             self.began.set()
             assert self.gate.wait(SOON_S)
+        return bool(tasks)
 
     def ask(self, grammar: str, account: str, timeout_s: float | None) -> tuple[Lease, Any]:
         """The lease of a request, and what becomes of it."""
@@ -221,6 +222,7 @@ async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
     with pytest.raises(EngineUnavailable, match="an earlier one goes on"):
         await queued
     await passing
+    assert isinstance(mine.cut, GrammarTimeout)
     assert (504, "grammar_timeout") == (mine.cut.status, mine.cut.code)
     assert other.cut is None
 
