@@ -146,7 +146,8 @@ class Slow:
         self.client: Any = Client()
         self.began, self.gate = threading.Event(), threading.Event()
         self.checked: list[str] = []
-        self.client.input_processor._validate_params = self._check
+        processor: Any = self.client.input_processor
+        processor._validate_params = self._check
         check_aside(self.client, self.pool)
 
     def _check(self, params: Params, tasks: tuple[str, ...]) -> bool:

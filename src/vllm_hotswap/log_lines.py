@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import traceback
+from collections.abc import Mapping
 from typing import Any, Self
 
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -50,10 +51,10 @@ class _Factory:
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
         record: logging.LogRecord = self._make(name, *args, **kwargs)
         keep_lines = _are_lines_marked(name)
-        if record.args and isinstance(record.args, tuple):
-            record.args = tuple(_safe(value, keep_lines) for value in record.args)
-        elif record.args:
+        if isinstance(record.args, Mapping) and record.args:
             record.args = {key: _safe(value, keep_lines) for key, value in record.args.items()}
+        elif record.args:
+            record.args = tuple(_safe(value, keep_lines) for value in record.args)
         elif isinstance(record.msg, str | BaseException):
             record.msg = _safe(record.msg, keep_lines)
         if record.exc_info and record.exc_info[1] is not None:
@@ -66,7 +67,7 @@ def _are_lines_marked(name: str) -> bool:
     """Whether all that writes the lines of a logger marks each of them."""
     found = logging.Logger.manager.loggerDict.get(name)
     logger = found if isinstance(found, logging.Logger) else None
-    formatters = []
+    formatters: list[logging.Formatter | None] = []
     while logger is not None:
         formatters += [handler.formatter for handler in logger.handlers]
         logger = logger.parent if logger.propagate else None

@@ -94,7 +94,8 @@ async def _done(pool: FairPool, lease: Lease | None, *check: Any) -> None:
     """
     timeout_s = lease.grammar_timeout_s if lease else None
     try:
-        return await _result(pool, lease.account if lease else "", timeout_s, *check)
+        await _result(pool, lease.account if lease else "", timeout_s, *check)
+        return
     except Overdue:
         late = GrammarTimeout(LONG_S, is_behind=True)
     except _TooLate:
@@ -105,6 +106,7 @@ async def _done(pool: FairPool, lease: Lease | None, *check: Any) -> None:
 
 
 async def _result(pool: FairPool, account: str, timeout_s: float | None, *check: Any) -> Any:
+    """Raises `_TooLate`, `Overdue`, and what the check raises."""
     job = pool.submit_for(account, *check)
     checking = asyncio.wrap_future(job)
     loop = asyncio.get_running_loop()
