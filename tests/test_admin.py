@@ -396,7 +396,7 @@ async def test_status_shows_budgets_and_what_is_used_of_them(make_server: MakeSe
     memory = (await server.get("/admin/status")).json()["memory"]
 
     assert {
-        "device": {"budget": 9 * MIB + 7, "used": 2 * MIB + 7, "base": 7},
+        "device": {"budget": 9 * MIB + 7, "used": 2 * MIB + 7, "base": 7, "others": 0},
         "host": {"budget": 5 * MIB, "used": MIB},
     } == memory
 

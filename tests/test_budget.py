@@ -414,3 +414,29 @@ def test_worker_processes_count_as_much_as_the_host_and_more() -> None:
 
     assert alone.held_bytes == replace(alone, host_bytes=300 * MIB).held_bytes
     assert 600 * MIB < wide.held_bytes - alone.held_bytes < 900 * MIB
+
+
+def test_a_full_device_says_who_holds_it() -> None:
+    """Other processes, the engine host itself, and what is kept free."""
+    device = DeviceMemory(total=80 * GIB, free=0, held=GIB, reserve=2 * GIB)
+
+    with pytest.raises(
+        ConfigError,
+        match=r"of the device's 80.00 GiB other processes hold 77.00 GiB, the engine host itself "
+        r"1.00 GiB, and 2.00 GiB are kept free .*; end what uses the device besides",
+    ):
+        resolve_budget(MemoryBudget(), device, 0, 1.0)
+
+
+def test_what_models_leave_on_the_device_asleep_is_no_ones_kv_memory() -> None:
+    """Two that do not fit together, each with what the other one keeps while it sleeps."""
+    one, two = (
+        replace(needs(alias, weights=8 * GIB, least=GIB), residue_bytes=GIB // 2)
+        for alias in ("one", "two")
+    )
+    budget = 14 * GIB
+
+    shares = share_kv_memory([one, two], budget)
+
+    left = budget - 8 * GIB - OVERHEAD_BYTES - GIB // 2 - READING_BYTES
+    assert {"one": left, "two": left} == shares

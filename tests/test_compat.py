@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from vllm_hotswap.compat.configuration import nearest_architectures
+from vllm_hotswap.compat.configuration import nearest_architectures, plain_value
 from vllm_hotswap.compat.names import PLACES, find
 from vllm_hotswap.compat.versions import READ_ON, RUN_ON, warning
 from vllm_hotswap.errors import ConfigError
@@ -132,3 +132,21 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_ones() -> None:
 def test_other_messages_of_vllm_stay_what_they_are() -> None:
     """Whole."""
     assert "no [x] here" == nearest_architectures("no [x] here")
+
+
+@pytest.mark.parametrize(
+    ("said", "plain"),
+    [
+        (
+            "Value 64 M cannot be converted to <function human_readable_int at 0x7f0c5a2b3d00>.",
+            "'64 M' is not a size; write 64M, or a number of bytes",
+        ),
+        ("Value {a cannot be converted to <function loads at 0x7f>.", "'{a' is not JSON"),
+        ("Value x cannot be converted to <class 'int'>.", "'x' is not a whole number"),
+        ("Value x cannot be converted to <function odd at 0x7f>.", "'x' is not a valid odd"),
+        ("invalid int value: 'x'", "invalid int value: 'x'"),
+    ],
+)
+def test_a_value_that_vllm_cannot_read_is_told_without_its_function(said: str, plain: str) -> None:
+    """Any other message stays as it is."""
+    assert f"argument --seed: {plain}" == plain_value(f"argument --seed: {said}")

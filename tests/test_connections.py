@@ -31,6 +31,7 @@ from tests.support import Server
 from vllm_hotswap import connections
 from vllm_hotswap.access import Access
 from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.settings import LimitsConfig
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -232,6 +233,34 @@ async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
     assert 1 + together == rest.count(b"HTTP/1.1 200 OK")
 
 
+async def test_a_request_knows_nothing_of_the_one_before() -> None:
+    """Whether it was waiting already, or is read after the one before had reading go on."""
+    found: list[str | None] = []
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        before = current_lease.get()
+        found.append(before.alias if before else None)
+        current_lease.set(Lease(scope["path"], 1, None))
+        while (await receive()).get("more_body", False):
+            pass
+        await sized({**scope, "path": "/0"}, receive, send)
+
+    request = HEAD + b"\r\n"
+    body = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % MIB + bytes(MIB)
+    async with listening_to(answers) as at, asyncio.timeout(PATIENCE_S):
+        client = await Raw.connect(at.port)
+        await client.send(request + request)
+        await client.answer()
+        await client.answer()
+        await client.send(body)
+        await client.answer()
+        await client.send(request)
+        await client.answer()
+        await client.close()
+
+    assert [None] * 4 == found
+
+
 async def connection_of(at: Listening) -> connections.Connection:
     """The one that there is, as soon as there is one."""
     while not at.state.connections:  # noqa: ASYNC110
@@ -352,6 +381,33 @@ async def test_trailers_and_extensions_of_chunks_are_bounded(server: Server, end
 
     assert (431, "head_too_large") == (told.status, told.code)
     assert told.ends
+
+
+WANTS_MORE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_a_body_is_never_taken_for_a_request(server: Server, pieces: int) -> None:
+    """Of a request that asks for another protocol, after which the parser would look for one."""
+    hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /seen HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(hidden)
+    sent = [head + WANTS_MORE + b"\r\n", hidden]
+    async with listening(server) as port:
+        told, rest = await exchange(port, *(sent if pieces == 2 else [b"".join(sent)]))
+
+    assert (400, "upgrade_with_body", b"") == (told.status, told.code, rest)
+
+
+async def test_a_request_behind_one_for_another_protocol_is_answered(server: Server) -> None:
+    """All in HTTP/1.1, also where they come in one piece."""
+    one = b"GET /ping HTTP/1.1\r\nHost: x\r\n"
+    async with listening(server) as port:
+        told, rest = await exchange(
+            port, 2 * (one + WANTS_MORE + b"\r\n") + one + b"Connection: close\r\n\r\n"
+        )
+
+    assert 200 == told.status
+    assert 2 == rest.count(b"HTTP/1.1 200 OK")
 
 
 async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) -> None:

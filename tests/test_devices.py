@@ -10,19 +10,25 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_hotswap import devices
 from vllm_hotswap.devices import (
     CPU_WORKER,
     CUDA_WORKER,
     HOSTED_CPU_WORKER,
+    HOSTED_CUDA_WORKER,
+    WAKEFUL_CUDA_WORKER,
     CpuDevice,
     CudaDevice,
     Device,
     OwnSleepDevice,
+    WakefulCudaDevice,
     anonymous_bytes,
     device_of,
 )
+from vllm_hotswap.errors import ConfigError
 
 MIB = 1 << 20
+GIB = 1 << 30
 HOLD = "import sys; held = b'x' * (48 << 20); print('holds', flush=True); sys.stdin.read()"
 PARENT = f"""
 import subprocess, sys
@@ -57,7 +63,9 @@ def process(code: str) -> Iterator[int]:
     [
         (CPU_WORKER, CpuDevice, {1, 2}, True),
         (HOSTED_CPU_WORKER, CpuDevice, {1, 2}, True),
-        (CUDA_WORKER, CudaDevice, set(), False),
+        (CUDA_WORKER, CudaDevice, {1}, False),
+        (HOSTED_CUDA_WORKER, CudaDevice, {1}, False),
+        (WAKEFUL_CUDA_WORKER, WakefulCudaDevice, set(), False),
         ("vllm_gaudi.v1.worker.hpu_worker.HPUWorker", OwnSleepDevice, {1}, False),
     ],
 )
@@ -81,7 +89,48 @@ def test_cpu_is_given_a_worker_that_can_sleep() -> None:
     assert "cpu" == device_of(cpu).name
 
 
-@pytest.mark.parametrize("worker", [CUDA_WORKER, "some.other.Worker"])
+def test_cuda_is_given_a_worker_that_sleeps_by_itself() -> None:
+    """It stays the same device then."""
+    cuda = config(CUDA_WORKER)
+
+    device_of(cuda).configure(cuda)
+
+    assert HOSTED_CUDA_WORKER == cuda.parallel_config.worker_cls
+    assert "cuda" == device_of(cuda).name
+
+
+@pytest.mark.parametrize(
+    ("value", "worker"), [("0", WAKEFUL_CUDA_WORKER), ("1", HOSTED_CUDA_WORKER)]
+)
+def test_cuda_does_without_sleep_where_it_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, value: str, worker: str
+) -> None:
+    """The host, which has no such variable, is told by the worker. Else it is the same device."""
+    monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", value)
+    cuda = config(CUDA_WORKER)
+    device_of(cuda).configure(cuda)
+    monkeypatch.delenv("VLLM_HOTSWAP_CUDA_SLEEP")
+
+    device = device_of(cuda)
+
+    assert worker == cuda.parallel_config.worker_cls
+    assert (value == "1") is (1 in device.sleep_levels) is device.tells_sleep
+    assert device.is_shared
+    assert not device.obeys_utilization
+
+
+def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no driver of NVIDIA's: models are parked or unloaded."""
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    rocm = config(CUDA_WORKER)
+
+    device_of(rocm).configure(rocm)
+
+    assert CUDA_WORKER == rocm.parallel_config.worker_cls
+    assert (frozenset(), False) == (device_of(rocm).sleep_levels, device_of(rocm).is_shared)
+
+
+@pytest.mark.parametrize("worker", ["some.other.Worker"])
 def test_other_workers_are_left_as_their_platform_chose_them(worker: str) -> None:
     """Nothing is configured."""
     chosen = config(worker)
@@ -89,6 +138,75 @@ def test_other_workers_are_left_as_their_platform_chose_them(worker: str) -> Non
     device_of(chosen).configure(chosen)
 
     assert worker == chosen.parallel_config.worker_cls
+
+
+# --- memory of a CUDA device ---------------------------------------------------------------------
+
+
+class TorchCuda:
+    """Torch's view of a device of 80 GiB: `used` by this process, `others` by others."""
+
+    def __init__(self, used: int = 0, others: int = 0, cached: int = 0) -> None:
+        self.used, self.others, self.cached = used, others, cached
+        self.context = 0
+
+    def mem_get_info(self) -> tuple[int, int]:
+        self.context = GIB // 2
+        return 80 * GIB - self.used - self.others - self.cached - self.context, 80 * GIB
+
+    def empty_cache(self) -> None:
+        self.cached = 0
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, torch: TorchCuda, has_nvml: bool = True) -> CudaDevice:
+    def free(driver: object) -> int | None:
+        held = torch.used + torch.others + torch.cached + torch.context
+        return 81 * GIB - held if has_nvml else None
+
+    monkeypatch.setattr(devices, "_cuda", lambda: torch)
+    monkeypatch.setattr(devices, "check_driver", lambda environment, **_: object())
+    monkeypatch.setattr(devices, "device_free_bytes", free)
+    return CudaDevice()
+
+
+@pytest.mark.parametrize(("has_nvml", "base"), [(True, GIB // 2), (False, 0)])
+def test_base_of_a_cuda_device_is_its_context(
+    monkeypatch: pytest.MonkeyPatch, has_nvml: bool, base: int
+) -> None:
+    """Measured where there is NVML; what others hold is never counted to the engine host."""
+    memory = on_cuda(monkeypatch, TorchCuda(others=20 * GIB), has_nvml).memory()
+
+    assert (80 * GIB, base) == (memory.total, memory.held)
+    assert 80 * GIB // 32 == memory.reserve
+    assert 80 * GIB - 20 * GIB - GIB // 2 - memory.reserve == memory.free
+
+
+def test_what_torch_keeps_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device tells what is held, and torch has given back what is free."""
+    cuda = on_cuda(monkeypatch, TorchCuda(used=3 * GIB, cached=5 * GIB))
+
+    assert 3 * GIB + GIB // 2 == cuda.held_bytes()
+
+
+def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A look at a device does not slow steps down for nothing."""
+    cuda = on_cuda(monkeypatch, torch := TorchCuda(used=3 * GIB, cached=5 * GIB))
+
+    cuda.memory_now(enough_bytes=60 * GIB)
+    assert 5 * GIB == torch.cached
+
+    assert 80 * GIB * 31 // 32 - 3 * GIB - GIB // 2 == cuda.memory_now(75 * GIB).free
+    assert 0 == torch.cached
+
+
+def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is wrong, and not with an error of a library."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    with pytest.raises(ConfigError, match="hides every GPU"):
+        CudaDevice().memory()
 
 
 # --- how much memory processes hold ---------------------------------------------------------

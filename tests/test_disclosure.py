@@ -31,7 +31,7 @@ def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None
 @pytest.mark.parametrize(
     "text",
     [
-        'switch with POST /v1/models/switch {"model": "qwen"}',
+        'an admin can switch with POST /v1/models/switch {"model": "qwen"}',
         "POST /some/where is not among the routes that this server answers; see docs/http-api.md",
         "name a model: /admin/plan?model=alias",
         "WEBSOCKET /a/b is not among the routes",

@@ -390,3 +390,22 @@ def test_each_place_is_listed_once_with_a_reason() -> None:
     assert not is_known("vllm.ir.op:SOMETHING_NEW")
     assert {*Owner} == {state.owner for state in STATE}
     assert 9 == len(list(of_owner(Owner.KIND)))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "vllm.platforms:current_platform.__class__._global_graph_pool",
+        "vllm.utils.jit_monitor:_active",
+        "vllm.utils.gpu_sync_debug:_sync_check_enabled",
+        "vllm.v1.worker.workspace:_manager",
+        "vllm.model_executor.layers.mamba.ops.ssu_dispatch:_mamba_ssu_backend",
+        "vllm.compilation.cuda_graph:CUDAGraphWrapper._all_instances",
+        "vllm.model_executor.layers.rotary_embedding:_ROPE_DICT",
+    ],
+)
+def test_what_a_gpu_worker_keeps_for_the_process_is_each_engines(place: str) -> None:
+    """One pool of graphs for all would keep those of unloaded models, a monitor of compilations
+    would blame later loads, and a step would find another model's scratch memory and kernels.
+    """
+    assert place in {state.place for state in of_owner(Owner.ENGINE)}

@@ -8,6 +8,7 @@ import pytest
 
 from vllm_hotswap import errors
 from vllm_hotswap.errors import (
+    CallTooLarge,
     DrainCut,
     EngineUnavailable,
     HotswapError,
@@ -15,9 +16,11 @@ from vllm_hotswap.errors import (
     ModelNotActive,
     ModelSwitching,
     QueueFull,
+    RateLimited,
     SwitchFailed,
     SwitchInProgress,
     UnknownModel,
+    UnknownResponse,
     one_line,
 )
 
@@ -55,8 +58,43 @@ def test_not_active_names_the_active_model_and_how_to_switch() -> None:
 
     assert (
         "model 'qwen' is configured but not active; the active model is 'llama'; "
-        'switch with POST /v1/models/switch {"model": "qwen"}'
+        'an admin can switch with POST /v1/models/switch {"model": "qwen"}'
     ) == error.message
+
+
+def test_unknown_model_names_the_nearest() -> None:
+    """Where one is near; a name that is too long to be one is not compared."""
+    configured = ["llama", "qwen"]
+
+    assert "model 'lama' is not configured; configured: llama, qwen; did you mean 'llama'?" == (
+        UnknownModel("lama", configured).message
+    )
+    assert UnknownModel("l" * 1000, ["l" * 999]).message.endswith("configured: " + "l" * 999)
+
+
+def test_a_forgotten_response_is_told_with_how_many_are_kept() -> None:
+    """And that a restart forgets them all."""
+    assert "keeps the latest 7 responses (limits.kept_responses), and none after a restart" in (
+        UnknownResponse("resp-1", None, 7).message
+    )
+
+
+def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
+    """The message says whose they are, and the setting."""
+    assert "this key may make 3 requests a minute (requests_per_minute, " in (
+        RateLimited("requests", 3, 9).message
+    )
+    assert "callers without a key together may use 3 tokens a minute (tokens_per_minute, " in (
+        RateLimited("tokens", 3, 9, has_key=False).message
+    )
+
+
+def test_a_call_that_is_too_large_says_what_counts() -> None:
+    """And the setting."""
+    assert (
+        "this call would become more than 5 engine requests (prompts or items, times n); "
+        "split it (limits.requests_per_call)"
+    ) == CallTooLarge(5, "limits.requests_per_call").message
 
 
 def test_not_active_says_that_nothing_is_active() -> None:

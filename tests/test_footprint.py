@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_hotswap.budget import ModelNeeds
-from vllm_hotswap.devices import CpuDevice, CudaDevice, Device, OwnSleepDevice
+from vllm_hotswap.devices import CpuDevice, CudaDevice, Device, OwnSleepDevice, RocmDevice
 from vllm_hotswap.engines.vllm import footprint_of
 from vllm_hotswap.host.messages import Loaded
 from vllm_hotswap.planner import Usage
@@ -58,7 +60,7 @@ def test_a_load_that_reused_free_memory_holds_its_weights_at_least() -> None:
     assert 496 == device_bytes(loaded)["parked"]
 
 
-@pytest.mark.parametrize("device", [OwnSleepDevice(), CudaDevice()], ids=lambda d: d.name)
+@pytest.mark.parametrize("device", [OwnSleepDevice(), RocmDevice()], ids=lambda d: d.name)
 def test_weights_asleep_leave_an_accelerator(device: Device) -> None:
     """Where there is such a level at all."""
     usage = footprint_of(NEEDS, device, Loaded(96, 350, can_discard=False)).usage
@@ -67,6 +69,48 @@ def test_weights_asleep_leave_an_accelerator(device: Device) -> None:
     assert Residency.DISCARDED not in usage
     asleep = usage.get(Residency.ASLEEP)
     assert asleep == (Usage(50, 300) if device.sleep_levels else None)
+
+
+# --- CUDA, where a worker tells what its sleep gives back and takes ------------------------------
+
+CUDA_NEEDS = replace(NEEDS, overhead_bytes=80, residue_bytes=70)
+
+
+def test_a_model_that_sleeps_on_cuda_leaves_something_on_the_device() -> None:
+    """Graphs and buffers, estimated before the first load; the rest goes to the host."""
+    usage = footprint_of(CUDA_NEEDS, CudaDevice(), None).usage
+
+    assert Usage(300 + 100 + 80 + 96) == usage[Residency.PARKED]
+    assert Usage(70, 300 + 100 + 10) == usage[Residency.ASLEEP]
+    assert Residency.DISCARDED not in usage
+
+
+def test_what_a_load_on_cuda_has_measured_counts() -> None:
+    """What it holds, what its sleep gives back, and what that takes of the host."""
+    loaded = Loaded(96, 350, can_discard=False, sleep_bytes=400, copy_bytes=310)
+    usage = footprint_of(CUDA_NEEDS, CudaDevice(), loaded).usage
+
+    assert Usage(350 + 96) == usage[Residency.PARKED]
+    assert Usage(350 + 96 - 400, 310) == usage[Residency.ASLEEP]
+
+
+def test_weights_stay_in_host_memory_once_a_model_has_slept() -> None:
+    """So that its next sleep copies nothing; they count while it is awake."""
+    loaded = Loaded(96, 350, can_discard=False, sleep_bytes=400, copy_bytes=310)
+    footprint = footprint_of(CUDA_NEEDS, CudaDevice(), loaded, has_copy=True)
+
+    assert Usage(350 + 96, 310) == footprint.at(Residency.ACTIVE)
+    assert Usage(46, 310) == footprint.at(Residency.ASLEEP)
+    assert Usage() == footprint.at(Residency.COLD)
+
+
+def test_a_model_holds_what_its_sleep_gives_back_at_least() -> None:
+    """Another process may give memory back during the load, which makes it look small."""
+    loaded = Loaded(96, 20, can_discard=False, sleep_bytes=400, copy_bytes=310)
+    usage = footprint_of(CUDA_NEEDS, CudaDevice(), loaded).usage
+
+    assert Usage(400) == usage[Residency.PARKED]
+    assert Usage(0, 310) == usage[Residency.ASLEEP]
 
 
 def test_packing_a_layer_counts_where_it_takes_more_than_reading() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from vllm_hotswap.host.heap import give_back_free_memory
 
 MIB = 1 << 20
 
@@ -36,3 +39,19 @@ def test_a_block_freed_between_others_is_given_back_at_once() -> None:
     freed = subprocess.check_output([sys.executable, "-c", FREE_EVERY_OTHER_BLOCK])
 
     assert int(freed) > 28 * MIB
+
+
+@pytest.mark.parametrize("has_device", [True, False])
+def test_what_torch_keeps_on_a_device_is_given_back_too(
+    monkeypatch: pytest.MonkeyPatch, has_device: bool
+) -> None:
+    """Where this process has worked with one; otherwise none is touched."""
+    calls: list[str] = []
+    cuda = SimpleNamespace(
+        is_initialized=lambda: has_device, empty_cache=lambda: calls.append("empty_cache")
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+
+    give_back_free_memory()
+
+    assert (["empty_cache"] if has_device else []) == calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +25,9 @@ from tests.support import Server
 from vllm_hotswap import forwarded
 from vllm_hotswap.access import Access
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.events import Event, LoadProgress, SwitchEnded
 from vllm_hotswap.listen import Listener, ListenFlags
-from vllm_hotswap.log_lines import escape_records, escaped
+from vllm_hotswap.log_lines import escape_records, escaped, value_text
 from vllm_hotswap.progress import EventLog
 
 FORGED = '6.6.6.6 - "POST /v1/models/switch HTTP/1.1" 200 OK'
@@ -213,6 +216,58 @@ async def test_what_an_admin_writes_stays_in_its_line(
 
     assert "event=job_lease" in lines.getvalue()
     assert [] == [n for n in lines.getvalue().splitlines() if not LINE.fullmatch(n)]
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("org/qwen-3.1:8b", "org/qwen-3.1:8b"),
+        ("qwen 模型/v1?", "'qwen 模型/v1?'"),
+        ("größe", "'größe'"),
+        ("a=b", "'a=b'"),
+        ('say "a"', "'say \"a\"'"),
+        ("", "''"),
+        (None, "None"),
+    ],
+)
+def test_a_value_is_quoted_where_it_is_no_word(value: str | None, written: str) -> None:
+    """So that a line of `key=value` can be taken apart again."""
+    assert written == value_text(value)
+
+
+NAMED = re.compile(r"event=.* (adapter|model|source|target)=%s")
+
+
+def unquoted(path: Path) -> list[str]:
+    """Functions of a module that write a line with a name, and quote none."""
+    return [
+        f"{path.name}: {function.name}"
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        and NAMED.search(text := ast.unparse(function))
+        and "value_text(" not in text
+    ]
+
+
+def test_every_name_in_a_line_is_quoted_where_it_is_no_word() -> None:
+    """Whoever adds a line with the name of a model or an adapter has to use `value_text`."""
+    modules = (Path(__file__).parent.parent / "src" / "vllm_hotswap").rglob("*.py")
+
+    assert [] == [place for path in modules for place in unquoted(path)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        SwitchEnded("s", 1, "llama", "qwen 模型", "switched", 1.0, 0),
+        LoadProgress(1, "qwen 模型", "weights", 0.5),
+    ],
+)
+def test_aliases_of_events_are_quoted(event: Event, lines: io.StringIO) -> None:
+    """Of switches, which have lines of their own, and of what the table has."""
+    EventLog().notify(event)
+
+    assert "='qwen 模型' " in lines.getvalue()
 
 
 @pytest.mark.parametrize("name", ["vllm_hotswap", "uvicorn.error", "vllm.entrypoints"])

@@ -289,6 +289,36 @@ async def test_a_generator_that_fails_ends_the_merge(pace: Pace) -> None:
     assert [0, 1, 2, 3] == sorted(closed)
 
 
+async def test_one_generator_is_not_merged_with_anything(turns: Turns) -> None:
+    """Most streams are one: no turn is spent on it, and its errors are its own."""
+    closed.clear()
+
+    async def ready() -> AsyncGenerator[int, None]:
+        try:
+            for number in range(MANY):
+                yield number
+            raise ValueError("told")
+        finally:
+            closed.append(0)
+
+    found = []
+
+    async def take() -> None:
+        async for pair in merged(ready()):
+            turns.note()
+            found.append(pair)
+
+    with pytest.raises(ValueError, match="told"):
+        await take()
+    assert [(0, number) for number in range(MANY)] == found
+    assert 1 == len(set(turns.steps))
+    assert [0] == closed
+    left = merged(ready())
+    await anext(left)
+    await left.aclose()
+    assert [0, 0] == closed
+
+
 async def test_a_merge_of_what_is_ready_gives_the_event_loop_back(turns: Turns) -> None:
     """After a few items, also while all of its generators have something to say."""
 

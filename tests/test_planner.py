@@ -23,6 +23,7 @@ from vllm_hotswap.planner import (
     Usage,
     fits_together,
     make_plan,
+    relief,
     total,
 )
 from vllm_hotswap.states import LADDER, Residency, is_below
@@ -103,6 +104,82 @@ def test_source_goes_no_further_down_than_it_must(budget: int, after: str | None
     plan = make_plan(snapshot(budget, source, model("b", COLD)), "b")
 
     assert after == moves(plan).get("a")
+
+
+def test_what_a_sleeping_model_leaves_on_the_device_counts() -> None:
+    """Two that sleep leave too little for a third, so one of them goes further down."""
+    models = [
+        model("a", ASLEEP, last=1, rest=1, offloads=True, levels=(1,)),
+        model("b", ASLEEP, last=2, rest=1, offloads=True, levels=(1,)),
+        model("c", COLD, rest=1, offloads=True, levels=(1,)),
+    ]
+
+    assert {} == moves(make_plan(snapshot(6, *models), "c"))
+    assert {"a": "cold"} == moves(make_plan(snapshot(5, *models), "c"))
+    assert {"a": "cold", "b": "cold"} == moves(make_plan(snapshot(4, *models), "c"))
+    with pytest.raises(NoRoom, match=r"'b' keeps 1.0 MiB of device and 2.0 MiB of host memory"):
+        make_plan(snapshot(4, models[0], replace(models[1], pinned=True), models[2]), "c")
+
+
+# --- a budget that has shrunk --------------------------------------------------------------------
+
+
+def relieved(snapshot: Snapshot, *keep: str) -> dict[str, str]:
+    return {move.alias: move.after.value for move in relief(snapshot, keep)}
+
+
+def test_nobody_moves_while_all_fit() -> None:
+    """Other processes have taken what nobody needs."""
+    assert {} == relieved(snapshot(6, model("a", ACTIVE), model("b")), "a")
+
+
+def test_models_move_down_until_they_fit() -> None:
+    """The least recently used first, no further than needed; the active one stays."""
+    models = [
+        model("a", ACTIVE, last=0, offloads=True),
+        model("b", last=1, offloads=True),
+        model("c", last=2, offloads=True),
+        model("d", COLD),
+    ]
+
+    assert {"b": "asleep"} == relieved(snapshot(6, *models), "a")
+    assert {"b": "asleep", "c": "asleep"} == relieved(snapshot(5, *models), "a")
+    assert {"b": "asleep"} == relieved(snapshot(8, *models), "a")
+
+
+def test_what_can_be_done_is_done_where_it_does_not_suffice() -> None:
+    """The active model alone may hold more than is left."""
+    models = [model("a", ACTIVE, weights=9), model("b", in_flight=1), model("c", pinned=True)]
+
+    assert {"b": "asleep"} == relieved(snapshot(5, *models), "a")
+
+
+@given(st.data())
+def test_relief_never_makes_it_worse(data: st.DataObject) -> None:
+    """Whatever moves gives device memory back, or host memory that others need."""
+    count = data.draw(st.integers(1, 5))
+    models = [
+        model(
+            str(number),
+            data.draw(st.sampled_from([PARKED, ASLEEP, COLD])),
+            last=data.draw(st.integers(0, 9)),
+            weights=data.draw(st.integers(0, 4)),
+            kv=data.draw(st.integers(0, 4)),
+            rest=data.draw(st.integers(0, 2)),
+            offloads=data.draw(st.booleans()),
+        )
+        for number in range(count)
+    ]
+    before = snapshot(data.draw(st.integers(0, 30)), *models, host=data.draw(st.integers(0, 30)))
+    assume(before.used.host <= before.budget.host)
+
+    found = relief(before)
+
+    after = before.used - total(move.frees for move in found)
+    assert after.device <= before.used.device
+    assert after.host <= before.budget.host
+    if before.used.fits(before.budget):
+        assert () == found
 
 
 def test_least_recently_used_goes_first() -> None:

@@ -68,7 +68,8 @@ def test_what_is_no_leases_id_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("command", "says"), [("release", "there is no job lease"), ("load", "is not configured")]
+    ("command", "says"),
+    [("release", "does not exist, or has ended"), ("load", "is not configured")],
 )
 @pytest.mark.parametrize("name", [".", ".."])
 def test_a_name_of_dots_stays_a_name(
@@ -131,6 +132,48 @@ def test_a_refused_key_is_told_by_the_flags_that_give_another(
     assert "give --admin-key-file FILE or --admin-key KEY, or set VLLM_HOTSWAP_ADMIN_KEY" in error
     assert key not in error
     assert "Bearer" not in error
+
+
+def test_users_look_with_a_key_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By flag, file or variable; an admin's wins. Without one they are told of theirs."""
+    access = Access(user_keys=["sk-user"], admin_keys=["sk-admin"])
+    file = tmp_path / "users"
+    file.write_text("sk-user  # ann\n")
+    file.chmod(0o600)
+    with listening_server(access=access) as running:
+        status = ["status", "--url", running.url]
+        assert 1 == main(status)
+        assert "give --api-key-file FILE or --api-key KEY, or set VLLM_API_KEY" in (
+            capsys.readouterr().err
+        )
+        for words in (["--api-key", "sk-user"], ["--api-key-file", str(file)]):
+            assert 0 == main([*status, *words])
+            assert 0 == main(["plan", "qwen", "--url", running.url, *words])
+            assert 0 == main(["leases", "--url", running.url, *words])
+        for name, value in (("VLLM_HOTSWAP_API_KEY_FILE", file), ("VLLM_API_KEY", "sk-user")):
+            monkeypatch.setenv(name, str(value))
+            assert 0 == main(status)
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("VLLM_API_KEY", "sk-wrong")
+        monkeypatch.setenv("VLLM_HOTSWAP_ADMIN_KEY", "sk-admin")
+        assert 0 == main(status)
+        assert 1 == main([*status, "--api-key", "sk-wrong"])
+        assert (
+            "does not accept the key of --api-key; give --api-key-file" in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("path", ["/run/x.sock", "./x.sock", "x.sock"])
+def test_the_path_of_a_socket_is_told_with_what_is_missing(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It could be a file of a host."""
+    assert 1 == main(["status", "--url", path])
+    assert (
+        f"--url {path} is not a valid server address; give unix:{path}" in capsys.readouterr().err
+    )
 
 
 def test_a_server_on_which_switching_is_closed_says_how_to_open_it(

@@ -572,3 +572,18 @@ def test_a_log_whose_reader_has_left_is_given_up_in_silence() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (0, "") == (ended.returncode, ended.stderr)
+
+
+def test_whether_models_on_cuda_sleep_is_still_known_when_their_configurations_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other variables of ours have been read by then, and are gone; vLLM would warn of them."""
+    monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", "0")
+    monkeypatch.setenv("VLLM_HOTSWAP_URL", "http://127.0.0.1:8000")
+    gone: set[str] = set()
+    monkeypatch.setattr("vllm_hotswap.server.forget", gone.update)
+
+    server._clean_environment()
+
+    assert "VLLM_HOTSWAP_URL" in gone
+    assert "VLLM_HOTSWAP_CUDA_SLEEP" not in gone

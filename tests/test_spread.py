@@ -11,6 +11,8 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from starlette.datastructures import State
 from starlette.responses import JSONResponse
@@ -33,11 +35,17 @@ class Client:
         self.engine_core = Core()
         self.output_processor = OutputProcessor()
         self.aborted: list[tuple[list[str], bool]] = []
+        self.output_handler: asyncio.Task[None] | None = None
+
+    def _run_output_handler(self) -> None:
+        if self.output_handler is None:
+            self.output_handler = asyncio.create_task(self.engine_core.look())
 
     async def abort(self, request_id: list[str], internal: bool = False) -> None:
         self.aborted.append((request_id, internal))
 
     async def add_request(self, request_id: str, answers: int = 1) -> None:
+        self._run_output_handler()
         parent = SimpleNamespace(request_id=request_id) if answers > 1 else None
         requests = [SimpleNamespace(request_id=f"{n}_{request_id}") for n in range(answers)]
         for request in requests:
@@ -51,6 +59,12 @@ class Core:
 
     def __init__(self) -> None:
         self.sent: list[str] = []
+        self.looked = 0
+
+    async def look(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.looked += 1
 
     async def add_request_async(self, request: Any) -> None:
         await asyncio.sleep(0)
@@ -67,6 +81,28 @@ class OutputProcessor:
     def add_request(self, request: Any, prompt: str, parent: Any, index: int) -> None:
         assert (prompt, index) == ("prompt", 0)
         self.registered.append(request.request_id)
+
+
+async def test_outputs_are_looked_at_in_every_turn(pace: Pace) -> None:
+    """Whoever sends the first request: large calls, whose places are taken, are not waited for."""
+    client = Client()
+    current_lease.set(Lease("llama", 1, None, calls=100))
+    spread(client, application(), pace)
+    assert client.output_handler is not None
+    await client.add_request("first")
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(work()) for _ in range(100)]
+    before, turns = client.engine_core.looked, 0
+    current_lease.set(None)
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        turns += 1
+
+    assert turns > 2
+    assert client.engine_core.looked - before >= turns - 1
 
 
 def application(**serving: Any) -> Any:
@@ -110,48 +146,76 @@ async def test_a_loop_over_prompts_gives_the_event_loop_back(
 @dataclass(frozen=True)
 class Request:
     items: list[str]
+    query: str | list[int] = "query"
+    add_special_tokens: bool = True
 
     def model_copy(self, update: dict[str, Any]) -> Request:
         return replace(self, **update)
 
 
+class Tokenizer:
+    """A token for each character, and one before a text that gets special ones."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.threads: set[threading.Thread] = set()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.texts.append(text)
+        self.threads.add(threading.current_thread())
+        return [0] * add_special_tokens + [ord(character) for character in text]
+
+
 class Scoring:
-    """Tokenises items as vLLM's generative scoring does, and notes where, and how many at once."""
+    """Tokenises items as vLLM's generative scoring does, and notes how many at once."""
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:
         self.renderer = SimpleNamespace(_executor=executor)
-        self.threads: list[threading.Thread] = []
         self.sizes: list[int] = []
 
-    async def _build_prompts(self, request: Request, length: int) -> tuple[list[str], list[int]]:
-        self.threads.append(threading.current_thread())
+    async def _build_prompts(
+        self, request: Request, tokenizer: Tokenizer, length: int
+    ) -> tuple[list[list[int]], list[int]]:
         self.sizes.append(len(request.items))
         if "" in request.items:
             raise ValueError("no text")
-        prompts = [text[:length] for text in request.items]
+        query = request.query
+        if isinstance(query, str):
+            query = tokenizer.encode(query, request.add_special_tokens)
+        items = [tokenizer.encode(item, add_special_tokens=False) for item in request.items]
+        prompts = [(query + item)[:length] for item in items]
         return prompts, [len(prompt) for prompt in prompts]
 
 
 async def test_items_are_tokenised_on_the_threads_of_the_renderer(pace: Pace) -> None:
-    """Some at a time, so that others have those threads in between; with the same result."""
+    """Some at a time, so that others have those threads in between, and the query once.
+
+    The result is the same.
+    """
     with ThreadPoolExecutor(1) as executor:
         scoring: Any = Scoring(executor)
         spread(Client(), application(serving_generative_scoring=scoring), pace)
         texts = [f"text {number}" for number in range(100)]
 
-        assert (texts, [len(text) for text in texts]) == await scoring._build_prompts(
-            Request(texts), 99
-        )
-        assert threading.main_thread() not in scoring.threads
+        for request in (
+            Request(texts),
+            Request(texts, add_special_tokens=False),
+            Request(texts, query=[7, 8]),
+        ):
+            expected = await Scoring(executor)._build_prompts(request, Tokenizer(), 12)
+            tokenizer = Tokenizer()
+            assert expected == await scoring._build_prompts(request, tokenizer, 12)
+            assert tokenizer.texts.count("query") == isinstance(request.query, str)
+            assert threading.main_thread() not in tokenizer.threads
         assert max(scoring.sizes) == ITEMS
         with pytest.raises(ValueError, match="no text"):
-            await scoring._build_prompts(Request(["a", ""]), 9)
+            await scoring._build_prompts(Request(["a", ""]), Tokenizer(), 9)
 
 
 async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> None:
     """A newer vLLM may do it in another way; that is told, rather than hanging."""
 
-    async def _build_prompts(request: Request) -> None:
+    async def _build_prompts(request: Request, tokenizer: Tokenizer) -> None:
         await asyncio.sleep(0)
 
     with ThreadPoolExecutor(1) as executor:
@@ -159,7 +223,7 @@ async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> Non
         scoring: Any = SimpleNamespace(renderer=renderer, _build_prompts=_build_prompts)
         spread(Client(), application(serving_generative_scoring=scoring), pace)
         with pytest.raises(RuntimeError, match="waits for something"):
-            await scoring._build_prompts(Request(["a"]))
+            await scoring._build_prompts(Request(["a"]), Tokenizer())
 
 
 async def test_answers_of_a_call_are_registered_as_they_are_sent(pace: Pace) -> None:
@@ -274,6 +338,32 @@ async def test_inputs_end_as_their_work_does(pace: Pace) -> None:
     assert left.cancelled()
 
 
+async def test_inputs_that_no_thread_takes_end_in_an_error(pace: Pace) -> None:
+    """All that are left of the call; its next ones are tried anew."""
+    taken: list[str] = []
+
+    def render_async(text: str) -> asyncio.Future[str]:
+        if len(taken) == 2:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        taken.append(text)
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.set_result(text)
+        return future
+
+    inputs: Any = SimpleNamespace(render_async=render_async)
+    spread(Client(), application(one=SimpleNamespace(io_processor=inputs)), pace)
+    current_lease.set(Lease("llama", 1, None, calls=100))
+    made = [inputs.render_async(text) for text in "abcd"]
+    async with asyncio.timeout(10):
+        ends = await asyncio.gather(*made, return_exceptions=True)
+
+    assert ["a", "b"] == ends[:2]
+    assert all("after shutdown" in str(end) for end in ends[2:])
+    taken.clear()
+    async with asyncio.timeout(10):
+        assert "e" == await inputs.render_async("e")
+
+
 async def test_the_event_loop_turns_between_many_bytes_of_outputs() -> None:
     """Which have come already; small ones are read as they come."""
     turns = 0
@@ -365,6 +455,28 @@ async def test_requests_are_given_up_a_few_in_a_turn(pace: Pace) -> None:
     assert [*children, "many", *children] == [one for ids, _ in aborted for one in ids]
     assert {True, False} == {internal for _, internal in aborted}
     assert max(after - before for before, after in pairwise(done)) <= 2 * OUTPUTS
+
+
+async def test_whoever_gives_requests_up_may_be_cancelled(pace: Pace) -> None:
+    """By anyio, in whose scopes streams run, and which does so in every turn: all of them go."""
+    client: Any = Client()
+    children = [f"{n}_many" for n in range(100)]
+    client.output_processor.parent_requests["many"] = SimpleNamespace(child_requests=children)
+    spread(client, application(), pace)
+
+    async def stream() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await client.abort("many", internal=True)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(stream)
+        await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    for _ in range(100 // OUTPUTS + 1):
+        await asyncio.sleep(0)
+    assert [*children, "many"] == [one for ids, _ in client.aborted for one in ids]
 
 
 async def test_one_request_is_given_up_at_once(pace: Pace) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from tests.virtual import VirtualLoop
 from vllm_hotswap.compat.grammars import ACCOUNT
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp, read_stamp
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, GrammarTimeout, WrongStamp
@@ -217,61 +219,102 @@ def structured(**lease: Any) -> tuple[Lease, Request]:
     return made, Request("r", sampling_params=Sampling())
 
 
-async def test_a_grammar_that_takes_too_long_ends_its_request(stamped: StampedCore) -> None:
+TIMEOUT_S = 300.0
+
+
+def in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
+    loop = VirtualLoop()
+    try:
+        loop.run(main)
+    finally:
+        loop.close()
+
+
+def test_a_grammar_that_takes_too_long_ends_its_request(stamped: StampedCore) -> None:
     """Its first output did not come in time."""
-    lease, request = structured(grammar_timeout_s=0.01)
-    ended = asyncio.Event()
-    lease.on_cut = ended.set
-    await stamped.add_request_async(request)
-    await ended.wait()
 
-    assert isinstance(lease.cut, GrammarTimeout)
-    assert (504, "grammar_timeout") == (lease.cut.status, lease.cut.code)
-    assert "limits.grammar_timeout" in lease.cut.message
+    async def main() -> None:
+        lease, request = structured(grammar_timeout_s=TIMEOUT_S)
+        await stamped.add_request_async(request)
+        await asyncio.sleep(TIMEOUT_S - 1)
+        assert lease.cut is None
+        await asyncio.sleep(2)
+        assert isinstance(lease.cut, GrammarTimeout)
+        assert (504, "grammar_timeout") == (lease.cut.status, lease.cut.code)
+        assert "limits.grammar_timeout" in lease.cut.message
+
+    in_virtual_time(main())
 
 
-@pytest.mark.parametrize("how", ["output", "abort", "none", "no grammar"])
-async def test_a_request_whose_first_output_has_come_goes_on(
+@pytest.mark.parametrize("how", ["output", "abort", "release", "none", "no grammar"])
+def test_a_request_whose_first_output_has_come_goes_on(
     stamped: StampedCore, core: Core, how: str
 ) -> None:
     """Whatever it waits for later; so does one without a grammar, and where no time is set."""
-    lease, request = structured(grammar_timeout_s=None if how == "none" else 0.01)
-    if how == "no grammar":
-        request.sampling_params = Sampling(structured_outputs=None)
-    await stamped.add_request_async(request)
-    if how == "output":
-        await delivered(stamped, core, "llama#3", "r")
-    elif how == "abort":
-        await stamped.abort_requests_async(["r"])
 
-    other, later = structured(grammar_timeout_s=0.02)
-    later.request_id = "later"
-    ended = asyncio.Event()
-    other.on_cut = ended.set
-    await stamped.add_request_async(later)
-    await ended.wait()
-    assert lease.cut is None
+    async def main() -> None:
+        lease, request = structured(grammar_timeout_s=None if how == "none" else TIMEOUT_S)
+        if how == "no grammar":
+            request.sampling_params = Sampling(structured_outputs=None)
+        await stamped.add_request_async(request)
+        if how == "output":
+            await delivered(stamped, core, "llama#3", "r")
+        elif how == "abort":
+            await stamped.abort_requests_async(["r"])
+        elif how == "release":
+            stamped.forget(["r"])
+        lease.park(10 * TIMEOUT_S, lambda: None)
+        lease.settle()
+        await asyncio.sleep(2 * TIMEOUT_S)
+        assert lease.cut is None
+
+    in_virtual_time(main())
 
 
-async def test_a_parked_request_has_its_time_when_it_goes_on(stamped: StampedCore) -> None:
-    """Nothing of it can come while its engine is not stepped."""
-    lease, request = structured(grammar_timeout_s=0.01)
-    ended = asyncio.Event()
-    lease.on_cut = ended.set
-    lease.is_parked = True
-    await stamped.add_request_async(request)
+@pytest.mark.parametrize("parked_s", [TIMEOUT_S / 2, 2.5 * TIMEOUT_S])
+def test_time_spent_parked_does_not_count_for_a_grammar(
+    stamped: StampedCore, parked_s: float
+) -> None:
+    """Nothing of it can come meanwhile; when it goes on, it has what was left."""
 
-    other, later = structured(grammar_timeout_s=0.03)
-    later.request_id = "later"
-    other_ended = asyncio.Event()
-    other.on_cut = other_ended.set
-    await stamped.add_request_async(later)
-    await other_ended.wait()
-    assert lease.cut is None
+    async def main() -> None:
+        lease, request = structured(grammar_timeout_s=TIMEOUT_S)
+        await stamped.add_request_async(request)
+        for _ in range(2):
+            await asyncio.sleep(100)
+            lease.park(10 * TIMEOUT_S, lambda: None)
+            await asyncio.sleep(parked_s)
+            lease.settle()
+        await asyncio.sleep(99)
+        assert lease.cut is None
+        await asyncio.sleep(2)
+        assert isinstance(lease.cut, GrammarTimeout)
 
-    lease.is_parked = False
-    await ended.wait()
-    assert isinstance(lease.cut, GrammarTimeout)
+    in_virtual_time(main())
+
+
+def test_a_request_that_comes_while_parked_has_its_time_when_it_goes_on(
+    stamped: StampedCore,
+) -> None:
+    """It was being tokenised when its engine was parked; one that is ended has none."""
+
+    async def main() -> None:
+        lease, request = structured(grammar_timeout_s=TIMEOUT_S)
+        ended, late = structured(grammar_timeout_s=TIMEOUT_S)
+        for one, sent in ((ended, late), (lease, request)):
+            current_lease.set(one)
+            one.park(10 * TIMEOUT_S, lambda: None)
+            await stamped.add_request_async(sent)
+        ended.end(EngineUnavailable("gone"))
+        await asyncio.sleep(2 * TIMEOUT_S)
+        lease.settle()
+        await asyncio.sleep(TIMEOUT_S - 1)
+        assert lease.cut is None
+        await asyncio.sleep(2)
+        assert isinstance(lease.cut, GrammarTimeout)
+        assert isinstance(ended.cut, EngineUnavailable)
+
+    in_virtual_time(main())
 
 
 async def test_an_engine_is_told_for_whom_a_grammar_is(stamped: StampedCore) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
 import stat
+import struct
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -540,3 +542,64 @@ def test_configuration_may_come_through_a_pipe(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="is not a regular file"):
         read_private(path, "the file")
+
+
+def with_list(path: Path, *entries: tuple[int, int, int]) -> Path:
+    """The path with a list of tag, permissions and number each: linux/posix_acl.h."""
+    packed = b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.skip("this file system has no access control lists")
+    return path
+
+
+def let_in(uid: int, permissions: int) -> list[tuple[int, int, int]]:
+    """The owner and a user; the mode shows the mask, which the user needs, as the group's bits."""
+    nobody = 2**32 - 1
+    return [
+        (0x01, 7, nobody),
+        (0x02, permissions, uid),
+        (0x04, 0, nobody),
+        (0x10, permissions, nobody),
+        (0x20, 0, nobody),
+    ]
+
+
+@pytest.mark.parametrize("permissions", [4, 6])
+def test_key_file_whose_list_lets_others_in_is_refused(tmp_path: Path, permissions: int) -> None:
+    """The group's bits of the mode say nothing then of the group."""
+    path = tmp_path / "keys"
+    path.write_text("a-key")
+    with_list(path, *let_in(FOREIGN, permissions))
+
+    with pytest.raises(ConfigError, match=r"has an access control list .* setfacl -b "):
+        read_private(path, "the file")
+
+
+def test_configuration_that_a_list_lets_others_write_is_refused(tmp_path: Path) -> None:
+    """They may read it."""
+    path = tmp_path / "models.yaml"
+    path.write_text("content")
+    with_list(path, *let_in(FOREIGN, 4))
+    assert b"content" == read_trusted(path, "the file")
+
+    with_list(path, *let_in(FOREIGN, 6))
+    with pytest.raises(ConfigError, match="has an access control list"):
+        read_trusted(path, "the file")
+
+
+def test_the_way_to_a_pipe_is_looked_at_too(tmp_path: Path) -> None:
+    """Somebody else could put another one there."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    os.mkfifo(folder / "pipe")
+    other_end = os.open(folder / "pipe", os.O_RDWR)
+    os.write(other_end, b"content")
+
+    with pytest.raises(ConfigError, match=r"lies below .* which every user of the machine may"):
+        read_trusted(folder / "pipe", "the file")
+    os.close(other_end)

@@ -255,7 +255,12 @@ def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
     """Budgets and what models hold of them; the device's with what the host holds itself."""
     budget, used, base = coordinator.ladder.budget, coordinator.ladder.used, host.base_bytes
     return {
-        "device": {"budget": budget.device + base, "used": used.device + base, "base": base},
+        "device": {
+            "budget": budget.device + base,
+            "used": used.device + base,
+            "base": base,
+            "others": host.others_bytes,
+        },
         "host": {
             "budget": budget.host,
             "used": used.host + coordinator.ladder.prefetched_bytes,

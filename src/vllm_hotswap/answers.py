@@ -235,11 +235,15 @@ class HostStatus(TypedDict):
 
 
 class DeviceMemoryStatus(TypedDict):
-    """`base` is what the engine host holds without models."""
+    """`base` is what the engine host holds without models, `others` what other processes do.
+
+    Where device memory is the host's, nobody counts others: 0.
+    """
 
     budget: int
     used: int
     base: int
+    others: int
 
 
 class HostMemoryStatus(TypedDict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -117,7 +117,8 @@ class MemoryBudget:
         Field(
             description="device memory for the models and the engine host itself; on a CPU, the "
             "host process as a whole; a fraction is one of all there is; default: "
-            "`gpu_memory_utilization` of the device, less what others use"
+            "`gpu_memory_utilization` of the device, less what others use; on CUDA, what is free "
+            "but for a reserve"
         ),
     ] = None
     host: Annotated[
@@ -156,6 +157,8 @@ class ModelNeeds:
     """What the engine host itself holds, and so any process that imports the same."""
     packing_bytes: int = 0
     """What packing its largest layer takes for a while, once all weights have been read."""
+    residue_bytes: int = 0
+    """What of its overhead stays on an accelerator while it is asleep: graphs and buffers."""
 
     @property
     def held_bytes(self) -> int:
@@ -163,6 +166,11 @@ class ModelNeeds:
         weights_bytes = self.weights_bytes + self.more_weights_bytes
         processes_bytes = int(self.processes * self.host_bytes * WORKER_GROWTH)
         return weights_bytes + self.overhead_bytes + self.copies_bytes + processes_bytes
+
+    @property
+    def asleep_bytes(self) -> int:
+        """What it holds of the device while it is asleep."""
+        return self.held_bytes if self.keeps_weights else self.residue_bytes
 
     @property
     def reading_bytes(self) -> int:
@@ -206,14 +214,26 @@ def resolve_budget(
                 f"{_gib(device.free + device.held)} can be used; lower it, or end what uses more"
             )
     if for_models <= 0:
-        raise ConfigError(
-            f"nothing is left for models: the engine host itself holds {_gib(device.held)}, "
-            f"{_gib(device.free)} are free; raise memory.device"
-        )
+        raise ConfigError(_nothing_left(memory, device))
     host = (
         host_free_bytes // 2 if memory.host is None else resolve_size(memory.host, host_free_bytes)
     )
     return Usage(for_models, host)
+
+
+def _nothing_left(memory: MemoryBudget, device: DeviceMemory) -> str:
+    others = device.total - device.free - device.held - device.reserve
+    if device.reserve and memory.device is None:
+        return (
+            f"nothing is left for models: of the device's {_gib(device.total)} other processes "
+            f"hold {_gib(max(0, others))}, the engine host itself {_gib(device.held)}, and "
+            f"{_gib(device.reserve)} are kept free for activations; end what uses the device "
+            "besides, or take another device"
+        )
+    return (
+        f"nothing is left for models: the engine host itself holds {_gib(device.held)}, "
+        f"{_gib(device.free)} are free; raise memory.device"
+    )
 
 
 def share_kv_memory(models: Sequence[ModelNeeds], budget_bytes: int) -> Mapping[str, int]:
@@ -243,22 +263,22 @@ def _all_loaded(models: Sequence[ModelNeeds], budget_bytes: int) -> dict[str, in
 
 
 def _asleep(models: Sequence[ModelNeeds], budget_bytes: int) -> dict[str, int] | None:
-    left = budget_bytes - _weights([m for m in models if m.keeps_weights])
-    return _one_at_a_time(models, left, [m for m in models if not m.keeps_weights])
+    left = budget_bytes - sum(model.asleep_bytes for model in models)
+    return _one_at_a_time(models, left, lambda model: model.held_bytes - model.asleep_bytes)
 
 
 def _unloaded(models: Sequence[ModelNeeds], budget_bytes: int) -> dict[str, int] | None:
-    return _one_at_a_time(models, budget_bytes, models)
+    return _one_at_a_time(models, budget_bytes, lambda model: model.held_bytes)
 
 
 def _one_at_a_time(
-    models: Sequence[ModelNeeds], left: int, coming: Sequence[ModelNeeds]
+    models: Sequence[ModelNeeds], left: int, coming: Callable[[ModelNeeds], int]
 ) -> dict[str, int] | None:
-    """Every model in turn shares with the pinned ones; weights of `coming` come with them."""
+    """Every model in turn shares with the pinned ones; what is `coming` with each is taken off."""
     shares: dict[str, int] = {}
     for model in models:
         together = _with_pinned(model, models)
-        round_shares = _share(together, left - _weights([m for m in together if m in coming]))
+        round_shares = _share(together, left - sum(map(coming, together)))
         if round_shares is None:
             return None
         for alias, share in round_shares.items():

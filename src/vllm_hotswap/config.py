@@ -617,8 +617,8 @@ def _configured(name: object, models: Sequence[ModelConfig], place: str) -> str:
             return model.alias
     aliases = [model.alias for model in models]
     raise ConfigError(
-        f"{place} {name!r} is not configured{did_you_mean(str(name), aliases)}; "
-        f"configured: {', '.join(aliases)}"
+        f"{place} {name!r} is not configured; configured: {', '.join(aliases)}"
+        f"{did_you_mean(str(name), aliases)}"
     )
 
 
@@ -694,8 +694,12 @@ def _read_text(path: Path, allowed: frozenset[str]) -> str:
         raise ConfigError(
             f"configuration file {str(path)!r} is not UTF-8 text; save it as UTF-8"
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{str(path)!r} is a folder; name the YAML file in it") from None
     except OSError as error:
-        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
+        raise ConfigError(
+            f"configuration file {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
 
 
 def _resolve_model(model: str, place: Place, path: Path) -> str:

@@ -19,6 +19,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -38,6 +39,7 @@ from vllm_hotswap.errors import (
     HotswapError,
     MalformedRequest,
     TooManyConnections,
+    UpgradeWithBody,
     UrlTooLong,
 )
 from vllm_hotswap.places import Place, Places
@@ -197,6 +199,8 @@ class Connection(HttpToolsProtocol):
     """
 
     _place: Place | None = None
+    _context: Context
+    """The connection's own, of which each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
     _unsent = 0
     _deaf = False
@@ -228,6 +232,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._context = copy_context()
         address = self.client[0] if self.client else None
         self._place = self._shared.places.take(self, address)
         if self._place is None:
@@ -264,13 +269,21 @@ class Connection(HttpToolsProtocol):
             if self._raw != len(data) and not (data := self._gathered(data)):
                 return
         self._moved = False
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
-                return
-            # Whoever wants something else, such as HTTP/2, is answered in HTTP/1.1: RFC 9110, 7.8.
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    if self._should_upgrade():
+                        self.handle_websocket_upgrade()
+                        return
+                    # Whoever wants another protocol, such as HTTP/2, is answered in HTTP/1.1: RFC
+                    # 9110, 7.8. The parser has stopped behind that request.
+                    data = data[upgrade.args[0] :]
         except httptools.HttpParserError:
             self._refuse(self._fault or MalformedRequest())
             return
@@ -288,7 +301,7 @@ class Connection(HttpToolsProtocol):
         if self._place is not None:
             self._place.is_busy()
             self._shared.upgraded[self.transport] = self._place
-        super().handle_websocket_upgrade()
+        self._context.run(super().handle_websocket_upgrade)
         if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
             # `websockets` does not take the head, and uvicorn would leave it at that.
             self._say(MalformedRequest())
@@ -352,8 +365,9 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self.parser.get_http_version() not in VERSIONS:
             self._fail(MalformedRequest())
-        if self._has_body() and self._should_upgrade():
-            self._fail(MalformedRequest())  # a websocket's head has none, and nobody would read it
+        if self._has_body() and self.parser.should_upgrade():
+            # The parser would take the body for something else; a websocket's head has none.
+            self._fail(MalformedRequest() if self._should_upgrade() else UpgradeWithBody())
         self._look_ahead()
         super().on_headers_complete()
         self._head_next = False
@@ -429,7 +443,9 @@ class Connection(HttpToolsProtocol):
                 if not cycle.response_complete:
                     self.loop.call_soon(self._watch_reader)  # uvicorn closes it before that
 
-        super()._start_asgi_task(cycle, cast("Any", watched))
+        # Not the one of the request before, in whose task it may be that this one begins, or that
+        # reading went on, and with it, in asyncio's loop, all that is read from then on.
+        self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
 
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)

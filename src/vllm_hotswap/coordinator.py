@@ -28,6 +28,7 @@ from vllm_hotswap.errors import (
     DrainCut,
     DrainRefused,
     EngineUnavailable,
+    HotswapError,
     ModelInUse,
     ModelNotActive,
     ModelSwitching,
@@ -62,6 +63,7 @@ from vllm_hotswap.job_leases import JobLease
 from vllm_hotswap.jobs import Jobs
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
 from vllm_hotswap.limits import Rate
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import Plan
 from vllm_hotswap.recovery import Recovery
 from vllm_hotswap.registry import Lease, Model, ModelPolicy, Registry
@@ -82,6 +84,9 @@ SLOW_LOOK_S = 10.0
 
 IDLE_CHECK_S = 1.0
 """How often models are looked at that may rest when nobody uses them."""
+
+DEVICE_CHECK_S = 5.0
+"""How often it is seen whether other processes have taken memory of the device."""
 
 
 class Coordinator:
@@ -151,6 +156,7 @@ class Coordinator:
         self.switches = 0
         """Switches that have ended."""
         self.switches_failed = 0
+        self._burials: set[asyncio.Task[None]] = set()
         host.on_engine_failed(self._engine_failed)
 
     def __repr__(self) -> str:
@@ -402,6 +408,17 @@ class Coordinator:
                 await self.rest_idle()
             except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
                 log.warning("event=rest_failed cause=%r", one_line(error))
+
+    async def watch_device(self) -> None:
+        """Until cancelled, see whether other processes have taken memory that models count on."""
+        while self._host.is_device_shared:
+            await asyncio.sleep(DEVICE_CHECK_S)
+            if self.is_host_down:
+                continue
+            try:
+                await self.ladder.relieve()
+            except Exception as error:  # noqa: BLE001  # the next look may be better
+                log.warning("event=relief_failed cause=%r", one_line(error))
 
     async def rest_idle(self) -> None:
         """Whatever is to be done after a while without requests."""
@@ -788,6 +805,8 @@ class Coordinator:
     async def _take_over(self, switch: Switch) -> None:
         target = switch.target
         async with self._phase(switch, SwitchPhase.VALIDATE):
+            if not target.is_loaded:
+                await self.ladder.look()
             self._validate(switch)
             await target.engine.rehearse()
         switch.moves, switch.residency = not target.is_loaded, target.residency
@@ -1012,7 +1031,8 @@ class Coordinator:
                 await self._restore(switch.source, switch)
         except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
             log.error(
-                "event=rollback_failed target=%s cause=%r", switch.target.alias, one_line(error)
+                "event=rollback_failed target=%s cause=%r",
+                *(value_text(switch.target.alias), one_line(error)),
             )
             self._host.kill(f"the engine host was ended: a switch was not undone: {error}")
 
@@ -1042,7 +1062,7 @@ class Coordinator:
 
     async def _lose(self, source: Model, cause: str) -> None:
         """The source could not be brought back: no model is active until recovery, or a switch."""
-        log.error("event=source_lost model=%s cause=%r", source.alias, cause)
+        log.error("event=source_lost model=%s cause=%r", value_text(source.alias), cause)
         self._active = None
         self._last_active = source
         if source.is_loaded and not self._host.died.done():
@@ -1168,13 +1188,24 @@ class Coordinator:
         """One engine died in a step; the others go on."""
         model = self.registry.model(alias)
         if load != model.engine.loads:
-            log.info("event=stale_event_dropped model=%s load=%d", alias, load)
+            log.info("event=stale_event_dropped model=%s load=%d", value_text(alias), load)
             return
         self._fail(model, cause)
         self._observer.notify(EngineDied(self._epoch, alias, cause))
         if model is self._active:
             self._active = None
+        burial = asyncio.create_task(self._bury())
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
         self._recover_if_needed(f"the engine of {alias!r} died: {cause}")
+
+    async def _bury(self) -> None:
+        """What the engine still holds is given back now, and not at the next switch."""
+        try:
+            async with self.ladder.turn():
+                await self.ladder.bury()
+        except HotswapError as error:  # the host has died, or whoever needs room is told
+            log.warning("event=bury_failed cause=%r", one_line(error))
 
     def _fail(self, model: Model, cause: str) -> None:
         model.failure = cause

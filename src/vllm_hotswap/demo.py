@@ -183,7 +183,7 @@ def online_flow(client: httpx.Client) -> None:
     answer = chat(client, "llama")
     _expect("llama" in answer["choices"][0]["message"]["content"], "an answer of llama")
 
-    _title("3. Switch in the running process")
+    _title("3. Switch in the running process; the first one to a model checks it with one token")
     switched = call(client, "POST", "/v1/models/switch", {"model": "qwen", "drain_timeout": 60})
     _expect(switched["switched"] and switched["current_model"] == "qwen", "qwen to be active")
 

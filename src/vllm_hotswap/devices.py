@@ -11,18 +11,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.host.cuda_driver import DriverError, check_driver
+from vllm_hotswap.nvml import device_free_bytes
+
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+HOSTED_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.HostedCudaWorker"
+WAKEFUL_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.WakefulCudaWorker"
 HOSTED_CPU_WORKER = "vllm_hotswap.host.cpu_worker.HostedCPUWorker"
 
 ACCELERATOR_RESERVE_BYTES = 1 << 30
 """Left free on an accelerator for activations and graphs. An estimate, not yet measured."""
+
+SLEEP_VARIABLE = "VLLM_HOTSWAP_CUDA_SLEEP"
+"""`0`: models on CUDA lie in torch's own memory, and do not sleep."""
+
+RESERVED_PART = 32
+"""On CUDA, one part of so many of the device is left free, if that is more: activations grow with
+the batches that a larger device is for. An estimate, not yet measured."""
+
+GRAPHS_BYTES = 512 << 20
+"""What CUDA graphs and their inputs take of the device for a model that is not eager, until a load
+has measured it. An estimate: vLLM's own logs tell of 0.3 GiB to 1 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +53,8 @@ class DeviceMemory:
     """What nobody uses."""
     held: int
     """What this process holds, before any model is loaded: libraries, buffers, contexts."""
+    reserve: int = 0
+    """What is left free on purpose, and is no part of `free`; 0 where that is not told apart."""
 
 
 class Device(Protocol):
@@ -49,11 +69,30 @@ class Device(Protocol):
     kv_is_lazy: bool
     """Whether KV memory is only held once it is used, so that a load does not show it."""
 
+    tells_sleep: bool
+    """Whether a loaded model's worker tells what its sleep gives back and takes: `sleep_bytes`."""
+    is_shared: bool
+    """Whether other processes may take its memory at any time, which `memory_now` tells."""
+    obeys_utilization: bool
+    """Whether `gpu_memory_utilization` bounds what all models may have by default."""
+    graphs_bytes: int
+    """What graphs of a model take, that is not eager; an estimate."""
+
     def configure(self, vllm_config: Any) -> None:
         """Choose the worker class of one model, where the platform's own cannot sleep."""
 
     def memory(self) -> DeviceMemory:
-        """How much there is. Called in the engine host before the first load."""
+        """How much there is. Called in the engine host before the first load.
+
+        Raises:
+            ConfigError: the device cannot be used; the message says why.
+        """
+
+    def memory_now(self, enough_bytes: int) -> DeviceMemory:
+        """How much there is, in the engine host, while models are loaded.
+
+        What allocators keep counts as free; it is given back if less than `enough_bytes` are free.
+        """
 
     def held_bytes(self) -> int:
         """What this process and its workers hold now."""
@@ -66,6 +105,10 @@ class CpuDevice:
     sleep_levels: frozenset[int] = frozenset([1, 2])
     is_host_memory = True
     kv_is_lazy = True
+    tells_sleep = False
+    is_shared = False
+    obeys_utilization = True
+    graphs_bytes = 0
 
     def configure(self, vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_cls = HOSTED_CPU_WORKER
@@ -75,6 +118,9 @@ class CpuDevice:
 
         node = get_memory_node_info(get_visible_memory_node()[0])
         return DeviceMemory(node.total_memory, node.available_memory, self.held_bytes())
+
+    def memory_now(self, enough_bytes: int) -> DeviceMemory:
+        return self.memory()
 
     def held_bytes(self) -> int:
         return anonymous_bytes()
@@ -91,6 +137,10 @@ class OwnSleepDevice:
     sleep_levels: frozenset[int] = frozenset([1])
     is_host_memory = False
     kv_is_lazy = False
+    tells_sleep = False
+    is_shared = False
+    obeys_utilization = True
+    graphs_bytes = 0
 
     def configure(self, vllm_config: Any) -> None:
         """Nothing: the platform has chosen its worker."""
@@ -98,19 +148,82 @@ class OwnSleepDevice:
     def memory(self) -> DeviceMemory:
         return accelerator_memory() or CpuDevice().memory()
 
+    def memory_now(self, enough_bytes: int) -> DeviceMemory:
+        return self.memory()
+
     def held_bytes(self) -> int:
         memory = accelerator_memory()
         return memory.held if memory else anonymous_bytes()
 
 
-class CudaDevice(OwnSleepDevice):
-    """CUDA and ROCm: no level yet. vLLM's allocator acts on all models of a process at once.
+class RocmDevice(OwnSleepDevice):
+    """ROCm: no level. vLLM's allocator acts on all models of a process at once.
 
-    Models are parked or unloaded; sleeping needs tags per model (a later piece of work).
+    Models are parked or unloaded.
+    """
+
+    name = "rocm"
+    sleep_levels: frozenset[int] = frozenset()
+
+
+class CudaDevice:
+    """NVIDIA's GPUs, with a worker of ours that can sleep by itself.
+
+    What is held is told by the device, not by torch, which knows neither contexts nor graphs, and
+    counts addresses behind which there is nothing. So other processes must not come and go during
+    a load, or its model is measured with them.
     """
 
     name = "cuda"
+    sleep_levels: frozenset[int] = frozenset([1])
+    is_host_memory = False
+    kv_is_lazy = False
+    tells_sleep = True
+    is_shared = True
+    obeys_utilization = False
+    graphs_bytes = GRAPHS_BYTES
+    worker = HOSTED_CUDA_WORKER
+
+    def configure(self, vllm_config: Any) -> None:
+        vllm_config.parallel_config.worker_cls = self.worker
+
+    def memory(self) -> DeviceMemory:
+        driver = check_driver(os.environ, maps=self.tells_sleep)
+        free_before = device_free_bytes(driver)  # without a context, which the next line makes
+        free, total = _cuda().mem_get_info()
+        base = 0
+        if free_before is not None:
+            free_after = device_free_bytes(driver)
+            base = 0 if free_after is None else max(0, free_before - free_after)
+        reserve = max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
+        return DeviceMemory(total, max(0, free - reserve), base, reserve)
+
+    def memory_now(self, enough_bytes: int) -> DeviceMemory:
+        free, total = _cuda().mem_get_info()
+        if free < enough_bytes:
+            _cuda().empty_cache()
+            free, total = _cuda().mem_get_info()
+        reserve = max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
+        return DeviceMemory(total, free - reserve, 0, reserve)
+
+    def held_bytes(self) -> int:
+        _cuda().empty_cache()
+        free, total = _cuda().mem_get_info()
+        return int(total - free)
+
+
+class WakefulCudaDevice(CudaDevice):
+    """NVIDIA's GPUs without memory of ours: models are parked or unloaded."""
+
     sleep_levels: frozenset[int] = frozenset()
+    tells_sleep = False
+    worker = WAKEFUL_CUDA_WORKER
+
+
+def _cuda() -> Any:
+    import torch
+
+    return torch.cuda
 
 
 def device_of(vllm_config: Any) -> Device:
@@ -118,7 +231,31 @@ def device_of(vllm_config: Any) -> Device:
     worker = vllm_config.parallel_config.worker_cls
     if worker in (CPU_WORKER, HOSTED_CPU_WORKER):
         return CpuDevice()
-    return CudaDevice() if worker == CUDA_WORKER else OwnSleepDevice()
+    if worker == HOSTED_CUDA_WORKER:
+        return CudaDevice()
+    if worker == WAKEFUL_CUDA_WORKER:
+        return WakefulCudaDevice()
+    if worker == CUDA_WORKER:
+        if is_rocm():
+            return RocmDevice()
+        return WakefulCudaDevice() if os.environ.get(SLEEP_VARIABLE) == "0" else CudaDevice()
+    return OwnSleepDevice()
+
+
+def why_no_device(environment: Mapping[str, str]) -> str | None:
+    """What is wrong with this machine's NVIDIA GPU; None where nothing is known to be."""
+    try:
+        check_driver(environment)
+    except (ConfigError, DriverError) as error:
+        return f"for an NVIDIA GPU: {error}"
+    return None
+
+
+def is_rocm() -> bool:
+    """Whether torch is built for ROCm, which takes vLLM's GPU worker, too."""
+    import torch
+
+    return bool(torch.version.hip)
 
 
 def accelerator_memory() -> DeviceMemory | None:

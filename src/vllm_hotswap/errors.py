@@ -40,6 +40,7 @@
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── MalformedRequest         400  what arrived is no HTTP request; send one
+    ├── UpgradeWithBody          400  a body and another protocol at once; leave one of them out
     ├── HeadTooLarge             431  send fewer or shorter header fields
     ├── UrlTooLong               414  send a shorter URL
     ├── HeadTimeout              408  the head of the request did not arrive in time
@@ -64,6 +65,8 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from vllm_hotswap.hints import did_you_mean
 
 MAX_SHOWN = 100
 """Characters of what a client sent that a message repeats."""
@@ -137,7 +140,11 @@ class UnknownModel(HotswapError):
     param = "model"
 
     def __init__(self, alias: str, configured: Iterable[str]) -> None:
-        super().__init__(f"model {alias!r} is not configured; configured: {', '.join(configured)}")
+        names = list(configured)
+        super().__init__(
+            f"model {alias!r} is not configured; configured: {', '.join(names)}"
+            f"{did_you_mean(alias, names)}"
+        )
 
 
 class ModelNotActive(HotswapError):
@@ -151,7 +158,7 @@ class ModelNotActive(HotswapError):
         of = f" (asked for as {asked!r})" if asked not in (None, alias) else ""
         super().__init__(
             f"model {alias!r}{of} is configured but not active; {now}; "
-            f'switch with POST /v1/models/switch {{"model": "{alias}"}}'
+            f'an admin can switch with POST /v1/models/switch {{"model": "{alias}"}}'
         )
 
 
@@ -300,7 +307,7 @@ class UnknownLease(HotswapError):
 
     def __init__(self, lease_id: str) -> None:
         super().__init__(
-            f"there is no job lease {lease_id!r}, or not any more; GET /admin/leases lists them"
+            f"job lease {lease_id!r} does not exist, or has ended; GET /admin/leases lists them"
         )
 
 
@@ -410,11 +417,12 @@ class UnknownResponse(HotswapError):
     code = "response_not_found"
     param = "response_id"
 
-    def __init__(self, response_id: str, alias: str | None) -> None:
+    def __init__(self, response_id: str, alias: str | None, most: int) -> None:
         who = "no model keeps" if alias is None else f"model {alias!r} does not keep"
         super().__init__(
-            f"{who} a response with the id {response_id!r}; responses are kept until the server "
-            "ends, if it was started with VLLM_ENABLE_RESPONSES_API_STORE=1"
+            f"{who} a response with the id {response_id!r}; a server that was started with "
+            f"VLLM_ENABLE_RESPONSES_API_STORE=1 keeps the latest {most} responses "
+            "(limits.kept_responses), and none after a restart"
         )
 
 
@@ -562,9 +570,13 @@ class RateLimited(HotswapError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
 
-    def __init__(self, what: str, per_minute: int, retry_after_s: int) -> None:
+    def __init__(
+        self, what: str, per_minute: int, retry_after_s: int, has_key: bool = True
+    ) -> None:
+        who = "this key" if has_key else "callers without a key together"
+        does = {"requests": "make", "switches": "ask for"}.get(what, "use")
         super().__init__(
-            f"{per_minute} {what} a minute are what this caller may ask for "
+            f"{who} may {does} {per_minute} {what} a minute "
             f"({what}_per_minute, in limits or in rights); retry in {retry_after_s} s",
             retry_after_s=retry_after_s,
         )
@@ -600,8 +612,8 @@ class CallTooLarge(HotswapError):
 
     def __init__(self, limit: int, setting: str) -> None:
         super().__init__(
-            f"the call asks for more than {limit} things at once, which are its prompts or items "
-            f"times n ({setting}); send several calls"
+            f"this call would become more than {limit} engine requests (prompts or items, times n);"
+            f" split it ({setting})"
         )
 
 
@@ -654,6 +666,18 @@ class MalformedRequest(HotswapError):
 
     def __init__(self) -> None:
         super().__init__("what was sent is no valid HTTP/1.1 request; send one")
+
+
+class UpgradeWithBody(HotswapError):
+    status = 400
+    type = "invalid_request_error"
+    code = "upgrade_with_body"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this request has a body and asks for another protocol (Connection: upgrade); send it "
+            "without that header, as plain HTTP/1.1"
+        )
 
 
 class HeadTooLarge(HotswapError):

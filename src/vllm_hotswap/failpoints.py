@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.log_lines import value_text
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -173,7 +174,7 @@ class Rules:
         """The first rule for this place that is left, counted as followed."""
         for rule in self._rules:
             if rule.covers(place, alias) and self._is_left(rule):
-                log.warning("event=failpoint model=%s rule=%r", alias, rule.text)
+                log.warning("event=failpoint model=%s rule=%r", value_text(alias), rule.text)
                 self._note(rule)
                 return rule
         return None

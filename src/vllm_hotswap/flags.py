@@ -235,7 +235,10 @@ def _find_action(key: str, actions: Mapping[str, argparse.Action], place: Place)
     if key in SERVER_FLAGS:
         raise ConfigError(f"{place}: {key!r} is a setting of the server; give it as a flag")
     if key == "served_model_name":
-        raise ConfigError(f"{place}: the alias is the served name; put others into 'aliases'")
+        raise ConfigError(
+            f"{place}: {key!r} cannot be set: the alias is the served name; "
+            "put others into 'aliases'"
+        )
     if key not in actions:
         known = sorted({*actions, *(item.name for item in fields(ModelKeys))})
         raise unknown_key(place, key, known)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 NAME = "vllm-hotswap"
 
+LONGEST = 200
+"""Characters of a word for which a near one is looked for: a client's may be of any length."""
+
 
 def program() -> str:
     """What a shell takes to run this program again: its name, or else its path."""
@@ -23,5 +26,7 @@ def program() -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the nearest known word, or nothing where none is near."""
+    if len(word) > LONGEST:
+        return ""
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""

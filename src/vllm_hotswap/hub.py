@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_hotswap.checkpoint import weight_files_bytes
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.log_lines import value_text
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -27,7 +28,7 @@ def local_folder(name: str, revision: str | None) -> Path | None:
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception as error:  # noqa: BLE001  # whatever it raises, there is a way on
-        log.debug("event=not_in_cache model=%s cause=%r", name, error)
+        log.debug("event=not_in_cache model=%s cause=%r", value_text(name), error)
         return None
 
 
@@ -59,7 +60,9 @@ def require_known(name: str, revision: str | None) -> None:
             "model is private"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        log.debug("event=hub_has_no_answer model=%s cause=%r", name, error)  # vLLM says why
+        log.debug(
+            "event=hub_has_no_answer model=%s cause=%r", value_text(name), error
+        )  # vLLM says why
     except Exception as error:  # of whichever HTTP client the hub's package uses
         raise ConfigError(
             f"{unknown} it is not in the hub's cache, and the hub cannot be reached "
@@ -82,5 +85,7 @@ def hub_weights_bytes(name: str, revision: str | None) -> int:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=10)
         return weight_files_bytes({f.rfilename: f.size or 0 for f in info.siblings or ()})
     except Exception as error:  # noqa: BLE001  # a size that is not known must not end the start
-        log.warning("event=weights_size_unknown model=%s cause=%r", name, one_line(error))
+        log.warning(
+            "event=weights_size_unknown model=%s cause=%r", value_text(name), one_line(error)
+        )
         return 0

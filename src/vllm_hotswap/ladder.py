@@ -29,7 +29,17 @@ from vllm_hotswap.errors import (
     one_line,
 )
 from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
-from vllm_hotswap.planner import ModelView, Move, Plan, Snapshot, Usage, fits_together, make_plan
+from vllm_hotswap.log_lines import value_text
+from vllm_hotswap.planner import (
+    ModelView,
+    Move,
+    Plan,
+    Snapshot,
+    Usage,
+    fits_together,
+    make_plan,
+    relief,
+)
 from vllm_hotswap.registry import Model, Prefetch, Registry
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import DOWN, Residency, Step, is_below
@@ -44,6 +54,13 @@ RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
 
 READ_BYTES_PER_S = 500e6
 """How fast weights are read, for the cost of a load that has not been measured yet."""
+
+LOOK_S = 2.0
+"""In which a look that nobody needs has to be answered; it waits for the step under way."""
+
+LINK_BYTES_PER_S = 20e9
+"""How fast weights come from host memory to an accelerator, for a wake that was not measured yet;
+about that of PCI Express 4.0 with 16 lanes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +94,8 @@ class Ladder:
 
     Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
     `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves.
+    sum of what models hold is only known between moves; and `_told_lack`, what was last logged of
+    memory that others have taken.
     """
 
     def __init__(
@@ -96,6 +114,8 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
+        self._told_lack: object = None
+        """What was last logged of memory that others have taken."""
         self.on_step: Callable[[], object] | None = None
         """Called when a model has moved."""
 
@@ -298,8 +318,7 @@ class Ladder:
             if not model.is_loaded:
                 model.engine.validate()
                 # Whoever is active now, not when this was asked for.
-                active = [m for m in self._registry if m.residency is Residency.ACTIVE]
-                evicted = (await self.make_room(model, keep=active)).evicted
+                evicted = (await self.make_room(model, keep=self._active())).evicted
                 await self.bring_up(model)
             took_s = self._clock() - started_s
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
@@ -359,11 +378,87 @@ class Ladder:
         """
         if target.is_loaded:
             return Room()  # needs nothing, and is what most switches are to
+        await self.bury()
+        await self.look()
         plan = self._plan(target, [model.alias for model in keep])
         lost = 0
         for move in plan.evictions:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
+
+    async def bury(self) -> None:
+        """Have engines that have failed give back what they still hold. The caller holds the turn.
+
+        They count as cold, and others are planned in their place.
+        """
+        timeout_s = self._deadlines.command_timeout
+        for model in self._registry:
+            what = f"the end of the failed engine of {model.alias!r}"
+            await self.within(model.engine.bury(), timeout_s, what)
+
+    def _active(self) -> list[Model]:
+        return [model for model in self._registry if model.residency is Residency.ACTIVE]
+
+    async def look(self) -> None:
+        """See what other processes use of the device: the budget follows. Nothing moves meanwhile.
+
+        The caller holds the turn.
+        """
+        if self._host.is_device_shared:
+            timeout_s = self._deadlines.command_timeout
+            await self.within(self._host.look(self.used.device), timeout_s, "a look at the device")
+
+    async def relieve(self) -> tuple[Move, ...]:
+        """Move models down if others have taken memory of the device that the budget counts on.
+
+        So that an allocation does not fail later. The active model stays. Where the host does not
+        answer soon, because a step takes long, nothing is done: there is a next time.
+        """
+        async with self.turn():
+            if not await self._has_looked():
+                return ()
+            if self.used.device <= self.budget.device:
+                self._told_lack = None
+                return ()
+            moves = relief(self.snapshot(), [active.alias for active in self._active()])
+            self._tell_lack(moves)
+            for move in moves:
+                await self._relieve_by(self._registry.resolve(move.alias), move.after)
+            return moves
+
+    async def _has_looked(self) -> bool:
+        if not self._host.is_device_shared:
+            return True
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await self._host.look(self.used.device)
+        except TimeoutError:
+            return False
+        return True
+
+    def _tell_lack(self, moves: tuple[Move, ...]) -> None:
+        """Once, as long as nothing can be done about it."""
+        lack = (self._host.others_bytes, self.used.device, moves)
+        if lack == self._told_lack:
+            return
+        self._told_lack = lack
+        log.warning(
+            "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
+            self._host.others_bytes,
+            self.budget.device,
+            self.used.device,
+            {move.alias: move.after.value for move in moves},
+        )
+
+    async def _relieve_by(self, model: Model, to: Residency) -> None:
+        """A model for whose weights the host has no room is unloaded, unless requests need it."""
+        try:
+            await self.move_down(model, to)
+        except NoRoom as error:
+            alias = value_text(model.alias)
+            log.warning("event=sleep_failed model=%s cause=%r", alias, one_line(error))
+            if not model.leases:
+                await self.move_down(model, Residency.COLD)
 
     async def make_all_room(self, target: Model, even: Model | None = None) -> int:
         """Unload every model but pinned ones and `target`, whatever a plan says.
@@ -400,10 +495,15 @@ class Ladder:
         if model.residency is Residency.COLD:
             await self._load(model)
         elif not model.is_loaded:
+            open_ones = [lease for lease in model.parked if lease.gate is None]
             for lease in model.parked:
                 lease.shut()  # an engine that cannot be woken is unloaded, and aborts them
             try:
                 await self._timed(model, Step.WAKE, model.engine.wake())
+            except NoRoom:  # it is still asleep, with its requests
+                for lease in open_ones:
+                    lease.open()
+                raise
             except Exception:
                 drain.end(model.leases, ParkedEnded(model.alias, "its model could not be woken"))
                 refuse_failed(model)
@@ -481,7 +581,8 @@ class Ladder:
                 if self._is_due(model, after_s) and _may_rest(model, to):
                     await self.move_down(model, to)
         except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
-            log.warning("event=rest_failed model=%s cause=%r", model.alias, one_line(error))
+            alias = value_text(model.alias)
+            log.warning("event=rest_failed model=%s cause=%r", alias, one_line(error))
 
     def resting_place(self, model: Model, idle_s: float) -> Residency | None:
         """Where the active model goes that nobody has used for so long; None: it stays."""
@@ -519,8 +620,9 @@ def up_cost_s(model: Model, where: Residency) -> float:
         return model.up_s[where]
     if where is Residency.DISCARDED and Residency.COLD in model.up_s:
         return model.up_s[Residency.COLD]  # which reads the same bytes
-    weights = model.engine.memory.weights_bytes
-    return 0.1 if where is Residency.ASLEEP else 1.0 + weights / READ_BYTES_PER_S
+    if where is Residency.ASLEEP:
+        return 0.1 + model.engine.footprint.at(where).host / LINK_BYTES_PER_S
+    return 1.0 + model.engine.memory.weights_bytes / READ_BYTES_PER_S
 
 
 def _at_least(model: Model, target: Model) -> Residency:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from vllm_hotswap.compat.configuration import engine_config, nearest_architectur
 from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
-from vllm_hotswap.devices import DeviceMemory
+from vllm_hotswap.devices import DeviceMemory, device_of, why_no_device
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.hub import hub_weights_bytes, require_known
@@ -33,6 +34,9 @@ from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.variables import Variables, Wishes
 
 T = TypeVar("T")
+
+NO_DEVICE = "Failed to infer device type"
+"""What vLLM says where it finds no device that it is built for (0.26 to 0.33)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,7 @@ def _prepare_model(
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
         raise ConfigError(f"{model.at(config.path)}: {_reason(error)}") from error
+    refuse_sleep_mode(model, vllm_config, config.path)
     check_support(adapters, vllm_config, str(model.at(config.path, "lora_modules")))
     return ModelLaunch(
         alias=model.alias,
@@ -162,6 +167,18 @@ def _prepare_model(
         aliases=model.aliases,
         adapters=adapters,
     )
+
+
+def refuse_sleep_mode(model: ModelConfig, vllm_config: Any, path: Path) -> None:
+    """vLLM's own sleep mode is for one model in a process: the second one could not be loaded."""
+    if not device_of(vllm_config).is_shared:
+        return
+    for key in ("enable_sleep_mode", "enable_cumem_allocator"):
+        if getattr(vllm_config.model_config, key, False):
+            raise ConfigError(
+                f"{model.at(path, key)}: {key} is vLLM's own sleep mode, which is for one model "
+                "in a process; models sleep here without it, so take it out"
+            )
 
 
 def _require_known(model: ModelConfig, args: argparse.Namespace, path: Path) -> None:
@@ -189,7 +206,11 @@ def budget_of(launches: Iterable[ModelLaunch], memory: MemoryBudget, device: Dev
     Raises:
         ConfigError: there is less than is asked for, or nothing is left for models.
     """
-    fraction = max(launch.vllm_config.cache_config.gpu_memory_utilization for launch in launches)
+    configs = [launch.vllm_config for launch in launches]
+    fraction = max(
+        config.cache_config.gpu_memory_utilization if device_of(config).obeys_utilization else 1.0
+        for config in configs
+    )
     return resolve_budget(memory, device, psutil.virtual_memory().available, fraction)
 
 
@@ -217,6 +238,10 @@ def _reason(error: Exception) -> str:
         message = "; ".join(" ".join(text.split()) for text in said)
     else:
         message = one_line(error)
+    if NO_DEVICE in message:
+        # It may be another kind that is missing: vLLM's own words stay.
+        why = why_no_device(os.environ)
+        message = message if why is None else f"{message}; {why}"
     return nearest_architectures(message)
 
 

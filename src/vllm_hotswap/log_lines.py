@@ -36,6 +36,16 @@ def escaped(text: str, *, keep_lines: bool = False) -> str:
     return unsafe.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def value_text(value: object) -> str:
+    """A value of a `key=value` line: as it is, or quoted where it would not be one word of ASCII.
+
+    Aliases are the operator's to choose, and may have spaces, quotes and any letters.
+    """
+    text = str(value)
+    is_word = text.isascii() and text.isprintable() and not re.search("[\\s\"'=]", text)
+    return text if is_word and text else repr(text)
+
+
 def escape_records() -> None:
     """From now on, in this process. Idempotent."""
     if not isinstance(logging.getLogRecordFactory(), _Factory):

@@ -134,6 +134,9 @@ class _ByModel(Collector):
     def add(self, alias: str, collector: Collector) -> None:
         self._collectors.append((alias, collector))
 
+    def forget(self, alias: str) -> None:
+        self._collectors = [(name, each) for name, each in self._collectors if name != alias]
+
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
         for alias, collector in self._collectors:
@@ -163,6 +166,11 @@ def adopting_frontend_metrics(alias: str) -> Iterator[None]:
     for collector in _registered("http_"):
         REGISTRY.unregister(collector)
         _by_model.add(alias, collector)
+
+
+def forget_frontend_metrics(alias: str) -> None:
+    """Give up the HTTP metrics of an application that is to be made anew: they begin at 0."""
+    _by_model.forget(alias)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import types
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -155,12 +155,28 @@ async def give_back() -> None:
         await asyncio.sleep(0)
 
 
-async def merged(*iterators: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[int, T], None]:
+def merged(*iterators: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[int, T], None]:
     """What several generators yield, as it comes, each with the number of its generator.
 
     It is vLLM's `merge_async_iterators`, but what it does for one item does not grow with how many
-    generators there are, and the event loop turns after a few of them.
+    generators there are, and the event loop turns after a few of them. Of a single one, which most
+    streams are, it makes no tasks, as vLLM does not.
     """
+    return _only(iterators[0]) if len(iterators) == 1 else _merge(iterators)
+
+
+async def _only(iterator: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[int, T], None]:
+    try:
+        async for item in iterator:
+            yield 0, item
+    finally:
+        with suppress(BaseException):
+            await iterator.aclose()
+
+
+async def _merge(
+    iterators: Sequence[AsyncGenerator[T, None]],
+) -> AsyncGenerator[tuple[int, T], None]:
     loop = asyncio.get_running_loop()
     waiting: dict[asyncio.Task[T], int] = {}
     ready: deque[asyncio.Task[T]] = deque()

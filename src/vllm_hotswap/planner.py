@@ -182,6 +182,30 @@ def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan
     )
 
 
+def relief(snapshot: Snapshot, keep: Iterable[str] = ()) -> tuple[Move, ...]:
+    """What is to move down because all models hold more than the budget, which has shrunk.
+
+    Where no moves suffice, all that help are made.
+
+    Args:
+        snapshot: all models and the budget.
+        keep: aliases that must not be moved (the active one).
+    """
+    kept = set(keep)
+    room = _Room(
+        candidates=tuple(m for m in _least_recently_used(snapshot.models) if m.alias not in kept),
+        others=snapshot.used,
+        held=Usage(),
+        need=Usage(),
+        budget=snapshot.budget,
+    )
+    moves = _descents(room)
+    if room.suffices(moves):
+        moves = _needed(room, moves)
+    ordered = _in_order(room, moves)
+    return tuple(_eviction(snapshot.find(alias), after) for alias, after in ordered.items())
+
+
 def fits_together(views: Sequence[ModelView], budget: Usage) -> bool:
     """Whether all models may be parked at once, with one of them still to come up."""
     parked = total(view.footprint.at(Residency.PARKED) for view in views)
@@ -223,6 +247,12 @@ class _Room:
 
 def _evictions(room: _Room) -> dict[str, Residency] | None:
     """Where which candidates go, in order; None if there is no room even then."""
+    moves = _descents(room)
+    return _in_order(room, _needed(room, moves)) if room.suffices(moves) else None
+
+
+def _descents(room: _Room) -> dict[str, Residency]:
+    """Moves, one after the other, until they suffice or nobody can go lower."""
     moves: dict[str, Residency] = {}
     # Once more at the end: unloading frees host memory that others may need to fall asleep.
     for limit in (*EVICTIONS, Residency.COLD):
@@ -230,7 +260,7 @@ def _evictions(room: _Room) -> dict[str, Residency] | None:
             if room.suffices(moves):
                 break
             moves = _with_move(room, moves, model, limit)
-    return _in_order(room, _needed(room, moves)) if room.suffices(moves) else None
+    return moves
 
 
 def _with_move(

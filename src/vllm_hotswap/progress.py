@@ -28,7 +28,7 @@ from vllm_hotswap.events import (
     ServiceDegraded,
     SwitchEnded,
 )
-from vllm_hotswap.log_lines import escape_records
+from vllm_hotswap.log_lines import escape_records, value_text
 from vllm_hotswap.quiet import log_of_clients
 
 log = logging.getLogger("vllm_hotswap")
@@ -154,6 +154,14 @@ LINES: Mapping[type[Event], tuple[int, str, tuple[str, ...]]] = {
 }
 """Level, text, and the fields that stand in it, of events that are always told in the same way."""
 
+WORDS = frozenset(["model", "stamp"])
+"""Fields of them that hold an alias, which may need quotes."""
+
+
+def _value(event: Event, name: str) -> object:
+    value = getattr(event, name)
+    return value_text(value) if name in WORDS else value
+
 
 class EventLog:
     """An observer that writes one line per event, in the words of metrics and events."""
@@ -164,8 +172,8 @@ class EventLog:
                 log.info(
                     "event=switch source=%s target=%s epoch=%d seconds=%.4f cut=%d parked=%d "
                     "lost=%d operation=%s key=%s",
-                    event.source,
-                    event.target,
+                    value_text(event.source),
+                    value_text(event.target),
                     event.epoch,
                     event.duration_s,
                     event.requests_cut,
@@ -179,18 +187,19 @@ class EventLog:
                     logging.WARNING if event.status == "refused" else logging.ERROR,
                     "event=switch_%s source=%s target=%s cause=%r operation=%s key=%s",
                     event.status,
-                    event.source,
-                    event.target,
+                    value_text(event.source),
+                    value_text(event.target),
                     event.cause,
                     event.operation_id,
                     event.key,
                 )
             case PhaseChanged(status="failed"):
-                log.error("event=phase_failed phase=%s target=%s", event.phase.value, event.target)
+                target = value_text(event.target)
+                log.error("event=phase_failed phase=%s target=%s", event.phase.value, target)
             case _ if type(event) in LINES:
                 level, text, fields = LINES[type(event)]
                 told = log_of_clients if isinstance(event, ClientEvicted) else log
-                told.log(level, text, *(getattr(event, name) for name in fields))
+                told.log(level, text, *(_value(event, name) for name in fields))
             case _:
                 log.debug("event=%r", event)
 

@@ -41,7 +41,7 @@ class Rates:
         """Count a call, whatever it becomes in the engine. Raises `RateLimited`."""
         bucket = self._bucket("tokens", account)
         if bucket is not None and (wait_s := bucket.wait_s()):
-            raise RateLimited("tokens", self._bound("tokens", account), wait_s)
+            raise self._refused("tokens", account, wait_s)
         self._take("requests", account)
 
     def give_back(self, account: Account) -> None:
@@ -61,7 +61,10 @@ class Rates:
     def _take(self, kind: Kind, account: Account) -> None:
         bucket = self._bucket(kind, account)
         if bucket is not None and (wait_s := bucket.take()):
-            raise RateLimited(kind, self._bound(kind, account), wait_s)
+            raise self._refused(kind, account, wait_s)
+
+    def _refused(self, kind: Kind, account: Account, wait_s: int) -> RateLimited:
+        return RateLimited(kind, self._bound(kind, account), wait_s, bool(account.key))
 
     def _bucket(self, kind: Kind, account: Account) -> Rate | None:
         if account.is_admin or not (bound := self._bound(kind, account)):

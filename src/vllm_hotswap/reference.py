@@ -37,7 +37,7 @@ SCHEMA = "src/vllm_hotswap/models.schema.json"
 INTRODUCTION = """\
 # Reference of the settings
 
-Made by `make reference` from the code; do not edit. What the settings are for is told in
+Made by `make reference` from the code; do not edit. What the settings are for is described in
 [configuration](configuration.md), routes, errors and metrics in [HTTP API](http-api.md).
 """
 

@@ -45,6 +45,27 @@ Cut = (
 )
 
 
+class Countdown:
+    """Calls back once a time is over, which does not go on while its request is parked."""
+
+    def __init__(self, seconds: float, ring: Callable[[], object]) -> None:
+        self._left_s = seconds
+        self._ring = ring
+        self._timer: asyncio.TimerHandle | None = None
+
+    def go_on(self) -> None:
+        """Idempotent."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._left_s, self._ring)
+
+    def stop(self) -> None:
+        """Until it goes on, with the time that is left. Idempotent."""
+        if self._timer is not None:
+            self._left_s = self._timer.when() - asyncio.get_running_loop().time()
+            self._timer.cancel()
+            self._timer = None
+
+
 @dataclass(eq=False, slots=True)
 class Lease:
     """One request's hold on its model, from admission to the last byte of its answer.
@@ -81,6 +102,8 @@ class Lease:
     """What its engine works on for it, by the ids that the engine gave."""
     deadline: asyncio.TimerHandle | None = None
     """When a parked request is ended."""
+    countdowns: dict[str, Countdown] = field(default_factory=dict)
+    """Of those of `requests` whose first output is waited for."""
     ask: Callable[[int], Awaitable[None]] | None = None
     """Called, with the tokens that it asks for, before its engine is given anything of it: in the
     mode `auto` it waits there for its turn. None: it has had its turn."""
@@ -175,8 +198,21 @@ class Lease:
         """Freeze the request; call `expire` unless it goes on within `timeout_s`."""
         self.is_parked = True
         self.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
+        for countdown in self.countdowns.values():
+            countdown.stop()
         if self.on_park is not None:
             self.on_park()
+
+    def count_down(self, request_id: str, seconds: float, ring: Callable[[], object]) -> None:
+        """Call `ring` in so many seconds, without those in which the request is parked."""
+        self.countdowns[request_id] = countdown = Countdown(seconds, ring)
+        if not self.is_parked:
+            countdown.go_on()
+
+    def stop_countdown(self, request_id: str) -> None:
+        """Idempotent."""
+        if (countdown := self.countdowns.pop(request_id, None)) is not None:
+            countdown.stop()
 
     def await_verdict(self, epoch: int) -> None:
         """Its engine is stepped again, in `epoch`, but nothing is told before it is verified."""
@@ -188,16 +224,23 @@ class Lease:
         if self.gate is None:
             self.gate = asyncio.get_running_loop().create_future()
 
+    def open(self) -> None:
+        """Tell again: undo `shut`."""
+        if self.gate is not None:
+            if not self.gate.done():
+                self.gate.set_result(None)
+            self.gate = None
+
     def settle(self) -> None:
         """Go on, or end: no longer parked, and whatever there is to tell is told."""
         self.is_parked = False
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
-        if self.gate is not None:
-            if not self.gate.done():
-                self.gate.set_result(None)
-            self.gate = None
+        if self.cut is None:
+            for countdown in self.countdowns.values():
+                countdown.go_on()
+        self.open()
 
 
 current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=None)

@@ -33,6 +33,14 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "VLLM_HOTSWAP_URL"
 KEY_VARIABLE = "VLLM_HOTSWAP_ADMIN_KEY"
 KEY_FILE_VARIABLE = "VLLM_HOTSWAP_ADMIN_KEY_FILE"
+USER_KEY_VARIABLE = "VLLM_API_KEY"
+USER_KEY_FILE_VARIABLE = "VLLM_HOTSWAP_API_KEY_FILE"
+
+ROLES = (
+    ("admin", KEY_VARIABLE, KEY_FILE_VARIABLE),
+    ("api", USER_KEY_VARIABLE, USER_KEY_FILE_VARIABLE),
+)
+"""Whose keys may be sent, in that order: the begin of the flags, and the variables."""
 
 CONNECT_S = 10.0
 READ_S = 60.0
@@ -119,6 +127,17 @@ def _options(parser: argparse.ArgumentParser, run: Run) -> None:
         metavar="FILE",
         help=f"file whose first key is sent (default: {KEY_FILE_VARIABLE})",
     )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"a user's, which may look (default, without an admin's: {USER_KEY_VARIABLE})",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file with such a key (default: {USER_KEY_FILE_VARIABLE})",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser.set_defaults(run=run)
 
@@ -198,6 +217,9 @@ COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = 
 }
 """The commands that point at a running server: what each is for, and what gives it arguments."""
 
+LOOKING = ("leases", "plan", "status")
+"""Those for which a user's key is enough."""
+
 
 def _quoted(name: str) -> str:
     """A name as a part of a path, also where it has parts that would be the way to another one."""
@@ -259,9 +281,10 @@ class Address:
             return cls._parse(given.strip(), not args.url)
         except ValueError:
             origin = "--url" if args.url else URL_VARIABLE
+            shown = ascii(given)[1:-1]
+            hint = f"unix:{shown.strip()}" if _is_path(given) else "http://HOST:PORT or unix:PATH"
             raise RemoteError(
-                f"{origin} {ascii(given)[1:-1]} is not a valid server address; "
-                "give http://HOST:PORT or unix:PATH"
+                f"{origin} {shown} is not a valid server address; give {hint}"
             ) from None
 
     @classmethod
@@ -269,6 +292,8 @@ class Address:
         kind, _, path = text.partition(":")
         if kind == "unix" and not path.isdecimal():  # `unix:80` is a port of a host
             return cls("http://localhost", True, is_default, _path_of_socket(path))
+        if _is_path(text):
+            raise ValueError(text)
         if "://" not in text:
             text = f"http://{text}"
         parts = urlsplit(text)
@@ -286,6 +311,13 @@ class Address:
         if self.uds:
             return "unix:" + ascii(self.uds)[1:-1]
         return re.sub(r"//[^/]*@", "//", self.url)
+
+
+def _is_path(text: str) -> bool:
+    """Whether an address is the path of a socket, without `unix:` before it."""
+    text = text.strip()
+    is_named = text.endswith((".sock", ".socket")) and ":" not in text
+    return is_named or (text.startswith(("/", "./", "../")) and not text.startswith("//"))
 
 
 def _path_of_socket(text: str) -> str:
@@ -306,18 +338,26 @@ def _key(args: argparse.Namespace) -> tuple[str, str]:
     Raises:
         ConfigError: a file cannot be used, or the key cannot be sent.
     """
-    file = args.admin_key_file or os.environ.get(KEY_FILE_VARIABLE, "")
-    variable = split_keys(os.environ.get(KEY_VARIABLE, ""))[0]
-    if args.admin_key:
-        key, origin = args.admin_key, "--admin-key"
-    elif args.admin_key_file or (file and not variable):
-        key, origin = plain_keys(Path(file))[0], f"key file {str(file)!r}"
-    elif variable:
-        key, origin = variable, KEY_VARIABLE
-    else:
-        return "", ""
-    check_sendable(key, origin)
-    return key, origin
+    for is_named in (True, False):
+        for role, variable, file_variable in ROLES:
+            if found := _key_of(args, role, variable, file_variable, is_named):
+                check_sendable(*found)
+                return found
+    return "", ""
+
+
+def _key_of(
+    args: argparse.Namespace, role: str, variable: str, file_variable: str, is_named: bool
+) -> tuple[str, str] | None:
+    """The key of one role that is named on the command line, or the one of its variables."""
+    key, file = getattr(args, f"{role}_key"), getattr(args, f"{role}_key_file")
+    origin = f"--{role}-key"
+    if not is_named:
+        key, origin = split_keys(os.environ.get(variable, ""))[0], variable
+        file = os.environ.get(file_variable, "")
+    if key:
+        return key, origin
+    return (plain_keys(Path(file))[0], f"key file {str(file)!r}") if file else None
 
 
 def call(
@@ -448,9 +488,10 @@ class Refusal:
         return self._as_commands(_plain(message))
 
     def _unauthorized(self) -> str:
+        give = _GIVE_ANY_KEY if self.args.command in LOOKING else _GIVE_KEY
         if self.key_origin:
-            return f"the server does not accept the key of {self.key_origin}; {_GIVE_KEY}"
-        return f"the server asks for a key; {_GIVE_KEY}"
+            return f"the server does not accept the key of {self.key_origin}; {give}"
+        return f"the server asks for a key; {give}"
 
     def _as_commands(self, message: str) -> str:
         """The message with calls of our own routes as commands."""
@@ -461,12 +502,18 @@ class Refusal:
     def _command(self, template: Sequence[str], call: re.Match[str]) -> str:
         words = [call.expand(word) for word in template]
         url = [] if self.address.is_default else ["--url", str(self.address)]
-        file = self.args.admin_key_file
-        key = ["--admin-key-file", str(file)] if file else []
+        files = [
+            (f"--{role}-key-file", getattr(self.args, f"{role}_key_file")) for role, *_ in ROLES
+        ]
+        key = [word for flag, file in files if file for word in (flag, str(file))]
         return f"{program()} {shlex.join([*words, *url, *key])}"
 
 
 _GIVE_KEY = f"give --admin-key-file FILE or --admin-key KEY, or set {KEY_VARIABLE}"
+_GIVE_ANY_KEY = (
+    f"give --api-key-file FILE or --api-key KEY, or set {USER_KEY_VARIABLE}; "
+    "an admin's key will do, too (--admin-key-file)"
+)
 
 _CALLS: Sequence[tuple[str, Sequence[str]]] = (
     (r'POST /admin/models/(\S+)/pin \{"pinned": false\}', ("pin", r"\1", "--off")),

@@ -16,6 +16,7 @@ from vllm_hotswap import model_field
 from vllm_hotswap.engines.base import Responses
 from vllm_hotswap.errors import InvalidRequest, ResponseEnded, UnknownResponse, one_line
 from vllm_hotswap.exchange import Answer
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.registry import Lease, Model, Registry
 from vllm_hotswap.rights import EVERYBODY, Account
@@ -35,8 +36,10 @@ def named_response(method: str, path: str) -> str | None:
     return match.group(1) if match else None
 
 
-def owner_of(registry: Registry, response_id: str, alias: str | None) -> Model:
+def owner_of(registry: Registry, response_id: str, alias: str | None, most: int) -> Model:
     """The model that keeps a response; only `alias` is asked, if it is given.
+
+    `most`: responses are kept, for the message.
 
     Raises:
         UnknownModel: there is no such alias.
@@ -45,7 +48,7 @@ def owner_of(registry: Registry, response_id: str, alias: str | None) -> Model:
     asked = registry if alias is None else [registry.resolve(alias)]
     owner = _keeper(asked, response_id)
     if owner is None:
-        raise UnknownResponse(response_id, alias)
+        raise UnknownResponse(response_id, alias, most)
     return owner
 
 
@@ -93,7 +96,7 @@ class Owners:
     def check(self, response_id: str, account: Account, alias: str | None) -> None:
         """See that a response may be read, gone on from, or cancelled. Raises `UnknownResponse`."""
         if not self._is_of(response_id, account):
-            raise UnknownResponse(response_id, alias)
+            raise UnknownResponse(response_id, alias, self._most)
 
     def check_new(self, response_id: str, account: Account) -> None:
         """See that a response may get this id, which its client has chosen.
@@ -209,7 +212,7 @@ class Following:
             return self._lease.cut.message
         error = None if task is None or task.cancelled() else task.exception()
         if error is not None:
-            alias, cause = self._lease.alias, one_line(error)
+            alias, cause = value_text(self._lease.alias), one_line(error)
             log_of_clients.warning("event=background_failed model=%s cause=%r", alias, cause)
         return "the work on it ended with an error; the server's log has the cause"
 

@@ -127,7 +127,9 @@ class Router:
             owner, terms = None, NO_WISH
             if response_id := responses.named_response(method, path):
                 self.owners.check(response_id, account, alias)
-                owner = responses.owner_of(self._registry, response_id, alias)
+                owner = responses.owner_of(
+                    self._registry, response_id, alias, self._limits.kept_responses
+                )
             else:
                 if path == responses.PATH:
                     self._check_owner(fields, account, alias)

@@ -244,8 +244,8 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="the same for calls that have a model generate: vLLM writes all of their "
-            "answers in one piece, while nobody else is answered"
+            description="engine requests that one call may become where a model is to generate: "
+            "vLLM writes all of their answers in one piece, while nobody else is answered"
         ),
     ] = 1024
     grammar_bytes: Annotated[
@@ -272,8 +272,8 @@ class LimitsConfig:
         IDLE,
         Field(
             description="seconds in which vLLM has to have checked a request with one of those; "
-            "and from the time when an engine gets it to its first token. Then it gets 504, and "
-            "what has not begun to be compiled is not. null: without end"
+            "and from the time when an engine gets it to its first token. Then it gets 504; "
+            "if compilation had not begun, it does not begin. null: without end"
         ),
     ] = 300.0
     requests_per_minute: Annotated[
@@ -290,16 +290,17 @@ class LimitsConfig:
         Count | None,
         PER_MINUTE,
         Field(
-            description="the same for tokens, of prompts and answers, counted when a request ends; "
-            "null: 6000000"
+            description="tokens of prompts and answers that each user key may use in a minute, "
+            "counted when a request ends; null: 6000000, but on loopback any number"
         ),
     ] = None
     switches_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
         Field(
-            description="the same for switches: calls that move models, and, in the mode `auto`, "
-            "requests that are the first to wait for a model; null: 60"
+            description="switches that each user key may ask for in a minute: calls that move "
+            "models, and, in the mode `auto`, requests that are the first to wait for a model; "
+            "null: 60, but on loopback any number"
         ),
     ] = None
     kept_responses: Annotated[
@@ -356,9 +357,9 @@ class LimitsConfig:
         CountAboveZero | None,
         Wanted("a whole number above 0, or null"),
         Field(
-            description="the same for one client's address (IPv6: one network of 64 bits); null: "
-            "half of all. A proxy that `--forwarded-allow-ips` names, and a Unix domain socket, "
-            "have all"
+            description="connections of one client's address at the same time (IPv6: of one "
+            "network of 64 bits); null: half of all. A proxy that `--forwarded-allow-ips` names, "
+            "and a Unix domain socket, have all"
         ),
     ] = None
 
@@ -421,17 +422,28 @@ class RecoveryConfig:
         ),
     ] = 30.0
     step_timeout: Annotated[
-        SecondsAboveZero, ABOVE_ZERO, Field(description="the same for one step of an engine")
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="seconds that one step of an engine may take; "
+            "then the engine host is killed and restarted"
+        ),
     ] = 600.0
     load_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
-        Field(description="the same for loading a model, and for starting the engine host"),
+        Field(
+            description="seconds that the load of a model, or the start of the engine host, may "
+            "take; then the engine host is killed and restarted"
+        ),
     ] = 1800.0
     command_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
-        Field(description="the same for everything else that an engine is told to do"),
+        Field(
+            description="seconds that anything else may take that an engine is told to do; "
+            "then the engine host is killed and restarted"
+        ),
     ] = 300.0
 
 
@@ -494,7 +506,9 @@ class ModelKeys:
         ),
     ] = None
     idle_unload: Annotated[
-        SecondsAboveZero | None, IDLE, Field(description="the same for unloading")
+        SecondsAboveZero | None,
+        IDLE,
+        Field(description="seconds without a request after which it is unloaded, in the same way"),
     ] = None
     priority: Annotated[
         Priority,
@@ -586,10 +600,16 @@ class GroupConfig:
         ),
     ] = None
     tokens_per_minute: Annotated[
-        Count | None, PER_MINUTE, Field(description="the same for `limits.tokens_per_minute`")
+        Count | None,
+        PER_MINUTE,
+        Field(description="`limits.tokens_per_minute` for each of its keys; null: as given there"),
     ] = None
     switches_per_minute: Annotated[
-        Count | None, PER_MINUTE, Field(description="the same for `limits.switches_per_minute`")
+        Count | None,
+        PER_MINUTE,
+        Field(
+            description="`limits.switches_per_minute` for each of its keys; null: as given there"
+        ),
     ] = None
 
 
@@ -709,6 +729,8 @@ VARIABLES: Mapping[str, str] = {
     "is-told))",
     "VLLM_HOTSWAP_AUDIT_LOG": "a file for a line of every call that changes state; `--audit-log` "
     "wins over it",
+    "VLLM_HOTSWAP_CUDA_SLEEP": "`0`: on CUDA, models lie in torch's own memory, and are parked or "
+    "unloaded ([NVIDIA GPUs](guides/gpu.md#without-sleep))",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
     FORWARDED_VARIABLE: "uvicorn's: proxies whose word counts for where a request comes from; "

@@ -33,6 +33,9 @@ ROOT = 0
 OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
 UID_MAP = Path("/proc/self/uid_map")
 
+ACCESS_LIST = "system.posix_acl_access"
+"""The attribute of a file that has its access control list, where it has one."""
+
 MAX_LINKS = 40
 """On one way: path_resolution(7)."""
 
@@ -133,8 +136,12 @@ def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str 
             raise ConfigError(f"{what} is not a regular file")
         if is_checked:
             _refuse(found, descriptor, path, what, is_private, hatch)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
+        try:
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        except OSError as error:
+            error.filename = str(path)  # in place of the descriptor's number
+            raise
     finally:
         os.close(descriptor)
 
@@ -152,8 +159,8 @@ def _refuse(
     is_private: bool,
     hatch: str = "",
 ) -> None:
-    way = _of_way(path) if stat.S_ISREG(found.st_mode) else ()
-    if problem := next(chain(_of_file(found, descriptor, path, is_private), way), None):
+    file = _of_file(found, descriptor, path, is_private)
+    if problem := next(chain(file, _of_way(path)), None):
         raise ConfigError(f"{what} {problem}{hatch}")
 
 
@@ -168,6 +175,9 @@ def _of_file(
         yield f"is open to every user of the machine; run: chmod o= {name}"
     if mode & stat.S_IWOTH and not is_read_only(place):
         yield f"can be written by every user of the machine; run: chmod o-w {name}"
+    shared = stat.S_IRWXG if is_private else stat.S_IWGRP
+    if mode & shared and _has_list(place) and not is_read_only(place):
+        yield f"has an access control list that lets others in; run: setfacl -b {name}"
     if mode & stat.S_IWGRP and not _is_alone(found) and not is_read_only(place):
         yield f"can be written by the group {_group(found.st_gid)}; run: chmod g-w {name}"
     if is_private and mode & stat.S_IRWXG and not _is_member(found):
@@ -216,6 +226,8 @@ def _of_folder(found: os.stat_result, folder: Path) -> Iterator[str]:
         return
     if mode & stat.S_IWOTH:
         yield f"{where} every user of the machine may write to; run: chmod o-w {name}"
+    if mode & stat.S_IWGRP and not _is_root(found.st_uid) and _has_list(folder):
+        yield f"{where} has an access control list that lets others write; run: setfacl -b {name}"
     if mode & stat.S_IWGRP and not _is_root(found.st_uid) and not _is_alone(found):
         yield f"{where} the group {_group(found.st_gid)} may write to; run: chmod g-w {name}"
 
@@ -259,6 +271,14 @@ def _has_root() -> bool:
         lines = UID_MAP.read_bytes().splitlines()
         return any(int(line.split()[0]) == ROOT for line in lines) or not lines
     return True
+
+
+def _has_list(place: int | Path) -> bool:
+    """Whether the mode's bits for the group bound what a list allows, to whomever: acl(5)."""
+    try:
+        return bool(os.getxattr(place, ACCESS_LIST))
+    except OSError:  # there is none, or the file system has no lists
+        return False
 
 
 def _is_member(found: os.stat_result) -> bool:

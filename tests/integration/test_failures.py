@@ -140,7 +140,7 @@ BAD_FILES = {
     ),
     "a default that is not configured": (
         "{default_model: lama, models: {llama: {model: LLAMA}}}",
-        "default_model 'lama' is not configured; did you mean 'llama'?",
+        "default_model 'lama' is not configured; configured: llama; did you mean 'llama'?",
     ),
     "a KV size beyond the budget": (
         "{memory: {device: 1GiB}, models: {llama: {model: LLAMA, kv_cache_memory_bytes: 2G}}}",

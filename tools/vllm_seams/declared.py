@@ -78,8 +78,34 @@ vllm.v1.worker.cpu_worker.CPUWorker._should_warm_up_model() since 0.30
 vllm.v1.worker.gpu_model_runner.GPUModelRunner.model
 vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter
 
+# host.cuda_hosting: a GPU worker that sleeps by itself
+vllm.v1.worker.gpu_worker.Worker.init_device()
+vllm.v1.worker.gpu_worker.Worker._maybe_get_memory_pool_context(tag)
+vllm.v1.worker.gpu_worker.Worker.shutdown()
+vllm.v1.worker.gpu_worker.Worker.reload_weights(weights)
+vllm.v1.worker.gpu_worker.Worker.reset_weights() since 0.32
+vllm.v1.worker.gpu_worker.Worker.sleep(level)
+vllm.v1.worker.gpu_worker.Worker.wake_up(tags)
+vllm.v1.worker.gpu_worker.Worker.model_runner
+vllm.v1.worker.worker_base.WorkerBase.cache_config
+vllm.v1.worker.worker_base.WorkerBase.lora_config
+vllm.v1.worker.worker_base.WorkerBase.parallel_config
+vllm.v1.worker.worker_base.WorkerBase.vllm_config
+vllm.v1.worker.gpu_model_runner.GPUModelRunner.kv_caches
+vllm.v1.worker.gpu.model_runner.GPUModelRunner.kv_caches
+vllm.v1.worker.gpu.model_runner.GPUModelRunner.model
+vllm.v1.worker.gpu.model_runner.GPUModelRunner.cudagraph_manager
+vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.graphs
+vllm.compilation.cuda_graph.CUDAGraphWrapper.clear_all_graphs()
+vllm.compilation.breakable_cudagraph.BreakableCUDAGraphWrapper.clear_all_graphs()
+vllm.config.ModelConfig.enable_sleep_mode
+vllm.config.ModelConfig.enable_cumem_allocator since 0.29
+vllm.platforms.interface.Platform.is_cuda()
+
 # engines.vllm, compat.frontend, compat.stamps, compat.canary: the client of an engine
 vllm.v1.engine.async_llm.AsyncLLM.engine_core
+vllm.v1.engine.async_llm.AsyncLLM._run_output_handler()
+vllm.v1.engine.async_llm.AsyncLLM.output_handler
 vllm.v1.engine.async_llm.AsyncLLM.add_lora(lora_request)
 vllm.v1.engine.async_llm.AsyncLLM.generate(prompt, sampling_params, request_id)
 vllm.v1.engine.async_llm.AsyncLLM.encode(prompt, pooling_params, request_id)
@@ -92,6 +118,7 @@ vllm.v1.engine.core_client.MPClient.input_socket
 vllm.v1.engine.core_client.MPClient.resources
 vllm.v1.engine.core_client.BackgroundResources.output_socket
 vllm.v1.engine.core_client.AsyncMPClient._ensure_output_queue_task()
+vllm.v1.engine.async_llm.AsyncLLM._run_output_handler()
 vllm.v1.engine.async_llm.AsyncLLM.output_processor
 vllm.v1.engine.output_processor.OutputProcessor.add_request(request, prompt, parent_req)
 vllm.v1.engine.output_processor.OutputProcessor.parent_requests

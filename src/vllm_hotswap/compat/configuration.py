@@ -23,11 +23,30 @@ def serve_parser(prog: str) -> argparse.ArgumentParser:
 
     class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's types stop here
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(" ".join(message.split()))
+            raise ConfigError(plain_value(" ".join(message.split())))
 
     parser: argparse.ArgumentParser = find("make_arg_parser")(RaisingParser(prog=prog))
     parser.set_defaults(allowed_origins=[])  # which some releases leave open to every web page
     return parser
+
+
+_KINDS = {
+    "human_readable_int": "a size; write 64M, or a number of bytes",
+    "human_readable_int_or_auto": "a size; write 64M, a number of bytes, or auto",
+    "loads": "JSON",
+    "int": "a whole number",
+    "float": "a number",
+}
+"""What vLLM's parser wants, by the name of the function that reads it."""
+
+
+def plain_value(message: str) -> str:
+    """A message of vLLM's parser about a value, without the function that could not read it."""
+    return re.sub(
+        r"Value (.*) cannot be converted to <(?:function|class) '?(\w+)'?(?: at \w+)?>\.?",
+        lambda found: f"{found[1]!r} is not {_KINDS.get(found[2], f'a valid {found[2]}')}",
+        message,
+    )
 
 
 def describing_parser(prog: str) -> argparse.ArgumentParser:

@@ -1,15 +1,17 @@
 """vLLM's frontend of one model, and what its server would be made of. Checked on vLLM 0.32.0.
 
 Relies on: `AsyncLLM(client_addresses=...)` and its `engine_core.input_socket`, to which an engine
-says first that it is ready; `build_app`, `init_app_state`, `vllm.parser.metrics`,
-`get_uvicorn_log_config`, `SSLCertRefresher`, `EngineGenerateError`, which vLLM raises for whatever
-goes wrong in a generation; `app.state.server`, which its handlers of that read; the names of
-`HANDLERS` in the application's state.
+says first that it is ready; its `_run_output_handler` and `output_handler`; `build_app`,
+`init_app_state`, `vllm.parser.metrics`, `get_uvicorn_log_config`, `SSLCertRefresher`,
+`EngineGenerateError`, which vLLM raises for whatever goes wrong in a generation;
+`app.state.server`, which its handlers of that read; the names of `HANDLERS` in the application's
+state.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
 import json
 import typing
@@ -86,6 +88,21 @@ def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> 
     # refuse it as long as the socket has not read that the one before is gone.
     client.engine_core.input_socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     return client
+
+
+def watch_outputs(client: Any, ended: Callable[[], None]) -> None:
+    """Have `ended` called once a client takes in no more outputs. Needs a running loop.
+
+    An error while it takes one in, as of a detokenizer, ends that for good: it starts the task that
+    does it once, and never again.
+    """
+    client._run_output_handler()
+
+    def has_ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():  # as it is when the client is shut down
+            ended()
+
+    client.output_handler.add_done_callback(has_ended)
 
 
 async def forget_engine(client: Any) -> None:

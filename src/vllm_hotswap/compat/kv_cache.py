@@ -24,6 +24,7 @@ from typing import Any
 
 from vllm_hotswap.compat.names import find
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.log_lines import value_text
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -134,7 +135,8 @@ def expected_limits(config: Any) -> KVLimits:
         found = _limits_for(config, _kinds)
     except Exception as error:  # noqa: BLE001  # a model that vLLM describes in a way of its own
         cause = one_line(error)
-        log.info("event=kv_need_estimated model=%s cause=%r", config.model_config.model, cause)
+        model = value_text(config.model_config.model)
+        log.info("event=kv_need_estimated model=%s cause=%r", model, cause)
         return KVLimits(0, _most_by_sizes(config))
     if _is_known(config, _kinds(config)):
         return KVLimits(found.least, max(found.most, full.least))

@@ -30,7 +30,9 @@ def prepare_host() -> None:
     import vllm_hotswap.host.executor
 
     if current_platform.is_cpu():
-        import vllm_hotswap.host.cpu_worker  # noqa: F401
+        import vllm_hotswap.host.cpu_worker
+    elif current_platform.is_cuda():
+        import vllm_hotswap.host.cuda_worker  # noqa: F401
     elif current_platform.is_cuda_alike():
         import vllm.v1.worker.gpu_worker  # noqa: F401
     maybe_register_config_serialize_by_value()

@@ -23,6 +23,7 @@ def model_needs(
     kv = expected_limits(config)
     # The workers of a tensor-parallel model share one CPU's memory, but have a GPU each.
     workers = kv_shares(config)
+    graphs = 0 if config.model_config.enforce_eager else device.graphs_bytes
     explicit = config.cache_config.kv_cache_memory_bytes if kv.most else 0
     return ModelNeeds(
         alias=alias,
@@ -32,11 +33,12 @@ def model_needs(
         max_kv_bytes=kv.most * workers,
         pinned=pinned,
         keeps_weights=device.is_host_memory,
-        overhead_bytes=OVERHEAD_BYTES + slots_bytes(config),
+        overhead_bytes=OVERHEAD_BYTES + slots_bytes(config) + graphs,
         processes=workers if workers > 1 else 0,
         copies_bytes=adapter_copies_bytes(config),
         more_weights_bytes=packed_copies_bytes(config) + converted_bytes,
         packing_bytes=packing_bytes(config),
+        residue_bytes=OVERHEAD_BYTES + graphs if device.tells_sleep else 0,
     )
 
 

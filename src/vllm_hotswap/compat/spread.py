@@ -20,9 +20,12 @@ Relies on:
 - `output_socket` of the core client's `resources`, from which the task that
   `_ensure_output_queue_task` begins reads;
 - `serving_generative_scoring` in the application's state: its `_build_prompts`, a coroutine that
-  waits for nothing, whose first argument has `items`, and which returns two lists with a member for
-  each; its `renderer._executor`, on whose threads vLLM tokenises everything else;
-- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM` reads when its first request comes.
+  waits for nothing, whose first argument has `items`, and a `query` that it takes as tokens, or
+  tokenises with the second argument's `encode` and `add_special_tokens`; it returns two lists with
+  a member for each item; its `renderer._executor`, on whose threads vLLM tokenises everything else;
+- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM._run_output_handler` reads: that begins the task
+  that looks at all outputs, uses the `engine_core` and `output_processor` of then, and does nothing
+  when it is called again, as `AsyncLLM` does with each request.
 
 Checked on vLLM 0.32.0.
 """
@@ -36,7 +39,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from functools import partial
 from typing import Any
 
@@ -74,9 +77,19 @@ def spread(client: Any, app: Any, pace: Pace) -> None:
             serving.json_response_cls = JsonInPieces
         for inputs in _input_processors(serving):
             inputs.render_async = Feeder(inputs.render_async, pace)
+    _look_at_outputs(client)
     scoring = state.get("serving_generative_scoring")
     if scoring is not None and hasattr(scoring, "_build_prompts"):
         scoring._build_prompts = _in_pieces(scoring._build_prompts, scoring.renderer._executor)
+
+
+def _look_at_outputs(client: Any) -> None:
+    """Begin the task that looks at the outputs for everybody, as nobody's.
+
+    vLLM begins it with the first request. If that were one of a large call, the task would take
+    places for its whole life, and all other answers would wait behind large calls.
+    """
+    Context().run(client._run_output_handler)
 
 
 def _merge_evenly() -> None:
@@ -163,7 +176,7 @@ def read_in_turns(core: Any) -> None:
     socket = resources.output_socket
     resources.output_socket = OutputSocket(socket)
     try:
-        core._ensure_output_queue_task()
+        Context().run(core._ensure_output_queue_task)  # it is nobody's
     finally:
         resources.output_socket = socket  # whoever ends it looks at its type
 
@@ -201,12 +214,21 @@ class Feeder:
 
     async def _feed(self, lease: Lease) -> None:
         left = self._left[lease]
-        while left:
-            promise, args = left.popleft()
-            if not promise.done():  # else nobody waits for it any more
-                await self._pace.wait()
-                _keep(promise, self._submit(*args))
-        del self._left[lease]
+        try:
+            while left:
+                promise, args = left[0]
+                if not promise.done():  # else nobody waits for it any more
+                    await self._pace.wait()
+                    _keep(promise, self._submit(*args))
+                left.popleft()
+        except Exception as error:  # noqa: BLE001  # of whoever waits: the threads are gone
+            for promise, _ in left:
+                if not promise.done():
+                    promise.set_exception(error)
+        finally:
+            del self._left[lease]
+            for promise, _ in left:
+                promise.cancel()  # unless it is done
 
 
 def _keep(promise: asyncio.Future[Any], work: asyncio.Future[Any]) -> None:
@@ -230,16 +252,29 @@ def _keep(promise: asyncio.Future[Any], work: asyncio.Future[Any]) -> None:
 def _few_at_once(
     abort: Callable[..., Awaitable[None]], parents: Mapping[str, Any]
 ) -> Callable[..., Awaitable[None]]:
-    """vLLM's way of giving requests up, a few in a turn; so with the answers of one of them."""
+    """vLLM's way of giving requests up, a few in a turn; so with the answers of one of them.
+
+    More than a few are given up in a task of their own: who gives them up is often cancelled, and
+    starlette's streams, which are answered within anyio's scopes, are cancelled in every turn.
+    """
+    aborting: set[asyncio.Task[None]] = set()
+
+    async def abort_all(ids: list[str], internal: bool) -> None:
+        for start in range(0, len(ids), OUTPUTS):
+            if start:
+                await asyncio.sleep(0)
+            await abort(ids[start : start + OUTPUTS], internal=internal)
 
     async def abort_few(request_id: str | Iterable[str], internal: bool = False) -> None:
         ids = [request_id] if isinstance(request_id, str) else [*request_id]
         found = [parents.get(one) for one in ids] if internal else []
         ids[:0] = [child for parent in found if parent for child in parent.child_requests]
-        for start in range(0, len(ids), OUTPUTS):
-            if start:
-                await asyncio.sleep(0)
-            await abort(ids[start : start + OUTPUTS], internal=internal)
+        if len(ids) <= OUTPUTS:
+            await abort_all(ids, internal)
+            return
+        aborting.add(task := asyncio.create_task(abort_all(ids, internal)))
+        task.add_done_callback(aborting.discard)
+        await asyncio.shield(task)
 
     return abort_few
 
@@ -272,15 +307,30 @@ def _paced(work: Callable[..., Awaitable[Any]], pace: Pace) -> Callable[..., Awa
 def _in_pieces(
     build: Callable[..., Coroutine[Any, Any, Any]], executor: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """A coroutine that waits for nothing, run beside the event loop, for some items at a time."""
+    """A coroutine that waits for nothing, run beside the event loop, for some items at a time.
 
-    async def build_in_pieces(request: Any, *args: Any) -> tuple[list[Any], list[Any]]:
+    The query, which may be long, is tokenised once, as vLLM does it.
+    """
+
+    def encoded(request: Any, tokenizer: Any) -> list[int]:
+        ids: list[int] = tokenizer.encode(
+            request.query, add_special_tokens=request.add_special_tokens
+        )
+        return ids
+
+    async def build_in_pieces(
+        request: Any, tokenizer: Any, *args: Any
+    ) -> tuple[list[Any], list[Any]]:
         loop = asyncio.get_running_loop()
         prompts: list[Any] = []
         counts: list[Any] = []
+        query = request.query
+        if isinstance(query, str):
+            query = await loop.run_in_executor(executor, encoded, request, tokenizer)
         for start in range(0, len(request.items), ITEMS):
-            piece = request.model_copy(update={"items": request.items[start : start + ITEMS]})
-            made = await loop.run_in_executor(executor, _run, build(piece, *args))
+            items = request.items[start : start + ITEMS]
+            piece = request.model_copy(update={"query": query, "items": items})
+            made = await loop.run_in_executor(executor, _run, build(piece, tokenizer, *args))
             prompts += made[0]
             counts += made[1]
         return prompts, counts

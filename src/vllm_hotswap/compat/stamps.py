@@ -35,8 +35,7 @@ class StampedCore:
     """vLLM's client of one engine core, between it and the `AsyncLLM` that uses it.
 
     The mutable state is `_leases`, by the id that vLLM gives a request, from its beginning to its
-    last output; `_held`, those that wait for their turn, or were given up before it; `_timers`, by
-    the same id, of those whose grammar has to be compiled before their first output; `_told`, the
+    last output; `_held`, those that wait for their turn, or were given up before it; `_told`, the
     outputs since the event loop was last given back; and the last stamp, read.
     """
 
@@ -46,7 +45,6 @@ class StampedCore:
         self._pace = pace
         self._leases: dict[str, Lease] = {}
         self._held: set[str] = set()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._told = 0
         self._stamp = ""
         self._owner = ("", -1)
@@ -79,20 +77,9 @@ class StampedCore:
 
     def _await_first_output(self, request_id: str, lease: Lease) -> None:
         """End the request unless an output of it comes in time; while it is parked, none can."""
-        if (timeout_s := lease.grammar_timeout_s) is None:
-            return
-
-        def expire() -> None:
-            if lease.is_parked:
-                self._await_first_output(request_id, lease)
-            else:
-                drain.end([lease], GrammarTimeout(timeout_s))
-
-        self._timers[request_id] = asyncio.get_running_loop().call_later(timeout_s, expire)
-
-    def _stop_timer(self, request_id: str) -> None:
-        if (timer := self._timers.pop(request_id, None)) is not None:
-            timer.cancel()
+        if (timeout_s := lease.grammar_timeout_s) is not None:
+            late = GrammarTimeout(timeout_s)
+            lease.count_down(request_id, timeout_s, lambda: drain.end([lease], late))
 
     async def _until_its_turn(self, lease: Lease, request: Any) -> None:
         """Hold the request here, where it is known to be a good one, and is in no engine yet."""
@@ -128,9 +115,9 @@ class StampedCore:
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
-        self._stop_timer(request_id)
         lease = self._leases.pop(request_id, None)
         if lease is not None:
+            lease.stop_countdown(request_id)
             lease.requests.discard(request_id)
 
     def _check(self, outputs: Any, stamp: str | None) -> None:
@@ -150,8 +137,8 @@ class StampedCore:
                 refused.add(output.request_id)
                 drain.end([lease], WrongStamp(lease.alias, stamp))
                 continue
-            if self._timers:
-                self._stop_timer(output.request_id)
+            if lease.countdowns:
+                lease.stop_countdown(output.request_id)
             lease.output_tokens += len(output.new_token_ids)
             if output.finish_reason is not None:
                 self._forget(output.request_id)

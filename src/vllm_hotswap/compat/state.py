@@ -193,6 +193,11 @@ STATE: tuple[State, ...] = (
         "whether kernels may still be compiled; a load must not be blamed for it after another",
     ),
     *_engine(
+        "vllm.utils.gpu_sync_debug",
+        "_sync_check_enabled",
+        "whether a step may wait for the device (`VLLM_GPU_SYNC_CHECK`); a load always may",
+    ),
+    *_engine(
         "os",
         "environ[TORCHINDUCTOR_CACHE_DIR] environ[TRITON_CACHE_DIR] environ[VLLM_DIST_IDENT]",
         "the model's folder of compiled code; the name of its process group",

@@ -18,6 +18,7 @@ from vllm_hotswap.compat.adapters import (
 )
 from vllm_hotswap.engines.base import Adapter
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.log_lines import value_text
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -102,7 +103,8 @@ class AdapterShelf:
         try:
             await self._load(adapter, door)
         except ConfigError as error:
-            log.error("event=adapter_failed adapter=%s cause=%r", adapter.files.name, error.message)
+            name = value_text(adapter.files.name)
+            log.error("event=adapter_failed adapter=%s cause=%r", name, error.message)
             return error.message
         return None
 

@@ -204,11 +204,18 @@ class Engine(Protocol):
         """Undo `sleep`; the engine is parked afterwards.
 
         Raises:
+            NoRoom: there is too little memory; it is still asleep.
             HotswapError: it cannot; the engine is unloaded then.
         """
 
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""
+
+    async def bury(self) -> None:
+        """Give back what an engine still holds that has failed, and is of no use. Idempotent.
+
+        Most failures leave nothing; a frontend that has broken leaves its engine.
+        """
 
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
@@ -253,6 +260,14 @@ class EngineHost(Protocol):
         """What the host itself holds without any model, besides the budget of the models."""
 
     @property
+    def is_device_shared(self) -> bool:
+        """Whether other processes may take memory of the device, so that `look` tells of it."""
+
+    @property
+    def others_bytes(self) -> int:
+        """What others were last seen to hold of a shared device; 0 of one that is not."""
+
+    @property
     def died(self) -> asyncio.Future[str]:
         """Done when the host died without being asked to; the result says how.
 
@@ -272,6 +287,12 @@ class EngineHost(Protocol):
         """Start the host again after its death, with nothing loaded; frontends stay.
 
         Raises `EngineUnavailable` if it does not come up.
+        """
+
+    async def look(self, used_bytes: int) -> None:
+        """See what there is of a shared device now: `budget` is no more than that.
+
+        Nothing may move meanwhile; `used_bytes` is what models hold. Raises `EngineUnavailable`.
         """
 
     async def ping(self) -> Pulse:

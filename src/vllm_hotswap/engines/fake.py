@@ -20,7 +20,7 @@ import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -46,6 +46,7 @@ from vllm_hotswap.errors import (
     ConfigError,
     EngineUnavailable,
     HotswapError,
+    NoRoom,
     VerifyFailed,
     WrongStamp,
 )
@@ -86,6 +87,8 @@ class FakeSettings:
     are_tools_strict: bool = False
     offloads: bool = False
     """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
+    residue_bytes: int = 0
+    """Device bytes that it holds asleep, where weights asleep are host bytes."""
 
 
 @dataclass(eq=False)
@@ -103,6 +106,8 @@ class FakeEngine:
         self.level: int | None = None
         """0: loaded, 1 or 2: asleep at that level, None: not loaded."""
         self.has_frontend = False
+        self.is_left = False
+        """Whether it is loaded behind a frontend that has broken."""
         self.loads = 0
         self.canary = "canary"
         """What it generates to be verified; that of the first load is remembered."""
@@ -164,7 +169,8 @@ class FakeEngine:
         weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
         usage = {Residency.PARKED: Usage(weights + kv), Residency.COLD: Usage()}
         if 1 in self.settings.levels:
-            asleep = Usage(0, weights) if self.settings.offloads else Usage(weights)
+            residue = self.settings.residue_bytes
+            asleep = Usage(residue, weights) if self.settings.offloads else Usage(weights)
             usage[Residency.ASLEEP] = asleep
         if 2 in self.settings.levels:
             usage[Residency.DISCARDED] = Usage()
@@ -174,7 +180,8 @@ class FakeEngine:
     def held_bytes(self) -> int:
         """What it holds now."""
         weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
-        return {0: weights + kv, 1: weights}.get(-1 if self.level is None else self.level, 0)
+        asleep = self.settings.residue_bytes if self.settings.offloads else weights
+        return {0: weights + kv, 1: asleep}.get(-1 if self.level is None else self.level, 0)
 
     @property
     def card(self) -> Mapping[str, object]:
@@ -197,6 +204,7 @@ class FakeEngine:
         return Previewed(refusal, is_accepted=refusal is None)
 
     async def load(self, progress: Progress) -> None:
+        await self.bury()
         self.loads += 1
         for stage in ("weights", "kv_cache", "warm_up"):
             progress(stage)
@@ -231,6 +239,8 @@ class FakeEngine:
     async def wake(self) -> None:
         try:
             await self.host.operate("wake", self.alias, self.settings.wake_s)
+        except NoRoom:
+            raise
         except HotswapError:
             self.level = None
             raise
@@ -240,6 +250,12 @@ class FakeEngine:
     async def unload(self) -> None:
         await self.host.operate("unload", self.alias, self.settings.unload_s)
         self._leave_memory(None)
+
+    async def bury(self) -> None:
+        if self.is_left:
+            await self.host.operate("bury", self.alias, self.settings.unload_s)
+            self.is_left = self.has_frontend = False
+            self._leave_memory(None)
 
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
@@ -451,8 +467,13 @@ class FakeHost:
     ) -> None:
         """`further` are names that clients may send besides an alias."""
         settings, further = settings or {}, further or {}
-        self.budget = budget
+        self.budget = self._whole_budget = budget
         self.base_bytes = 0
+        self.is_device_shared = False
+        """Whether it looks at what others hold."""
+        self.others_bytes = 0
+        self.taken_bytes = 0
+        """What others hold of the device; seen when it is looked at."""
         self._engines = {
             alias: self.engine_type(
                 alias, self, settings.get(alias, FakeSettings()), aliases=further.get(alias, ())
@@ -504,6 +525,14 @@ class FakeHost:
 
     def on_engine_failed(self, callback: EngineFailure) -> None:
         self._callbacks.append(callback)
+
+    async def look(self, used_bytes: int) -> None:
+        if self._answers.is_set() and self.died.done():
+            raise EngineUnavailable(self.died.result())
+        self.others_bytes = self.taken_bytes
+        self.budget = replace(
+            self._whole_budget, device=self._whole_budget.device - self.others_bytes
+        )
 
     async def restart(self) -> None:
         self.restarts += 1
@@ -571,6 +600,7 @@ class FakeHost:
         for engine in self._engines.values():
             engine.set_stepped(False)
             engine.level = None
+            engine.is_left = False
         for (operation, _), gate in self._gates.items():
             if operation not in ("step", "restart"):
                 gate.set()
@@ -584,6 +614,13 @@ class FakeHost:
         engine = self._engines[alias]
         engine.set_stepped(False)
         engine.level = None
+        for callback in self._callbacks:
+            callback(alias, cause, engine.loads)
+
+    def break_frontend(self, alias: str, cause: str = "its frontend is broken") -> None:
+        """Have what one engine generates reach nobody; it stays where it is, and is stepped."""
+        engine = self._engines[alias]
+        engine.is_left = True
         for callback in self._callbacks:
             callback(alias, cause, engine.loads)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hotswap import failpoints
-from vllm_hotswap.errors import EngineUnavailable, HotswapError
+from vllm_hotswap.errors import EngineUnavailable, HotswapError, NoRoom
 from vllm_hotswap.host.messages import Answer, Command, Message, Ready, Stop
 from vllm_hotswap.platforms import host_environment
 
@@ -105,6 +105,7 @@ class HostLink:
 
         Raises:
             EngineUnavailable: the host is dead or dies meanwhile.
+            NoRoom: there was no memory for it, and nothing has changed.
             HotswapError: the host could not do it; the message says why.
         """
         if self.died.done():
@@ -195,6 +196,8 @@ class HostLink:
                 if future is not None and not future.done():
                     if error is None:
                         future.set_result(result)
+                    elif message.lacks_room:
+                        future.set_exception(NoRoom(error))
                     else:
                         future.set_exception(HotswapError(error))
             case _:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +62,7 @@ from vllm_hotswap.host.messages import (
     Load,
     Loaded,
     LoadStage,
+    Look,
     Measure,
     Message,
     Ping,
@@ -70,7 +72,8 @@ from vllm_hotswap.host.messages import (
     Wake,
 )
 from vllm_hotswap.launch import ModelLaunch, plan_memory
-from vllm_hotswap.metrics import adopting_frontend_metrics
+from vllm_hotswap.log_lines import value_text
+from vllm_hotswap.metrics import adopting_frontend_metrics, forget_frontend_metrics
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.pace import pace_tasks
 from vllm_hotswap.planner import Footprint, Usage
@@ -126,11 +129,19 @@ class VllmEngine:
         """Whoever asks the engine something waits for its death, too."""
         self._canary: Canary | None = None
         """Of its first load."""
+        self._has_copy = False
+        """Whether its weights are in host memory, where they stay once it has slept."""
         self.loads = 0
         self._stamp = ""
         self._aborting: set[asyncio.Task[None]] = set()
         self._is_engine_lost = False
         """Whether the engine that the frontend is connected to went with its host."""
+        self._is_frontend_broken = False
+        """Whether it takes in no more outputs: another one has to take its place."""
+        self._is_engine_left = False
+        """Whether the engine of a broken frontend is in the host, of use to nobody."""
+        self.on_broken: Callable[[str], None] = lambda _: None
+        """Called with the cause once that is so."""
         self._exits = AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -186,7 +197,7 @@ class VllmEngine:
     @property
     def footprint(self) -> Footprint:
         loaded, needs = self._loaded, replace(self._needs, kv_bytes=self._kv_bytes)
-        return footprint_of(needs, self._device, loaded)
+        return footprint_of(needs, self._device, loaded, self._has_copy)
 
     @property
     def _kv_bytes(self) -> int:
@@ -252,16 +263,20 @@ class VllmEngine:
         try:
             return await _on_daemon_thread(lambda: make_preview(args, config))
         except Exception as error:  # noqa: BLE001  # the load will tell what is wrong
-            log.warning("event=no_preview model=%s cause=%r", self.alias, one_line(error))
+            alias = value_text(self.alias)
+            log.warning("event=no_preview model=%s cause=%r", alias, one_line(error))
             return None
 
     async def load(self, progress: Progress) -> None:
+        if self._is_frontend_broken:
+            await self._give_up_frontend()
         self._sockets = self._sockets or self._new_sockets()
         sockets = self._sockets
         # The host gets a copy, so that what a load writes into it is gone at the next one.
         config, variables = self._launch.vllm_config, self._launch.variables
         log_stats = not self._launch.args.disable_log_stats
         self._progress = progress
+        self._has_copy = False
         self.loads += 1
         try:
             self._loaded = await self._link.call(
@@ -312,7 +327,8 @@ class VllmEngine:
     async def _asked_for_canary(self) -> Canary | None:
         """The canary; None if it cannot be had, which says nothing of the model."""
         if not can_be_asked(self._tasks):
-            log.info("event=not_verified model=%s reason='no canary for its tasks'", self.alias)
+            alias = value_text(self.alias)
+            log.info("event=not_verified model=%s reason='no canary for its tasks'", alias)
             return None
         config, stamp = self._launch.vllm_config, self._stamp
         try:
@@ -322,7 +338,8 @@ class VllmEngine:
         except Exception as error:
             if not is_overflow(error):
                 raise VerifyFailed(self.alias, one_line(error)) from error
-            log.warning("event=not_verified model=%s reason=%r", self.alias, one_line(error))
+            alias = value_text(self.alias)
+            log.warning("event=not_verified model=%s reason=%r", alias, one_line(error))
         # Its parked requests are as many as may be, and are not to wait for it any longer.
         await self._link.call(lambda number: Activate(number, self.alias, stamp))
         return None
@@ -335,12 +352,26 @@ class VllmEngine:
 
     async def sleep(self, level: int) -> None:
         await self._link.call(lambda number: Sleep(number, self.alias, level))
+        self._has_copy = True
 
     async def wake(self) -> None:
         await self._link.call(lambda number: Wake(number, self.alias))
 
     async def unload(self) -> None:
         await self._link.call(lambda number: Unload(number, self.alias))
+        self._has_copy = False
+
+    async def bury(self) -> None:
+        if not self._is_engine_left:
+            return
+        self._is_engine_left = self._has_copy = False
+        try:
+            await self._link.call(lambda number: Unload(number, self.alias, forget=True))
+        except EngineUnavailable:
+            raise
+        except HotswapError as error:  # what it could take apart, it has
+            alias = value_text(self.alias)
+            log.warning("event=not_buried model=%s cause=%r", alias, one_line(error))
 
     async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         revision = self._launch.vllm_config.model_config.revision
@@ -374,6 +405,7 @@ class VllmEngine:
 
     async def host_died(self) -> None:
         """Forget the engine; the next one, in another host, says that it is ready."""
+        self._has_copy = self._is_engine_left = False
         if self._client is not None:
             await frontend.forget_engine(self._client)
             self._is_engine_lost = True
@@ -397,6 +429,24 @@ class VllmEngine:
                         f"{one_line(error)}"
                     ) from error
                 raise
+
+    async def _give_up_frontend(self) -> None:
+        """Have the next load make another frontend, and another engine for it."""
+        log.warning("event=frontend_given_up model=%s", value_text(self.alias))
+        self._frontend = self._client = self._door = self._sockets = None
+        self._is_frontend_broken = self._is_engine_lost = self._is_engine_left = False
+        try:
+            await self._exits.aclose()
+        except Exception as error:  # noqa: BLE001  # it is broken, and goes all the same
+            cause = one_line(error)
+            alias = value_text(self.alias)
+            log.warning("event=frontend_kept model=%s cause=%r", alias, cause)
+        forget_frontend_metrics(self.alias)
+        await self._forget_engine()
+
+    def _frontend_broke(self) -> None:
+        self._is_frontend_broken = self._is_engine_left = True
+        self.on_broken("its frontend takes in no more outputs, because of an error")
 
     async def _forget_engine(self) -> None:
         """Have the host forget it; one that does not do that soon is stuck, or loads another."""
@@ -440,6 +490,7 @@ class VllmEngine:
             made = await frontend.make_frontend(client, args)
             app = made.app
             spread(client, app, pace)
+            frontend.watch_outputs(client, self._frontend_broke)
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
@@ -455,8 +506,15 @@ class VllmEngine:
         return SamplingFilter(app, sampling, frontend.request_keys(app, args))
 
 
-def footprint_of(needs: ModelNeeds, device: Device, loaded: Loaded | None) -> Footprint:
-    """What a model holds in each residency: as its load has measured it, estimated before one."""
+def footprint_of(
+    needs: ModelNeeds, device: Device, loaded: Loaded | None, has_copy: bool = False
+) -> Footprint:
+    """What a model holds in each residency: as its load has measured it, estimated before one.
+
+    `has_copy`: its weights are in host memory, awake as well.
+    """
+    if device.tells_sleep:
+        return _told_footprint(needs, loaded, has_copy)
     kv = needs.kv_bytes or 0
     weights = needs.weights_bytes + needs.more_weights_bytes
     held = needs.held_bytes
@@ -471,6 +529,24 @@ def footprint_of(needs: ModelNeeds, device: Device, loaded: Loaded | None) -> Fo
     if loaded.can_discard if loaded else 2 in device.sleep_levels:
         usage[Residency.DISCARDED] = Usage(rest)
     return Footprint(usage, Usage(held + kv + needs.reading_bytes))
+
+
+def _told_footprint(needs: ModelNeeds, loaded: Loaded | None, has_copy: bool) -> Footprint:
+    """Of a model whose worker tells what its sleep gives back, and what it takes."""
+    kv = needs.kv_bytes or 0
+    held, residue = needs.held_bytes + kv, needs.residue_bytes
+    copy = needs.held_bytes - residue
+    if loaded is not None and loaded.sleep_bytes > 0:
+        # Another process that has given memory back during the load makes it look small.
+        held = max(loaded.held_bytes + kv, loaded.sleep_bytes)
+        residue, copy = held - loaded.sleep_bytes, loaded.copy_bytes
+    parked = Usage(held, copy if has_copy else 0)
+    usage = {
+        Residency.PARKED: parked,
+        Residency.ASLEEP: Usage(residue, copy),
+        Residency.COLD: Usage(),
+    }
+    return Footprint(usage, parked + Usage(needs.reading_bytes))
 
 
 async def _on_daemon_thread(make: Callable[[], T]) -> T:
@@ -520,8 +596,15 @@ class VllmHost:
             launch.alias: VllmEngine(launch, link, self._new_sockets, lock, self._new_shelf(launch))
             for launch in launches
         }
+        for engine in self._engines.values():
+            engine.on_broken = partial(self._frontend_broke, engine)
         self._on_engine_failed: list[EngineFailure] = []
         self._budget = Usage()
+        """As it was planned with, with what others held then."""
+        self._seen: DeviceMemory | None = None
+        """A shared device as it was last looked at."""
+        self._used_then = 0
+        """What models held of it then."""
         self._base_bytes = 0
 
     def __repr__(self) -> str:
@@ -533,7 +616,30 @@ class VllmHost:
 
     @property
     def budget(self) -> Usage:
-        return self._budget
+        if self._seen is None:
+            return self._budget
+        # Half of the reserve may be gone before models have to move.
+        left = max(0, self._seen.free + self._used_then + self._seen.reserve // 2)
+        return replace(self._budget, device=min(self._budget.device, left))
+
+    @property
+    def is_device_shared(self) -> bool:
+        return next(iter(self._engines.values())).device.is_shared
+
+    @property
+    def others_bytes(self) -> int:
+        if self._seen is None:
+            return 0
+        ours = self._base_bytes + self._used_then
+        return max(0, self._seen.total - self._seen.free - self._seen.reserve - ours)
+
+    async def look(self, used_bytes: int) -> None:
+        device = next(iter(self._engines.values())).device
+        # With less than that free, either others have taken it, or torch keeps it.
+        reserve = self._seen.reserve if self._seen else 0
+        enough = self._budget.device - used_bytes + reserve // 2
+        self._seen = await self._link.call(lambda number: Look(number, device, enough))
+        self._used_then = used_bytes
 
     @property
     def base_bytes(self) -> int:
@@ -551,6 +657,8 @@ class VllmHost:
         memory = await self._ready(engines[0].device)
         memory = with_known_base(memory, engines[0].device)
         self._base_bytes = memory.held
+        if engines[0].device.is_shared:
+            self._seen = memory
         self._budget, needs = plan_memory(self._launches, self._memory, memory)
         for engine in engines:
             engine.give_memory(needs[engine.alias])
@@ -605,6 +713,13 @@ class VllmHost:
             case LoadStage(alias=alias, stage=stage):
                 self._engines[alias].stage_reached(stage)
             case EngineFailed(alias=alias, load=load, cause=cause):
-                self._engines[alias].engine_died(cause)
-                for callback in self._on_engine_failed:
-                    callback(alias, cause, load)
+                self._failed(self._engines[alias], cause, load)
+
+    def _frontend_broke(self, engine: VllmEngine, cause: str) -> None:
+        """What its engine generates reaches nobody: it is as good as dead."""
+        self._failed(engine, cause, engine.loads)
+
+    def _failed(self, engine: VllmEngine, cause: str, load: int) -> None:
+        engine.engine_died(cause)
+        for callback in self._on_engine_failed:
+            callback(engine.alias, cause, load)

@@ -37,8 +37,9 @@ from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.randomness import Randomness
 from vllm_hotswap.host.state import EngineState, in_own_state, process_state
-from vllm_hotswap.host.teardown import dismantle
+from vllm_hotswap.host.teardown import dismantle, pools_of
 from vllm_hotswap.host.threads import use_all_cores
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.quiet import log_of_clients
 
 
@@ -205,7 +206,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone
             log_of_clients.error(
                 "event=adapter_failed adapter=%s cause=%r",
-                request.lora_request.lora_name,
+                value_text(request.lora_request.lora_name),
                 one_line(error),
             )
             self._send_error_outputs_to_client([request.request_id], request.client_index)
@@ -264,7 +265,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     @in_own_state
     def wake(self) -> None:
-        """Take memory back and schedule again."""
+        """Take memory back and schedule again.
+
+        Raises:
+            NoRoom: there is too little; it is still asleep.
+        """
         self.model_executor.wake_up()
         self.resume_scheduler()
 
@@ -277,6 +282,14 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     def weights_bytes(self) -> int:
         """Bytes that sleep level 2 gives back besides KV memory."""
         return sum(self.collective_rpc("weights_bytes"))
+
+    @in_own_state
+    def sleep_bytes(self) -> tuple[int, int]:
+        """What sleep level 1 gives back on the device of one worker, and what it takes of the
+        host's memory for all of them; in bytes. For workers that can tell.
+        """
+        told = self.collective_rpc("sleep_bytes")
+        return told[0][0], sum(host for _, host in told)
 
     @in_own_state
     def unload(self) -> None:
@@ -328,7 +341,11 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             for name in model:
                 if name != "aborts_queue":
                     delattr(self, name)
+            pools = pools_of(model)
             dismantle(model)
+            model.clear()
+            if pools is not None:
+                pools.close()
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""

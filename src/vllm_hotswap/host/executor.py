@@ -30,6 +30,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm_hotswap.compat.kv_cache import limits
 from vllm_hotswap.host.progress import reached
 from vllm_hotswap.host.state import compiles_nothing
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
 
 log = logging.getLogger("vllm_hotswap.host")
@@ -82,7 +83,8 @@ class _Reporting:
         if _under_way.get().limits_kv:
             specs = self.get_kv_cache_specs()  # type: ignore[attr-defined]
             most = [limit.most for limit in limits(config, specs)]
-            log.info("event=kv_limit model=%s bytes=%s", config.model_config.model, most)
+            path = value_text(config.model_config.model)
+            log.info("event=kv_limit model=%s bytes=%s", path, most)
             found = [min(free, limit) for free, limit in zip(found, most, strict=True)]
         return found
 
@@ -117,6 +119,8 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
         ensure_kv_transfer_shutdown()
         ensure_ec_transfer_shutdown()
         worker = getattr(getattr(self, "driver_worker", None), "worker", None)
+        if let_go := getattr(worker, "let_go_of_graphs", None):
+            let_go()
         for name in ("profiler", "weight_transfer_engine", "elastic_ep_executor"):
             if shutdown := getattr(getattr(worker, name, None), "shutdown", None):
                 shutdown()

@@ -1,4 +1,4 @@
-"""Giving memory that is free, but kept by the memory allocator, back to the operating system."""
+"""Giving memory that is free, but kept by memory allocators, back: the host's and CUDA's."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ STEPPING_BYTES = 32 << 20
 
 
 def give_back_free_memory() -> None:
-    """Have this process's allocator return its free pages.
+    """Have this process's allocators return what is free.
 
     Freed weights would otherwise stay in the process: tcmalloc, which vLLM advises to preload
-    on CPU, returns memory slowly, and glibc only from the end of its heap.
+    on CPU, returns memory slowly, and glibc only from the end of its heap. Torch keeps what is free
+    on a CUDA device for itself, where neither other processes nor pools of their own can have it.
     """
+    _empty_cuda_cache()
     if sys.platform != "linux":
         return
     process = ctypes.CDLL(None)
@@ -32,6 +34,12 @@ def give_back_free_memory() -> None:
         return
     with suppress(AttributeError):  # a C library other than glibc
         process.malloc_trim(0)
+
+
+def _empty_cuda_cache() -> None:
+    torch = sys.modules.get("torch")  # whoever has not imported it has nothing on a device
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

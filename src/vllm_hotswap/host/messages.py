@@ -36,6 +36,18 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """Say what memory there is now, when nothing is under way. Answer: `devices.DeviceMemory`.
+
+    If less than `enough_bytes` are free, what allocators keep is given back first.
+    """
+
+    id: int
+    device: Any
+    enough_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Give a sign of life, whatever the compute thread does. Answer: seconds that its step took."""
 
@@ -84,7 +96,10 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Undo `Sleep`. Answer: None. If it fails, the model is unloaded."""
+    """Undo `Sleep`. Answer: None.
+
+    If it fails, the model is unloaded; without room it is still asleep, and the answer says so.
+    """
 
     id: int
     alias: str
@@ -109,7 +124,7 @@ class Stop:
     id: int
 
 
-Command = Measure | Ping | Load | Activate | Sleep | Wake | Unload | Stop
+Command = Measure | Look | Ping | Load | Activate | Sleep | Wake | Unload | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +138,10 @@ class Loaded:
     """Whether sleep level 2 can be undone for this model."""
     weights_bytes: int = 0
     """What sleep level 2 gives back besides KV memory; 0 where that cannot be told."""
+    sleep_bytes: int = 0
+    """What sleep level 1 gives back on the device, KV memory included; 0 where that is unknown."""
+    copy_bytes: int = 0
+    """What sleep level 1 takes of the host's memory; 0 where that is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +174,8 @@ class Answer:
     id: int
     result: Any = None
     error: str | None = None
+    lacks_room: bool = False
+    """Whether it failed for want of memory, and has changed nothing."""
 
 
 Message = Ready | LoadStage | EngineFailed | Answer

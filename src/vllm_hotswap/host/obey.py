@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_hotswap.compat import loading
 from vllm_hotswap.compat.memory import kv_shares
 from vllm_hotswap.devices import Device, device_of
-from vllm_hotswap.errors import HotswapError, one_line
+from vllm_hotswap.errors import HotswapError, NoRoom, one_line
 from vllm_hotswap.failpoints import failpoint
 from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.loop import EngineLoop
@@ -24,6 +24,7 @@ from vllm_hotswap.host.messages import (
     Load,
     Loaded,
     LoadStage,
+    Look,
     Measure,
     Message,
     Ping,
@@ -32,6 +33,7 @@ from vllm_hotswap.host.messages import (
     Wake,
 )
 from vllm_hotswap.host.teardown import collect_shells
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.variables import Variables
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ class Obedience:
     def _answer(self, command: Command) -> None:
         try:
             answer = Answer(command.id, result=self._obey(command))
+        except NoRoom as error:
+            answer = Answer(command.id, error=error.message, lacks_room=True)
         except HotswapError as error:
             answer = Answer(command.id, error=error.message)
         except Exception as error:
@@ -88,6 +92,8 @@ class Obedience:
         match command:
             case Measure(device=device):
                 return device.memory()
+            case Look(device=device, enough_bytes=enough_bytes):
+                return device.memory_now(enough_bytes)
             case Load(alias=alias, number=number, variables=wishes):
                 failpoint("host.load", alias)
                 self._loads[alias] = number
@@ -124,6 +130,7 @@ class Obedience:
                 engine = self._make(command)
             can_discard = _can_discard(device, engine)
             weights_bytes = engine.weights_bytes() if can_discard else 0
+            sleep_bytes = engine.sleep_bytes() if device.tells_sleep else (0, 0)
         except BaseException:
             self._unload(command.alias)
             raise
@@ -133,11 +140,11 @@ class Obedience:
             held -= engine.kv_bytes() * kv_shares(command.vllm_config)
         log.info(
             "event=loaded model=%s seconds=%.2f held_bytes=%d",
-            command.alias,
+            value_text(command.alias),
             time.monotonic() - before_s,
             held,
         )
-        return Loaded(engine.kv_bytes(), held, can_discard, weights_bytes)
+        return Loaded(engine.kv_bytes(), held, can_discard, weights_bytes, *sleep_bytes)
 
     def _reached(self, alias: str, stage: str) -> None:
         self._send(LoadStage(alias, stage))
@@ -180,6 +187,8 @@ class Obedience:
         engine = self._loaded(alias)
         try:
             engine.wake()
+        except NoRoom:
+            raise
         except BaseException:
             self._unload(alias)
             raise
@@ -216,7 +225,7 @@ class Obedience:
         return engine
 
     def _engine_failed(self, alias: str, error: Exception) -> None:
-        log.error("event=engine_failed model=%s", alias, exc_info=error)
+        log.error("event=engine_failed model=%s", value_text(alias), exc_info=error)
         self._shells += 1
         self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
 

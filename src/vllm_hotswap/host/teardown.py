@@ -27,6 +27,15 @@ def dismantle(parts: Mapping[str, Any]) -> None:
         vars(holder).clear()
 
 
+def pools_of(parts: Mapping[str, Any]) -> Any:
+    """The memory pools of an engine's worker, to be closed once it is dismantled; None without any.
+
+    Only a worker in this process has any here.
+    """
+    take = getattr(_worker(parts), "take_pools", None)
+    return None if take is None else take()
+
+
 def collect_shells() -> None:
     """Collect what `dismantle` or a failed load has left, wherever vLLM has frozen it."""
     gc.unfreeze()
@@ -34,10 +43,15 @@ def collect_shells() -> None:
     gc.freeze()
 
 
+def _worker(parts: Mapping[str, Any]) -> Any:
+    wrapper = getattr(parts.get("model_executor"), "driver_worker", None)
+    return getattr(wrapper, "worker", None)
+
+
 def _holders(parts: Mapping[str, Any]) -> Iterator[Any]:
     executor = parts.get("model_executor")
     wrapper = getattr(executor, "driver_worker", None)
-    worker = getattr(wrapper, "worker", None)
+    worker = _worker(parts)
     runner = getattr(worker, "model_runner", None)
     for model in (getattr(runner, "model", None), getattr(runner, "drafter", None)):
         if model is not None and hasattr(model, "modules"):

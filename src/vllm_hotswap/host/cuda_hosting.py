@@ -1,0 +1,240 @@
+"""What a GPU worker does otherwise because it is one of several in a process.
+
+Mixed in before vLLM's `Worker`; knows of vLLM only by the methods and attributes that it overrides
+and reads. vLLM's own sleep mode (`enable_sleep_mode`) is not used, and must be off.
+
+Relies on, in vLLM 0.26.0 to 0.32.0:
+
+- `Worker.init_device` being the only reader of `cache_config.gpu_memory_utilization` where
+  `kv_cache_memory_bytes` is given: it refuses a device of which less than that is free;
+- `_maybe_get_memory_pool_context(tag)` around the load of the weights ("weights") and the
+  allocation of the KV memory ("kv_cache"; in 0.26 of more of the runner). 0.32 asks for "runtime"
+  and "workspace", too;
+- `model_runner.kv_caches`: tensors, or lists of them;
+- `model_runner.cudagraph_manager.graphs`, where there is such a manager;
+- `CUDAGraphWrapper.clear_all_graphs` and `BreakableCUDAGraphWrapper.clear_all_graphs`, which drop
+  the graphs of the engine whose state is in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from vllm_hotswap.errors import HotswapError, NoRoom
+from vllm_hotswap.host.cuda_driver import Driver
+from vllm_hotswap.host.cuda_memory import ModelMemory, Range
+from vllm_hotswap.host.cuda_pools import ModelPools, NoPools, Torch, TorchCuda
+
+SLEEPING = ("weights", "kv_cache")
+"""What gives its memory back. Workspaces and whatever else a runner keeps stay on the device."""
+
+LITTLE = 0.001
+"""Of the device, which vLLM is to find free. How much there really is, the budget has seen to."""
+
+WRAPPERS = (
+    ("vllm.compilation.cuda_graph", "CUDAGraphWrapper"),
+    ("vllm.compilation.breakable_cudagraph", "BreakableCUDAGraphWrapper"),
+)
+"""Classes that know all their instances: those of one engine, as `compat.state` has it."""
+
+BLOCK = 512
+"""Torch gives whole blocks of so many bytes: what is behind a tensor up to there is nobody's."""
+
+log = logging.getLogger("vllm_hotswap.host")
+
+
+class HostedOnCuda:
+    """A GPU worker beside others. Its own state is `_pools`, made with the device."""
+
+    # vLLM's `Worker` has them:
+    cache_config: Any
+    lora_config: Any
+    model_config: Any
+    model_runner: Any
+    parallel_config: Any
+    vllm_config: Any
+
+    has_pools = True
+    """Whether it has memory of its own, by which it sleeps."""
+
+    _pools: ModelPools | NoPools | None = None
+    _torch: Torch = TorchCuda()
+
+    # --- a load -------------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        """Raises `HotswapError` if the KV memory has no given size: vLLM would measure then, and
+        that clears the graphs of all models and counts on nobody else on the device.
+        """
+        if self.cache_config.kv_cache_memory_bytes is None:
+            raise HotswapError(
+                "the size of the KV memory is not given, and cannot be measured beside other "
+                "models; set kv_cache_memory_bytes"
+            )
+        with self._content_with_little():
+            super().init_device()  # type: ignore[misc]
+        self._torch.clear_before_captures()
+        self._pools = self._make_pools()
+
+    def _make_pools(self) -> ModelPools | NoPools:
+        if self.has_pools:
+            return ModelPools(self._make_memory(), self._torch)
+        return NoPools(self._torch)
+
+    @contextmanager
+    def _content_with_little(self) -> Iterator[None]:
+        """vLLM refuses a device on which others hold more than it leaves them."""
+        asked = self.cache_config.gpu_memory_utilization
+        self.cache_config.gpu_memory_utilization = LITTLE
+        try:
+            yield
+        finally:
+            self.cache_config.gpu_memory_utilization = asked
+
+    def _make_memory(self) -> ModelMemory:
+        import torch
+
+        return ModelMemory(Driver(torch.cuda.current_device()))
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
+        if tag in SLEEPING and self._pools is not None:
+            return self._pools.allocating(tag)
+        return nullcontext()
+
+    # --- residency ----------------------------------------------------------------------------
+
+    @property
+    def pools(self) -> ModelPools:
+        assert isinstance(self._pools, ModelPools), "it has none, or init_device() comes first"
+        return self._pools
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the device memory of weights and KV cache back; weights stay in host memory.
+
+        Raises:
+            NotImplementedError: the level is not 1, or it has no memory of its own.
+            NoRoom: there is too little host memory. In both cases nothing has changed.
+        """
+        if not self.has_pools:
+            raise NotImplementedError("it cannot sleep: VLLM_HOTSWAP_CUDA_SLEEP is 0")
+        if level != 1:
+            raise NotImplementedError(f"sleep level {level} is not known here; use 1, or unload")
+        memory, before_s = self.pools.memory, time.monotonic()
+        before = memory.device_bytes
+        if self._writes_weights():
+            memory.weights_changed()
+        memory.sleep(self._kv_ranges(), self._constant_ranges())
+        _log("asleep", before - memory.device_bytes, before_s)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take it again, at the same addresses; KV memory is zero.
+
+        Raises:
+            NoRoom: there is too little device memory; it is still asleep.
+        """
+        memory, before_s = self.pools.memory, time.monotonic()
+        try:
+            memory.wake()
+        except NoRoom:
+            self._torch.empty_cache()  # what other engines' steps have left
+            memory.wake()
+        _log("awake", memory.device_bytes, before_s)
+
+    def supports_discard(self) -> bool:
+        """Whether `sleep(2)` is possible. Made to be called through `collective_rpc`."""
+        return False
+
+    def sleep_bytes(self) -> tuple[int, int]:
+        """Device memory that a sleep gives back, and host memory that it takes. In bytes."""
+        memory = self.pools.memory
+        return memory.device_bytes, memory.copy_bytes(self._kv_ranges())
+
+    def _writes_weights(self) -> bool:
+        """Whether something may have been written to parameters since the last sleep.
+
+        Slots of adapters are among them; experts are moved; a trainer sends new ones.
+        """
+        return (
+            self.lora_config is not None
+            or bool(self.parallel_config.enable_eplb)
+            or self.vllm_config.weight_transfer_config is not None
+        )
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> Any:
+        self._weights_changed()
+        return super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def reset_weights(self) -> Any:
+        self._weights_changed()
+        return super().reset_weights()  # type: ignore[misc]
+
+    def _weights_changed(self) -> None:
+        if self.has_pools:
+            self.pools.memory.weights_changed()
+
+    def _kv_ranges(self) -> list[Range]:
+        caches = getattr(self.model_runner, "kv_caches", None) or []
+        return list(_ranges(_tensors(caches)))
+
+    def _constant_ranges(self) -> list[Range]:
+        """Parameters: what else is in the memory of the weights, a step may write to."""
+        models = [self.model_runner.model]
+        if drafter := getattr(getattr(self.model_runner, "drafter", None), "model", None):
+            models.append(drafter)
+        return [
+            (address, -(-nbytes // BLOCK) * BLOCK)
+            for model in models
+            for address, nbytes in _ranges(model.parameters())
+        ]
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def let_go_of_graphs(self) -> None:
+        """Their memory is to go now, and not with a garbage collection."""
+        self._torch.synchronize()
+        manager = getattr(getattr(self, "model_runner", None), "cudagraph_manager", None)
+        if graphs := getattr(manager, "graphs", None):
+            graphs.clear()
+        for module, name in WRAPPERS:
+            if wrapper := getattr(sys.modules.get(module), name, None):
+                wrapper.clear_all_graphs()
+
+    def shutdown(self) -> None:
+        """The end of a worker process: torch is not to call back while the interpreter ends."""
+        pools = self.take_pools()
+        super().shutdown()  # type: ignore[misc]
+        if pools is not None:
+            self.let_go_of_graphs()
+            self.model_runner = None
+            pools.close()
+
+    def take_pools(self) -> ModelPools | NoPools | None:
+        """What is to be closed once the model has been taken apart."""
+        pools, self._pools = self._pools, None
+        return pools
+
+
+def _tensors(found: Any) -> Iterator[Any]:
+    """Tensors, of lists in lists; what is None is gone."""
+    if isinstance(found, list | tuple):
+        for each in found:
+            yield from _tensors(each)
+    elif found is not None:
+        yield found
+
+
+def _ranges(tensors: Iterable[Any]) -> Iterator[Range]:
+    """Where their storages are, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    yield from found.items()
+
+
+def _log(what: str, nbytes: int, before_s: float) -> None:
+    seconds = time.monotonic() - before_s
+    log.info("event=%s device_bytes=%d seconds=%.3f", what, nbytes, seconds)

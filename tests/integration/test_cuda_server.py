@@ -1,0 +1,148 @@
+"""A server on a CUDA device, with vLLM's build for it: two models, every residency, no growth.
+
+The device may be a stand-in whose kernels do nothing; it then has to write what is in use, in MiB,
+into the file that `FAKEGPU_STAT` names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.ports import free_port
+from vllm_hotswap.demo import MODELS
+
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+MIB = 1 << 20
+PAIR = ("llama", "qwen")
+WORKSPACE_BYTES = 40 * MIB
+"""Of matrix multiplications on one more stream: torch may have it or not."""
+
+GRAPHS = "{mode: 0, cudagraph_mode: FULL_DECODE_ONLY, cudagraph_capture_sizes: [1, 2, 4]}"
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """This module's server has such a model, but not the usual ones."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Models with nothing but a name, but for quicker graphs: the memory settings are defaults."""
+    folder = tmp_path_factory.mktemp("cuda")
+    lines = [f"  {a}: {{model: {MODELS / a}, compilation_config: {GRAPHS}}}" for a in PAIR]
+    config = folder / "models.yaml"
+    config.write_text("\n".join(["models:", *lines]), encoding="utf-8")
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOTSWAP_CONFIG": str(config)}
+    running = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    yield running
+    assert running.stop() == 0, running.log_tail()
+    log = running.log.read_text(errors="replace")
+    for wrong in ("Traceback", "event=tensors_left", "event=memory_kept", "event=device_taken"):
+        assert wrong not in log
+
+
+def used_bytes() -> int:
+    """Of the device, by anybody."""
+    if stat := os.environ.get("FAKEGPU_STAT"):
+        return int(Path(stat).read_text()) * MIB
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
+    response = server.client.post(path, json=body)
+    assert 200 == response.status_code, response.text
+    return dict(response.json())
+
+
+def switch(server: ServerProcess, model: str) -> None:
+    post(server, "/v1/models/switch", model=model)
+
+
+def other(model: str) -> str:
+    return PAIR[model == PAIR[0]]
+
+
+def tokens(server: ServerProcess, model: str) -> list[int]:
+    answer = post(
+        server,
+        "/v1/completions",
+        model=model,
+        prompt="Hello",
+        max_tokens=8,
+        temperature=0,
+        ignore_eos=True,
+        return_token_ids=True,
+    )
+    return list(answer["choices"][0]["token_ids"])
+
+
+def model_status(server: ServerProcess, model: str) -> dict[str, Any]:
+    return dict(server.client.get("/admin/status").json()["models"][model])
+
+
+@pytest.fixture(scope="module")
+def expected(server: ServerProcess) -> dict[str, list[int]]:
+    """What both answer before anything has moved."""
+    found = {}
+    for model in PAIR:
+        switch(server, model)
+        found[model] = tokens(server, model)
+    return found
+
+
+def test_two_models_load_with_default_settings(server: ServerProcess) -> None:
+    """vLLM alone would demand most of the device for each; KV memory is there for both."""
+    statuses = [model_status(server, model) for model in PAIR]
+
+    assert {"active", "parked"} == {status["residency"] for status in statuses}
+    assert all(status["kv_bytes"] > 0 for status in statuses)
+
+
+def test_a_sleeping_model_gives_its_memory_back(
+    server: ServerProcess, expected: dict[str, list[int]]
+) -> None:
+    """And has it again, with the same answers, over and over."""
+    both = used_bytes()
+    for model in PAIR * 4:
+        switch(server, other(model))
+        held = model_status(server, model)["held"]["device_bytes"]
+        post(server, f"/admin/models/{model}/sleep", level=1)
+        asleep = model_status(server, model)["held"]
+
+        gone = held - asleep["device_bytes"]
+        assert gone > 0
+        assert abs(both - used_bytes() - gone) <= WORKSPACE_BYTES
+        assert asleep["host_bytes"] > 0
+        switch(server, model)
+        assert expected[model] == tokens(server, model)
+        assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+
+def test_cold_switches_do_not_grow(server: ServerProcess, expected: dict[str, list[int]]) -> None:
+    """Nothing of an unloaded model stays on the device, also where it was unloaded asleep."""
+    both = used_bytes()
+    for round_, model in enumerate(PAIR * 6):
+        switch(server, other(model))
+        if round_ % 3 == 0:
+            post(server, f"/admin/models/{model}/sleep", level=1)
+        post(server, f"/admin/models/{model}/unload")
+        assert used_bytes() < both - WORKSPACE_BYTES
+
+        switch(server, model)
+
+        assert expected[model] == tokens(server, model)
+        assert abs(both - used_bytes()) <= WORKSPACE_BYTES

@@ -1,0 +1,605 @@
+"""Device memory of models that sleep and wake: contents, books, and driver calls that fail."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from tests.cuda import STEP, FakeCuda, read, write
+from tests.depth import examples
+from vllm_hotswap.errors import NoRoom
+from vllm_hotswap.host import cuda_memory
+from vllm_hotswap.host.cuda_driver import Driver, DriverError
+from vllm_hotswap.host.cuda_memory import ModelMemory, Range, merged
+
+WEIGHTS, KV = "weights", "kv_cache"
+
+
+@dataclass(eq=False)
+class Tenant:
+    """One model's memory, with what ought to be in it."""
+
+    cuda: FakeCuda
+    seed: int = 1
+    content: dict[int, bytearray] = field(default_factory=dict)
+    """By address, what is there when it is awake."""
+    tags: dict[int, str] = field(default_factory=dict)
+    saved: set[int] = field(default_factory=set)
+    """Addresses whose constant parts are in host memory."""
+
+    def __post_init__(self) -> None:
+        self.memory = ModelMemory(Driver(0, self.cuda))
+        self.random = random.Random(self.seed)  # noqa: S311
+
+    def allocate(self, steps: int = 2, tag: str = WEIGHTS) -> int:
+        self.memory.tag = tag
+        address = self.memory.allocate(steps * STEP - 100)
+        self.tags[address] = tag
+        self.content[address] = bytearray(self.random.randbytes(steps * STEP))
+        write(address, bytes(self.content[address]))
+        return address
+
+    def free(self, address: int) -> None:
+        self.memory.free(address)
+        self.content.pop(address)
+        self.saved.discard(address)
+
+    def sleep(self) -> None:
+        self.memory.sleep(self.holes(), self.constants())
+        self.saved = {address for address in self.content if self.tags[address] == WEIGHTS}
+        for address, nbytes in self.holes():
+            start = next(a for a in self.content if a <= address < a + len(self.content[a]))
+            self.content[start][address - start : address - start + nbytes] = bytes(nbytes)
+
+    def step(self) -> None:
+        """Write to whatever a model writes to."""
+        for address, content in self.content.items():
+            fixed = {
+                offset
+                for start, nbytes in self.constants()
+                for offset in (start - address, start - address + nbytes - 1)
+            }
+            places = [50, len(content) // 2, len(content) - 50]
+            for place in places if self.tags[address] == KV else (places[0], places[2]):
+                assert place not in fixed
+                content[place] = self.random.randrange(256)
+                write(address + place, bytes(content[place : place + 1]))
+
+    def train(self) -> None:
+        """Change the weights."""
+        for address, content in self.content.items():
+            content[STEP // 2] ^= 255
+            write(address + STEP // 2, bytes(content[STEP // 2 : STEP // 2 + 1]))
+        self.memory.weights_changed()
+        self.saved.clear()
+
+    def holes(self) -> list[Range]:
+        """Where the KV tensors are; a little of their segments is not theirs."""
+        return [(a + 100, len(self.content[a]) - 200) for a in self.content if self.tags[a] == KV]
+
+    def constants(self) -> list[Range]:
+        return [
+            (a + 100, len(self.content[a]) - 200) for a in self.content if self.tags[a] == WEIGHTS
+        ]
+
+    def to_be_copied(self) -> int:
+        """Bytes that the next sleep has to copy."""
+        return sum(
+            200 if self.tags[a] == KV or a in self.saved else len(self.content[a])
+            for a in self.content
+        )
+
+    def check(self) -> None:
+        """What it has is what it ought to have, if it is awake."""
+        if not self.memory.is_asleep:
+            for address, content in self.content.items():
+                assert content == read(address, len(content))
+
+
+def check_books(cuda: FakeCuda, *tenants: Tenant) -> None:
+    """Every byte of the device, every address and every copy is somebody's."""
+    assert cuda.used == cuda.others + sum(t.memory.device_bytes for t in tenants)
+    assert sum(cuda.reserved.values()) == sum(t.memory.address_bytes for t in tenants)
+    assert cuda.most <= cuda.total
+
+
+def finish(cuda: FakeCuda, *tenants: Tenant) -> None:
+    """Give all back; nothing is left then."""
+    for tenant in tenants:
+        tenant.memory.close()
+        tenant.memory.close()  # what could not be given back the first time
+    assert {} == cuda.left
+    assert {} == cuda.streams
+
+
+# --- one model --------------------------------------------------------------------------------
+
+
+def test_sleeping_memory_is_given_back_and_comes_again_as_it_was() -> None:
+    """At the same addresses: weights as they were, the KV memory zero."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    weights, kv = one.allocate(3), one.allocate(5, KV)
+
+    one.sleep()
+    assert 0 == cuda.used == one.memory.device_bytes
+    one.memory.wake()
+
+    assert 8 * STEP == cuda.used
+    assert one.content[weights] == read(weights, 3 * STEP)
+    assert bytes(5 * STEP - 200) == read(kv + 100, 5 * STEP - 200)
+    one.check()
+    finish(cuda, one)
+
+
+def test_weights_are_copied_to_the_host_once() -> None:
+    """Later sleeps copy what a model may have written to, and no more."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(40), one.allocate(20, KV)
+    copied = []
+    for _ in range(3):
+        before = cuda.copied
+        one.sleep()
+        copied.append(cuda.copied - before)
+        one.memory.wake()
+        one.step()
+
+    assert [40 * STEP + 200, 400, 400] == copied
+
+
+def test_changed_weights_are_copied_again() -> None:
+    """Once more, and then no more."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(40)
+    one.sleep()
+    one.memory.wake()
+
+    one.train()
+    one.sleep()
+    one.memory.wake()
+
+    one.check()
+    assert 2 * 40 * STEP == cuda.copied
+    finish(cuda, one)
+
+
+def test_host_memory_is_pinned_once() -> None:
+    """It stays for the next sleep, and is as large as what is kept."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(7), one.allocate(9, KV)
+    for _ in range(3):
+        one.sleep()
+        one.memory.wake()
+
+    assert 2 == cuda.calls.count("cuMemHostRegister_v2")
+    assert 7 * STEP + 4096 == one.memory.host_bytes == one.memory.copy_bytes(one.holes())
+
+
+def test_copies_run_while_the_next_segment_is_mapped() -> None:
+    """The weights come first; all is waited for once, at the end."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(2, KV), one.allocate(1), one.allocate(1)
+    one.sleep()
+    cuda.calls.clear()
+
+    one.memory.wake()
+
+    told = [name for name in cuda.calls if name in ("cuMemcpyHtoDAsync_v2", "cuMemCreate")]
+    assert ["cuMemCreate", "cuMemcpyHtoDAsync_v2"] * 2 + ["cuMemCreate"] == told[:5]
+    assert 1 == cuda.calls.count("cuStreamSynchronize")
+    assert "cuStreamSynchronize" == cuda.calls[-1]
+
+
+def test_a_wake_without_room_changes_nothing() -> None:
+    """The model is still asleep, says what it needs, and wakes when there is room."""
+    cuda = FakeCuda(total=10 * STEP)
+    one, two = Tenant(cuda), Tenant(cuda, seed=2)
+    one.allocate(4), one.allocate(4, KV)
+    one.sleep()
+    two.allocate(5)
+
+    with pytest.raises(NoRoom, match=r"waking takes 0.5 MiB .*0.3 MiB of .*0.6 MiB are free"):
+        one.memory.wake()
+
+    assert one.memory.is_asleep
+    assert 5 * STEP == cuda.used
+    two.check()
+    two.memory.close()
+    one.memory.wake()
+    one.check()
+    finish(cuda, one, two)
+
+
+def test_what_is_freed_while_it_sleeps_only_gives_back_addresses() -> None:
+    """There is no memory to unmap, and the others wake."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    first, _ = one.allocate(), one.allocate()
+    one.sleep()
+    cuda.calls.clear()
+
+    one.free(first)
+
+    assert {"cuMemUnmap", "cuMemRelease", "cuCtxSynchronize"}.isdisjoint(cuda.calls)
+    assert 1 == cuda.calls.count("cuMemAddressFree")
+    one.memory.wake()
+    one.check()
+    finish(cuda, one)
+
+
+def test_steps_that_have_been_begun_end_before_memory_is_freed() -> None:
+    """They may still read it."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    address = one.allocate()
+    cuda.calls.clear()
+
+    one.free(address)
+
+    assert cuda.calls.index("cuCtxSynchronize") < cuda.calls.index("cuMemUnmap")
+
+
+def test_nothing_is_freed_for_an_address_that_is_not_its_own() -> None:
+    """Torch may give back what has been closed."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    address = one.allocate()
+    one.memory.close()
+
+    one.memory.free(address)
+    one.memory.free(address + 1)
+
+    assert {} == cuda.left
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_close_gives_everything_back(asleep: bool) -> None:
+    """Whether the model sleeps or not."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(3), one.allocate(3, KV)
+    one.sleep()
+    if not asleep:
+        one.memory.wake()
+
+    finish(cuda, one)
+
+
+def test_memory_in_which_nothing_is_has_none_after_a_load() -> None:
+    """What a load has used for a while, and torch keeps; it is no part of a sleep or a wake."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(2)
+    spare = one.allocate(30)
+    one.memory.empty(spare)
+    one.content.pop(spare)
+
+    one.sleep()
+    one.memory.wake()
+
+    assert 2 * STEP == cuda.used == cuda.copied
+    one.check()
+    one.memory.free(spare)
+    finish(cuda, one)
+
+
+def test_an_allocation_without_room_leaves_nothing() -> None:
+    """Neither addresses nor memory, and the next one that fits goes well."""
+    cuda = FakeCuda(total=4 * STEP)
+    one = Tenant(cuda)
+
+    with pytest.raises(DriverError, match="cuMemCreate: out of memory"):
+        one.allocate(5)
+
+    assert {} == cuda.left
+    one.allocate(4)
+    one.check()
+    finish(cuda, one)
+
+
+def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is told once, with what helps."""
+    cuda = FakeCuda(refuses={"cuMemHostRegister_v2"})
+    one = Tenant(cuda)
+    one.allocate(), one.allocate()
+
+    one.sleep()
+    one.memory.wake()
+
+    one.check()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "event=host_memory_not_pinned" in line
+    assert "ulimit -l unlimited" in line
+    finish(cuda, one)
+
+
+def test_a_sleep_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model stays awake, and the message says what is wanted."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(16), one.allocate(16)
+    made = cuda_memory.HostCopy
+    left = [1]
+
+    def scarce(driver: Driver, nbytes: int) -> cuda_memory.HostCopy:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("Cannot allocate memory")
+        return made(driver, nbytes)
+
+    monkeypatch.setattr(cuda_memory, "HostCopy", scarce)
+    with pytest.raises(NoRoom, match=r"no host memory for 2.0 MiB of weights asleep: .*allocate"):
+        one.sleep()
+
+    assert not one.memory.is_asleep
+    assert 0 == one.memory.host_bytes
+    one.check()
+    finish(cuda, one)
+
+
+def test_kv_memory_of_another_size_gets_a_copy_of_another_size() -> None:
+    """What is dropped may change from sleep to sleep."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    address = one.allocate(4, KV)
+    one.sleep()
+    one.memory.wake()
+    one.tags[address] = WEIGHTS
+    one.step()
+
+    one.sleep()
+    one.memory.wake()
+
+    one.check()
+    assert 4 * STEP == one.memory.host_bytes
+    finish(cuda, one)
+
+
+def test_memory_tells_what_it_holds() -> None:
+    """In logs and failed tests."""
+    one = Tenant(FakeCuda())
+    one.allocate(1)
+    assert f"<ModelMemory awake segments=1 device={STEP} host=0>" == repr(one.memory)
+
+    one.sleep()
+    assert f"<ModelMemory asleep segments=1 device=0 host={STEP}>" == repr(one.memory)
+
+
+# --- calls that fail ----------------------------------------------------------------------------
+
+
+def allocate(one: Tenant) -> None:
+    one.allocate(2)
+
+
+def sleep(one: Tenant) -> None:
+    one.sleep()
+
+
+def sleep_again(one: Tenant) -> None:
+    one.sleep()
+    one.memory.wake()
+    one.step()
+    one.train()
+    one.sleep()
+
+
+def wake(one: Tenant) -> None:
+    one.sleep()
+    one.memory.wake()
+
+
+def free(one: Tenant) -> None:
+    one.free(next(iter(one.content)))
+
+
+def free_asleep(one: Tenant) -> None:
+    one.sleep()
+    one.free(next(iter(one.content)))
+
+
+def close(one: Tenant) -> None:
+    one.sleep()
+    one.memory.wake()
+    one.memory.close()
+    one.content.clear()
+
+
+def close_asleep(one: Tenant) -> None:
+    one.sleep()
+    one.memory.close()
+    one.content.clear()
+
+
+def failures(do: Callable[[Tenant], None]) -> Iterator[str]:
+    """Have each driver call of `do` fail once, everything made anew; yields the calls' names."""
+    for place in range(1000):
+        cuda = FakeCuda()
+        one, other = Tenant(cuda), Tenant(cuda, seed=2)
+        for tenant in (other, one):
+            tenant.allocate(2), tenant.allocate(1), tenant.allocate(3, KV)
+        cuda.fails_at = place
+        with suppress(DriverError, NoRoom):
+            do(one)
+        if cuda.failed is None:
+            return
+        yield cuda.failed
+        cuda.fails_at = None
+        check_books(cuda, one, other)
+        one.check()
+        other.check()
+        # Nothing is lost: what has failed goes well the next time.
+        if one.content and not one.memory.is_asleep:
+            one.sleep()
+        one.memory.wake()
+        one.check()
+        other.sleep()
+        other.memory.wake()
+        other.check()
+        check_books(cuda, one, other)
+        finish(cuda, one, other)
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize(
+    ("do", "calls"),
+    [
+        (allocate, {"cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess"}),
+        (
+            sleep,
+            {
+                "cuCtxSynchronize",
+                "cuMemHostRegister_v2",
+                "cuStreamCreate",
+                "cuMemcpyDtoHAsync_v2",
+                "cuStreamSynchronize",
+                "cuMemUnmap",
+                "cuMemRelease",
+            },
+        ),
+        (sleep_again, {"cuMemcpyDtoHAsync_v2", "cuMemUnmap"}),
+        (
+            wake,
+            {
+                "cuMemCreate",
+                "cuMemMap",
+                "cuMemSetAccess",
+                "cuMemcpyHtoDAsync_v2",
+                "cuMemsetD8Async",
+                "cuStreamSynchronize",
+            },
+        ),
+        (free, {"cuCtxSynchronize", "cuMemUnmap", "cuMemRelease", "cuMemAddressFree"}),
+        (free_asleep, {"cuMemHostUnregister", "cuMemAddressFree"}),
+        (close, {"cuMemHostUnregister", "cuMemUnmap", "cuMemRelease", "cuMemAddressFree"}),
+        (close_asleep, {"cuMemHostUnregister", "cuMemAddressFree", "cuStreamDestroy_v2"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_driver_call_that_fails_once_costs_nobody_anything(
+    do: Callable[[Tenant], None], calls: set[str]
+) -> None:
+    """Wherever it is: others are whole, the books are right, and the next attempt goes well."""
+    assert calls <= set(failures(do))
+
+
+# --- any order ----------------------------------------------------------------------------------
+
+ACTIONS = ("allocate", "allocate kv", "free", "sleep", "wake", "step", "train", "close", "others")
+Action = tuple[str, int, int]
+
+
+class World:
+    """Several models on a device with a limit, one action after the other."""
+
+    def __init__(self, models: int, total: int) -> None:
+        self.cuda = FakeCuda(total=total)
+        self.tenants = [Tenant(self.cuda, seed=number) for number in range(models)]
+
+    def act(self, action: Action) -> None:
+        name, who, number = action
+        tenant = self.tenants[who % len(self.tenants)]
+        before = self.cuda.copied
+        wanted = tenant.to_be_copied()
+        asleep = tenant.memory.is_asleep
+        try:
+            self._do(name, tenant, number)
+        except (DriverError, NoRoom):
+            assert name in ("allocate", "allocate kv", "wake")
+            assert asleep == tenant.memory.is_asleep
+        else:
+            copies = name == "sleep" and not asleep
+            assert (wanted if copies else 0) == self.cuda.copied - before
+        for each in self.tenants:
+            each.check()
+        check_books(self.cuda, *self.tenants)
+
+    def _do(self, name: str, tenant: Tenant, number: int) -> None:
+        asleep = tenant.memory.is_asleep
+        match name:
+            case "allocate" if not asleep:
+                tenant.allocate(1 + number % 4)
+            case "allocate kv" if not asleep:
+                tenant.allocate(1 + number % 4, KV)
+            case "free" if tenant.content:
+                tenant.free(sorted(tenant.content)[number % len(tenant.content)])
+            case "sleep" if not asleep:
+                tenant.sleep()
+            case "wake":
+                tenant.memory.wake()
+            case "step" if not asleep:
+                tenant.step()
+            case "train" if not asleep:
+                tenant.train()
+            case "close":
+                tenant.memory.close()
+                tenant.content.clear()
+                tenant.saved.clear()
+            case "others":
+                self.cuda.others = STEP * (number % 4)
+                self.cuda.others = min(self.cuda.others, self.cuda.total - self.cuda.used)
+
+    def end(self) -> None:
+        finish(self.cuda, *self.tenants)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3), st.integers(0, 99)), max_size=40
+    ),
+    st.integers(1, 4),
+    st.integers(4, 30),
+)
+@settings(max_examples=examples(60), deadline=None)
+def test_models_keep_what_is_theirs_in_any_order(
+    actions: list[Action], models: int, steps: int
+) -> None:
+    """Under a limit that is never exceeded; nothing is left in the end."""
+    world = World(models, steps * STEP)
+    for action in actions:
+        world.act(action)
+    world.end()
+
+
+def test_every_byte_is_accounted_for_over_a_thousand_operations() -> None:
+    """Of four models, in random order, a close among a hundred."""
+    chance = random.Random(4)  # noqa: S311
+    weights = [20, 10, 8, 20, 20, 10, 5, 1, 6]
+    world = World(4, 40 * STEP)
+    for _ in range(1000):
+        (name,) = chance.choices(ACTIONS, weights)
+        world.act((name, chance.randrange(4), chance.randrange(100)))
+    assert world.cuda.calls.count("cuMemcpyHtoDAsync_v2") > 100
+    world.end()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=8),
+    st.integers(0, 40),
+    st.integers(1, 40),
+)
+def test_a_range_is_what_is_inside_and_what_is_outside(
+    ranges: list[Range], start: int, nbytes: int
+) -> None:
+    """Of any ranges, overlapping ones too."""
+    covered = {place for low, size in ranges for place in range(low, low + size)}
+    whole = set(range(start, start + nbytes))
+    united = merged(ranges)
+
+    def places(found: Iterator[Range]) -> list[int]:
+        return [place for low, size in found for place in range(low, low + size)]
+
+    assert sorted(covered) == places(iter(united))
+    assert sorted(whole & covered) == places(cuda_memory.inside((start, nbytes), united))
+    assert sorted(whole - covered) == places(cuda_memory.outside((start, nbytes), united))

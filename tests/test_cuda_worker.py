@@ -1,0 +1,539 @@
+"""A GPU worker as one of several of a process: what it does otherwise than vLLM's own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.cuda import STEP, FakeCuda, read, write
+from vllm_hotswap.errors import HotswapError, NoRoom
+from vllm_hotswap.host import cuda_hosting, cuda_pools
+from vllm_hotswap.host.cuda_driver import Driver
+from vllm_hotswap.host.cuda_hosting import HostedOnCuda
+from vllm_hotswap.host.cuda_memory import ModelMemory
+from vllm_hotswap.host.cuda_pools import ALLOCATE, FREE, ModelPools
+from vllm_hotswap.host.teardown import pools_of
+
+
+class Storage:
+    """Memory of a tensor, from a pool."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.size = address, nbytes
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def nbytes(self) -> int:
+        return self.size
+
+
+class Tensor:
+    """A tensor of the fake torch, alone in its segment."""
+
+    def __init__(self, pool: FakePool | None, nbytes: int) -> None:
+        self.pool = pool
+        self.storage = Storage(pool.take(nbytes) if pool else 0, nbytes)
+
+    def untyped_storage(self) -> Storage:
+        return self.storage
+
+
+class FakePool:
+    """Calls the two functions as torch does, by their addresses."""
+
+    def __init__(self, allocate: int, free: int) -> None:
+        self._allocate, self._free = ALLOCATE(allocate), FREE(free)
+        self.used: dict[int, int] = {}
+        self.spare: dict[int, int] = {}
+
+    def take(self, nbytes: int) -> int:
+        address = self._allocate(nbytes, 0, None)
+        if not address:
+            raise MemoryError("CUDA out of memory")
+        self.used[address] = nbytes
+        return int(address)
+
+    def let_go(self, tensor: Tensor) -> None:
+        """The tensor is gone; torch keeps its memory."""
+        address = tensor.storage.address
+        self.spare[address] = self.used.pop(address)
+
+    def give_back(self) -> None:
+        for address, nbytes in [*self.spare.items()]:
+            self._free(address, nbytes, 0, None)
+        self.spare.clear()
+
+
+class FakeTorch:
+    """Torch, as far as it is asked here. `told` are the calls that have no result."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.moved: list[Any] = []
+        self.pools: list[FakePool] = []
+        self.current: FakePool | None = None
+        self.on_empty_cache = lambda: None
+        self.collects_garbage: list[bool] = []
+
+    def allocator(self, allocate: int, free: int) -> Any:
+        return allocate, free
+
+    def pool(self, allocator: Any) -> FakePool:
+        pool = FakePool(*allocator)
+        self.pools.append(pool)
+        return pool
+
+    @contextmanager
+    def using(self, pool: FakePool) -> Iterator[None]:
+        before, self.current = self.current, pool
+        self.collects_garbage.append(gc.isenabled())
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def unused(self, pool: FakePool) -> list[int]:
+        return list(pool.spare)
+
+    def synchronize(self) -> None:
+        self.told.append("synchronize")
+
+    def empty_cache(self) -> None:
+        self.told.append("empty_cache")
+        self.on_empty_cache()
+
+    def clear_workspaces(self) -> None:
+        self.told.append("clear_workspaces")
+
+    def move_out(self, is_inside: Any) -> list[str]:
+        self.moved.append(is_inside)
+        return []
+
+    def clear_before_captures(self) -> None:
+        self.told.append("clear_before_captures")
+
+    def tensor(self, nbytes: int) -> Tensor:
+        return Tensor(self.current, nbytes)
+
+    def forget(self, *tensors: Tensor) -> None:
+        """Nobody has these tensors any more, and torch gives back what is free."""
+        for tensor in tensors:
+            assert tensor.pool is not None
+            tensor.pool.let_go(tensor)
+        for pool in self.pools:
+            pool.give_back()
+
+
+class Worker:
+    """vLLM's, as far as it matters: what it asks for, and in which order."""
+
+    asks_for = ("weights", "runtime", "kv_cache", "workspace")
+
+    def __init__(self, torch: FakeTorch, kv_bytes: int | None = 4 * STEP) -> None:
+        self.torch = torch
+        self.cache_config = SimpleNamespace(
+            gpu_memory_utilization=0.92, kv_cache_memory_bytes=kv_bytes
+        )
+        self.lora_config: Any = None
+        self.parallel_config = SimpleNamespace(enable_eplb=False)
+        self.vllm_config = SimpleNamespace(weight_transfer_config=None)
+        self.model_config = SimpleNamespace(model="one")
+        self.demanded: list[float] = []
+        self.reloads = 0
+        self.fails = False
+        self.tensors: dict[str, Tensor] = {}
+
+    def init_device(self) -> None:
+        self.demanded.append(self.cache_config.gpu_memory_utilization)
+        if self.fails:
+            raise ValueError("no such device")
+
+    def load(self) -> None:
+        """What an engine has done by the end of a load."""
+        self.init_device()
+        sizes = {"weights": 3 * STEP, "kv_cache": 4 * STEP}
+        for tag in self.asks_for:
+            with self._maybe_get_memory_pool_context(tag):
+                self.tensors[tag] = self.torch.tensor(sizes.get(tag, 100))
+        parameter = self.tensors["weights"]
+        self.model_runner = SimpleNamespace(
+            model=SimpleNamespace(parameters=lambda: iter([parameter, parameter])),
+            kv_caches=[[self.tensors["kv_cache"]], None],
+            cudagraph_manager=SimpleNamespace(graphs={1: "graph"}),
+        )
+        self.compile_or_warm_up_model()
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> Any:
+        raise AssertionError("the allocator of the whole process")
+
+    def compile_or_warm_up_model(self) -> float:
+        self.torch.told.append("captures")
+        return 1.5
+
+    def shutdown(self) -> None:
+        self.torch.told.append("shutdown")
+
+    def reload_weights(self, path: str) -> str:
+        self.reloads += 1
+        return path
+
+    def reset_weights(self) -> None:
+        self.reloads += 1
+
+
+class Hosted(HostedOnCuda, Worker):
+    """Ours, on the fake device."""
+
+    def __init__(self, cuda: FakeCuda, kv_bytes: int | None = 4 * STEP) -> None:
+        self._torch = FakeTorch()
+        self.cuda = cuda
+        Worker.__init__(self, self._torch, kv_bytes)
+
+    def _make_memory(self) -> ModelMemory:
+        return ModelMemory(Driver(0, self.cuda))
+
+
+def loaded(cuda: FakeCuda | None = None) -> Hosted:
+    worker = Hosted(cuda or FakeCuda())
+    worker.load()
+    return worker
+
+
+# --- a load ------------------------------------------------------------------------------------
+
+
+def test_a_second_model_does_not_need_most_of_the_device() -> None:
+    """vLLM demands that so much is free for each; it is told less, and only there."""
+    worker = loaded()
+
+    assert [0.001] == worker.demanded
+    assert 0.92 == worker.cache_config.gpu_memory_utilization
+
+
+def test_the_demand_is_as_it_was_after_a_load_that_failed() -> None:
+    """The configuration is the model's, not the load's."""
+    worker = Hosted(FakeCuda())
+    worker.fails = True
+
+    with pytest.raises(ValueError, match="no such device"):
+        worker.load()
+
+    assert 0.92 == worker.cache_config.gpu_memory_utilization
+    assert worker.take_pools() is None
+
+
+def test_kv_memory_is_never_measured() -> None:
+    """vLLM would count on nobody else on the device, and clear everybody's graphs."""
+    with pytest.raises(HotswapError, match="set kv_cache_memory_bytes"):
+        Hosted(FakeCuda(), kv_bytes=None).load()
+
+
+@pytest.mark.parametrize("asks_for", [("weights", "kv_cache"), Worker.asks_for])
+def test_weights_and_kv_memory_are_in_pools_of_their_own(asks_for: tuple[str, ...]) -> None:
+    """In the form of vLLM 0.26 and of 0.32; what else there is stays with torch."""
+    cuda = FakeCuda()
+    worker = Hosted(cuda)
+    worker.asks_for = asks_for  # type: ignore[misc]
+
+    worker.load()
+
+    assert 7 * STEP == cuda.used == worker.pools.memory.device_bytes
+    assert {"weights", "kv_cache"} == {tag for tag in asks_for if worker.tensors[tag].pool}
+
+
+def test_two_workers_have_memory_of_their_own() -> None:
+    """One sleeps, and the other one's stays."""
+    cuda = FakeCuda()
+    one, two = loaded(cuda), loaded(cuda)
+    write(two.tensors["kv_cache"].storage.address, b"two")
+
+    one.sleep()
+
+    assert 7 * STEP == cuda.used
+    assert b"two" == read(two.tensors["kv_cache"].storage.address, 3)
+
+
+def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_not_after() -> None:
+    """Graphs know the address of theirs. What it would do to them shows `test_cuda_torch`."""
+    worker = loaded()
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+
+    assert "clear_before_captures" == torch.told[0]
+    assert "captures" == torch.told[-1]
+    unload(worker)
+    told = torch.told[torch.told.index("captures") :]
+    assert ["synchronize", "clear_workspaces", "empty_cache"] == told[1:4]
+
+
+def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
+    """Torch keeps it in the pool, where nobody will ask for it again."""
+    cuda = FakeCuda()
+    torch = FakeTorch()
+    pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
+    with pools.allocating("weights"):
+        for_a_while = torch.tensor(20 * STEP)
+        stays = torch.tensor(STEP)
+        for_a_while.pool.let_go(for_a_while)  # type: ignore[union-attr]
+
+    assert STEP == cuda.used
+    torch.forget(stays)
+    pools.close()
+    assert {} == cuda.left
+
+
+def test_a_worker_may_do_without_memory_of_its_own() -> None:
+    """It does not sleep then; it is content with little all the same, and leaves nothing."""
+    worker = Hosted(cuda := FakeCuda())
+    worker.has_pools = False
+    worker.load()
+
+    assert [0.001] == worker.demanded
+    assert not any(tensor.pool for tensor in worker.tensors.values())
+    assert [] == cuda.calls
+    with pytest.raises(NotImplementedError, match="VLLM_HOTSWAP_CUDA_SLEEP is 0"):
+        worker.sleep()
+    assert "there" == worker.reload_weights("there")
+
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    pools = worker.take_pools()
+    assert pools is not None
+    pools.close()
+    assert ["synchronize", "clear_workspaces", "empty_cache"] == torch.told[-3:]
+
+
+def test_no_garbage_is_collected_while_torch_may_call_back() -> None:
+    """Another thread that collects some would wait for torch's lock, and torch for its own."""
+    torch = FakeTorch()
+    pools = ModelPools(ModelMemory(Driver(0, FakeCuda())), torch)
+    assert gc.isenabled()
+
+    with contextlib.suppress(KeyError), pools.allocating("weights"):
+        raise KeyError
+
+    assert [False] == torch.collects_garbage
+    assert gc.isenabled()
+
+
+def test_a_load_that_does_not_fit_fails_as_torch_has_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch raises its own error; the callback has told why in the log."""
+    caplog.set_level(logging.INFO, "vllm_hotswap.host")
+    cuda = FakeCuda(total=5 * STEP)
+
+    with pytest.raises(MemoryError, match="CUDA out of memory"):
+        loaded(cuda)
+
+    assert "event=allocation_failed" in caplog.text
+    assert 3 * STEP == cuda.used  # the weights, which go with their tensors
+
+
+# --- sleep and wake ------------------------------------------------------------------------------
+
+
+def test_a_worker_sleeps_and_wakes() -> None:
+    """Weights are as they were, KV memory is zero."""
+    worker = loaded(cuda := FakeCuda())
+    weights, kv = (worker.tensors[tag].storage.address for tag in ("weights", "kv_cache"))
+    write(weights, b"weights"), write(kv, b"kv")
+    assert (7 * STEP, 3 * STEP) == worker.sleep_bytes()
+
+    worker.sleep()
+    assert 0 == cuda.used
+    worker.wake_up()
+
+    assert (b"weights", bytes(4 * STEP)) == (read(weights, 7), read(kv, 4 * STEP))
+    assert 3 * STEP == worker.pools.memory.host_bytes
+
+
+def test_there_is_no_second_level() -> None:
+    """It is refused, and nothing is done."""
+    worker = loaded(cuda := FakeCuda())
+
+    with pytest.raises(NotImplementedError, match="sleep level 2"):
+        worker.sleep(2)
+
+    assert not worker.supports_discard()
+    assert 7 * STEP == cuda.used
+
+
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [
+        (lambda worker: None, 1),
+        (lambda worker: worker.reload_weights("there"), 2),
+        (lambda worker: worker.reset_weights(), 2),
+        (lambda worker: setattr(worker, "lora_config", "adapters"), 2),
+        (lambda worker: setattr(worker.parallel_config, "enable_eplb", True), 2),
+        (lambda worker: setattr(worker.vllm_config, "weight_transfer_config", "trainer"), 2),
+    ],
+    ids=["nothing", "reload_weights", "reset_weights", "adapters", "experts", "a trainer"],
+)
+def test_weights_are_copied_again_where_something_may_have_written_to_them(
+    change: Any, times: int
+) -> None:
+    """Slots of adapters, experts that move, a trainer's; otherwise they are copied once."""
+    worker = loaded(cuda := FakeCuda())
+    worker.sleep()
+    worker.wake_up()
+    change(worker)
+
+    worker.sleep()
+
+    assert times * 3 * STEP == cuda.copied
+
+
+def test_a_wake_takes_what_torch_keeps_before_it_gives_up() -> None:
+    """Steps of other models leave memory that is free, and torch's."""
+    cuda = FakeCuda(total=8 * STEP)
+    worker = loaded(cuda)
+    worker.sleep()
+    cuda.others = 2 * STEP  # activations of another model
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    torch.on_empty_cache = lambda: setattr(cuda, "others", 0)
+
+    worker.wake_up()
+
+    assert 7 * STEP == cuda.used
+
+
+def test_a_wake_without_room_says_so() -> None:
+    """And can be tried again."""
+    cuda = FakeCuda(total=8 * STEP)
+    worker = loaded(cuda)
+    worker.sleep()
+    cuda.others = 2 * STEP
+
+    with pytest.raises(NoRoom, match="it is still asleep"):
+        worker.wake_up()
+
+    cuda.others = 0
+    worker.wake_up()
+    assert 7 * STEP == cuda.used
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def unload(worker: Hosted, *left: str) -> None:
+    """What `HostedEngine` does; `left` are tags whose tensors somebody has kept."""
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    pools = pools_of(
+        {"model_executor": SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))}
+    )
+    tensors = [worker.tensors[tag] for tag in {"weights", "kv_cache"} - set(left)]
+    torch.on_empty_cache = lambda: torch.forget(*[tensors.pop() for _ in [*tensors]])
+    pools.close()
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_an_unload_gives_everything_back(asleep: bool) -> None:
+    """Whether the model sleeps or not, over and over."""
+    cuda = FakeCuda()
+    known = set(cuda_pools._functions)
+    for _ in range(12):
+        worker = loaded(cuda)
+        worker.sleep()
+        if not asleep:
+            worker.wake_up()
+        unload(worker)
+
+        assert {} == cuda.left
+        assert {} == cuda.streams
+        del worker
+    gc.collect()
+    assert len(set(cuda_pools._functions) - known) <= 1  # of the last load
+
+
+def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To take it away earlier would end the process at its next use."""
+    cuda = FakeCuda()
+    worker = loaded(cuda)
+    unload(worker, "weights")
+
+    assert "event=tensors_left" in caplog.text
+    assert 3 * STEP == cuda.used
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    kept = worker.tensors["weights"]
+    del worker
+    gc.collect()
+    torch.forget(kept)
+    assert {} == cuda.left
+
+
+def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
+    """Also for tensors of a load that has failed, which are gone after its worker."""
+    cuda = FakeCuda()
+    worker = loaded(cuda)
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    tensors = [worker.tensors["weights"], worker.tensors["kv_cache"]]
+    del worker
+    gc.collect()
+
+    torch.forget(*tensors)
+
+    assert {} == cuda.left
+
+
+def test_graphs_go_at_once() -> None:
+    """And not with a garbage collection; a worker that has failed early has none."""
+    worker = loaded()
+    worker.let_go_of_graphs()
+    assert {} == worker.model_runner.cudagraph_manager.graphs
+
+    Hosted(FakeCuda()).let_go_of_graphs()
+
+
+def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in wrappers, of which vLLM knows all."""
+    cleared: list[str] = []
+    for module, name in cuda_hosting.WRAPPERS:
+        wrapper = SimpleNamespace(clear_all_graphs=lambda name=name: cleared.append(name))
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: wrapper}))
+
+    loaded().let_go_of_graphs()
+
+    assert ["CUDAGraphWrapper", "BreakableCUDAGraphWrapper"] == cleared
+
+
+def test_the_end_of_a_worker_process_leaves_nothing_for_torch_to_call() -> None:
+    """Its interpreter takes our functions apart before torch's pools."""
+    worker = loaded(cuda := FakeCuda())
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    in_pools = [tensor for tensor in worker.tensors.values() if tensor.pool]
+    torch.on_empty_cache = lambda: torch.forget(*[in_pools.pop() for _ in [*in_pools]])
+    pools = worker.pools
+
+    worker.shutdown()
+    worker.shutdown()
+
+    assert [] == pools._pools
+    assert {} == cuda.left
+    assert 2 == torch.told.count("shutdown")
+
+
+def test_what_is_kept_for_the_whole_process_lies_elsewhere() -> None:
+    """It is asked for after each time that something was allocated."""
+    worker = loaded()
+    torch: FakeTorch = worker._torch  # type: ignore[assignment]
+    inside = torch.moved[-1]
+
+    assert 2 == len(torch.moved)
+    weights = worker.tensors["weights"].storage
+    assert inside(weights.address + weights.size - 1)
+    assert not inside(weights.address + worker.pools.memory.device_bytes * 100)
+
+
+def test_a_worker_of_another_kind_has_no_pools() -> None:
+    """Nor has an engine that could not be made."""
+    assert pools_of({}) is None
+    assert pools_of({"model_executor": SimpleNamespace(driver_worker=None)}) is None
