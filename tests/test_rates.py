@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.access import Access
+from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import RateLimited
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.limits import Rate
@@ -165,13 +166,14 @@ async def test_calls_of_one_key_are_counted(make_server: MakeServer) -> None:
 
 async def test_batches_of_embeddings_pass_by_default(make_server: MakeServer) -> None:
     """Five calls at once of as many inputs as there may be, and more within the minute."""
-    server = await make_server(access=ACCESS, clock=Clock())
+    models = {"llama": FakeSettings(tasks=("embed",))}
+    server = await make_server(access=ACCESS, clock=Clock(), settings=models)
     server.app.router._rates._is_local = lambda: False
     headers = {"authorization": "Bearer ann"}
-    content = {"model": "llama", "prompt": ["a"] * 2048}
+    content = {"model": "llama", "input": ["a"] * 2048}
 
     async def embed() -> int:
-        path = "/v1/completions"
+        path = "/v1/embeddings"
         return (await server.post(path, json=content, headers=headers)).status_code
 
     assert [200] * 5 == await asyncio.gather(*(embed() for _ in range(5)))
