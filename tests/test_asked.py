@@ -196,6 +196,47 @@ def named_strict(properties: int) -> dict[str, Any]:
     return schema
 
 
+def text_with(part: int) -> dict[str, Any]:
+    return {"type": "string", "pattern": f".*x{part}.*"}
+
+
+def texts_with(parts: int) -> list[dict[str, Any]]:
+    return [text_with(part) for part in range(parts)]
+
+
+def named_texts(parts: int) -> dict[str, Any]:
+    """Each by a reference."""
+    named = {f"p{part}": text_with(part) for part in range(parts)}
+    return {"$defs": named, "allOf": [{"$ref": f"#/$defs/{name}"} for name in named]}
+
+
+def chain_of(parts: int) -> dict[str, Any]:
+    """Each refers to the next."""
+    named = {f"p{n}": {**text_with(n), "$ref": f"#/$defs/p{n + 1}"} for n in range(parts)}
+    return {"$defs": named, "$ref": "#/$defs/p0"}
+
+
+def nested_texts(parts: int) -> dict[str, Any]:
+    schema = text_with(0)
+    for part in range(1, parts):
+        schema = {**text_with(part), "allOf": [schema]}
+    return schema
+
+
+def lark_of(rules: int, body: str) -> str:
+    names = [f"a{n}" for n in range(rules)]
+    return "\n".join([f"start: {' | '.join(names)}", *(f"{name}: {body}" for name in names)])
+
+
+MIXED = {
+    "definitions": {"id": {"type": "string", "pattern": "^[a-z]+$", "minLength": 1}},
+    "allOf": [
+        {"properties": {"id": {"$ref": "#/definitions/id"}, "at": {"format": "date-time"}}},
+        {"properties": {"mail": {"format": "email"}, "parts": {"items": {"$ref": "#"}}}},
+        {"properties": {"kind": {"anyOf": [{"pattern": "^a"}, {"pattern": "^b"}]}}},
+    ],
+}
+
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": schema_of(2001)}}]
 LIGHT_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": schema_of(10)}}]
 
@@ -234,6 +275,28 @@ LIGHT_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": sche
         {"structured_outputs": {"regex": "a{9999999999999999999,}"}},
         {"structured_outputs": {"grammar": 'root ::= "a"{,100000}'}},
         {"structured_outputs": {"grammar": 'start: "a"~1..100000'}},
+        {"structured_outputs": {"json": {"allOf": texts_with(20)}}},
+        {"structured_outputs": {"json": {"allOf": texts_with(6)}}},
+        {"structured_outputs": {"json": {**text_with(0), "allOf": texts_with(5)}}},
+        {"structured_outputs": {"json": {"anyOf": [{"allOf": texts_with(6)}, {}]}}},
+        {"structured_outputs": {"json": {"allOf": [{"allOf": texts_with(3)}] * 2}}},
+        {
+            "structured_outputs": {
+                "json": {"allOf": [{"properties": {"a": text_with(n)}} for n in range(6)]}
+            }
+        },
+        {"structured_outputs": {"json": {"allOf": [{"format": "date"} for _ in range(6)]}}},
+        {"structured_outputs": {"json": {"properties": {"pattern": {"allOf": texts_with(6)}}}}},
+        {"structured_outputs": {"json": named_texts(6)}},
+        {"structured_outputs": {"json": chain_of(6)}},
+        {"structured_outputs": {"json": nested_texts(6)}},
+        {"response_format": asked_for({"allOf": texts_with(6)})},
+        {"structured_outputs": {"json": {"patternProperties": {f"^a{n}": {} for n in range(250)}}}},
+        {"structured_outputs": {"grammar": lark_of(1500, "/abcd.*/ start?")}},
+        {"structured_outputs": {"grammar": lark_of(400, "/abcd/ start?")}},
+        {"structured_outputs": {"grammar": lark_of(400, '"abcd" [^x]* start?')}},
+        {"structured_outputs": {"regex": "|".join(["abc.*"] * 400)}},
+        {"structured_outputs": {"json": {"pattern": "|".join(["abc.*"] * 400)}}},
     ],
 )
 def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any]) -> None:
@@ -265,6 +328,18 @@ def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any])
         {"structured_outputs": {"regex": "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"}},
         {"response_format": asked_for({"type": "string", "maxLength": 10_000, "minLength": 1})},
         {"text": "x" * 100},
+        {"structured_outputs": {"json": {"allOf": texts_with(3)}}},
+        {"structured_outputs": {"json": {"anyOf": texts_with(300)}}},
+        {
+            "structured_outputs": {
+                "json": {"properties": {f"p{n}": text_with(n) for n in range(600)}}
+            }
+        },
+        {"structured_outputs": {"json": named_texts(3)}},
+        {"response_format": asked_for(MIXED)},
+        {"structured_outputs": {"json": {"patternProperties": {f"^a{n}": {} for n in range(20)}}}},
+        {"structured_outputs": {"grammar": lark_of(100, "/[a-z]+/ start?")}},
+        {"structured_outputs": {"grammar": lark_of(1000, '"abcd" // a comment')}},
     ],
 )
 def test_usual_grammars_pass(body: dict[str, Any]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.fair_pool import LONG_S, FairPool, Overdue
 
 SOON_S = 30.0
 
@@ -43,6 +45,16 @@ class Work:
     def _begin(self, name: str) -> str:
         self.began.append(name)
         return name
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 @pytest.fixture
@@ -132,3 +144,136 @@ def test_a_pool_that_ends_does_what_it_has_or_gives_it_up(work: Work, cancels: b
         assert "a0" == result()
     with pytest.raises(RuntimeError, match="after shutdown"):
         mine.ask("b", 1)
+
+
+ENDLESS = """
+import threading
+from vllm_hotswap.fair_pool import FairPool
+
+began = threading.Event()
+
+def go_on():
+    began.set()
+    threading.Event().wait()
+
+pool = FairPool(1)
+pool.submit_for("a", go_on)
+pool.submit_for("a", go_on)
+assert began.wait(30)
+pool.shutdown(wait=False, cancel_futures=True)
+print("over")
+"""
+
+
+def test_a_job_without_end_does_not_keep_the_process() -> None:
+    """Its thread is not waited for when the interpreter ends."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDLESS], capture_output=True, text=True, timeout=SOON_S, check=True
+    )
+    assert "over\n" == ended.stdout
+
+
+def test_several_jobs_at_once_have_a_thread_each() -> None:
+    """Those that have been idle, and new ones."""
+    pool = FairPool(2)
+    assert ["a0"] == done(Work(pool).ask("a", 1))
+    both = threading.Barrier(2)
+    met = [pool.submit_for("a", both.wait, SOON_S) for _ in range(2)]
+
+    assert {0, 1} == {future.result(SOON_S) for future in met}
+    pool.shutdown()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def spare(clock: Clock) -> Iterator[FairPool]:
+    """One thread, and two more for what is overdue."""
+    pool = FairPool(1, spare=2, clock=clock)
+    yield pool
+    pool.shutdown()
+
+
+def test_others_do_not_wait_for_a_job_that_is_overdue(spare: FairPool, clock: Clock) -> None:
+    """Its caller's do not wait, either: they are refused, until it has ended."""
+    slow = Work(spare)
+    slow.hold("a")
+    mine, others = Work(spare).ask("a", 2), Work(spare).ask("b", 2)
+    clock.now_s = LONG_S
+    spare.look()
+    assert not any(future.done() for future in mine + others)
+
+    clock.now_s += 1
+    spare.look()
+    assert ["b0", "b1"] == done(others)
+    for future in mine:
+        with pytest.raises(Overdue):
+            future.result(SOON_S)
+    with pytest.raises(Overdue):
+        slow.ask("a", 1)
+
+    slow.let_go()
+    both = Work(spare)
+    assert ["b0"] == done(both.ask("b", 1))
+    spare.shutdown()
+    assert "<FairPool running={} waiting={}>" == repr(spare)
+
+
+def test_a_caller_is_served_again_when_its_job_has_ended(spare: FairPool, clock: Clock) -> None:
+    """However long that took."""
+    slow = Work(spare)
+    held = slow.hold("a")
+    clock.now_s = LONG_S + 1
+    with pytest.raises(Overdue):
+        slow.ask("a", 1)
+    slow.let_go()
+
+    assert held.result(SOON_S) is None
+    assert ["a0"] == done(slow.ask("a", 1))
+
+
+def test_there_is_an_end_to_spare_threads(spare: FairPool, clock: Clock) -> None:
+    """When all are taken by what is overdue, nobody is kept waiting for one."""
+    slow = []
+    for caller in "abc":
+        slow.append(Work(spare))
+        slow[-1].hold(caller)
+        clock.now_s += LONG_S + 1
+        if caller == "b":
+            queued = Work(spare).ask("d", 1)
+            assert ["d0"] == done(queued)
+    with pytest.raises(Overdue):
+        slow[0].ask("d", 1)
+
+    for work in slow:
+        work.let_go()
+
+
+def test_what_waits_is_refused_when_the_last_thread_is_overdue(
+    spare: FairPool, clock: Clock
+) -> None:
+    """Whoever asked for it."""
+    slow = [Work(spare) for _ in "abc"]
+    for work, caller in zip(slow, "abc", strict=True):
+        work.hold(caller)
+        clock.now_s += LONG_S + 1 if caller != "c" else 0
+    queued = Work(spare).ask("d", 1)
+    clock.now_s += LONG_S + 1
+    spare.look()
+
+    with pytest.raises(Overdue):
+        queued[0].result(SOON_S)
+    for work in slow:
+        work.let_go()
+
+
+def test_a_pool_without_spare_threads_has_nothing_overdue(pool: FairPool, work: Work) -> None:
+    """What waits goes on to."""
+    work.hold("a")
+    later = work.ask("a", 1)
+    pool.look()
+    work.let_go()
+    assert ["a0"] == done(later)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vllm_hotswap.compat import grammars
 from vllm_hotswap.compat.grammars import (
     ACCOUNT,
     check_aside,
@@ -19,7 +21,8 @@ from vllm_hotswap.compat.grammars import (
     sign,
     take_turns,
 )
-from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
+from vllm_hotswap.fair_pool import LONG_S, FairPool
 from vllm_hotswap.registry import Lease, current_lease
 
 SOON_S = 30.0
@@ -132,6 +135,101 @@ async def test_checks_are_shared_between_accounts(client: Any, pool: FairPool) -
     await client.add_request("two", "prompt", Params("a"))
 
     assert ["", "group a"] == asked_for
+
+
+class Slow:
+    """A client whose checks go on until they are let, and the clock of its pool."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.pool = FairPool(1, spare=1, clock=lambda: self.now_s)
+        self.client: Any = Client()
+        self.began, self.gate = threading.Event(), threading.Event()
+        self.checked: list[str] = []
+        processor: Any = self.client.input_processor
+        processor._validate_params = self._check
+        check_aside(self.client, self.pool)
+
+    def _check(self, params: Params, tasks: tuple[str, ...]) -> bool:
+        self.checked.append(str(params.structured_outputs))
+        if params.structured_outputs == "endless":
+            self.began.set()
+            assert self.gate.wait(SOON_S)
+        return bool(tasks)
+
+    def ask(self, grammar: str, account: str, timeout_s: float | None) -> tuple[Lease, Any]:
+        """The lease of a request, and what becomes of it."""
+        lease = Lease("llama", 1, None, account=account, grammar_timeout_s=timeout_s)
+
+        async def add() -> None:
+            current_lease.set(lease)
+            await self.client.add_request("r", "prompt", Params(grammar))
+
+        return lease, asyncio.create_task(add())
+
+    async def hold(self, account: str, timeout_s: float | None = None) -> tuple[Lease, Any]:
+        held = self.ask("endless", account, timeout_s)
+        assert await asyncio.to_thread(self.began.wait, SOON_S)
+        return held
+
+
+@pytest.fixture
+async def slow(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Slow]:
+    monkeypatch.setattr(grammars, "LOOK_S", 0.01)
+    slow = Slow()
+    yield slow
+    slow.gate.set()
+    slow.pool.shutdown()
+
+
+async def test_a_check_that_takes_too_long_ends_its_request(slow: Slow) -> None:
+    """With the error that a compilation would have had; what has not begun is not done."""
+    first, endless = await slow.hold("a", 0.05)
+    second, queued = slow.ask("other", "b", 0.05)
+    for task in (endless, queued):
+        with pytest.raises(EngineUnavailable, match="grammar_timeout"):
+            await task
+
+    assert isinstance(first.cut, GrammarTimeout)
+    assert isinstance(second.cut, GrammarTimeout)
+    slow.gate.set()
+    slow.pool.shutdown()
+    assert ["endless"] == slow.checked
+
+
+async def test_a_check_that_nobody_waits_for_is_not_begun(slow: Slow) -> None:
+    """Its client has left while it was in the queue."""
+    await slow.hold("a")
+    _, queued = slow.ask("other", "b", None)
+    await asyncio.sleep(0)
+    queued.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await queued
+    slow.gate.set()
+    slow.pool.shutdown()
+
+    assert ["endless"] == slow.checked
+
+
+async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
+    """Those of its own account are refused, and nobody is left in a queue."""
+    _, endless = await slow.hold("a")
+    mine, queued = slow.ask("mine", "a", None)
+    other, passing = slow.ask("other", "b", None)
+    await asyncio.sleep(0.05)
+    assert not passing.done()
+    slow.now_s = LONG_S + 1
+
+    with pytest.raises(EngineUnavailable, match="an earlier one goes on"):
+        await queued
+    await passing
+    assert isinstance(mine.cut, GrammarTimeout)
+    assert (504, "grammar_timeout") == (mine.cut.status, mine.cut.code)
+    assert other.cut is None
+
+    slow.gate.set()
+    await endless
+    await slow.ask("mine", "a", None)[1]
 
 
 @dataclass

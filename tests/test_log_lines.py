@@ -8,6 +8,8 @@ import json
 import logging
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -280,14 +282,71 @@ def test_the_text_of_an_exception_is_no_line(lines: io.StringIO, name: str) -> N
     except ValueError as error:
         logger.exception("event=request_failed")
         logger.error("cause=%s of=%s", "b\x1b[2K", json.dumps({"a": "b"}))
-        if name != "vllm.entrypoints":  # its formatter marks each line
-            logger.error("cause=%s", error)
+        logger.error("cause=%s", error)
     logger.removeHandler(handler)
 
     found = lines.getvalue().splitlines()
     assert any("Traceback" in line for line in found)
     assert [] == [n for n in found if not n.startswith(("ERROR ", "    "))]
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lines.getvalue())
+
+
+class NewLineFormatter(logging.Formatter):
+    """As vLLM's of that name: each line of a message has the prefix."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", "\nERROR ")
+
+
+@pytest.mark.parametrize("name", ["vllm.v1.core.sched", "transformers.some", "no_such.logger"])
+@pytest.mark.parametrize("how", ["bare", "marked", "both"])
+def test_line_breaks_are_kept_only_where_each_line_is_marked(
+    lines: io.StringIO, name: str, how: str
+) -> None:
+    """Whoever logs, and whether its handlers are its own or those of its ancestors."""
+    top = logging.getLogger(name.partition(".")[0])
+    made: dict[str, list[type[logging.Formatter]]] = {
+        "bare": [logging.Formatter],
+        "marked": [NewLineFormatter],
+        "both": [NewLineFormatter, logging.Formatter],
+    }
+    handlers = [logging.StreamHandler(lines) for _ in made[how]]
+    for handler, kind in zip(handlers, made[how], strict=True):
+        handler.setFormatter(kind("%(levelname)s %(message)s"))
+    kept = top.handlers[:], top.propagate
+    top.handlers[:], top.propagate = handlers, False
+    try:
+        logging.getLogger(name).error("Failed to advance FSM for request %s", f"a\n{FORGED}")
+        logging.getLogger(name).error(f"no such thing: a\n{FORGED}")  # noqa: G004  # as vLLM does
+    finally:
+        top.handlers[:], top.propagate = kept
+
+    found = lines.getvalue().splitlines()
+    assert (4 if how == "marked" else 2 * len(handlers)) == len(found)
+    assert all(line.startswith("ERROR ") for line in found)
+
+
+HOST = """
+import logging, sys
+from vllm_hotswap.host.process import set_up_log, _exit
+set_up_log()
+log = logging.getLogger("vllm.v1.core.sched.scheduler")
+log.info("not shown")
+for n in range(int(sys.argv[1])):
+    log.error("Failed to advance FSM for request %s", f"cmpl-{n}\\nINFO event=forged\\n")
+_exit(0)
+"""
+
+
+def test_an_engine_host_writes_few_lines_and_none_of_a_client() -> None:
+    """vLLM sets up no log there: its lines are written as they are."""
+    run = [sys.executable, "-c", HOST, "1000"]
+    told = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True).stderr
+
+    first, last = told.splitlines()
+    assert r"Failed to advance FSM for request cmpl-0\nINFO event=forged\n" == first
+    assert "event=lines_left_out" in last
+    assert last.endswith("left_out=999")
 
 
 @given(st.text(st.characters()))

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from vllm_hotswap.errors import CallTooLarge, GrammarTooLarge
 from vllm_hotswap.model_field import Unread
@@ -111,6 +112,47 @@ _TIMES = re.compile(
     r"(\))?(?:\{[ \t]*+(\d*+)[ \t]*+(?:,[ \t]*+(\d*+)[ \t]*+)?\}|~[ \t]*+(\d++)(?:\.\.(\d++))?)"
 )
 """`{m,n}` of regular expressions and grammars, and `~m..n` of Lark's; after a group, or not."""
+
+_SLASHES = re.compile(r"(?<![\\/])/(?!/)")
+"""Around a regular expression of Lark's; not those of comments."""
+
+_ENDLESS = re.compile(r"[.\])][*+]")
+"""A part of a regular expression that is repeated without a bound."""
+
+EXPRESSION = 10
+"""So many values does a regular expression in a grammar weigh, and a part of one that is repeated
+without a bound: the time grows with the square, 200 such rules take half a second, 400 2.3 s."""
+
+USUAL = 10
+"""So many parts of one pattern may be repeated without a bound, and weigh nothing."""
+
+MEETING = 5
+"""Regular expressions that have to fit one text weigh this much times more for each: six of them,
+all together, are more than usual settings allow."""
+
+PAIRS = 20
+"""So many pairs of patterns for names cost as much as one value: 200 such patterns take 1.5 s."""
+
+_SAME_PLACE = frozenset(
+    [
+        "$dynamicRef",
+        "$recursiveRef",
+        "$ref",
+        "allOf",
+        "anyOf",
+        "contains",
+        "else",
+        "format",
+        "if",
+        "not",
+        "oneOf",
+        "pattern",
+        "patternProperties",
+        "propertyNames",
+        "then",
+    ]
+)
+"""Keys of a schema that ask something of one and the same value."""
 
 MOST_SEARCHED_BYTES = 4 << 20
 """Tools that are larger are taken as strict, rather than searched on the event loop: 2 ms."""
@@ -236,13 +278,14 @@ def _values(grammar: object) -> int:
     """What the time of a compilation grows with: whatever is in a list, and every part of a mapping
     but plain ones, such as titles. Schemas may be texts that have JSON in them.
     """
-    count, left = 0, [grammar]
+    count, left, nodes = 0, [grammar], [grammar]
     while left:
         value = left.pop()
         parts = value if isinstance(value, list) else [*_parts(value)]
-        count += len(parts) + _repetitions(value)
+        count += len(parts) + _repetitions(value) + _expressions(value)
         left += parts
-    return count
+        nodes += parts
+    return count + _Meetings(nodes).weight()
 
 
 def _parts(value: object) -> Iterator[object]:
@@ -251,6 +294,85 @@ def _parts(value: object) -> Iterator[object]:
             part = _parsed(item) if isinstance(item, str) and key in _AS_JSON else item
             if isinstance(part, dict | list | bool):
                 yield part
+
+
+def _expressions(value: object) -> int:
+    """What the regular expressions in it weigh, beyond the values that they are.
+
+    Those of `patternProperties` are compared with each other, pair by pair.
+    """
+    if not isinstance(value, dict):
+        return 0
+    written = 0
+    for key in _AS_TEXT:
+        if isinstance(text := value.get(key), str):
+            endless = len(_ENDLESS.findall(text))
+            if key in ("regex", "pattern"):
+                written += max(0, endless - USUAL)
+            else:
+                written += max(endless, len(_SLASHES.findall(text)) // 2)
+    patterns = value.get("patternProperties")
+    pairs = len(patterns) ** 2 // PAIRS if isinstance(patterns, dict) else 0
+    return EXPRESSION * written + pairs
+
+
+class _Meetings:
+    """How many regular expressions have to fit one and the same text, in a schema.
+
+    What members of an `allOf` ask for is intersected, and so is what stands beside them, and what
+    a `$ref` names. For that, time and memory are multiplied by each.
+    """
+
+    def __init__(self, nodes: list[Any]) -> None:
+        self._nodes = [node for node in nodes if isinstance(node, dict)]
+        self._named: dict[str, list[Any]] = {}
+        for node in self._nodes:
+            for name, item in node.items():
+                if isinstance(item, dict):
+                    self._named.setdefault(name, []).append(item)
+        self._found: dict[int, int] = {}
+        self._weight = 0
+
+    def weight(self) -> int:
+        """In values: nothing where an expression is alone. Too deep a schema weighs too much."""
+        try:
+            for node in reversed(self._nodes):  # parts before what they are part of
+                self._most(node)
+        except RecursionError:
+            return 10**9
+        return self._weight
+
+    def _most(self, node: object) -> int:
+        """The most that meet at one place in it, or in what it consists of."""
+        if isinstance(node, list):
+            return max(map(self._most, node), default=0)
+        if not isinstance(node, dict):
+            return 0
+        if id(node) not in self._found:
+            self._found[id(node)] = 0  # what it is part of itself adds nothing
+            here = [count for count in self._that_meet(node) if count]
+            if len(here) > 1:
+                self._weight += MEETING ** (min(sum(here), 20) - 1)
+            inner = [self._most(item) for key, item in node.items() if key not in _SAME_PLACE]
+            self._found[id(node)] = max(sum(here), *inner, 0)
+        return self._found[id(node)]
+
+    def _that_meet(self, node: dict[str, Any]) -> Iterator[int]:
+        for key, item in node.items():
+            if key in ("pattern", "format"):
+                yield 1 if isinstance(item, str) else self._most(item)
+            elif key == "allOf" and isinstance(item, list):
+                yield from map(self._most, item)
+            elif key in ("$ref", "$dynamicRef", "$recursiveRef") and isinstance(item, str):
+                named = self._named.get(_last_name(item))
+                yield self._most(named) if named else max(self._found.values())
+            elif key in _SAME_PLACE:
+                yield self._most([*item.values()] if key == "patternProperties" else item)
+
+
+def _last_name(reference: str) -> str:
+    """Of what it may name: equal names are taken together, wherever they are."""
+    return unquote(reference).rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
 
 def _repetitions(value: object) -> int:

@@ -459,12 +459,16 @@ class GrammarTimeout(HotswapError):
     type = "timeout_error"
     code = "grammar_timeout"
 
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(
-            f"no token came within {timeout_s:g} s (limits.grammar_timeout) of a request whose "
-            "grammar has to be compiled first; ask for a simpler answer, or repeat it later",
-            retry_after_s=1,
+    def __init__(self, timeout_s: float, *, is_behind: bool = False) -> None:
+        """`is_behind`: it was not looked at, as an earlier check takes more than `timeout_s`."""
+        fact = (
+            f"the grammar cannot be checked now, as the check of an earlier one goes on for more "
+            f"than {timeout_s:g} s"
+            if is_behind
+            else f"no token came within {timeout_s:g} s (limits.grammar_timeout) of a request "
+            "whose grammar has to be checked and compiled first"
         )
+        super().__init__(f"{fact}; ask for a simpler answer, or repeat it later", retry_after_s=1)
 
 
 class DrainCut(HotswapError):

@@ -4,56 +4,122 @@ A thread pool of the standard library works in the order of arrival, so one call
 are done before another's first. Here each caller has a queue of its own. A free thread takes a job
 of the caller who has the fewest jobs under way, and among those of whoever was last served longest
 ago. So a caller without a job under way waits until one job ends, and for no more than that.
+
+A job cannot be stopped. One that takes longer than `LONG_S` is made up for by a spare thread, where
+there are any; its caller's other jobs are refused until it ends. The threads are daemons: no job
+keeps the process from ending.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-Job = tuple["Future[Any]", Callable[[], Any]]
+LONG_S = 10.0
+"""A job that takes longer is overdue, in a pool with spare threads."""
+
+
+class Overdue(Exception):
+    """A job was not done, as an earlier one goes on for too long.
+
+    It is the caller's own, or there are so many that no thread is left.
+    """
+
+
+class Job:
+    """Something to do for a caller."""
+
+    __slots__ = ("began_s", "caller", "future", "work")
+
+    def __init__(self, caller: str, work: Callable[[], Any]) -> None:
+        self.caller = caller
+        self.work = work
+        self.future: Future[Any] = Future()
+        self.began_s = 0.0
 
 
 class FairPool:
     """A few threads, shared between callers by name.
 
     The mutable state is `_queues`, what each caller has asked for and has not begun; `_running`,
-    how many jobs each has under way; `_served`, when each of these had its last turn, as a count.
-    `_lock` guards it: callers and threads are many.
+    the jobs that have; `_served`, when each caller had its last turn, as a count; `_threads`, those
+    that have been started, of which `_idle` have nothing to do; and whether it `_is_shut`. `_lock`
+    guards it: callers and threads are many.
     """
 
-    def __init__(self, threads: int, name: str = "") -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        threads: int,
+        name: str = "",
+        spare: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A pool that starts its threads when there is something to do.
+
+        Args:
+            threads: how many jobs run at a time.
+            name: of the threads.
+            spare: how many more threads there may be, one for each job that is overdue; 0: none
+                ever is.
+            clock: seconds, as `time.monotonic` counts them.
+        """
+        self._most, self._spare = threads, spare
+        self._name = name
+        self._clock = clock
+        self._lock = threading.Condition()
         self._queues: dict[str, deque[Job]] = {}
-        self._running: Counter[str] = Counter()
+        self._running: set[Job] = set()
         self._served: dict[str, int] = {}
         self._turns = 0
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._is_shut = False
 
     def __repr__(self) -> str:
-        waiting = {caller: len(jobs) for caller, jobs in self._queues.items()}
-        return f"<FairPool running={dict(self._running)} waiting={waiting}>"
+        with self._lock:
+            running = dict(self._counts())
+            waiting = {caller: len(jobs) for caller, jobs in self._queues.items()}
+        return f"<FairPool running={running} waiting={waiting}>"
 
     def submit_for(self, caller: str, work: Callable[..., T], *args: Any) -> Future[T]:
         """Have a thread do some work for a caller, in its turn.
 
         Raises:
             RuntimeError: the pool has been shut down.
+            Overdue: a job of the caller is, or so many are that no thread is left.
         """
-        future: Future[T] = Future()
+        job = Job(caller, lambda: work(*args))
         with self._lock:
-            self._queues.setdefault(caller, deque()).append((future, lambda: work(*args)))
-        try:
-            self._threads.submit(self._run_next)  # whichever is next then
-        except RuntimeError:
-            future.cancel()
-            raise
-        return future
+            if self._is_shut:
+                raise RuntimeError("cannot submit work after shutdown")
+            overdue = self._overdue()
+            if caller in (one.caller for one in overdue) or self._is_full_of(overdue):
+                raise Overdue
+            self._queues.setdefault(caller, deque()).append(job)
+            self._relieve(overdue)
+        return job.future
+
+    def look(self) -> None:
+        """Make up for jobs that are overdue by now, and refuse what would wait for one.
+
+        Whoever waits for a job has to call it now and then: the pool has no thread for that.
+        """
+        with self._lock:
+            overdue = self._overdue()
+            late = {job.caller for job in overdue}
+            if self._is_full_of(overdue):
+                late |= self._queues.keys()
+            refused = [job for caller in late for job in self._queues.pop(caller, ())]
+            self._relieve(overdue)
+        for job in refused:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(Overdue())
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Begin nothing new; what `cancel_futures` leaves in its queues is done first.
@@ -62,52 +128,95 @@ class FairPool:
             wait: return when all threads have ended.
             cancel_futures: cancel what has not begun.
         """
-        if cancel_futures:
-            with self._lock:
-                queued = [future for jobs in self._queues.values() for future, _ in jobs]
-                self._queues.clear()
-            for future in queued:
-                future.cancel()
-        self._threads.shutdown(wait=wait, cancel_futures=cancel_futures)
-
-    def _run_next(self) -> None:
-        if (found := self._take()) is None:
-            return  # it was cancelled
-        caller, (future, work) = found
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  # handed on to whoever waits
-            future.set_exception(error)
-        finally:
-            self._end(caller)
-
-    def _take(self) -> tuple[str, Job] | None:
-        """The next job, which is running now; None if all that there are have been cancelled."""
         with self._lock:
-            while self._queues:
-                caller = min(self._queues, key=self._rank)
-                job = self._queues[caller].popleft()
-                if not self._queues[caller]:
-                    del self._queues[caller]
-                if job[0].set_running_or_notify_cancel():
-                    self._turns += 1
-                    self._served[caller] = self._turns
-                    self._running[caller] += 1
-                    return caller, job
-                self._forget(caller)
+            self._is_shut = True
+            queued = [job for jobs in self._queues.values() for job in jobs]
+            if cancel_futures:
+                self._queues.clear()
+            threads = self._threads[:]
+            self._idle = 0
+            self._lock.notify_all()
+        if cancel_futures:
+            for job in queued:
+                job.future.cancel()
+        if wait:
+            for thread in threads:
+                thread.join()
+
+    def _overdue(self) -> list[Job]:
+        if not self._spare:
+            return []
+        now_s = self._clock()
+        return [job for job in self._running if now_s - job.began_s > LONG_S]
+
+    def _is_full_of(self, overdue: list[Job]) -> bool:
+        return len(overdue) >= self._most + self._spare
+
+    def _relieve(self, overdue: list[Job]) -> None:
+        """Have a thread for what waits, if there may be one more."""
+        if not self._queues:
+            return
+        if self._idle:
+            self._idle -= 1
+            self._lock.notify()
+        elif len(self._threads) < self._most + min(len(overdue), self._spare):
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        """What each thread does: one job after the other, until there are too many threads."""
+        while (job := self._next()) is not None:
+            result, error = None, None
+            try:
+                result = job.work()
+            except BaseException as raised:  # noqa: BLE001  # handed on to whoever waits
+                error = raised
+            with self._lock:
+                self._running.discard(job)
+                self._forget(job.caller)
+            if error is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(error)
+            del job, result, error  # the thread may wait for long now
+
+    def _next(self) -> Job | None:
+        """Wait for a job, which is running then; None where this thread is to end."""
+        with self._lock:
+            while True:
+                if len(self._threads) > self._most + len(self._overdue()):
+                    break  # it was a spare one
+                if (job := self._take()) is not None:
+                    return job
+                if self._is_shut:
+                    break
+                self._idle += 1
+                self._lock.wait()
+            self._threads.remove(threading.current_thread())
+            return None
+
+    def _take(self) -> Job | None:
+        """The next job, which is running now; None if all that there are have been cancelled."""
+        counts = self._counts()
+        while self._queues:
+            caller = min(self._queues, key=lambda one: (counts[one], self._served.get(one, 0)))
+            job = self._queues[caller].popleft()
+            if not self._queues[caller]:
+                del self._queues[caller]
+            if job.future.set_running_or_notify_cancel():
+                self._turns += 1
+                self._served[caller] = self._turns
+                job.began_s = self._clock()
+                self._running.add(job)
+                return job
+            self._forget(caller)
         return None
 
-    def _rank(self, caller: str) -> tuple[int, int]:
-        return self._running[caller], self._served.get(caller, 0)
-
-    def _end(self, caller: str) -> None:
-        with self._lock:
-            self._running[caller] -= 1
-            self._forget(caller)
+    def _counts(self) -> Counter[str]:
+        return Counter(job.caller for job in self._running)
 
     def _forget(self, caller: str) -> None:
         """Keep nothing of a caller who asks for nothing."""
-        if self._running[caller] <= 0:
-            del self._running[caller]
-            if caller not in self._queues:
-                self._served.pop(caller, None)
+        if caller not in self._queues and caller not in self._counts():
+            self._served.pop(caller, None)

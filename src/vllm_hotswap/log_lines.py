@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import traceback
+from collections.abc import Mapping
 from typing import Any, Self
 
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -21,8 +22,10 @@ surrogate pairs, for which the line would be lost."""
 _UNSAFE = re.compile(f"[{_CONTROLS}\t\n]")
 _UNSAFE_IN_LINES = re.compile(f"[{_CONTROLS}]")
 
-_ONE_LINE = ("uvicorn", "vllm_hotswap")
-"""Loggers whose messages have one line. vLLM's may have more: its formatter marks each of them."""
+_MARKS_LINES = "NewLineFormatter"
+"""The class of vLLM's formatters that put a prefix before each line of a message. Only where all
+handlers have such a one are line breaks kept: vLLM sets up none in the engine host, and other
+formatters write lines as they are."""
 
 INDENT = "    "
 
@@ -57,17 +60,31 @@ class _Factory:
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
         record: logging.LogRecord = self._make(name, *args, **kwargs)
-        keep_lines = name.partition(".")[0] not in _ONE_LINE
-        if isinstance(record.args, tuple):
-            record.args = tuple(_safe(value, keep_lines) for value in record.args)
-        elif record.args:
+        keep_lines = _are_lines_marked(name)
+        if isinstance(record.args, Mapping) and record.args:
             record.args = {key: _safe(value, keep_lines) for key, value in record.args.items()}
+        elif record.args:
+            record.args = tuple(_safe(value, keep_lines) for value in record.args)
         elif isinstance(record.msg, str | BaseException):
             record.msg = _safe(record.msg, keep_lines)
         if record.exc_info and record.exc_info[1] is not None:
             # Formatters take what is there already.
             record.exc_text = _indented(record.exc_info[1])
         return record
+
+
+def _are_lines_marked(name: str) -> bool:
+    """Whether all that writes the lines of a logger marks each of them."""
+    found = logging.Logger.manager.loggerDict.get(name)
+    logger = found if isinstance(found, logging.Logger) else None
+    formatters: list[logging.Formatter | None] = []
+    while logger is not None:
+        formatters += [handler.formatter for handler in logger.handlers]
+        logger = logger.parent if logger.propagate else None
+    return bool(formatters) and all(
+        any(kind.__name__ == _MARKS_LINES for kind in type(formatter).__mro__)
+        for formatter in formatters
+    )
 
 
 def _safe(value: object, keep_lines: bool) -> object:

@@ -7,8 +7,8 @@ that is told and the place that raised it, or with what our own code calls it: h
 no client's to say. Our own such lines have a logger of their own, `log_of_clients`. Those of others
 are caught at their loggers (uvicorn's, asyncio's and uvloop's, python-multipart's) or at handlers:
 every warning and error of vLLM's in this process, and of libraries whose loggers nobody has set
-up. What is no warning there is told on demand. Lines about requests are the access log's, which is
-there on demand, too.
+up, of which vLLM is one in the engine host. What is no warning there is told on demand. Lines about
+requests are the access log's, which is there on demand, too.
 """
 
 from __future__ import annotations

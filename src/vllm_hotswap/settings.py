@@ -263,16 +263,17 @@ class LimitsConfig:
             description="what may be in those: properties, members of lists, alternatives, a "
             "tenth of what `minItems`, `maxItems`, `minLength`, `maxLength`, `minProperties` and "
             "`maxProperties` ask for, and the largest repetition (`{m,n}`) in each regular "
-            "expression or grammar; more get 413"
+            "expression or grammar. Regular expressions in a grammar weigh ten each, and more "
+            "where several have to fit one text (`allOf`); more get 413"
         ),
     ] = 2000
     grammar_timeout: Annotated[
         SecondsAboveZero | None,
         IDLE,
         Field(
-            description="seconds from the time when an engine gets a request with one of those to "
-            "its first token; then it gets 504; if compilation had not begun, it does not begin. "
-            "null: without end"
+            description="seconds in which vLLM has to have checked a request with one of those; "
+            "and from the time when an engine gets it to its first token. Then it gets 504; "
+            "if compilation had not begun, it does not begin. null: without end"
         ),
     ] = 300.0
     requests_per_minute: Annotated[

@@ -17,16 +17,22 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any
 
-from vllm_hotswap.fair_pool import FairPool
-from vllm_hotswap.registry import current_lease
+from vllm_hotswap import drain
+from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
+from vllm_hotswap.fair_pool import LONG_S, FairPool, Overdue
+from vllm_hotswap.registry import Lease, current_lease
 
 ACCOUNT = "hotswap_account"
 """The key of the account among the `extra_args`; what a client sends under it does not count."""
+
+LOOK_S = 1.0
+"""So often does whoever waits for a check see to it that none holds up the others."""
 
 _checked: ContextVar[Any] = ContextVar("checked", default=None)
 """The sampling parameters whose grammar has been checked, in the task that has waited for that."""
@@ -65,9 +71,7 @@ def check_aside(client: Any, pool: FairPool) -> None:
         if not has_grammar(params):
             return await add(request_id, prompt, params, *args, **kw)
         tasks = await client.get_supported_tasks()
-        lease = current_lease.get()
-        checking = pool.submit_for(lease.account if lease else "", check, params, tasks)
-        await asyncio.wrap_future(checking)
+        await _done(pool, current_lease.get(), check, params, tasks)
         token = _checked.set(params)
         try:
             return await add(request_id, prompt, params, *args, **kw)
@@ -76,6 +80,47 @@ def check_aside(client: Any, pool: FairPool) -> None:
 
     processor._validate_params = check_the_rest
     client.add_request = add_checked
+
+
+class _TooLate(Exception):
+    """A check was not done in time."""
+
+
+async def _done(pool: FairPool, lease: Lease | None, *check: Any) -> None:
+    """Wait for a check, for as long as the request may, and as its client does.
+
+    A check that has begun goes on. The request is ended with `GrammarTimeout` if it may wait no
+    longer, or if an earlier check has taken so long that this one is not begun.
+    """
+    timeout_s = lease.grammar_timeout_s if lease else None
+    try:
+        await _result(pool, lease.account if lease else "", timeout_s, *check)
+        return
+    except Overdue:
+        late = GrammarTimeout(LONG_S, is_behind=True)
+    except _TooLate:
+        late = GrammarTimeout(timeout_s or 0.0)
+    if lease is not None:
+        drain.end([lease], late)
+    raise EngineUnavailable(late.message)
+
+
+async def _result(pool: FairPool, account: str, timeout_s: float | None, *check: Any) -> Any:
+    """Raises `_TooLate`, `Overdue`, and what the check raises."""
+    job = pool.submit_for(account, *check)
+    checking = asyncio.wrap_future(job)
+    loop = asyncio.get_running_loop()
+    ends_s = math.inf if timeout_s is None else loop.time() + timeout_s
+    try:
+        while not checking.done():
+            if (left_s := ends_s - loop.time()) <= 0:
+                raise _TooLate
+            await asyncio.wait([checking], timeout=min(left_s, LOOK_S))
+            pool.look()
+        return checking.result()
+    finally:
+        job.cancel()  # unless it has begun
+        checking.cancel()  # nobody wants its result any more
 
 
 class Compilations:

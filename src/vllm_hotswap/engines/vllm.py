@@ -84,6 +84,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("vllm_hotswap")
 
+SPARE_CHECKS = 3
+"""More threads for checks of grammars, one for each check that takes very long."""
+
 FORGET_TIMEOUT_S = 30.0
 """Seconds in which the host must forget an engine whose frontend could not be built."""
 
@@ -480,7 +483,7 @@ class VllmEngine:
         pace = pace_tasks()
         read_in_turns(client.engine_core)
         client.engine_core = StampedCore(self.alias, client.engine_core, pace)
-        checks = FairPool(1, f"grammars of {self.alias}")
+        checks = FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS)
         self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
         grammars.check_aside(client, checks)
         with adopting_frontend_metrics(self.alias):

@@ -17,7 +17,6 @@ Relies on, in vLLM 0.32.0: `EngineCoreProc.__init__` with `_perform_handshakes` 
 
 from __future__ import annotations
 
-import logging
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,8 +40,7 @@ from vllm_hotswap.host.state import EngineState, in_own_state, process_state
 from vllm_hotswap.host.teardown import dismantle, pools_of
 from vllm_hotswap.host.threads import use_all_cores
 from vllm_hotswap.log_lines import value_text
-
-log = logging.getLogger("vllm_hotswap.host")
+from vllm_hotswap.quiet import log_of_clients
 
 
 class RingingQueue(queue.Queue[Any]):
@@ -206,7 +204,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         try:
             self._try_adapter(request.lora_request)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone
-            log.error(
+            log_of_clients.error(
                 "event=adapter_failed adapter=%s cause=%r",
                 value_text(request.lora_request.lora_name),
                 one_line(error),

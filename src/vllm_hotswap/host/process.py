@@ -28,9 +28,12 @@ from vllm_hotswap.host.messages import Ready, Stop
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
 from vllm_hotswap.platforms import parse_cores
 from vllm_hotswap.progress import configure_logging
+from vllm_hotswap.quiet import Quiet
 from vllm_hotswap.signals import signal_when_orphaned
 
 log = logging.getLogger("vllm_hotswap.host")
+
+_quiet = Quiet()
 
 
 class Obeying(Protocol):
@@ -56,7 +59,7 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     if args.cores:
         remember_cores(parse_cores(args.cores))
     channel: Connection[object, Any] = Connection(args.channel)
-    configure_logging()
+    set_up_log()
     if args.failpoints:
         failpoints.enable(args.failpoints)
     # The parent decides when the host ends; a Ctrl-C in the terminal reaches both, and so may a
@@ -78,6 +81,15 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     except BaseException:
         log.exception("event=compute_thread_failed action=exit")
         _exit(1)
+
+
+def set_up_log() -> None:
+    """Write this package's log, and of vLLM's warnings and errors as many as no client decides on.
+
+    vLLM sets up no log of its own here: its loggers have no handler, and their lines no prefix.
+    """
+    configure_logging()
+    _quiet.begin()
 
 
 def _be_the_first_to_go() -> None:
@@ -126,5 +138,6 @@ def _exit(status: int) -> NoReturn:
         worker.kill()
     for worker in workers:
         worker.join(1)
+    _quiet.end()
     logging.shutdown()
     os._exit(status)
