@@ -596,5 +596,6 @@ def test_key_file_of_a_client_is_read_as_that_of_the_server(
         monkeypatch.setenv(remote.KEY_FILE_VARIABLE, str(keys))
         assert 0 == run("switch", "qwen", *url).status
 
-    assert "give --admin-key-file FILE or --admin-key KEY" in refused.error
+    assert "give --api-key-file FILE or --api-key KEY" in refused.error
+    assert "--admin-key-file" in refused.error
     assert "Authorization" not in refused.error
