@@ -104,10 +104,10 @@ def test_a_json_page_of_an_index_is_read() -> None:
         '{"filename": "demo-1.0.tar.gz", "url": "https://h.invalid/d", "hashes": {"md5": "0"}}]}'
     )
 
-    files = read_page(page, "application/vnd.pypi.simple.v1+json", "https://i.invalid/simple/demo/")
+    files = read_page(page, "application/vnd.pypi.simple.v1+json", "file:///i/simple/demo/")
 
     assert files == [
-        File("demo-1.0-py3-none-any.whl", "https://i.invalid/f/demo.whl", A),
+        File("demo-1.0-py3-none-any.whl", "file:///i/f/demo.whl", A),
         File("demo-1.0.tar.gz", "https://h.invalid/d", None),
     ]
 
@@ -219,7 +219,7 @@ def test_a_version_that_no_index_has_is_an_error(tmp_path: Path) -> None:
 def test_a_file_without_a_hash_is_an_error() -> None:
     """It would have to be downloaded, and trusted for being there."""
     with pytest.raises(HashError, match=r"^demo\.whl: its index gives it no SHA-256$"):
-        hash_of(File("demo.whl", "https://index.invalid/demo.whl", None))
+        hash_of(File("demo.whl", "index:demo.whl", None))
 
 
 def test_builds_that_are_on_no_common_index_keep_their_hashes() -> None:

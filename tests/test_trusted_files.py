@@ -579,6 +579,19 @@ def test_key_file_whose_list_lets_others_in_is_refused(tmp_path: Path, permissio
         read_private(path, "the file")
 
 
+def test_a_list_that_lets_others_read_a_key_counts_where_nobody_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a read-only mount they may read it all the same."""
+    path = tmp_path / "keys"
+    path.write_text("a-key")
+    with_list(path, *let_in(FOREIGN, 6))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+
+    with pytest.raises(ConfigError, match="has an access control list"):
+        read_private(path, "the file")
+
+
 def test_configuration_that_a_list_lets_others_write_is_refused(tmp_path: Path) -> None:
     """They may read it."""
     path = tmp_path / "models.yaml"

@@ -195,7 +195,7 @@ class CudaDevice:
         if free_before is not None:
             free_after = device_free_bytes(driver)
             base = 0 if free_after is None else max(0, free_before - free_after)
-        reserve = max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
+        reserve = _reserve_bytes(total)
         return DeviceMemory(total, max(0, free - reserve), base, reserve)
 
     def memory_now(self, enough_bytes: int) -> DeviceMemory:
@@ -203,7 +203,7 @@ class CudaDevice:
         if free < enough_bytes:
             _cuda().empty_cache()
             free, total = _cuda().mem_get_info()
-        reserve = max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
+        reserve = _reserve_bytes(total)
         return DeviceMemory(total, free - reserve, 0, reserve)
 
     def held_bytes(self) -> int:
@@ -218,6 +218,10 @@ class WakefulCudaDevice(CudaDevice):
     sleep_levels: frozenset[int] = frozenset()
     tells_sleep = False
     worker = WAKEFUL_CUDA_WORKER
+
+
+def _reserve_bytes(total: int) -> int:
+    return max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
 
 
 def _cuda() -> Any:

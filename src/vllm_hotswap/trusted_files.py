@@ -175,10 +175,10 @@ def _of_file(
         yield f"is open to every user of the machine; run: chmod o= {name}"
     if mode & stat.S_IWOTH and not is_read_only(place):
         yield f"can be written by every user of the machine; run: chmod o-w {name}"
-    shared = stat.S_IRWXG if is_private else stat.S_IWGRP
-    if mode & shared and _has_list(place) and not is_read_only(place):
+    is_shared = mode & stat.S_IWGRP and not is_read_only(place)
+    if (is_shared or (is_private and mode & stat.S_IRWXG)) and _has_list(place):
         yield f"has an access control list that lets others in; run: setfacl -b {name}"
-    if mode & stat.S_IWGRP and not _is_alone(found) and not is_read_only(place):
+    if is_shared and not _is_alone(found):
         yield f"can be written by the group {_group(found.st_gid)}; run: chmod g-w {name}"
     if is_private and mode & stat.S_IRWXG and not _is_member(found):
         yield f"is open to the group {_group(found.st_gid)}; run: chmod g= {name}"
@@ -236,7 +236,7 @@ def _of_link(link: Path) -> str | None:
     """What is wrong with a link: its owner has it lead elsewhere, if he may write to its folder."""
     found, folder = link.lstat(), link.parent.stat()
     is_shared = folder.st_mode & stat.S_IWOTH or (
-        folder.st_mode & stat.S_IWGRP and not _is_alone(folder)
+        folder.st_mode & stat.S_IWGRP and (_has_list(link.parent) or not _is_alone(folder))
     )
     if not is_shared or is_trusted(found.st_uid):
         return None

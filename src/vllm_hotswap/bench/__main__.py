@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -144,20 +143,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    try:
+
+    def measure() -> None:
         with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as folder:
             bench = prepare(options, arguments, Path(folder))
             print(report.render_table(environment_table(bench.environment)), flush=True)
             warn_if_busy(bench.environment)
-            event_loop.run(until_told(bench.run()))
-    except (HotswapError, ServerFailed, BadAnswer) as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("bench: stopped", file=sys.stderr)
-        return 130
-    print(f"Samples and environment: {bench.results}")
-    return 0
+            run_until_told(bench.run())
+        print(f"Samples and environment: {bench.results}")
+
+    return status_of("bench", measure)
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -280,13 +275,35 @@ def _sizes(size: str) -> tuple[str, ...]:
     return ("tiny", "medium") if size == "both" else (size,)
 
 
-async def until_told(work: Coroutine[Any, Any, None]) -> None:
+def status_of(name: str, measure: Callable[[], object], *failures: type[Exception]) -> int:
+    """Measure. Returns the exit status: 1 where that failed, 130 where it was told to stop.
+
+    Args:
+        name: of the benchmark, for the line that says so.
+        failures: what fails besides servers.
+    """
+    told: tuple[type[Exception], ...] = (HotswapError, ServerFailed, BadAnswer, *failures)
+    try:
+        measure()
+    except told as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_until_told(work: Coroutine[Any, Any, None]) -> None:
     """Do the work; SIGTERM ends it in the way of SIGINT, and with it all servers."""
-    task = asyncio.current_task()
-    assert task is not None
-    with contextlib.suppress(NotImplementedError):
+
+    async def until_told() -> None:
+        task = asyncio.current_task()
+        assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await work
+        await work
+
+    event_loop.run(until_told())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ slow drifts of the machine cancel out.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import logging
@@ -26,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import vllm_hotswap
-from vllm_hotswap import demo, event_loop
+from vllm_hotswap import demo
 from vllm_hotswap.bench import environment, report
-from vllm_hotswap.bench.__main__ import choose, until_told, warn_if_busy
+from vllm_hotswap.bench.__main__ import choose, run_until_told, status_of, warn_if_busy
 from vllm_hotswap.bench.client import BadAnswer, Connection
 from vllm_hotswap.bench.load import Load, run_load
 from vllm_hotswap.bench.report import Part, Table
@@ -36,7 +35,6 @@ from vllm_hotswap.bench.servers import (
     COMMON_FLAGS,
     Model,
     Server,
-    ServerFailed,
     alone,
     free_port,
     hotswap_config,
@@ -44,7 +42,7 @@ from vllm_hotswap.bench.servers import (
 )
 from vllm_hotswap.bench.stats import Bar, median, percentile, summarize
 from vllm_hotswap.config import load_config
-from vllm_hotswap.errors import ConfigError, HotswapError
+from vllm_hotswap.errors import ConfigError
 
 log = logging.getLogger("vllm_hotswap.bench")
 
@@ -288,15 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     described = environment.describe([Path(word).name for word in arguments])
     warn_if_busy(described)
-    try:
-        event_loop.run(until_told(run(args, plan, described)))
-    except (HotswapError, ServerFailed, BadAnswer) as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("compare: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return status_of("compare", lambda: run_until_told(run(args, plan, described)))
 
 
 if __name__ == "__main__":

@@ -623,8 +623,13 @@ class VllmHost:
         return replace(self._budget, device=min(self._budget.device, left))
 
     @property
+    def _device(self) -> Device:
+        """The one that all models have."""
+        return next(iter(self._engines.values())).device
+
+    @property
     def is_device_shared(self) -> bool:
-        return next(iter(self._engines.values())).device.is_shared
+        return self._device.is_shared
 
     @property
     def others_bytes(self) -> int:
@@ -634,7 +639,7 @@ class VllmHost:
         return max(0, self._seen.total - self._seen.free - self._seen.reserve - ours)
 
     async def look(self, used_bytes: int) -> None:
-        device = next(iter(self._engines.values())).device
+        device = self._device
         # With less than that free, either others have taken it, or torch keeps it.
         reserve = self._seen.reserve if self._seen else 0
         enough = self._budget.device - used_bytes + reserve // 2
@@ -654,10 +659,10 @@ class VllmHost:
         self._link.watch(self._receive)
         self._preparing = asyncio.create_task(self._prepare_frontends())
         engines = list(self._engines.values())
-        memory = await self._ready(engines[0].device)
-        memory = with_known_base(memory, engines[0].device)
+        memory = await self._ready(self._device)
+        memory = with_known_base(memory, self._device)
         self._base_bytes = memory.held
-        if engines[0].device.is_shared:
+        if self._device.is_shared:
             self._seen = memory
         self._budget, needs = plan_memory(self._launches, self._memory, memory)
         for engine in engines:
@@ -677,7 +682,7 @@ class VllmHost:
             await engine.host_died()
         self._link.spawn()
         self._link.watch(self._receive)
-        await self._ready(next(iter(self._engines.values())).device)
+        await self._ready(self._device)
 
     async def ping(self) -> Pulse:
         return Pulse(await self._link.call(Ping))

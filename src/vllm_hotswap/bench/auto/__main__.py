@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -14,15 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
-from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
+from vllm_hotswap.bench.__main__ import environment_table, run_until_told, status_of, warn_if_busy
 from vllm_hotswap.bench.auto import checkpoints, results, workloads
 from vllm_hotswap.bench.auto.run import COSTS, Plan, measure
 from vllm_hotswap.bench.auto.workloads import Amount
-from vllm_hotswap.bench.client import BadAnswer
-from vllm_hotswap.bench.servers import Launcher, Model, ServerFailed
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.bench.servers import Launcher, Model
 
 SETTINGS = {
     "max_model_len": 1024,
@@ -48,15 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = environment.describe([Path(word).name for word in arguments])
     print(report.render_table(environment_table(described)), flush=True)
     warn_if_busy(described)
-    try:
-        event_loop.run(until_told(_run(options, described)))
-    except (HotswapError, ServerFailed, BadAnswer) as error:
-        print(f"auto: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("auto: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return status_of("auto", lambda: run_until_told(_run(options, described)))
 
 
 def parse(arguments: Sequence[str]) -> Options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import math
 import sys
@@ -13,15 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
-from vllm_hotswap.bench.__main__ import until_told, warn_if_busy
+from vllm_hotswap.bench.__main__ import run_until_told, status_of, warn_if_busy
 from vllm_hotswap.bench.floods import results
 from vllm_hotswap.bench.floods.attacker import AttackerFailed
 from vllm_hotswap.bench.floods.kinds import KINDS, Kind
 from vllm_hotswap.bench.floods.run import CONNECTIONS, Found, Plan, flood, flooded
-from vllm_hotswap.bench.servers import ServerFailed
-from vllm_hotswap.errors import HotswapError
 
 log = logging.getLogger("vllm_hotswap.bench")
 
@@ -92,14 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     floods = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     warn_if_busy(floods.environment)
-    try:
-        event_loop.run(until_told(floods.run()))
-    except (HotswapError, ServerFailed, AttackerFailed) as error:
-        print(f"floods: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("floods: stopped", file=sys.stderr)
-        return 130
+    if status := status_of("floods", lambda: run_until_told(floods.run()), AttackerFailed):
+        return status
     print(f"All figures: {floods.path}")
     return int(any("errors" in results.missed(found) for found in floods.found))
 

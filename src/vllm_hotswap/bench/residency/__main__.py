@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -13,10 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
-from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
-from vllm_hotswap.bench.client import BadAnswer
+from vllm_hotswap.bench.__main__ import environment_table, run_until_told, status_of, warn_if_busy
 from vllm_hotswap.bench.residency import (
     alternative,
     drift,
@@ -35,8 +32,7 @@ from vllm_hotswap.bench.residency.checkpoints import (
     Checkpoint,
     make_all,
 )
-from vllm_hotswap.bench.servers import Launcher, ServerFailed
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.bench.servers import Launcher
 
 log = logging.getLogger("vllm_hotswap.bench")
 
@@ -172,22 +168,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    try:
+
+    def measure() -> None:
         if options.has_plot:
             plot.check_installed()
         bench = prepare(options, arguments)
         print(report.render_table(environment_table(bench.environment)), flush=True)
         warn_if_busy(bench.environment)
-        event_loop.run(until_told(bench.run()))
-    except (HotswapError, ServerFailed, BadAnswer) as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("bench: stopped", file=sys.stderr)
-        return 130
-    written = sorted(bench.results.parent.glob(f"{bench.results.stem}.*"))
-    print(f"Samples, tables and plot: {' '.join(map(str, written))}")
-    return 0
+        run_until_told(bench.run())
+        written = sorted(bench.results.parent.glob(f"{bench.results.stem}.*"))
+        print(f"Samples, tables and plot: {' '.join(map(str, written))}")
+
+    return status_of("bench", measure)
 
 
 def parse(arguments: Sequence[str]) -> Options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import math
 import os
@@ -14,15 +13,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllm_hotswap import event_loop
 from vllm_hotswap.bench import environment, report
-from vllm_hotswap.bench.__main__ import environment_table, until_told, warn_if_busy
-from vllm_hotswap.bench.client import BadAnswer
-from vllm_hotswap.bench.servers import ServerFailed
+from vllm_hotswap.bench.__main__ import environment_table, run_until_told, status_of, warn_if_busy
 from vllm_hotswap.bench.soak import results
 from vllm_hotswap.bench.soak.conduct import Found, conduct
 from vllm_hotswap.bench.soak.run import POLICIES, Plan
-from vllm_hotswap.errors import HotswapError
 
 log = logging.getLogger("vllm_hotswap.bench")
 
@@ -80,14 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = environment.describe([Path(word).name for word in arguments])
     soak = Soak(options, datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), described)
     warn_if_busy(described)
-    try:
-        event_loop.run(until_told(soak.run()))
-    except (HotswapError, ServerFailed, BadAnswer) as error:
-        print(f"soak: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("soak: stopped", file=sys.stderr)
-        return 130
+    if status := status_of("soak", lambda: run_until_told(soak.run())):
+        return status
     print(f"All figures: {soak.path}")
     return 0 if soak.passed else 1
 
