@@ -414,11 +414,15 @@ async def test_whose_share_is_everything_never_waits(core: Core) -> None:
 async def test_what_waits_before_its_engine_can_be_given_up(core: Core) -> None:
     """The engine has never heard of it."""
     stamped = sharing(core, places=1)
-    held = [await ask(stamped, f"a{number}", account="a") for number in range(3)]
+    lease = Lease("llama", 3, None, account="a", engine_share=0.5)
+    held = [asyncio.create_task(begin(stamped, f"a{number}", lease)) for number in range(3)]
+    await asyncio.sleep(0)
+    assert 1 == lease.held_back
 
     await stamped.abort_requests_async(["a2"])
 
     assert isinstance((await asyncio.gather(held[2], return_exceptions=True))[0], BaseException)
+    assert 0 == lease.held_back
     assert ["a0", "a1"] == core.told
 
 

@@ -104,7 +104,13 @@ class StampedCore:
             await lease.ask(_most_tokens(request))
         if self._share is not None and lease.engine_share < 1 and self._is_held(request):
             tokens = _prompt_tokens(request)
-            await self._share.enter(request.request_id, lease.account, tokens, lease.engine_share)
+            lease.held_back += 1
+            try:
+                await self._share.enter(
+                    request.request_id, lease.account, tokens, lease.engine_share
+                )
+            finally:
+                lease.held_back -= 1
         if not self._is_held(request):  # it was aborted meanwhile
             self._leave(request.request_id)
             raise asyncio.CancelledError
