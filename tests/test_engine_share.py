@@ -178,6 +178,15 @@ async def test_a_request_that_says_more_goes_through() -> None:
     await door.close()
 
 
+async def test_the_share_counts_for_what_waits_in_the_engine_too() -> None:
+    """So another's prompt is in one of the next steps."""
+    door = Door(places=100)
+    await door.ask("b")
+
+    assert STEPS * HALF == len(await door.ask("a", 20, tokens=STEP_TOKENS))
+    await door.close()
+
+
 @pytest.mark.parametrize("how", ["its task is cancelled", "it is given up", "both"])
 async def test_nothing_is_kept_of_who_leaves(how: str) -> None:
     """While it waits."""

@@ -5,10 +5,13 @@ sends a thousand, another's single request waits behind them. Here requests wait
 each account's in a queue of its own, and the engine gets no more of one account than keeps it busy:
 
 - places: one account may have its share of those that the engine runs at a time, and all together
-  leave one of `KEPT` free for whoever has none. That counts while several use the engine, and for
-  `RECENT_S` after it: whoever is alone may have all of them;
-- tokens: of prompts that have had no output yet, what the engine can take in `STEPS` steps. What
-  waits in the engine beyond that makes nothing faster, and others wait behind it.
+  leave one of `KEPT` free for whoever has none;
+- tokens: of prompts that have had no output yet, an account may have its share of what the engine
+  can take in `STEPS` steps. What waits in the engine beyond those makes nothing faster, and others
+  wait behind it.
+
+The share counts while several use the engine, and for `RECENT_S` after it: whoever is alone may
+have everything.
 
 An account that has nothing in the engine never waits here. When something becomes free, it goes to
 the account that has the fewest requests in the engine, and among those to whoever was served
@@ -148,13 +151,15 @@ class EngineShare:
         has = self._places.get(asked.account, 0)
         if not has:
             return True
+        is_alone = self._is_alone(asked.account)
+        share = 1.0 if is_alone else asked.share
         waiting = self._tokens.get(asked.account, 0)
-        if waiting and waiting + asked.tokens > STEPS * self.step_tokens:
+        if waiting and waiting + asked.tokens > share * STEPS * self.step_tokens:
             return False
-        if self._is_alone(asked.account):
+        if is_alone:
             return has <= self.places  # one more keeps it busy
-        most = math.ceil(asked.share * self.places)
-        return has < most and len(self._inside) < self.places - self.places // KEPT
+        is_room = len(self._inside) < self.places - self.places // KEPT
+        return is_room and has < math.ceil(share * self.places)
 
     def _let_in(self, request_id: str, asked: _Asked) -> None:
         self._turns += 1

@@ -215,10 +215,11 @@ class LimitsConfig:
         Share,
         SHARE,
         Field(
-            description="share of an engine's places (`max_num_seqs`) that one caller's requests "
-            "may have while others use the model, where keys are asked for; the rest of them wait "
-            "before the engine, in turns with those of others. Who was alone for a minute may have "
-            "all. Admins never wait. 1: first come, first served, as in vLLM"
+            description="share of an engine's places (`max_num_seqs`), and of what two of its "
+            "steps take (`max_num_batched_tokens`), that one caller's requests may have while "
+            "others use the model, where keys are asked for; the rest of them wait before the "
+            "engine, in turns with those of others. Who was alone for a minute may have all. "
+            "Admins never wait. 1: first come, first served, as in vLLM"
         ),
     ] = 0.5
     body_timeout: Annotated[
