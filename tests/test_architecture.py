@@ -22,6 +22,7 @@ LAYERS = [
         "hints",
         "log_lines",
         "quiet",
+        "deadlines",
         "start_folder",
         "signals",
         "terminal",
@@ -44,6 +45,7 @@ LAYERS = [
         "cross_site",
         "forwarded",
         "places",
+        "refusals",
         "models_file",
         "unix_socket",
         "adapters",
@@ -111,6 +113,7 @@ LAYERS = [
     {"simulate.report"},
     {"simulate.command", "record"},
     {
+        "arrivals",
         "connections",
         "drain",
         "ladder",

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.claims import claimed_port, give_back
-from vllm_hotswap.connections import Connections, bounded, nobody
+from vllm_hotswap.connections import Config, Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.file_limit import raised_file_limit
@@ -197,7 +197,7 @@ class Listener:
         app: ASGIApp,
         limits: LimitsConfig | None = None,
         may_use_kept: Callable[[Scope], bool] = nobody,
-    ) -> uvicorn.Config:
+    ) -> Config:
         """A loaded configuration, whose connections are bounded, and their lines of the log.
 
         Args:
@@ -222,7 +222,7 @@ class Listener:
 
 def make_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
-) -> uvicorn.Config:
+) -> Config:
     """Uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
     _check_tls(args)
     config = _uvicorn_config(args, log_config, app)
@@ -237,10 +237,10 @@ def make_config(
 
 def _uvicorn_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
-) -> uvicorn.Config:
+) -> Config:
     given: dict[str, Any] = {"log_config": log_config, "ssl_ciphers": args.ssl_ciphers}
     try:
-        return uvicorn.Config(
+        return Config(
             app,
             lifespan="off",
             log_level=args.uvicorn_log_level,
