@@ -28,7 +28,7 @@ LAYERS = [
         "terminal",
         "turns",
     },
-    {"code_settings", "json_scan", "media", "surrogates", "trusted_files"},
+    {"code_settings", "json_scan", "media", "plain_words", "surrogates", "trusted_files"},
     {
         "states",
         "answers",
