@@ -34,6 +34,9 @@ from vllm_hotswap.unix_socket import UnixSocket
 
 log = logging.getLogger("vllm_hotswap")
 
+DEFAULT_PORT = 8000
+"""vLLM's."""
+
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = 5
 LAST_ANSWERS_S = 3
@@ -259,6 +262,29 @@ def _uvicorn_config(
         if log_config is None:
             raise
         raise ConfigError(f"--log-config-file cannot be used: {_chain(error)}") from error
+
+
+def check_address(flags: Sequence[str]) -> None:
+    """See that the port is free, before vLLM is there to read the flags.
+
+    Nothing is kept of it. What cannot be read yet is passed over: `Listener.open` will say.
+
+    Raises:
+        ConfigError: the address cannot be bound; the message names it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--host", "--port", "--uds", "--config"):
+        parser.add_argument(name)
+    try:
+        args, _ = parser.parse_known_args([*flags])
+        port = DEFAULT_PORT if args.port is None else int(args.port)
+    except (argparse.ArgumentError, ValueError):
+        return
+    if args.uds is not None or args.config is not None:
+        return
+    sock = bind(args.host, port)
+    give_back(_claim(sock, args.host))
+    sock.close()
 
 
 def bind(host: str | None, port: int) -> socket.socket:

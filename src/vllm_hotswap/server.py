@@ -44,7 +44,7 @@ from vllm_hotswap.environment import (
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags
+from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags, check_address
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
@@ -136,6 +136,7 @@ def _run(
     access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()
     require_vllm()
+    check_address(flags)
     folders = config.adapter_folders
     # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
     with contextlib.ExitStack() as exits, early.ended():
