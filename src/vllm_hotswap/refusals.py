@@ -22,7 +22,7 @@ DOOR = "vllm_hotswap.door"
 
 KEYS = frozenset([b"authorization", b"x-api-key"])
 
-BURST_S = 5.0
+BURST_S = 3.0
 """An empty bucket is full again after it."""
 
 MAX_PAUSE_S = 5.0
@@ -77,7 +77,7 @@ class Refusals:
     """
 
     def __init__(self, per_second: float, clock: Callable[[], float]) -> None:
-        """Args: per_second: refusals of one client in the long run; five times that at once."""
+        """Args: per_second: refusals of one client in the long run; three times that at once."""
         self._cost_s = 1 / per_second
         self._clock = clock
         self._paid_s: OrderedDict[Hashable, float] = OrderedDict()

@@ -367,10 +367,10 @@ class LimitsConfig:
         ABOVE_ZERO,
         Field(
             description="refusals (4xx) of the server's own that a client's address, or a key, "
-            "gets at once, five times as many in one go; further ones come late, by 5 seconds at "
+            "gets at once, three times as many in one go; further ones come late, by 5 seconds at "
             "most. Behind a proxy, name it with `--forwarded-allow-ips`"
         ),
-    ] = 20
+    ] = 10
 
 
 Sharing = Literal["shared", "group", "key"]
