@@ -162,6 +162,12 @@ async def keyed(make_server: MakeServer) -> Server:
     return await make_server(access=Access(user_keys=["right"], admin_keys=["admin"]))
 
 
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wait ends by itself."""
+    monkeypatch.setattr(Wheel, "_set", lambda *_: None)
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Wait for a state."""
     async with asyncio.timeout(PATIENCE_S):
@@ -258,6 +264,7 @@ async def test_clients_of_a_trusted_proxy_have_a_bucket_each(keyed: Server) -> N
         assert 1 == len(at.shared.door.wheel)
 
 
+@pytest.mark.usefixtures("endless")
 async def test_a_client_that_goes_is_not_waited_for(keyed: Server) -> None:
     """Nothing is left of its request."""
     async with listening_with(keyed, FEW) as at:
@@ -266,6 +273,23 @@ async def test_a_client_that_goes_is_not_waited_for(keyed: Server) -> None:
         await until(lambda: not at.state.connections and not at.state.tasks)
 
         assert 0 == len(at.shared.door.wheel)
+
+
+async def test_what_a_model_answers_makes_up_for_refusals(keyed: Server) -> None:
+    """Not what needs no key."""
+    async with listening_with(keyed) as at:
+        refused = at.shared.door.refusals
+        refused._clock = lambda: 1000.0
+        refused.charge(["127.0.0.1"], 40)
+        owed_s = refused.owed_s("127.0.0.1")
+        client = await Raw.connect(at.port)
+        assert 200 == (await client.get()).status
+        assert owed_s == refused.owed_s("127.0.0.1")
+        await client.send(post("/v1/completions", COMPLETION, "application/json"))
+        assert 200 == (await client.answer()).status
+        await client.close()
+
+    assert pytest.approx(owed_s - 1 / 10) == refused.owed_s("127.0.0.1")
 
 
 async def test_who_waits_for_a_refusal_gives_way(keyed: Server) -> None:
@@ -287,6 +311,7 @@ async def test_nothing_is_held_for_a_refusal_that_waits(keyed: Server) -> None:
         assert 0 == keyed.app.router.bodies.held_bytes
 
 
+@pytest.mark.usefixtures("endless")
 async def test_a_server_that_stops_waits_for_no_refusal(keyed: Server) -> None:
     """They are answered at once then."""
     async with listening_with(keyed, FEW) as at, held(at) as client:
@@ -328,6 +353,7 @@ async def test_the_refusal_of_a_websocket_may_have_to_wait(make_server: MakeServ
     assert 404 == refused.value.response.status_code
 
 
+@pytest.mark.usefixtures("endless")
 async def test_a_websocket_that_goes_while_it_waits_is_no_fault(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -469,6 +495,7 @@ async def test_tls_handshakes_have_places_and_an_end(
         await until(lambda: at.shared.places._all.count == 0)
 
 
+@pytest.mark.usefixtures("endless")
 async def test_a_proxy_comes_in_at_once(server: Server) -> None:
     """It stands for many clients."""
     trusted = ListenFlags(forwarded_allow_ips=["127.0.0.1"])
