@@ -77,6 +77,7 @@ LAYERS = [
         "host.heap",
         "host.sealing",
         "host.teardown",
+        "host.together",
     },
     {"host.randomness", "compat.gloo"},
     {

@@ -77,6 +77,8 @@ class Device(Protocol):
     """Whether `gpu_memory_utilization` bounds what all models may have by default."""
     graphs_bytes: int
     """What graphs of a model take, that is not eager; an estimate."""
+    wakes_in_slices: bool
+    """Whether a worker can wake in parts while another model is served: `host.together`."""
 
     def configure(self, vllm_config: Any) -> None:
         """Choose the worker class of one model, where the platform's own cannot sleep."""
@@ -109,6 +111,7 @@ class CpuDevice:
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
+    wakes_in_slices = False
 
     def configure(self, vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_cls = HOSTED_CPU_WORKER
@@ -141,6 +144,7 @@ class OwnSleepDevice:
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
+    wakes_in_slices = False
 
     def configure(self, vllm_config: Any) -> None:
         """Nothing: the platform has chosen its worker."""
@@ -182,6 +186,7 @@ class CudaDevice:
     is_shared = True
     obeys_utilization = False
     graphs_bytes = GRAPHS_BYTES
+    wakes_in_slices = True
     worker = HOSTED_CUDA_WORKER
 
     def configure(self, vllm_config: Any) -> None:
@@ -195,7 +200,7 @@ class CudaDevice:
         if free_before is not None:
             free_after = device_free_bytes(driver)
             base = 0 if free_after is None else max(0, free_before - free_after)
-        reserve = _reserve_bytes(total)
+        reserve = reserve_bytes(total)
         return DeviceMemory(total, max(0, free - reserve), base, reserve)
 
     def memory_now(self, enough_bytes: int) -> DeviceMemory:
@@ -203,7 +208,7 @@ class CudaDevice:
         if free < enough_bytes:
             _cuda().empty_cache()
             free, total = _cuda().mem_get_info()
-        reserve = _reserve_bytes(total)
+        reserve = reserve_bytes(total)
         return DeviceMemory(total, free - reserve, 0, reserve)
 
     def held_bytes(self) -> int:
@@ -216,11 +221,12 @@ class WakefulCudaDevice(CudaDevice):
     """NVIDIA's GPUs without memory of ours: models are parked or unloaded."""
 
     sleep_levels: frozenset[int] = frozenset()
-    tells_sleep = False
+    tells_sleep = wakes_in_slices = False
     worker = WAKEFUL_CUDA_WORKER
 
 
-def _reserve_bytes(total: int) -> int:
+def reserve_bytes(total: int) -> int:
+    """What of a CUDA device with so many bytes is left free on purpose."""
     return max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from vllm_hotswap.errors import NoRoom, one_line
 from vllm_hotswap.host.cuda_driver import OUT_OF_MEMORY, Driver, DriverError
+from vllm_hotswap.states import WakeProgress
 
 Range = tuple[int, int]
 """An address on the device, and bytes from there on."""
@@ -34,6 +35,10 @@ SLICE_BYTES = 64 * MIB
 """What a step of another model waits for at most, while a model wakes beside it. Copies of so much
 take 3 ms over PCI Express 4.0 with 16 lanes (20 GB/s), and mapping it less than one: a fraction of
 a step. By arithmetic, not yet measured."""
+
+GIVE_UP_BYTES = 16 * SLICE_BYTES
+"""What of a wake is given back at once: unmapping is quicker than mapping, and copies nothing.
+About 1 ms for each GiB, by published figures."""
 
 log = logging.getLogger("vllm_hotswap.host")
 
@@ -79,19 +84,6 @@ class Part:
     nbytes: int
     is_constant: bool
     """Whether the model never writes to it: it is copied once."""
-
-
-@dataclass(frozen=True, slots=True)
-class WakeProgress:
-    """How far a wake has come, in bytes of device memory."""
-
-    done_bytes: int
-    """What has memory again; the copies of the last slice may be under way."""
-    total_bytes: int
-
-    @property
-    def is_done(self) -> bool:
-        return self.done_bytes >= self.total_bytes
 
 
 @dataclass(eq=False, slots=True)
@@ -143,7 +135,8 @@ class ModelMemory:
     """The device memory of one model, and its copy in host memory.
 
     The mutable state is `_segments`, by address; `_stuck`, segments that torch has given back and
-    the driver has not taken yet; `_stream`, for copies; and the tag of what is being allocated.
+    the driver has not taken yet; `_stream`, for copies; `_new_copies`, segments for which the last
+    sleep has taken host memory; and the tag of what is being allocated.
     A segment says at any time what the driver has really done, whichever call has failed.
     """
 
@@ -154,6 +147,7 @@ class ModelMemory:
         self._segments: dict[int, Segment] = {}
         self._stuck: list[Segment] = []
         self._stream: int | None = None
+        self._new_copies: list[Segment] = []
         self._has_told_refusal = False
         self.tag = WEIGHTS
         """Of what is allocated from now on."""
@@ -185,6 +179,12 @@ class ModelMemory:
     def host_bytes(self) -> int:
         """Host memory of its copies; they stay while it is awake."""
         return sum(s.copy.nbytes for s in self._all() if s.copy is not None)
+
+    @property
+    def whole_bytes(self) -> int:
+        """What the device has. Raises `DriverError`."""
+        self._driver.ensure_context()
+        return self._driver.memory_info()[1]
 
     def has(self, address: int) -> bool:
         """Whether an address is one of its."""
@@ -270,11 +270,24 @@ class ModelMemory:
             NoRoom: there is too little host memory.
             DriverError: a copy has failed. In both cases nothing has changed.
         """
+        live = self.get_ready_to_sleep(dropped, constant)
+        for segment in live:
+            segment.is_asleep = True
+        for segment in live:
+            self._give_back(segment)
+
+    def get_ready_to_sleep(
+        self, dropped: Iterable[Range] = (), constant: Iterable[Range] = ()
+    ) -> list[Segment]:
+        """Do all of `sleep` that may fail, but give nothing back; returns what would be.
+
+        `stay_awake` undoes it. Raises as `sleep` does.
+        """
         self._driver.ensure_context()
         self._retry_stuck()
         self._driver.synchronize()
         live = self._live()
-        self._make_copies(live, merged(dropped), merged(constant))
+        self._new_copies = self._make_copies(live, merged(dropped), merged(constant))
         stream = self._copying()
         try:
             for segment in live:
@@ -285,9 +298,14 @@ class ModelMemory:
             raise
         self._driver.wait(stream)
         for segment in live:
-            segment.has_constants = segment.is_asleep = True
-        for segment in live:
-            self._give_back(segment)
+            segment.has_constants = True
+        return live
+
+    def stay_awake(self) -> None:
+        """Give back host memory that was taken for a sleep that is not to be."""
+        for segment in self._new_copies:
+            if not segment.is_asleep:
+                self._drop_copy(segment)
 
     def wake(self) -> None:
         """Take the memory again, at the same addresses, with what was kept; the rest is zero.
@@ -449,8 +467,13 @@ class ModelMemory:
             self._stream = self._driver.new_stream()
         return self._stream
 
-    def _make_copies(self, live: list[Segment], holes: list[Range], fixed: list[Range]) -> None:
-        """Host memory for what is kept of each, where it has none of that size yet."""
+    def _make_copies(
+        self, live: list[Segment], holes: list[Range], fixed: list[Range]
+    ) -> list[Segment]:
+        """Host memory for what is kept of each, where it has none of that size yet.
+
+        Returns those for which it was made.
+        """
         made: list[Segment] = []
         try:
             for segment in live:
@@ -474,6 +497,7 @@ class ModelMemory:
                 f"no host memory for {wanted:.1f} MiB of weights asleep: {one_line(error)}; "
                 "lower memory.host, or unload a model instead"
             ) from error
+        return made
 
     def _tell_refusal(self, copy: HostCopy) -> None:
         if copy.refusal is not None and not self._has_told_refusal:
