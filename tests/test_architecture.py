@@ -123,6 +123,7 @@ LAYERS = [
         "progress",
         "listen",
         "feed",
+        "prewake",
         "routes",
     },
     {

@@ -317,6 +317,10 @@ class Host(FakeHost):
 
     _underway = 0
     most_at_once = 0
+    _slices = 0
+    most_slices_at_once = 0
+    slices_while_moving = 0
+    """Slices of a wake that were begun while a model was moved."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -363,6 +367,9 @@ class Host(FakeHost):
 
     async def operate(self, operation: str, alias: str, duration_s: float) -> None:
         self.told.append((operation, alias))
+        if operation in ("wake_some", "give_up_wake"):
+            await self._beside(operation, alias, duration_s)
+            return
         if operation in ("prefetch", "add_adapter", "restart"):  # which move nothing
             await super().operate(operation, alias, duration_s)
             return
@@ -374,6 +381,16 @@ class Host(FakeHost):
                 self.canaries.append((alias, self.engines[alias].canary))
         finally:
             self._underway -= 1
+
+    async def _beside(self, operation: str, alias: str, duration_s: float) -> None:
+        """What goes on while another model is served; whoever moves models need not wait for it."""
+        self.slices_while_moving += operation == "wake_some" and self.is_busy
+        self._slices += operation == "wake_some"
+        self.most_slices_at_once = max(self.most_slices_at_once, self._slices)
+        try:
+            await super().operate(operation, alias, duration_s)
+        finally:
+            self._slices -= operation == "wake_some"
 
 
 @dataclass

@@ -59,6 +59,7 @@ from vllm_hotswap.fair_pool import FairPool
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
+    GiveUpWake,
     Load,
     Loaded,
     LoadStage,
@@ -70,6 +71,7 @@ from vllm_hotswap.host.messages import (
     SocketPaths,
     Unload,
     Wake,
+    WakeSlice,
 )
 from vllm_hotswap.launch import ModelLaunch, plan_memory
 from vllm_hotswap.log_lines import value_text
@@ -78,7 +80,7 @@ from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.pace import pace_tasks
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.sampling import SamplingFilter
-from vllm_hotswap.states import Residency
+from vllm_hotswap.states import Residency, WakeProgress
 
 T = TypeVar("T")
 
@@ -356,6 +358,18 @@ class VllmEngine:
 
     async def wake(self) -> None:
         await self._link.call(lambda number: Wake(number, self.alias))
+
+    @property
+    def wakes_in_slices(self) -> bool:
+        return self._device.wakes_in_slices
+
+    async def wake_some(self) -> WakeProgress:
+        progress: WakeProgress = await self._link.call(lambda number: WakeSlice(number, self.alias))
+        return progress
+
+    async def give_up_wake(self) -> None:
+        while await self._link.call(lambda number: GiveUpWake(number, self.alias)):
+            """A part at a time, so that steps go on in between."""
 
     async def unload(self) -> None:
         await self._link.call(lambda number: Unload(number, self.alias))
