@@ -158,26 +158,24 @@ def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -
     )
 
 
-async def test_a_predicted_model_that_sleeps_wakes(gpu: Server) -> None:
-    """Once there is a habit."""
-    for alias in ("qwen", "llama", "qwen", "llama"):
-        await gpu.switch(alias)
-        await asleep(gpu, *({"llama", "qwen"} - {alias}))
-    await gpu.switch("qwen")
-    await asleep(gpu, "llama")
-    await gpu.switch("llama")  # qwen is next, but parked
-    assert await waking(gpu) is None
+async def expect_qwen(server: Server) -> None:
+    """qwen has followed llama so often that it is expected to do so again; it sleeps."""
+    for alias in ("qwen", "llama") * 8:
+        await server.switch(alias)
+    await server.switch("mistral")
+    await server.operate("qwen", "sleep")
+    await server.switch("llama")
+    await server.settled()
 
-    await gpu.operate("qwen", "sleep")
+
+async def test_a_predicted_model_that_sleeps_wakes(gpu: Server) -> None:
+    """Once there is a habit, and it is of use if that holds."""
+    await expect_qwen(gpu)
+    assert (5, 5) == await waking(gpu)
+
     await gpu.switch("qwen")
-    await asleep(gpu, "llama")
-    gpu.host.hold("wake", "mistral")
-    switching = gpu.switch("mistral")
-    await gpu.settled()
-    gpu.host.release("wake", "mistral")
-    await switching
-    await gpu.settled()
-    assert "mistral" == gpu.coordinator.active
+
+    assert ("used", 5) == changes(gpu)[-1]
 
 
 async def test_who_is_served_does_not_wait_for_a_slice(gpu: Server) -> None:
@@ -222,6 +220,24 @@ async def test_slices_wait_for_who_moves_models(gpu: Server) -> None:
     await switching
     await gpu.settled()
     assert (5, 5) == await waking(gpu)
+
+
+async def test_a_wake_that_begins_while_models_move_finds_the_room_that_they_leave(
+    make_server: MakeServer,
+) -> None:
+    """Whoever moves them has planned without it: it is given up if they need the room."""
+    server = await make(make_server, mib=13)
+    server.host.hold("wake", "mistral")
+    switching = server.switch("mistral")
+    await server.settled()
+
+    assert "begun" == await announce(server, "qwen")
+    server.host.release("wake", "mistral")
+    await switching
+    await server.settled()
+
+    assert (await waking(server), held(server)) == (None, 1)
+    assert 13 * MIB == server.host.most_held_bytes
 
 
 async def test_an_announcement_is_repeated_without_effect(gpu: Server) -> None:
@@ -285,23 +301,25 @@ async def test_who_is_announced_next_has_the_memory_of_who_was_before(
 
 async def test_a_wake_for_a_prediction_ends_when_a_switch_goes_elsewhere(gpu: Server) -> None:
     """At its begin, as the reading of files does."""
-    for alias in ("qwen", "llama") * 2:
-        await gpu.switch(alias)
-    await asleep(gpu, "qwen")
-    await gpu.switch("mistral")
-    await gpu.switch("llama")
-    for alias in ("qwen", "llama", "qwen"):
-        await gpu.switch(alias)
-    await asleep(gpu, "llama", "mistral")
-    gpu.coordinator.foresight._look_ahead()  # as if llama had been asleep at the switch
-    await gpu.settled()
-    assert (5, 5) == await waking(gpu, "llama")
+    await expect_qwen(gpu)
+    gpu.host.hold("activate", "mistral")
 
-    await gpu.switch("mistral")
+    switching = gpu.switch("mistral")
     await gpu.settled()
 
-    assert 1 == held(gpu, "llama")
-    assert "given_up" == changes(gpu, "llama")[-1][0]
+    assert (1, ("given_up", 5)) == (held(gpu), changes(gpu)[-1])
+    gpu.host.release("activate", "mistral")
+    assert 200 == (await switching).status_code
+
+
+async def test_an_announcement_outlives_the_prediction_of_the_same_model(gpu: Server) -> None:
+    """What has been taken for the one is there for the other."""
+    await expect_qwen(gpu)
+    assert "done" == await announce(gpu, "qwen")
+
+    await gpu.switch("mistral")
+
+    assert (5, 5) == await waking(gpu)
 
 
 async def test_a_wake_is_given_up_before_anybody_is_evicted(make_server: MakeServer) -> None:
@@ -351,23 +369,18 @@ async def test_nothing_is_evicted_for_a_wake(make_server: MakeServer) -> None:
     assert 12 * MIB == server.host.most_held_bytes
 
 
-async def test_an_announced_model_wakes_after_the_switch_that_makes_room(
+async def test_an_announced_model_wakes_after_a_switch_if_there_is_room_then(
     make_server: MakeServer,
 ) -> None:
     """Nobody has to announce it again."""
-    server = await make(make_server, mib=13)
+    server = await make(make_server, mib=17)
     await server.operate("mistral", "wake")
     assert "no_room" == await announce(server, "qwen")
-    await server.operate("llama", "pin", pinned=False)
-    await server.switch("mistral")
-    await server.operate("llama", "unload")
+    server.host.budget = replace(server.host.budget, device=18 * MIB)
 
-    await server.switch("llama")  # cold
-    await server.operate("mistral", "unload")
     await server.switch("mistral")
-    await server.operate("llama", "unload")
-    assert "begun" == await announce(server, "qwen")
     await server.settled()
+
     assert (5, 5) == await waking(server)
 
 
@@ -429,7 +442,7 @@ async def test_a_slice_that_fails_costs_nobody_anything(
 
     assert (1, "asleep") == (held(gpu), gpu.residencies["qwen"])
     assert change == changes(gpu)[-1][0]
-    assert "event=wake_given_up model=qwen" in caplog.text
+    assert "event=wake_failed model=qwen" in caplog.text
     assert (await stream.finish()).is_whole
     assert 200 == (await gpu.switch("qwen")).status_code
 
@@ -458,6 +471,25 @@ async def test_what_a_failed_operation_leaves_of_a_wake_is_given_back(gpu: Serve
 
     assert (1, "asleep") == (held(gpu), gpu.residencies["qwen"])
     assert await waking(gpu) is None
+
+
+async def test_what_cannot_be_given_back_stays_in_the_books(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who needs the room is told so, and the next attempt goes well."""
+    server = await make(make_server, mib=13)
+    await announce(server, "qwen")
+    await server.settled()
+    server.host.fail_next("give_up_wake", "qwen")
+
+    response = await server.switch("mistral")
+    assert 503 == response.status_code
+    assert "no room: giving back what the wake of 'qwen' had taken has failed" in response.text
+    assert "event=wake_kept model=qwen" in caplog.text
+    assert ((5, 5), "llama") == (await waking(server), server.coordinator.active)
+
+    assert 200 == (await server.switch("mistral")).status_code
+    assert (1, 13 * MIB) == (held(server), server.host.most_held_bytes)
 
 
 async def test_a_host_that_dies_in_the_middle_of_a_wake_comes_back(gpu: Server) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,7 +36,12 @@ SETTINGS = FakeSettings(
 """Whole seconds, so that much happens in the very same moment."""
 
 RECOVERY = RecoveryConfig(
-    max_restarts=3, hang_timeout=5, load_timeout=60, command_timeout=30, max_backoff=8
+    max_restarts=3,
+    hang_timeout=5,
+    step_timeout=10,
+    load_timeout=60,
+    command_timeout=30,
+    max_backoff=8,
 )
 
 Outcome = Literal["open", "answered", "failed", "left", "lost"]
@@ -65,8 +70,14 @@ class Shape:
     """Whether the host is asked for signs of life."""
     idles: bool = False
     """Whether a model is put to sleep when nobody uses it."""
+    slices: int = 0
+    """In how many parts a model wakes that sleeps, on a device that is not the host's memory."""
     policy: str | None = None
     """Of the mode `auto`; None: the mode is `manual`."""
+
+    @property
+    def settings(self) -> FakeSettings:
+        return replace(SETTINGS, slices=self.slices, offloads=True) if self.slices else SETTINGS
 
     @property
     def budget(self) -> Usage:
@@ -425,7 +436,7 @@ class World:
         self.stop_timeout_s = 0.0
         self.stop_took_s = 0.0
         self.left_by_stop: list[Lease] = []
-        self.host = Host(ALIASES, dict.fromkeys(ALIASES, SETTINGS), shape.budget)
+        self.host = Host(ALIASES, dict.fromkeys(ALIASES, shape.settings), shape.budget)
         switching = SwitchingConfig(
             max_waiting=shape.max_waiting,
             max_parked=shape.max_parked,
@@ -617,6 +628,11 @@ class World:
 
     def operate(self, alias: str, what: str, /, method: str = "POST", **body: Any) -> Call:
         call = Call(f"/admin/models/{alias}/{what}", body, self.now_s, self.loop, method)
+        self.operations.append(self._begin(call))
+        return call
+
+    def announce(self, alias: str) -> Call:
+        call = Call("/admin/next", {"model": alias}, self.now_s, self.loop)
         self.operations.append(self._begin(call))
         return call
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -126,8 +126,15 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
-        waits_s = self._deadlines.step_timeout + self._deadlines.command_timeout
-        self._wakes = Prewakes(registry, observer, epoch, self._turn, self.within, waits_s)
+        self._wakes = Prewakes(
+            registry,
+            observer,
+            epoch,
+            self._turn,
+            self.within,
+            lambda: self._lacks_memory,
+            self._deadlines,
+        )
         self._told_lack: object = None
         """What was last logged of memory that others have taken."""
         self.on_step: Callable[[], object] | None = None
@@ -461,7 +468,8 @@ class Ladder:
                 self._told_lack = None
                 return ()
             for model in self._registry:  # nobody has asked for them yet
-                await self._wakes.gave_up(model)
+                with suppress(NoRoom):  # which is told
+                    await self._wakes.gave_up(model)
             if not self._lacks_memory:
                 return ()
             moves = relief(self.snapshot(), [active.alias for active in self._active()])

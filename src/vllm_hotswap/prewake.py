@@ -20,6 +20,7 @@ from vllm_hotswap.events import Observer, WakeChange, WakeChanged
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Model, Registry, Waking
+from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency
 
 T = TypeVar("T")
@@ -34,7 +35,11 @@ class Within(Protocol):
 
 
 class Prewakes:
-    """The wakes under way. The mutable state is `waking` of each model in the registry."""
+    """The wakes under way.
+
+    The mutable state is `waking` of each model in the registry, and `_one_at_a_time`, the lock of
+    who takes a slice: a step waits for one of them at most.
+    """
 
     def __init__(
         self,
@@ -43,19 +48,24 @@ class Prewakes:
         epoch: Callable[[], int],
         turn: asyncio.Lock,
         within: Within,
-        timeout_s: float,
+        lacks_memory: Callable[[], bool],
+        deadlines: RecoveryConfig,
     ) -> None:
         """
         Args:
             turn: held by whoever moves models.
-            timeout_s: in which a slice is done, the step that it waits for included.
+            lacks_memory: says whether models count on more of the device than they may have.
         """
+        self._lacks_memory = lacks_memory
         self._registry = registry
         self._observer = observer
         self._epoch = epoch
         self._turn = turn
         self._within = within
-        self._timeout_s = timeout_s
+        self._command_s = deadlines.command_timeout
+        # A slice may wait for a step, for as long as that may take: nobody has asked for it.
+        self._slice_s = deadlines.step_timeout + deadlines.command_timeout
+        self._one_at_a_time = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<Prewakes {[model.alias for model in self._registry if model.waking]}>"
@@ -88,11 +98,17 @@ class Prewakes:
             waking.task = self._begun(model, waking, [])
 
     async def gave_up(self, model: Model) -> None:
-        """The same, and wait for it. The caller holds the turn."""
+        """The same, and wait for it. The caller holds the turn.
+
+        Raises:
+            NoRoom: it could not be given back; another time it may.
+        """
         if (waking := model.waking) is not None:
             self.give_up(model)
             what = f"giving back what the wake of {model.alias!r} had taken"
-            await self._within(asyncio.wait([waking.task]), self._timeout_s, what)
+            await self._within(asyncio.wait([waking.task]), self._command_s, what)
+            if model.waking is waking:
+                raise NoRoom(f"no room: {what} has failed; try again")
 
     @asynccontextmanager
     async def taken_over(self, model: Model) -> AsyncIterator[None]:
@@ -126,34 +142,48 @@ class Prewakes:
         self, model: Model, waking: Waking, leaving: list[asyncio.Task[None]]
     ) -> asyncio.Task[None]:
         # In a context of its own: it is no part of whichever request has led to it.
-        return asyncio.create_task(self._run(model, waking, leaving), context=Context())
+        work, name = self._run(model, waking, leaving), f"wake-{model.alias}"
+        return asyncio.create_task(work, name=name, context=Context())
 
     async def _run(self, model: Model, waking: Waking, leaving: list[asyncio.Task[None]]) -> None:
         if leaving:
             await asyncio.wait(leaving)
+        change: WakeChange = "given_up"
         try:
             await self._take_slices(model, waking)
             await waking.given_up.wait()
-            what = f"giving back what the wake of {model.alias!r} had taken"
-            await self._within(model.engine.give_up_wake(), self._timeout_s, what)
-            change: WakeChange = "given_up"
-        except HotswapError as error:
+        except HotswapError as error:  # nothing is held any more
             change = "no_room" if isinstance(error, NoRoom) else "failed"
-            log.warning(
-                "event=wake_given_up model=%s cause=%r", value_text(model.alias), one_line(error)
-            )
+            _log("wake_failed", model, error)
+        else:
+            if not await self._has_given_back(model):
+                return
         if model.waking is waking:
             self.end(model, change)
 
+    async def _has_given_back(self, model: Model) -> bool:
+        """What could not be given back stays in the books, and is tried again with a next end."""
+        what = f"giving back what the wake of {model.alias!r} had taken"
+        try:
+            await self._within(model.engine.give_up_wake(), self._slice_s, what)
+        except HotswapError as error:
+            _log("wake_kept", model, error)
+            return False
+        return True
+
     async def _take_slices(self, model: Model, waking: Waking) -> None:
         while not (waking.is_given_up or waking.is_done):
-            async with self._turn:
-                pass  # whoever moves models goes first
-            if waking.is_given_up:
-                return
-            what = f"a slice of the wake of {model.alias!r}"
-            waking.progress = await self._within(model.engine.wake_some(), self._timeout_s, what)
-        if waking.is_done:
+            async with self._one_at_a_time:
+                async with self._turn:
+                    pass  # whoever moves models goes first
+                # Who has moved in the meantime may have planned before this one had begun.
+                if self._lacks_memory():
+                    waking.given_up.set()
+                if not waking.is_given_up:
+                    what = f"a slice of the wake of {model.alias!r}"
+                    slicing = model.engine.wake_some()
+                    waking.progress = await self._within(slicing, self._slice_s, what)
+        if not waking.is_given_up:
             self._tell(model, waking, "done")
 
     def _tell(self, model: Model, waking: Waking, change: WakeChange) -> None:
@@ -161,6 +191,10 @@ class Prewakes:
             self._epoch(), model.alias, change, waking.done_bytes, waking.total_bytes
         )
         self._observer.notify(event)
+
+
+def _log(event: str, model: Model, error: HotswapError) -> None:
+    log.warning("event=%s model=%s cause=%r", event, value_text(model.alias), one_line(error))
 
 
 def can_wake_beside(model: Model) -> bool:
