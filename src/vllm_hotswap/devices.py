@@ -20,7 +20,7 @@ import psutil
 
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
-from vllm_hotswap.nvml import device_free_bytes
+from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
@@ -33,6 +33,9 @@ ACCELERATOR_RESERVE_BYTES = 1 << 30
 
 SLEEP_VARIABLE = "VLLM_HOTSWAP_CUDA_SLEEP"
 """`0`: models on CUDA lie in torch's own memory, and do not sleep."""
+
+_chosen: list[str] = []
+"""What it was when it was read for good: vLLM warns of variables that it does not know."""
 
 RESERVED_PART = 32
 """On CUDA, one part of so many of the device is left free, if that is more: activations grow with
@@ -52,9 +55,41 @@ class DeviceMemory:
     free: int
     """What nobody uses."""
     held: int
-    """What this process holds, before any model is loaded: libraries, buffers, contexts."""
+    """What this process holds, before any model is loaded: libraries, buffers, contexts. While
+    models are loaded, what it holds of a shared device with them and its workers; 0 where that is
+    unknown."""
     reserve: int = 0
     """What is left free on purpose, and is no part of `free`; 0 where that is not told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """What was last seen of a device that others may use, in bytes."""
+
+    seen: DeviceMemory
+    used: int
+    """What models held of it then, as they were measured."""
+    base: int
+    """What the engine host held before the first load."""
+
+    @property
+    def own(self) -> int:
+        """What the engine host holds besides models.
+
+        It grows while they run: kernels, handles of libraries. That is seen where the device tells
+        whose memory it is; otherwise it looks like others'.
+        """
+        return max(self.base, self.seen.held - self.used)
+
+    @property
+    def others(self) -> int:
+        """What other processes hold."""
+        return max(0, self.seen.total - self.seen.free - self.seen.reserve - self.own - self.used)
+
+    @property
+    def for_models(self) -> int:
+        """What models may hold: half of the reserve may be gone before they have to move."""
+        return max(0, self.seen.free + self.used + self.seen.reserve // 2)
 
 
 class Device(Protocol):
@@ -209,7 +244,11 @@ class CudaDevice:
             _cuda().empty_cache()
             free, total = _cuda().mem_get_info()
         reserve = reserve_bytes(total)
-        return DeviceMemory(total, free - reserve, 0, reserve)
+        return DeviceMemory(total, free - reserve, self._used_by_us(), reserve)
+
+    def _used_by_us(self) -> int:
+        driver = check_driver(os.environ, maps=False)
+        return used_bytes_of(_family(os.getpid()), driver) or 0
 
     def held_bytes(self) -> int:
         _cuda().empty_cache()
@@ -248,8 +287,17 @@ def device_of(vllm_config: Any) -> Device:
     if worker == CUDA_WORKER:
         if is_rocm():
             return RocmDevice()
-        return WakefulCudaDevice() if os.environ.get(SLEEP_VARIABLE) == "0" else CudaDevice()
+        return CudaDevice() if _sleeps() else WakefulCudaDevice()
     return OwnSleepDevice()
+
+
+def remember_sleep(environment: Mapping[str, str]) -> None:
+    """Take note of whether models on CUDA sleep, before the variable is taken away."""
+    _chosen[:] = [environment.get(SLEEP_VARIABLE, "")]
+
+
+def _sleeps() -> bool:
+    return (_chosen[0] if _chosen else os.environ.get(SLEEP_VARIABLE)) != "0"
 
 
 def why_no_device(environment: Mapping[str, str]) -> str | None:

@@ -132,7 +132,7 @@ class Ladder:
             epoch,
             self._turn,
             self.within,
-            lambda: self._lacks_memory,
+            self._lacks_memory,
             self._deadlines,
         )
         self._told_lack: object = None
@@ -464,13 +464,13 @@ class Ladder:
         async with self.turn():
             if not await self._has_looked():
                 return ()
-            if not self._lacks_memory:
+            if not self._lacks_memory():
                 self._told_lack = None
                 return ()
             for model in self._registry:  # nobody has asked for them yet
                 with suppress(NoRoom):  # which is told
                     await self._wakes.gave_up(model)
-            if not self._lacks_memory:
+            if not self._lacks_memory():
                 return ()
             moves = relief(self.snapshot(), [active.alias for active in self._active()])
             self._tell_lack(moves)
@@ -478,7 +478,6 @@ class Ladder:
                 await self._relieve_by(self._registry.resolve(move.alias), move.after)
             return moves
 
-    @property
     def _lacks_memory(self) -> bool:
         return self.used.device > self.budget.device
 
