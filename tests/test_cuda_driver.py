@@ -33,6 +33,11 @@ GIB = 1 << 30
         ),
         (
             FakeCuda(devices=0),
+            {},
+            "see nvidia-smi, which also shows whether MIG is on without an instance",
+        ),
+        (
+            FakeCuda(devices=0),
             {"CUDA_VISIBLE_DEVICES": "7"},
             "there is no GPU that CUDA_VISIBLE_DEVICES=7 names: the NVIDIA driver sees 0",
         ),

@@ -209,6 +209,23 @@ def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
     assert 0 == torch.cached
 
 
+def test_a_device_that_is_full_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may not even be room for the context of this process."""
+
+    def mem_get_info() -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    cuda = on_cuda(monkeypatch, torch := TorchCuda())
+    monkeypatch.setattr(torch, "mem_get_info", mem_get_info)
+
+    with pytest.raises(ConfigError) as error:
+        cuda.memory()
+
+    assert "the GPU cannot be used: CUDA error: out of memory" in error.value.message
+    assert "whether another process fills it" in error.value.message
+    assert "\n" not in error.value.message
+
+
 @pytest.mark.parametrize(
     ("has_nvml", "own", "others"),
     [(True, 2 * GIB, 20 * GIB), (False, GIB // 2, 21 * GIB + GIB // 2)],

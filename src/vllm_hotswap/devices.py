@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
 from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
@@ -230,7 +230,7 @@ class CudaDevice:
     def memory(self) -> DeviceMemory:
         driver = check_driver(os.environ, maps=self.tells_sleep)
         free_before = device_free_bytes(driver)  # without a context, which the next line makes
-        free, total = _cuda().mem_get_info()
+        free, total = _first_look()
         base = 0
         if free_before is not None:
             free_after = device_free_bytes(driver)
@@ -267,6 +267,22 @@ class WakefulCudaDevice(CudaDevice):
 def reserve_bytes(total: int) -> int:
     """What of a CUDA device with so many bytes is left free on purpose."""
     return max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
+
+
+def _first_look() -> tuple[int, int]:
+    """Bytes that are free, and that there are. This makes the context of the process.
+
+    Raises:
+        ConfigError: there is no room even for that, or the GPU cannot be used.
+    """
+    try:
+        free, total = _cuda().mem_get_info()
+    except RuntimeError as error:  # torch's errors are
+        raise ConfigError(
+            f"the GPU cannot be used: {one_line(error)}; see nvidia-smi, which also shows whether "
+            "another process fills it, and end that process or take another GPU"
+        ) from error
+    return free, total
 
 
 def _cuda() -> Any:
