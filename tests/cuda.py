@@ -153,7 +153,9 @@ class FakeCuda:
         address._obj.value = place
 
     def _cuMemAddressFree(self, address: Any, size: Any) -> int:
-        if self.reserved.get(address.value) != size.value or address.value in self.mapped:
+        end = address.value + size.value
+        is_in_use = any(address.value <= low < end for low in self.mapped)
+        if self.reserved.get(address.value) != size.value or is_in_use:
             return BROKEN
         del self.reserved[address.value]
         _libc.munmap(address.value, size.value)
@@ -180,7 +182,10 @@ class FakeCuda:
         return 0
 
     def _cuMemMap(self, address: Any, size: Any, _offset: Any, handle: Any, _flags: Any) -> int:
-        if address.value in self.mapped or self.reserved.get(address.value) != size.value:
+        start, end = address.value, address.value + size.value
+        is_free = all(end <= low or low + held <= start for low, (held, _) in self.mapped.items())
+        is_ours = any(low <= start and end <= low + n for low, n in self.reserved.items())
+        if not (is_free and is_ours) or self.physical[handle.value].nbytes != size.value:
             return BROKEN
         self.physical[handle.value].is_mapped = True
         self.mapped[address.value] = size.value, handle.value

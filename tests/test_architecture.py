@@ -80,6 +80,7 @@ LAYERS = [
         "host.heap",
         "host.sealing",
         "host.teardown",
+        "host.together",
     },
     {"host.randomness", "compat.gloo"},
     {
@@ -126,6 +127,7 @@ LAYERS = [
         "progress",
         "listen",
         "feed",
+        "prewake",
         "routes",
     },
     {

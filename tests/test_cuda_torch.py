@@ -27,6 +27,10 @@ MIB = 1 << 20
 BYTES: Any = {"dtype": torch.uint8, "device": "cuda"}
 
 
+CHUNK = 4 * MIB
+"""So small that most of what is allocated here has several."""
+
+
 def used() -> int:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
@@ -50,7 +54,7 @@ class Model:
 
     def __init__(self, seed: int, kv_mib: int = 40) -> None:
         self.seed, self.written = seed, 9
-        self.pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))
+        self.pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device()), CHUNK))
         with self.pools.allocating("weights"):
             self.weights = [torch.empty(n * MIB, **BYTES) for n in (1, 3, 9)]
             for number, weight in enumerate(self.weights):
@@ -116,6 +120,37 @@ def test_models_sleep_and_wake_at_their_addresses() -> None:
     one.unload()
     two.check()
     two.unload()
+
+
+def test_a_model_wakes_in_slices_while_another_one_works() -> None:
+    """A bounded part at a time; given up in the middle it holds nothing, and then it goes on."""
+    base = used()
+    one, two = Model(1), Model(2)
+    both = used()
+    one.sleep()
+    asleep = used()
+    one.memory.wake_some(3 * CHUNK)
+    assert asleep < used() <= asleep + 3 * CHUNK
+    while one.memory.give_up_wake(CHUNK):
+        two.write(7)
+    assert asleep == used()
+
+    slices = 0
+    while not one.memory.progress.is_done:
+        before = used()
+        one.memory.wake_some(3 * CHUNK)
+        assert used() - before <= 3 * CHUNK
+        two.write(slices)
+        slices += 1
+
+    assert slices > 3
+    one.memory.wake()
+    assert both == used()
+    one.check()
+    two.check()
+    one.unload()
+    two.unload()
+    assert base == used()
 
 
 def test_a_wake_without_room_leaves_the_others_whole() -> None:

@@ -292,6 +292,7 @@ async def test_plan_says_what_a_switch_would_do(make_server: MakeServer) -> None
                 "cost_s": 0.1,
             }
         ],
+        "give_up_wake": [],
         "bring_up": {"model": "mistral", "before": "cold", "after": "parked", "frees": size(-2)},
         "cost_s": answer["cost_s"],
         "memory": {

@@ -19,6 +19,7 @@ from vllm_hotswap.answers import (
     ReadyAnswer,
     StatusAnswer,
     SwitchAnswer,
+    WakingStatus,
 )
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.disclosure import told_if_any
@@ -234,7 +235,7 @@ def _parse(body: bytes) -> SwitchRequest:
 
 
 def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
-    memory, held = model.engine.memory, model.engine.footprint.at(model.residency)
+    memory = model.engine.memory
     return {
         "residency": model.residency.value,
         "in_flight": len(model.leases),
@@ -242,12 +243,19 @@ def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
         "waiting": coordinator.waiting_for(model),
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,
-        "held": usage_body(held),
+        "held": usage_body(model.held),
+        "waking": _waking(model),
         "pinned": model.pinned,
         "idle_s": coordinator.idle_s(model),
         "switch_cost_s": round(up_cost_s(model, model.residency), 3),
         "failed": told_if_any(model.failure),
     }
+
+
+def _waking(model: Model) -> WakingStatus | None:
+    if (waking := model.waking) is None:
+        return None
+    return {"done_bytes": waking.done_bytes, "total_bytes": waking.total_bytes}
 
 
 def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:

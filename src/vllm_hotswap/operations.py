@@ -92,6 +92,7 @@ class Operations:
             "residency": announced.model.residency.value,
             "prefetch": announced.prefetch,
             "limit_bytes": announced.limit_bytes,
+            "wake": announced.wake,
         }
         return JSONResponse(body)
 
@@ -157,6 +158,7 @@ def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
         "model": plan.target,
         "active": active,
         "evict": [move_body(move) for move in plan.evictions],
+        "give_up_wake": list(plan.given_up),
         "bring_up": move_body(plan.bring_up) if plan.bring_up else None,
         "cost_s": round(plan.cost_s, 3),
         "memory": {

@@ -31,7 +31,7 @@ from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
 from vllm_hotswap.connections import Config, Connection
 from vllm_hotswap.cross_site import CrossSite
-from vllm_hotswap.devices import SLEEP_VARIABLE
+from vllm_hotswap.devices import remember_sleep
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
@@ -271,8 +271,8 @@ def _clean_environment() -> None:
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
     if os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_RUNTIME_LORA_UPDATING reason='not needed'")
-    # Whether models on CUDA sleep is asked when their configurations are made, later on.
-    ours = {name for name in os.environ if name.startswith("VLLM_HOTSWAP_")} - {SLEEP_VARIABLE}
+    remember_sleep(os.environ)  # it is asked when models' configurations are made, later on
+    ours = {name for name in os.environ if name.startswith("VLLM_HOTSWAP_")}
     forget(["VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.faults import wait_until
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
@@ -130,6 +131,36 @@ def test_a_sleeping_model_gives_its_memory_back(
         switch(server, model)
         assert expected[model] == tokens(server, model)
         assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+
+def test_an_announced_model_wakes_while_another_one_is_served(
+    server: ServerProcess, expected: dict[str, list[int]]
+) -> None:
+    """Its memory is there before it is asked for; given up, it is gone, and nothing is lost."""
+    both = used_bytes()
+    for model in PAIR * 2:
+        switch(server, other(model))
+        post(server, f"/admin/models/{model}/sleep", level=1)
+        asleep = used_bytes()
+        assert "begun" == post(server, "/admin/next", model=model)["wake"]
+        wait_until(lambda model=model: is_awake_but_for_the_switch(server, model))
+        assert expected[other(model)] == tokens(server, other(model))
+        assert "asleep" == model_status(server, model)["residency"]
+        assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+        post(server, "/admin/next", model=other(model))
+        wait_until(lambda model=model: model_status(server, model)["waking"] is None)
+        assert abs(asleep - used_bytes()) <= WORKSPACE_BYTES
+
+        assert "begun" == post(server, "/admin/next", model=model)["wake"]
+        switch(server, model)
+        assert expected[model] == tokens(server, model)
+        assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+
+def is_awake_but_for_the_switch(server: ServerProcess, model: str) -> bool:
+    waking = model_status(server, model)["waking"]
+    return bool(waking) and waking["done_bytes"] == waking["total_bytes"] > 0
 
 
 def test_cold_switches_do_not_grow(server: ServerProcess, expected: dict[str, list[int]]) -> None:
