@@ -1,0 +1,407 @@
+"""`make check-gpu`: what it refuses, what it has time for, what it judges, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cuda import FakeCuda
+from tests.test_cuda_driver import FakeNvml
+from tools.gpu import check, phases, report
+from tools.gpu.device import GIB, NEEDED_BYTES, Unusable, check_device, check_free, facts
+from tools.gpu.facts import pinning
+from tools.gpu.goals import Goal, drift, goals, wake_limit_s
+from tools.gpu.link import SMALL, block
+from tools.gpu.phases import END_S, PHASES, chosen, limit_s
+from tools.gpu.report import Done, Report, document, markdown, terminal
+from tools.gpu.results import STAND_IN, Results, Row, Say, figure, line
+from tools.gpu.task import Task
+from vllm_hotswap.host import cuda_driver
+from vllm_hotswap.host.cuda_driver import Driver
+
+# --- what cannot be used -------------------------------------------------------------------------
+
+
+def refusal(environment: dict[str, str], cuda: FakeCuda | None = None) -> str:
+    with pytest.raises(Unusable) as error:
+        check_device(environment, cuda or FakeCuda())
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_device_that_cannot_be_used_is_told_of_in_one_line() -> None:
+    """With the next step."""
+    assert "--gpus all" in refusal({}, FakeCuda(devices=0))
+    assert "MIG is on without an instance" in refusal({}, FakeCuda(init_code=100))
+    assert "cannot map memory" in refusal({}, FakeCuda(can_map=False))
+    assert "unset it, or name one" in refusal({"CUDA_VISIBLE_DEVICES": ""})
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert "take expandable_segments out of it" in refusal(settings)
+
+
+def test_the_command_ends_with_two_where_there_is_no_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And writes nothing."""
+    monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
+
+    assert 2 == check.main(["--out", str(tmp_path / "out")])
+
+    out, err = capsys.readouterr()
+    assert ("", 1) == (out, err.count("\n"))
+    assert err.startswith("check-gpu: error: there is no NVIDIA driver: libcuda-of-nobody.so.1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_another_process_has_filled_is_refused() -> None:
+    """With what is free, and what is needed."""
+    check_free(NEEDED_BYTES)
+    with pytest.raises(Unusable, match=r"only 1\.5 GiB of the GPU's memory are free, and the tiny"):
+        check_free(3 * GIB // 2)
+
+
+def test_host_memory_that_cannot_be_pinned_is_wrong(tmp_path: Path) -> None:
+    """The remedy is told; nothing is left of the attempt."""
+    cuda, results = FakeCuda(), Results(tmp_path / "results")
+    driver = Driver(0, cuda)
+    pinning(Say("facts", results), driver, 1 << 20)
+    assert [True, None] == [row.right for row in results.rows()]
+
+    cuda.refuses.add("cuMemHostRegister_v2")
+    pinning(Say("facts", results), driver, 1 << 20)
+
+    row = results.rows()[-1]
+    assert ("pinned", False) == (row.key, row.right)
+    assert "ulimit -l unlimited" in row.note
+    assert {} == cuda.left
+
+
+class Named(FakeCuda):
+    """It has a name and a place, too."""
+
+    def _cuDeviceGetName(self, name: Any, size: int, device: Any) -> None:
+        name.value = b"GPU of a test"
+
+    def _cuDeviceGetPCIBusId(self, bus_id: Any, size: Any, device: Any) -> None:
+        bus_id.value = b"00000000:01:00.0"
+
+
+class Telling(FakeNvml):
+    def nvmlSystemGetDriverVersion(self, version: Any, size: int) -> int:
+        version.value = b"590.1"
+        return 0
+
+
+def test_the_device_is_described_without_a_context() -> None:
+    """An instance of a divided GPU is told as such; its free memory is another matter."""
+    nvml = Telling(GIB, is_divided=True)
+    cuda = Named()
+
+    found = facts(cuda, nvml)
+
+    assert {"name": "GPU of a test", "driver": "590.1", "MIG": True} == {
+        key: found[key] for key in ("name", "driver", "MIG")
+    }
+    assert not nvml.is_open
+    assert "cuCtxGetCurrent" not in cuda.calls
+    check_device({}, cuda, nvml)  # not refused for the memory of the whole
+    with pytest.raises(Unusable, match=r"only 1\.0 GiB"):
+        check_device({}, cuda, Telling(GIB))
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def test_phases_run_in_the_order_of_importance() -> None:
+    """However they are asked for."""
+    assert ["facts", "tiny", "stock"] == [p.name for p in chosen(["stock", "facts", "tiny"])]
+    with pytest.raises(ValueError, match="tony: no such phase; there are facts, kernels,"):
+        chosen(["tony"])
+
+
+@pytest.mark.parametrize(
+    ("left_s", "limit"),
+    [(None, 420.0), (10_000.0, 420.0), (100.0, 100.0 - END_S), (60.0, None), (-5.0, None)],
+)
+def test_a_phase_gets_the_time_that_is_left(left_s: float | None, limit: float | None) -> None:
+    """And is not begun where that is too little."""
+    (tiny,) = chosen(["tiny"])
+
+    assert limit == limit_s(tiny, left_s)
+
+
+def test_all_phases_usually_fit_into_nine_minutes() -> None:
+    """That is the time that some machines are lent for."""
+    assert sum(phase.usual_s for phase in PHASES) + END_S <= 540
+
+
+# --- a whole run, of phases that are programs of the test --------------------------------------
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, programs: dict[str, str], *options: str
+) -> int:
+    """Run the command with these phases instead of its own. Returns its exit status."""
+    package = folder / "phases"
+    package.mkdir()
+    for name, text in programs.items():
+        source = f"import os, time\n\ndef run(task, say):\n    {text}\n"
+        (package / f"{name}.py").write_text(source)
+    made = tuple(phases.Phase(name, "a test", 1, 1, 60) for name in programs)
+    monkeypatch.setattr(phases, "PHASES", made)
+    monkeypatch.setattr(report, "PHASES", made)
+    monkeypatch.setattr(phases, "NAMES", tuple(programs))
+    monkeypatch.setattr(check, "check_device", lambda environment: None)
+    monkeypatch.setenv("CHECK_GPU_TEST", str(package))
+    monkeypatch.setattr(check, "RUNNER", ["-c", RUNNER])
+    return check.main(["--out", str(folder / "out"), "--phases", ",".join(programs), *options])
+
+
+RUNNER = """
+import os, sys
+import tools.gpu
+from tools.gpu import phase
+tools.gpu.__path__.append(os.environ["CHECK_GPU_TEST"])
+sys.exit(phase.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_phase_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nor one whose process dies; what they had found is kept, and the exit status tells."""
+    programs = {
+        "raises": "say.fact('a', 'before', 1); raise RuntimeError('of this test')",
+        "dies": "say.fact('b', 'before', 2); os._exit(9)",
+        "works": "say.check('c', 'all well', True)",
+    }
+
+    assert check.WRONG == run(monkeypatch, tmp_path, programs)
+
+    told = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert ["a", "failed", "b", "failed", "c"] == [row["key"] for row in told["results"]]
+    assert "RuntimeError: of this test" in told["results"][1]["value"]
+    assert "status 9" in told["results"][3]["value"]
+    assert ["done"] == [p["state"] for p in told["phases"] if p["phase"] == "works"]
+    assert "! raises the phase failed" in capsys.readouterr().out
+    assert "| works" in (tmp_path / "out" / "check.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_phase_that_hangs_is_ended_and_its_programs_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is interrupted first, so that it can stop its servers."""
+    programs = {
+        "hangs": "say.fact('a', 'before', os.getpid())\n"
+        "    try:\n        time.sleep(600)\n"
+        "    finally:\n        say.fact('b', 'it was interrupted', 1)",
+        "late": "pass",
+    }
+
+    status = run(monkeypatch, tmp_path, programs, "--budget-s", str(END_S + 4))
+
+    told = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert check.WRONG == status
+    assert ["a", "b", "failed"] == [row["key"] for row in told["results"]]
+    assert not Path(f"/proc/{told['results'][0]['value']}").exists()
+    assert "it was not done in " in told["phases"][0]["state"]
+    assert told["phases"][1]["state"].startswith("not begun: it takes 1 s at least")
+
+
+@pytest.mark.slow
+def test_a_run_without_mistakes_ends_with_zero(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A goal that nobody has measured is no mistake."""
+    assert 0 == run(monkeypatch, tmp_path, {"works": "say.check('c', 'all well', True)"})
+
+
+def test_figures_of_a_rehearsal_do_not_get_into_the_docs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is run."""
+    with pytest.raises(SystemExit):
+        check.main(["--rehearsal", "--docs", "h200"])
+
+    assert "a rehearsal has no figures of a GPU" in capsys.readouterr().err
+
+
+def test_a_task_is_handed_over_whole(tmp_path: Path) -> None:
+    """To the process of its phase."""
+    task = Task(tmp_path / "out", tmp_path / "models", True, 12.5)
+
+    assert task == Task.read(task.write())
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
+    """As by a machine that goes away."""
+    results = Results(tmp_path / "results")
+    assert [] == results.rows()
+    Say("link", results).fact("to_device", "to device", [1.0, 3.0, 2.0], "GB/s")
+    with (tmp_path / "results").open("a") as file:
+        file.write('{"phase": "li')
+
+    (row,) = results.rows()
+
+    assert 2.0 == figure([row], "link", "to_device")
+    assert "  link     to device: 2 (max 3, n 3) GB/s" == line(row)
+
+
+def test_what_only_kernels_can_tell_is_not_checked_in_a_rehearsal(tmp_path: Path) -> None:
+    """Everything else is."""
+    results = Results(tmp_path / "results")
+    say = Say("kernels", results, is_rehearsal=True)
+    say.check("a", "numbers", False, by_kernels=True)
+    say.check("b", "books", False)
+    Say("kernels", results).check("c", "numbers", False, by_kernels=True)
+
+    assert [None, False, False] == [row.right for row in results.rows()]
+    assert STAND_IN == results.rows()[0].note
+
+
+# --- goals ---------------------------------------------------------------------------------------
+
+
+def rows(**values: Any) -> list[Row]:
+    """Rows by `phase__key`; two underscores more stand for a dot."""
+    found = []
+    for name, value in values.items():
+        phase, key = name.split("__", 1)
+        found.append(Row(phase, key.replace("__", "."), key, value))
+    return found
+
+
+MEASURED = {
+    "link__to_device": [50.0, 55.0, 60.0],
+    "large__parked": [2.0, 2.5, 9.0],
+    "large__asleep__big": [0.5, 0.55, 0.6],
+    "large__weights_bytes__big": 16_400_000_000,
+    "large__sleep__big": [0.04, 0.05, 0.2],
+    "large__different": 0,
+    "large__drift__asleep": 0,
+    "tiny__different": 0,
+    "tiny__drift__asleep": 0,
+    "tiny__drift__cold": 34,
+    "stock__first_s__ours": [0.6],
+    "stock__first_s__stock": [0.9],
+}
+
+
+def state(name: str, **changes: Any) -> str:
+    (goal,) = [each for each in goals(rows(**MEASURED | changes)) if each.name.startswith(name)]
+    return goal.state
+
+
+def test_a_wake_may_take_the_time_of_its_bytes_on_the_measured_link() -> None:
+    """1.15 of it, and 0.3 s."""
+    assert wake_limit_s(55e9, 55.0) == pytest.approx(1.45)
+    assert None is wake_limit_s(55e9, None) is wake_limit_s(None, 55.0)
+    assert "met" == state("switch to a sleeping big")
+    assert "MISSED" == state("switch to a sleeping big", large__asleep__big=[0.65])
+    assert "met" == state("switch to a sleeping big", large__asleep__big=[0.65], link__to_device=50)
+    assert "not measured" == state("switch to a sleeping big", link__to_device=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("switch to a parked", {"large__parked": [2.0, 3.1, 3.2]}),
+        ("sleep after the first", {"large__sleep__big": [0.11]}),
+        ("first correct token", {"stock__first_s__stock": [0.59]}),
+        ("different tokens", {"stock__different": 1}),
+        ("drift over sleeps and wakes, tiny", {"tiny__drift__asleep": 2}),
+        ("drift over sleeps and wakes, large", {"large__drift__asleep": 1}),
+        ("drift over cold", {"tiny__drift__cold": 41}),
+    ],
+)
+def test_each_goal_can_be_missed(name: str, changes: dict[str, Any]) -> None:
+    """And is met by the figures above, and not measured without any."""
+    assert "met" == state(name)
+    assert "MISSED" == state(name, **changes)
+    assert {"not measured"} == {goal.state for goal in goals([])}
+
+
+def test_drift_is_growth_after_the_beginning() -> None:
+    """What is made once is none; neither is a single figure that is larger."""
+    assert 0 == drift([100, 130, *[134] * 18])
+    assert 0 == drift([134] * 10 + [140] + [134] * 9)
+    assert 10 == drift(list(range(20)))
+    assert 0 == drift([5]) == drift([])
+    assert 3 == drift([1, 4])
+
+
+# --- reports -------------------------------------------------------------------------------------
+
+
+def a_report(*found: Row, is_rehearsal: bool = False) -> Report:
+    environment = {"date": "2026-01-02T03:04:05", "git_revision": "abc", "arguments": ["--x"]}
+    done = [Done("facts", "done", 3.2), Done("link", "status 1; link.log: | wrong", 9)]
+    return Report(environment, is_rehearsal, done, found)
+
+
+def test_goals_are_shown_as_met_or_missed() -> None:
+    """On the terminal, in the page, and as values in the file."""
+    found = a_report(*rows(**MEASURED | {"large__parked": [9.0]}))
+
+    for text in (terminal(found), markdown(found, "Check of h200")):
+        assert text.count("MISSED") == 1
+        assert text.count("| met") == len(found.goals) - 1
+    told = document(found)
+    assert [False, True] == [goal["met"] for goal in told["goals"]][:2]
+    assert 9.0 == told["goals"][0]["value"]
+    assert check.MISSED == check.exit_status(found)
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_the_page_has_every_result_and_no_row_that_is_torn() -> None:
+    """A failure's text has lines and bars."""
+    bad = Row("link", "failed", "the phase failed", "one\ntwo | three", right=False)
+    page = markdown(a_report(Row("facts", "name", "name", "H200"), bad), "Check of h200")
+
+    assert page.startswith("# Check of h200\n\nMade on 2026-01-02 at revision abc by")
+    (torn,) = [text for text in page.splitlines() if "one two" in text]
+    assert ["the phase failed", "one two / three", "WRONG"] == [
+        cell.strip() for cell in torn.split("|")
+    ][1:4]
+    assert {text.count("|") for text in page.splitlines() if text.startswith("| the")} == {5}
+
+
+def test_a_rehearsal_judges_no_goal_and_says_so() -> None:
+    """In every form."""
+    found = a_report(*rows(**MEASURED), is_rehearsal=True)
+
+    assert [] == found.goals == document(found)["goals"]
+    assert True is document(found)["rehearsal"]
+    assert "no figure here says anything about a GPU" in markdown(found, "x")
+    assert "no goal is judged" in terminal(found)
+    assert 0 == check.exit_status(found)
+    assert check.WRONG == check.exit_status(
+        replace(found, rows=[*found.rows, Row("tiny", "x", "x", 1, right=False)])
+    )
+
+
+def test_a_goal_without_a_figure_is_not_measured() -> None:
+    """Neither met nor missed."""
+    assert None is Goal("x", None, 1.0, "s").is_met is Goal("x", 1.0, None, "s").is_met
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device_free", "host_free", "nbytes"),
+    [(140 * GIB, 120 * GIB, 4 * GIB), (8 * GIB, 120 * GIB, 2 * GIB), (GIB // 4, GIB, SMALL)],
+)
+def test_what_is_copied_fits_the_machine(device_free: int, host_free: int, nbytes: int) -> None:
+    """A quarter of what is free, 4 GiB at most."""
+    assert nbytes == block(device_free, host_free)
