@@ -94,10 +94,10 @@ def _different(rows: Sequence[Row]) -> float | None:
 def drift(samples: Sequence[float]) -> float:
     """Growth over some samples: the median of the last quarter less that of the second.
 
-    The first quarter is left out: what is made once (workspaces, host copies) is no drift.
+    The first quarter is left out: what is made once (workspaces, host copies) is no drift. Of less
+    than four samples, the last less the first.
     """
-    quarter = max(1, len(samples) // 4)
-    if len(samples) < 2:
-        return 0.0
-    second = samples[quarter : 2 * quarter] or samples[:quarter]
-    return median(samples[-quarter:]) - median(second)
+    if len(samples) < 4:
+        return samples[-1] - samples[0] if samples else 0.0
+    quarter = len(samples) // 4
+    return median(samples[-quarter:]) - median(samples[quarter : 2 * quarter])
