@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 
 from tools.gpu.task import REVISION
 from tools.gpu.thin import NoFatbin, thin
-from tools.setup import LISTS, ROOT, Pin, parse
+from tools.setup import LISTS, ROOT, Pin, canonical, parse
 from vllm_hotswap.bench.environment import git_revision
 
 PRODUCT = ("src/vllm_hotswap", "tools/__init__.py", "tools/gpu", "pyproject.toml", "LICENSE")
@@ -133,6 +133,16 @@ def pins(options: Options) -> list[Pin]:
         for pin in parse((LISTS / name).read_text(encoding="utf-8"))
     }
     return [pin for name, pin in found.items() if name not in NEVER and options.has(name)]
+
+
+def installed(frozen: Path | None) -> list[str]:
+    """Names in the output of `pip freeze`."""
+    if frozen is None:
+        return []
+    lines = [line.strip() for line in frozen.read_text(encoding="utf-8").splitlines()]
+    return [
+        canonical(line.partition(" @ ")[0])[0] for line in lines if line and line[0] not in "#-"
+    ]
 
 
 def _wheels(work: Path, options: Options) -> list[Path]:
@@ -276,7 +286,7 @@ def _split(out: Path, archives: Sequence[Path], part_bytes: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     options = Options(
-        tuple(name for name in args.without.split(",") if name),
+        (*(name for name in args.without.split(",") if name), *installed(args.installed)),
         args.python,
         args.sm,
         args.wheels,
@@ -308,6 +318,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="",
         metavar="NAME,...",
         help="packages that are there already, such as torch,nvidia-*,triton; '*': no wheels",
+    )
+    parser.add_argument(
+        "--installed", type=Path, metavar="FILE", help="what `pip freeze` says there is there"
     )
     parser.add_argument("--python", default=Options().python, help="of the other machine: 3.12")
     parser.add_argument("--sm", type=int, help="leave vLLM's code for this kind of GPU alone: 90")
