@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from vllm_hotswap.bench.servers import log_tail
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks" / "gpu"
 RUNNER = ["-m", "tools.gpu.phase"]
-GRACE_S = 30.0
+GRACE_S = 15.0
 """For a phase that is being ended: its servers stop meanwhile."""
 
 WRONG, UNUSABLE, MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -198,6 +199,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.docs and args.rehearsal:
         parser.error("--docs: a rehearsal has no figures of a GPU")
+    if args.docs and not re.fullmatch(r"[\w.-]+", args.docs):
+        parser.error(f"--docs: {args.docs!r} is no name of a file; name the GPU, such as h200")
     return args
 
 

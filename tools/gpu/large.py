@@ -71,6 +71,8 @@ def room_for(task: Task) -> Room:
 
 def made(task: Task, say: Say, sizes: Sizes) -> tuple[Model, Model]:
     """Both checkpoints, as entries of a server's configuration."""
+    nbytes = sizes.big_bytes + sizes.mid_bytes
+    say.step(f"making {nbytes / 1e9:.1f} GB of random weights")
     before_s = time.perf_counter()
     settings = {
         "max_model_len": 4096,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-END_S = 5.0
-"""Kept for the report."""
+END_S = 20.0
+"""Kept for ending a phase, and for the report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,10 @@ class Say:
         else:
             self._add(Row(self._phase, key, what, shown, unit, is_right, note))
 
+    def step(self, what: str) -> None:
+        """Something that takes a while begins. It is no result."""
+        print(f"  {self._phase:8} ... {what}", flush=True)
+
     def _add(self, row: Row) -> None:
         self._results.add(row)
         print(line(row), flush=True)

@@ -75,6 +75,7 @@ class Story:
         self.different += different(found, self.wanted[model])
 
     async def parked(self, count: int) -> None:
+        self.say.step(f"{count} switches to a parked model")
         samples = []
         for number in range(count):
             if not self.has_time:
@@ -88,7 +89,9 @@ class Story:
 
     async def cycles(self, count: int) -> None:
         """Sleep, and switch back, of both in turn."""
+        self.say.step(f"{2 * count} sleeps and wakes")
         down: dict[str, list[float]] = {model: [] for model in self.pair}
+
         up: dict[str, list[float]] = {model: [] for model in self.pair}
         first: dict[str, list[float]] = {model: [] for model in self.pair}
         used: list[int | None] = []
@@ -132,7 +135,9 @@ class Story:
                 self.samples(f"{key}.{model}", f"{model}: {what}", in_s(found), wanted, "s")
 
     async def cold(self, count: int) -> None:
+        self.say.step(f"{count} switches to a cold model")
         samples: list[float] = []
+
         used: list[int | None] = []
         for number in range(count):
             if not self.has_time:
@@ -207,6 +212,7 @@ async def serve(task: Task, say: Say, models: tuple[Model, Model], counts: Count
         ServerFailed: it does not start, or answers an error; the message has its log.
     """
     launcher = Launcher(task.out / "servers")
+    say.step("starting a server, and loading both models")
     async with launcher.hotswap(*models) as server:
         say.fact("start", "start to ready, both loaded", server.health_s, "s")
         say.fact("used", "device memory with both loaded", used_mib(), "MiB")

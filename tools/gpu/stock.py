@@ -94,9 +94,11 @@ def utilization(sizes: Sizes, device_total: int) -> float:
 async def _compare(task: Task, say: Say, model: Model, share: float) -> None:
     home = tiny_model(HOME, "qwen")
     launcher = Launcher(task.out / "servers")
+    say.step("starting our server")
     async with launcher.hotswap(model, home) as our_server:
         ours = Side(Client(our_server.port), is_ours=True)
         await ours.begin()
+        say.step("starting vLLM's own server")
         async with plain(task, model, share) as their_server:
             theirs = Side(Client(their_server.port), is_ours=False)
             await theirs.begin()
