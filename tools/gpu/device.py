@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,21 @@ def check_free(free: int) -> None:
             f"{NEEDED_BYTES / GIB:.0f}; nvidia-smi shows what holds the rest: end that, or name "
             "another GPU in CUDA_VISIBLE_DEVICES"
         )
+
+
+def check_packages(version: Callable[[str], str] = metadata.version) -> None:
+    """Raises `Unusable` if this Python has no torch and no vLLM for CUDA."""
+    for package in ("torch", "vllm"):
+        try:
+            found = version(package)
+        except metadata.PackageNotFoundError:
+            found = ""
+        if not found or found.endswith("+cpu"):
+            told = f"is {found}, a build for the CPU" if found else "is not installed"
+            raise Unusable(
+                f"{package} {told} in {sys.executable}; name the Python that has vLLM's CUDA "
+                "build: make check-gpu PYTHON=..."
+            )
 
 
 def used_bytes(environment: Mapping[str, str] = os.environ) -> int | None:

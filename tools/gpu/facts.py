@@ -15,7 +15,7 @@ import psutil
 
 import vllm_hotswap
 from tools.gpu import device
-from tools.gpu.device import MIB
+from tools.gpu.device import MIB, NEEDED_BYTES
 from tools.gpu.results import Say
 from tools.gpu.task import Task
 from vllm_hotswap.host.cuda_driver import Driver, check_driver
@@ -23,6 +23,7 @@ from vllm_hotswap.host.cuda_memory import HostCopy
 from vllm_hotswap.nvml import device_free_bytes
 
 PINNED_BYTES = 64 * MIB
+CONTEXT_BYTES = 512 * MIB
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LINK = "pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current"
 QUERY_S = 20
@@ -37,7 +38,7 @@ def run(_task: Task, say: Say) -> None:
     _versions(say)
     driver = Driver(0, cuda)
     driver.ensure_context()
-    _memory(say, driver, free_before)
+    memory(say, driver, free_before)
     _host(say)
     pinning(say, driver)
 
@@ -62,10 +63,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _memory(say: Say, driver: Driver, free_before: int | None) -> None:
+def memory(say: Say, driver: Driver, free_before: int | None) -> None:
     free, total = driver.memory_info()
     say.fact("total", "memory of the device", total // MIB, "MiB")
-    say.fact("free", "free, beside a context", free // MIB, "MiB")
+    is_enough = free >= NEEDED_BYTES - CONTEXT_BYTES
+    told = "" if is_enough else "end what uses the GPU, or name another one: CUDA_VISIBLE_DEVICES"
+    say.check("free", "free, beside a context", is_enough, free // MIB, "MiB", told)
     if free_before is None:
         say.fact("others", "held by other processes", "not told here (MIG, or no NVML)")
         return

@@ -6,6 +6,7 @@ The check ends a phase that takes too long by SIGINT, so that servers are stoppe
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,10 @@ from tools.gpu.task import RESULTS, Task
 
 
 def main(argv: Sequence[str]) -> int:
+    # A shell that starts programs in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     name, orders = argv
+
     task = Task.read(orders)
     say = Say(name, Results(task.out / RESULTS), task.is_rehearsal)
     importlib.import_module(f"tools.gpu.{name}").run(task, say)

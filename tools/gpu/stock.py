@@ -28,6 +28,8 @@ from vllm_hotswap.bench.stats import alternate
 from vllm_hotswap.host.cuda_driver import check_driver
 
 HOME = "home"
+THEIRS_S = 90.0
+"""For a sleep or a wake of vLLM's own: its server may not answer once its engine has died."""
 TURNS, OF_A_REHEARSAL = 6, 2
 
 
@@ -48,12 +50,14 @@ class Side:
             await self.client.switch(HOME)
             self.down_ms.append(await self.client.sleep(BIG))
         else:
-            self.down_ms.append((await self.client.post("/sleep?level=1", {}))[0])
+            async with asyncio.timeout(THEIRS_S):
+                self.down_ms.append((await self.client.post("/sleep?level=1", {}))[0])
 
     async def wake(self) -> float:
         if self.is_ours:
             return await self.client.switch(BIG)
-        return (await self.client.post("/wake_up", {}))[0]
+        async with asyncio.timeout(THEIRS_S):
+            return (await self.client.post("/wake_up", {}))[0]
 
     async def begin(self) -> None:
         """What it answers before it has slept; then its first sleep."""
