@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from importlib import metadata
@@ -20,7 +21,7 @@ import pytest
 
 from tests.cuda import FakeCuda
 from tests.test_cuda_driver import FakeNvml
-from tools.gpu import check, checkpoints, pack, phases, report, thin, unpack
+from tools.gpu import check, checkpoints, pack, phases, report, runner, serving, thin, unpack
 from tools.gpu.client import different
 from tools.gpu.device import (
     GIB,
@@ -40,7 +41,7 @@ from tools.gpu.report import Done, Report, document, markdown, terminal
 from tools.gpu.results import STAND_IN, Results, Row, Say, figure, line
 from tools.gpu.serving import log_checks
 from tools.gpu.sizes import BIG, MID, SMALL, Room, Sizes, choose, weights_bytes
-from tools.gpu.stock import utilization
+from tools.gpu.stock import Side, utilization
 from tools.gpu.task import Task
 from vllm_hotswap import demo
 from vllm_hotswap.bench import medium
@@ -74,7 +75,7 @@ def test_the_command_ends_with_two_where_there_is_no_driver(
     """And writes nothing."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
 
-    assert 2 == check.main(["--out", str(tmp_path / "out")])
+    assert 2 == runner.main(["--out", str(tmp_path / "out")])
 
     out, err = capsys.readouterr()
     assert ("", 1) == (out, err.count("\n"))
@@ -171,6 +172,21 @@ def test_the_device_is_described_without_a_context() -> None:
         check_device({}, cuda, Telling(GIB))
 
 
+def test_a_python_without_what_is_needed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, too, and not as a traceback."""
+    monkeypatch.delitem(sys.modules, "tools.gpu.runner")
+    monkeypatch.delattr("tools.gpu.runner")
+    monkeypatch.setitem(sys.modules, "psutil", None)
+
+    assert check.UNUSABLE == check.main([])
+
+    err = capsys.readouterr().err
+    assert err.startswith("check-gpu: error: psutil is not installed in ")
+    assert 1 == err.count("\n")
+
+
 # --- time ----------------------------------------------------------------------------------------
 
 
@@ -213,11 +229,11 @@ def run(
     monkeypatch.setattr(phases, "PHASES", made)
     monkeypatch.setattr(report, "PHASES", made)
     monkeypatch.setattr(phases, "NAMES", tuple(programs))
-    monkeypatch.setattr(check, "check_device", lambda environment: None)
-    monkeypatch.setattr(check, "check_packages", lambda: None)
+    monkeypatch.setattr(runner, "check_device", lambda environment: None)
+    monkeypatch.setattr(runner, "check_packages", lambda: None)
     monkeypatch.setenv("CHECK_GPU_TEST", str(package))
-    monkeypatch.setattr(check, "RUNNER", ["-c", RUNNER])
-    return check.main(["--out", str(folder / "out"), "--phases", ",".join(programs), *options])
+    monkeypatch.setattr(runner, "RUNNER", ["-c", RUNNER])
+    return runner.main(["--out", str(folder / "out"), "--phases", ",".join(programs), *options])
 
 
 RUNNER = """
@@ -240,7 +256,7 @@ def test_a_phase_that_fails_does_not_stop_the_others(
         "works": "say.check('c', 'all well', True)",
     }
 
-    assert check.WRONG == run(monkeypatch, tmp_path, programs)
+    assert runner.WRONG == run(monkeypatch, tmp_path, programs)
 
     told = json.loads((tmp_path / "out" / "check.json").read_text())
     assert ["a", "failed", "b", "failed", "c"] == [row["key"] for row in told["results"]]
@@ -270,11 +286,21 @@ def test_a_phase_that_hangs_is_ended_and_its_programs_with_it(
         signal.signal(signal.SIGINT, before)
 
     told = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert check.WRONG == status
+    assert runner.WRONG == status
     assert ["a", "b", "failed"] == [row["key"] for row in told["results"]]
     assert not Path(f"/proc/{told['results'][0]['value']}").exists()
     assert "it was not done in " in told["phases"][0]["state"]
     assert told["phases"][1]["state"].startswith("not begun: it takes 1 s at least")
+
+
+def test_a_budget_that_is_too_short_for_anything_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing that was checked is nothing that is right."""
+    status = run(monkeypatch, tmp_path, {"works": "pass"}, "--budget-s", "20")
+
+    assert check.UNUSABLE == status
+    assert "--budget-s 20 is too short for anything: works takes 1 s" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -290,7 +316,7 @@ def test_figures_of_a_rehearsal_do_not_get_into_the_docs(
 ) -> None:
     """Before anything is run."""
     with pytest.raises(SystemExit):
-        check.main(["--rehearsal", "--docs", "h200"])
+        runner.main(["--rehearsal", "--docs", "h200"])
 
     assert "a rehearsal has no figures of a GPU" in capsys.readouterr().err
 
@@ -421,7 +447,7 @@ def test_goals_are_shown_as_met_or_missed() -> None:
     told = document(found)
     assert [False, True] == [goal["met"] for goal in told["goals"]][:2]
     assert 9.0 == told["goals"][0]["value"]
-    assert check.MISSED == check.exit_status(found)
+    assert runner.MISSED == runner.exit_status(found)
     assert json.loads(json.dumps(told)) == told
 
 
@@ -446,8 +472,8 @@ def test_a_rehearsal_judges_no_goal_and_says_so() -> None:
     assert True is document(found)["rehearsal"]
     assert "no figure here says anything about a GPU" in markdown(found, "x")
     assert "no goal is judged" in terminal(found)
-    assert 0 == check.exit_status(found)
-    assert check.WRONG == check.exit_status(
+    assert 0 == runner.exit_status(found)
+    assert runner.WRONG == runner.exit_status(
         replace(found, rows=[*found.rows, Row("tiny", "x", "x", 1, right=False)])
     )
 
@@ -568,6 +594,146 @@ def test_what_a_log_must_not_say_is_wrong(tmp_path: Path) -> None:
 
     assert [False, False] == [row.right for row in results.rows()[2:]]
     assert "Traceback, event=tensors_left" == results.rows()[-1].value
+
+
+# --- what a server has to show -------------------------------------------------------------------
+
+
+class FakeClient:
+    """A server of two models, whose answers and whose memory a test decides. Mutable: all."""
+
+    def __init__(self) -> None:
+        self.active, self.asleep, self.slept = "a", set[str](), 0
+        self.calls: list[str] = []
+        self.used = 1000
+        self.grows = 0
+        self.forgets = False
+        """Whether a model answers otherwise once it has slept."""
+
+    async def switch(self, model: str) -> float:
+        self.calls.append(f"switch {model}")
+        if model in self.asleep:
+            self.asleep.remove(model)
+            self.used += 100 + self.grows
+        self.active = model
+        return 2.0
+
+    async def answer(self, model: str, tokens: int = 4) -> tuple[float, list[int]]:
+        assert model == self.active
+        changed = self.forgets and self.slept
+        return 7.0, ([9] if changed else [1]) + [2] * (tokens - 1)
+
+    async def sleep(self, model: str) -> float:
+        self.calls.append(f"sleep {model}")
+        self.slept += 1
+        self.asleep.add(model)
+        self.used -= 100
+        return 50.0
+
+    async def unload(self, model: str) -> None:
+        self.calls.append(f"unload {model}")
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        self.calls.append(path)
+        return 80.0, {}
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    made = FakeClient()
+    monkeypatch.setattr(serving, "used_mib", lambda: made.used)
+    return made
+
+
+def a_story(client: Any, folder: Path, ends_in_s: float = 600.0) -> tuple[serving.Story, Results]:
+    results = Results(folder / "results")
+    task = Task(folder, folder, False, time.monotonic() + ends_in_s)
+    return serving.Story(Say("tiny", results), task, client, ("a", "b")), results
+
+
+async def test_a_story_goes_through_every_residency(client: FakeClient, tmp_path: Path) -> None:
+    """Every model from each, in turn; the first sleep is told apart."""
+    story, results = a_story(client, tmp_path)
+    await story.expect()
+    await story.parked(4)
+    await story.cycles(3)
+    await story.cold(2)
+
+    found = {row.key: row.value for row in results.rows()}
+    assert [2.0] * 4 == found["parked"]
+    assert ([0.05], [0.05] * 2) == (found["first_sleep.b"], found["sleep.b"])
+    assert [0.002] * 3 == found["asleep.a"]
+    assert [0.009] * 3 == found["first.a"]
+    assert [100.0] * 6 == found["gone"]
+    assert (0.0, 0.0) == (found["drift.asleep"], found["drift.cold"])
+    assert ["unload a", "unload b"] == [call for call in client.calls if "unload" in call]
+    assert [] == [row for row in results.rows() if row.right is False]
+    assert 0 == story.different
+
+
+async def test_answers_that_a_sleep_changes_are_counted(client: FakeClient, tmp_path: Path) -> None:
+    """Token by token: the first one after a wake, and the same one of the whole answer."""
+    client.forgets = True
+    story, _ = a_story(client, tmp_path)
+    await story.expect()
+    assert 0 == story.different
+
+    await story.cycles(2)
+
+    assert 2 * 2 * 2 == story.different
+
+
+async def test_memory_that_grows_is_wrong(client: FakeClient, tmp_path: Path) -> None:
+    """By so much as a MiB at each wake."""
+    client.grows = 1
+    story, results = a_story(client, tmp_path)
+    await story.expect()
+    await story.cycles(4)
+
+    (grown,) = [row for row in results.rows() if row.key == "drift.asleep"]
+    assert (False, 4.0) == (grown.right, grown.value)
+
+
+async def test_a_story_that_runs_out_of_time_says_what_is_missing(
+    client: FakeClient, tmp_path: Path
+) -> None:
+    """And does nothing more."""
+    story, results = a_story(client, tmp_path, ends_in_s=1.0)
+    await story.expect()
+    before = len(client.calls)
+    await story.parked(50)
+    await story.cycles(20)
+    await story.cold(10)
+
+    assert before == len(client.calls)
+    notes = [row.note for row in results.rows() if row.key in ("parked", "asleep.a", "cold")]
+    assert [f"0 of {n}: the time was over" for n in (50, 20, 10)] == notes
+    assert [] == [row for row in results.rows() if row.right is False]
+
+
+async def test_both_sleep_modes_take_turns_on_equal_terms(
+    client: FakeClient, tmp_path: Path
+) -> None:
+    """Each is asked by its own routes, and timed from the wake to the first token."""
+    results = Results(tmp_path / "results")
+    ours, theirs = Side(client, is_ours=True), Side(client, is_ours=False)  # type: ignore[arg-type]
+    await ours.begin()
+    client.active = "big"
+    await theirs.begin()
+    await ours.turn()
+    client.active = "big"
+    await theirs.turn()
+    ours.tell(Say("stock", results), "ours", "ours")
+    theirs.tell(Say("stock", results), "stock", "vLLM's own")
+
+    found = {row.key: row.value for row in results.rows()}
+    assert ([0.009], [0.087]) == (found["first_s.ours"], found["first_s.stock"])
+    assert ([0.05], [0.08]) == (found["sleep_s.ours"], found["sleep_s.stock"])
+    assert [
+        *("switch big", "switch home", "sleep big", "/sleep?level=1"),
+        *("switch big", "switch home", "sleep big", "/wake_up", "/sleep?level=1"),
+    ] == client.calls
+    assert 0 == ours.different == theirs.different
 
 
 # --- a machine without a network -----------------------------------------------------------------

@@ -57,6 +57,7 @@ def unpack(parts: Path, to: Path) -> Path:
         found = sorted(Path(work).glob("*.tar.xz"))
         with ThreadPoolExecutor() as pool:  # lzma works without the interpreter's lock
             list(pool.map(lambda path: _extract(path, to / _folder(path)), found))
+    compileall.compile_dir(to, quiet=2, workers=0)  # as installers do; some sources may not compile
     return _write_variables(to)
 
 
@@ -84,7 +85,6 @@ def _extract(path: Path, to: Path) -> None:
     to.mkdir(exist_ok=True)
     with lzma.open(path) as packed, tarfile.open(fileobj=packed, mode="r|") as archive:
         archive.extractall(to, filter="data")
-    compileall.compile_dir(to, quiet=2)  # as an installer does; sources of other Pythons may fail
 
 
 def variables(to: Path) -> dict[str, str]:
