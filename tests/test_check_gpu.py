@@ -304,6 +304,22 @@ def test_a_budget_that_is_too_short_for_anything_is_refused(
 
 
 @pytest.mark.slow
+def test_only_models_that_were_made_are_deleted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever else is in the folder that --models names."""
+    mine = tmp_path / "mine" / "big" / "config.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    programs = {"makes": "(task.models / 'big').mkdir(parents=True); print(task.models)"}
+
+    assert 0 == run(monkeypatch, tmp_path, programs, "--models", str(tmp_path / "mine"))
+
+    assert mine.exists()
+    assert [mine.parent] == list((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.slow
 def test_a_run_without_mistakes_ends_with_zero(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

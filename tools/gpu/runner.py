@@ -34,6 +34,9 @@ from vllm_hotswap.bench.servers import log_tail
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks" / "gpu"
 RUNNER = ["-m", "tools.gpu.phase"]
+MODELS = "check-gpu-models"
+"""A folder of our own, wherever it is to be: what is in it is deleted."""
+
 GRACE_S = 15.0
 """For a phase that is being ended: its servers stop meanwhile."""
 
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, Unusable) as error:
         print(f"check-gpu: error: {error}", file=sys.stderr)
         return UNUSABLE
-    check = Check(args.out, args.models or args.out / "models", args.rehearsal)
+    check = Check(args.out, (args.models or args.out) / MODELS, args.rehearsal)
     status = 0
     try:
         for phase in chosen:
