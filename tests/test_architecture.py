@@ -15,6 +15,7 @@ LAYERS = [
         "addresses",
         "errors",
         "event_loop",
+        "engine_share",
         "fair_pool",
         "file_limit",
         "garbage",

@@ -255,6 +255,8 @@ class Router:
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.account = asking.account.name
+                    if asking.account.is_bounded:
+                        lease.engine_share = self._limits.engine_share
                     lease.grammar_timeout_s = self._limits.grammar_timeout
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
