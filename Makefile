@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
-	bench-scheduling bench-auto bench-floods soak reference hashes audit audit-record clean
+	bench-scheduling bench-auto bench-floods soak check-gpu reference hashes audit audit-record clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ bench-floods: setup ## Flood a server in every way, and see how long others wait
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results
+
+# Not after setup, which brings vLLM's build for the CPU: PYTHON is one with the build for CUDA.
+check-gpu: ## See that it works on this machine's NVIDIA GPU, and how fast: make check-gpu PYTHON=... ARGS=...
+	PYTHONPATH=src:. "$(PYTHON)" -m tools.gpu.check $(ARGS)
 
 reference: setup ## Make the reference page and the JSON schema anew
 	$(BIN)/python -m vllm_hotswap.reference --write .
