@@ -221,10 +221,10 @@ class ModelPools:
             self._torch.clear_workspaces()  # one of them is in the memory of its graphs
             self._pools.clear()
             self._torch.empty_cache()
-        if self.memory.address_bytes:
+        if self.memory.is_in_use:
             gc.collect()
             self._torch.empty_cache()
-        if self.memory.address_bytes:
+        if self.memory.is_in_use:
             log.warning("event=tensors_left bytes=%d memory=%r", self.memory.device_bytes, self)
             self.memory.drop_copies()
         else:
