@@ -76,6 +76,7 @@ PARTS = (
         is_dirty=True,
     ),
     Part("a server, every residency", "tests/integration/test_cuda_server.py", 4096, 1200),
+    Part("kinds of models", "tests/integration/test_cuda_kinds.py", 8192, 2400),
     Part("a server, failures", "tests/integration/test_cuda_rehearsal.py", 4096, 2400),
 )
 

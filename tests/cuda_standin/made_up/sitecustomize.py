@@ -1,7 +1,7 @@
 """Kernels do not run on the stand-in: what a step has sampled is made up here, token 5 for all.
 
 Python imports this module at its start, because `build.environment` puts its folder on the path. It
-changes two functions of vLLM's 0.26 once their modules are imported, and nothing else.
+changes three functions of vLLM 0.26 once their modules are imported, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ def with_tokens(module):
     module.async_copy_to_np = lambda result: made_up(result).numpy()
 
 
+def with_tokens_of_v1(module):
+    """`vllm.v1.worker.gpu_model_runner`: the same in the older runner."""
+    fetch = module.AsyncGPUModelRunnerOutput.get_output
+
+    def get_output(self):
+        self.sampled_token_ids_cpu.fill_(TOKEN)
+        return fetch(self)
+
+    module.AsyncGPUModelRunnerOutput.get_output = get_output
+
+
 def with_logprobs(module):
     """`vllm.v1.outputs`: the same for their probabilities."""
 
@@ -42,7 +53,11 @@ def with_logprobs(module):
     module.LogprobsTensors.to_cpu_nonblocking = to_cpu_nonblocking
 
 
-CHANGES = {"vllm.v1.worker.gpu.async_utils": with_tokens, "vllm.v1.outputs": with_logprobs}
+CHANGES = {
+    "vllm.v1.worker.gpu.async_utils": with_tokens,
+    "vllm.v1.worker.gpu_model_runner": with_tokens_of_v1,
+    "vllm.v1.outputs": with_logprobs,
+}
 
 
 class Loader(importlib.abc.Loader):
