@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +152,17 @@ def test_a_load_that_does_not_fit_leaves_nothing() -> None:
     model = Model(3)
     model.check()
     model.unload()
+
+
+def test_torch_is_not_asked_for_one_pool() -> None:
+    """It would give back a reference that it does not own: a crash after 128 loads or so."""
+    number = int("100000")
+    pool = SimpleNamespace(id=(0, number), snapshot=lambda: torch.cuda.memory_snapshot((0, number)))
+    before = sys.getrefcount(number)
+
+    assert [] == TorchCuda().unused(pool)
+
+    assert before == sys.getrefcount(number)
 
 
 def test_tensors_that_outlive_their_pools_take_their_memory_with_them() -> None:

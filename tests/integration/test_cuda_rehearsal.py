@@ -19,6 +19,7 @@ import pytest
 
 from tests.cuda_standin.board import OUT_OF_MEMORY, UNKNOWN, Board
 from tests.cuda_standin.results import record
+from tests.faults import wait_until
 from tests.integration.processes import ROOT, ServerProcess
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
@@ -38,6 +39,9 @@ START_S = 600
 """Kernels may have to be compiled first."""
 
 GRAPHS = "{mode: 0, cudagraph_mode: FULL_DECODE_ONLY, cudagraph_capture_sizes: [1, 2, 4]}"
+
+KV = "kv_cache_memory_bytes: 32M"
+"""Little, because it is made zero at each wake, and there are many."""
 
 OURS = sorted(
     set(
@@ -64,7 +68,7 @@ def board() -> Board:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("rehearsal")
     lines = [
-        f"  {alias}: {{model: {MODELS / alias}, compilation_config: {GRAPHS}}}"
+        f"  {alias}: {{model: {MODELS / alias}, compilation_config: {GRAPHS}, {KV}}}"
         for alias in (SOURCE, TARGET)
     ]
     config = folder / "models.yaml"
@@ -159,13 +163,13 @@ class Move:
     prepare: Callable[[ServerProcess], None]
     do: Callable[[ServerProcess], httpx.Response]
     is_slow: bool = False
-    """It needs loads."""
+    """It needs loads, or a wake that fails does."""
 
 
 MOVES = (
     Move("first sleep", park_anew, sleep, is_slow=True),
-    Move("later sleep", park_again, sleep),
-    Move("wake", put_to_sleep, switch),
+    Move("later sleep", park_again, sleep, is_slow=True),
+    Move("wake", put_to_sleep, switch, is_slow=True),
     Move("load", make_cold, switch, is_slow=True),
     Move("unload awake", park, unload, is_slow=True),
     Move("unload asleep", put_to_sleep, unload, is_slow=True),
@@ -240,6 +244,32 @@ def test_a_driver_call_that_fails_once_costs_the_source_nothing(
             assert abs(after["used"] - before["used"]) <= WORKSPACE_BYTES, (where, before, after)
             assert after["handles"] == before["handles"], (where, before, after)
             assert after["reserved"] == before["reserved"], (where, before, after)
+
+
+# --- others on the device -------------------------------------------------------------------
+
+
+def test_another_process_that_takes_memory_moves_the_idle_model_down(
+    server: ServerProcess, board: Board
+) -> None:
+    """The source serves on, the status shows it, and all comes back once the memory is free."""
+    park(server)
+    expected, free = tokens(server, SOURCE), board.total - board.used
+    before = server.status()["memory"]["device"]["others"]  # type: ignore[index]
+    board.others = free - 100 * MIB
+    try:
+        wait_until(lambda: residency(server) != "parked", timeout_s=60)
+        assert expected == tokens(server, SOURCE)
+        seen = server.status()["memory"]["device"]["others"]  # type: ignore[index]
+        assert seen - before >= free - 200 * MIB
+        record("another process takes memory", bytes=board.others, then=residency(server))
+    finally:
+        board.others = 0
+    assert "event=device_taken" in server.log.read_text(errors="replace")
+
+    wait_until(lambda: switch(server).status_code == 200, timeout_s=60)
+    well(switch(server, SOURCE))
+    assert expected == tokens(server, SOURCE)
 
 
 # --- growth -----------------------------------------------------------------------------------
