@@ -51,6 +51,7 @@ class ServerProcess:
         log: Path,
         environment: Mapping[str, str],
         folder: Path | None = None,
+        within_s: float = START_TIMEOUT_S,
     ) -> ServerProcess:
         """Start it, in a folder if one is given, and wait until `/health` answers 200."""
         usual = {} if PLAIN_MODULE in command else MANY_REFUSALS
@@ -64,14 +65,14 @@ class ServerProcess:
             )
         server = cls(process, log, f"http://127.0.0.1:{port}")
         try:
-            server.wait_until_ready()
+            server.wait_until_ready(within_s)
         except BaseException:
             server.stop()
             raise
         return server
 
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+    def wait_until_ready(self, within_s: float = START_TIMEOUT_S) -> None:
+        deadline = time.monotonic() + within_s
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 if self.client.get("/health").status_code == 200:
