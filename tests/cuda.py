@@ -68,6 +68,8 @@ class FakeCuda:
     """The most bytes that were ever in use."""
     fails_at: int | None = None
     """How many calls go well before one fails; None: all do."""
+    fails_at_name: tuple[str, int] | None = None
+    """The same for the calls of one name."""
     refuses: set[str] = field(default_factory=set)
     """Names of calls that always fail."""
     others: int = 0
@@ -93,6 +95,12 @@ class FakeCuda:
             self.calls.append(name)
             if name in self.refuses:
                 return BROKEN
+            if self.fails_at_name is not None and name == self.fails_at_name[0]:
+                left = self.fails_at_name[1]
+                self.fails_at_name = (name, left - 1) if left else None
+                if left == 0:
+                    self.failed = name
+                    return BROKEN
             if self.fails_at is not None and name != "cuGetErrorString":
                 if self.fails_at == 0:
                     self.fails_at, self.failed = None, name

@@ -579,6 +579,28 @@ def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
     assert {} == cuda.left
 
 
+@pytest.mark.parametrize("asleep", [False, True])
+@pytest.mark.parametrize("call", ["cuMemUnmap", "cuMemRelease", "cuMemAddressFree"])
+def test_what_an_unload_cannot_give_back_is_given_back_a_little_later(
+    call: str, asleep: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call that fails once, wherever it is, leaves nothing, and nobody has kept a tensor."""
+    for place in range(100):
+        cuda = FakeCuda()
+        worker = loaded(cuda)
+        worker.sleep()
+        if not asleep:
+            worker.wake_up()
+        cuda.fails_at_name = call, place
+        unload(worker)
+        if cuda.failed is None:
+            break
+        assert {} == cuda.left
+        assert {} == cuda.streams
+    assert place > 0 or (asleep and call != "cuMemAddressFree")
+    assert "event=tensors_left" not in caplog.text
+
+
 def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
     """Also for tensors of a load that has failed, which are gone after its worker."""
     cuda = FakeCuda()

@@ -69,6 +69,7 @@ def test_every_metric_is_described() -> None:
     metrics = SwitchMetrics(
         active=lambda: None,
         epoch=lambda: 0,
+        held_back=lambda: {"a": 0},
         in_flight=lambda: {"a": 0},
         parked=lambda: {"a": 0},
         waiting=lambda: {"a": 0},

@@ -13,6 +13,7 @@ import pytest
 from tests.virtual import VirtualLoop
 from vllm_hotswap.compat.grammars import ACCOUNT
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp, read_stamp
+from vllm_hotswap.engine_share import EngineShare
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, GrammarTimeout, WrongStamp
 from vllm_hotswap.pace import OUTPUTS, PER_TURN, Pace
 from vllm_hotswap.registry import Lease, current_lease
@@ -366,3 +367,104 @@ async def test_answers_of_one_call_begin_a_few_in_a_turn(core: Core) -> None:
 
     assert 100 == len(core.told)
     assert max(after - before for before, after in pairwise(sent)) <= 2 * PER_TURN
+
+
+def sharing(core: Core, places: int) -> StampedCore:
+    return StampedCore("llama", core, share=EngineShare(places, 1000, lambda: 0.0))
+
+
+async def ask(stamped: StampedCore, request_id: str, **lease: Any) -> asyncio.Task[None]:
+    """A request at the door, of an account that is held to its share."""
+    made = Lease("llama", 3, None, **{"engine_share": 0.5, **lease})
+    task = asyncio.create_task(begin(stamped, request_id, made))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return task
+
+
+async def test_accounts_share_their_engine(core: Core) -> None:
+    """What one has asked for beyond its share is not sent before the other's."""
+    stamped = sharing(core, places=2)
+    held = [await ask(stamped, f"a{number}", account="a") for number in range(5)]
+    await ask(stamped, "b", account="b")
+    assert ["a0", "a1", "a2", "b"] == core.told
+
+    for request_id in ("a0", "a1", "a2"):
+        await delivered_last(stamped, core, request_id)
+    await asyncio.sleep(0)
+
+    assert ["a3"] == core.told[4:]
+    held[-1].cancel()
+
+
+async def delivered_last(stamped: StampedCore, core: Core, request_id: str) -> None:
+    core.says.append(Outputs("llama#3", [Output(request_id, finish_reason=0)]))
+    await stamped.get_output_async()
+
+
+async def test_whose_share_is_everything_never_waits(core: Core) -> None:
+    """Admins, and everybody where no keys are asked for."""
+    stamped = sharing(core, places=1)
+    for number in range(5):
+        await ask(stamped, f"{number}", engine_share=1.0)
+
+    assert 5 == len(core.told)
+
+
+async def test_what_waits_before_its_engine_can_be_given_up(core: Core) -> None:
+    """The engine has never heard of it."""
+    stamped = sharing(core, places=1)
+    lease = Lease("llama", 3, None, account="a", engine_share=0.5)
+    held = [asyncio.create_task(begin(stamped, f"a{number}", lease)) for number in range(3)]
+    await asyncio.sleep(0)
+    assert 1 == lease.held_back
+
+    await stamped.abort_requests_async(["a2"])
+
+    assert isinstance((await asyncio.gather(held[2], return_exceptions=True))[0], BaseException)
+    assert 0 == lease.held_back
+    assert ["a0", "a1"] == core.told
+
+
+async def test_a_place_is_given_back_by_an_abort(core: Core) -> None:
+    stamped = sharing(core, places=1)
+    for number in range(3):
+        await ask(stamped, f"a{number}", account="a")
+
+    await stamped.abort_requests_async(["a0"])
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    assert ["a0", "a1", ["a0"], "a2"] == core.told
+
+
+async def test_what_was_cut_before_its_turn_takes_no_place(core: Core) -> None:
+    """It is its turn, and it is refused; the next one has the place."""
+    stamped = sharing(core, places=1)
+    await ask(stamped, "a0", account="a")
+    await ask(stamped, "a1", account="a")
+    lease = Lease("llama", 3, None, account="a", engine_share=0.5)
+    cut = asyncio.create_task(begin(stamped, "a2", lease))
+    await asyncio.sleep(0)
+    await ask(stamped, "a3", account="a")
+    lease.end(DrainCut("llama", "qwen", 1.0))
+
+    await delivered_last(stamped, core, "a0")
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    assert isinstance((await asyncio.gather(cut, return_exceptions=True))[0], EngineUnavailable)
+    assert ["a0", "a1", "a3"] == core.told
+
+
+async def test_a_request_that_cannot_be_sent_takes_no_place(core: Core) -> None:
+    """Its engine's client is broken."""
+    stamped = sharing(core, places=1)
+    core.add_request_async = broken  # type: ignore[method-assign]
+    for number in range(4):
+        task = await ask(stamped, f"a{number}", account="a")
+        assert isinstance(task.exception(), OSError)
+
+
+async def broken(_: Request) -> None:
+    raise OSError("the socket is closed")

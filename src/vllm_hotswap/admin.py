@@ -29,6 +29,7 @@ from vllm_hotswap.job_routes import leases_body
 from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import caller_of, move_body, predictions_body, usage_body
+from vllm_hotswap.plain_words import first_mistake
 from vllm_hotswap.registry import Model
 from vllm_hotswap.settings import DrainPolicy
 from vllm_hotswap.states import Residency, ServerState
@@ -225,11 +226,9 @@ def _parse(body: bytes) -> SwitchRequest:
     try:
         return SwitchRequest.model_validate_json(as_utf8(body) or b"null")
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or None
-        place = f"{field}: " if field else "body: "
+        field, mistake = first_mistake(error)
         raise InvalidRequest(
-            f'{place}{first["msg"]}; expected {{"model": alias, "drain_timeout": seconds, '
+            f'{mistake}; expected {{"model": alias, "drain_timeout": seconds, '
             '"on_drain_timeout": abort|park|refuse}',
             field,
         ) from None

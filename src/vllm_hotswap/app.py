@@ -72,6 +72,10 @@ class HotswapApp:
             active=lambda: self.coordinator.active,
             epoch=lambda: self.coordinator.epoch,
             in_flight=lambda: {m.alias: len(m.leases) for m in self.coordinator.registry},
+            held_back=lambda: {
+                m.alias: sum(lease.held_back for lease in m.leases)
+                for m in self.coordinator.registry
+            },
             parked=lambda: {m.alias: len(m.parked) for m in self.coordinator.registry},
             waiting=lambda: {
                 m.alias: self.coordinator.waiting_for(m) for m in self.coordinator.registry

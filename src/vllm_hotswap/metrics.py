@@ -193,6 +193,7 @@ class SwitchMetrics:
         active: Callable[[], str | None],
         epoch: Callable[[], int],
         in_flight: Callable[[], dict[str, int]],
+        held_back: Callable[[], dict[str, int]],
         parked: Callable[[], dict[str, int]],
         waiting: Callable[[], dict[str, int]],
         is_ready: Callable[[], bool],
@@ -248,6 +249,12 @@ class SwitchMetrics:
         in_flight_gauge = Gauge(
             "hotswap_requests_in_flight",
             "Requests that hold a lease on the model.",
+            ["model"],
+            registry=self.registry,
+        )
+        held_back_gauge = Gauge(
+            "hotswap_requests_held_back",
+            "Engine requests that wait before the engine, as their callers have their share of it.",
             ["model"],
             registry=self.registry,
         )
@@ -344,6 +351,7 @@ class SwitchMetrics:
             held_gauge.labels(alias).set_function(partial(_item, held, alias))
             active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
             parked_gauge.labels(alias).set_function(partial(_item, parked, alias))
+            held_back_gauge.labels(alias).set_function(partial(_item, held_back, alias))
             in_flight_gauge.labels(alias).set_function(partial(_item, in_flight, alias))
             waiting_gauge.labels(alias).set_function(partial(_item, waiting, alias))
 

@@ -117,7 +117,11 @@ class Lease:
     cache_salt: str = ""
     """What sets its prompts apart from those of others in its engine's prefix cache."""
     account: str = ""
-    """With whom it shares its turns among those whose grammars are checked and compiled."""
+    """With whom it shares its turns at its engine, and where grammars are checked and compiled."""
+    engine_share: float = 1.0
+    """Of its engine's places, for its account, while others use it, too; 1: it never waits."""
+    held_back: int = 0
+    """Of `requests`, those that wait before its engine because of that."""
     grammar_timeout_s: float | None = None
     """In which its first output must come once its engine has it, if it has a grammar."""
     is_connection: bool = False

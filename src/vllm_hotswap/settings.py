@@ -211,6 +211,17 @@ class LimitsConfig:
             "less it may, so that there is always some left. Admins may hold all of it"
         ),
     ] = 0.5
+    engine_share: Annotated[
+        Share,
+        SHARE,
+        Field(
+            description="share of an engine's places (`max_num_seqs`), and of what two of its "
+            "steps take (`max_num_batched_tokens`), that one caller's requests may have while "
+            "others use the model, where keys are asked for; the rest of them wait before the "
+            "engine, in turns with those of others. Who was alone for a minute may have all. "
+            "Admins never wait. 1: first come, first served, as in vLLM"
+        ),
+    ] = 0.5
     body_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
@@ -362,6 +373,15 @@ class LimitsConfig:
             "and a Unix domain socket, have all"
         ),
     ] = None
+    refusals_per_second: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="refusals (4xx) of the server's own that a client's address, or a key, "
+            "gets at once, three times as many in one go; further ones come late, by 5 seconds at "
+            "most. Behind a proxy, name it with `--forwarded-allow-ips`"
+        ),
+    ] = 10
 
 
 Sharing = Literal["shared", "group", "key"]

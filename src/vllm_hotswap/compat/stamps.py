@@ -16,6 +16,7 @@ from typing import Any
 from vllm_hotswap import drain
 from vllm_hotswap.compat import grammars
 from vllm_hotswap.compat.sendable import check_sendable
+from vllm_hotswap.engine_share import EngineShare
 from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout, WrongStamp
 from vllm_hotswap.pace import OUTPUTS, Pace
 from vllm_hotswap.registry import Lease, current_lease
@@ -39,10 +40,18 @@ class StampedCore:
     outputs since the event loop was last given back; and the last stamp, read.
     """
 
-    def __init__(self, alias: str, core: Any, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        alias: str,
+        core: Any,
+        pace: Pace | None = None,
+        share: EngineShare | None = None,
+    ) -> None:
+        """One that holds large calls to a pace, and accounts to their share, if it is told to."""
         self._alias = alias
         self._core = core
         self._pace = pace
+        self._share = share
         self._leases: dict[str, Lease] = {}
         self._held: set[str] = set()
         self._told = 0
@@ -62,9 +71,10 @@ class StampedCore:
             lease.requests.add(request.request_id)  # vLLM's frontend knows it already
             if lease.alias != self._alias:
                 raise WrongStamp(lease.alias, self._alias)
-            if lease.ask is not None or lease.calls > 1:
+            if lease.ask is not None or lease.calls > 1 or lease.engine_share < 1:
                 await self._until_its_turn(lease, request)
             if lease.cut is not None:  # while the request was being tokenised
+                self._leave(request.request_id)
                 raise EngineUnavailable(lease.cut.message)
             if lease.cache_salt:
                 request.cache_salt = _salted(lease.cache_salt, request.cache_salt)
@@ -73,7 +83,11 @@ class StampedCore:
             if grammars.has_grammar(request):
                 grammars.sign(request, lease.account)
                 self._await_first_output(request.request_id, lease)
-        await self._core.add_request_async(request)
+        try:
+            await self._core.add_request_async(request)
+        except BaseException:
+            self._leave(request.request_id)
+            raise
 
     def _await_first_output(self, request_id: str, lease: Lease) -> None:
         """End the request unless an output of it comes in time; while it is parked, none can."""
@@ -88,9 +102,26 @@ class StampedCore:
             await self._pace.wait()
         if lease.ask is not None:
             await lease.ask(_most_tokens(request))
-        if request.request_id not in self._held:  # it was aborted meanwhile
+        if self._share is not None and lease.engine_share < 1 and self._is_held(request):
+            tokens = _prompt_tokens(request)
+            lease.held_back += 1
+            try:
+                await self._share.enter(
+                    request.request_id, lease.account, tokens, lease.engine_share
+                )
+            finally:
+                lease.held_back -= 1
+        if not self._is_held(request):  # it was aborted meanwhile
+            self._leave(request.request_id)
             raise asyncio.CancelledError
         self._held.discard(request.request_id)
+
+    def _is_held(self, request: Any) -> bool:
+        return request.request_id in self._held
+
+    def _leave(self, request_id: str) -> None:
+        if self._share is not None:
+            self._share.leave(request_id)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         self.forget(request_ids)
@@ -115,6 +146,7 @@ class StampedCore:
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
+        self._leave(request_id)
         lease = self._leases.pop(request_id, None)
         if lease is not None:
             lease.stop_countdown(request_id)
@@ -139,6 +171,8 @@ class StampedCore:
                 continue
             if lease.countdowns:
                 lease.stop_countdown(output.request_id)
+            if self._share is not None:
+                self._share.begun(output.request_id)
             lease.output_tokens += len(output.new_token_ids)
             if output.finish_reason is not None:
                 self._forget(output.request_id)

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -40,6 +41,7 @@ from vllm_hotswap.devices import (
     anonymous_bytes,
     device_of,
 )
+from vllm_hotswap.engine_share import EngineShare
 from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
 from vllm_hotswap.engines.base import (
     Adapter,
@@ -502,7 +504,11 @@ class VllmEngine:
         self._exits.callback(client.shutdown)
         pace = pace_tasks()
         read_in_turns(client.engine_core)
-        client.engine_core = StampedCore(self.alias, client.engine_core, pace)
+        scheduling = config.scheduler_config
+        share = EngineShare(
+            scheduling.max_num_seqs, scheduling.max_num_batched_tokens, time.monotonic
+        )
+        client.engine_core = StampedCore(self.alias, client.engine_core, pace, share)
         checks = FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS)
         self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
         grammars.check_aside(client, checks)

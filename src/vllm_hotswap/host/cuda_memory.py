@@ -166,6 +166,11 @@ class ModelMemory:
         return any(segment.is_asleep for segment in self._segments.values())
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether torch has not given all of it back: somebody has a tensor there."""
+        return bool(self._segments)
+
+    @property
     def device_bytes(self) -> int:
         """Physical memory that it holds: what a sleep gives back, while it is awake."""
         return sum(segment.device_bytes for segment in self._all())

@@ -1,0 +1,198 @@
+"""What accounts have in one engine at a time, so that none has it for itself.
+
+vLLM's scheduler takes requests in the order of arrival, from all of its clients alike. When one
+sends a thousand, another's single request waits behind them. Here requests wait before the engine,
+each account's in a queue of its own, and the engine gets no more of one account than keeps it busy:
+
+- places: one account may have its share of those that the engine runs at a time, and all together
+  leave one of `KEPT` free for whoever has none;
+- tokens: of prompts that have had no output yet, an account may have its share of what the engine
+  can take in `STEPS` steps. What waits in the engine beyond those makes nothing faster, and others
+  wait behind it.
+
+The share counts while several use the engine, and for `RECENT_S` after it: whoever is alone may
+have everything.
+
+An account that has nothing in the engine never waits here. When something becomes free, it goes to
+the account that has the fewest requests in the engine, and among those to whoever was served
+longest ago. It all runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+RECENT_S = 60.0
+"""An account counts among those that use an engine for so long after its last request."""
+
+KEPT = 8
+"""Of so many places, one is kept."""
+
+STEPS = 2
+"""Of an engine, for which one account's prompts may wait in it: while one runs, the next is made
+ready."""
+
+
+@dataclass(eq=False, slots=True)
+class _Asked:
+    """One request, at the door or in the engine."""
+
+    account: str
+    tokens: int
+    share: float
+    turn: asyncio.Future[None] | None = None
+    """Of one that waits."""
+    has_begun: bool = False
+    """Whether an output of it has come."""
+
+
+@dataclass(slots=True)
+class EngineShare:
+    """The door of one engine.
+
+    The mutable state is `_inside`, the requests that the engine has, by id, with how many they are
+    (`_places`) and how many tokens of prompts without an output (`_tokens`) for each account;
+    `_waiting`, those before the door; when each account asked last (`_asked_s`), and had its last
+    turn, as a count (`_served`).
+    """
+
+    places: int
+    """Requests that the engine runs at a time."""
+    step_tokens: int
+    """Tokens of prompts that it takes in one step."""
+    clock: Callable[[], float]
+    """Seconds, as `time.monotonic` counts them."""
+    _inside: dict[str, _Asked] = field(default_factory=dict)
+    _places: Counter[str] = field(default_factory=Counter)
+    _tokens: Counter[str] = field(default_factory=Counter)
+    _waiting: dict[str, dict[str, _Asked]] = field(default_factory=dict)
+    _asked_s: dict[str, float] = field(default_factory=dict)
+    _served: dict[str, int] = field(default_factory=dict)
+    _turns: int = 0
+
+    def __repr__(self) -> str:
+        waiting = {account: len(asked) for account, asked in self._waiting.items()}
+        return f"<EngineShare inside={dict(self._places)} waiting={waiting}>"
+
+    async def enter(self, request_id: str, account: str, tokens: int, share: float) -> None:
+        """Return when the engine may have the request.
+
+        Args:
+            request_id: one that is inside already only says more, and goes through.
+            account: whose it is.
+            tokens: of its prompt.
+            share: what of the engine's places one account may have, above 0 and below 1.
+
+        Raises:
+            asyncio.CancelledError: somebody else has called `leave` meanwhile.
+        """
+        if request_id in self._inside:
+            return
+        self._note(account)
+        asked = _Asked(account, max(tokens, 1), share)
+        if account not in self._waiting and self._fits(asked):
+            self._let_in(request_id, asked)
+            return
+        asked.turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(account, {})[request_id] = asked
+        try:
+            await asked.turn
+        except asyncio.CancelledError:
+            self.leave(request_id)
+            raise
+
+    def begun(self, request_id: str) -> None:
+        """An output of it has come. Idempotent."""
+        asked = self._inside.get(request_id)
+        if asked is not None and not asked.has_begun:
+            asked.has_begun = True
+            _take(self._tokens, asked.account, asked.tokens)
+            if self._waiting:
+                self._admit()
+
+    def leave(self, request_id: str) -> None:
+        """It is over, or is given up before its turn. Idempotent."""
+        if (asked := self._inside.pop(request_id, None)) is not None:
+            _take(self._places, asked.account, 1)
+            if not asked.has_begun:
+                _take(self._tokens, asked.account, asked.tokens)
+            if self._waiting:
+                self._admit()
+            return
+        for account, queue in self._waiting.items():
+            if (found := queue.pop(request_id, None)) is not None:
+                if not queue:
+                    del self._waiting[account]
+                if found.turn is not None:
+                    found.turn.cancel()
+                return
+
+    def _note(self, account: str) -> None:
+        now_s = self.clock()
+        self._asked_s.pop(account, None)
+        self._asked_s[account] = now_s  # the last one
+        oldest = next(iter(self._asked_s))
+        while oldest != account and now_s - self._asked_s[oldest] > RECENT_S:
+            del self._asked_s[oldest]
+            if oldest not in self._places and oldest not in self._waiting:
+                self._served.pop(oldest, None)
+            oldest = next(iter(self._asked_s))
+
+    def _is_alone(self, account: str) -> bool:
+        oldest_s = self.clock() - RECENT_S
+        recent = (one for one, at_s in reversed(self._asked_s.items()) if at_s >= oldest_s)
+        return not any(one != account for one in (*self._places, *self._waiting, *recent))
+
+    def _fits(self, asked: _Asked) -> bool:
+        has = self._places.get(asked.account, 0)
+        if not has:
+            return True
+        is_alone = self._is_alone(asked.account)
+        share = 1.0 if is_alone else asked.share
+        waiting = self._tokens.get(asked.account, 0)
+        if waiting and waiting + asked.tokens > share * STEPS * self.step_tokens:
+            return False
+        if is_alone:
+            return has <= self.places  # one more keeps it busy
+        is_room = len(self._inside) < self.places - self.places // KEPT
+        return is_room and has < math.ceil(share * self.places)
+
+    def _let_in(self, request_id: str, asked: _Asked) -> None:
+        self._turns += 1
+        self._served[asked.account] = self._turns
+        self._inside[request_id] = asked
+        self._places[asked.account] += 1
+        self._tokens[asked.account] += asked.tokens
+
+    def _admit(self) -> None:
+        """Let in who fits now."""
+        left = list(self._waiting)
+        while left:
+            account = min(left, key=self._precedence)
+            queue = self._waiting[account]
+            request_id, asked = next(iter(queue.items()))
+            if not self._fits(asked):
+                left.remove(account)
+                continue
+            del queue[request_id]
+            if not queue:
+                del self._waiting[account]
+                left.remove(account)
+            assert asked.turn is not None
+            if not asked.turn.done():  # else its task has been cancelled, and does not know yet
+                self._let_in(request_id, asked)
+                asked.turn.set_result(None)
+
+    def _precedence(self, account: str) -> tuple[int, int]:
+        has = self._places.get(account, 0)
+        return has, self._served.get(account, 0)
+
+
+def _take(counter: Counter[str], account: str, count: int) -> None:
+    counter[account] -= count
+    if not counter[account]:
+        del counter[account]
