@@ -911,7 +911,8 @@ class BoundedQueue(Invariant):
         shape, waiting = self.world.shape, self.world.coordinator.waiting
         most = max(len(m.leases) + len(m.entered) for m in self.world.registry)
         is_full = waiting >= shape.max_waiting or waiting + most >= shape.in_flight
-        emptied = self.world.is_automatic and self.world.has_failed_now
+        failed = self.world.is_automatic and self.world.has_failed_now
+        emptied = failed or self.world.stopping is not None  # before it could be told
         self.expect(is_full or emptied, f"{call} refused, {waiting} wait, {most} in flight")
         self.expect(int(call.headers["retry-after"]) >= 1, f"{call}: {call.headers}")
         at_once = not call.has_always_read or self.world.now_s == call.began_s

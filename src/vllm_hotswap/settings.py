@@ -148,8 +148,8 @@ class SwitchingConfig:
         bool,
         Wanted("true or false"),
         Field(
-            description="whether the files of the model that is likely to be next are read ahead, "
-            "into what `memory.host` has to spare"
+            description="whether the model that is likely to be next is prepared: its files are "
+            "read ahead into what `memory.host` has to spare, or it wakes where it sleeps on CUDA"
         ),
     ] = True
     return_to_default: Annotated[
