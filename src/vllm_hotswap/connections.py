@@ -16,11 +16,13 @@ websockets; `RequestResponseCycle` with `body`, `response_started`, `response_co
 from __future__ import annotations
 
 import asyncio
-import itertools
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -33,6 +35,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from vllm_hotswap import openai
+from vllm_hotswap.arrivals import Arrival, Door
+from vllm_hotswap.deadlines import Deadlines, Pause, Wheel
 from vllm_hotswap.errors import (
     HeadTimeout,
     HeadTooLarge,
@@ -44,6 +48,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.places import Place, Places
 from vllm_hotswap.quiet import log_of_clients
+from vllm_hotswap.refusals import DOOR, Refusals, clients_of
 from vllm_hotswap.settings import LimitsConfig
 
 VERSIONS = frozenset(["1.0", "1.1"])
@@ -82,58 +87,6 @@ def nobody(_: Scope) -> bool:
     return False
 
 
-class Deadlines:
-    """Waits that may all last as long, so that the first to begin is the first to end.
-
-    One timer is enough for all; a timer each would cost more than anything else here. It rings for
-    the first wait, if that still lasts, and is set again for the next.
-    """
-
-    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
-        self.seconds = seconds
-        self._late = late
-        self._ends_s: dict[Connection, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __contains__(self, connection: Connection) -> bool:
-        return connection in self._ends_s
-
-    def begin(self, connection: Connection) -> None:
-        """Nothing, if it waits already."""
-        if connection in self._ends_s:
-            return
-        self._ends_s[connection] = connection.loop.time() + self.seconds
-        self._set(connection.loop)
-
-    def end(self, connection: Connection) -> None:
-        """Idempotent."""
-        self._ends_s.pop(connection, None)
-
-    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        now_s = loop.time()
-        over = list(itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items()))
-        for connection, _ in over:
-            del self._ends_s[connection]
-        try:
-            for connection, _ in over:
-                self._end_one(connection)
-        finally:
-            self._set(loop)
-
-    def _end_one(self, connection: Connection) -> None:
-        """What happens to one connection must not cost the others their deadlines."""
-        try:
-            self._late(connection)
-        except Exception:
-            log_of_clients.exception("event=deadline_failed client=%s", connection.client)
-
-    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._timer is None and self._ends_s:
-            first_s = next(iter(self._ends_s.values()))
-            self._timer = loop.call_at(first_s, self._ring, loop)
-
-
 @dataclass(slots=True)
 class Connections:
     """What all connections share: their bounds, places and deadlines."""
@@ -145,15 +98,20 @@ class Connections:
     may use a place that is kept."""
     upgraded: dict[asyncio.BaseTransport, Place] = field(default_factory=dict)
     """Places of connections that have become websockets."""
-    heads: Deadlines = field(init=False)
+    door: Door = field(init=False)
+    """How connections come in, and how many refusals their clients may get."""
+    heads: Deadlines[Connection] = field(init=False)
     """Connections whose next head is waited for."""
-    idle: Deadlines = field(init=False)
+    idle: Deadlines[Connection] = field(init=False)
     """Connections whose requests are answered, and which have not sent anything since."""
-    readers: Deadlines = field(init=False)
+    readers: Deadlines[Connection] = field(init=False)
     """Connections to which not everything that is to be sent could be sent."""
 
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
+        refusals = Refusals(self.limits.refusals_per_second, time.monotonic)
+        silent = Deadlines(self.limits.head_timeout, Arrival.is_late)
+        self.door = Door(self.places, refusals, Wheel(), silent)
         self.heads = Deadlines(self.limits.head_timeout, Connection.head_is_late)
         self.readers = Deadlines(patience_s, Connection.look_at_reader)
         self.keep_alive(KEEP_ALIVE_S)
@@ -162,24 +120,40 @@ class Connections:
         """How long a connection may be idle."""
         self.idle = Deadlines(seconds, Connection.timeout_keep_alive_handler)
 
-    def protocol(
-        self,
-        config: uvicorn.Config,
-        server_state: Any,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Connection:
-        """Makes what uvicorn calls the HTTP protocol class."""
-        return Connection(self, config, server_state, app_state, _loop)
+    def charge(self, scope: Scope) -> float:
+        """Note that a request is refused; for how many seconds to hold its answer back."""
+        return self.door.refusals.charge(clients_of(scope))
+
+    def let_in(self, scope: Scope) -> None:
+        """One is served."""
+        address, *_ = clients_of(scope)
+        self.door.refusals.let_in(address)
 
     def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
         """The class for websockets that gives the place free at the end of a connection."""
         upgraded = self.upgraded
+        shared = self
 
         class Counted(websockets):  # type: ignore[misc, valid-type]
+            _pause: Pause | None = None
+
+            async def run_asgi(self) -> None:
+                self.scope[DOOR] = weakref.ref(self)
+                await super().run_asgi()
+
+            async def refused(self, scope: Scope) -> None:
+                if pause_s := shared.charge(scope):
+                    self._pause = Pause()
+                    await self._pause.last(shared.door.wheel, pause_s)
+
+            def let_in(self, scope: Scope) -> None:
+                shared.let_in(scope)
+
             def connection_lost(self, exc: Exception | None) -> None:
                 if place := upgraded.pop(self.transport, None):
                     place.leave()
+                if self._pause is not None:
+                    self._pause.end()
                 super().connection_lost(exc)
 
         return Counted
@@ -199,6 +173,10 @@ class Connection(HttpToolsProtocol):
     """
 
     _place: Place | None = None
+    _pause: Pause | None = None
+    """Of a refusal that is held back."""
+    _unsaid: Callable[[], None] | None = None
+    """Takes back what is to be said later."""
     _context: Context
     """The connection's own, of which each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
@@ -219,11 +197,13 @@ class Connection(HttpToolsProtocol):
         config: uvicorn.Config,
         server_state: Any,
         app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        arrival: Arrival,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state, arrival.loop)
         limits = shared.limits
         self._shared = shared
+        self._arrival: Arrival | None = arrival
+        self._client = shared.places.client_of(arrival.address)
         self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
         self._url_bytes = limits.url_bytes
         self._ahead: deque[int] = deque()
@@ -233,12 +213,13 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._context = copy_context()
-        address = self.client[0] if self.client else None
-        self._place = self._shared.places.take(self, address)
+        assert self._arrival is not None
+        self._place = self._arrival.handed_over()
+        self._arrival = None
         if self._place is None:
             self._refuse(TooManyConnections())
-            self.transport.close()
         else:
+            self._place.holder = self
             self._shared.heads.begin(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -246,6 +227,9 @@ class Connection(HttpToolsProtocol):
             self._place.leave()
             self._place = None  # they hold each other, and would wait for the collector
         self._stop_timers()
+        self._go_on()
+        if self._unsaid is not None:
+            self._unsaid()
         super().connection_lost(exc)
         if (answered := self._answered) is not None and not answered.response_complete:
             answered.disconnected = True  # uvicorn tells the newest one alone
@@ -320,6 +304,7 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         super().shutdown()
+        self._go_on()
         self._watch_reader()
 
     # --- what the parser says -------------------------------------------------------------
@@ -330,6 +315,7 @@ class Connection(HttpToolsProtocol):
         self._moved = self._in_message = True
         self._parsed = self._trailers = 0
         super().on_message_begin()
+        self.scope[DOOR] = weakref.ref(self)  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -446,6 +432,26 @@ class Connection(HttpToolsProtocol):
         # Not the one of the request before, in whose task it may be that this one begins, or that
         # reading went on, and with it, in asyncio's loop, all that is read from then on.
         self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
+
+    async def refused(self, scope: Scope) -> None:
+        """Hold the refusal of a request back. Meanwhile its place is for whoever needs one."""
+        pause_s = self._shared.charge(scope)
+        if not pause_s or self.transport.is_closing():
+            return
+        if self._place is not None:
+            self._place.waits()
+        self._pause = Pause()
+        await self._pause.last(self._shared.door.wheel, pause_s)
+
+    def let_in(self, scope: Scope) -> None:
+        """A request is served."""
+        self._shared.let_in(scope)
+
+    def _go_on(self) -> None:
+        """Hold back nothing more."""
+        if self._pause is not None:
+            self._pause.end()
+            self._pause = None
 
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)
@@ -593,8 +599,9 @@ class Connection(HttpToolsProtocol):
             log_of_clients.warning("event=connection_refused code=%s places=%r", error.code, places)
         if self.transport.is_closing():
             return  # its last word is said, perhaps not sent yet
+        pause_s = self._shared.door.refusals.charge([self._client], 1 + len(self.pipeline))
         if not self._is_answering:
-            self._say(error)
+            self._say_later(pause_s, error)
         elif self._head_next:
             self.cycle.keep_alive = False  # those before it are answered, then it is closed
         elif self.pipeline:
@@ -603,7 +610,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             self._watch_reader()
         else:
-            self._say(error)
+            self._say_later(pause_s, error)
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 
@@ -620,7 +627,19 @@ class Connection(HttpToolsProtocol):
             before.keep_alive = False
         self.flow.resume_reading()
 
+    def _say_later(self, pause_s: float, error: HotswapError) -> None:
+        if self._place is not None:
+            self._place.waits()
+        if pause_s:
+            wheel = self._shared.door.wheel
+            self._unsaid = wheel.call_later(pause_s, partial(self._say, error))
+        else:
+            self._say(error)
+
     def _say(self, error: HotswapError) -> None:
+        self._unsaid = None
+        if self.transport.is_closing():
+            return
         response = openai.error_response(error)
         content = [STATUS_LINE[error.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
@@ -634,13 +653,19 @@ class Connection(HttpToolsProtocol):
         self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
 
-def bounded(config: uvicorn.Config, shared: Connections) -> uvicorn.Config:
+class Config(uvicorn.Config):
+    """With what the connections of one server share, once they are bounded."""
+
+    shared: Connections | None = None
+
+
+def bounded(config: Config, shared: Connections) -> Config:
     """A loaded configuration with the classes of this module.
 
     Where uvicorn has none for websockets, it stays so.
     """
     shared.keep_alive(config.timeout_keep_alive)
-    config.http_protocol_class = cast("type[asyncio.Protocol]", shared.protocol)
+    config.shared = shared
     if config.ws_protocol_class is not None:
         config.ws_protocol_class = shared.counted(config.ws_protocol_class)
     return config

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.claims import claimed_port, give_back
-from vllm_hotswap.connections import Connections, bounded, nobody
+from vllm_hotswap.connections import Config, Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.file_limit import raised_file_limit
@@ -33,6 +33,9 @@ from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.unix_socket import UnixSocket
 
 log = logging.getLogger("vllm_hotswap")
+
+DEFAULT_PORT = 8000
+"""vLLM's."""
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = 5
@@ -197,7 +200,7 @@ class Listener:
         app: ASGIApp,
         limits: LimitsConfig | None = None,
         may_use_kept: Callable[[Scope], bool] = nobody,
-    ) -> uvicorn.Config:
+    ) -> Config:
         """A loaded configuration, whose connections are bounded, and their lines of the log.
 
         Args:
@@ -222,7 +225,7 @@ class Listener:
 
 def make_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
-) -> uvicorn.Config:
+) -> Config:
     """Uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
     _check_tls(args)
     config = _uvicorn_config(args, log_config, app)
@@ -237,10 +240,10 @@ def make_config(
 
 def _uvicorn_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
-) -> uvicorn.Config:
+) -> Config:
     given: dict[str, Any] = {"log_config": log_config, "ssl_ciphers": args.ssl_ciphers}
     try:
-        return uvicorn.Config(
+        return Config(
             app,
             lifespan="off",
             log_level=args.uvicorn_log_level,
@@ -259,6 +262,29 @@ def _uvicorn_config(
         if log_config is None:
             raise
         raise ConfigError(f"--log-config-file cannot be used: {_chain(error)}") from error
+
+
+def check_address(flags: Sequence[str]) -> None:
+    """See that the port is free, before vLLM is there to read the flags.
+
+    Nothing is kept of it. What cannot be read yet is passed over: `Listener.open` will say.
+
+    Raises:
+        ConfigError: the address cannot be bound; the message names it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--host", "--port", "--uds", "--config"):
+        parser.add_argument(name)
+    try:
+        args, _ = parser.parse_known_args([*flags])
+        port = DEFAULT_PORT if args.port is None else int(args.port)
+    except (argparse.ArgumentError, ValueError):
+        return
+    if args.uds is not None or args.config is not None:
+        return
+    sock = bind(args.host, port)
+    give_back(_claim(sock, args.host))
+    sock.close()
 
 
 def bind(host: str | None, port: int) -> socket.socket:

@@ -147,8 +147,12 @@ class Places:
         Args:
             address: the client's IP address; None for a Unix domain socket.
         """
-        key = None if address is None or self._is_proxy(address) else network_of(address)
+        key = self.client_of(address)
         return self._all.take(holder, key) or self._kept.take(holder, key)
+
+    def client_of(self, address: str | None) -> Hashable:
+        """What counts as one client; None where that cannot be told: all of them share it."""
+        return None if address is None or self._is_proxy(address) else network_of(address)
 
 
 def network_of(address: str) -> Hashable:

@@ -18,6 +18,7 @@ from functools import partial
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.utils import ClientDisconnected
 
 from vllm_hotswap import asked, drain, json_scan, media, model_field, responses, surrogates
 from vllm_hotswap.access import Access
@@ -37,6 +38,7 @@ from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
+from vllm_hotswap.refusals import let_in
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following, Owners
 from vllm_hotswap.rights import Account
@@ -102,6 +104,8 @@ class Router:
                 await self._take(scope, receive, answer, body, account)
         except ClientGone:
             pass
+        except ClientDisconnected:
+            raise  # uvicorn's, of a websocket; it knows
         except Exception as error:
             if isinstance(error, AnswerCut) or not answer.can_tell:
                 raise  # the HTTP server logs it, and closes the connection
@@ -145,6 +149,8 @@ class Router:
                 self._rates.take(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
+            body, fields = b"", NO_FIELDS  # the answer may have to wait, and nothing is held for it
+            held.let_go()
             await answer.refuse(error)
             return
         if owner is not None and response_id:
@@ -252,6 +258,7 @@ class Router:
             with self._coordinator.reserved(alias, asking.requests):
                 async with self._coordinator.lease(alias, terms, look_at) as lease:
                     await waiting.end()
+                    let_in(scope)
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.account = asking.account.name

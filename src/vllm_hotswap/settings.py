@@ -373,6 +373,15 @@ class LimitsConfig:
             "and a Unix domain socket, have all"
         ),
     ] = None
+    refusals_per_second: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="refusals (4xx) of the server's own that a client's address, or a key, "
+            "gets at once, three times as many in one go; further ones come late, by 5 seconds at "
+            "most. Behind a proxy, name it with `--forwarded-allow-ips`"
+        ),
+    ] = 10
 
 
 Sharing = Literal["shared", "group", "key"]

@@ -147,10 +147,10 @@ class EngineLoop:
         try:
             return act()
         except Exception as error:  # noqa: BLE001  # whatever a model raises, the others go on
-            self._bury(alias, error)
+            self.bury(alias, error)
             return False
 
-    def _bury(self, alias: str, error: Exception) -> None:
+    def bury(self, alias: str, error: Exception) -> None:
         """Tell of it, and give up the engine's model. If that fails, the process is to end."""
         self.park(alias)
         self._on_engine_failed(alias, error)

@@ -1,0 +1,255 @@
+"""New connections, until there is something to read from them.
+
+The event loop's own servers take one connection in each turn, and build all that belongs to it, so
+that whoever comes behind thousands of connections that are reset at once waits for all of that.
+Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
+and a file. A connection is built with its first byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_hotswap.deadlines import Deadlines, Wheel
+from vllm_hotswap.places import Place, Places
+from vllm_hotswap.quiet import log_of_clients
+from vllm_hotswap.refusals import MAX_PAUSE_S, SUSPECT_S, Refusals
+
+PER_TURN = 16
+"""Connections that are accepted in one turn of the event loop."""
+
+NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+
+Build = Callable[["Arrival"], asyncio.Protocol]
+
+
+@dataclass(slots=True)
+class Door:
+    """What all listening sockets of a server share."""
+
+    places: Places
+    refusals: Refusals
+    wheel: Wheel
+    silent: Deadlines[Arrival]
+    """Connections of which no byte has come."""
+
+
+class Arrival:
+    """A connection that has been accepted.
+
+    The mutable state is its place, until the connection that is built takes it over, and what is
+    waited for: the first byte, the end of what its address owes, or that of a TLS handshake.
+    """
+
+    def __init__(
+        self, acceptor: Acceptor, sock: socket.socket, address: str | None, client: Any
+    ) -> None:
+        self.loop = acceptor.loop
+        self.client = client
+        self.address = address
+        self._acceptor = acceptor
+        self._door = acceptor.door
+        self._sock = sock
+        self._take_back: Callable[[], None] | None = None
+        self._building: asyncio.Task[Any] | None = None
+        self._is_heard = False
+        self._came_s = self.loop.time()
+        self.place: Place | None = None
+
+    def __repr__(self) -> str:
+        return f"<Arrival client={self.client}>"
+
+    def begin(self) -> None:
+        """Build the connection at once, if there is something to read; wait for it otherwise."""
+        if (said := _said(self._sock)) is False:
+            self._sock.close()
+            return
+        self._acceptor.arrivals.add(self)
+        self.place = self._door.places.take(self, self.address)
+        if self.place is None:
+            self._build()  # to be told so
+        elif said:
+            self._come_in()
+        else:
+            self._door.silent.begin(self)
+            self._hear()
+
+    def give_way(self) -> None:
+        """Close it: its place is needed."""
+        self._end()
+
+    def is_late(self) -> None:
+        """Nothing has come of it in time."""
+        self._end()
+
+    def handed_over(self) -> Place | None:
+        """Its place, for the connection that has been built."""
+        place, self.place = self.place, None
+        return place
+
+    def close(self) -> None:
+        self._end()
+
+    def _hear(self) -> None:
+        self._is_heard = True
+        self.loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _deaf(self) -> None:
+        if self._is_heard:
+            self._is_heard = False
+            self.loop.remove_reader(self._sock.fileno())
+
+    def _readable(self) -> None:
+        self._deaf()
+        self._door.silent.end(self)
+        self._come_in()
+
+    def _come_in(self) -> None:
+        """Build the connection, unless it is dead, or its address owes too much."""
+        self._take_back = None
+        if (said := _said(self._sock)) is not True:
+            self._end() if said is False else self._hear()
+            return
+        if (wait_s := self._owed_s()) > 0:
+            self._take_back = self._door.wheel.call_later(wait_s, self._come_in)
+        else:
+            self._build()
+
+    def _owed_s(self) -> float:
+        """How long its address has to wait; those of whom many have the same one do not."""
+        client = self._door.places.client_of(self.address)
+        if client is None:
+            return 0.0
+        left_s = self._came_s + MAX_PAUSE_S - self.loop.time()
+        return min(self._door.refusals.owed_s(client) - SUSPECT_S, left_s)
+
+    def _build(self) -> None:
+        self._building = self.loop.create_task(self._acceptor.build(self, self._sock))
+        self._building.add_done_callback(self._built)
+
+    def _built(self, task: asyncio.Task[Any]) -> None:
+        self._acceptor.arrivals.discard(self)
+        self._leave()
+        if task.cancelled():
+            self._sock.close()
+            return
+        error = task.exception()
+        if error is not None:
+            self._sock.close()
+            if not isinstance(error, OSError):  # ssl's errors are some
+                log_of_clients.error("event=connection_failed", exc_info=error)
+
+    def _end(self) -> None:
+        self._door.silent.end(self)
+        if self._take_back is not None:
+            self._take_back()
+        self._leave()
+        if self._building is not None:
+            self._building.cancel()
+            return
+        self._deaf()
+        self._acceptor.arrivals.discard(self)
+        self._sock.close()
+
+    def _leave(self) -> None:
+        if self.place is not None:
+            self.place.leave()
+            self.place = None
+
+
+class Acceptor:
+    """One listening socket; for uvicorn, one of its servers."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        door: Door,
+        make: Build,
+        backlog: int,
+        context: ssl.SSLContext | None = None,
+        handshake_s: float = 60.0,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.door = door
+        self.arrivals: set[Arrival] = set()
+        """Of which no connection has been built."""
+        self._sock = sock
+        self._make = make
+        self._tls: dict[str, Any] = (
+            {} if context is None else {"ssl": context, "ssl_handshake_timeout": handshake_s}
+        )
+        self._spare: int | None = _spare_file()
+        sock.setblocking(False)
+        sock.listen(backlog)
+        self.loop.add_reader(sock.fileno(), self._readable)
+        self._is_open = True
+
+    def close(self) -> None:
+        """Accept nothing more, and close what has not begun. Idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self.loop.remove_reader(self._sock.fileno())
+        for arrival in list(self.arrivals):
+            arrival.close()
+        if self._spare is not None:
+            os.close(self._spare)
+
+    async def wait_closed(self) -> None:
+        """As a server of the event loop has it; nothing is left to wait for."""
+
+    async def build(self, arrival: Arrival, sock: socket.socket) -> None:
+        """Raises `OSError` where the connection, or its TLS handshake, has ended before."""
+        await self.loop.connect_accepted_socket(lambda: self._make(arrival), sock, **self._tls)
+
+    def _readable(self) -> None:
+        for _ in range(PER_TURN):
+            try:
+                sock, client = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in NO_MORE_FILES or not self._shed():
+                    return
+                continue
+            sock.setblocking(False)
+            address = client[0] if isinstance(client, tuple) else None
+            Arrival(self, sock, address, client or None).begin()
+
+    def _shed(self) -> bool:
+        """Close the next connection, for which there is no file: nobody waits for nothing."""
+        if self._spare is None:
+            self._spare = _spare_file()
+            return False
+        os.close(self._spare)
+        try:
+            self._sock.accept()[0].close()
+        except OSError:
+            return False
+        finally:
+            self._spare = _spare_file()
+        return True
+
+
+def _said(sock: socket.socket) -> bool | None:
+    """Whether there is something to read; None: not yet; False: there never will be."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return False
+
+
+def _spare_file() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
