@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ OF_V1 = ("eager", "pieces", "lora", "fp8")
 """Kinds that are tried with the older runner, too. vLLM gives it to experts by itself."""
 
 CASES = [
-    pytest.param(runner, runner, kind, id=f"{runner}-{kind.name}")
+    pytest.param(runner, kind, id=f"{runner}-{kind.name}")
     for runner in RUNNERS
     for kind in KINDS
     if runner == "V2" or kind.name in OF_V1
@@ -107,26 +107,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[ServerProcess]:
-    environment = {"VLLM_SERVER_DEV_MODE": "1", **RUNNERS[request.param]}
-    running = ServerProcess.start(
-        ["-m", "vllm_hotswap", "serve", str(folder / "models.yaml")],
-        free_port(),
-        tmp_path_factory.mktemp("server") / "server.log",
-        environment,
-        within_s=START_S,
-    )
-    try:
-        yield running
-    finally:
-        status = running.stop()
-    assert status == 0, running.log_tail()
-    log = running.log.read_text(errors="replace")
-    assert ("Using V2 Model Runner" in log) == (request.param == "V2")
-    for wrong in ("event=tensors_left", "event=memory_kept", "event=device_taken"):
-        assert wrong not in log
+def serving(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], ServerProcess]]:
+    """Gives the server with a runner; the last one, if it is that, or a new one in its place."""
+    running: dict[str, ServerProcess] = {}
+
+    def with_runner(runner: str) -> ServerProcess:
+        if runner not in running:
+            end(running)
+            running[runner] = ServerProcess.start(
+                ["-m", "vllm_hotswap", "serve", str(folder / "models.yaml")],
+                free_port(),
+                tmp_path_factory.mktemp("server") / "server.log",
+                {"VLLM_SERVER_DEV_MODE": "1", **RUNNERS[runner]},
+                within_s=START_S,
+            )
+        return running[runner]
+
+    yield with_runner
+    end(running)
+
+
+def end(running: dict[str, ServerProcess]) -> None:
+    """Nothing was left or taken meanwhile."""
+    while running:
+        runner, server = running.popitem()
+        assert server.stop() == 0, server.log_tail()
+        log = server.log.read_text(errors="replace")
+        assert ("Using V2 Model Runner" in log) == (runner == "V2")
+        for wrong in ("event=tensors_left", "event=memory_kept", "event=device_taken"):
+            assert wrong not in log
 
 
 def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
@@ -142,11 +153,12 @@ def ask(server: ServerProcess, model: str) -> int:
     return len(answer["choices"][0]["token_ids"])
 
 
-@pytest.mark.parametrize(("server", "runner", "kind"), CASES, indirect=["server"])
+@pytest.mark.parametrize(("runner", "kind"), CASES)
 def test_a_kind_of_model_takes_every_residency(
-    server: ServerProcess, runner: str, kind: Kind
+    serving: Callable[[str], ServerProcess], runner: str, kind: Kind
 ) -> None:
     """Beside another one that serves; what it takes it gives back."""
+    server = serving(runner)
     board = Board(Path(os.environ["FAKEGPU_BOARD"]))
     names = [kind.name, *([f"{kind.name}-pirate"] if kind.adapter else [])]
 

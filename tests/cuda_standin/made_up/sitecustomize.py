@@ -1,7 +1,7 @@
 """Kernels do not run on the stand-in: what a step has sampled is made up here, token 5 for all.
 
 Python imports this module at its start, because `build.environment` puts its folder on the path. It
-changes three functions of vLLM 0.26 once their modules are imported, and nothing else.
+changes four functions of vLLM 0.26 once their modules are imported, and nothing else.
 """
 
 from __future__ import annotations
@@ -53,7 +53,26 @@ def with_logprobs(module):
     module.LogprobsTensors.to_cpu_nonblocking = to_cpu_nonblocking
 
 
+def with_counts_of_adapters(module):
+    """`vllm.lora...lora_kernel_metadata`: `torch.unique`, whose size a kernel tells, of one."""
+
+    class Torch:
+        def __getattr__(self, name):
+            import torch
+
+            return getattr(torch, name)
+
+        def unique(self, values, **options):
+            import torch
+
+            found = torch.unique(values[:1].cpu(), **options)
+            return tuple(each.to(values.device) for each in found)
+
+    module.torch = Torch()
+
+
 CHANGES = {
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata": with_counts_of_adapters,
     "vllm.v1.worker.gpu.async_utils": with_tokens,
     "vllm.v1.worker.gpu_model_runner": with_tokens_of_v1,
     "vllm.v1.outputs": with_logprobs,
