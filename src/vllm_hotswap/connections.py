@@ -139,6 +139,8 @@ class Connections:
 
             async def run_asgi(self) -> None:
                 self.scope[DOOR] = weakref.ref(self)
+                if (place := upgraded.get(self.transport)) is not None:
+                    self.scope["client"] = cast("Connection", place.holder).client
                 await super().run_asgi()
 
             async def refused(self, scope: Scope) -> None:
@@ -214,6 +216,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._context = copy_context()
         assert self._arrival is not None
+        self.client = self._arrival.client  # of one that has gone, the transport knows no address
         self._place = self._arrival.handed_over()
         self._arrival = None
         if self._place is None:
