@@ -8,10 +8,10 @@ Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `exp
 `pipeline` (the newest first), `cycle` (the newest) and `flow`, whose `resume_reading` has what was
 paused read on; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
 `_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
-websockets, its `scope` and `run_asgi`; a key of our own in a scope is passed on; uvicorn's server
-needs of one that listens `close` and `wait_closed`; `RequestResponseCycle` with `body`, `response_started`, `response_complete`,
-`keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's
-`feed_data` with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+websockets, whose `scope` there is before `run_asgi`; `RequestResponseCycle` with `body`,
+`response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`; an error
+that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of a head
+and that of trailers is an empty line. Of a server, uvicorn needs `close` and `wait_closed`.
 """
 
 from __future__ import annotations
