@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.support import Server
 from tests.virtual import VirtualLoop
 from vllm_hotswap import arrivals, server as life
 from vllm_hotswap.access import Access
-from vllm_hotswap.deadlines import TICK_S, Wheel
+from vllm_hotswap.deadlines import PER_TURN, TICK_S, Wheel
 from vllm_hotswap.listen import ListenFlags
 from vllm_hotswap.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, Refusals
 from vllm_hotswap.settings import LimitsConfig
@@ -151,6 +152,34 @@ def test_waits_of_any_length_share_one_timer() -> None:
         called = runner.run(waits())
 
     assert ["0.1 True", "0.2 True", "0.5 True", "1 True", "3 True"] == called
+
+
+def test_waits_that_end_together_end_in_turns() -> None:
+    """So that whatever they hold back does not hold up everybody else."""
+
+    async def turns() -> list[int]:
+        loop, wheel, found, turn = asyncio.get_running_loop(), Wheel(), list[int](), 0
+
+        def end() -> None:
+            if not found:
+                loop.call_soon(step)
+            found.append(turn)
+
+        def step() -> None:
+            nonlocal turn
+            turn += 1
+            if len(wheel):
+                loop.call_soon(step)
+
+        for _ in range(10 * PER_TURN):
+            wheel.call_later(1, end)
+        await asyncio.sleep(2)
+        return found
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        found = Counter(runner.run(turns()))
+
+    assert [PER_TURN] * 10 == list(found.values())
 
 
 # --- requests -------------------------------------------------------------------------------
@@ -424,6 +453,23 @@ async def test_nothing_is_built_for_a_connection_that_is_dead(
     assert 1 == len(built)
 
 
+async def test_what_is_left_of_a_connection_that_was_reset_is_not_answered(
+    server: Server, built: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for its turn, with a request that nobody wants answered any more."""
+    monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 0.5)
+    async with listening_with(server) as at:
+        at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
+        sock = socket.create_connection(("127.0.0.1", at.port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.sendall(HEALTH)
+        await until(lambda: len(at.shared.door.wheel) == 1)
+        sock.close()
+        await until(lambda: at.shared.places._all.count == 0)
+
+    assert [] == built
+
+
 async def test_nothing_is_built_before_the_first_byte(server: Server, built: list[object]) -> None:
     """A connection that says nothing has its place, and is closed in time."""
     async with listening_with(server, LimitsConfig(head_timeout=0.2)) as at:
@@ -437,6 +483,32 @@ async def test_nothing_is_built_before_the_first_byte(server: Server, built: lis
             await client.close()
 
     assert [] == built
+
+
+async def test_who_has_gone_meanwhile_is_known(
+    keyed: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks in vain without being charged for it, by resetting the connection."""
+    said, sock = arrivals._said, socket.socket()
+
+    looks: list[bool | None] = []
+
+    def said_and_gone(theirs: socket.socket) -> bool | None:
+        looks.append(said(theirs))
+        if looks.count(True) == 2:  # the last one before it is built
+            sock.close()
+        return looks[-1]
+
+    monkeypatch.setattr(arrivals, "_said", said_and_gone)
+    async with listening_with(keyed) as at:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.connect(("127.0.0.1", at.port))
+        sock.sendall(WRONG)
+        paid_s = at.shared.door.refusals._paid_s
+        await until(lambda: paid_s)
+
+    assert "127.0.0.1" in paid_s
+    assert None not in paid_s
 
 
 async def test_connections_that_come_at_once_are_all_served(server: Server) -> None:

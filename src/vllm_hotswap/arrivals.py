@@ -49,11 +49,11 @@ class Arrival:
     """
 
     def __init__(
-        self, acceptor: Acceptor, sock: socket.socket, address: str | None, client: Any
+        self, acceptor: Acceptor, sock: socket.socket, client: tuple[str, int] | None
     ) -> None:
         self.loop = acceptor.loop
         self.client = client
-        self.address = address
+        self.address = None if client is None else client[0]
         self._acceptor = acceptor
         self._door = acceptor.door
         self._sock = sock
@@ -220,8 +220,7 @@ class Acceptor:
                     return
                 continue
             sock.setblocking(False)
-            address = client[0] if isinstance(client, tuple) else None
-            Arrival(self, sock, address, client or None).begin()
+            Arrival(self, sock, client[:2] if isinstance(client, tuple) else None).begin()
 
     def _shed(self) -> bool:
         """Close the next connection, for which there is no file: nobody waits for nothing."""
@@ -239,9 +238,14 @@ class Acceptor:
 
 
 def _said(sock: socket.socket) -> bool | None:
-    """Whether there is something to read; None: not yet; False: there never will be."""
+    """Whether there is something to read; None: not yet; False: there never will be.
+
+    What a client had sent can still be read when it has reset the connection, in vain.
+    """
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
+        if not sock.recv(1, socket.MSG_PEEK):
+            return False
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
     except (BlockingIOError, InterruptedError):
         return None
     except OSError:

@@ -8,9 +8,10 @@ Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `exp
 `pipeline` (the newest first), `cycle` (the newest) and `flow`, whose `resume_reading` has what was
 paused read on; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
 `_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
-websockets; `RequestResponseCycle` with `body`, `response_started`, `response_complete`,
-`keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's
-`feed_data` with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+websockets, whose `scope` there is before `run_asgi`; `RequestResponseCycle` with `body`,
+`response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`; an error
+that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of a head
+and that of trailers is an empty line. Of a server, uvicorn needs `close` and `wait_closed`.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ class Connections:
 
             async def run_asgi(self) -> None:
                 self.scope[DOOR] = weakref.ref(self)
+                if (place := upgraded.get(self.transport)) is not None:
+                    self.scope["client"] = cast("Connection", place.holder).client
                 await super().run_asgi()
 
             async def refused(self, scope: Scope) -> None:
@@ -214,6 +217,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._context = copy_context()
         assert self._arrival is not None
+        self.client = self._arrival.client  # of one that has gone, the transport knows no address
         self._place = self._arrival.handed_over()
         self._arrival = None
         if self._place is None:

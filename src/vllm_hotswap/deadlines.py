@@ -13,6 +13,10 @@ TICK_S = 0.05
 """Waits of a `Wheel` end at a multiple of it."""
 
 
+PER_TURN = 16
+"""Waits of a `Wheel` that end in one turn of the event loop."""
+
+
 class Waiter(Protocol):
     """A connection that waits."""
 
@@ -107,16 +111,19 @@ class Wheel:
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now = int(loop.time() / TICK_S)
-        try:
-            for tick in sorted(tick for tick in self._due if tick <= now):
-                for what in list(self._due.pop(tick).values()):
-                    _call(what)
-        finally:
-            self._set(loop)
+        left = PER_TURN
+        for tick in sorted(tick for tick in self._due if tick <= now):
+            due = self._due[tick]
+            while due and left:
+                left -= 1
+                _call(due.pop(next(iter(due))))
+            if not due:
+                del self._due[tick]
+        self._set(loop, TICK_S if left else 0)
 
-    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _set(self, loop: asyncio.AbstractEventLoop, after_s: float = TICK_S) -> None:
         if self._timer is None and self._due:
-            self._timer = loop.call_later(TICK_S, self._ring, loop)
+            self._timer = loop.call_later(after_s, self._ring, loop)
 
 
 class Pause:
