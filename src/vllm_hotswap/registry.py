@@ -14,6 +14,7 @@ from vllm_hotswap.errors import (
     DrainCut,
     EngineUnavailable,
     GrammarTimeout,
+    GrammarTooCostly,
     InvalidRequest,
     ParkedEnded,
     QueueFull,
@@ -26,6 +27,7 @@ from vllm_hotswap.errors import (
     WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
+from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms, Ticket
 from vllm_hotswap.states import Residency, Step, advance
 
@@ -41,6 +43,7 @@ Cut = (
     | RateLimited
     | WaitTimeout
     | GrammarTimeout
+    | GrammarTooCostly
     | SwitchNotAllowed
 )
 
@@ -119,6 +122,8 @@ class Lease:
     """With whom it shares its turns among those whose grammars are checked and compiled."""
     grammar_timeout_s: float | None = None
     """In which its first output must come once its engine has it, if it has a grammar."""
+    grammar_bounds: Bounds = field(default_factory=Bounds)
+    """What it may take to try its grammar."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
     kept_waiting_s: Callable[[], float] | None = None

@@ -31,6 +31,7 @@ from vllm_hotswap.errors import (
     WrongTask,
 )
 from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
+from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody, text_bytes
 from vllm_hotswap.model_field import NO_FIELDS, Fields
@@ -87,6 +88,7 @@ class Router:
         self._rates = rates
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
+        self._grammar_bounds = Bounds(self._limits.grammar_memory, self._limits.grammar_seconds)
         self._prefix_cache = prefix_cache
         self.bodies = Bodies(self._limits)
         self.owners = Owners(self._registry, self._limits.kept_responses)
@@ -256,6 +258,7 @@ class Router:
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.account = asking.account.name
                     lease.grammar_timeout_s = self._limits.grammar_timeout
+                    lease.grammar_bounds = self._grammar_bounds
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)

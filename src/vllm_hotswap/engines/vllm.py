@@ -56,6 +56,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.failpoints import async_failpoint
 from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.helpers import Helpers
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -86,6 +87,12 @@ log = logging.getLogger("vllm_hotswap")
 
 SPARE_CHECKS = 3
 """More threads for checks of grammars, one for each check that takes very long."""
+
+REHEARSALS = 2
+"""Grammars of one model that are tried in processes at a time; as many more if some are stuck."""
+
+_helpers = Helpers()
+"""Of all models. They end with this process."""
 
 FORGET_TIMEOUT_S = 30.0
 """Seconds in which the host must forget an engine whose frontend could not be built."""
@@ -483,8 +490,17 @@ class VllmEngine:
         pace = pace_tasks()
         read_in_turns(client.engine_core)
         client.engine_core = StampedCore(self.alias, client.engine_core, pace)
-        checks = FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS)
-        self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
+        checks = grammars.Checks(
+            FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS),
+            FairPool(
+                REHEARSALS,
+                f"rehearsals of {self.alias}",
+                REHEARSALS,
+                long_s=grammars.LONG_REHEARSAL_S,
+            ),
+            _helpers,
+        )
+        self._exits.callback(checks.shutdown)
         grammars.check_aside(client, checks)
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)
