@@ -241,3 +241,28 @@ def test_it_has_loaded_neither_torch_nor_transformers(native: Helpers) -> None:
     mapped = Path(f"/proc/{native.pids[0]}/maps").read_text(encoding="utf-8")
     assert "xgrammar" in mapped
     assert "libtorch" not in mapped
+
+
+def test_stopping_kills_every_helper_of_an_errand(helpers: Helpers) -> None:
+    """Vllm gives up on a regular expression after seconds, and asks another library."""
+    errand = Errand(helpers, BOUNDS)
+    threads = [run_aside(errand, ENDLESS)[0] for _ in range(2)]
+    wait_until(lambda: 2 == len(helpers.pids))
+    errand.stop()
+    for thread in threads:
+        thread.join(30)
+
+    assert [] == helpers.pids
+
+
+def test_the_start_of_a_helper_does_not_count_as_work(helpers: Helpers) -> None:
+    """Else what comes first would look slow."""
+    errand = Errand(helpers, BOUNDS)
+    errand.do("import time; time.sleep(0.2)")
+    errand.do("import time; time.sleep(0.2)")
+    last = Errand(helpers, BOUNDS)
+    with pytest.raises(RefusedByHelper):
+        last.do("1 / 0")
+
+    assert errand.took_s >= 0.4
+    assert 0 < last.took_s

@@ -113,6 +113,8 @@ class Helper:
         self._is_killed = self._has_started = False
         self.tokenizer: object = None
         """For which it has a compiler."""
+        self.took_s = 0.0
+        """Seconds of what it has done last, its start not among them."""
 
     def __repr__(self) -> str:
         return f"<Helper pid={self.pid}>"
@@ -146,8 +148,10 @@ class Helper:
             if not self._has_started:
                 self._watch(STARTING)
                 self._has_started = bool(self._exactly(self._size()))
+            began_s = time.monotonic()
             self._channel.sendall(len(text).to_bytes(4, "big") + text)
             self._watch(bounds)
+            self.took_s = time.monotonic() - began_s
             is_done, *error = json.loads(self._exactly(self._size()))
         except (OSError, EOFError):
             self._say_how_it_died()
@@ -270,15 +274,17 @@ class Errand:
         self._helpers = helpers
         self._bounds = bounds
         self._lock = threading.Lock()
-        self._helper: Helper | None = None
+        self._at_work: set[Helper] = set()  # several where a library has given one up
         self._is_stopped = False
+        self.took_s = 0.0
+        """Seconds of all that was done for it, without the start of helpers."""
 
     def stop(self) -> None:
-        """Nobody waits for it any more: kill the helper that works for it. From any thread."""
+        """Nobody waits for it any more: kill what works for it. From any thread."""
         with self._lock:
             self._is_stopped = True
-            if self._helper is not None:
-                self._helper.kill()
+            for helper in self._at_work:
+                helper.kill()
 
     def do(self, what: str, *arguments: Any, tokenizer: tuple[object, str] | None = None) -> None:
         """Have a helper do it; where a tokenizer is given, by its key and its text, with that.
@@ -295,7 +301,7 @@ class Errand:
             with self._lock:
                 if self._is_stopped:
                     raise HelperStopped
-                self._helper = helper
+                self._at_work.add(helper)
             if tokenizer is not None and helper.tokenizer != tokenizer[0]:
                 helper.do(STARTING, "tokenizer", tokenizer[1])
                 helper.tokenizer = tokenizer[0]
@@ -306,8 +312,9 @@ class Errand:
                 raise
             is_good = True
         finally:
+            self.took_s += helper.took_s if is_good else 0.0
             with self._lock:
-                self._helper = None
+                self._at_work.discard(helper)
                 is_good = is_good and not self._is_stopped
             self._helpers.give_back(helper, is_good)
 

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
@@ -27,8 +25,7 @@ from typing import Any
 
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.helpers import QUICK_S, Errand, NoHelper, RefusedByHelper
-
-log = logging.getLogger("vllm_hotswap")
+from vllm_hotswap.quiet import log_of_clients
 
 MOST_KNOWN = 4096
 """Grammars of a model that are remembered to have passed."""
@@ -55,6 +52,7 @@ class Rehearsals:
         self._known: OrderedDict[bytes, bool] = OrderedDict()
         self._backend: Any = None
         self._vocabulary = ""
+        self._key = object()  # of the vocabulary; helpers hold it, so that no other one is equal
 
     def __repr__(self) -> str:
         return f"<Rehearsals known={len(self._known)}>"
@@ -72,7 +70,6 @@ class Rehearsals:
             What the check raises; ValueError: it cannot be compiled.
             HelperEnd: it was stopped, or takes too much.
         """
-        began_s = time.monotonic()
         try:
             _prepared()
             token = _errand.set(errand)
@@ -83,9 +80,11 @@ class Rehearsals:
             if params.structured_outputs._backend == "xgrammar":
                 self._compile(params.structured_outputs, errand)
         except NoHelper as error:
-            log.warning("event=grammar_not_rehearsed cause=%r then='in place'", one_line(error))
+            log_of_clients.warning(
+                "event=grammar_not_rehearsed cause=%r then='in place'", one_line(error)
+            )
             check()
-        is_slow = time.monotonic() - began_s > QUICK_S
+        is_slow = errand.took_s > QUICK_S
         with self._lock:
             self._known[digest] = is_slow
             if len(self._known) > MOST_KNOWN:
@@ -102,7 +101,7 @@ class Rehearsals:
                 except (ImportError, AttributeError) as error:
                     raise NoHelper(one_line(error)) from error
         backend = copy.copy(self._backend)
-        backend.compiler = _compiler_elsewhere(errand, (id(self), self._vocabulary))
+        backend.compiler = _compiler_elsewhere(errand, (self._key, self._vocabulary))
         kind, text = get_structured_output_key(outputs)
         try:
             backend.compile_grammar(kind, text)
