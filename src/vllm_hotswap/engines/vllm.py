@@ -8,6 +8,7 @@ outlives the model's weights and serves every later load.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import logging
 import threading
@@ -93,6 +94,7 @@ REHEARSALS = 2
 
 _helpers = Helpers()
 """Of all models. They end with this process."""
+atexit.register(_helpers.close)
 
 FORGET_TIMEOUT_S = 30.0
 """Seconds in which the host must forget an engine whose frontend could not be built."""
