@@ -37,6 +37,7 @@
     ├── TooManyValues            413  the body has more values than the server takes
     ├── CallTooLarge             413  it would be too many engine requests; send several
     ├── GrammarTooLarge          413  a schema or a grammar has too much in it; simplify it
+    ├── GrammarTooCostly         413  to compile its grammar takes too much; simplify it
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── MalformedRequest         400  what arrived is no HTTP request; send one
@@ -628,6 +629,17 @@ class GrammarTooLarge(HotswapError):
             "ask for a simpler answer, or raise the limit"
         )
         self.param = param
+
+
+class GrammarTooCostly(HotswapError):
+    """The process in which a grammar was tried was ended for what it took, or died of it."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "grammar_too_costly"
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"the grammar of the request {fact}; ask for a simpler answer")
 
 
 class UnsupportedMediaType(HotswapError):

@@ -14,6 +14,7 @@ from vllm_hotswap.errors import (
     DrainCut,
     EngineUnavailable,
     GrammarTimeout,
+    GrammarTooCostly,
     InvalidRequest,
     ParkedEnded,
     QueueFull,
@@ -26,6 +27,7 @@ from vllm_hotswap.errors import (
     WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
+from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms, Ticket
 from vllm_hotswap.states import Residency, Step, WakeProgress, advance
@@ -42,6 +44,7 @@ Cut = (
     | RateLimited
     | WaitTimeout
     | GrammarTimeout
+    | GrammarTooCostly
     | SwitchNotAllowed
 )
 
@@ -124,6 +127,8 @@ class Lease:
     """Of `requests`, those that wait before its engine because of that."""
     grammar_timeout_s: float | None = None
     """In which its first output must come once its engine has it, if it has a grammar."""
+    grammar_bounds: Bounds = field(default_factory=Bounds)
+    """What it may take to try its grammar."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
     kept_waiting_s: Callable[[], float] | None = None

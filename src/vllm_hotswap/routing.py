@@ -32,6 +32,7 @@ from vllm_hotswap.errors import (
     WrongTask,
 )
 from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
+from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody, text_bytes
 from vllm_hotswap.model_field import NO_FIELDS, Fields
@@ -89,6 +90,7 @@ class Router:
         self._rates = rates
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
+        self._grammar_bounds = Bounds(self._limits.grammar_memory, self._limits.grammar_seconds)
         self._prefix_cache = prefix_cache
         self.bodies = Bodies(self._limits)
         self.owners = Owners(self._registry, self._limits.kept_responses)
@@ -265,6 +267,7 @@ class Router:
                     if asking.account.is_bounded:
                         lease.engine_share = self._limits.engine_share
                     lease.grammar_timeout_s = self._limits.grammar_timeout
+                    lease.grammar_bounds = self._grammar_bounds
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)

@@ -287,6 +287,22 @@ class LimitsConfig:
             "if compilation had not begun, it does not begin. null: without end"
         ),
     ] = 300.0
+    grammar_memory: Annotated[
+        ByteSize,
+        SIZE,
+        Field(
+            description="memory that it may take to compile one of those, unless it is plain; "
+            "more get 413"
+        ),
+    ] = 512 << 20
+    grammar_seconds: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="seconds of processors that it may take to compile one of those, unless "
+            "it is plain; more get 413"
+        ),
+    ] = 60.0
     requests_per_minute: Annotated[
         Count | None,
         PER_MINUTE,

@@ -8,6 +8,7 @@ outlives the model's weights and serves every later load.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import logging
 import threading
@@ -64,6 +65,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.failpoints import async_failpoint
 from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.helpers import Helpers
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -96,6 +98,13 @@ log = logging.getLogger("vllm_hotswap")
 
 SPARE_CHECKS = 3
 """More threads for checks of grammars, one for each check that takes very long."""
+
+REHEARSALS = 2
+"""Grammars of one model that are tried in processes at a time; as many more if some are stuck."""
+
+_helpers = Helpers()
+"""Of all models. They end with this process."""
+atexit.register(_helpers.close)
 
 FORGET_TIMEOUT_S = 30.0
 """Seconds in which the host must forget an engine whose frontend could not be built."""
@@ -509,8 +518,17 @@ class VllmEngine:
             scheduling.max_num_seqs, scheduling.max_num_batched_tokens, time.monotonic
         )
         client.engine_core = StampedCore(self.alias, client.engine_core, pace, share)
-        checks = FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS)
-        self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
+        checks = grammars.Checks(
+            FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS),
+            FairPool(
+                REHEARSALS,
+                f"rehearsals of {self.alias}",
+                REHEARSALS,
+                long_s=grammars.LONG_REHEARSAL_S,
+            ),
+            _helpers,
+        )
+        self._exits.callback(checks.shutdown)
         grammars.check_aside(client, checks)
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)

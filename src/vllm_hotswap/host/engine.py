@@ -262,6 +262,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             if self.model_executor.is_sleeping:  # vLLM goes no deeper from there
                 self.model_executor.wake_up()
             self._have_all_sleep(level)
+            grammars.forget_compiled(self.structured_output_manager)
         except BaseException:
             if not self.model_executor.is_sleeping:
                 self.resume_scheduler()
