@@ -158,12 +158,14 @@ class Telling(FakeNvml):
 def test_the_device_is_described_without_a_context() -> None:
     """An instance of a divided GPU is told as such; its free memory is another matter."""
     nvml = Telling(GIB, is_divided=True)
+    nvml.processes = ((12, GIB),)
+
     cuda = Named()
 
     found = facts(cuda, nvml)
 
-    assert {"name": "GPU of a test", "driver": "590.1", "MIG": True} == {
-        key: found[key] for key in ("name", "driver", "MIG")
+    assert {"name": "GPU of a test", "driver": "590.1", "MIG": True, "processes": 1} == {
+        key: found[key] for key in ("name", "driver", "MIG", "processes")
     }
     assert not nvml.is_open
     assert "cuCtxGetCurrent" not in cuda.calls

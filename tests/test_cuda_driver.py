@@ -151,10 +151,10 @@ class FakeNvml:
     """Numbers, and bytes that they use."""
 
     def nvmlDeviceGetComputeRunningProcesses_v3(self, handle: Any, count: Any, found: Any) -> int:
-        if len(self.processes) > count._obj.value:
+        room, count._obj.value = count._obj.value, len(self.processes)
+        if len(self.processes) > room:
             return 7
-        count._obj.value = len(self.processes)
-        for place, (pid, used) in zip(found, self.processes, strict=False):
+        for place, (pid, used) in zip(found or (), self.processes, strict=False):
             place.pid, place.used = pid, used
         return 0
 

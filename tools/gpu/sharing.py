@@ -22,7 +22,7 @@ from tools.gpu.task import Task
 from tools.gpu.tiny import model as tiny_model
 from vllm_hotswap.bench.client import BadAnswer
 from vllm_hotswap.bench.servers import Launcher, Server
-from vllm_hotswap.devices import ACCELERATOR_RESERVE_BYTES, RESERVED_PART
+from vllm_hotswap.devices import reserve_bytes
 from vllm_hotswap.host.cuda_driver import check_driver
 
 NAMES = {"one": "llama", "two": "qwen", "three": "llama"}
@@ -53,7 +53,7 @@ async def _share(task: Task, say: Say) -> None:
         story = Story(Client(server.port), say)
         await story.expect()
         total = total_bytes(check_driver(os.environ))
-        left = max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART) // LEFT_PART
+        left = reserve_bytes(total) // LEFT_PART
         async with hog(left) as taken:
             say.fact("taken", "taken by another process", taken // MIB, "MiB")
             wait_s = ON_A_STAND_IN_S if task.is_rehearsal else LOOKS_S

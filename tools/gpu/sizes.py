@@ -8,7 +8,7 @@ from typing import Any
 
 from tools.gpu.device import GIB, MIB
 from vllm_hotswap.bench import medium
-from vllm_hotswap.devices import ACCELERATOR_RESERVE_BYTES, RESERVED_PART
+from vllm_hotswap.devices import reserve_bytes
 
 BIG: Mapping[str, Any] = {
     "hidden_size": 4096,
@@ -103,7 +103,7 @@ class Sizes:
         return DISK_LEFT_BYTES + self.big_bytes + self.mid_bytes
 
     def fits(self, room: Room) -> bool:
-        reserve = max(ACCELERATOR_RESERVE_BYTES, room.device_total // RESERVED_PART)
+        reserve = reserve_bytes(room.device_total)
         return (
             self.device_bytes + reserve <= room.device
             and self.host_bytes <= room.host
