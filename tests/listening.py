@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from tests.serving import flags
 from tests.support import Server
 from vllm_hotswap import server as life
+from vllm_hotswap.arrivals import Acceptor
 from vllm_hotswap.connections import Config, Connections
 from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.settings import LimitsConfig
@@ -32,6 +33,8 @@ class Listening:
     state: ServerState
     shared: Connections
     """What its connections share."""
+    acceptors: list[Acceptor]
+    """Its listening sockets."""
 
 
 @asynccontextmanager
@@ -53,7 +56,8 @@ async def listening_with(
 ) -> AsyncIterator[Listening]:
     """The same, with flags of ours."""
     listener = Listener.open(flags(**given), log_config, flags=listen)
-    config = listener.uvicorn_config(server.app, limits, server.app.may_use_kept_place)
+    app = server.app
+    config = listener.uvicorn_config(app, limits, app.may_use_kept_place, app.refuses)
     async with _serving(listener, config) as at:
         yield at
 
@@ -76,7 +80,12 @@ async def _serving(listener: Listener, config: Config) -> AsyncIterator[Listenin
     await started
     assert config.shared is not None
     try:
-        yield Listening(listener.port or 0, serves.server_state, config.shared)
+        yield Listening(
+            listener.port or 0,
+            serves.server_state,
+            config.shared,
+            cast("list[Acceptor]", serves.servers),
+        )
     finally:
         serves.should_exit = True
         await serving

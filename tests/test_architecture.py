@@ -54,6 +54,7 @@ LAYERS = [
         "host.cuda_memory",
         "checkpoint",
         "cross_site",
+        "first_head",
         "forwarded",
         "places",
         "refusals",

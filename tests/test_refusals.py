@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import socket
 import ssl
@@ -20,11 +21,11 @@ from tests.conftest import MakeServer
 from tests.listening import PATIENCE_S, Listening, Raw, listening_with
 from tests.support import Server
 from tests.virtual import VirtualLoop
-from vllm_hotswap import arrivals, server as life
+from vllm_hotswap import arrivals, refusals, server as life
 from vllm_hotswap.access import Access
 from vllm_hotswap.deadlines import PER_TURN, TICK_S, Wheel
 from vllm_hotswap.listen import ListenFlags
-from vllm_hotswap.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, Refusals
+from vllm_hotswap.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, KnownKey, Refusals
 from vllm_hotswap.settings import LimitsConfig
 
 FEW = LimitsConfig(refusals_per_second=1)
@@ -35,6 +36,7 @@ AT_ONCE = int(BURST_S)
 WRONG = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer wrong\r\n\r\n"
 RIGHT = WRONG.replace(b"wrong", b"right")
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+NOWHERE = HEALTH.replace(b"health", b"nowhere")
 COMPLETION = b'{"model": "llama", "prompt": "Hi", "max_tokens": 1}'
 
 
@@ -82,11 +84,31 @@ def test_what_is_beyond_them_takes_its_turn() -> None:
 
 def test_the_poorest_of_those_who_stand_for_a_client_counts() -> None:
     """A key that comes from many addresses has one bucket."""
-    refused = Refusals(20, Time())
-    refused.charge(["a key"], 80)
+    refused, key = Refusals(20, Time()), KnownKey("a key")
+    refused.charge([key], 80)
 
-    assert pytest.approx(1.05) == refused.charge(["an address", "a key"])
+    assert pytest.approx(1.05) == refused.charge(["an address", key])
     assert 0 == refused.charge(["an address"])
+
+
+def test_what_is_refused_to_known_keys_keeps_nobody_at_the_door() -> None:
+    """Of the same address. Its refusals are held back all the same."""
+    refused, key = Refusals(20, Time()), KnownKey("a key")
+    refused.charge(["an address", key], 1000)
+
+    assert 0 == refused.owed_s("an address")
+    assert MAX_PAUSE_S == refused.charge(["an address"])
+
+
+def test_keys_take_no_room_of_addresses() -> None:
+    """What an address owes stays, however many keys are refused anything."""
+    refused = Refusals(20, Time())
+    refused.charge(["an address"], 1000)
+    for number in range(MOST_CLIENTS + 50):
+        refused.charge([KnownKey(str(number))])
+
+    assert MAX_PAUSE_S == refused.charge(["an address"])
+    assert f"<Refusals clients=1 keys={MOST_CLIENTS}>" == repr(refused)
 
 
 def test_nothing_is_owed_for_long() -> None:
@@ -118,7 +140,7 @@ def test_few_clients_are_remembered() -> None:
     for number in range(MOST_CLIENTS + 50):
         refused.charge([number], 200)
 
-    assert f"<Refusals clients={MOST_CLIENTS}>" == repr(refused)
+    assert f"<Refusals clients={MOST_CLIENTS} keys=0>" == repr(refused)
     assert 0 == refused.owed_s(49)
     assert refused.owed_s(50)
 
@@ -278,6 +300,34 @@ async def test_a_key_beyond_its_rate_waits_wherever_it_comes_from(make_server: M
             assert 200 == (await other.answer()).status
             for client in (first, elsewhere, other):
                 await client.close()
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize("known", [[], ["right"]], ids=["no keys", "a wrong key"])
+async def test_a_key_that_is_nobodys_is_no_client(
+    make_server: MakeServer, known: list[str]
+) -> None:
+    """Strangers may send the same one, and not all wait for one of them."""
+    request = NOWHERE if not known else WRONG
+    request = request.replace(b"Host", b"Authorization: Bearer EMPTY\r\nHost")
+    server = await make_server(access=Access(user_keys=known))
+    async with listening_with(server, FEW) as at, held(at, request):
+        other = await Raw.connect(at.port, source="127.0.0.2")
+        await other.send(request)
+        assert (401 if known else 404) == (await other.answer()).status
+        await other.close()
+
+
+async def test_one_request_is_one_client(keyed: Server) -> None:
+    """However many keys are in it: each would push somebody's bucket out."""
+    async with listening_with(keyed) as at:
+        client = await Raw.connect(at.port)
+        keys = [f"X-API-Key: {number}" for number in range(100)]
+        assert 401 == (await client.get("/v1/models", *keys)).status
+        assert "<Refusals clients=1 keys=0>" == repr(at.shared.door.refusals)
+        assert 404 == (await client.get("/nowhere", *keys, "Authorization: Bearer right")).status
+        assert "<Refusals clients=1 keys=1>" == repr(at.shared.door.refusals)
+        await client.close()
 
 
 async def test_clients_of_a_trusted_proxy_have_a_bucket_each(keyed: Server) -> None:
@@ -462,7 +512,7 @@ async def test_what_is_left_of_a_connection_that_was_reset_is_not_answered(
         at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
         sock = socket.create_connection(("127.0.0.1", at.port))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        sock.sendall(HEALTH)
+        sock.sendall(NOWHERE)
         await until(lambda: len(at.shared.door.wheel) == 1)
         sock.close()
         await until(lambda: at.shared.places._all.count == 0)
@@ -526,31 +576,222 @@ async def test_an_address_that_owes_much_comes_in_late(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others do not wait for it."""
-    monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 0.5)
+    for module in (arrivals, refusals):
+        monkeypatch.setattr(module, "MAX_PAUSE_S", 0.5)
     async with listening_with(server) as at:
         at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
         client = await Raw.connect(at.port)
-        await client.send(HEALTH)
+        await client.send(NOWHERE)
         await until(lambda: len(at.shared.door.wheel) == 1)
         other = await Raw.connect(at.port, source="127.0.0.2")
         assert 200 == (await other.get()).status
-        assert 200 == (await client.answer()).status
+        assert 404 == (await client.answer()).status
         await client.close()
         await other.close()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
-async def test_tls_handshakes_have_places_and_an_end(
-    server: Server, tmp_path: Path, built: list[object]
+def owe(at: Listening) -> None:
+    """The clients' address is deep in debt for good."""
+    at.shared.door.refusals._clock = Time()
+    at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize(
+    "request_",
+    [
+        HEALTH,
+        HEALTH.replace(b"health", b"ready"),
+        RIGHT,
+        WRONG.replace(b"wrong", b"admin"),
+        WRONG.replace(b"Authorization: Bearer wrong", b"X-API-Key: right"),
+        post("/v1/completions", COMPLETION, "application/json"),
+        HEALTH + WRONG,
+    ],
+    ids=["health", "ready", "user", "admin", "x-api-key", "completion", "ahead"],
+)
+async def test_who_is_let_in_does_not_wait_at_the_door(keyed: Server, request_: bytes) -> None:
+    """Whatever strangers at the same address owe."""
+    async with listening_with(keyed) as at:
+        owe(at)
+        stranger = await Raw.connect(at.port)
+        await stranger.send(WRONG)
+        await until(lambda: len(at.shared.door.wheel) == 1)
+        client = await Raw.connect(at.port)
+        await client.send(request_)
+        assert 200 == (await client.answer()).status
+        await client.close()
+        await stranger.close()
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize(
+    "request_",
+    [
+        WRONG,
+        NOWHERE,
+        RIGHT.replace(b"GET", b"PUT"),
+        post("/v1/models/switch", b"{}", "application/json"),
+        HEALTH.replace(b"health", b"v1/realtime").replace(
+            b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        ),
+        b"nonsense\r\n\r\n",
+        b"\x16\x03\x01",
+    ],
+    ids=["401", "404", "405", "403", "websocket", "nonsense", "tls"],
+)
+async def test_who_is_going_to_be_refused_waits_at_the_door(
+    keyed: Server, built: list[object], request_: bytes
 ) -> None:
-    """Whoever begins one and goes on in silence; others are served meanwhile."""
+    """Nothing is built for it before."""
+    async with listening_with(keyed) as at:
+        owe(at)
+        client = await Raw.connect(at.port)
+        await client.send(request_)
+        await until(lambda: len(at.shared.door.wheel) == 1)
+        await client.close()
+
+    assert [] == built
+
+
+async def test_a_key_beyond_its_rate_keeps_no_other_at_the_door(make_server: MakeServer) -> None:
+    """Of the same address, as behind a gateway."""
+    limits = LimitsConfig(refusals_per_second=1, requests_per_minute=1)
+    server = await make_server(access=Access(user_keys=["right", "other"]), limits=limits)
+    request = post("/v1/completions", COMPLETION, "application/json")
+    async with listening_with(server, limits) as at:
+        first = await Raw.connect(at.port)
+        await first.send(request)
+        assert 200 == (await first.answer()).status
+        clients = [await Raw.connect(at.port) for _ in range(10)]
+        for client in clients:
+            await client.send(request)
+        await until(lambda: len(at.shared.door.wheel) == 10 - AT_ONCE)
+        assert 0 == at.shared.door.refusals.owed_s("127.0.0.1")
+        for client in [first, *clients]:
+            await client.close()
+
+
+async def test_a_head_that_comes_in_pieces_is_looked_at_again(
+    keyed: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is whole; then it decides."""
+    monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
+    looks: list[object] = []
+    look = arrivals.first_head
+    monkeypatch.setattr(arrivals, "first_head", lambda said: looks.append(said) or look(said))
+    async with listening_with(keyed) as at:
+        owe(at)
+        client = await Raw.connect(at.port)
+        await client.send(RIGHT[:30])
+        await until(lambda: len(looks) == 2)
+        await client.send(RIGHT[30:])
+        assert 200 == (await client.answer()).status
+        await client.close()
+
+    assert [RIGHT[:30], RIGHT[:30]] == looks[:2]
+
+
+async def test_a_head_too_long_to_be_looked_at_waits_a_moment(
+    keyed: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be of somebody who is let in."""
+    monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
+    async with listening_with(keyed) as at:
+        owe(at)
+        client = await Raw.connect(at.port)
+        field = b"X-Long: " + b"x" * arrivals.PEEK_BYTES
+        await client.send(RIGHT.replace(b"Host", field + b"\r\nHost"))
+        assert 200 == (await client.answer()).status
+        await client.close()
+
+
+async def test_a_connection_that_said_nothing_after_all_has_its_deadline(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may say that there is something to read where there is not."""
+    said, looks = arrivals._said, list[bool | None]()
+
+    def nothing_at_first(sock: socket.socket) -> bool | None:
+        looks.append(None if len(looks) < 2 else said(sock))
+        return looks[-1]
+
+    monkeypatch.setattr(arrivals, "_said", nothing_at_first)
+    async with listening_with(server) as at:
+        client = await Raw.connect(at.port)
+        await until(lambda: at.shared.places._all.count)
+        [acceptor] = at.acceptors
+        [arrival] = acceptor.arrivals
+        arrival._readable()
+        assert [None, None] == looks
+        assert arrival in at.shared.door.silent
+        assert 200 == (await client.get()).status
+        await client.close()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+async def test_a_system_with_nothing_left_is_not_asked_again_and_again(
+    server: Server, code: int
+) -> None:
+    """Who waits then is served once there is something again."""
+    async with listening_with(server) as at:
+        [acceptor] = at.acceptors
+        sock, asked = acceptor._sock, list[int]()
+
+        class Exhausted:
+            def accept(self) -> tuple[socket.socket, object]:
+                asked.append(code)
+                raise OSError(code, "nothing left")
+
+            def fileno(self) -> int:
+                return sock.fileno()
+
+        acceptor._sock = Exhausted()  # type: ignore[assignment]
+        client = await Raw.connect(at.port)
+        await client.send(HEALTH)
+        await until(lambda: asked)
+        assert acceptor._resting is not None
+        assert not asyncio.get_running_loop().remove_reader(sock)
+        acceptor._sock = sock
+        assert 200 == (await client.answer()).status
+        await client.close()
+
+
+@pytest.fixture
+def certified(tmp_path: Path) -> tuple[dict[str, str], ssl.SSLContext]:
+    """Flags for a server with TLS, and what its clients take."""
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x"]
     command += ["-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, capture_output=True)  # noqa: ASYNC221
-    given = {"ssl_keyfile": key, "ssl_certfile": certificate}
+    subprocess.run(command, check=True, capture_output=True)
     context = ssl.create_default_context(cafile=certificate)
     context.check_hostname = False
+    return {"ssl_keyfile": key, "ssl_certfile": certificate}, context
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+async def test_with_tls_everybody_waits_a_moment(
+    keyed: Server,
+    certified: tuple[dict[str, str], ssl.SSLContext],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can tell who is going to be refused."""
+    monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
+    given, context = certified
+    async with listening_with(keyed, **given) as at:
+        owe(at)
+        client = Raw(*await asyncio.open_connection("127.0.0.1", at.port, ssl=context))
+        await client.send(RIGHT)
+        assert 200 == (await client.answer()).status
+        await client.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+async def test_tls_handshakes_have_places_and_an_end(
+    server: Server, certified: tuple[dict[str, str], ssl.SSLContext]
+) -> None:
+    """Whoever begins one and goes on in silence; others are served meanwhile."""
+    given, context = certified
     limits = LimitsConfig(head_timeout=2, connections=3, connections_per_address=3)
     async with listening_with(server, limits, **given) as at:
         begun = [await Raw.connect(at.port) for _ in range(5)]
@@ -585,7 +826,7 @@ async def test_connections_that_have_not_begun_end_with_the_server(server: Serve
         await until(lambda: at.shared.places._all.count == 1)
         at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
         late = await Raw.connect(at.port)
-        await late.send(HEALTH)
+        await late.send(NOWHERE)
         await until(lambda: len(at.shared.door.wheel) == 1)
     assert [b"", b""] == [await silent.rest(), await late.rest()]
     await silent.close()

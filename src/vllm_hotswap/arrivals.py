@@ -4,6 +4,11 @@ The event loop's own servers take one connection in each turn, and build all tha
 that whoever comes behind thousands of connections that are reset at once waits for all of that.
 Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
 and a file. A connection is built with its first byte.
+
+Where strangers at an address owe refusals, a new connection from there may have to wait. What it
+has sent is looked at before it is read: who asks for what is going to be refused waits; who asks
+for what needs no key, or has a key that fits, does not. Where nobody can tell, as with TLS, the
+wait is short.
 """
 
 from __future__ import annotations
@@ -17,17 +22,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.types import Scope
+
 from vllm_hotswap.deadlines import Deadlines, Wheel
+from vllm_hotswap.first_head import Malformed, first_head
 from vllm_hotswap.places import Place, Places
 from vllm_hotswap.quiet import log_of_clients
-from vllm_hotswap.refusals import MAX_PAUSE_S, SUSPECT_S, Refusals
+from vllm_hotswap.refusals import DOUBT_S, MAX_PAUSE_S, SUSPECT_S, Refusals
 
 PER_TURN = 16
 """Connections that are accepted in one turn of the event loop."""
 
+PEEK_BYTES = 8 << 10
+"""Of what a connection says first, that are looked at. A longer head is not."""
+
+REST_S = 0.1
+"""How long no connection is accepted when the system has nothing left for one."""
+
 NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 
 Build = Callable[["Arrival"], asyncio.Protocol]
+
+
+def nobody(_: Scope) -> bool:
+    """No request is refused for its head."""
+    return False
 
 
 @dataclass(slots=True)
@@ -39,6 +58,9 @@ class Door:
     wheel: Wheel
     silent: Deadlines[Arrival]
     """Connections of which no byte has come."""
+    refuses: Callable[[Scope], bool] = nobody
+    """Whether a request is going to be refused, by the `type`, `method`, `path`, `root_path` and
+    `headers` of its scope."""
 
 
 class Arrival:
@@ -107,28 +129,40 @@ class Arrival:
             self.loop.remove_reader(self._sock.fileno())
 
     def _readable(self) -> None:
+        if _said(self._sock) is None:
+            return  # it was called for nothing: no byte has come, and the deadline stays
         self._deaf()
         self._door.silent.end(self)
         self._come_in()
 
     def _come_in(self) -> None:
-        """Build the connection, unless it is dead, or its address owes too much."""
+        """Build the connection, unless it is dead, or has to wait."""
         self._take_back = None
-        if (said := _said(self._sock)) is not True:
-            self._end() if said is False else self._hear()
-            return
-        if (wait_s := self._owed_s()) > 0:
+        if not _said(self._sock):  # what has come once stays until it is read
+            self._end()
+        elif (wait_s := self._wait_s()) > 0:
             self._take_back = self._door.wheel.call_later(wait_s, self._come_in)
         else:
             self._build()
 
-    def _owed_s(self) -> float:
-        """How long its address has to wait; those of whom many have the same one do not."""
+    def _wait_s(self) -> float:
+        """How long it has to wait before it is built, or looked at again."""
         client = self._door.places.client_of(self.address)
         if client is None:
+            return 0.0  # many have the same one
+        waited_s = self.loop.time() - self._came_s
+        wait_s = min(self._door.refusals.owed_s(client) - SUSPECT_S, MAX_PAUSE_S - waited_s)
+        if wait_s <= 0:
             return 0.0
-        left_s = self._came_s + MAX_PAUSE_S - self.loop.time()
-        return min(self._door.refusals.owed_s(client) - SUSPECT_S, left_s)
+        if self._acceptor.is_tls or len(said := _peeked(self._sock)) == PEEK_BYTES:
+            return min(wait_s, DOUBT_S - waited_s)
+        try:
+            head = first_head(said)
+        except Malformed:
+            return wait_s
+        if head is None:  # the rest of it may come at any time
+            return min(wait_s, DOUBT_S)
+        return wait_s if self._door.refuses(head) else 0.0
 
     def _build(self) -> None:
         self._building = self.loop.create_task(self._acceptor.build(self, self._sock))
@@ -188,19 +222,26 @@ class Acceptor:
         self._spare: int | None = _spare_file()
         sock.setblocking(False)
         sock.listen(backlog)
-        self.loop.add_reader(sock.fileno(), self._readable)
         self._is_open = True
+        self._resting: asyncio.TimerHandle | None = None
+        self._hear()
 
     def close(self) -> None:
         """Accept nothing more, and close what has not begun. Idempotent."""
         if not self._is_open:
             return
         self._is_open = False
+        if self._resting is not None:
+            self._resting.cancel()
         self.loop.remove_reader(self._sock.fileno())
         for arrival in list(self.arrivals):
             arrival.close()
         if self._spare is not None:
             os.close(self._spare)
+
+    @property
+    def is_tls(self) -> bool:
+        return bool(self._tls)
 
     async def wait_closed(self) -> None:
         """As a server of the event loop has it; nothing is left to wait for."""
@@ -209,6 +250,15 @@ class Acceptor:
         """Raises `OSError` where the connection, or its TLS handshake, has ended before."""
         await self.loop.connect_accepted_socket(lambda: self._make(arrival), sock, **self._tls)
 
+    def _hear(self) -> None:
+        self._resting = None
+        self.loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _rest(self) -> None:
+        """The socket would have the loop call again and again, for nothing."""
+        self.loop.remove_reader(self._sock.fileno())
+        self._resting = self.loop.call_later(REST_S, self._hear)
+
     def _readable(self) -> None:
         for _ in range(PER_TURN):
             try:
@@ -216,7 +266,10 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in NO_MORE_FILES or not self._shed():
+                if error.errno not in NO_MORE_FILES:
+                    return  # of that connection
+                if not self._shed():
+                    self._rest()
                     return
                 continue
             sock.setblocking(False)
@@ -250,6 +303,14 @@ def _said(sock: socket.socket) -> bool | None:
         return None
     except OSError:
         return False
+
+
+def _peeked(sock: socket.socket) -> bytes:
+    """What there is to read, up to a bound. It stays there."""
+    try:
+        return sock.recv(PEEK_BYTES, socket.MSG_PEEK)
+    except OSError:
+        return b""
 
 
 def _spare_file() -> int | None:

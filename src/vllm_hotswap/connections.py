@@ -49,7 +49,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.places import Place, Places
 from vllm_hotswap.quiet import log_of_clients
-from vllm_hotswap.refusals import DOOR, Refusals, clients_of
+from vllm_hotswap.refusals import DOOR, Refusals, address_of, clients_of
 from vllm_hotswap.settings import LimitsConfig
 
 VERSIONS = frozenset(["1.0", "1.1"])
@@ -127,8 +127,7 @@ class Connections:
 
     def let_in(self, scope: Scope) -> None:
         """One is served."""
-        address, *_ = clients_of(scope)
-        self.door.refusals.let_in(address)
+        self.door.refusals.let_in(address_of(scope))
 
     def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
         """The class for websockets that gives the place free at the end of a connection."""

@@ -200,12 +200,14 @@ class Listener:
         app: ASGIApp,
         limits: LimitsConfig | None = None,
         may_use_kept: Callable[[Scope], bool] = nobody,
+        refuses: Callable[[Scope], bool] = nobody,
     ) -> Config:
         """A loaded configuration, whose connections are bounded, and their lines of the log.
 
         Args:
             limits: bounds of heads and connections.
             may_use_kept: whether a request may use a place that is kept when all others are taken.
+            refuses: whether a request is going to be refused for its head.
 
         Raises:
             ConfigError: it cannot be loaded.
@@ -220,7 +222,9 @@ class Listener:
         served = ForwardedClients(app, self._proxies)
         config = make_config(self.args, self._log_config, served)
         self._quiet.begin()  # only now are vLLM's handlers there, and stay
-        return bounded(config, Connections(places, limits, may_use_kept))
+        shared = Connections(places, limits, may_use_kept)
+        shared.door.refuses = refuses
+        return bounded(config, shared)
 
 
 def make_config(

@@ -1,16 +1,19 @@
 """How many refusals a client may get, and how long further ones are held back.
 
 A refusal costs the server about as much as any small call, and its client nothing: neither a place
-in an engine nor tokens. Each client's address, and each key that is sent, has a token bucket of
+in an engine nor tokens. Each client's address, and each key that is known, has a token bucket of
 them. Where it is empty, an answer waits until its turn in the bucket comes, `MAX_PAUSE_S` at most.
 Who asks for what is let in is never held back for it, and pays for refusals of the same address:
-many users may share one.
+many users may share one. A key that is nobody's has no bucket: strangers may send the same one.
+
+New connections of an address wait for what strangers owe, who have sent no known key.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.types import Scope
@@ -20,7 +23,8 @@ from vllm_hotswap.places import network_of
 DOOR = "vllm_hotswap.door"
 """In a scope: gives who holds refusals back, None if the connection is gone."""
 
-KEYS = frozenset([b"authorization", b"x-api-key"])
+KEY = "vllm_hotswap.key"
+"""In a scope: gives what tells the key of a request from others, None if none that is known."""
 
 BURST_S = 3.0
 """An empty bucket is full again after it."""
@@ -29,10 +33,21 @@ MAX_PAUSE_S = 5.0
 """The longest that an answer is held back. Nothing is owed beyond twice that."""
 
 SUSPECT_S = 1.0
-"""New connections of an address wait while it owes more than so many seconds."""
+"""New connections of an address wait while strangers owe more than so many seconds there."""
+
+DOUBT_S = 0.25
+"""The longest that one waits of which nobody can tell whether it is going to be refused."""
 
 MOST_CLIENTS = 10_000
-"""Buckets that are remembered. Of more, those that were refused longest ago are forgotten."""
+"""Addresses, and keys, that are remembered. Of more, those refused longest ago are forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """A key that is a user's or an admin's, as a client."""
+
+    mark: str
+    """What tells it from others."""
 
 
 class Holder(Protocol):
@@ -62,11 +77,17 @@ def _holder(scope: Scope) -> Holder | None:
     return None if holder is None else holder()
 
 
-def clients_of(scope: Scope) -> list[Hashable]:
-    """What stands for who has sent a request: the address, None without one, then keys."""
+def address_of(scope: Scope) -> Hashable:
+    """What stands for the address of who has sent a request; None without one."""
     client = scope.get("client")
-    address = network_of(client[0]) if client else None
-    return [address, *((name, hash(value)) for name, value in scope["headers"] if name in KEYS)]
+    return network_of(client[0]) if client else None
+
+
+def clients_of(scope: Scope) -> list[Hashable]:
+    """What stands for who has sent a request: the address, then the key, if it is known."""
+    find: Callable[[Scope], str | None] | None = scope.get(KEY)
+    mark = None if find is None else find(scope)
+    return [address_of(scope), *([] if mark is None else [KnownKey(mark)])]
 
 
 class Refusals:
@@ -81,9 +102,13 @@ class Refusals:
         self._cost_s = 1 / per_second
         self._clock = clock
         self._paid_s: OrderedDict[Hashable, float] = OrderedDict()
+        """Of addresses."""
+        self._keys_paid_s: OrderedDict[Hashable, float] = OrderedDict()
+        self._strangers_paid_s: OrderedDict[Hashable, float] = OrderedDict()
+        """Of addresses, by what was refused to who has sent no known key."""
 
     def __repr__(self) -> str:
-        return f"<Refusals clients={len(self._paid_s)}>"
+        return f"<Refusals clients={len(self._paid_s)} keys={len(self._keys_paid_s)}>"
 
     def charge(self, clients: Iterable[Hashable], count: int = 1) -> float:
         """Note refusals of one request, and return for how many seconds to hold its answer back.
@@ -92,21 +117,32 @@ class Refusals:
             clients: all that stand for who has sent it; the poorest counts.
             count: what it has cost, in refusals.
         """
-        return min(MAX_PAUSE_S, max((self._charge(client, count) for client in clients), default=0))
+        clients = list(clients)
+        keys = [client for client in clients if isinstance(client, KnownKey)]
+        addresses = [client for client in clients if not isinstance(client, KnownKey)]
+        waits_s = [self._charge(self._keys_paid_s, key, count) for key in keys]
+        waits_s += [self._charge(self._paid_s, address, count) for address in addresses]
+        if not keys:
+            for address in addresses:
+                self._charge(self._strangers_paid_s, address, count)
+        return min(MAX_PAUSE_S, max(waits_s, default=0))
 
-    def let_in(self, client: Hashable) -> None:
-        """One of the client's requests is served, which makes up for a refusal."""
-        if client in self._paid_s:
-            self._paid_s[client] -= self._cost_s
+    def let_in(self, address: Hashable) -> None:
+        """A request from the address is served, which makes up for a refusal."""
+        for paid_s in (self._paid_s, self._strangers_paid_s):
+            if address in paid_s:
+                paid_s[address] -= self._cost_s
 
-    def owed_s(self, client: Hashable) -> float:
-        """Seconds after which the next refusal of the client would cost no wait."""
-        return max(0.0, self._paid_s.get(client, 0.0) - self._clock() - BURST_S)
+    def owed_s(self, address: Hashable) -> float:
+        """Seconds after which the next refusal of a stranger would cost the address no wait."""
+        return max(0.0, self._strangers_paid_s.get(address, 0.0) - self._clock() - BURST_S)
 
-    def _charge(self, client: Hashable, count: int) -> float:
+    def _charge(
+        self, all_paid_s: OrderedDict[Hashable, float], client: Hashable, count: int
+    ) -> float:
         now_s = self._clock()
-        paid_s = max(now_s, self._paid_s.pop(client, now_s)) + count * self._cost_s
-        self._paid_s[client] = min(paid_s, now_s + BURST_S + 2 * MAX_PAUSE_S)
-        if len(self._paid_s) > MOST_CLIENTS:
-            self._paid_s.popitem(last=False)
+        paid_s = max(now_s, all_paid_s.pop(client, now_s)) + count * self._cost_s
+        all_paid_s[client] = min(paid_s, now_s + BURST_S + 2 * MAX_PAUSE_S)
+        if len(all_paid_s) > MOST_CLIENTS:
+            all_paid_s.popitem(last=False)
         return max(0.0, paid_s - now_s - BURST_S)
