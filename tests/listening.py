@@ -57,7 +57,7 @@ async def listening_with(
     """The same, with flags of ours."""
     listener = Listener.open(flags(**given), log_config, flags=listen)
     app = server.app
-    config = listener.uvicorn_config(app, limits, app.may_use_kept_place, app.refuses)
+    config = listener.uvicorn_config(app, limits, app.may_use_kept_place, app.outlook)
     async with _serving(listener, config) as at:
         yield at
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import websockets
+from starlette.datastructures import Headers
 
 from tests.conftest import MakeServer
 from tests.listening import PATIENCE_S, Listening, Raw, listening_with
@@ -96,7 +97,7 @@ def test_what_is_refused_to_known_keys_keeps_nobody_at_the_door() -> None:
     refused, key = Refusals(20, Time()), KnownKey("a key")
     refused.charge(["an address", key], 1000)
 
-    assert 0 == refused.owed_s("an address")
+    assert 0 == refused.strangers_owe_s("an address")
     assert MAX_PAUSE_S == refused.charge(["an address"])
 
 
@@ -667,9 +668,42 @@ async def test_a_key_beyond_its_rate_keeps_no_other_at_the_door(make_server: Mak
         for client in clients:
             await client.send(request)
         await until(lambda: len(at.shared.door.wheel) == 10 - AT_ONCE)
-        assert 0 == at.shared.door.refusals.owed_s("127.0.0.1")
-        for client in [first, *clients]:
+        assert 0 == at.shared.door.refusals.strangers_owe_s("127.0.0.1")
+        other = await Raw.connect(at.port)
+        await other.send(request.replace(b"right", b"other"))
+        assert 200 == (await other.answer()).status
+        assert 10 - AT_ONCE == len(at.shared.door.wheel)
+        for client in [other, first, *clients]:
             await client.close()
+
+
+async def test_a_key_in_debt_waits_a_moment(keyed: Server, built: list[object]) -> None:
+    """Even with what may be let in. A client that has gone by then has cost little."""
+    async with listening_with(keyed) as at:
+        owe(at)
+        mark = keyed.app.access.mark(Headers({"x-api-key": "right"}))
+        at.shared.door.refusals.charge([KnownKey(mark or "")], 10_000)
+        client = await Raw.connect(at.port)
+        await client.send(RIGHT)
+        await until(lambda: len(at.shared.door.wheel) == 1)
+        assert [] == built
+        assert 200 == (await client.answer()).status
+        await client.close()
+
+
+async def test_without_keys_everybody_waits_a_moment(
+    server: Server, built: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for routes that never need one."""
+    monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
+    async with listening_with(server) as at:
+        owe(at)
+        client = await Raw.connect(at.port)
+        await client.send(RIGHT)
+        await until(lambda: len(at.shared.door.wheel) == 1)
+        assert [] == built
+        assert 200 == (await client.answer()).status
+        await client.close()
 
 
 async def test_a_head_that_comes_in_pieces_is_looked_at_again(

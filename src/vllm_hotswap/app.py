@@ -34,7 +34,7 @@ from vllm_hotswap.operations import CALLER, Operations
 from vllm_hotswap.own_routes import for_admins, own_routes
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
-from vllm_hotswap.refusals import KEY
+from vllm_hotswap.refusals import KEY, KnownKey, Outlook
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
@@ -170,8 +170,8 @@ class HotswapApp:
             return not has_body
         return self.access.is_admin(headers)
 
-    def refuses(self, scope: Scope) -> bool:
-        """Whether a request is going to be refused for its route or its key.
+    def outlook(self, scope: Scope) -> Outlook | KnownKey:
+        """What a request is going to come to, as far as its route and its key tell.
 
         Args:
             scope: its `type`, `method`, `path`, `root_path` and `headers` are looked at.
@@ -180,8 +180,11 @@ class HotswapApp:
             route, _ = self.routes.find(*request_of(scope))
             self.access.check(route.role, Headers(scope=scope))
         except HotswapError:
-            return True
-        return False
+            return Outlook.REFUSED
+        if route.role is Role.PUBLIC:
+            return Outlook.LET_IN
+        mark = self._mark(scope)
+        return Outlook.IN_DOUBT if mark is None else KnownKey(mark)
 
     def _mark(self, scope: Scope) -> str | None:
         """What tells the key of a request from others; None without one that is known."""

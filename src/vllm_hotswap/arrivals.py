@@ -5,10 +5,10 @@ that whoever comes behind thousands of connections that are reset at once waits 
 Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
 and a file. A connection is built with its first byte.
 
-Where strangers at an address owe refusals, a new connection from there may have to wait. What it
-has sent is looked at before it is read: who asks for what is going to be refused waits; who asks
-for what needs no key, or has a key that fits, does not. Where nobody can tell, as with TLS, the
-wait is short.
+Where an address owes refusals, a new connection from there may have to wait. What it has sent is
+looked at before it is read: who asks for what is going to be refused waits; who asks for what needs
+no key, or has a key that owes nothing, does not. Where nobody can tell, as with TLS, the wait is
+short.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from vllm_hotswap.deadlines import Deadlines, Wheel
 from vllm_hotswap.first_head import Malformed, first_head
 from vllm_hotswap.places import Place, Places
 from vllm_hotswap.quiet import log_of_clients
-from vllm_hotswap.refusals import DOUBT_S, MAX_PAUSE_S, SUSPECT_S, Refusals
+from vllm_hotswap.refusals import (
+    DOUBT_S,
+    MAX_PAUSE_S,
+    SUSPECT_S,
+    KnownKey,
+    Outlook,
+    Refusals,
+)
 
 PER_TURN = 16
 """Connections that are accepted in one turn of the event loop."""
@@ -44,9 +51,9 @@ NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOM
 Build = Callable[["Arrival"], asyncio.Protocol]
 
 
-def nobody(_: Scope) -> bool:
-    """No request is refused for its head."""
-    return False
+def in_doubt(_: Scope) -> Outlook:
+    """Nobody can tell of any head."""
+    return Outlook.IN_DOUBT
 
 
 @dataclass(slots=True)
@@ -58,9 +65,8 @@ class Door:
     wheel: Wheel
     silent: Deadlines[Arrival]
     """Connections of which no byte has come."""
-    refuses: Callable[[Scope], bool] = nobody
-    """Whether a request is going to be refused, by the `type`, `method`, `path`, `root_path` and
-    `headers` of its scope."""
+    outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt
+    """Of a request, by the `type`, `method`, `path`, `root_path` and `headers` of its scope."""
 
 
 class Arrival:
@@ -150,19 +156,24 @@ class Arrival:
         client = self._door.places.client_of(self.address)
         if client is None:
             return 0.0  # many have the same one
-        waited_s = self.loop.time() - self._came_s
-        wait_s = min(self._door.refusals.owed_s(client) - SUSPECT_S, MAX_PAUSE_S - waited_s)
+        refusals, waited_s = self._door.refusals, self.loop.time() - self._came_s
+        wait_s = min(refusals.owed_s(client) - SUSPECT_S, MAX_PAUSE_S - waited_s)
         if wait_s <= 0:
             return 0.0
+        doubt_s = min(wait_s, DOUBT_S - waited_s)
         if self._acceptor.is_tls or len(said := _peeked(self._sock)) == PEEK_BYTES:
-            return min(wait_s, DOUBT_S - waited_s)
+            return min(doubt_s, refusals.strangers_owe_s(client) - SUSPECT_S)
         try:
             head = first_head(said)
         except Malformed:
             return wait_s
         if head is None:  # the rest of it may come at any time
             return min(wait_s, DOUBT_S)
-        return wait_s if self._door.refuses(head) else 0.0
+        outlook = self._door.outlook(head)
+        if isinstance(outlook, KnownKey):
+            return min(doubt_s, refusals.owed_s(outlook) - SUSPECT_S)
+        waits_s = {Outlook.REFUSED: wait_s, Outlook.LET_IN: 0.0, Outlook.IN_DOUBT: doubt_s}
+        return waits_s[outlook]
 
     def _build(self) -> None:
         self._building = self.loop.create_task(self._acceptor.build(self, self._sock))

@@ -20,6 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
+from vllm_hotswap.arrivals import in_doubt
 from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.connections import Config, Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
@@ -29,6 +30,7 @@ from vllm_hotswap.forwarded import ForwardedClients, Proxies
 from vllm_hotswap.places import Places
 from vllm_hotswap.port_file import PortFile, check_port_file
 from vllm_hotswap.quiet import Quiet
+from vllm_hotswap.refusals import KnownKey, Outlook
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.unix_socket import UnixSocket
 
@@ -200,14 +202,14 @@ class Listener:
         app: ASGIApp,
         limits: LimitsConfig | None = None,
         may_use_kept: Callable[[Scope], bool] = nobody,
-        refuses: Callable[[Scope], bool] = nobody,
+        outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt,
     ) -> Config:
         """A loaded configuration, whose connections are bounded, and their lines of the log.
 
         Args:
             limits: bounds of heads and connections.
             may_use_kept: whether a request may use a place that is kept when all others are taken.
-            refuses: whether a request is going to be refused for its head.
+            outlook: what a request is going to come to, as far as its head tells.
 
         Raises:
             ConfigError: it cannot be loaded.
@@ -223,7 +225,7 @@ class Listener:
         config = make_config(self.args, self._log_config, served)
         self._quiet.begin()  # only now are vLLM's handlers there, and stay
         shared = Connections(places, limits, may_use_kept)
-        shared.door.refuses = refuses
+        shared.door.outlook = outlook
         return bounded(config, shared)
 
 

@@ -6,7 +6,7 @@ them. Where it is empty, an answer waits until its turn in the bucket comes, `MA
 Who asks for what is let in is never held back for it, and pays for refusals of the same address:
 many users may share one. A key that is nobody's has no bucket: strangers may send the same one.
 
-New connections of an address wait for what strangers owe, who have sent no known key.
+New connections of an address in debt wait, too, by what their first head is going to come to.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from starlette.types import Scope
@@ -33,10 +34,22 @@ MAX_PAUSE_S = 5.0
 """The longest that an answer is held back. Nothing is owed beyond twice that."""
 
 SUSPECT_S = 1.0
-"""New connections of an address wait while strangers owe more than so many seconds there."""
+"""New connections of an address, or with a key, wait while it owes more than so many seconds."""
 
 DOUBT_S = 0.25
 """The longest that one waits of which nobody can tell whether it is going to be refused."""
+
+
+class Outlook(Enum):
+    """What the first head of a connection is going to come to, besides that its key is known."""
+
+    REFUSED = "refused"
+    """For its route or its key."""
+    LET_IN = "let in"
+    """The route needs no key."""
+    IN_DOUBT = "in doubt"
+    """No key is asked for."""
+
 
 MOST_CLIENTS = 10_000
 """Addresses, and keys, that are remembered. Of more, those refused longest ago are forgotten."""
@@ -133,9 +146,17 @@ class Refusals:
             if address in paid_s:
                 paid_s[address] -= self._cost_s
 
-    def owed_s(self, address: Hashable) -> float:
-        """Seconds after which the next refusal of a stranger would cost the address no wait."""
-        return max(0.0, self._strangers_paid_s.get(address, 0.0) - self._clock() - BURST_S)
+    def owed_s(self, client: Hashable) -> float:
+        """Seconds after which the next refusal of an address, or a key, would cost no wait."""
+        is_key = isinstance(client, KnownKey)
+        return self._owed_s(self._keys_paid_s if is_key else self._paid_s, client)
+
+    def strangers_owe_s(self, address: Hashable) -> float:
+        """The same, by what was refused there to who has sent no known key."""
+        return self._owed_s(self._strangers_paid_s, address)
+
+    def _owed_s(self, all_paid_s: OrderedDict[Hashable, float], client: Hashable) -> float:
+        return max(0.0, all_paid_s.get(client, 0.0) - self._clock() - BURST_S)
 
     def _charge(
         self, all_paid_s: OrderedDict[Hashable, float], client: Hashable, count: int

@@ -381,7 +381,7 @@ async def _serve(
     app: HotswapApp, listener: Listener, stop: asyncio.Future[None], audit: AuditLog | None
 ) -> int:
     served = _with_origins(_audited(app, audit), listener.args)
-    config = listener.uvicorn_config(served, app.limits, app.may_use_kept_place, app.refuses)
+    config = listener.uvicorn_config(served, app.limits, app.may_use_kept_place, app.outlook)
     server = Server(config, on_started=lambda: _announce(app, listener))
     serving = asyncio.create_task(server.serve([listener.sock]))
     coordinator = app.coordinator
