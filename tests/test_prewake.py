@@ -14,7 +14,7 @@ from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import Model, ModelPolicy
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency
 
@@ -569,3 +569,106 @@ async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: Mak
 
     assert (0, "cold") == (held(server), server.residencies["qwen"])
     assert await waking(server) is None
+
+
+# --- whoever moves models meets a wake that waits for them ------------------------------------
+
+
+def tight(play: Play, story: Any, mib: int = 13) -> None:
+    """Play a story in which what waits for ever has the host ended, after ten seconds."""
+    recovery = RecoveryConfig(step_timeout=10, command_timeout=10)
+    budget = Usage(mib * MIB, 100 * MIB)
+    play(story, load=ALIASES, settings=settings(), budget=budget, recovery=recovery)
+
+
+async def between_slices(server: Server, *others: str) -> None:
+    """qwen's first slice ends while somebody moves models; others' wakes queue behind it."""
+    server.host.hold("wake_some", "qwen")
+    for alias in ("qwen", *others):
+        model = server.coordinator.registry.model(alias)
+        assert server.coordinator.ladder.begin_wake(model) is not None
+    await server.settled()
+
+
+def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) -> None:
+    """It has the turn that the next slice waits for, and needs the room: neither waits for ever."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        stream = await server.start_stream("llama", words=8)
+        server.host.hold("step", "llama")
+        await between_slices(server)
+        switching = server.switch("mistral", drain_timeout=60)
+        await server.settled()
+        server.host.release("wake_some", "qwen")
+        await server.settled()
+        assert (server.coordinator.phase, await waking(server)) == ("drain", (1, 5))
+
+        server.host.release("step", "llama")
+        assert (await stream.finish()).is_whole
+        assert 200 == (await switching).status_code
+
+        assert 0 == server.host.restarts
+        assert (1, "asleep") == (held(server), server.residencies["qwen"])
+        assert 13 * MIB == server.host.most_held_bytes
+
+    tight(play, story)
+
+
+@pytest.mark.parametrize("way", ["relieve", "make_all_room", "load", "wake"])
+def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -> None:
+    """Whichever way needs the room that the wake has taken."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        if way == "load":
+            await server.operate("mistral", "unload")
+        ladder, registry = server.coordinator.ladder, server.coordinator.registry
+        await between_slices(server)
+        async with ladder.turn():
+            moving = {
+                "relieve": ladder.relieve,
+                "make_all_room": lambda: in_turn(server, registry.model("llama")),
+                "load": lambda: ladder.load(registry.model("mistral")),
+                "wake": lambda: ladder.wake(registry.model("mistral")),
+            }[way]
+            task = asyncio.create_task(moving())  # is next, before the next slice
+            await server.settled()
+            server.host.release("wake_some", "qwen")
+            await server.settled()
+            if way == "relieve":
+                server.host.is_device_shared = True
+                server.host.taken_bytes = 5 * MIB
+        await task
+
+        assert 0 == server.host.restarts
+        assert (0 if way == "make_all_room" else 1) == held(server)
+        assert await waking(server) is None
+
+    tight(play, story)
+
+
+async def in_turn(server: Server, target: Model) -> None:
+    async with server.coordinator.ladder.turn():
+        await server.coordinator.ladder.make_all_room(target)
+
+
+def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
+    """The one has its slice, and waits for the turn; the other waits for its slice."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        await between_slices(server, "mistral")
+        async with server.coordinator.ladder.turn():
+            server.host.release("wake_some", "qwen")
+            await server.settled()
+            for alias in ("mistral", "qwen"):
+                model = server.coordinator.registry.model(alias)
+                await server.coordinator.ladder._wakes.gave_up(model)
+
+        assert 0 == server.host.restarts
+        assert (1, 1) == (held(server), held(server, "mistral"))
+        assert [("begun", 0), ("given_up", 1)] == changes(server)
+        assert [("begun", 0), ("given_up", 0)] == changes(server, "mistral")
+
+    tight(play, story, mib=18)

@@ -93,9 +93,14 @@ class Prewakes:
         """Have a wake give back what it has taken. Idempotent."""
         if (waking := model.waking) is None:
             return
+        before = waking.task
+        if waking.is_given_up and not before.done() and not before.cancelling():
+            return
         waking.given_up.set()
-        if waking.task.done():  # it was taken over, and has not ended
-            waking.task = self._begun(model, waking, [])
+        # Its task may wait for the turn, which whoever gives it up may hold: so it is told nothing,
+        # but ended. The host does the slice that is under way before it gives anything back.
+        before.cancel()
+        waking.task = self._begun(model, waking, [before])
 
     async def gave_up(self, model: Model) -> None:
         """The same, and wait for it. The caller holds the turn.
@@ -116,10 +121,10 @@ class Prewakes:
 
         What is there afterwards all the same is given up.
         """
-        if (waking := model.waking) is not None:
-            waking.task.cancel()
-            await asyncio.wait([waking.task])
         try:
+            if (waking := model.waking) is not None:
+                waking.task.cancel()
+                await asyncio.wait([waking.task])
             yield
         finally:
             self.give_up(model)
