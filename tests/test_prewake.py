@@ -16,7 +16,7 @@ from vllm_hotswap.events import WakeChanged
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Model, ModelPolicy
 from vllm_hotswap.settings import RecoveryConfig
-from vllm_hotswap.states import Residency
+from vllm_hotswap.states import Residency, WakeProgress
 
 MIB = 1 << 20
 GPU = FakeSettings(
@@ -672,3 +672,92 @@ def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
         assert [("begun", 0), ("given_up", 0)] == changes(server, "mistral")
 
     tight(play, story, mib=18)
+
+
+# --- what is given back -----------------------------------------------------------------------
+
+
+def test_giving_back_may_wait_for_a_load(play: Play) -> None:
+    """Its parts wait in the host behind whatever is asked for; only what hangs is ended."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen")
+        await announce(server, "qwen")
+        await server.settled()
+        server.host.hold("give_up_wake", "qwen")
+        server.coordinator.ladder.give_up_wake(server.coordinator.registry.model("qwen"))
+
+        await asyncio.sleep(88)
+        assert 0 == server.host.restarts
+        await asyncio.sleep(4)
+        await server.settled()
+
+        assert 1 == server.host.restarts
+
+    play(
+        story,
+        load=ALIASES,
+        settings=settings(),
+        recovery=RecoveryConfig(step_timeout=20, command_timeout=10, load_timeout=60),
+    )
+
+
+async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
+    """Of a model on two of them, whose progress is that of both; what is given back is not."""
+    gpu.host.hold("wake_some", "qwen")
+    gpu.host.hold("give_up_wake", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    ladder = gpu.coordinator.ladder
+    model = gpu.coordinator.registry.model("qwen")
+    assert model.waking is not None
+    model.waking.progress = WakeProgress(4 * MIB, 10 * MIB)
+    assert 10 * MIB == ladder._taken
+
+    ladder.give_up_wake(model)
+
+    assert 8 * MIB == ladder._taken
+    gpu.host.release("give_up_wake", "qwen")
+    await gpu.settled()
+    assert 8 * MIB == ladder._taken == ladder.used.device
+
+
+async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) -> None:
+    """Whoever took the wake over has gone before it had ended."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    model = gpu.coordinator.registry.model("qwen")
+
+    async def take_over() -> None:
+        async with gpu.coordinator.ladder._wakes.taken_over(model):
+            raise AssertionError("it was to be cancelled before")
+
+    task = asyncio.create_task(take_over())
+    await asyncio.sleep(0)
+    task.cancel()
+    await gpu.settled()
+
+    assert task.cancelled()
+    assert (1, None) == (held(gpu), await waking(gpu))
+
+
+async def test_no_wake_begins_once_the_server_ends(gpu: Server) -> None:
+    """Nothing would end it."""
+    ladder = gpu.coordinator.ladder
+    ladder.close()
+
+    assert ladder.begin_wake(gpu.coordinator.registry.model("qwen")) is None
+    await gpu.settled()
+    assert [] == gpu.host.operations
+
+
+async def test_room_for_all_is_made_although_a_wake_cannot_be_given_back(gpu: Server) -> None:
+    """The model is unloaded, which gives it back; so are those after it."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.fail_next("give_up_wake", "qwen")
+
+    await in_turn(gpu, gpu.coordinator.registry.model("llama"))
+
+    assert (0, 0) == (held(gpu), held(gpu, "mistral"))
+    assert await waking(gpu) is None
