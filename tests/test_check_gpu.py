@@ -770,10 +770,6 @@ async def test_what_was_measured_before_an_end_is_told(client: FakeClient, tmp_p
     story, results = a_story(client, tmp_path)
     await story.expect()
 
-    async def fail(model: str) -> None:
-        raise RuntimeError("the server has died")
-
-    client.unload = fail  # type: ignore[method-assign]
     wakes = client.switch
 
     async def switch(model: str) -> float:
