@@ -52,9 +52,9 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def waiting(at: Listening, request: bytes) -> Raw:
     """A client whose refusal is held."""
-    at.shared.door.refusals.charge(["127.0.0.1"], OWED)
     client = await Raw.connect(at.port)
     await client.get()
+    at.shared.door.refusals.charge(["127.0.0.1"], OWED)
     await client.send(request)
     await until(lambda: len(at.shared.door.wheel) == 1)
     return client
@@ -114,6 +114,15 @@ async def test_what_is_served_behind_a_refusal_keeps_its_place(keyed: Server) ->
         assert 200 == (await client.answer()).status
         await client.close()
         await other.close()
+
+
+async def test_no_websocket_begins_before_the_answer_to_what_came_first(keyed: Server) -> None:
+    """Its handshake would come between; the connection ends behind that answer instead."""
+    async with listening_with(keyed, FEW) as at:
+        client = await waiting(at, WRONG + SHAKE)
+        assert (401, True) == ((told := await client.answer()).status, told.ends)
+        assert b"" == await client.rest()
+        await client.close()
 
 
 # --- memory ---------------------------------------------------------------------------------

@@ -166,7 +166,10 @@ class Upgraded(asyncio.Protocol):
                 self.handshake_complete = True  # with a refusal, which uvicorn takes for none
 
         self.app = answered
-        await super().run_asgi()  # type: ignore[misc]
+        try:
+            await super().run_asgi()  # type: ignore[misc]
+        finally:
+            self.app = app  # they would hold each other
 
     async def refused(self, scope: Scope) -> None:
         """Hold the refusal of the handshake back. Meanwhile its place is for whoever needs one."""
@@ -424,9 +427,11 @@ class Connection(HttpToolsProtocol):
             self._last.keep_alive = False
 
     def _look_ahead(self) -> None:
-        """Bound what requests hold that wait: together, what one may."""
+        """Bound what requests hold that wait: together, what one may. No handshake waits."""
         if not self._is_answering:
             return
+        if self.parser.should_upgrade() and self._should_upgrade():
+            self._fail(MalformedRequest())
         weight = self._parsed + FIELD_BYTES * len(self.headers)
         most = self._head_bytes + FIELD_BYTES * self._head_fields
         if sum(self._ahead) + weight > most:
@@ -694,6 +699,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.body = bytearray()
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._go_on()
 
     def _drop_newest(self) -> None:
         """Of requests that wait. Those before it are answered, then the connection is closed.
