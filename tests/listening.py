@@ -161,6 +161,10 @@ class Raw:
         """Bytes that the system has not taken yet."""
         return self._writer.transport.get_write_buffer_size()
 
+    def abort(self) -> None:
+        """Go at once, whatever is still to be sent."""
+        self._writer.transport.abort()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(ConnectionError):

@@ -21,7 +21,7 @@ import pytest
 
 from tests.cuda import FakeCuda
 from tests.test_cuda_driver import FakeNvml
-from tools.gpu import check, checkpoints, pack, phases, report, runner, serving, thin, unpack
+from tools.gpu import check, checkpoints, hog, pack, phases, report, runner, serving, thin, unpack
 from tools.gpu.client import different
 from tools.gpu.device import (
     GIB,
@@ -42,7 +42,7 @@ from tools.gpu.results import STAND_IN, Results, Row, Say, figure, line
 from tools.gpu.serving import log_checks
 from tools.gpu.sizes import BIG, MID, SMALL, Room, Sizes, choose, weights_bytes
 from tools.gpu.stock import Side, utilization
-from tools.gpu.task import Task
+from tools.gpu.task import END_S as STOP_S, SHORTEST_S, Rounds, Task
 from vllm_hotswap import demo
 from vllm_hotswap.bench import medium
 from vllm_hotswap.host import cuda_driver
@@ -219,7 +219,11 @@ def test_all_phases_usually_fit_into_nine_minutes() -> None:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, programs: dict[str, str], *options: str
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    programs: dict[str, str],
+    *options: str,
+    limit_s: int = 60,
 ) -> int:
     """Run the command with these phases instead of its own. Returns its exit status."""
     package = folder / "phases"
@@ -227,7 +231,7 @@ def run(
     for name, text in programs.items():
         source = f"import os, time\n\ndef run(task, say):\n    {text}\n"
         (package / f"{name}.py").write_text(source)
-    made = tuple(phases.Phase(name, "a test", 1, 1, 60) for name in programs)
+    made = tuple(phases.Phase(name, "a test", 1, 1, limit_s) for name in programs)
     monkeypatch.setattr(phases, "PHASES", made)
     monkeypatch.setattr(report, "PHASES", made)
     monkeypatch.setattr(phases, "NAMES", tuple(programs))
@@ -270,10 +274,23 @@ def test_a_phase_that_fails_does_not_stop_the_others(
 
 
 @pytest.mark.slow
-def test_a_phase_that_hangs_is_ended_and_its_programs_with_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "limit_s", "status", "key", "state"),
+    [
+        ((), 4, runner.WRONG, "failed", "it was not done in 4 s; hangs.log has its log"),
+        (("--budget-s", str(END_S + 4)), 60, 0, "cut", "cut: the time was over after 4 s"),
+    ],
+)
+def test_a_phase_that_is_not_done_in_time_is_ended_and_its_programs_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    limit_s: int,
+    status: int,
+    key: str,
+    state: str,
 ) -> None:
-    """It is interrupted first, so that it can stop its servers."""
+    """It is interrupted first, so that it can stop its servers. The end of a budget is no fault."""
     programs = {
         "hangs": "say.fact('a', 'before', os.getpid())\n"
         "    try:\n        time.sleep(600)\n"
@@ -283,16 +300,17 @@ def test_a_phase_that_hangs_is_ended_and_its_programs_with_it(
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
     try:
-        status = run(monkeypatch, tmp_path, programs, "--budget-s", str(END_S + 4))
+        found = run(monkeypatch, tmp_path, programs, *options, limit_s=limit_s)
     finally:
         signal.signal(signal.SIGINT, before)
 
     told = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert runner.WRONG == status
-    assert ["a", "b", "failed"] == [row["key"] for row in told["results"]]
+    assert status == found
+    assert ["a", "b", key] == [row["key"] for row in told["results"]]
     assert not Path(f"/proc/{told['results'][0]['value']}").exists()
-    assert "it was not done in " in told["phases"][0]["state"]
-    assert told["phases"][1]["state"].startswith("not begun: it takes 1 s at least")
+    assert state == told["phases"][0]["state"]
+    late = "not begun: it takes 1 s at least" if options else "done"
+    assert late == told["phases"][1]["state"]
 
 
 def test_a_budget_that_is_too_short_for_anything_is_refused(
@@ -729,6 +747,66 @@ async def test_a_story_that_runs_out_of_time_says_what_is_missing(
     assert [] == [row for row in results.rows() if row.right is False]
 
 
+def test_a_round_is_begun_only_if_there_is_time_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """For one and a half of the longest so far, and for the end."""
+    now_s = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    rounds = Rounds(Task(tmp_path, tmp_path, False, 100.0))
+    begun = []
+    for took_s in rounds.of([30.0, 20.0, 10.0, 5.0]):
+        begun.append(took_s)
+        now_s[0] += took_s
+    assert [30.0, 20.0] == begun  # 50 s are left, and 1.5 x 30 + 10 are needed
+
+    assert [] == list(rounds.of([1]))
+    assert [1] == list(Rounds(Task(tmp_path, tmp_path, False, 76.0)).of([1]))
+    assert [] == list(Rounds(Task(tmp_path, tmp_path, False, 50 + SHORTEST_S + STOP_S)).of([1]))
+
+
+async def test_what_was_measured_before_an_end_is_told(client: FakeClient, tmp_path: Path) -> None:
+    """Whether somebody has interrupted it, or a server has died."""
+    story, results = a_story(client, tmp_path)
+    await story.expect()
+
+    wakes = client.switch
+
+    async def switch(model: str) -> float:
+        if client.slept > 2:
+            raise RuntimeError("the server has died")
+        return await wakes(model)
+
+    client.switch = switch  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="has died"):
+        await story.cycles(3)
+
+    found = {row.key: row.value for row in results.rows()}
+    assert ([0.002], [0.002]) == (found["asleep.a"], found["asleep.b"])
+
+
+def test_what_is_free_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller ones where the driver does not give away all that it counts as free."""
+
+    class Stingy(FakeCuda):
+        def _cuMemCreate(self, *args: Any) -> Any:
+            if args[1].value > 1 << 20:
+                return 2  # out of memory
+            return super()._cuMemCreate(*args)
+
+    monkeypatch.setattr(hog, "CHUNK", 4 << 20)
+    cuda = Stingy(total=10 << 20)
+    driver = Driver(0, cuda)
+    driver.ensure_context()
+
+    taken = hog.pieces(driver, 3 << 20)
+
+    assert 7 << 20 == sum(nbytes for _, nbytes in taken) == cuda.used
+    for handle, _ in taken:
+        driver.release(handle)
+    assert 0 == cuda.used
+
+
 async def test_both_sleep_modes_take_turns_on_equal_terms(
     client: FakeClient, tmp_path: Path
 ) -> None:
@@ -741,8 +819,9 @@ async def test_both_sleep_modes_take_turns_on_equal_terms(
     await ours.turn()
     client.active = "big"
     await theirs.turn()
-    ours.tell(Say("stock", results), "ours", "ours")
-    theirs.tell(Say("stock", results), "stock", "vLLM's own")
+    for side, name in ((ours, "ours"), (theirs, "stock")):
+        side.tell_first(Say("stock", results), name, name)
+        side.tell(Say("stock", results), name, name)
 
     found = {row.key: row.value for row in results.rows()}
     assert ([0.009], [0.087]) == (found["first_s.ours"], found["first_s.stock"])

@@ -463,7 +463,10 @@ def test_a_slice_leaves_others_what_they_need() -> None:
     one = Tenant(cuda)
     one.allocate(8)
     one.sleep()
+    cuda.calls.clear()
     one.memory.wake_some(6 * STEP, spare_bytes=10 * STEP)
+    # A step waits for the slice, and the question is not free: once, not for each chunk.
+    assert (3, 1) == (cuda.calls.count("cuMemCreate"), cuda.calls.count("cuMemGetInfo_v2"))
 
     with pytest.raises(NoRoom, match=r"1.0 MiB are free, 0.6 MiB of them for .* still asleep"):
         one.memory.wake_some(6 * STEP, spare_bytes=10 * STEP)

@@ -516,6 +516,18 @@ def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.Monke
     assert [0, 0] == ranks.held
 
 
+def test_want_of_room_is_told_although_it_cannot_be_undone() -> None:
+    """The first cause counts, whether a worker has raised it or answered it."""
+
+    def rpc(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method == "give_up_wake":
+            raise HotswapError("copies cannot be waited for")
+        return [None, "no room: waking takes 7 MiB"]
+
+    with pytest.raises(NoRoom, match="waking takes 7 MiB"):
+        together.get_ready_to_wake(rpc)
+
+
 def test_a_worker_that_fails_has_the_others_undo_what_they_did() -> None:
     """The cause is told, whatever comes of the rest."""
     ranks = Ranks(FakeCuda(), FakeCuda())

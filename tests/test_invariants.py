@@ -53,6 +53,7 @@ from vllm_hotswap.events import (
     ClientEvicted,
     EngineDied,
     Event,
+    HostDied,
     HostRestarted,
     OutputRefused,
     PhaseChanged,
@@ -1137,6 +1138,9 @@ class WakesBeside(Invariant):
         self._under_way: dict[str, str] = {}
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, HostDied):
+            is_ended = "the engine host was ended" in event.cause
+            self.expect(self.world.hangs or not is_ended, f"nothing hangs, and {event.cause}")
         if not isinstance(event, WakeChanged):
             return
         before = self._under_way.pop(event.model, None)
@@ -1183,6 +1187,17 @@ class WakingWalk(Walk):
             self.world.let_pass(10)
             self.world.operate(alias, "sleep", level=1)
             self.world.let_pass(5)
+
+    @rule(next_up=st.sampled_from([("qwen", "mistral"), ("mistral", "qwen"), ("qwen", "llama")]))
+    def go_elsewhere(self, next_up: tuple[str, str]) -> None:
+        """A switch waits for a request, while a slice of another model's wake ends."""
+        announced, target = next_up
+        self.world.settle()
+        self.world.ask(self.world.alias_of("active"), 3, True)
+        self.world.announce(announced)
+        self.world.settle()
+        self.world.switch(target, 30, "abort")
+        self.world.let_pass(5)
 
 
 def test_wakes_before_somebody_asks_are_in_nobodys_way() -> None:

@@ -14,9 +14,9 @@ from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import Model, ModelPolicy
 from vllm_hotswap.settings import RecoveryConfig
-from vllm_hotswap.states import Residency
+from vllm_hotswap.states import Residency, WakeProgress
 
 MIB = 1 << 20
 GPU = FakeSettings(
@@ -569,3 +569,195 @@ async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: Mak
 
     assert (0, "cold") == (held(server), server.residencies["qwen"])
     assert await waking(server) is None
+
+
+# --- whoever moves models meets a wake that waits for them ------------------------------------
+
+
+def tight(play: Play, story: Any, mib: int = 13) -> None:
+    """Play a story in which what waits for ever has the host ended, after ten seconds."""
+    recovery = RecoveryConfig(step_timeout=10, command_timeout=10)
+    budget = Usage(mib * MIB, 100 * MIB)
+    play(story, load=ALIASES, settings=settings(), budget=budget, recovery=recovery)
+
+
+async def between_slices(server: Server, *others: str) -> None:
+    """qwen's first slice ends while somebody moves models; others' wakes queue behind it."""
+    server.host.hold("wake_some", "qwen")
+    for alias in ("qwen", *others):
+        model = server.coordinator.registry.model(alias)
+        assert server.coordinator.ladder.begin_wake(model) is not None
+    await server.settled()
+
+
+def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) -> None:
+    """It has the turn that the next slice waits for, and needs the room: neither waits for ever."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        stream = await server.start_stream("llama", words=8)
+        server.host.hold("step", "llama")
+        await between_slices(server)
+        switching = server.switch("mistral", drain_timeout=60)
+        await server.settled()
+        server.host.release("wake_some", "qwen")
+        await server.settled()
+        assert (server.coordinator.phase, await waking(server)) == ("drain", (1, 5))
+
+        server.host.release("step", "llama")
+        assert (await stream.finish()).is_whole
+        assert 200 == (await switching).status_code
+
+        assert 0 == server.host.restarts
+        assert (1, "asleep") == (held(server), server.residencies["qwen"])
+        assert 13 * MIB == server.host.most_held_bytes
+
+    tight(play, story)
+
+
+@pytest.mark.parametrize("way", ["relieve", "make_all_room", "load", "wake"])
+def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -> None:
+    """Whichever way needs the room that the wake has taken."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        if way == "load":
+            await server.operate("mistral", "unload")
+        ladder, registry = server.coordinator.ladder, server.coordinator.registry
+        await between_slices(server)
+        async with ladder.turn():
+            moving = {
+                "relieve": ladder.relieve,
+                "make_all_room": lambda: in_turn(server, registry.model("llama")),
+                "load": lambda: ladder.load(registry.model("mistral")),
+                "wake": lambda: ladder.wake(registry.model("mistral")),
+            }[way]
+            task = asyncio.create_task(moving())  # is next, before the next slice
+            await server.settled()
+            server.host.release("wake_some", "qwen")
+            await server.settled()
+            if way == "relieve":
+                server.host.is_device_shared = True
+                server.host.taken_bytes = 5 * MIB
+        await task
+
+        assert 0 == server.host.restarts
+        assert (0 if way == "make_all_room" else 1) == held(server)
+        assert await waking(server) is None
+
+    tight(play, story)
+
+
+async def in_turn(server: Server, target: Model) -> None:
+    async with server.coordinator.ladder.turn():
+        await server.coordinator.ladder.make_all_room(target)
+
+
+def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
+    """The one has its slice, and waits for the turn; the other waits for its slice."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        await between_slices(server, "mistral")
+        async with server.coordinator.ladder.turn():
+            server.host.release("wake_some", "qwen")
+            await server.settled()
+            for alias in ("mistral", "qwen"):
+                model = server.coordinator.registry.model(alias)
+                await server.coordinator.ladder._wakes.gave_up(model)
+
+        assert 0 == server.host.restarts
+        assert (1, 1) == (held(server), held(server, "mistral"))
+        assert [("begun", 0), ("given_up", 1)] == changes(server)
+        assert [("begun", 0), ("given_up", 0)] == changes(server, "mistral")
+
+    tight(play, story, mib=18)
+
+
+# --- what is given back -----------------------------------------------------------------------
+
+
+def test_giving_back_may_wait_for_a_load(play: Play) -> None:
+    """Its parts wait in the host behind whatever is asked for; only what hangs is ended."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen")
+        await announce(server, "qwen")
+        await server.settled()
+        server.host.hold("give_up_wake", "qwen")
+        server.coordinator.ladder.give_up_wake(server.coordinator.registry.model("qwen"))
+
+        await asyncio.sleep(88)
+        assert 0 == server.host.restarts
+        await asyncio.sleep(4)
+        await server.settled()
+
+        assert 1 == server.host.restarts
+
+    play(
+        story,
+        load=ALIASES,
+        settings=settings(),
+        recovery=RecoveryConfig(step_timeout=20, command_timeout=10, load_timeout=60),
+    )
+
+
+async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
+    """Of a model on two of them, whose progress is that of both; what is given back is not."""
+    gpu.host.hold("wake_some", "qwen")
+    gpu.host.hold("give_up_wake", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    ladder = gpu.coordinator.ladder
+    model = gpu.coordinator.registry.model("qwen")
+    assert model.waking is not None
+    model.waking.progress = WakeProgress(4 * MIB, 10 * MIB)
+    assert 10 * MIB == ladder._taken
+
+    ladder.give_up_wake(model)
+
+    assert 8 * MIB == ladder._taken
+    gpu.host.release("give_up_wake", "qwen")
+    await gpu.settled()
+    assert 8 * MIB == ladder._taken == ladder.used.device
+
+
+async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) -> None:
+    """Whoever took the wake over has gone before it had ended."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    model = gpu.coordinator.registry.model("qwen")
+
+    async def take_over() -> None:
+        async with gpu.coordinator.ladder._wakes.taken_over(model):
+            raise AssertionError("it was to be cancelled before")
+
+    task = asyncio.create_task(take_over())
+    await asyncio.sleep(0)
+    task.cancel()
+    await gpu.settled()
+
+    assert task.cancelled()
+    assert (1, None) == (held(gpu), await waking(gpu))
+
+
+async def test_no_wake_begins_once_the_server_ends(gpu: Server) -> None:
+    """Nothing would end it."""
+    ladder = gpu.coordinator.ladder
+    ladder.close()
+
+    assert ladder.begin_wake(gpu.coordinator.registry.model("qwen")) is None
+    await gpu.settled()
+    assert [] == gpu.host.operations
+
+
+async def test_room_for_all_is_made_although_a_wake_cannot_be_given_back(gpu: Server) -> None:
+    """The model is unloaded, which gives it back; so are those after it."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.fail_next("give_up_wake", "qwen")
+
+    await in_turn(gpu, gpu.coordinator.registry.model("llama"))
+
+    assert (0, 0) == (held(gpu), held(gpu, "mistral"))
+    assert await waking(gpu) is None

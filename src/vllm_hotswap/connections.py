@@ -8,10 +8,11 @@ Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `exp
 `pipeline` (the newest first), `cycle` (the newest) and `flow`, whose `resume_reading` has what was
 paused read on; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
 `_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
-websockets, whose `scope` there is before `run_asgi`; `RequestResponseCycle` with `body`,
-`response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`; an error
-that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of a head
-and that of trailers is an empty line. Of a server, uvicorn needs `close` and `wait_closed`.
+websockets, whose `scope` there is before `run_asgi`, which runs its `app`, and which takes
+`close_sent` for the end of it and `handshake_complete` for an answer; `RequestResponseCycle` with
+`body`, `response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`;
+an error that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of
+a head and that of trailers is an empty line. Of a server, uvicorn needs `close` and `wait_closed`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,6 +109,8 @@ class Connections:
     """Connections whose requests are answered, and which have not sent anything since."""
     readers: Deadlines[Connection] = field(init=False)
     """Connections to which not everything that is to be sent could be sent."""
+    is_stopping: bool = False
+    """Whether the server ends: refusals are told at once."""
 
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
@@ -121,44 +125,89 @@ class Connections:
         """How long a connection may be idle."""
         self.idle = Deadlines(seconds, Connection.timeout_keep_alive_handler)
 
-    def charge(self, scope: Scope) -> float:
-        """Note that a request is refused; for how many seconds to hold its answer back."""
-        return self.door.refusals.charge(clients_of(scope))
+    def charge(self, clients: Iterable[Hashable], count: int = 1) -> float:
+        """Note what is refused; for how many seconds to hold the answer back."""
+        pause_s = self.door.refusals.charge(clients, count)
+        return 0.0 if self.is_stopping else pause_s
 
     def let_in(self, scope: Scope) -> None:
         """One is served."""
         self.door.refusals.let_in(address_of(scope))
 
     def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-        """The class for websockets that gives the place free at the end of a connection."""
-        upgraded = self.upgraded
-        shared = self
+        """The class for websockets that has what is the connection's, besides uvicorn's."""
+        return cast(
+            "type[asyncio.Protocol]", type("Counted", (Upgraded, websockets), {"shared": self})
+        )
 
-        class Counted(websockets):  # type: ignore[misc, valid-type]
-            _pause: Pause | None = None
 
-            async def run_asgi(self) -> None:
-                self.scope[DOOR] = weakref.ref(self)
-                if (place := upgraded.get(self.transport)) is not None:
-                    self.scope["client"] = cast("Connection", place.holder).client
-                await super().run_asgi()
+class Upgraded(asyncio.Protocol):
+    """A connection that has become a websocket: before uvicorn's class for one, a part of it.
 
-            async def refused(self, scope: Scope) -> None:
-                if pause_s := shared.charge(scope):
-                    self._pause = Pause()
-                    await self._pause.last(shared.door.wheel, pause_s)
+    Its state is the refusal of its handshake that is held back, if any.
+    """
 
-            def let_in(self, scope: Scope) -> None:
-                shared.let_in(scope)
+    shared: Connections
+    transport: asyncio.Transport
+    scope: dict[str, Any]
+    app: Any
+    _pause: Pause | None = None
 
-            def connection_lost(self, exc: Exception | None) -> None:
-                if place := upgraded.pop(self.transport, None):
-                    place.leave()
-                if self._pause is not None:
-                    self._pause.end()
-                super().connection_lost(exc)
+    async def run_asgi(self) -> None:
+        self.scope[DOOR] = weakref.ref(self)
+        if (place := self._place) is not None:
+            self.scope["client"] = cast("Connection", place.holder).client
+        app = self.app
 
-        return Counted
+        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive, send)
+            if getattr(self, "close_sent", False):
+                self.handshake_complete = True  # with a refusal, which uvicorn takes for none
+
+        self.app = answered
+        try:
+            await super().run_asgi()  # type: ignore[misc]
+        finally:
+            self.app = app  # they would hold each other
+
+    async def refused(self, scope: Scope) -> None:
+        """Hold the refusal of the handshake back. Meanwhile its place is for whoever needs one."""
+        pause_s = self.shared.charge(clients_of(scope))
+        if not pause_s or self.transport.is_closing():
+            return
+        if (place := self._place) is not None:
+            place.waits()
+        self._pause = Pause()
+        with suppress(RuntimeError):  # as in `Connection._read_on`
+            self.transport.resume_reading()
+        await self._pause.last(self.shared.door.wheel, pause_s)
+
+    def let_in(self, scope: Scope) -> None:
+        """It is served."""
+        self.shared.let_in(scope)
+
+    def data_received(self, data: bytes) -> None:
+        if self._pause is None:  # nothing is kept of what comes behind a refused handshake
+            super().data_received(data)
+
+    def shutdown(self) -> None:
+        """The server ends. A refusal is told, which ends the connection."""
+        self.shared.is_stopping = True
+        if self._pause is None:
+            super().shutdown()  # type: ignore[misc]
+        else:
+            self._pause.end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if place := self.shared.upgraded.pop(self.transport, None):
+            place.leave()
+        if self._pause is not None:
+            self._pause.end()
+        super().connection_lost(exc)
+
+    @property
+    def _place(self) -> Place | None:
+        return self.shared.upgraded.get(self.transport)
 
 
 class Connection(HttpToolsProtocol):
@@ -177,8 +226,10 @@ class Connection(HttpToolsProtocol):
     _place: Place | None = None
     _pause: Pause | None = None
     """Of a refusal that is held back."""
-    _unsaid: Callable[[], None] | None = None
-    """Takes back what is to be said later."""
+    _dropped: RequestResponseCycle | None = None
+    """Whose refusal is or was held back: of its body, nothing is kept."""
+    _unsaid: tuple[HotswapError, Callable[[], None]] | None = None
+    """What is to be said later, and what takes that back."""
     _context: Context
     """The connection's own, of which each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
@@ -232,7 +283,8 @@ class Connection(HttpToolsProtocol):
         self._stop_timers()
         self._go_on()
         if self._unsaid is not None:
-            self._unsaid()
+            _, take_back = self._unsaid
+            take_back()
         super().connection_lost(exc)
         if (answered := self._answered) is not None and not answered.response_complete:
             answered.disconnected = True  # uvicorn tells the newest one alone
@@ -306,6 +358,11 @@ class Connection(HttpToolsProtocol):
         self._watch_reader()
 
     def shutdown(self) -> None:
+        self._shared.is_stopping = True
+        if self._unsaid is not None:
+            error, take_back = self._unsaid
+            take_back()
+            self._say(error)
         super().shutdown()
         self._go_on()
         self._watch_reader()
@@ -346,7 +403,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         place = self._place
         if place is not None:
-            place.is_busy()
+            if self._pause is None:  # what comes behind a refusal waits with it
+                place.is_busy()
             if place.is_kept and not self._shared.may_use_kept(self._begun_scope()):
                 self._fail(TooManyConnections())
         self._moved, self._raw = True, 0
@@ -368,9 +426,11 @@ class Connection(HttpToolsProtocol):
             self._last.keep_alive = False
 
     def _look_ahead(self) -> None:
-        """Bound what requests hold that wait: together, what one may."""
+        """Bound what requests hold that wait: together, what one may. No handshake waits."""
         if not self._is_answering:
             return
+        if self.parser.should_upgrade() and self._should_upgrade():
+            self._fail(MalformedRequest())
         weight = self._parsed + FIELD_BYTES * len(self.headers)
         most = self._head_bytes + FIELD_BYTES * self._head_fields
         if sum(self._ahead) + weight > most:
@@ -396,6 +456,8 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._moved = True
+        if self._last is not None and self._last is self._dropped:
+            return
         super().on_body(body)
         if self.pipeline:
             self._look_at_bodies()
@@ -419,6 +481,8 @@ class Connection(HttpToolsProtocol):
             following = self.pipeline.pop()
             self._answered = following[0]
             self.flow.resume_reading()
+            if self._place is not None:
+                self._place.is_busy()  # it may have waited with a refusal before
             self._start_asgi_task(*following)
         else:
             self.flow.resume_reading()
@@ -437,24 +501,41 @@ class Connection(HttpToolsProtocol):
         self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
 
     async def refused(self, scope: Scope) -> None:
-        """Hold the refusal of a request back. Meanwhile its place is for whoever needs one."""
-        pause_s = self._shared.charge(scope)
+        """Hold the refusal of a request back. Meanwhile its place is for whoever needs one.
+
+        Its body is read on, and dropped: so the end of the connection is noticed.
+        """
+        pause_s = self._shared.charge(clients_of(scope))
         if not pause_s or self.transport.is_closing():
             return
         if self._place is not None:
             self._place.waits()
+        self._dropped = self._answered
+        if self._dropped is not None:
+            self._dropped.body = bytearray()
+        self._read_on()
         self._pause = Pause()
-        await self._pause.last(self._shared.door.wheel, pause_s)
+        try:
+            await self._pause.last(self._shared.door.wheel, pause_s)
+        finally:
+            self._pause = None
 
     def let_in(self, scope: Scope) -> None:
         """A request is served."""
         self._shared.let_in(scope)
 
+    def _read_on(self) -> None:
+        """What comes is dropped from now on, and so the end of the connection is noticed.
+
+        Where it was reset a moment ago, uvloop raises `RuntimeError`.
+        """
+        with suppress(RuntimeError):
+            self.flow.resume_reading()
+
     def _go_on(self) -> None:
         """Hold back nothing more."""
         if self._pause is not None:
             self._pause.end()
-            self._pause = None
 
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)
@@ -602,7 +683,7 @@ class Connection(HttpToolsProtocol):
             log_of_clients.warning("event=connection_refused code=%s places=%r", error.code, places)
         if self.transport.is_closing():
             return  # its last word is said, perhaps not sent yet
-        pause_s = self._shared.door.refusals.charge([self._client], 1 + len(self.pipeline))
+        pause_s = self._shared.charge([self._client], 1 + len(self.pipeline))
         if not self._is_answering:
             self._say_later(pause_s, error)
         elif self._head_next:
@@ -614,8 +695,10 @@ class Connection(HttpToolsProtocol):
             self._watch_reader()
         else:
             self._say_later(pause_s, error)
+            self.cycle.body = bytearray()
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._go_on()
 
     def _drop_newest(self) -> None:
         """Of requests that wait. Those before it are answered, then the connection is closed.
@@ -633,9 +716,10 @@ class Connection(HttpToolsProtocol):
     def _say_later(self, pause_s: float, error: HotswapError) -> None:
         if self._place is not None:
             self._place.waits()
+        self._read_on()
         if pause_s:
-            wheel = self._shared.door.wheel
-            self._unsaid = wheel.call_later(pause_s, partial(self._say, error))
+            take_back = self._shared.door.wheel.call_later(pause_s, partial(self._say, error))
+            self._unsaid = error, take_back
         else:
             self._say(error)
 
@@ -648,9 +732,13 @@ class Connection(HttpToolsProtocol):
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             content += [name, b": ", value, b"\r\n"]
         content += [b"connection: close\r\n\r\n", bytes(response.body)]
-        self.transport.write(b"".join(content))
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        try:
+            self.transport.write(b"".join(content))
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+        except RuntimeError:  # as in `_read_on`
+            self.transport.abort()
+            return
         if self._place is not None:
             self._place.waits()
         self._timer = self.loop.call_later(LINGER_S, self.transport.abort)

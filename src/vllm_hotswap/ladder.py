@@ -451,9 +451,14 @@ class Ladder:
 
     @property
     def _taken(self) -> int:
-        """Device memory that models hold by now: who wakes in slices has not taken all yet."""
-        missing = (m.waking.needs.device - m.waking.done_bytes for m in self._registry if m.waking)
-        return self.used.device - sum(max(0, each) for each in missing)
+        """Device memory that models hold by now: who wakes in slices has not taken all yet.
+
+        Who gives back what it has taken counts as having done so.
+        """
+        wakes = [model.waking for model in self._registry if model.waking]
+        # By its part: progress is that of all workers, and this is one device.
+        missing = (w.needs.device * (1.0 if w.is_given_up else w.left) for w in wakes)
+        return self.used.device - round(sum(missing))
 
     async def relieve(self) -> tuple[Move, ...]:
         """Move models down if others have taken memory of the device that the budget counts on.
@@ -523,7 +528,8 @@ class Ladder:
         lost = 0
         for model in self._registry:
             if model is not target:
-                await self._wakes.gave_up(model)
+                with suppress(NoRoom):  # which is told; an unload gives it back, too
+                    await self._wakes.gave_up(model)
             is_held = model.residency not in (Residency.COLD, Residency.FAILED)
             if model is not target and is_held and (model is even or not model.pinned):
                 lost += await self.move_down(model, Residency.COLD)

@@ -49,7 +49,7 @@ async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send
     Where it is the client's, that may have to wait: a client is not refused without end.
     """
     if error.status < 500:
-        error.__traceback__ = None  # the body may be in it
+        error.__traceback__ = error.__context__ = error.__cause__ = None  # the body may be in them
         await hold_back(scope)
     await tell(error, scope, receive, send)
 

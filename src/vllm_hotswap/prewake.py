@@ -37,8 +37,8 @@ class Within(Protocol):
 class Prewakes:
     """The wakes under way.
 
-    The mutable state is `waking` of each model in the registry, and `_one_at_a_time`, the lock of
-    who takes a slice: a step waits for one of them at most.
+    The mutable state is `waking` of each model in the registry; `_one_at_a_time`, the lock of who
+    takes a slice: a step waits for one of them at most; and `_is_closed`: none begins any more.
     """
 
     def __init__(
@@ -65,7 +65,10 @@ class Prewakes:
         self._command_s = deadlines.command_timeout
         # A slice may wait for a step, for as long as that may take: nobody has asked for it.
         self._slice_s = deadlines.step_timeout + deadlines.command_timeout
+        # Parts are given back while others move models: a load may come between two of them.
+        self._give_back_s = self._slice_s + deadlines.load_timeout
         self._one_at_a_time = asyncio.Lock()
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Prewakes {[model.alias for model in self._registry if model.waking]}>"
@@ -73,6 +76,8 @@ class Prewakes:
     def begin(self, model: Model, budget: Usage) -> Waking | None:
         """Begin to wake a model, if it sleeps and there is room for it as things are."""
         needs = _needs(model)
+        if self._is_closed:
+            return None
         if not can_wake_beside(model) or not (self._held_beside(model) + needs).fits(budget):
             return None
         leaving = [m.waking.task for m in self._registry if m.waking and m.waking.is_given_up]
@@ -93,9 +98,14 @@ class Prewakes:
         """Have a wake give back what it has taken. Idempotent."""
         if (waking := model.waking) is None:
             return
+        before = waking.task
+        if waking.is_given_up and not before.done() and not before.cancelling():
+            return
         waking.given_up.set()
-        if waking.task.done():  # it was taken over, and has not ended
-            waking.task = self._begun(model, waking, [])
+        # Its task may wait for the turn, which whoever gives it up may hold: so it is told nothing,
+        # but ended. The host does the slice that is under way before it gives anything back.
+        before.cancel()
+        waking.task = self._begun(model, waking, [before])
 
     async def gave_up(self, model: Model) -> None:
         """The same, and wait for it. The caller holds the turn.
@@ -116,16 +126,17 @@ class Prewakes:
 
         What is there afterwards all the same is given up.
         """
-        if (waking := model.waking) is not None:
-            waking.task.cancel()
-            await asyncio.wait([waking.task])
         try:
+            if (waking := model.waking) is not None:
+                waking.task.cancel()
+                await asyncio.wait([waking.task])
             yield
         finally:
             self.give_up(model)
 
     def close(self) -> None:
         """The server ends: nothing is taken any more, and the host gives all back."""
+        self._is_closed = True
         for model in self._registry:
             if model.waking is not None:
                 model.waking.task.cancel()
@@ -165,7 +176,7 @@ class Prewakes:
         """What could not be given back stays in the books, and is tried again with a next end."""
         what = f"giving back what the wake of {model.alias!r} had taken"
         try:
-            await self._within(model.engine.give_up_wake(), self._slice_s, what)
+            await self._within(model.engine.give_up_wake(), self._give_back_s, what)
         except HotswapError as error:
             _log("wake_kept", model, error)
             return False

@@ -160,9 +160,13 @@ class Router:
         else:
             sent = None if method == WEBSOCKET else body
             asking = Asking(fields.stream, requests, account, fields.request_id)
-            await self._route(scope, receive, answer, alias, sent, terms, asking)
+            refusal = await self._route(scope, receive, answer, alias, sent, terms, asking)
             if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
                 self._rates.give_back(account)  # the server was full, or its model did not come
+            if refusal is not None:
+                body, sent = b"", None  # as above
+                held.let_go()
+                await answer.refuse(refusal)
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -250,7 +254,8 @@ class Router:
         body: bytes | None,
         terms: RequestTerms,
         asking: Asking,
-    ) -> None:
+    ) -> HotswapError | None:
+        """Have the request served; what it is to be refused with, if nothing was answered."""
         waiting = Waiting(scope, receive)
         try:
             look_at = None
@@ -290,9 +295,10 @@ class Router:
             elif answer.started:
                 raise
             else:
-                await answer.refuse(error)
+                return error
         finally:
             waiting.stop()
+        return None
 
     async def _look_at(
         self, scope: Scope, body: bytes, answer: Answer, is_stream: bool, lease: Lease

@@ -24,17 +24,26 @@ def main(argv: Sequence[str]) -> int:
 
 def take(driver: Driver, left: int) -> int:
     """Take all but `left` bytes of what is free. Returns how many have been taken."""
-    taken = 0
+    return sum(nbytes for _, nbytes in pieces(driver, left))
+
+
+def pieces(driver: Driver, left: int) -> list[tuple[int, int]]:
+    """The same, in pieces: the handle of each, and its bytes.
+
+    Where a piece cannot be had (somebody else was quicker, or the driver counts as free what it
+    does not give away), smaller ones are tried.
+    """
+    taken: list[tuple[int, int]] = []
+    most = CHUNK
     while True:
         free, _ = driver.memory_info()
-        nbytes = min(CHUNK, free - left) // driver.step * driver.step
+        nbytes = min(most, free - left) // driver.step * driver.step
         if nbytes <= 0:
             return taken
         try:
-            driver.create(nbytes)
-        except DriverError:  # somebody else was quicker
-            return taken
-        taken += nbytes
+            taken.append((driver.create(nbytes), nbytes))
+        except DriverError:
+            most = nbytes // 2
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ PHASES = (
     Phase("pools", "memory of models: sleep, wake, unload", 20, 15, 120),
     Phase("link", "bandwidth between host and device", 20, 10, 120),
     Phase("tiny", "a server with tiny models, from every residency", 90, 60, 420),
-    Phase("large", "a server with models of the 8B class", 180, 90, 900),
+    Phase("large", "a server with models of the 8B class", 180, 150, 900),
     Phase("stock", "vLLM's own sleep mode in turns with ours", 120, 90, 600),
     Phase("sharing", "another process takes the device's memory", 60, 45, 240),
 )

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from tools.gpu.device import MIB
+from tools.gpu.hog import pieces
 from tools.gpu.results import Say
 from tools.gpu.task import Task
 from vllm_hotswap.bench.stats import median
@@ -21,6 +22,8 @@ FIRSTS = 2
 WIDTH, LAYERS, KV_MIB = 1024, 40, 512
 SMALL_LAYERS, SMALL_KV_MIB = 4, 32
 HOG_LEAVES = 8 * MIB
+NEAR = 4 * MIB
+"""The device counts what the driver and the display take, too, and not in the driver's steps."""
 
 
 class Model:
@@ -138,7 +141,9 @@ def run(task: Task, say: Say) -> None:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     left = used() - base
-    say.check("unloaded", "left on the device after unloading both", left <= 0, left / MIB, "MiB")
+    say.check(
+        "unloaded", "left on the device after unloading both", left <= NEAR, left / MIB, "MiB"
+    )
 
 
 def _warm_up() -> None:
@@ -154,14 +159,15 @@ def _cycles(say: Say, models: list[Model]) -> None:
     down: list[float] = []
     up: list[float] = []
     firsts: list[float] = []
-    is_given, is_whole, is_equal, first = True, True, True, 0
+    off, is_whole, is_equal, first = 0, True, True, 0
     for number in range(CYCLES):
         model, awake = models[number % 2], used()
         held = model.memory.device_bytes
         if number == FIRSTS:
             first = awake
         (firsts if number < FIRSTS else down).append(1000 * model.sleep())
-        is_given &= number < FIRSTS or awake - used() == held
+        if number >= FIRSTS:
+            off = max(off, abs(awake - used() - held))
         up.append(1000 * model.wake())
         is_whole &= model.is_whole()
         is_equal &= model.answers()
@@ -170,11 +176,12 @@ def _cycles(say: Say, models: list[Model]) -> None:
     say.fact("wake", "wakes", up, "ms")
     speed = models[0].memory.host_bytes / 1e6 / median(up)
     say.fact("wake_speed", "wake, by bytes of weights", speed, "GB/s")
-    say.check("given", f"{CYCLES} sleeps gave back every byte", is_given)
+    what = f"{CYCLES} sleeps gave back what the model held, but for"
+    say.check("given", what, off <= NEAR, off / MIB, "MiB")
     say.check("whole", f"contents after {CYCLES} wakes are the same, KV memory zero", is_whole)
     say.check("graphs", f"graphs after {CYCLES} wakes give the same", is_equal, by_kernels=True)
     grown = used() - first
-    say.check("growth", "growth over these", grown == 0, grown / MIB, "MiB")
+    say.check("growth", "growth over these", grown <= NEAR, grown / MIB, "MiB")
 
 
 def _refused(say: Say, model: Model) -> None:
@@ -182,17 +189,16 @@ def _refused(say: Say, model: Model) -> None:
     import torch
 
     model.sleep()
-    free = torch.cuda.mem_get_info()[0]
     driver = Driver(torch.cuda.current_device())
-    nbytes = (free - HOG_LEAVES) // driver.step * driver.step
-    handle = driver.create(nbytes)
+    hogged = pieces(driver, HOG_LEAVES)
     try:
         model.memory.wake()
         is_refused = False
     except NoRoom:
         is_refused = model.memory.device_bytes == 0
     finally:
-        driver.release(handle)
+        for handle, _ in hogged:
+            driver.release(handle)
     say.check("no_room", "a wake without room is refused, and leaves nothing", is_refused)
     if is_refused:
         model.wake()

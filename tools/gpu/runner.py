@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or exit_status(found)
 
 
+class OutOfTime(Exception):
+    """A phase was not done in its time; the message says what time, and where its log is."""
+
+
 class Check:
     """One run: its folder, and how each phase has ended."""
 
@@ -92,12 +96,23 @@ class Check:
         before_s = time.monotonic()
         task = Task(self.out, self.models, self._is_rehearsal, before_s + limit_s)
         log = self.out / f"{phase.name}.log"
-        failure = run_alone(phase, task, log, limit_s)
-        if failure is not None:
-            row = Row(phase.name, "failed", "the phase failed", failure, right=False)
-            self._results.add(row)
-            print(line(row), flush=True)
-        self._ended(phase, failure or "done", time.monotonic() - before_s)
+        state = "done"
+        try:
+            if (failure := run_alone(phase, task, log, limit_s)) is not None:
+                state = failure
+                self._tell(Row(phase.name, "failed", "the phase failed", failure, right=False))
+        except OutOfTime as error:
+            if limit_s < phase.limit_s:  # the budget's end, which says nothing of the phase
+                state = f"cut: the time was over after {limit_s:.0f} s"
+                self._tell(Row(phase.name, "cut", "the phase was cut", state))
+            else:
+                state = str(error)
+                self._tell(Row(phase.name, "failed", "the phase failed", state, right=False))
+        self._ended(phase, state, time.monotonic() - before_s)
+
+    def _tell(self, row: Row) -> None:
+        self._results.add(row)
+        print(line(row), flush=True)
 
     def _ended(self, phase: Phase, state: str, seconds: float) -> None:
         self.done.append(Done(phase.name, state.partition("\n")[0], round(seconds, 1)))
@@ -119,7 +134,11 @@ def check_budget(first: Phase, budget_s: float | None) -> None:
 
 
 def run_alone(phase: Phase, task: Task, log: Path, limit_s: float) -> str | None:
-    """Run a phase in a process. Returns why it has failed; None if it has not."""
+    """Run a phase in a process. Returns why it has failed; None if it has not.
+
+    Raises:
+        OutOfTime: it was not done in `limit_s`, and has been ended.
+    """
     command = [sys.executable, *RUNNER, phase.name, task.write()]
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
@@ -129,7 +148,8 @@ def run_alone(phase: Phase, task: Task, log: Path, limit_s: float) -> str | None
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             end(process)
-            return f"it was not done in {limit_s:.0f} s; {log.name} has its log"
+            why = f"it was not done in {limit_s:.0f} s; {log.name} has its log"
+            raise OutOfTime(why) from None
         except BaseException:
             end(process)
             raise

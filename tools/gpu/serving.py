@@ -11,7 +11,7 @@ from tools.gpu.client import Client, different
 from tools.gpu.device import MIB, used_bytes
 from tools.gpu.goals import COLD_DRIFT_MIB, drift
 from tools.gpu.results import Say
-from tools.gpu.task import Task
+from tools.gpu.task import Rounds, Task
 from vllm_hotswap.bench.residency.processes import held
 from vllm_hotswap.bench.servers import Launcher, Model, Server
 from vllm_hotswap.devices import anonymous_bytes
@@ -28,9 +28,6 @@ GRAPHS_WORDS = "Graph capturing finished"
 
 BAD_WORDS = ("Traceback", "event=tensors_left", "event=memory_kept", "event=device_taken")
 
-SPARE_S = 15.0
-"""For a round, and for the server to stop."""
-
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -43,7 +40,7 @@ class Counts:
 
 @dataclass
 class Story:
-    """One server, and what has been seen of it. Mutable: the samples, and the tokens."""
+    """One server, and what has been seen of it. Mutable: the tokens, and the rounds."""
 
     say: Say
     task: Task
@@ -52,13 +49,13 @@ class Story:
     wanted: dict[str, list[int]] = field(default_factory=dict)
     different: int = 0
     asked: int = 0
+    rounds: Rounds = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rounds = Rounds(self.task)
 
     def other(self, model: str) -> str:
         return self.pair[model == self.pair[0]]
-
-    @property
-    def has_time(self) -> bool:
-        return self.task.left_s > SPARE_S
 
     async def expect(self) -> None:
         """What both answer before anything has moved; twice, because they must agree."""
@@ -76,16 +73,16 @@ class Story:
 
     async def parked(self, count: int) -> None:
         self.say.step(f"{count} switches to a parked model")
-        samples = []
-        for number in range(count):
-            if not self.has_time:
-                break
-            model = self.pair[number % 2]
-            await self.client.switch(self.other(model))
-            samples.append(await self.client.switch(model))
-            if number % 10 < 2:
-                await self.check(model)
-        self.samples("parked", "switch to a parked model", samples, count)
+        samples: list[float] = []
+        try:
+            for number in self.rounds.of(range(count)):
+                model = self.pair[number % 2]
+                await self.client.switch(self.other(model))
+                samples.append(await self.client.switch(model))
+                if number % 10 < 2:
+                    await self.check(model)
+        finally:
+            self.samples("parked", "switch to a parked model", samples, count)
 
     async def cycles(self, count: int) -> None:
         """Sleep, and switch back, of both in turn."""
@@ -96,20 +93,20 @@ class Story:
         first: dict[str, list[float]] = {model: [] for model in self.pair}
         used: list[int | None] = []
         asleep: list[int | None] = []
-        for number in range(2 * count):
-            if not self.has_time:
-                break
-            model = self.pair[number % 2]
-            await self.client.switch(self.other(model))
-            down[model].append(await self.client.sleep(model))
-            asleep.append(used_mib())
-            up[model].append(await self.client.switch(model))
-            took_ms, token = await self.client.answer(model, 1)
-            first[model].append(up[model][-1] + took_ms)
-            self.different += different(token, self.wanted[model][:1])
-            await self.check(model)
-            used.append(used_mib())
-        self._cycles_told(down, up, first, count)
+        try:
+            for number in self.rounds.of(range(2 * count)):
+                model = self.pair[number % 2]
+                await self.client.switch(self.other(model))
+                down[model].append(await self.client.sleep(model))
+                asleep.append(used_mib())
+                up[model].append(await self.client.switch(model))
+                took_ms, token = await self.client.answer(model, 1)
+                first[model].append(up[model][-1] + took_ms)
+                self.different += different(token, self.wanted[model][:1])
+                await self.check(model)
+                used.append(used_mib())
+        finally:
+            self._cycles_told(down, up, first, count)
         self._growth("asleep", "sleeps and wakes", used, 0.0)
         pairs = zip(used, asleep, strict=True)
         gone = [float(a - b) for a, b in pairs if a is not None and b is not None]
@@ -139,16 +136,16 @@ class Story:
         samples: list[float] = []
 
         used: list[int | None] = []
-        for number in range(count):
-            if not self.has_time:
-                break
-            model = self.pair[number % 2]
-            await self.client.switch(self.other(model))
-            await self.client.unload(model)
-            samples.append(await self.client.switch(model))
-            await self.check(model)
-            used.append(used_mib())
-        self.samples("cold", "switch to a cold model", in_s(samples), count, "s")
+        try:
+            for number in self.rounds.of(range(count)):
+                model = self.pair[number % 2]
+                await self.client.switch(self.other(model))
+                await self.client.unload(model)
+                samples.append(await self.client.switch(model))
+                await self.check(model)
+                used.append(used_mib())
+        finally:
+            self.samples("cold", "switch to a cold model", in_s(samples), count, "s")
         self._growth("cold", "cold switches", used, COLD_DRIFT_MIB)
 
     def _growth(self, key: str, what: str, used: list[int | None], most: float) -> None:

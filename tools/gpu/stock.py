@@ -19,15 +19,16 @@ from tools.gpu.device import GIB, total_bytes
 from tools.gpu.goals import BIG
 from tools.gpu.large import made, sizes_for
 from tools.gpu.results import Say
-from tools.gpu.serving import SPARE_S, in_s
+from tools.gpu.serving import in_s
 from tools.gpu.sizes import Sizes
-from tools.gpu.task import Task
+from tools.gpu.task import Rounds, Task
 from tools.gpu.tiny import model as tiny_model
 from vllm_hotswap.bench.servers import Launcher, Model, Server, flags, free_port, running
 from vllm_hotswap.bench.stats import alternate
 from vllm_hotswap.host.cuda_driver import check_driver
 
 HOME = "home"
+OURS, STOCK = "ours", "vLLM's own"
 PUBLISHED = "best published first correct token from asleep, 8B on an H100"
 PUBLISHED_S = 0.59
 THEIRS_S = 90.0
@@ -77,8 +78,10 @@ class Side:
         self.different += different((await self.client.answer(BIG))[1], self.wanted)
         await self.sleep()
 
-    def tell(self, say: Say, name: str, who: str) -> None:
+    def tell_first(self, say: Say, name: str, who: str) -> None:
         say.fact(f"first_sleep_s.{name}", f"{who}: first sleep", in_s(self.down_ms[:1]), "s")
+
+    def tell(self, say: Say, name: str, who: str) -> None:
         say.fact(f"sleep_s.{name}", f"{who}: later sleeps", in_s(self.down_ms[1:]), "s")
         say.fact(f"wake_s.{name}", f"{who}: wake", in_s(self.up_ms), "s")
         say.fact(f"first_s.{name}", f"{who}: first token from asleep", in_s(self.first_ms), "s")
@@ -104,17 +107,20 @@ async def _compare(task: Task, say: Say, model: Model, share: float, is_8b: bool
     async with launcher.hotswap(model, home) as our_server:
         ours = Side(Client(our_server.port), is_ours=True)
         await ours.begin()
+        ours.tell_first(say, "ours", OURS)
         say.step("starting vLLM's own server")
         async with plain(task, model, share) as their_server:
             theirs = Side(Client(their_server.port), is_ours=False)
             await theirs.begin()
+            theirs.tell_first(say, "stock", STOCK)
             sides = {"hotswap": ours, "plain": theirs}
             turns = OF_A_REHEARSAL if task.is_rehearsal else TURNS
-            for side in alternate(turns):
-                if task.left_s > SPARE_S:
+            try:
+                for side in Rounds(task).of(alternate(turns)):
                     await sides[side].turn()
-            ours.tell(say, "ours", "ours")
-            theirs.tell(say, "stock", "vLLM's own")
+            finally:
+                ours.tell(say, "ours", OURS)
+                theirs.tell(say, "stock", STOCK)
             _judge(say, ours, theirs)
             if is_8b:
                 say.fact("published", PUBLISHED, PUBLISHED_S, "s")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -350,10 +351,13 @@ class ModelMemory:
         taken = 0
         with self._falling_back(spare_bytes):
             self._driver.wait(self._copying())
+            room = self._room(spare_bytes)
             for segment, chunk in self._missing():
                 if taken and taken + chunk.nbytes > at_most:
                     break
-                self._see_room(chunk, spare_bytes)
+                if taken + chunk.nbytes > room:
+                    why = "too little is left for others"
+                    raise DriverError("cuMemGetInfo_v2", OUT_OF_MEMORY, why)
                 self._fill(segment, chunk)
                 taken += chunk.nbytes
         return self.progress
@@ -568,10 +572,9 @@ class ModelMemory:
                 raise NoRoom(self._lack(spare_bytes)) from error
             raise
 
-    def _see_room(self, chunk: Chunk, spare_bytes: int) -> None:
-        """Raises `DriverError` if taking it would leave less than `spare_bytes`."""
-        if spare_bytes and self._driver.memory_info()[0] < chunk.nbytes + spare_bytes:
-            raise DriverError("cuMemGetInfo_v2", OUT_OF_MEMORY, "too little is left for others")
+    def _room(self, spare_bytes: int) -> float:
+        """Bytes that may be taken so that `spare_bytes` stay free."""
+        return self._driver.memory_info()[0] - spare_bytes if spare_bytes else math.inf
 
     def _lack(self, spare_bytes: int) -> str:
         needed = self.progress.total_bytes / MIB

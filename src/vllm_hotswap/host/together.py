@@ -59,6 +59,7 @@ def _all_or_none(rpc: Rpc, do: str, undo: str, args: tuple[Any, ...] = ()) -> li
             rpc(undo)
         raise
     if refusals := [answer for answer in told if isinstance(answer, str)]:
-        rpc(undo)
+        with suppress(Exception):
+            rpc(undo)
         raise NoRoom(refusals[0])
     return told

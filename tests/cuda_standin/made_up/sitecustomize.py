@@ -31,7 +31,10 @@ def with_tokens_of_v1(module):
     fetch = module.AsyncGPUModelRunnerOutput.get_output
 
     def get_output(self):
-        self.sampled_token_ids_cpu.fill_(TOKEN)
+        import torch
+
+        with torch.inference_mode():  # in which the runner has made it
+            self.sampled_token_ids_cpu.fill_(TOKEN)
         return fetch(self)
 
     module.AsyncGPUModelRunnerOutput.get_output = get_output
