@@ -210,5 +210,6 @@ def test_a_kind_of_model_takes_every_residency(
     assert abs(again - awake) <= WORKSPACE_BYTES
     assert abs(after["used"] - cold["used"]) <= WORKSPACE_BYTES
     assert after["used"] - before["used"] <= WORKSPACE_BYTES
-    for book in ("reserved", "handles", "streams"):
+    for book in ("reserved", "handles"):
         assert before[book] == after[book], book
+    assert cold["streams"] == after["streams"]  # adapters' first load makes one for the process

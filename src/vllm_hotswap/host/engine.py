@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -351,12 +351,16 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             )
 
     def _forget_model(self) -> None:
-        """Drop every attribute that loading a model has set, and what hangs on it."""
-        try:
-            if self._lasting is not None:
-                self._forget_attributes(self._lasting)
-        finally:
-            self._forget_state()
+        """Drop every attribute that loading a model has set, and what hangs on it.
+
+        Its memory goes last: the process-wide state of the model may have tensors in it.
+        """
+        with ExitStack() as last:
+            try:
+                if self._lasting is not None:
+                    self._forget_attributes(self._lasting, last)
+            finally:
+                self._forget_state()
 
     def _forget_state(self) -> None:
         """Only the random numbers stay, for the next load."""
@@ -366,7 +370,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             finally:
                 self.state = None
 
-    def _forget_attributes(self, lasting: frozenset[str]) -> None:
+    def _forget_attributes(self, lasting: frozenset[str], last: ExitStack) -> None:
         self._canaries.forget()
         model = {name: value for name, value in vars(self).items() if name not in lasting}
         try:
@@ -383,7 +387,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             dismantle(model)
             model.clear()
             if pools is not None:
-                pools.close()
+                last.callback(pools.close)
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""
