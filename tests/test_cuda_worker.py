@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -289,6 +290,32 @@ def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
     torch.forget(stays)
     pools.close()
     assert {} == cuda.left
+
+
+def test_tensors_in_what_vllm_has_frozen_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    """Objects that know each other, as those of adapters do, and that no collection looks at."""
+    cuda = FakeCuda()
+    torch = FakeTorch()
+    pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
+    with pools.allocating("weights"):
+        tensor = torch.tensor(STEP)
+
+    class Adapter:
+        itself: object
+
+    adapter = Adapter()
+    adapter.itself = adapter
+    weakref.finalize(adapter, torch.forget, tensor)
+    gc.collect()
+    del adapter, tensor
+    gc.freeze()
+    try:
+        pools.close()
+    finally:
+        gc.unfreeze()
+
+    assert {} == cuda.left
+    assert "tensors_left" not in caplog.text
 
 
 def test_a_worker_may_do_without_memory_of_its_own() -> None:
