@@ -46,6 +46,7 @@ def engine(executor: Executor, workers: int = 2, worker: str = HOSTED_CUDA_WORKE
     class Idle(HostedEngine):
         def __init__(self) -> None:
             self.model_executor = executor
+            self.structured_output_manager = SimpleNamespace()
             parallel = SimpleNamespace(world_size=workers, worker_cls=worker)
             self.vllm_config = SimpleNamespace(parallel_config=parallel)
 
