@@ -154,7 +154,17 @@ class EngineLoop:
         """Tell of it, and give up the engine's model. If that fails, the process is to end."""
         self.park(alias)
         self._on_engine_failed(alias, error)
+        _forget_frames(error)
         self._engines[alias].die()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop where an error came from, and those before it: the frames know tensors of the model."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _step(alias: str, engine: SteppedEngine) -> bool:
