@@ -279,7 +279,11 @@ class Acceptor:
             except OSError as error:
                 if error.errno not in NO_MORE_FILES:
                     return  # of that connection
-                if not self._shed():
+                try:
+                    is_closed = self._shed()
+                except BlockingIOError:
+                    return  # nobody waits: the system looks for a file first
+                if not is_closed:
                     self._rest()
                     return
                 continue
@@ -294,6 +298,8 @@ class Acceptor:
         os.close(self._spare)
         try:
             self._sock.accept()[0].close()
+        except BlockingIOError:
+            raise
         except OSError:
             return False
         finally:
