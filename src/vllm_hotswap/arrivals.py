@@ -135,21 +135,29 @@ class Arrival:
             self.loop.remove_reader(self._sock.fileno())
 
     def _readable(self) -> None:
-        if _said(self._sock) is None:
+        if (said := _said(self._sock)) is None:
             return  # it was called for nothing: no byte has come, and the deadline stays
         self._deaf()
         self._door.silent.end(self)
-        self._come_in()
+        if said:
+            self._come_in()
+        else:
+            self._end()
 
     def _come_in(self) -> None:
-        """Build the connection, unless it is dead, or has to wait."""
-        self._take_back = None
-        if not _said(self._sock):  # what has come once stays until it is read
-            self._end()
-        elif (wait_s := self._wait_s()) > 0:
-            self._take_back = self._door.wheel.call_later(wait_s, self._come_in)
+        """Build the connection of which something has come, unless it has to wait."""
+        if (wait_s := self._wait_s()) > 0:
+            self._take_back = self._door.wheel.call_later(wait_s, self._come_in_later)
         else:
             self._build()
+
+    def _come_in_later(self) -> None:
+        """The same, unless it is dead by now. What has come once stays until it is read."""
+        self._take_back = None
+        if _said(self._sock):
+            self._come_in()
+        else:
+            self._end()
 
     def _wait_s(self) -> float:
         """How long it has to wait before it is built, or looked at again."""
@@ -274,37 +282,33 @@ class Acceptor:
         for _ in range(PER_TURN):
             try:
                 sock, client = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in NO_MORE_FILES:
-                    return  # of that connection
-                try:
-                    is_closed = self._shed()
-                except BlockingIOError:
-                    return  # nobody waits: the system looks for a file first
-                if not is_closed:
-                    self._rest()
+            except OSError as error:  # nobody waits, or it has gone, or there is no file for it
+                if error.errno not in NO_MORE_FILES or not self._shed():
                     return
                 continue
             sock.setblocking(False)
             Arrival(self, sock, client[:2] if isinstance(client, tuple) else None).begin()
 
     def _shed(self) -> bool:
-        """Close the next connection, for which there is no file: nobody waits for nothing."""
-        if self._spare is None:
+        """Close the next connection, for which there is no file: nobody waits for nothing.
+
+        Returns: whether to go on. Where it cannot be closed either, the socket has a rest.
+        """
+        if self._spare is not None:
+            os.close(self._spare)
+            try:
+                self._sock.accept()[0].close()
+                return True
+            except BlockingIOError:
+                return False  # there is none: the system looks for a file first
+            except OSError:
+                pass
+            finally:
+                self._spare = _spare_file()
+        else:
             self._spare = _spare_file()
-            return False
-        os.close(self._spare)
-        try:
-            self._sock.accept()[0].close()
-        except BlockingIOError:
-            raise
-        except OSError:
-            return False
-        finally:
-            self._spare = _spare_file()
-        return True
+        self._rest()
+        return False
 
 
 def _said(sock: socket.socket) -> bool | None:
