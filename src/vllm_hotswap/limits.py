@@ -202,10 +202,6 @@ class HeldBody:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Count nothing more. Idempotent."""
         self._bodies.ledger.add(self._account, -self._counted)
         self._counted = 0
 

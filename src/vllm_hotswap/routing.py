@@ -102,8 +102,10 @@ class Router:
         self._answers.add(answer)
         account = self._access.account(Headers(scope=scope))
         try:
-            with self.bodies.hold(account) as body:
-                await self._take(scope, receive, answer, body, account)
+            with self.bodies.hold(account) as held:
+                refusal = await self._take(scope, receive, answer, held, account)
+            if refusal is not None:  # which may have to wait, and nothing is held for it meanwhile
+                await answer.refuse(refusal)
         except ClientGone:
             pass
         except ClientDisconnected:
@@ -121,7 +123,8 @@ class Router:
 
     async def _take(
         self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody, account: Account
-    ) -> None:
+    ) -> HotswapError | None:
+        """Have the request served; what it is to be refused with, if nothing was answered."""
         method, path = request_of(scope)
         requests = 1
         try:
@@ -151,22 +154,16 @@ class Router:
                 self._rates.take(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
-            body, fields = b"", NO_FIELDS  # the answer may have to wait, and nothing is held for it
-            held.let_go()
-            await answer.refuse(error)
-            return
+            return error
         if owner is not None and response_id:
             await self._visit(owner, response_id, scope, receive, body, answer)
-        else:
-            sent = None if method == WEBSOCKET else body
-            asking = Asking(fields.stream, requests, account, fields.request_id)
-            refusal = await self._route(scope, receive, answer, alias, sent, terms, asking)
-            if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
-                self._rates.give_back(account)  # the server was full, or its model did not come
-            if refusal is not None:
-                body, sent = b"", None  # as above
-                held.let_go()
-                await answer.refuse(refusal)
+            return None
+        sent = None if method == WEBSOCKET else body
+        asking = Asking(fields.stream, requests, account, fields.request_id)
+        refusal = await self._route(scope, receive, answer, alias, sent, terms, asking)
+        if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
+            self._rates.give_back(account)  # the server was full, or its model did not come
+        return refusal
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -255,7 +252,7 @@ class Router:
         terms: RequestTerms,
         asking: Asking,
     ) -> HotswapError | None:
-        """Have the request served; what it is to be refused with, if nothing was answered."""
+        """The same, by its model."""
         waiting = Waiting(scope, receive)
         try:
             look_at = None
