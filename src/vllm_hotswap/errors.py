@@ -763,3 +763,16 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ConfigMistakes):
         return error.message
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop where an error was raised, and those that have led to it: the frames keep what was in
+    their hands for as long as somebody has the error.
+    """
+    left, seen = [error], set()
+    while left:
+        each = left.pop()
+        seen.add(id(each))
+        each.__traceback__ = None
+        before = (each.__cause__, each.__context__)
+        left += [one for one in before if one is not None and id(one) not in seen]

@@ -9,7 +9,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap.answers import ErrorAnswer
 from vllm_hotswap.disclosure import told
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.errors import HotswapError, forget_frames
 from vllm_hotswap.refusals import hold_back
 
 _POLICY, _TRY_AGAIN_LATER = 1008, 1013
@@ -49,7 +49,7 @@ async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send
     Where it is the client's, that may have to wait: a client is not refused without end.
     """
     if error.status < 500:
-        error.__traceback__ = error.__context__ = error.__cause__ = None  # the body may be in them
+        forget_frames(error)  # the body may be in them
         await hold_back(scope)
     await tell(error, scope, receive, send)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn, Protocol
 
+from vllm_hotswap.errors import forget_frames
 from vllm_hotswap.failpoints import failpoint
 
 IDLE_S = 1.0
@@ -154,17 +155,8 @@ class EngineLoop:
         """Tell of it, and give up the engine's model. If that fails, the process is to end."""
         self.park(alias)
         self._on_engine_failed(alias, error)
-        _forget_frames(error)
+        forget_frames(error)  # which have tensors of the model in their hands
         self._engines[alias].die()
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Drop where an error came from, and those before it: the frames know tensors of the model."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 def _step(alias: str, engine: SteppedEngine) -> bool:
