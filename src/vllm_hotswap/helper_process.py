@@ -91,25 +91,36 @@ def _bound_memory(more_bytes: int) -> None:
                 resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
 
 
-def _receive(channel: socket.socket) -> Any:
-    head = _exactly(channel, 4)
-    return json.loads(_exactly(channel, int.from_bytes(head, "big")))
+def send(channel: socket.socket, message: list[Any]) -> None:
+    """Both ends use it. Raises `OSError`."""
+    text = json.dumps(message).encode()
+    channel.sendall(len(text).to_bytes(4, "big") + text)
+
+
+def receive(channel: socket.socket) -> Any:
+    """Both ends use it. Raises `OSError`; EOFError: the other end has been closed."""
+    return json.loads(_exactly(channel, int.from_bytes(_exactly(channel, 4), "big")))
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
     parts = bytearray()
     while len(parts) < size:
-        part = channel.recv(min(size - len(parts), 1 << 20))
-        if not part:
-            os._exit(0)  # the parent is gone, or wants no more
+        if not (part := channel.recv(min(size - len(parts), 1 << 20))):
+            raise EOFError
         parts += part
     return bytes(parts)
 
 
+def _receive(channel: socket.socket) -> Any:
+    try:
+        return receive(channel)
+    except EOFError:
+        os._exit(0)  # the parent is gone, or wants no more
+
+
 def _answer(channel: socket.socket, answer: list[Any]) -> None:
-    text = json.dumps(answer).encode()
     with suppress(OSError):
-        channel.sendall(len(text).to_bytes(4, "big") + text)
+        send(channel, answer)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ on.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
@@ -143,16 +142,15 @@ class Helper:
             RefusedByHelper: by the work itself.
             OutOfBounds, HelperStopped, HelperFailed
         """
-        text = json.dumps([2 * bounds.memory_bytes, what, arguments]).encode()
         try:
             if not self._has_started:
                 self._watch(STARTING)
-                self._has_started = bool(self._exactly(self._size()))
+                self._has_started, _ = helper_process.receive(self._channel)
             began_s = time.monotonic()
-            self._channel.sendall(len(text).to_bytes(4, "big") + text)
+            helper_process.send(self._channel, [2 * bounds.memory_bytes, what, arguments])
             self._watch(bounds)
             self.took_s = time.monotonic() - began_s
-            is_done, *error = json.loads(self._exactly(self._size()))
+            is_done, *error = helper_process.receive(self._channel)
         except (OSError, EOFError):
             self._say_how_it_died()
         if not is_done:
@@ -172,17 +170,6 @@ class Helper:
                 raise OutOfBounds("memory")
             if self._cpu_s() - cpu_s > bounds.cpu_s:
                 raise OutOfBounds("time")
-
-    def _size(self) -> int:
-        return int.from_bytes(self._exactly(4), "big")
-
-    def _exactly(self, size: int) -> bytes:
-        parts = b""
-        while len(parts) < size:
-            if not (part := self._channel.recv(size - len(parts))):
-                raise EOFError
-            parts += part
-        return parts
 
     def _say_how_it_died(self) -> NoReturn:
         status = self._process.wait()

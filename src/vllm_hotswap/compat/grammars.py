@@ -88,7 +88,7 @@ class Checks:
         self, pool: FairPool, rehearsing: FairPool | None = None, helpers: Helpers | None = None
     ) -> None:
         """With `pool` alone, all are checked in place."""
-        self._pool, self._rehearsing, self._helpers = pool, rehearsing, helpers
+        self._pool, self._rehearsing, self._helpers = pool, rehearsing, helpers or Helpers()
         self._rehearsals: Rehearsals | None = None
 
     def begin(self, client: Any) -> None:
@@ -146,7 +146,7 @@ class Checks:
         if (is_slow := rehearsals.is_known_slow(digest)) is not None:
             await _result(self._pool, account, timeout_s, None, check, params, tasks)
             return is_slow
-        errand = Errand(self._helpers or Helpers(), bounds)
+        errand = Errand(self._helpers, bounds)
 
         def rehearse() -> bool | HelperEnd:
             try:
