@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 LIBRARY = "libnvidia-ml.so.1"
 BUS_ID_BYTES = 32
@@ -54,11 +56,16 @@ def device_free_bytes(driver: Any, library: Any = None, device: int = 0) -> int 
         library: libnvidia-ml; the installed one by default.
         device: numbered as torch does.
     """
-    with suppress(OSError, AttributeError):  # no such library, or an old one
+    return asked(lambda nvml: _free(driver, nvml, device), library)
+
+
+def asked(ask: Callable[[Any], T], library: Any = None) -> T | None:
+    """What the library says; None where there is none, or one without what is asked."""
+    with suppress(OSError, AttributeError):
         nvml = ctypes.CDLL(LIBRARY) if library is None else library
         if nvml.nvmlInit_v2() == 0:
             try:
-                return _free(driver, nvml, device)
+                return ask(nvml)
             finally:
                 nvml.nvmlShutdown()
     return None
@@ -111,12 +118,22 @@ def _free(driver: Any, nvml: Any, device: int) -> int | None:
 
 def _whole_device(driver: Any, nvml: Any, device: int) -> Any:
     """NVML's handle of it; None if there is none, or if the GPU is divided."""
-    bus_id = ctypes.create_string_buffer(BUS_ID_BYTES)
+    handle = handle_of(driver, nvml, device)
+    return None if handle is None or is_divided(nvml, handle) else handle
+
+
+def handle_of(driver: Any, nvml: Any, device: int) -> Any:
+    """NVML's handle of a device; None if it knows none."""
+    bus_id, handle = ctypes.create_string_buffer(BUS_ID_BYTES), ctypes.c_void_p()
     if driver.cuDeviceGetPCIBusId(bus_id, ctypes.c_int(BUS_ID_BYTES), ctypes.c_int(device)):
         return None
-    handle = ctypes.c_void_p()
     if nvml.nvmlDeviceGetHandleByPciBusId_v2(bus_id, ctypes.byref(handle)):
         return None
+    return handle
+
+
+def is_divided(nvml: Any, handle: Any) -> bool:
+    """Whether a GPU has instances (MIG). One that cannot have any has none."""
     current, pending = ctypes.c_uint(), ctypes.c_uint()
-    asked = nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending))
-    return None if asked == 0 and current.value == INSTANCES_ON else handle
+    refused = nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending))
+    return refused == 0 and current.value == INSTANCES_ON

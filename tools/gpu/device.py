@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
-from vllm_hotswap.nvml import BUS_ID_BYTES, LIBRARY, device_free_bytes
+from vllm_hotswap.nvml import asked, device_free_bytes, handle_of, is_divided
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -105,28 +105,16 @@ def facts(driver: Any, nvml: Any = None) -> dict[str, Any]:
         "name": _text(lambda buffer, size: driver.cuDeviceGetName(buffer, size, ctypes.c_int(0))),
         "compute capability": ".".join(str(_attribute(driver, n)) for n in COMPUTE_CAPABILITY),
     }
-    with suppress(OSError, AttributeError):  # no such library, or an old one
-        library = ctypes.CDLL(LIBRARY) if nvml is None else nvml
-        if library.nvmlInit_v2() == 0:
-            try:
-                found |= _managed(driver, library)
-            finally:
-                library.nvmlShutdown()
-    return found
+    return found | (asked(lambda library: _managed(driver, library), nvml) or {})
 
 
 def _managed(driver: Any, nvml: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"driver": _text(nvml.nvmlSystemGetDriverVersion)}
-    bus_id, handle = ctypes.create_string_buffer(BUS_ID_BYTES), ctypes.c_void_p()
-    if driver.cuDeviceGetPCIBusId(bus_id, ctypes.c_int(BUS_ID_BYTES), ctypes.c_int(0)):
-        return found
-    if nvml.nvmlDeviceGetHandleByPciBusId_v2(bus_id, ctypes.byref(handle)):
+    if (handle := handle_of(driver, nvml, 0)) is None:
         return found
     found["MIG"] = False
     with suppress(AttributeError):
-        current, pending = ctypes.c_uint(), ctypes.c_uint()
-        if nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending)) == 0:
-            found["MIG"] = bool(current.value)
+        found["MIG"] = is_divided(nvml, handle)
     with suppress(AttributeError):
         count = ctypes.c_uint(0)
         nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), None)
