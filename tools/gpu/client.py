@@ -41,7 +41,7 @@ class Client:
         return (await self.post(f"/admin/models/{model}/sleep", {"level": 1}))[0]
 
     async def unload(self, model: str) -> None:
-        await self.post(f"/admin/models/{model}/unload", {})
+        await self._remote.operate(model, "unload", {})
 
     async def status(self) -> dict[str, Any]:
         return await self._remote.status()

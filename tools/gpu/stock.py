@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tools.gpu.client import Client, different
@@ -23,7 +20,7 @@ from tools.gpu.serving import in_s
 from tools.gpu.sizes import Sizes
 from tools.gpu.task import Rounds, Task
 from tools.gpu.tiny import model as tiny_model
-from vllm_hotswap.bench.servers import Launcher, Model, Server, flags, free_port, running
+from vllm_hotswap.bench.servers import Launcher, Model
 from vllm_hotswap.bench.stats import alternate
 from vllm_hotswap.host.cuda_driver import check_driver
 
@@ -109,7 +106,11 @@ async def _compare(task: Task, say: Say, model: Model, share: float, is_8b: bool
         await ours.begin()
         ours.tell_first(say, "ours", OURS)
         say.step("starting vLLM's own server")
-        async with plain(task, model, share) as their_server:
+        async with launcher.plain(
+            model,
+            arguments=["--enable-sleep-mode", f"--gpu-memory-utilization={share}"],
+            variables={"VLLM_SERVER_DEV_MODE": "1"},
+        ) as their_server:
             theirs = Side(Client(their_server.port), is_ours=False)
             await theirs.begin()
             theirs.tell_first(say, "stock", STOCK)
@@ -130,17 +131,3 @@ def _judge(say: Say, ours: Side, theirs: Side) -> None:
     say.check("different", "ours: different tokens", ours.different == 0, ours.different)
     say.fact("different.stock", "vLLM's own: different tokens", theirs.different)
     say.fact("same", "both answer the same", ours.wanted == theirs.wanted)
-
-
-@asynccontextmanager
-async def plain(task: Task, model: Model, share: float) -> AsyncIterator[Server]:
-    """vLLM's own server, with its sleep mode."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model.folder), "--served-model-name", model.alias]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-sleep-mode"]
-    command += [f"--gpu-memory-utilization={share}", *flags(model.settings)]
-    log = task.out / "servers" / f"plain-{port}.log"
-    variables = {"VLLM_SERVER_DEV_MODE": "1"}
-    async with running(Server("plain", command, port, log, variables)) as server:
-        yield server
