@@ -128,14 +128,6 @@ async def test_no_websocket_begins_before_the_answer_to_what_came_first(keyed: S
 # --- memory ---------------------------------------------------------------------------------
 
 
-async def test_nothing_is_held_for_a_model_that_is_not_active(keyed: Server) -> None:
-    """The body is gone before its refusal waits."""
-    body = b'{"model": "qwen", "prompt": "' + b"x" * 10_000 + b'"}'
-    request = post("/v1/completions", body, "application/json")
-    async with listening_with(keyed, FEW) as at, held(at, request):
-        assert 0 == keyed.app.router.bodies.held_bytes
-
-
 @pytest.mark.usefixtures("endless")
 async def test_a_body_that_comes_with_a_refusal_is_dropped(keyed: Server) -> None:
     """It is read on, so that it is noticed when the client goes."""

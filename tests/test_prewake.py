@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests import test_shared_device
 from tests.conftest import MakeServer, Play
 from tests.support import Server
+from tests.test_shared_device import ALIASES, MIB
 from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
@@ -18,17 +20,8 @@ from vllm_hotswap.registry import Model, ModelPolicy
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency, WakeProgress
 
-MIB = 1 << 20
-GPU = FakeSettings(
-    weights_bytes=4 * MIB,
-    kv_bytes=2 * MIB,
-    levels=frozenset([1]),
-    offloads=True,
-    residue_bytes=MIB,
-    slices=5,
-)
+GPU = replace(test_shared_device.GPU, slices=5)
 """6 MiB awake, 1 MiB asleep: a slice is 1 MiB."""
-ALIASES = ("llama", "qwen", "mistral")
 
 
 def settings(**changes: Any) -> dict[str, FakeSettings]:
