@@ -679,18 +679,23 @@ async def test_a_key_beyond_its_rate_keeps_no_other_at_the_door(make_server: Mak
             await client.close()
 
 
+async def comes_in_later(at: Listening, built: list[object]) -> None:
+    """A client with a good call waits at the door, and is served then."""
+    client = await Raw.connect(at.port)
+    await client.send(RIGHT)
+    await until(lambda: len(at.shared.door.wheel) == 1)
+    assert [] == built
+    assert 200 == (await client.answer()).status
+    await client.close()
+
+
 async def test_a_key_in_debt_waits_a_moment(keyed: Server, built: list[object]) -> None:
     """Even with what may be let in. A client that has gone by then has cost little."""
     async with listening_with(keyed) as at:
         owe(at)
         mark = keyed.app.access.mark(Headers({"x-api-key": "right"}))
         at.shared.door.refusals.charge([KnownKey(mark or "")], 10_000)
-        client = await Raw.connect(at.port)
-        await client.send(RIGHT)
-        await until(lambda: len(at.shared.door.wheel) == 1)
-        assert [] == built
-        assert 200 == (await client.answer()).status
-        await client.close()
+        await comes_in_later(at, built)
 
 
 async def test_without_keys_everybody_waits_a_moment(
@@ -700,12 +705,7 @@ async def test_without_keys_everybody_waits_a_moment(
     monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
     async with listening_with(server) as at:
         owe(at)
-        client = await Raw.connect(at.port)
-        await client.send(RIGHT)
-        await until(lambda: len(at.shared.door.wheel) == 1)
-        assert [] == built
-        assert 200 == (await client.answer()).status
-        await client.close()
+        await comes_in_later(at, built)
 
 
 async def test_a_head_that_comes_in_pieces_is_looked_at_again(
