@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,7 +16,15 @@ from tests.support import CHAT
 from tests.virtual import VirtualLoop
 from vllm_hotswap.access import Access
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
-from vllm_hotswap.limits import BYTES_PER_VALUE, Bodies, ClientGone, Ledger, Rate, text_bytes
+from vllm_hotswap.limits import (
+    BYTES_PER_VALUE,
+    TURNS_BYTES,
+    Bodies,
+    ClientGone,
+    Ledger,
+    Rate,
+    text_bytes,
+)
 from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.turns import at_once
@@ -69,6 +79,40 @@ async def test_body_is_counted_until_its_request_is_over() -> None:
             assert 12 == bodies.held_bytes
         assert 7 == bodies.held_bytes
     assert "<Bodies <Ledger held=0 of 1073741824 bytes>>" == repr(bodies)
+
+
+async def test_large_bodies_take_turns() -> None:
+    """One piece in each turn of the loop, however many there are; small ones do not wait."""
+    loop, turn, read = asyncio.get_running_loop(), 0, list[tuple[int, bool]]()
+
+    def step() -> None:
+        nonlocal turn
+        turn += 1
+        stepping[0] = loop.call_soon(step)
+
+    def body(pieces: int, is_large: bool) -> Any:
+        left = iter(range(pieces, 0, -1))
+
+        async def receive() -> dict[str, Any]:
+            read.append((turn, is_large))
+            content = bytes(TURNS_BYTES if is_large else 1000)
+            return {"type": "http.request", "body": content, "more_body": next(left) > 1}
+
+        return receive
+
+    stepping = [loop.call_soon(step)]
+    bodies = Bodies(LimitsConfig())
+    with contextlib.ExitStack() as held:
+        large = [held.enter_context(bodies.hold()).read(body(10, True)) for _ in range(8)]
+        small = held.enter_context(bodies.hold()).read(body(10, False))
+        sizes = [len(content) for content in await asyncio.gather(*large, small)]
+    stepping[0].cancel()
+
+    assert [10 * TURNS_BYTES] * 8 + [10_000] == sizes
+    in_turn = Counter(turn for turn, is_large in read if is_large)
+    first, *later = in_turn.values()
+    assert (8, {1}) == (first, set(later))
+    assert 1 == len({turn for turn, is_large in read if not is_large})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tests.support import Server
 from tests.virtual import VirtualLoop
 from vllm_hotswap import arrivals, refusals, server as life
 from vllm_hotswap.access import Access
-from vllm_hotswap.deadlines import PER_TURN, TICK_S, Wheel
+from vllm_hotswap.deadlines import PER_TURN, TICK_S, Deadlines, Wheel
 from vllm_hotswap.listen import ListenFlags
 from vllm_hotswap.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, KnownKey, Refusals
 from vllm_hotswap.settings import LimitsConfig
@@ -46,6 +47,10 @@ def post(path: str, body: bytes, kind: str) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Authorization: Bearer right"]
     lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body
+
+
+BROKEN = post("/v1/completions", b"[" * 100, "application/json")
+"""What the model's own application refuses."""
 
 
 class Time:
@@ -177,11 +182,37 @@ def test_waits_of_any_length_share_one_timer() -> None:
     assert ["0.1 True", "0.2 True", "0.5 True", "1 True", "3 True"] == called
 
 
-def test_waits_that_end_together_end_in_turns() -> None:
+@dataclass(eq=False)
+class Waiter:
+    """Waits, and calls when its time is over."""
+
+    loop: asyncio.AbstractEventLoop
+    end: Callable[[], None]
+    client: object = None
+
+
+def of_a_wheel(end: Callable[[], None]) -> None:
+    """Many waits that end together."""
+    wheel = Wheel()
+    for _ in range(10 * PER_TURN):
+        wheel.call_later(1, end)
+
+
+def of_deadlines(end: Callable[[], None]) -> None:
+    """The same of connections."""
+    deadlines = Deadlines[Waiter](1, lambda waiter: waiter.end())
+    for _ in range(10 * PER_TURN):
+        deadlines.begin(Waiter(asyncio.get_running_loop(), end))
+
+
+@pytest.mark.parametrize("begin", [of_a_wheel, of_deadlines])
+def test_waits_that_end_together_end_in_turns(
+    begin: Callable[[Callable[[], None]], None],
+) -> None:
     """So that whatever they hold back does not hold up everybody else."""
 
     async def turns() -> list[int]:
-        loop, wheel, found, turn = asyncio.get_running_loop(), Wheel(), list[int](), 0
+        loop, found, turn = asyncio.get_running_loop(), list[int](), 0
 
         def end() -> None:
             if not found:
@@ -191,11 +222,10 @@ def test_waits_that_end_together_end_in_turns() -> None:
         def step() -> None:
             nonlocal turn
             turn += 1
-            if len(wheel):
+            if len(found) < 10 * PER_TURN:
                 loop.call_soon(step)
 
-        for _ in range(10 * PER_TURN):
-            wheel.call_later(1, end)
+        begin(end)
         await asyncio.sleep(2)
         return found
 
@@ -266,8 +296,9 @@ async def test_an_answer_that_waits_is_the_same(keyed: Server) -> None:
         b"PUT /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
         post("/v1/models/switch", b"{}", "application/json"),
         post("/v1/completions", b"x", "text/plain"),
+        BROKEN,
     ],
-    ids=["401", "404", "405", "403", "415"],
+    ids=["401", "404", "405", "403", "415", "400 of the model"],
 )
 async def test_whoever_is_refused_again_and_again_waits(keyed: Server, request_: bytes) -> None:
     """And nobody else of the same address, on connections that are there and on new ones."""
@@ -390,13 +421,34 @@ async def test_who_waits_for_a_refusal_gives_way(keyed: Server) -> None:
         await other.close()
 
 
-@pytest.mark.parametrize("model", ["nobody", "qwen"], ids=["unknown", "not active"])
+@pytest.mark.parametrize("model", ["nobody", "qwen", ""], ids=["unknown", "not active", "broken"])
 async def test_nothing_is_held_for_a_refusal_that_waits(keyed: Server, model: str) -> None:
-    """Its body is gone."""
+    """Its body is gone, and so is its place in the model, for which a switch would wait."""
     body = b'{"model": "%s", "prompt": "%s"}' % (model.encode(), b"x" * 10_000)
-    request = post("/v1/completions", body, "application/json")
+    request = post("/v1/completions", body, "application/json") if model else BROKEN
     async with listening_with(keyed, FEW) as at, held(at, request):
         assert 0 == keyed.app.router.bodies.held_bytes
+        admin = {"Authorization": "Bearer admin"}
+        switched = await keyed.post("/v1/models/switch", json={"model": "qwen"}, headers=admin)
+        assert 200 == switched.status_code
+
+
+async def test_a_refusal_of_the_model_that_waits_is_the_same(keyed: Server) -> None:
+    """But for the times in it."""
+    async with listening_with(keyed, LimitsConfig(refusals_per_second=20)) as at:
+        client = await Raw.connect(at.port)
+        told = []
+        for _ in range(65):
+            await client.send(BROKEN)
+            told.append(await client.answer())
+        await client.close()
+
+    changing = ("date", "x-hotswap-waited")
+    for one in told:
+        for name in changing:
+            one.headers.pop(name, None)
+    assert [told[0]] * 65 == told
+    assert 400 == told[0].status
 
 
 @pytest.mark.usefixtures("endless")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
+@lru_cache(maxsize=4096)
 def ip_address(text: str) -> IPAddress:
     """The address, without the zone (`%eth0`) that may follow it; an IPv4 one in IPv6 as IPv4.
 

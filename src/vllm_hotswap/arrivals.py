@@ -2,8 +2,9 @@
 
 The event loop's own servers take one connection in each turn, and build all that belongs to it, so
 that whoever comes behind thousands of connections that are reset at once waits for all of that.
-Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
-and a file. A connection is built with its first byte.
+Here many are taken in a turn, and looked at in turns of their addresses, so that who comes from
+another one does not wait behind thousands. What is dead already is closed, and what says nothing
+costs a place and a file. A connection is built with its first byte.
 
 Where an address owes refusals, a new connection from there may have to wait. What it has sent is
 looked at before it is read: who asks for what is going to be refused waits; who asks for what needs
@@ -18,8 +19,9 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Scope
@@ -37,8 +39,15 @@ from vllm_hotswap.refusals import (
     Refusals,
 )
 
-PER_TURN = 16
+ACCEPTED_PER_TURN = 64
 """Connections that are accepted in one turn of the event loop."""
+
+PER_TURN = 8
+"""Steps in one turn: a connection that is looked at, or built. Each costs ten times accepting one.
+"""
+
+MOST_WAITING = 1024
+"""Connections that are accepted and not looked at yet. Others wait in the system's queue."""
 
 PEEK_BYTES = 8 << 10
 """Of what a connection says first, that are looked at. A longer head is not."""
@@ -56,6 +65,51 @@ def in_doubt(_: Scope) -> Outlook:
     return Outlook.IN_DOUBT
 
 
+class Steps:
+    """What is done in which turn of the event loop, for whom: clients go round.
+
+    The mutable state is how many more steps there are in this turn, and which wait, by the client.
+    """
+
+    def __init__(self) -> None:
+        self._left = PER_TURN
+        self._is_turning = False
+        self._waiting: OrderedDict[Hashable, deque[Callable[[], None]]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return self._count
+
+    def take(
+        self, loop: asyncio.AbstractEventLoop, client: Hashable, step: Callable[[], None]
+    ) -> None:
+        """Take it at once, if this turn has room for it; when it is its client's turn otherwise."""
+        if self._left:
+            self._left -= 1
+            self._go_on(loop)
+            step()
+        else:
+            self._waiting.setdefault(client, deque()).append(step)
+            self._count += 1
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._is_turning:
+            self._is_turning = True
+            loop.call_soon(self._turn, loop)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_turning = False
+        self._left = PER_TURN
+        while self._waiting and self._left:
+            client, steps = self._waiting.popitem(last=False)
+            step = steps.popleft()
+            self._count -= 1
+            if steps:
+                self._waiting[client] = steps  # behind all others
+            self.take(loop, client, step)
+
+
 @dataclass(slots=True)
 class Door:
     """What all listening sockets of a server share."""
@@ -67,13 +121,15 @@ class Door:
     """Connections of which no byte has come."""
     outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt
     """Of a request, by the `type`, `method`, `path`, `root_path` and `headers` of its scope."""
+    steps: Steps = field(default_factory=Steps)
 
 
 class Arrival:
     """A connection that has been accepted.
 
     The mutable state is its place, until the connection that is built takes it over, and what is
-    waited for: the first byte, the end of what its address owes, or that of a TLS handshake.
+    waited for: its turn, the first byte, the end of what its address owes, or that of a TLS
+    handshake.
     """
 
     def __init__(
@@ -82,6 +138,7 @@ class Arrival:
         self.loop = acceptor.loop
         self.client = client
         self.address = None if client is None else client[0]
+        self._client = acceptor.door.places.client_of(self.address)
         self._acceptor = acceptor
         self._door = acceptor.door
         self._sock = sock
@@ -95,11 +152,23 @@ class Arrival:
         return f"<Arrival client={self.client}>"
 
     def begin(self) -> None:
-        """Build the connection at once, if there is something to read; wait for it otherwise."""
-        if (said := _said(self._sock)) is False:
-            self._sock.close()
-            return
+        """Build the connection, if there is something to read; wait for it otherwise."""
         self._acceptor.arrivals.add(self)
+        self._in_turn(self._begin)
+
+    def _in_turn(self, step: Callable[[], None]) -> None:
+        """Do that when it is its client's turn, unless it has ended by then."""
+
+        def once() -> None:
+            if self in self._acceptor.arrivals:
+                step()
+
+        self._door.steps.take(self.loop, self._client, once)
+
+    def _begin(self) -> None:
+        if (said := _said(self._sock)) is False:
+            self._end()
+            return
         self.place = self._door.places.take(self, self.address)
         if self.place is None:
             self._build()  # to be told so
@@ -140,7 +209,7 @@ class Arrival:
         self._deaf()
         self._door.silent.end(self)
         if said:
-            self._come_in()
+            self._in_turn(self._come_in)
         else:
             self._end()
 
@@ -161,7 +230,7 @@ class Arrival:
 
     def _wait_s(self) -> float:
         """How long it has to wait before it is built, or looked at again."""
-        client = self._door.places.client_of(self.address)
+        client = self._client
         if client is None:
             return 0.0  # many have the same one
         refusals, waited_s = self._door.refusals, self.loop.time() - self._came_s
@@ -279,7 +348,9 @@ class Acceptor:
         self._resting = self.loop.call_later(REST_S, self._hear)
 
     def _readable(self) -> None:
-        for _ in range(PER_TURN):
+        for _ in range(ACCEPTED_PER_TURN):
+            if len(self.door.steps) >= MOST_WAITING:
+                return
             try:
                 sock, client = self._sock.accept()
             except OSError as error:  # nobody waits, or it has gone, or there is no file for it

@@ -14,7 +14,7 @@ TICK_S = 0.05
 
 
 PER_TURN = 16
-"""Waits of a `Wheel` that end in one turn of the event loop."""
+"""Waits that end in one turn of the event loop, of one `Wheel` or of one kind of deadline."""
 
 
 class Waiter(Protocol):
@@ -59,7 +59,8 @@ class Deadlines(Generic[W]):
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now_s = loop.time()
-        over = list(itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items()))
+        due = itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items())
+        over = list(itertools.islice(due, PER_TURN))
         for connection, _ in over:
             del self._ends_s[connection]
         try:

@@ -19,6 +19,7 @@ from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.media import FORM_PIECE_BYTES, FORMS, media_type
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.pace import PER_TURN, give_back
+from vllm_hotswap.refusals import hold_back, let_in
 from vllm_hotswap.registry import Lease
 
 _AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
@@ -30,6 +31,13 @@ LAST_SEND_S = 3.0
 PARKED_COMMENT = b": parked\n\n"
 COMMENT_S = 10.0
 """How often the event stream of a request that waits or is parked says that it is still there."""
+
+
+CLIENT_LEFT = 499
+"""The status that a server notes for a client that has not waited. Source: nginx."""
+
+REFUSAL_BYTES = 64 << 10
+"""Of the body of an application's refusal that is set aside; a longer one is passed on at once."""
 
 
 class AnswerCut(Exception):
@@ -173,6 +181,8 @@ class Answer:
         self._instead: bytearray | None = None
         """What the application says instead of the event stream that has begun."""
         self._is_between_events = True
+        self._refusal: list[Message] = []
+        """The application's refusal, set aside: it may have to wait, and its lease must not."""
         self._commenting: asyncio.Task[None] | None = None
 
     def follow(self, lease: Lease) -> None:
@@ -208,9 +218,45 @@ class Answer:
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 self.lease.status = message["status"]
         self._speak()
+        if self._refusal or self._is_refusal(message):
+            await self._set_aside(message)
+            return
+        if message["type"] in ("http.response.start", "websocket.accept"):
+            let_in(self._scope)
         rest = self._go_on_with(message) if self.is_ahead else message
         if rest is not None:
             await self._tell(rest)
+
+    def _is_refusal(self, message: Message) -> bool:
+        """Whether it begins an answer that tells of a mistake of the client's."""
+        if message["type"] != "http.response.start" or self.is_ahead or self.lease is None:
+            return False
+        return 400 <= message["status"] < CLIENT_LEFT and not self.lease.client_left
+
+    async def _set_aside(self, message: Message) -> None:
+        self._refusal.append(message)
+        is_body = message["type"] == "http.response.body"
+        if is_body and not message.get("more_body", False):
+            self.complete = True
+            if self.lease is not None:
+                self.lease.is_answered = True
+        elif sum(len(part.get("body", b"")) for part in self._refusal) > REFUSAL_BYTES:
+            await self._tell_refusal()
+
+    async def _tell_refusal(self) -> None:
+        messages, self._refusal = self._refusal, []
+        for message in messages:
+            await self._tell(message)
+
+    async def give_refusal(self) -> None:
+        """Tell the application's refusal, if there is one, when it is the client's turn.
+
+        To be called once the lease has ended.
+        """
+        if self._refusal:
+            self.on_body = None
+            await hold_back(self._scope)
+            await self._tell_refusal()
 
     async def _tell(self, message: Message) -> None:
         match message["type"]:
@@ -332,6 +378,7 @@ class Answer:
         A client that does not read must not keep its lease, for which a drain waits.
         """
         self.close()
+        self._refusal.clear()
         try:
             async with asyncio.timeout(LAST_SEND_S):
                 await self._say(cause)

@@ -20,6 +20,9 @@ _BACKSLASH = ord("\\")
 LARGE_BYTES = 2 << 20
 """Bodies from here on are put together beside the event loop."""
 
+TURNS_BYTES = 256 << 10
+"""Bodies take turns in being read, once there is so much of one."""
+
 OWN_BODY_BYTES = 1 << 20
 """Of the body of a request to one of our own routes, which parse it in one go."""
 
@@ -173,6 +176,7 @@ class Bodies:
         self.are_own = are_own
         size = OWN_POT_BYTES if are_own else limits.held_bytes
         self.ledger = Ledger(size, limits.held_share)
+        self._reading = asyncio.Lock()  # lets in whoever came first
 
     def __repr__(self) -> str:
         return f"<Bodies {self.ledger!r}>"
@@ -181,6 +185,11 @@ class Bodies:
     def held_bytes(self) -> int:
         """What they hold together."""
         return self.ledger.held
+
+    async def turn(self) -> None:
+        """Return when the next piece of a large body may be read: one in a turn of the loop."""
+        async with self._reading:
+            await asyncio.sleep(0)
 
     def hold(self, account: Account = EVERYBODY) -> HeldBody:
         return HeldBody(self, account)
@@ -221,6 +230,8 @@ class HeldBody:
                 self._watch(deadline)
                 while (message := await receive()).get("more_body", False):
                     chunks.append(self._take(message))
+                    if self._size >= TURNS_BYTES:
+                        await self._bodies.turn()
         except TimeoutError:
             raise BodyTimeout(self._limits.body_timeout, self._limits.body_rate, PACE_S) from None
         finally:

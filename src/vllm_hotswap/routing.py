@@ -39,7 +39,6 @@ from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
-from vllm_hotswap.refusals import let_in
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following, Owners
 from vllm_hotswap.rights import Account
@@ -106,6 +105,7 @@ class Router:
                 refusal = await self._take(scope, receive, answer, held, account)
             if refusal is not None:  # which may have to wait, and nothing is held for it meanwhile
                 await answer.refuse(refusal)
+            await answer.give_refusal()
         except ClientGone:
             pass
         except ClientDisconnected:
@@ -262,7 +262,6 @@ class Router:
             with self._coordinator.reserved(alias, asking.requests):
                 async with self._coordinator.lease(alias, terms, look_at) as lease:
                     await waiting.end()
-                    let_in(scope)
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.account = asking.account.name

@@ -393,9 +393,9 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="refusals (4xx) of the server's own that a client's address, or a key "
-            "that is known, gets at once, three times as many in one go; further ones come late, "
-            "by 5 seconds at most. Behind a proxy, name it with `--forwarded-allow-ips`"
+            description="refusals (4xx) a second that a client's address, or a key that is "
+            "known, gets at once, three times as many in one go; further ones come late, by 5 "
+            "seconds at most. Behind a proxy, name it with `--forwarded-allow-ips`"
         ),
     ] = 10
 

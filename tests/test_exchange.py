@@ -1,0 +1,119 @@
+"""One request's answer, and what becomes of a refusal of its application."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from vllm_hotswap.errors import AdapterUnavailable
+from vllm_hotswap.exchange import REFUSAL_BYTES, Answer
+from vllm_hotswap.refusals import DOOR
+from vllm_hotswap.registry import Lease
+
+
+class Door:
+    """Notes who is refused and who is served, and holds nobody back."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def refused(self, _: object) -> None:
+        self.told.append("refused")
+
+    def let_in(self, _: object) -> None:
+        self.told.append("let in")
+
+
+class Said:
+    """An answer, what its client was told, and its door."""
+
+    def __init__(self) -> None:
+        self.door = Door()
+        self.sent: list[Message] = []
+        scope = {"type": "http", "path": "/v1/completions", DOOR: lambda: self.door}
+        self.answer = Answer(scope, self._receive, self._send)
+        self.lease = Lease("llama", 1, None)
+        self.answer.follow(self.lease)
+
+    async def _receive(self) -> Message:
+        raise AssertionError("nobody listens")
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def start(self, status: int) -> None:
+        await self.answer.send({"type": "http.response.start", "status": status, "headers": []})
+
+    async def body(self, content: bytes, **more: Any) -> None:
+        await self.answer.send({"type": "http.response.body", "body": content, **more})
+
+    @property
+    def told(self) -> tuple[list[int], bytes]:
+        """Statuses, and the body."""
+        statuses = [message["status"] for message in self.sent if "status" in message]
+        return statuses, b"".join(message.get("body", b"") for message in self.sent)
+
+
+async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> None:
+    """It is whole until then, in pieces or not, and noted as what the client got."""
+    said = Said()
+    await said.start(400)
+    await said.body(b"no", more_body=True)
+    assert not said.lease.is_answered
+    await said.body(b"pe")
+
+    assert ([], (True, 400)) == (said.sent, (said.lease.is_answered, said.lease.status))
+    await said.answer.give_refusal()
+    await said.answer.give_refusal()
+    assert ([400], b"nope") == said.told
+    assert ["refused"] == said.door.told
+
+
+@pytest.mark.parametrize("status", [200, 302, 499, 500])
+async def test_other_answers_are_passed_on(status: int) -> None:
+    """Of them, the client is no cause, or has gone: none counts as a refusal."""
+    said = Said()
+    await said.start(status)
+    await said.body(b"words")
+
+    assert ([status], b"words") == said.told
+    await said.answer.give_refusal()
+    assert ["let in"] == said.door.told
+
+
+async def test_a_long_refusal_is_passed_on() -> None:
+    """Nothing large is kept."""
+    said = Said()
+    await said.start(404)
+    await said.body(bytes(REFUSAL_BYTES), more_body=True)
+    assert not said.sent
+    await said.body(b"x", more_body=True)
+    assert ([404], bytes(REFUSAL_BYTES) + b"x") == said.told
+    await said.body(b"y")
+
+    assert said.told[1].endswith(b"xy")
+    assert said.answer.complete
+
+
+async def test_a_refusal_that_is_cut_is_no_answer() -> None:
+    """There is one answer, and it says why."""
+    said = Said()
+    await said.start(400)
+    await said.answer.cut(AdapterUnavailable("llama", "it has failed"))
+    await said.answer.give_refusal()
+
+    statuses, body = said.told
+    assert [503] == statuses
+    assert b"it has failed" in body
+
+
+async def test_who_has_left_is_not_refused() -> None:
+    """Whoever gives up often is not kept waiting for it."""
+    said = Said()
+    said.lease.client_left = True
+    await said.start(400)
+    await said.body(b"")
+
+    assert "refused" not in said.door.told
