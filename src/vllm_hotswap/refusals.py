@@ -2,10 +2,10 @@
 
 A refusal costs the server about as much as any small call, and its client nothing: neither a place
 in an engine nor tokens. Each client's address, and each key that is known, has a token bucket of
-them. Where it is empty, an answer waits until its turn in the bucket comes, `MAX_PAUSE_S` at most. That
-holds for the server's own refusals, and for those of a model's application.
-Who asks for what is let in is never held back for it, and pays for refusals of the same address:
-many users may share one. A key that is nobody's has no bucket: strangers may send the same one.
+them. Where it is empty, an answer waits until its turn in the bucket comes, `MAX_PAUSE_S` at most.
+That holds for the server's own refusals, and for those of a model's application. Who asks for what
+is let in is never held back for it, and pays for refusals of the same address: many users may share
+one. A key that is nobody's has no bucket: strangers may send the same one.
 
 New connections of an address in debt wait, too, by what their first head is going to come to.
 """
