@@ -92,22 +92,22 @@ format: setup ## Put the code into its standard form
 	$(BIN)/ruff format
 
 bench: setup ## Measure switches and throughput; results go to bench-results
-	$(BIN)/python -m vllm_hotswap.bench --out bench-results
+	$(BIN)/python -m benchmarks --out bench-results
 
 bench-residency: setup ## Measure switches from every residency, memory and drift; the same place
-	$(BIN)/python -m vllm_hotswap.bench.residency --out bench-results
+	$(BIN)/python -m benchmarks.residency --out bench-results
 
 bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over the load; the same place
-	$(BIN)/python -m vllm_hotswap.bench.scheduling --out bench-results
+	$(BIN)/python -m benchmarks.scheduling --out bench-results
 
 bench-auto: setup ## Measure the mode auto under two policies, and the simulator beside it
-	$(BIN)/python -m vllm_hotswap.bench.auto --out bench-results
+	$(BIN)/python -m benchmarks.auto --out bench-results
 
 bench-floods: setup ## Flood a server in every way, and see how long others wait; 50 minutes
-	$(BIN)/python -m vllm_hotswap.bench.floods --out bench-results
+	$(BIN)/python -m benchmarks.floods --out bench-results
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
-	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results
+	$(BIN)/python -m benchmarks.soak --out bench-results
 
 # Not after setup, which brings vLLM's build for the CPU: PYTHON is one with the build for CUDA.
 check-gpu: ## See that it works on this machine's NVIDIA GPU, and how fast: make check-gpu PYTHON=... ARGS=...
@@ -130,4 +130,4 @@ audit-record: setup ## Record the known vulnerabilities of the pinned versions a
 clean: ## Remove all environments, caches and results
 	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* \
 		htmlcov build dist bench-results
-	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

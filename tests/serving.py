@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from vllm_hotswap import event_loop
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.bench.fake_server import FLAGS
-from vllm_hotswap.engines.fake import FakeHost, FakeSettings
 from vllm_hotswap.listen import Listener
 from vllm_hotswap.progress import EventLog, StartupProgress, configure_logging
 from vllm_hotswap.server import serve
+from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_server import FLAGS
 
 
 def flags(**given: object) -> argparse.Namespace:

@@ -17,11 +17,11 @@ import httpx
 
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.engines.fake import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.events import Event
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
 CHAT = "/v1/chat/completions"
 OPEN = Access(dev_mode=True)

@@ -13,8 +13,8 @@ from tests.adapters import write_adapter_for
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.access import Access
-from vllm_hotswap.engines.fake import MAX_RANK
 from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.testing.fake_engine import MAX_RANK
 
 ADAPTERS = "/admin/models/{}/adapters"
 

@@ -14,9 +14,9 @@ from starlette.routing import Route
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.access import Access
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.settings import RecoveryConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 SWITCH = "/v1/models/switch"
 MIB = 1 << 20

@@ -10,7 +10,7 @@ from tests.conftest import MakeServer
 from tests.support import CHAT, Server
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import CrossOrigin, HotswapApp
-from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 PAGE = "https://page.example"
 PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST"}

@@ -102,7 +102,7 @@ LAYERS = [
         "host.lora",
         "host.state",
     },
-    {"events", "budget", "engines.base", "engines.fake_responses"},
+    {"events", "budget", "engines.base", "testing.fake_responses"},
     {"settings"},
     {
         "asked",
@@ -149,7 +149,7 @@ LAYERS = [
         "compat.grammars",
         "compat.rehearsals",
         "host.process",
-        "host.fake",
+        "testing.fake_process_host",
     },
     {
         "coordinator",
@@ -178,7 +178,15 @@ LAYERS = [
         "responses",
     },
     {"lora_modules", "compat.preview", "engines.adapters"},
-    {"routing", "operations", "host.obey", "flags", "launch", "engines.link", "engines.fake"},
+    {
+        "routing",
+        "operations",
+        "host.obey",
+        "flags",
+        "launch",
+        "engines.link",
+        "testing.fake_engine",
+    },
     {"engines.base_memory"},
     {
         "admin",
@@ -188,14 +196,14 @@ LAYERS = [
         "misspelt",
         "schema",
         "engines.vllm",
-        "engines.fake_process",
+        "testing.fake_process",
         "host.__main__",
-        "host.fake_main",
+        "testing.fake_process_main",
     },
     {"own_routes"},
     {"app"},
     {"server"},
-    {"demo", "bench", "remote"},
+    {"demo", "remote", "testing.fake_server"},
     {"cli"},
     {"reference"},
     {"entrypoints.openai.multi_model_api_server", "__main__"},
@@ -250,7 +258,7 @@ def imports(path: Path) -> Iterator[str]:
 def height(module: str) -> int:
     """Which layer a module, or the package that it belongs to, is in."""
     for number, layer in enumerate(LAYERS):
-        if module in layer or module.split(".", maxsplit=1)[0] in layer & {"bench"}:
+        if module in layer:
             return number
     raise AssertionError(f"{module} is in no layer; add it to LAYERS")
 

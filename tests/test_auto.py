@@ -12,12 +12,12 @@ import pytest
 from tests.conftest import MakeServer, Play
 from tests.support import CHAT, Server
 from vllm_hotswap.engines.base import Previewed
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 BAD_STREAM = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
 

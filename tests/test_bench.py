@@ -12,13 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_hotswap import demo
-from vllm_hotswap.bench import medium, report
-from vllm_hotswap.bench.__main__ import choose, parse
-from vllm_hotswap.bench.client import BadAnswer, Connection, dechunk, last_event
-from vllm_hotswap.bench.load import prompts
-from vllm_hotswap.bench.servers import Model, Server, ServerFailed, flags, hotswap_config, log_tail
-from vllm_hotswap.bench.stats import (
+from benchmarks import medium, report
+from benchmarks.__main__ import choose, parse
+from benchmarks.client import BadAnswer, Connection, dechunk, last_event
+from benchmarks.load import prompts
+from benchmarks.servers import Model, Server, ServerFailed, flags, hotswap_config, log_tail
+from benchmarks.stats import (
     Bar,
     alternate,
     pair_ratios,
@@ -26,6 +25,7 @@ from vllm_hotswap.bench.stats import (
     ratio,
     summarize,
 )
+from vllm_hotswap import demo
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import ConfigError
 

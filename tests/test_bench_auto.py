@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_hotswap.bench.auto import agreement, results, workloads
-from vllm_hotswap.bench.auto.__main__ import parse
-from vllm_hotswap.bench.auto.agreement import Recorded, Simulated
-from vllm_hotswap.bench.auto.checkpoints import GREETINGS
-from vllm_hotswap.bench.auto.play import Outcome, Played, judge
-from vllm_hotswap.bench.auto.run import Case, Found
-from vllm_hotswap.bench.auto.workloads import LEAST_TOKENS, WARM_UP, Amount, prompt, workload
-from vllm_hotswap.bench.client import BadAnswer
-from vllm_hotswap.bench.wire import End, Reply
+from benchmarks.auto import agreement, results, workloads
+from benchmarks.auto.__main__ import parse
+from benchmarks.auto.agreement import Recorded, Simulated
+from benchmarks.auto.checkpoints import GREETINGS
+from benchmarks.auto.play import Outcome, Played, judge
+from benchmarks.auto.run import Case, Found
+from benchmarks.auto.workloads import LEAST_TOKENS, WARM_UP, Amount, prompt, workload
+from benchmarks.client import BadAnswer
+from benchmarks.wire import End, Reply
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import PolicySettings
 from vllm_hotswap.simulate.costs import Costs

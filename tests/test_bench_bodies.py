@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.bench import bodies
+from benchmarks import bodies
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.model_field import from_json
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.bench import compare
-from vllm_hotswap.bench.compare import FIGURES, OURS, Turn, interval
+from benchmarks import compare
+from benchmarks.compare import FIGURES, OURS, Turn, interval
 from vllm_hotswap.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.floods import __main__ as floods
+from benchmarks.floods.attacker import AttackerFailed, again, attacker
+from benchmarks.floods.kinds import KINDS
+from benchmarks.floods.line import Attack, Target
+from benchmarks.floods.victim import first_token, whole_answer
+from benchmarks.wire import End, Reply
 from tests.conftest import MakeServer
 from tests.listening import listening
 from vllm_hotswap.access import Access
-from vllm_hotswap.bench.floods import __main__ as floods
-from vllm_hotswap.bench.floods.attacker import AttackerFailed, again, attacker
-from vllm_hotswap.bench.floods.kinds import KINDS
-from vllm_hotswap.bench.floods.line import Attack, Target
-from vllm_hotswap.bench.floods.victim import first_token, whole_answer
-from vllm_hotswap.bench.wire import End, Reply
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.rights import Group, PerMinute, Rights
 from vllm_hotswap.settings import LimitsConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import heads
 from tests.conftest import MakeServer
 from tests.listening import listening
-from vllm_hotswap.bench import heads
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]
 

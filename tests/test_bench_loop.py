@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import loop
 from tests.conftest import MakeServer
 from tests.listening import listening
-from vllm_hotswap.bench import loop
 
 CASE = "/v1/completions, prompts"
 

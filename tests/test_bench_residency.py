@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import demo
-from vllm_hotswap.bench import medium, report
-from vllm_hotswap.bench.residency import (
+from benchmarks import medium, report
+from benchmarks.residency import (
     alternative,
     drift,
     number,
@@ -23,14 +22,15 @@ from vllm_hotswap.bench.residency import (
     restart,
     switches,
 )
-from vllm_hotswap.bench.residency.__main__ import PARTS, QUICK, Counts, markdown, parse
-from vllm_hotswap.bench.residency.checkpoints import SIZES, Checkpoint, home, settings, tiny
-from vllm_hotswap.bench.residency.fit import Line, least_squares, residual
-from vllm_hotswap.bench.residency.limits import Limit, LimitMeter
-from vllm_hotswap.bench.residency.processes import Held, fields, held
-from vllm_hotswap.bench.residency.remote import DOWN, PHASES, STATES, Switch
-from vllm_hotswap.bench.residency.steps import steps
-from vllm_hotswap.bench.servers import flags, hotswap_config
+from benchmarks.residency.__main__ import PARTS, QUICK, Counts, markdown, parse
+from benchmarks.residency.checkpoints import SIZES, Checkpoint, home, settings, tiny
+from benchmarks.residency.fit import Line, least_squares, residual
+from benchmarks.residency.limits import Limit, LimitMeter
+from benchmarks.residency.processes import Held, fields, held
+from benchmarks.residency.remote import DOWN, PHASES, STATES, Switch
+from benchmarks.residency.steps import steps
+from benchmarks.servers import flags, hotswap_config
+from vllm_hotswap import demo
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import ConfigError
 
@@ -222,7 +222,7 @@ def test_progress_goes_to_the_log_where_there_is_no_terminal(
 ) -> None:
     """A few lines, the last one at the end, and every item once."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with caplog.at_level("INFO", logger="vllm_hotswap.bench"):
+    with caplog.at_level("INFO", logger="benchmarks"):
         assert list(range(12)) == list(steps(range(12), "cycles"))
 
     assert "cycles: 12 of 12" == caplog.messages[-1]

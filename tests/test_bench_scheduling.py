@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.bench import scheduling
+from benchmarks import scheduling
 from vllm_hotswap.policy import Policy, PolicySettings
 from vllm_hotswap.simulate.costs import Costs
 from vllm_hotswap.simulate.generate import Shape, generate

@@ -23,10 +23,10 @@ from vllm_hotswap import server
 from vllm_hotswap.access import Access, KeyFlags
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import load_config
-from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.listen import Listener
 from vllm_hotswap.progress import EventLog, StartupProgress
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 pytestmark = pytest.mark.slow
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import medium
 from tests.cuda import FakeCuda
 from tests.test_cuda_driver import FakeNvml
 from tools.gpu import check, checkpoints, hog, pack, phases, report, runner, serving, thin, unpack
@@ -44,7 +45,6 @@ from tools.gpu.sizes import BIG, MID, SMALL, Room, Sizes, choose, weights_bytes
 from tools.gpu.stock import Side, utilization
 from tools.gpu.task import END_S as STOP_S, SHORTEST_S, Rounds, Task
 from vllm_hotswap import demo
-from vllm_hotswap.bench import medium
 from vllm_hotswap.host import cuda_driver
 from vllm_hotswap.host.cuda_driver import Driver
 

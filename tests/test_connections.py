@@ -30,9 +30,9 @@ from tests.listening import (
 from tests.support import Server
 from vllm_hotswap import connections
 from vllm_hotswap.access import Access
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 SMALL = LimitsConfig(head_bytes=4000, head_fields=20, url_bytes=1000)

@@ -25,7 +25,6 @@ from vllm_hotswap import server
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.cross_site import SAFE_METHODS, CrossSite
-from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import CrossOriginRefused, HostRefused
 from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.log_lines import escape_records
@@ -33,6 +32,7 @@ from vllm_hotswap.model_routes import WEBSOCKET
 from vllm_hotswap.progress import StartupProgress
 from vllm_hotswap.routes import Route
 from vllm_hotswap.settings import SwitchingConfig
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 PLAIN, FORM = "text/plain;charset=UTF-8", "application/x-www-form-urlencoded"
 CROSS = {"Sec-Fetch-Site": "cross-site"}

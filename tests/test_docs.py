@@ -16,9 +16,9 @@ from vllm_hotswap import demo, errors, failpoints, reference, remote
 from vllm_hotswap.cli import make_parser
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
-from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.metrics import SwitchMetrics
 from vllm_hotswap.states import TRANSITIONS, Residency, Step, SwitchPhase
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from vllm_hotswap.caches import GIVEN
-from vllm_hotswap.engines.fake_process import FakeProcessHost
 from vllm_hotswap.environment import (
     shut_out_others,
     shut_out_others_for_a_look,
     shut_out_writers,
 )
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.testing.fake_process import FakeProcessHost
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 SOURCE = Path(__file__).parent.parent / "src"

@@ -27,7 +27,7 @@ from tests.faults import RawClient, wait_until
 from tests.killable import KillableServer
 from tests.support import Server
 from tests.virtual import VirtualLoop
-from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 pytestmark = pytest.mark.slow
 

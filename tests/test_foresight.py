@@ -8,9 +8,9 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.events import PredictionSettled
 from vllm_hotswap.planner import Usage
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20
 ALIASES = ("a", "b", "c")

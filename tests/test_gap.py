@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from vllm_hotswap.bench.gap import Fates, Gaps, ends, fates, split
-from vllm_hotswap.bench.wire import End, Reply
+from benchmarks.gap import Fates, Gaps, ends, fates, split
+from benchmarks.wire import End, Reply
 
 GOLDEN = "one two"
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import Play
 from tests.support import Server
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.events import SwitchEnded
 from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 REST = {"llama": ModelPolicy(idle_sleep_s=10, idle_unload_s=60)}
 

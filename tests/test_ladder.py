@@ -15,11 +15,11 @@ from tests.conftest import MakeServer
 from tests.depth import examples
 from tests.support import Recorder, Server, settled
 from vllm_hotswap.coordinator import Coordinator
-from vllm_hotswap.engines.fake import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.events import ModelMoved, PhaseChanged, PinChanged
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, ModelPolicy
+from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
 MIB = 1 << 20
 ALIASES = ("llama", "qwen", "mistral")

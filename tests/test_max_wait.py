@@ -12,13 +12,13 @@ from tests.conftest import Play
 from tests.depth import examples
 from tests.support import CHAT, Server
 from tests.virtual import VirtualLoop
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.events import SwitchEnded
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.policies import POLICIES
 from vllm_hotswap.policy import WORKED_S, Decision, Policy, PolicySettings, Snapshot, SwitchTo
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.scheduler import RequestTerms
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server, Stream
 from vllm_hotswap.access import Access
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.planner import Usage
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20
 ADMIN = {"authorization": "Bearer admin"}

@@ -12,12 +12,12 @@ from typing import Any
 
 from tests.conftest import Play
 from tests.support import Server, Stream
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestsParked, RequestsResumed
 from vllm_hotswap.exchange import COMMENT_S
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20
 NO_SLEEP = FakeSettings(weights_bytes=2 * MIB, kv_bytes=2 * MIB, levels=frozenset())

@@ -12,13 +12,13 @@ from tests import test_shared_device
 from tests.conftest import MakeServer, Play
 from tests.support import Server
 from tests.test_shared_device import ALIASES, MIB
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Model, ModelPolicy
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency, WakeProgress
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 GPU = replace(test_shared_device.GPU, slices=5)
 """6 MiB awake, 1 MiB asleep: a slice is 1 MiB."""

@@ -9,13 +9,13 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.access import Access
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import RateLimited
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.limits import Rate
 from vllm_hotswap.rates import ELSEWHERE, Rates
 from vllm_hotswap.rights import EVERYBODY, Account, Group, PerMinute, Rights
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 ANN, BEN = Account("key ann", "ann", is_bounded=True), Account("key ben", "ben", is_bounded=True)
 ADMIN = Account("admin", "root", is_admin=True)

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
 from vllm_hotswap.registry import Lease, Registry
 from vllm_hotswap.states import IllegalTransition, Residency, Step
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 
 @pytest.fixture

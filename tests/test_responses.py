@@ -12,11 +12,11 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server, Stream
 from vllm_hotswap.access import Access
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.responses import answered_id
 from vllm_hotswap.rights import Group, Rights
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 RESPONSES = "/v1/responses"
 

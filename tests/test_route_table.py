@@ -12,7 +12,6 @@ from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.access import Access, Role
 from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
 from vllm_hotswap.routes import (
     VLLM_ADMIN_ROUTES,
@@ -21,6 +20,7 @@ from vllm_hotswap.routes import (
     Route,
     RouteTable,
 )
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 KEYS = Access(user_keys=("user",), admin_keys=("admin",))
 CALLERS: dict[str, dict[str, str]] = {

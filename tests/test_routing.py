@@ -21,11 +21,11 @@ from tests.conftest import MakeServer
 from tests.support import CHAT, Server
 from tests.walk import Shape, World
 from vllm_hotswap.drain import CUT_GRACE_S
-from vllm_hotswap.engines.fake import FakeSettings
 from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import ClientEvicted, RequestEnded
 from vllm_hotswap.exchange import PARKED_COMMENT, AnswerCut
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
 EMBEDDINGS = "/v1/embeddings"

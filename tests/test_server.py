@@ -34,7 +34,6 @@ from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.audit import AuditLog
 from vllm_hotswap.config import parse_config
 from vllm_hotswap.devices import CUDA_WORKER, device_of
-from vllm_hotswap.engines.fake import FakeHost
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.listen import Listener, ListenFlags
@@ -42,6 +41,7 @@ from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import StartupProgress
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.signals import Stopped
+from vllm_hotswap.testing.fake_engine import FakeHost
 
 Serving = asyncio.Task[int]
 PAGE = "https://page.example"

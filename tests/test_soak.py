@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap import demo
-from vllm_hotswap.bench.client import BadAnswer
-from vllm_hotswap.bench.soak import results
-from vllm_hotswap.bench.soak.__main__ import parse
-from vllm_hotswap.bench.soak.actors import choose_case, choose_manner, seeded
-from vllm_hotswap.bench.soak.cases import ALIASES, Case, all_cases, cosine, refuse_alike
-from vllm_hotswap.bench.soak.conduct import Found, configuration
-from vllm_hotswap.bench.soak.growth import (
+from benchmarks.client import BadAnswer
+from benchmarks.soak import results
+from benchmarks.soak.__main__ import parse
+from benchmarks.soak.actors import choose_case, choose_manner, seeded
+from benchmarks.soak.cases import ALIASES, Case, all_cases, cosine, refuse_alike
+from benchmarks.soak.conduct import Found, configuration
+from benchmarks.soak.growth import (
     Sample,
     Use,
     growth_per_restart,
@@ -29,8 +28,8 @@ from vllm_hotswap.bench.soak.growth import (
     sample,
     settled,
 )
-from vllm_hotswap.bench.soak.ledger import Ledger, Outcome, Verdict, judge, judge_call
-from vllm_hotswap.bench.soak.run import (
+from benchmarks.soak.ledger import Ledger, Outcome, Verdict, judge, judge_call
+from benchmarks.soak.run import (
     RECOVERY_S,
     Kill,
     Plan,
@@ -38,8 +37,9 @@ from vllm_hotswap.bench.soak.run import (
     Switched,
     take_goldens,
 )
-from vllm_hotswap.bench.stats import pooled_slope, student_t
-from vllm_hotswap.bench.wire import PATIENT, Manner, Reply, ask
+from benchmarks.stats import pooled_slope, student_t
+from benchmarks.wire import PATIENT, Manner, Reply, ask
+from vllm_hotswap import demo
 from vllm_hotswap.config import load_config
 
 CASE = Case("llama", "/v1/completions", "Hello", 3)

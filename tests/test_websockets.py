@@ -10,7 +10,7 @@ import websockets
 from tests.conftest import MakeServer
 from tests.listening import listening
 from tests.support import Server
-from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.testing.fake_engine import FakeSettings
 
 REALTIME = "/v1/realtime"
 SPEECH = FakeSettings(tasks=("realtime",))

@@ -19,13 +19,13 @@ from typing import Any, Literal, TypeVar
 from tests.support import CHAT, OPEN, settled
 from tests.virtual import START_S, VirtualLoop
 from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.engines.fake import UNLIMITED, WORDS, FakeHost, FakeSettings
 from vllm_hotswap.events import Event, RequestEnded, ResidencyChanged, SwitchEnded
 from vllm_hotswap.exchange import AnswerCut
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, ModelPolicy
 from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency
+from vllm_hotswap.testing.fake_engine import UNLIMITED, WORDS, FakeHost, FakeSettings
 
 ALIASES = ("llama", "qwen", "mistral")
 MIB = 1 << 20

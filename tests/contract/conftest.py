@@ -12,7 +12,7 @@ from tests.cores import on_cores, share_of_cores
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.engines.fake import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
 
 ALIASES = ("llama", "qwen")
 

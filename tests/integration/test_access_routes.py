@@ -19,11 +19,11 @@ from vllm_hotswap.access import Access, Role
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write
-from vllm_hotswap.engines.fake import FakeHost
-from vllm_hotswap.engines.fake_responses import FakeResponses
 from vllm_hotswap.launch import ModelLaunch, parse_flags, prepare
 from vllm_hotswap.model_routes import WEBSOCKET, ModelRoutes
 from vllm_hotswap.routes import VLLM_REFUSED
+from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_responses import FakeResponses
 
 MOUNTED_WITH = {
     "generate": ("llama", ("generate",)),

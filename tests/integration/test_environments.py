@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks import medium
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.watching import MemoryWatch
 from tests.ports import free_port
-from vllm_hotswap.bench import medium
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import CpuDevice

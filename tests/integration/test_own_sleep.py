@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import medium
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.bench import medium
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import CpuDevice
 from vllm_hotswap.engines.base_memory import expected_memory

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks import medium
 from tests.integration.conftest import events
 from tests.integration.processes import (
     QUICKSTART_MODULE,
@@ -24,7 +25,6 @@ from tests.integration.processes import (
 )
 from tests.integration.watching import MemoryWatch
 from tests.ports import free_port
-from vllm_hotswap.bench import medium
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.devices import anonymous_bytes
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import medium
 from vllm_hotswap import demo
-from vllm_hotswap.bench import medium
 
 POOL = (1 << 24) + 43
 """So many numbers; an odd number, so that rows of a tensor do not repeat."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_hotswap.bench.client import Connection
-from vllm_hotswap.bench.residency.remote import Remote
+from benchmarks.client import Connection
+from benchmarks.residency.remote import Remote
 
 PROMPT = "Explain gravity to a child."
 TOKENS = 32

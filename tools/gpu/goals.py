@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.stats import median
 from tools.gpu.results import Row, figure
-from vllm_hotswap.bench.stats import median
 
 PARKED_MS = 3.0
 WAKE_FACTOR, WAKE_CONSTANT_S = 1.15, 0.3

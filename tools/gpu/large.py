@@ -9,6 +9,7 @@ import time
 
 import psutil
 
+from benchmarks.servers import Model
 from tools.gpu import checkpoints
 from tools.gpu.device import GIB, total_bytes
 from tools.gpu.goals import BIG
@@ -16,7 +17,6 @@ from tools.gpu.results import Say
 from tools.gpu.serving import GRAPHS, Counts, serve
 from tools.gpu.sizes import REHEARSAL, Room, Sizes, choose
 from tools.gpu.task import Task
-from vllm_hotswap.bench.servers import Model
 from vllm_hotswap.host.cuda_driver import Driver, check_driver
 from vllm_hotswap.nvml import device_free_bytes
 

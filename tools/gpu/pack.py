@@ -25,12 +25,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from benchmarks.environment import git_revision
 from tools.gpu.task import REVISION
 from tools.gpu.thin import NoFatbin, thin
 from tools.setup import LISTS, ROOT, Pin, canonical, parse
-from vllm_hotswap.bench.environment import git_revision
 
-PRODUCT = ("src/vllm_hotswap", "tools/__init__.py", "tools/gpu", "pyproject.toml", "LICENSE")
+PRODUCT = (
+    "src/vllm_hotswap",
+    "benchmarks",
+    "tools/__init__.py",
+    "tools/gpu",
+    "pyproject.toml",
+    "LICENSE",
+)
 UNPACK = Path(__file__).with_name("unpack.py")
 VLLM = "0.26.0"
 """The version whose CUDA build is packed; its list replaces lines of the other."""

@@ -6,11 +6,11 @@ import gc
 import time
 from typing import Any
 
+from benchmarks.stats import median
 from tools.gpu.device import MIB
 from tools.gpu.hog import pieces
 from tools.gpu.results import Say
 from tools.gpu.task import Task
-from vllm_hotswap.bench.stats import median
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.report import Table, render_table
 from tools.gpu.goals import Goal, goals
 from tools.gpu.phases import PHASES
 from tools.gpu.results import Row, find, wrong
-from vllm_hotswap.bench.report import Table, render_table
 
 FORMAT_VERSION = 1
 REHEARSAL = (

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.bench.stats import median
+from benchmarks.stats import median
 
 STAND_IN = "not checked: kernels do nothing on a stand-in"
 

@@ -20,6 +20,9 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.environment import describe
+from benchmarks.report import write
+from benchmarks.servers import log_tail
 from tools.gpu import phases, report
 from tools.gpu.check import UNUSABLE
 from tools.gpu.device import Unusable, check_device, check_packages
@@ -27,9 +30,6 @@ from tools.gpu.phases import Phase
 from tools.gpu.report import Done, Report
 from tools.gpu.results import Results, Row, line
 from tools.gpu.task import RESULTS, REVISION, Task
-from vllm_hotswap.bench.environment import describe
-from vllm_hotswap.bench.report import write
-from vllm_hotswap.bench.servers import log_tail
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks" / "gpu"

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.residency.processes import held
+from benchmarks.servers import Launcher, Model, Server
 from tools.gpu.client import Client, different
 from tools.gpu.device import MIB, used_bytes
 from tools.gpu.goals import COLD_DRIFT_MIB, drift
 from tools.gpu.results import Say
 from tools.gpu.task import Rounds, Task
-from vllm_hotswap.bench.residency.processes import held
-from vllm_hotswap.bench.servers import Launcher, Model, Server
 from vllm_hotswap.devices import anonymous_bytes
 
 GRAPHS: Mapping[str, Any] = {

@@ -15,13 +15,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
+from benchmarks.client import BadAnswer
+from benchmarks.servers import Launcher, Server
 from tools.gpu.client import Client, different
 from tools.gpu.device import MIB, total_bytes
 from tools.gpu.results import Say
 from tools.gpu.task import Task
 from tools.gpu.tiny import model as tiny_model
-from vllm_hotswap.bench.client import BadAnswer
-from vllm_hotswap.bench.servers import Launcher, Server
 from vllm_hotswap.devices import reserve_bytes
 from vllm_hotswap.host.cuda_driver import check_driver
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import medium
 from tools.gpu.device import GIB, MIB
-from vllm_hotswap.bench import medium
 from vllm_hotswap.devices import reserve_bytes
 
 BIG: Mapping[str, Any] = {

@@ -11,6 +11,8 @@ import asyncio
 import os
 from dataclasses import dataclass, field
 
+from benchmarks.servers import Launcher, Model
+from benchmarks.stats import alternate
 from tools.gpu.client import Client, different
 from tools.gpu.device import GIB, total_bytes
 from tools.gpu.goals import BIG
@@ -20,8 +22,6 @@ from tools.gpu.serving import in_s
 from tools.gpu.sizes import Sizes
 from tools.gpu.task import Rounds, Task
 from tools.gpu.tiny import model as tiny_model
-from vllm_hotswap.bench.servers import Launcher, Model
-from vllm_hotswap.bench.stats import alternate
 from vllm_hotswap.host.cuda_driver import check_driver
 
 HOME = "home"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+from benchmarks.servers import Model
 from tools.gpu.device import MIB
 from tools.gpu.results import Say
 from tools.gpu.serving import GRAPHS, Counts, serve
 from tools.gpu.task import Task
 from vllm_hotswap import demo
-from vllm_hotswap.bench.servers import Model
 
 KV_BYTES = 64 * MIB
 COUNTS = Counts(parked=50, cycles=20, cold=10)

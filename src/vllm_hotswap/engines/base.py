@@ -1,6 +1,6 @@
 """The protocols that the coordinator knows of an engine and of the process that holds all.
 
-Two implementations ship: `engines.vllm` (the real one) and `engines.fake` (complete, without
+Two implementations ship: `engines.vllm` (the real one) and `testing.fake_engine` (complete, without
 vLLM, for tests and for working on the server). `tests/contract` runs the same checks on both.
 """
 

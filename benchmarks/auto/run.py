@@ -1,0 +1,140 @@
+"""Plays every trace under both policies, at cheap and at dear switches, again and again.
+
+Each server plays all traces, one after the other. Servers take turns, in an order that alternates,
+so that whatever else the machine does hits both policies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.auto import agreement, checkpoints
+from benchmarks.auto.agreement import Simulated
+from benchmarks.auto.play import COMPLETIONS, Goldens, Played, play, take_goldens
+from benchmarks.auto.workloads import (
+    WARM_UP,
+    WARM_UP_TOKENS,
+    WORKLOADS,
+    Amount,
+    workload,
+)
+from benchmarks.client import BadAnswer
+from benchmarks.load import completion
+from benchmarks.servers import Launcher, Model, Server
+from benchmarks.wire import ask
+from vllm_hotswap import trace as traces
+from vllm_hotswap.trace import Trace, TracedSwitching
+
+log = logging.getLogger("benchmarks")
+
+POLICIES: dict[str, Mapping[str, object]] = {"fifo": {"max_wait": 3600}, "batch": {}}
+"""With settings. Who is due is admitted together with all who came before, so that, with a shorter
+`max_wait`, an overloaded `fifo` would group requests, too, and be nothing to compare with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What makes switches cost what they cost."""
+
+    width: int
+    """Of the models."""
+    sections: Mapping[str, object]
+    """Of the configuration."""
+    resident: int | None
+    """How many models are loaded at a time; None: all."""
+
+
+COSTS: Mapping[str, Cost] = {
+    "cheap": Cost(checkpoints.TINY, {}, None),
+    "dear": Cost(checkpoints.WIDE, {"memory": {"device": "704MiB"}}, 1),
+}
+"""With the latter, a model that comes up leaves no other one room for its weights, even asleep:
+every switch reads them from files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    repeats: int
+    amounts: Mapping[str, Amount]
+    """By costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is compared."""
+
+    cost: str
+    workload: str
+    policy: str
+
+
+@dataclass(slots=True)
+class Found:
+    """Of every case, what came of it each time, and what the simulator says would have."""
+
+    played: dict[Case, list[Played]] = field(default_factory=lambda: defaultdict(list))
+    simulated: dict[Case, list[Simulated]] = field(default_factory=lambda: defaultdict(list))
+
+
+async def measure(launcher: Launcher, models: Mapping[str, Sequence[Model]], plan: Plan) -> Found:
+    """All of it; which models are served is told by costs."""
+    found = Found()
+    for repeat in range(plan.repeats):
+        for cost in plan.amounts:
+            for policy in POLICIES if repeat % 2 == 0 else reversed(POLICIES):
+                log.info("auto: %s, %s, %d of %d", cost, policy, repeat + 1, plan.repeats)
+                await _serve(launcher, models[cost], plan, (cost, policy, repeat), found)
+    return found
+
+
+async def _serve(
+    launcher: Launcher,
+    models: Sequence[Model],
+    plan: Plan,
+    which: tuple[str, str, int],
+    found: Found,
+) -> None:
+    cost, policy, repeat = which
+    switching = TracedSwitching(policy=policy)
+    settings = {"mode": "auto", "policy": policy, "wait_timeout": 3600, **POLICIES[policy]}
+    sections = {"switching": settings, **COSTS[cost].sections}
+    recording = launcher.folder / f"recorded-{cost}-{policy}-{repeat}.jsonl"
+    asked = {name: workload(name, plan.amounts[cost], switching) for name in WORKLOADS}
+    arguments = ("--record", str(recording))
+    async with launcher.hotswap(*models, sections=sections, arguments=arguments) as server:
+        goldens = await take_goldens(server)
+        for name, trace in asked.items():
+            played = await _play(server, trace, goldens)
+            found.played[Case(cost, name, policy)].append(played)
+            log.info(
+                "auto: %s: %d switches, %.1f s, %d errors",
+                name,
+                played.switches,
+                played.total_s,
+                len(played.errors),
+            )
+    try:
+        parts = list(agreement.split(traces.read(recording), len(goldens), list(asked.values())))
+    except BadAnswer as error:
+        log.warning("auto: not simulated: %s", error)
+        return
+    for name, part in zip(asked, parts, strict=True):
+        case = Case(cost, name, policy)
+        played = found.played[case][-1]
+        simulated = agreement.simulated(part, asked[name], played, COSTS[cost].resident)
+        found.simulated[case].append(simulated)
+
+
+async def _play(server: Server, trace: Trace, goldens: Goldens) -> Played:
+    """From the same state on, each time."""
+    for alias in WARM_UP:
+        body = completion(alias, "Hello", WARM_UP_TOKENS)
+        reply = await ask(server.port, COMPLETIONS, body)
+        if reply.status != 200:
+            raise BadAnswer(f"a single request failed: {bytes(reply.body[:300])!r}")
+    return await play(server, trace, goldens)

@@ -1,0 +1,91 @@
+"""What is asked, and what the right answer is.
+
+Every request is one of a few cases, all greedy. Its answer is taken once, at the start, from the
+model alone. Any answer of the soak that is not this text, or a beginning of it where the answer
+was cut, is wrong, whoever gave it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.client import BadAnswer
+from benchmarks.said import Vector
+
+CHAT_MODELS = ("llama", "qwen")
+ALIASES = (*CHAT_MODELS, "embed")
+QUESTIONS = (
+    "Explain Intel Gaudi in one sentence.",
+    "What is the weather in Paris?",
+    "Who are you?",
+    "Hello",
+)
+SHORT_TOKENS, LONG_TOKENS = 12, 160
+SIMILAR = 0.9999
+"""Cosine that two embeddings of one text have at least: batches change the last digits."""
+
+Golden = str | Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request without its manner: whole or streamed, patient or not."""
+
+    alias: str
+    path: str
+    prompt: str
+    max_tokens: int = 0
+
+    @property
+    def can_stream(self) -> bool:
+        return self.max_tokens > 0
+
+    def body(self, *, stream: bool = False) -> dict[str, Any]:
+        if not self.can_stream:
+            return {"model": self.alias, "input": self.prompt}
+        body = {
+            "model": self.alias,
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        if self.path.endswith("/chat/completions"):
+            return {**body, "messages": [{"role": "user", "content": self.prompt}]}
+        return {**body, "prompt": self.prompt}
+
+
+def all_cases() -> list[Case]:
+    """Chats and completions, short and long, of both chat models; texts to embed."""
+    generated = [
+        Case(alias, path, question, tokens)
+        for alias in CHAT_MODELS
+        for path in ("/v1/completions", "/v1/chat/completions")
+        for question in QUESTIONS
+        for tokens in (SHORT_TOKENS, LONG_TOKENS)
+    ]
+    return generated + [Case("embed", "/v1/embeddings", question) for question in QUESTIONS]
+
+
+def refuse_alike(goldens: Mapping[Case, Golden]) -> None:
+    """See that the answers tell the models apart, without which nothing can be concluded.
+
+    Raises:
+        BadAnswer: an answer is empty, or two models give the same.
+    """
+    for case, golden in goldens.items():
+        if not golden:
+            raise BadAnswer(f"{case.alias!r} answers nothing to {case.prompt!r}")
+        others = (other for other in goldens if other.alias != case.alias)
+        if any(goldens[other] == golden for other in others):
+            raise BadAnswer(f"{case.alias!r} answers {case.prompt!r} as another model does")
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """0 for vectors of different lengths, which are of different models."""
+    if len(a) != len(b):
+        return 0.0
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))

@@ -1,6 +1,0 @@
-"""The benchmark of the residency ladder: what bringing a model up costs, from wherever it rests.
-
-`python -m vllm_hotswap.bench.residency` starts real servers, measures over HTTP and in /proc,
-prints tables, and writes one JSON file, one Markdown file and one plot. Nothing here looks into
-the servers.
-"""

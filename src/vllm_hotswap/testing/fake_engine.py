@@ -1,0 +1,693 @@
+"""Complete engines without vLLM: for tests, and for working on the server without a model.
+
+A fake engine answers the routes of its tasks: chat, completions and responses, streamed or not, one
+word at a time; embeddings; classification; words that come in over a websocket. Like a real one it
+takes in requests while it is parked and only answers them while it is stepped; a request that is
+running when its engine is parked freezes and goes on later. Its answers name the alias and are the
+same every time.
+
+Tests drive it: `hold` and `release` gate an operation, `fail_next` makes it fail, `kill` ends the
+host or one engine, `hang` has nothing go on any more, `corrupt` spoils what an engine generates;
+witnesses (`operations`, `verified`, `stepped_while_parked`, `most_held_bytes`) tell what happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from vllm_hotswap.adapters import read_adapter
+from vllm_hotswap.compat.stamps import make_stamp
+from vllm_hotswap.engines.base import (
+    Adapter,
+    EngineFailure,
+    EngineMemory,
+    HostStats,
+    Previewed,
+    Progress,
+    Pulse,
+)
+from vllm_hotswap.errors import (
+    ConfigError,
+    EngineUnavailable,
+    HotswapError,
+    NoRoom,
+    VerifyFailed,
+    WrongStamp,
+)
+from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
+from vllm_hotswap.planner import Footprint, Usage
+from vllm_hotswap.registry import current_lease
+from vllm_hotswap.states import Residency, WakeProgress
+from vllm_hotswap.testing.fake_responses import FakeResponses
+
+UNLIMITED = Usage(1 << 60, 1 << 60)
+
+Task = Literal["generate", "embed", "classify", "realtime"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+MAX_RANK = 16
+"""Of the adapters of a fake model."""
+
+WORDS = ["I", "am", "{alias},", "a", "fake", "engine", "of", "vllm-hotswap."]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSettings:
+    """How long things take, in seconds, and what a model holds, in bytes."""
+
+    load_s: float = 0.0
+    activate_s: float = 0.0
+    token_s: float = 0.0
+    sleep_s: float = 0.0
+    wake_s: float = 0.0
+    unload_s: float = 0.0
+    weights_bytes: int = 1 << 20
+    kv_bytes: int = 1 << 20
+    levels: frozenset[int] = frozenset([1, 2])
+    """Sleep levels that it knows."""
+    tasks: tuple[Task, ...] = ("generate", "embed")
+    """What it is for; its routes are those of these tasks."""
+    tells_tasks: bool = True
+    """Whether its configuration says which tasks it has."""
+    are_tools_strict: bool = False
+    offloads: bool = False
+    """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
+    residue_bytes: int = 0
+    """Device bytes that it holds asleep, where weights asleep are host bytes."""
+    slices: int = 0
+    """In how many parts it wakes from level 1 while another model is served; 0: in one go."""
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """One model's fake engine and frontend."""
+
+    alias: str
+    host: FakeHost
+    settings: FakeSettings = field(default_factory=FakeSettings)
+    missing_files: bool = False
+    broken_tokenizer: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.level: int | None = None
+        """0: loaded, 1 or 2: asleep at that level, None: not loaded."""
+        self.has_frontend = False
+        self.is_left = False
+        """Whether it is loaded behind a frontend that has broken."""
+        self.loads = 0
+        self.canary = "canary"
+        """What it generates to be verified; that of the first load is remembered."""
+        self.stamp = (self.alias, 0)
+        """Alias and epoch of its outputs."""
+        self._first_canary: str | None = None
+        self.prefetched = 0
+        self.slices_done = 0
+        """Of a wake before it is asked for."""
+        self.aborted = 0
+        self._released: set[str] = set()
+        self.served = 0
+        self.adapters: dict[str, Adapter] = {}
+        self._stepped = asyncio.Event()
+        self._kept = FakeResponses(self.alias, self.tokens)
+        self._app = Starlette(routes=self._all_routes())
+        self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
+
+    def __repr__(self) -> str:
+        return f"<FakeEngine {self.alias} loaded={self.is_loaded} stepped={self._stepped.is_set()}>"
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.level == 0
+
+    @property
+    def app(self) -> Starlette:
+        if not self.has_frontend:
+            raise EngineUnavailable(f"model {self.alias!r} is not loaded")
+        return self._app
+
+    @property
+    def routes(self) -> ModelRoutes | None:
+        return self._routes if self.has_frontend else None
+
+    @property
+    def foreseen(self) -> ForeseenRoutes | None:
+        if not self.settings.tells_tasks:
+            return None
+        own, every = self._paths_of(self.settings.tasks), self._paths_of(TASKS)
+        return ForeseenRoutes(self.settings.tasks, every - own, own)
+
+    @property
+    def are_tools_strict(self) -> bool:
+        return self.settings.are_tools_strict
+
+    def _paths_of(self, tasks: Iterable[Task]) -> frozenset[str]:
+        routes = [route for task in tasks for route in self._routes_of(task)]
+        return frozenset(str(getattr(route, "path", "")) for route in routes)
+
+    @property
+    def responses(self) -> FakeResponses | None:
+        return self._kept if self.has_frontend and "generate" in self.settings.tasks else None
+
+    @property
+    def memory(self) -> EngineMemory:
+        return EngineMemory(self.settings.weights_bytes, self.settings.kv_bytes)
+
+    @property
+    def footprint(self) -> Footprint:
+        weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
+        usage = {Residency.PARKED: Usage(weights + kv), Residency.COLD: Usage()}
+        if 1 in self.settings.levels:
+            residue = self.settings.residue_bytes
+            asleep = Usage(residue, weights) if self.settings.offloads else Usage(weights)
+            usage[Residency.ASLEEP] = asleep
+        if 2 in self.settings.levels:
+            usage[Residency.DISCARDED] = Usage()
+        return Footprint(usage, Usage(weights + kv))
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds now."""
+        weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
+        asleep = self.settings.residue_bytes if self.settings.offloads else weights
+        held = {0: weights + kv, 1: asleep}.get(-1 if self.level is None else self.level, 0)
+        return held + self._wake_progress.done_bytes
+
+    @property
+    def _wake_progress(self) -> WakeProgress:
+        if self.level != 1 or not self.settings.slices:
+            return WakeProgress(0, 0)
+        usage = self.footprint.usage
+        total = usage[Residency.PARKED].device - usage[Residency.ASLEEP].device
+        return WakeProgress(total * self.slices_done // self.settings.slices, total)
+
+    @property
+    def card(self) -> Mapping[str, object]:
+        return {"root": f"fake/{self.alias}", "max_model_len": 4096}
+
+    def validate(self) -> None:
+        if self.missing_files:
+            raise ConfigError(
+                f"model {self.alias!r}: the folder 'fake/{self.alias}' does not exist"
+            )
+
+    async def rehearse(self) -> None:
+        if self.broken_tokenizer and not self.has_frontend:
+            raise ConfigError(f"model {self.alias!r}: tokenizer: it cannot be read")
+
+    async def preview(self, path: str, content_type: str, body: bytes) -> Previewed:
+        if not path.startswith("/v1/"):
+            return Previewed()
+        refusal = self._refusal(json.loads(body))
+        return Previewed(refusal, is_accepted=refusal is None)
+
+    async def load(self, progress: Progress) -> None:
+        await self.bury()
+        self.loads += 1
+        for stage in ("weights", "kv_cache", "warm_up"):
+            progress(stage)
+        await self.host.operate("load", self.alias, self.settings.load_s)
+        if not self.has_frontend:
+            progress("frontend")
+            self.has_frontend = True
+        self.level = 0
+        self.host.check_budget()
+
+    async def activate(self, epoch: int, canary_first: bool = False) -> None:
+        await self.host.operate("activate", self.alias, self.settings.activate_s)
+        if not self.is_loaded:
+            raise HotswapError(f"engine {self.alias!r} is not loaded")
+        self.stamp = (self.alias, epoch)
+        self.host.step_only(self)
+
+    async def verify(self) -> None:
+        await self.host.operate("verify", self.alias, 0)
+        self._first_canary = self._first_canary or self.canary
+        if self.canary != self._first_canary:
+            raise VerifyFailed(self.alias, f"the canary is {self.canary!r}")
+
+    def release(self, requests: Collection[str]) -> None:
+        self.aborted += len(requests)
+        self._released.update(requests)
+
+    async def sleep(self, level: int) -> None:
+        await self.host.operate("sleep", self.alias, self.settings.sleep_s)
+        self._leave_memory(level)
+
+    async def wake(self) -> None:
+        left = 1 - self.slices_done / self.settings.slices if self.settings.slices else 1
+        try:
+            await self.host.operate("wake", self.alias, self.settings.wake_s * left)
+        except NoRoom:
+            self.slices_done = 0
+            raise
+        except HotswapError:
+            self.level, self.slices_done = None, 0
+            raise
+        self.level, self.slices_done = 0, 0
+        self.host.check_budget()
+
+    @property
+    def wakes_in_slices(self) -> bool:
+        return self.settings.slices > 0
+
+    async def wake_some(self) -> WakeProgress:
+        duration_s = self.settings.wake_s / max(1, self.settings.slices)
+        try:
+            await self.host.operate("wake_some", self.alias, duration_s)
+        except HotswapError:
+            self.slices_done = 0
+            raise
+        if self.level == 1:
+            self.slices_done = min(self.slices_done + 1, self.settings.slices)
+            self.host.check_budget()
+        return self._wake_progress
+
+    async def give_up_wake(self) -> None:
+        await self.host.operate("give_up_wake", self.alias, 0)
+        self.slices_done = 0
+
+    async def unload(self) -> None:
+        await self.host.operate("unload", self.alias, self.settings.unload_s)
+        self._leave_memory(None)
+
+    async def bury(self) -> None:
+        if self.is_left:
+            await self.host.operate("bury", self.alias, self.settings.unload_s)
+            self.is_left = self.has_frontend = False
+            self._leave_memory(None)
+
+    async def add_adapter(
+        self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
+    ) -> Adapter:
+        files = read_adapter(name, path, {}, is_3d)
+        if files.rank > MAX_RANK:
+            raise ConfigError(f"adapter {name!r} has rank {files.rank}, the most is {MAX_RANK}")
+        if now:
+            try:
+                await self.host.operate("add_adapter", self.alias, 0)
+            except HotswapError as error:
+                raise ConfigError(error.message) from error
+        check()
+        self.adapters[name] = adapter = Adapter(files, next(self.host.adapter_ids))
+        return adapter
+
+    def remove_adapter(self, name: str) -> None:
+        del self.adapters[name]
+
+    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
+        size = min(limit_bytes, self.settings.weights_bytes)
+        tell(size // 2)  # while it is held
+        await self.host.operate("prefetch", self.alias, 0)
+        tell(size)
+        self.prefetched = size
+        return size
+
+    def _leave_memory(self, level: int | None) -> None:
+        if self.is_stepped:
+            self.set_stepped(False)
+        self.level, self.slices_done = level, 0
+
+    # --- the engine ---------------------------------------------------------------------
+
+    async def tokens(self, max_tokens: int, name: str | None = None) -> AsyncIterator[str]:
+        """The words of an answer, as `name`; each one waits until the engine is stepped."""
+        lease, request_id = current_lease.get(), f"fake-{next(self.host.request_ids)}"
+        if lease is not None:
+            lease.requests.add(request_id)
+            if lease.ask is not None:
+                await lease.ask(max_tokens)
+        try:
+            for number in range(max_tokens):
+                await self._stepped.wait()
+                if self.settings.token_s:
+                    await asyncio.sleep(self.settings.token_s)
+                    await self._stepped.wait()  # parked meanwhile, it goes on later
+                await self.host.gate("step", self.alias)
+                self.host.check_stepped(self)
+                self._check_stamp()
+                if lease is not None:
+                    lease.output_tokens += 1
+                yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
+            self.served += 1
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted += request_id not in self._released
+            raise
+        finally:
+            self._released.discard(request_id)
+            if lease is not None:
+                lease.requests.discard(request_id)
+
+    def _check_stamp(self) -> None:
+        """As the real frontend does for every output."""
+        lease = current_lease.get()
+        if lease is not None and not lease.owns(*self.stamp):
+            lease.end(WrongStamp(lease.alias, make_stamp(*self.stamp)))
+            raise asyncio.CancelledError
+
+    def set_stepped(self, stepped: bool) -> None:
+        if stepped:
+            self._stepped.set()
+        else:
+            self._stepped.clear()
+
+    @property
+    def is_stepped(self) -> bool:
+        return self._stepped.is_set()
+
+    # --- the frontend -------------------------------------------------------------------
+
+    def add_route(self, route: BaseRoute) -> None:
+        """Have the application answer one more route."""
+        self._app.router.routes.append(route)
+        self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
+
+    def _all_routes(self) -> list[BaseRoute]:
+        routes = [route for task in self.settings.tasks for route in self._routes_of(task)]
+        return [*routes, Route("/tokenize", self._tokenize, methods=["POST"])]
+
+    def _routes_of(self, task: Task) -> list[BaseRoute]:
+        of_tasks: dict[Task, list[BaseRoute]] = {
+            "generate": [
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._completion, methods=["POST"]),
+                *self._kept.routes,
+            ],
+            "embed": [Route("/v1/embeddings", self._embedding, methods=["POST"])],
+            "classify": [Route("/classify", self._classify, methods=["POST"])],
+            "realtime": [WebSocketRoute("/v1/realtime", self._realtime)],
+        }
+        return of_tasks[task]
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._generate(
+            request, "chat.completion", lambda text: {"message": _says(text)}
+        )
+
+    async def _completion(self, request: Request) -> Response:
+        return await self._generate(request, "text_completion", lambda text: {"text": text})
+
+    async def _generate(
+        self, request: Request, kind: str, choice: Callable[[str], dict[str, Any]]
+    ) -> Response:
+        try:
+            body = await request.json()
+        except (ValueError, RecursionError):  # as vLLM's framework answers both
+            return JSONResponse({"error": {"message": "the body is no JSON", "code": 400}}, 400)
+        asked = body.get("model", self.alias)
+        if asked not in (self.alias, *self.aliases, *self.adapters):
+            return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
+        name = asked if asked in self.adapters else self.alias
+        if (refusal := self._refusal(body)) is not None:
+            return refusal
+        max_tokens = body.get("max_tokens", len(WORDS))
+        if body.get("stream"):
+            has_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            return StreamingResponse(
+                self._events(max_tokens, kind, name, has_usage), media_type="text/event-stream"
+            )
+        words = await _unless_client_leaves(request, self._words(max_tokens, name))
+        if words is None:
+            return Response(status_code=499)
+        return JSONResponse(
+            {
+                "id": "fake",
+                "object": kind,
+                "model": name,
+                "choices": [{"index": 0, **choice(" ".join(words)), "finish_reason": "stop"}],
+                "usage": {"completion_tokens": len(words)},
+            }
+        )
+
+    def _refusal(self, body: Mapping[str, Any]) -> Response | None:
+        """What can be wrong with a request."""
+        if isinstance(body.get("max_tokens", 1), int):
+            return None
+        return JSONResponse({"error": {"message": "max_tokens is no number", "code": 400}}, 400)
+
+    async def _words(self, max_tokens: int, name: str) -> list[str]:
+        return [word async for word in self.tokens(max_tokens, name)]
+
+    async def _events(
+        self, max_tokens: int, kind: str, name: str, has_usage: bool
+    ) -> AsyncIterator[str]:
+        async for word in self.tokens(max_tokens, name):
+            choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+            if kind == "chat.completion":
+                choice["delta"] = {"content": word + " "}
+            else:
+                choice["text"] = word + " "
+            chunk = {"id": "fake", "object": kind, "model": name, "choices": [choice]}
+            yield f"data: {json.dumps(chunk)}\n\n"
+        if has_usage:
+            usage = {"prompt_tokens": 1, "completion_tokens": max_tokens}
+            last = {"id": "fake", "object": kind, "model": name, "choices": [], "usage": usage}
+            yield f"data: {json.dumps(last)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def _embedding(self, request: Request) -> Response:
+        async for _ in self.tokens(1):
+            pass
+        data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
+        return JSONResponse({"object": "list", "model": self.alias, "data": data})
+
+    async def _classify(self, request: Request) -> Response:
+        async for _ in self.tokens(1):
+            pass
+        data = [{"index": 0, "label": "fake", "probs": [1.0], "num_classes": 1}]
+        return JSONResponse({"object": "list", "model": self.alias, "data": data})
+
+    async def _realtime(self, connection: WebSocket) -> None:
+        """For every text that comes in, the words of an answer."""
+        await connection.accept()
+        await connection.send_json({"type": "session.created"})
+        with suppress(WebSocketDisconnect):
+            while True:
+                count = len((await connection.receive_text()).split())
+                async for word in self.tokens(count):
+                    await connection.send_json({"type": "transcription.delta", "delta": word})
+                await connection.send_json({"type": "transcription.done"})
+
+    async def _tokenize(self, request: Request) -> Response:
+        words = str((await request.json()).get("prompt", "")).split()
+        return JSONResponse({"count": len(words), "tokens": list(range(len(words)))})
+
+
+class FakeHost:
+    """Holds fake engines; steps the active one."""
+
+    engine_type: type[FakeEngine] = FakeEngine
+
+    def __init__(
+        self,
+        aliases: tuple[str, ...],
+        settings: Mapping[str, FakeSettings] | None = None,
+        budget: Usage = UNLIMITED,
+        further: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """`further` are names that clients may send besides an alias."""
+        settings, further = settings or {}, further or {}
+        self.budget = self._whole_budget = budget
+        self.base_bytes = 0
+        self.is_device_shared = False
+        """Whether it looks at what others hold."""
+        self.others_bytes = 0
+        self.taken_bytes = 0
+        """What others hold of the device; seen when it is looked at."""
+        self._engines = {
+            alias: self.engine_type(
+                alias, self, settings.get(alias, FakeSettings()), aliases=further.get(alias, ())
+            )
+            for alias in aliases
+        }
+        self.adapter_ids = itertools.count(1)
+        self.request_ids = itertools.count(1)
+        self._died: asyncio.Future[str] | None = None
+        self._gates: dict[tuple[str, str], asyncio.Event] = {}
+        self._failures: dict[tuple[str, str], list[HotswapError]] = defaultdict(list)
+        self._callbacks: list[EngineFailure] = []
+        self._answers = asyncio.Event()
+        self._answers.set()
+        self.restarts = 0
+        self.operations: list[tuple[str, str]] = []
+        """What engines were told to do, but for canaries."""
+        self.verified: list[str] = []
+        self.stepped_while_parked = 0
+        self.operated_for_a_request = 0
+        """What an engine is told to do is no part of a request, whoever has caused it."""
+        self.most_held_bytes = 0
+        self.is_running = False
+        self.step_s = 0.0
+        """How long the step under way has taken, as `ping` tells it."""
+
+    def __repr__(self) -> str:
+        stepped = [engine.alias for engine in self._engines.values() if engine.is_stepped]
+        return f"<FakeHost engines={list(self._engines)} stepped={stepped}>"
+
+    @property
+    def engines(self) -> Mapping[str, FakeEngine]:
+        return self._engines
+
+    @property
+    def died(self) -> asyncio.Future[str]:
+        if self._died is None:
+            self._died = asyncio.get_running_loop().create_future()
+        return self._died
+
+    async def start(self) -> None:
+        self.is_running = True
+
+    async def stop(self) -> None:
+        self.is_running = False
+
+    def stats(self) -> HostStats:
+        return HostStats(os.getpid(), sum(e.held_bytes for e in self._engines.values()))
+
+    def on_engine_failed(self, callback: EngineFailure) -> None:
+        self._callbacks.append(callback)
+
+    async def look(self, used_bytes: int) -> None:
+        if self._answers.is_set() and self.died.done():
+            raise EngineUnavailable(self.died.result())
+        self.others_bytes = self.taken_bytes
+        self.budget = replace(
+            self._whole_budget, device=self._whole_budget.device - self.others_bytes
+        )
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        self._died = asyncio.get_running_loop().create_future()
+        await self.operate("restart", "", 0)
+
+    async def ping(self) -> Pulse:
+        died = self.died
+        await self._answers.wait()
+        if died.done():
+            raise EngineUnavailable(died.result())
+        return Pulse(self.step_s)
+
+    # --- what engines do through it ---------------------------------------------------------
+
+    async def operate(self, operation: str, alias: str, duration_s: float) -> None:
+        died = self.died
+        self.operated_for_a_request += current_lease.get() is not None
+        if operation == "verify":
+            self.verified.append(alias)
+        else:
+            self.operations.append((operation, alias))
+        if duration_s:
+            await asyncio.wait([died], timeout=duration_s)
+        await self.gate(operation, alias)
+        if not self._answers.is_set():
+            await self._answers.wait()
+        if died.done():
+            raise EngineUnavailable(died.result())
+        if failures := self._failures[operation, alias]:
+            raise failures.pop(0)
+
+    async def gate(self, operation: str, alias: str) -> None:
+        if gate := self._gates.get((operation, alias)):
+            await gate.wait()
+
+    def step_only(self, active: FakeEngine) -> None:
+        for engine in self._engines.values():
+            engine.set_stepped(engine is active)
+
+    def check_stepped(self, engine: FakeEngine) -> None:
+        if not engine.is_stepped:
+            self.stepped_while_parked += 1
+
+    def check_budget(self) -> None:
+        """Note the most that all engines have ever held."""
+        self.most_held_bytes = max(self.most_held_bytes, self.stats().used_bytes)
+
+    # --- what tests do ------------------------------------------------------------------------
+
+    def hold(self, operation: str, alias: str) -> None:
+        """Have `load`, `activate`, `sleep`, `step` ... of the alias wait for `release`."""
+        self._gates[operation, alias] = asyncio.Event()
+
+    def release(self, operation: str, alias: str) -> None:
+        self._gates.pop((operation, alias)).set()
+
+    def fail_next(self, operation: str, alias: str, error: HotswapError | None = None) -> None:
+        """Have the next `load`, `wake`, `activate` ... of the alias fail."""
+        failure = error or HotswapError(f"{operation} of {alias!r} was made to fail")
+        self._failures[operation, alias].append(failure)
+
+    def kill(self, why: str = "the engine host was killed by signal 9") -> None:
+        """End the host as a signal would: nothing is stepped, and what is asked of it fails."""
+        for engine in self._engines.values():
+            engine.set_stepped(False)
+            engine.level, engine.slices_done = None, 0
+            engine.is_left = False
+        for (operation, _), gate in self._gates.items():
+            if operation not in ("step", "restart"):
+                gate.set()
+        self._answers.set()
+        self.step_s = 0.0
+        if not self.died.done():
+            self.died.set_result(why)
+
+    def kill_engine(self, alias: str, cause: str = "RuntimeError: step failed") -> None:
+        """End one engine as an exception in its step would."""
+        engine = self._engines[alias]
+        engine.set_stepped(False)
+        engine.level, engine.slices_done = None, 0
+        for callback in self._callbacks:
+            callback(alias, cause, engine.loads)
+
+    def break_frontend(self, alias: str, cause: str = "its frontend is broken") -> None:
+        """Have what one engine generates reach nobody; it stays where it is, and is stepped."""
+        engine = self._engines[alias]
+        engine.is_left = True
+        for callback in self._callbacks:
+            callback(alias, cause, engine.loads)
+
+    def hang(self) -> None:
+        """Do nothing and answer nothing any more, until it is killed."""
+        for engine in self._engines.values():
+            engine.set_stepped(False)
+        self._answers.clear()
+
+    def corrupt(self, alias: str) -> None:
+        """Have an engine generate something else from now on."""
+        self._engines[alias].canary = "corrupt"
+
+
+def _says(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+async def _unless_client_leaves(
+    request: Request, work: Coroutine[Any, Any, list[str]]
+) -> list[str] | None:
+    """The result of `work`, or None if the client left first: vLLM's routes listen, too."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
