@@ -142,11 +142,8 @@ class Sides:
         config = self.folder / "models.yaml"
         config.write_text(json.dumps(hotswap_config(models), indent=1), encoding="utf-8")
         port = free_port()
-        command = [sys.executable, "-P", "-m"]
-        if self.is_fake:
-            command += ["vllm_hotswap.testing.fake_server", str(config)]
-        else:
-            command += ["vllm_hotswap", "serve", str(config), "--host", "127.0.0.1", *COMMON_FLAGS]
+        command = [sys.executable, "-P", "-m", "vllm_hotswap", "serve", str(config)]
+        command += ["--host", "127.0.0.1", *COMMON_FLAGS, *(["--fake"] if self.is_fake else [])]
         variables = {"PYTHONPATH": str(self.trees[side])}
         log_file = self.out / f"compare-{side}-{port}.log"
         command += ["--port", str(port)]

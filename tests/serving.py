@@ -16,12 +16,14 @@ from vllm_hotswap.listen import Listener
 from vllm_hotswap.progress import EventLog, StartupProgress, configure_logging
 from vllm_hotswap.server import serve
 from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
-from vllm_hotswap.testing.fake_server import FLAGS
+from vllm_hotswap.testing.fake_server import parse_flags
 
 
 def flags(**given: object) -> argparse.Namespace:
     """Flags of the server as vLLM's parser gives them, on 127.0.0.1."""
-    return argparse.Namespace(**{**FLAGS, **given})
+    quiet = {"uvicorn_log_level": "warning", "disable_uvicorn_access_log": True}
+    parsed, _ = parse_flags(["--port", "0"])
+    return argparse.Namespace(**{**vars(parsed), **quiet, **given})
 
 
 def main(argv: Sequence[str]) -> int:

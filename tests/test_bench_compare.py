@@ -41,10 +41,9 @@ def test_the_other_side_runs_from_the_other_tree(
 ) -> None:
     """One that cannot serve does not: the comparison ends, and shows what it said."""
     package = tmp_path / "src" / "vllm_hotswap"
-    (package / "bench").mkdir(parents=True)
+    package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "bench" / "__init__.py").touch()
-    (package / "bench" / "fake_server.py").write_text("raise SystemExit('the other tree')")
+    (package / "__main__.py").write_text("raise SystemExit('the other tree')")
     given = ["--before", str(tmp_path / "src"), "--fake", "--quick", "--out", str(tmp_path)]
 
     assert 1 == compare.main(given)

@@ -25,7 +25,6 @@ from vllm_hotswap import demo
 log = logging.getLogger("benchmarks")
 
 ALIAS = "llama"
-FAKE_SERVER = "vllm_hotswap.testing.fake_server"
 PHASES = ("before", "during", "after")
 CONNECTIONS = 2048
 """Of the server, so that one attacker can take them all."""
@@ -166,11 +165,8 @@ async def flooded(folder: Path, out: Path, is_fake: bool) -> AsyncIterator[Flood
     config = folder / "floods.yaml"
     config.write_text(_configuration(demo.write(folder / "models").parent), encoding="utf-8")
     port = free_port()
-    if is_fake:
-        command = ["-m", FAKE_SERVER, str(config), "--port", str(port)]
-    else:
-        command = ["-m", "vllm_hotswap", "serve", str(config), *COMMON_FLAGS]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+    command = ["-m", "vllm_hotswap", "serve", str(config), *COMMON_FLAGS]
+    command += ["--host", "127.0.0.1", "--port", str(port), *(["--fake"] if is_fake else [])]
     variables = {
         "VLLM_API_KEY": f"{attacker_key},{victim_key}",
         "VLLM_HOTSWAP_ADMIN_KEY": admin_key,

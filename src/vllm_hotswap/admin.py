@@ -107,6 +107,7 @@ class Admin:
                 model.alias: _model_status(model, coordinator) for model in coordinator.registry
             },
             "host": {
+                "is_fake": self._host.is_fake,
                 "pid": stats.pid,
                 "used_bytes": stats.used_bytes,
                 "restarts": coordinator.recovery.restarts,

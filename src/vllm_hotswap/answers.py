@@ -238,8 +238,9 @@ class ModelStatus(TypedDict):
 
 
 class HostStatus(TypedDict):
-    """The engine host's process."""
+    """The engine host's process; `is_fake`: answers are made up, without vLLM."""
 
+    is_fake: bool
     pid: int
     used_bytes: int
     restarts: int

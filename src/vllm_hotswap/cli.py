@@ -206,6 +206,12 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
         help="write a trace of requests and switches to a new file, for `vllm-hotswap simulate`; "
         "it holds no prompts and no answers",
     )
+    serve.add_argument(
+        "--fake",
+        action="store_true",
+        help="without vLLM and without models: engines that say the same few words, for whoever "
+        "writes a client; on 127.0.0.1, if no --host is given",
+    )
     _add_settings(serve)
     serve.set_defaults(run=_serve)
 
@@ -312,6 +318,11 @@ def _fill_demo(demo: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--serve", action="store_true", help="leave the server running")
     demo.add_argument(
+        "--fake",
+        action="store_true",
+        help="without vLLM: engines that say the same few words; a server in a second",
+    )
+    demo.add_argument(
         "--port",
         type=_port,
         help="port (default: 8000; without --serve, any free one if it is not)",
@@ -395,7 +406,12 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
         listen = ListenFlags(
             args.uds_mode, args.port_file, _names(args.allowed_hosts), _names(forwarded)
         )
-        return server.run(config, flags, keys, args.record, listen, args.audit_log)
+        engines: server.Engines | None = None
+        if args.fake:
+            from vllm_hotswap.testing.fake_server import FakeEngines
+
+            engines = FakeEngines()
+        return server.run(config, flags, keys, args.record, listen, args.audit_log, engines)
 
 
 def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
@@ -454,7 +470,9 @@ def _demo(args: argparse.Namespace, _: Sequence[str]) -> int:
     if args.write is not None:
         print(demo.write(args.write))
         return 0
-    return demo.serve(args.port or demo.PORT) if args.serve else demo.run(args.port)
+    if args.serve:
+        return demo.serve(args.port or demo.PORT, args.fake)
+    return demo.run(args.port, args.fake)
 
 
 if __name__ == "__main__":

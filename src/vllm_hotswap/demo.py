@@ -27,6 +27,8 @@ from vllm_hotswap.signals import EarlyStop, Stopped, interruptible, signal_when_
 if TYPE_CHECKING:
     import httpx
 
+    from vllm_hotswap.server import Engines
+
 MODELS = Path(__file__).parent / "tiny_models"
 PORT = 8000
 """That of vLLM's server, of ours, and of the commands that call it."""
@@ -104,8 +106,12 @@ def write(folder: Path) -> Path:
     return path
 
 
-def serve(port: int) -> int:
-    """Serve the tiny models on 127.0.0.1 until told to stop, with switching open."""
+def serve(port: int, is_fake: bool = False) -> int:
+    """Serve the tiny models on 127.0.0.1 until told to stop, with switching open.
+
+    Args:
+        is_fake: on fake engines, without vLLM.
+    """
     from vllm_hotswap import server
     from vllm_hotswap.config import load_config
     from vllm_hotswap.progress import configure_logging
@@ -114,13 +120,23 @@ def serve(port: int) -> int:
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     with tempfile.TemporaryDirectory(prefix="vllm-hotswap-demo-") as folder:
         config = load_config(write(Path(folder)))
-        return server.run(config, ["--host", "127.0.0.1", "--port", str(port)])
+        flags = ["--host", "127.0.0.1", "--port", str(port)]
+        return server.run(config, flags, engines=fake_engines() if is_fake else None)
 
 
-def run(port: int | None = None) -> int:
+def fake_engines() -> Engines:
+    from vllm_hotswap.testing.fake_server import FakeEngines
+
+    return FakeEngines()
+
+
+def run(port: int | None = None, is_fake: bool = False) -> int:
     """Start a server, run the quickstart's requests, show each with its answer, stop.
 
     Without a port it is `PORT`, or a free one where that is taken.
+
+    Args:
+        is_fake: on fake engines, without vLLM; they call no tools.
 
     Returns:
         The exit status: 0 if every answer was what it should be, 128 and the number of a signal
@@ -129,7 +145,7 @@ def run(port: int | None = None) -> int:
     early = EarlyStop()
     with _listening(early):
         try:
-            _run(port or (PORT if _is_free(PORT) else free_port()), early)
+            _run(port or (PORT if _is_free(PORT) else free_port()), is_fake, early)
         except Stopped:
             return 128 + early.number
     return 0
@@ -150,24 +166,28 @@ def _listening(early: EarlyStop) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def _run(port: int, early: EarlyStop) -> None:
+def _run(port: int, is_fake: bool, early: EarlyStop) -> None:
     with ExitStack() as exits, early.ended():
         with early.held():
             made = tempfile.TemporaryDirectory(prefix="vllm-hotswap-demo-")
             folder = Path(exits.enter_context(made))
         path = write(folder)
-        online_flow(_start_server(path, folder / "server.log", port, exits, early))
-    _say(closing(port))
+        client = _start_server(path, folder / "server.log", port, is_fake, exits, early)
+        online_flow(client)
+        if not is_fake:
+            tool_flow(client)
+    _say(closing(port, is_fake))
 
 
-def closing(port: int) -> str:
+def closing(port: int, is_fake: bool = False) -> str:
     """What has been shown, and what to do next."""
+    fake = " --fake" if is_fake else ""
     return f"""
 Done: one server process answered as llama and then as qwen, without a restart. The third model,
 embed, was loaded beside them.
 
 Next, leave such a server running, and paste the commands above into another terminal:
-$ {program()} demo --serve --port {port}
+$ {program()} demo --serve{fake} --port {port}
 
 To serve models of your own, write these ones with their models.yaml, and edit that:
 $ {program()} demo --write hotswap-demo"""
@@ -191,6 +211,9 @@ def online_flow(client: httpx.Client) -> None:
     answer = chat(client, "qwen")
     _expect("qwen" in answer["choices"][0]["message"]["content"], "an answer of qwen")
 
+
+def tool_flow(client: httpx.Client) -> None:
+    """One more request of it, of which a parser of the model's makes a tool call."""
     _title("5. Tool calls, which only qwen is configured for")
     answer = chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
     calls = answer["choices"][0]["message"]["tool_calls"]
@@ -257,7 +280,7 @@ def _expect(fulfilled: bool, what: str) -> None:
 
 
 def _start_server(
-    path: Path, log: Path, port: int, exits: ExitStack, early: EarlyStop
+    path: Path, log: Path, port: int, is_fake: bool, exits: ExitStack, early: EarlyStop
 ) -> httpx.Client:
     """Start a server process as the quickstart does; it ends with `exits`, or this process."""
     import httpx
@@ -268,8 +291,16 @@ def _start_server(
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(path),
     }
-    command = [sys.executable, "-m", SERVER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
-    _say(f"# one server for three tiny models, on 127.0.0.1:{port}, started as the quickstart says")
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    if is_fake:
+        command = [sys.executable, "-m", "vllm_hotswap", "serve", str(path), "--fake", *where]
+        _say(f"# one server with fake engines for three models, on 127.0.0.1:{port}")
+    else:
+        command = [sys.executable, "-m", SERVER_MODULE, *where]
+        _say(
+            f"# one server for three tiny models, on 127.0.0.1:{port}, "
+            "started as the quickstart says"
+        )
     with early.held(), log.open("wb") as output:
         process = subprocess.Popen(
             command,

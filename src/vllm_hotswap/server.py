@@ -15,9 +15,9 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -44,7 +44,13 @@ from vllm_hotswap.environment import (
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags, check_address
+from vllm_hotswap.listen import (
+    LAST_ANSWERS_S,
+    Listener,
+    ListenFlags,
+    Refresher,
+    check_address,
+)
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
@@ -90,6 +96,111 @@ class Server(uvicorn.Server):
         yield
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What is known while a server starts."""
+
+    config: ServerConfig
+    flags: Sequence[str]
+    access: Access
+    listen: ListenFlags
+    early: EarlyStop
+    exits: contextlib.ExitStack
+    """Of the server: whatever ends it, what is in here is closed."""
+    starting: contextlib.ExitStack
+    """Of the start alone: what is in here is closed if the server never comes to serve."""
+
+    def bind(
+        self,
+        args: argparse.Namespace,
+        log_config: dict[str, Any] | None = None,
+        refresher: Refresher | None = None,
+    ) -> Listener:
+        """Take the address and the keys of the flags, as vLLM's parser gives them.
+
+        Raises:
+            ConfigError: one of them cannot work; the message names it.
+        """
+        self.access.use_user_keys(args.api_key)
+        args.api_key = None
+        _tell_of_open_key(args.ssl_keyfile)
+        with self.early.held():
+            listener = Listener.open(args, log_config, refresher, self.listen)
+            self.exits.callback(listener.close)
+        return listener
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What serves the models, with the address bound."""
+
+    host: EngineHost
+    listener: Listener
+    load: Sequence[str]
+    """Models to load at the start."""
+    vllm_version: str
+
+
+class Engines(Protocol):
+    """Where a server's engines come from. The methods are called once, in this order."""
+
+    def check(self, flags: Sequence[str]) -> None:
+        """See, before anything is opened, whether there are such engines.
+
+        Raises:
+            ConfigError: there are not, or the address cannot be bound.
+        """
+
+    def look_at_environment(self) -> None:
+        """Note what the engines need of it, before it is cleaned."""
+
+    def prepare(self, start: Start) -> Prepared:
+        """Make the engines' host, and bind the address.
+
+        Raises:
+            HotswapError: that cannot be done; the message says why.
+        """
+
+
+class VllmEngines:
+    """vLLM's own, in an engine host process."""
+
+    def __init__(self) -> None:
+        self._link: HostLink | None = None
+
+    def check(self, flags: Sequence[str]) -> None:
+        require_vllm()
+        check_address(flags)
+
+    def look_at_environment(self) -> None:
+        self._link = HostLink()
+
+    def prepare(self, start: Start) -> Prepared:
+        config, link = start.config, self._link
+        assert link is not None
+        start.starting.callback(link.kill)
+        raised_file_limit()  # the engine host is to have it from its start
+        with start.early.held():
+            link.spawn()
+            use_temporary_folder(link.folder)
+        with no_collection(), waiting("loading vLLM"):
+            # These import vLLM: seconds, during which the host does the same.
+            from vllm_hotswap import launch
+            from vllm_hotswap.compat import frontend, versions
+            from vllm_hotswap.engines.vllm import VllmHost
+
+            version = versions.vllm_version()
+            if doubt := versions.warning(version):
+                log.warning("event=vllm_not_tried %s", doubt)
+            namespaces = launch.parse_flags(config, start.flags)
+            args = namespaces[""]
+            log_config = frontend.uvicorn_log_config(args)
+            listener = start.bind(args, log_config, frontend.certificate_refresher)
+            models = launch.prepare(config, namespaces).models
+        load = [model.alias for model in models if model.load_at_startup]
+        return Prepared(VllmHost(link, models, config.memory), listener, load, version)
+
+
 def run(
     config: ServerConfig,
     flags: Sequence[str],
@@ -97,6 +208,7 @@ def run(
     record: Path | None = None,
     listen: ListenFlags | None = None,
     audit: Path | None = None,
+    engines: Engines | None = None,
 ) -> int:
     """Serve until told to stop. Returns the exit status.
 
@@ -107,14 +219,16 @@ def run(
         record: a new file for a trace of what happens.
         listen: what it says of the address, besides vLLM's flags.
         audit: a file that gets a line for every call that changes state.
+        engines: what generates; vLLM's, if not given.
 
     Raises:
         HotswapError: it cannot be started; the message says why.
     """
     early = EarlyStop()
     early.listen(signal.SIGTERM)
+    engines = engines or VllmEngines()
     try:
-        return _run(config, flags, keys, record, listen or ListenFlags(), audit, early)
+        return _run(config, flags, keys, record, listen or ListenFlags(), audit, early, engines)
     except Stopped:
         log.info("event=stopped phase=start")
         return 0
@@ -130,20 +244,19 @@ def _run(
     listen: ListenFlags,
     audit: Path | None,
     early: EarlyStop,
+    engines: Engines,
 ) -> int:
     listen = replace(listen, umask=shut_out_writers())
     models_file = ModelsFile.read(config.path)
     access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()
-    require_vllm()
-    check_address(flags)
-    folders = config.adapter_folders
+    engines.check(flags)
     # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
     with contextlib.ExitStack() as exits, early.ended():
         audit_log = _audit_log(audit, exits)
         recorders = () if record is None else (_recorder(record, config, exits, early),)
         shut_out_others()
-        link = HostLink()
+        engines.look_at_environment()
         _clean_environment()
         # Until there is a loop to handle it; the engine host never does.
         if _hears_hangups(access, audit_log):
@@ -151,43 +264,19 @@ def _run(
         else:
             early.listen(signal.SIGHUP)
         starting = exits.enter_context(contextlib.ExitStack())
-        starting.callback(link.kill)
-        raised_file_limit()  # the engine host is to have it from its start
-        with early.held():
-            link.spawn()
-            use_temporary_folder(link.folder)
-        with no_collection(), waiting("loading vLLM"):
-            # These import vLLM: seconds, during which the host does the same.
-            from vllm_hotswap import launch
-            from vllm_hotswap.compat import frontend, versions
-            from vllm_hotswap.engines.vllm import VllmHost
-
-            version = versions.vllm_version()
-            if doubt := versions.warning(version):
-                log.warning("event=vllm_not_tried %s", doubt)
-            namespaces = launch.parse_flags(config, flags)
-            args = namespaces[""]
-            access.use_user_keys(args.api_key)
-            args.api_key = None
-            _tell_of_open_key(args.ssl_keyfile)
-            log_config = frontend.uvicorn_log_config(args)
-            refresher = frontend.certificate_refresher
-            with early.held():
-                listener = Listener.open(args, log_config, refresher, listen)
-                exits.callback(listener.close)
-            models = launch.prepare(config, namespaces).models
+        start = Start(config, flags, access, listen, early, exits, starting)
+        prepared = engines.prepare(start)
+        listener, load = prepared.listener, prepared.load
         early.hold()
-        host = VllmHost(link, models, config.memory)
-        load = [model.alias for model in models if model.load_at_startup]
         progress = StartupProgress(load)
         app = HotswapApp(
-            host,
+            prepared.host,
             access,
             config.switching,
             observers=(EventLog(), progress, *recorders),
-            vllm_version=version,
+            vllm_version=prepared.vllm_version,
             policies=policies(config),
-            adapter_folders=folders,
+            adapter_folders=config.adapter_folders,
             limits=config.limits,
             recovery=config.recovery,
             isolation=config.isolation,
@@ -462,6 +551,8 @@ def banner(app: HotswapApp, address: str) -> str:
             f"KV {memory.kv_bytes / (1 << 20):8.1f} MiB"
         )
         lines.append(f"  {model.alias:<{width}}  {model.residency.value:<9} {holds}")
+    if app.host.is_fake:
+        lines.append("  fake engines: answers are made up, no model is loaded")
     if app.access.is_switching_closed:
         what = "admin routes are" if coordinator.is_automatic else "switching is"
         lines.append(f"  {what} closed: {HOW_TO_OPEN}")

@@ -271,6 +271,10 @@ class EngineHost(Protocol):
     """The process that holds every loaded engine and steps the active one."""
 
     @property
+    def is_fake(self) -> bool:
+        """Whether answers are made up, without vLLM."""
+
+    @property
     def engines(self) -> Mapping[str, Engine]: ...
 
     @property

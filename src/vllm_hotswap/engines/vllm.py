@@ -622,6 +622,8 @@ async def _on_daemon_thread(make: Callable[[], T]) -> T:
 class VllmHost:
     """The engine host process and the engines of all configured models."""
 
+    is_fake = False
+
     def __init__(
         self,
         link: HostLink,

@@ -492,6 +492,7 @@ class FakeHost:
     """Holds fake engines; steps the active one."""
 
     engine_type: type[FakeEngine] = FakeEngine
+    is_fake = True
 
     def __init__(
         self,

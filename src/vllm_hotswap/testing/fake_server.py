@@ -1,78 +1,91 @@
-"""`python -m vllm_hotswap.testing.fake_server FILE`: the whole server on fake engines.
+"""`vllm-hotswap serve FILE --fake`: the whole server on fake engines.
 
-It listens, checks keys, and bounds connections, heads and bodies as the real one does, and starts
-in a second, without vLLM: for trying out what is to be measured.
+For people who write clients and dashboards. It reads the same file, listens, checks keys, and
+bounds connections, heads and bodies as the real one does. It starts in a second, needs no vLLM, and
+reads no checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
+import json
+import logging
+from collections.abc import Sequence
+from typing import NoReturn
 
-from vllm_hotswap import event_loop
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.config import load_config
-from vllm_hotswap.listen import Listener
-from vllm_hotswap.progress import EventLog, StartupProgress, configure_logging
-from vllm_hotswap.server import serve
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.listen import DEFAULT_PORT
+from vllm_hotswap.server import Prepared, Start
 from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+
+log = logging.getLogger("vllm_hotswap")
+
+VERSION = "fake"
+"""In place of vLLM's."""
 
 TOKEN_S = 0.001
 
-FLAGS: Mapping[str, object] = MappingProxyType(
-    {
-        "host": "127.0.0.1",
-        "port": 0,
-        "uds": None,
-        "uvicorn_log_level": "warning",
-        "disable_uvicorn_access_log": True,
-        "root_path": None,
-        "h11_max_incomplete_event_size": 1 << 22,
-        "h11_max_header_count": 256,
-        "ssl_keyfile": None,
-        "ssl_certfile": None,
-        "ssl_ca_certs": None,
-        "ssl_cert_reqs": 0,
-        "ssl_ciphers": None,
-        "enable_ssl_refresh": False,
-        "allowed_origins": [],
-        "allowed_methods": ["*"],
-        "allowed_headers": ["*"],
-        "allow_credentials": False,
-        "shutdown_timeout": 0,
-    }
-)
-"""Of the server, as vLLM's parser gives them."""
+
+class FakeEngines:
+    """Of every model of the file, one that says the same few words."""
+
+    def __init__(self, token_s: float = TOKEN_S) -> None:
+        self._token_s = token_s
+
+    def check(self, flags: Sequence[str]) -> None:
+        parse_flags(flags)
+
+    def look_at_environment(self) -> None:
+        pass
+
+    def prepare(self, start: Start) -> Prepared:
+        args, unused = parse_flags(start.flags)
+        log.warning("event=fake_engines reason='--fake: answers are made up, no model is loaded'")
+        if unused:
+            log.warning("event=ignored flags=%r reason='fake engines have no use for them'", unused)
+        models = start.config.models
+        host = FakeHost(
+            start.config.aliases,
+            {model.alias: FakeSettings(token_s=self._token_s) for model in models},
+            further={model.alias: tuple(model.aliases) for model in models},
+        )
+        default = start.config.default_model
+        load = [m.alias for m in models if m.load == "startup" or m.alias == default]
+        return Prepared(host, start.bind(args), load, VERSION)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to stop."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_hotswap.testing.fake_server")
-    parser.add_argument("file", type=Path, help="the models file; the checkpoints are not read")
-    parser.add_argument("--port", type=int, required=True, help="of 127.0.0.1")
-    args = parser.parse_args(argv)
-    configure_logging()
-    config = load_config(args.file)
-    settings = {alias: FakeSettings(token_s=TOKEN_S) for alias in config.aliases}
-    app = HotswapApp(
-        FakeHost(config.aliases, settings),
-        Access.from_environment(os.environ, None, config.rights),
-        config.switching,
-        observers=(EventLog(),),
-        limits=config.limits,
-        recovery=config.recovery,
-        isolation=config.isolation,
-    )
-    listener = Listener.open(argparse.Namespace(**{**FLAGS, "port": args.port}))
-    progress = StartupProgress(list(config.aliases))
-    serving = serve(app, listener, config.aliases, config.default_model, progress)
-    return event_loop.run(serving)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, str]:
+    """The server's flags, named as vLLM's and with its defaults, and those that are none of them.
+
+    Only the address differs: 127.0.0.1, if none is given.
+
+    Raises:
+        ConfigError: a value is not what the flag takes.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=DEFAULT_PORT)
+    add("--uds")
+    add("--api-key", nargs="*")
+    add("--root-path")
+    add("--uvicorn-log-level", default="info")
+    add("--disable-uvicorn-access-log", action="store_true")
+    add("--shutdown-timeout", type=int, default=0)
+    add("--h11-max-incomplete-event-size", type=int, default=4 << 20)
+    add("--h11-max-header-count", type=int, default=256)
+    for name in ("keyfile", "certfile", "ca-certs", "ciphers"):
+        add(f"--ssl-{name}")
+    add("--ssl-cert-reqs", type=int, default=0)
+    add("--allow-credentials", action="store_true")
+    for name in ("methods", "headers"):
+        add(f"--allowed-{name}", type=json.loads, default=["*"])
+    add("--allowed-origins", type=json.loads, default=[])
+    parser.set_defaults(enable_ssl_refresh=False)
+    args, unused = parser.parse_known_args([*flags])
+    return args, " ".join(unused)
