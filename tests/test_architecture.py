@@ -29,6 +29,7 @@ LAYERS = [
         "start_folder",
         "signals",
         "terminal",
+        "steps",
         "turns",
     },
     {

@@ -182,6 +182,10 @@ class Upgraded(asyncio.Protocol):
             self.transport.resume_reading()
         await self._pause.last(self.shared.door.wheel, pause_s)
 
+    def note_refusal(self, scope: Scope) -> None:
+        """One is refused, and told at once."""
+        self.shared.charge(clients_of(scope))
+
     def let_in(self, scope: Scope) -> None:
         """It is served."""
         self.shared.let_in(scope)
@@ -256,7 +260,7 @@ class Connection(HttpToolsProtocol):
         limits = shared.limits
         self._shared = shared
         self._arrival: Arrival | None = arrival
-        self._client = shared.places.client_of(arrival.address)
+        self._client = arrival.key
         self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
         self._url_bytes = limits.url_bytes
         self._ahead: deque[int] = deque()
@@ -519,6 +523,10 @@ class Connection(HttpToolsProtocol):
             await self._pause.last(self._shared.door.wheel, pause_s)
         finally:
             self._pause = None
+
+    def note_refusal(self, scope: Scope) -> None:
+        """A request is refused, and told at once."""
+        self._shared.charge(clients_of(scope))
 
     def let_in(self, scope: Scope) -> None:
         """A request is served."""

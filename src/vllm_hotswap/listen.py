@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
-from vllm_hotswap.arrivals import in_doubt
+from vllm_hotswap.arrivals import MOST_WAITING, in_doubt
 from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.connections import Config, Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
@@ -358,10 +358,11 @@ def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
 
 def most_connections() -> int:
     """How many connections there may be: what is kept back of the limit of open files is for the
-    models, for the files that a load reads, sockets, the engine host.
+    models, for the files that a load reads, sockets, the engine host, and for connections that have
+    no place yet.
     """
     files = raised_file_limit()
-    return max(files - KEPT_FILES, files // 2)
+    return max(files - KEPT_FILES - MOST_WAITING, files // 2)
 
 
 def _check_tls(args: argparse.Namespace) -> None:
