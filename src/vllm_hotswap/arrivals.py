@@ -95,6 +95,7 @@ class Arrival:
         self.address = None if client is None else client[0]
         self.key = acceptor.door.places.client_of(self.address)
         """What counts as one client; None where many have the same address."""
+        self._turns_with = self.address if self.key is None else self.key
         self._acceptor = acceptor
         self._door = acceptor.door
         self._sock = sock
@@ -109,8 +110,8 @@ class Arrival:
 
     def begin(self) -> None:
         """Build the connection, if there is something to read; wait for it otherwise."""
-        if _said(self._sock) is False:
-            self._sock.close()
+        if len(self._door.steps) and _said(self._sock) is False:
+            self._sock.close()  # it takes nobody's turn
             return
         self._acceptor.arrivals.add(self)
         self._in_turn(self._begin)
@@ -122,7 +123,7 @@ class Arrival:
             if self in self._acceptor.arrivals:
                 step()
 
-        self._door.steps.take(self.loop, self.key or self.address, once)
+        self._door.steps.take(self.loop, self._turns_with, once)
 
     def _begin(self) -> None:
         if (said := _said(self._sock)) is False:
