@@ -81,6 +81,9 @@ async def test_body_is_counted_until_its_request_is_over() -> None:
     assert "<Bodies <Ledger held=0 of 1073741824 bytes>>" == repr(bodies)
 
 
+ZEROS = bytes(PIECE_BYTES)
+
+
 class Turns:
     """Counts those of the loop, and notes in which of them a body was read."""
 
@@ -103,7 +106,7 @@ class Turns:
 
         async def receive() -> dict[str, Any]:
             self.read.append((self.now, name))
-            content = bytes(left.pop(0))
+            content = ZEROS[: left.pop(0)]
             return {"type": "http.request", "body": content, "more_body": bool(left)}
 
         return receive
@@ -133,8 +136,8 @@ async def test_callers_take_turns_in_reading_bodies() -> None:
     turns, bodies = Turns(), Bodies(LimitsConfig())
     one, other = (Account(name, is_admin=True) for name in ("one", "other"))
     with contextlib.ExitStack() as held:
-        receives = [(one, turns.body("one", *[PIECE_BYTES] * 20)) for _ in range(20)]
-        receives.append((other, turns.body("other", *[PIECE_BYTES] * 20)))
+        receives = [(one, turns.body("one", *[PIECE_BYTES] * 8)) for _ in range(8)]
+        receives.append((other, turns.body("other", *[PIECE_BYTES] * 8)))
         await asyncio.gather(
             *(held.enter_context(bodies.hold(who)).read(receive) for who, receive in receives)
         )
@@ -143,7 +146,7 @@ async def test_callers_take_turns_in_reading_bodies() -> None:
     last = max(turn for turn, name in turns.read if name == "other")
     between = [turn for turn, name in turns.read if name == "one" and turn <= last]
     # Each first piece, then two for each of the other's: it asks again only when it has read one.
-    assert len(between) <= 20 + 2 * 20
+    assert len(between) <= 8 + 2 * 8
 
 
 async def test_small_pieces_take_few_turns() -> None:
