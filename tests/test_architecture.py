@@ -67,6 +67,7 @@ LAYERS = [
         "port_file",
         "planner",
         "environment",
+        "compat.gaudi",
         "compat.hashing",
         "compat.state",
         "compat.uncompiled",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_hotswap.compat import gaudi
+
 
 def executor_class(config: Any) -> type[Any]:
     from vllm.v1.executor.abstract import Executor
@@ -35,6 +37,7 @@ def prepare_host() -> None:
         import vllm_hotswap.host.cuda_worker  # noqa: F401
     elif current_platform.is_cuda_alike():
         import vllm.v1.worker.gpu_worker  # noqa: F401
+    gaudi.prepare(current_platform)
     maybe_register_config_serialize_by_value()
     _register_kernels_once(current_platform)
 
