@@ -23,7 +23,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm lint types format bench bench-residency \
+.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-gaudi lint types format bench bench-residency \
 	bench-scheduling bench-auto bench-floods soak reference hashes audit audit-record clean
 
 help: ## List the commands
@@ -70,6 +70,10 @@ test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VER
 
 check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
+
+rehearse-gaudi: ## Rehearse a Gaudi without one: PLUGIN=DIR has the vLLM Gaudi plugin, v0.26.0
+	@"$(PYTHON)" -m tools.rehearse_gaudi --plugin "$(PLUGIN)" \
+		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
 
 check: lint types ## Lint, types and the quick tests
 	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not wide and not long and not slow"

@@ -17,11 +17,15 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <unordered_map>
+#include <string>
 #include <vector>
 
 namespace {
@@ -31,34 +35,56 @@ using c10::DeviceType;
 
 const Device kHpu(DeviceType::HPU, 0);
 
+struct Counts {
+  uint64_t limit, held, peak, pieces, allocations, to_host, to_device;
+};
+
+// Where the folder FAKEHPU_BOARD is given, the counts lie in a file there, named after the process:
+// others may read them, and see whose they are.
+Counts* counts_of_this_process() {
+  const char* folder = std::getenv("FAKEHPU_BOARD");
+  if (folder != nullptr) {
+    std::string path = std::string(folder) + "/" + std::to_string(getpid());
+    int file = open(path.c_str(), O_RDWR | O_CREAT, 0600);
+    if (file >= 0 && ftruncate(file, sizeof(Counts)) == 0) {
+      void* there = mmap(nullptr, sizeof(Counts), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+      close(file);
+      if (there != MAP_FAILED) {
+        return new (there) Counts{};
+      }
+    }
+    TORCH_CHECK(false, "hpu: cannot write ", path, " (FAKEHPU_BOARD)");
+  }
+  return new Counts{};
+}
+
 struct Books {
   std::mutex lock;
-  uint64_t limit = 0, held = 0, peak = 0, pieces = 0, allocations = 0, to_host = 0, to_device = 0;
-  bool dirty = false;
+  Counts& counts;
+  bool dirty = std::getenv("FAKEHPU_DIRTY") != nullptr;
 
-  Books() {
+  Books() : counts(*counts_of_this_process()) {
     const char* mib = std::getenv("FAKEHPU_MIB");
-    limit = (mib ? std::strtoull(mib, nullptr, 10) : 8192) << 20;
-    dirty = std::getenv("FAKEHPU_DIRTY") != nullptr;
+    counts.limit = (mib ? std::strtoull(mib, nullptr, 10) : 8192) << 20;
   }
 
   void take(uint64_t bytes) {
     std::lock_guard<std::mutex> hold(lock);
-    if (held + bytes > limit) {
+    if (counts.held + bytes > counts.limit) {
       TORCH_CHECK_WITH(
           OutOfMemoryError, false, "hpu: out of memory: ", bytes, " bytes wanted, ",
-          limit - std::min(limit, held), " of ", limit, " free");
+          counts.limit - counts.held, " of ", counts.limit, " free");
     }
-    held += bytes;
-    peak = std::max(peak, held);
-    pieces += 1;
-    allocations += 1;
+    counts.held += bytes;
+    counts.peak = std::max(counts.peak, counts.held);
+    counts.pieces += 1;
+    counts.allocations += 1;
   }
 
   void give(uint64_t bytes) {
     std::lock_guard<std::mutex> hold(lock);
-    held -= bytes;
-    pieces -= 1;
+    counts.held -= bytes;
+    counts.pieces -= 1;
   }
 };
 
@@ -343,7 +369,7 @@ at::Tensor empty(
 at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool) {
   if (on_hpu(to) != on_hpu(from)) {
     std::lock_guard<std::mutex> hold(books().lock);
-    (on_hpu(to) ? books().to_device : books().to_host) += from.numel() * from.element_size();
+    (on_hpu(to) ? books().counts.to_device : books().counts.to_host) += from.numel() * from.element_size();
   }
   Call call;
   at::AutoDispatchBelowADInplaceOrView below;
@@ -435,12 +461,10 @@ extern "C" {
 void fakehpu_read(uint64_t* out) {
   Books& all = books();
   std::lock_guard<std::mutex> hold(all.lock);
-  const uint64_t values[] = {
-      all.limit, all.held, all.peak, all.pieces, all.allocations, all.to_host, all.to_device};
-  std::copy(std::begin(values), std::end(values), out);
+  std::memcpy(out, &all.counts, sizeof(Counts));
 }
 void fakehpu_reset_peak() {
   std::lock_guard<std::mutex> hold(books().lock);
-  books().peak = books().held;
+  books().counts.peak = books().counts.held;
 }
 }
