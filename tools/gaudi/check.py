@@ -72,16 +72,36 @@ def facts() -> dict[str, Any]:
     return {"python": sys.version.split()[0], "versions": versions}
 
 
+DEVICE = """
+import json, torch, habana_frameworks.torch as h
+
+def seen():
+    torch.hpu.synchronize()
+    free, total = torch.hpu.mem_get_info()
+    found = {"free": free, "total": total}
+    for name in ("memory_allocated", "memory_reserved"):
+        ask = getattr(torch.hpu, name, None)
+        found[name] = ask() if ask else None
+    return found
+
+torch.ones(1, device="hpu")
+before = seen()
+some = torch.ones(256 << 20, dtype=torch.uint8, device="hpu")
+during = seen()
+del some
+print(json.dumps({
+    "count": torch.hpu.device_count(), "name": torch.hpu.get_device_name(),
+    "has_rng_state": hasattr(torch.hpu, "get_rng_state"),
+    "before": before, "with_256_mib": during, "after": seen(),
+}))
+"""
+"""Whose numbers follow a tensor that comes and goes is what budgets have to be measured by."""
+
+
 def device() -> dict[str, Any]:
     """In a process of its own: who asks for a Gaudi holds it until its end."""
-    code = (
-        "import json, torch, habana_frameworks.torch as h; free, total = torch.hpu.mem_get_info(); "
-        "names = ('memory_reserved', 'memory_allocated', 'random'); "
-        "print(json.dumps({'free': free, 'total': total, 'count': torch.hpu.device_count(), "
-        "'name': torch.hpu.get_device_name(), 'has': {n: hasattr(torch.hpu, n) for n in names}}))"
-    )
     ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", DEVICE], capture_output=True, text=True, check=False, timeout=300
     )
     if ran.returncode != 0:
         raise RuntimeError(ran.stderr)

@@ -166,6 +166,14 @@ def manual_seed_all(seed: int) -> None:
     random.manual_seed_all(seed)
 
 
+def get_rng_state(device: Any = "hpu") -> torch.Tensor:
+    return random.get_rng_state(device)
+
+
+def set_rng_state(state: torch.Tensor, device: Any = "hpu") -> None:
+    random.set_rng_state(state, device)
+
+
 def _is_in_bad_fork() -> bool:
     return False
 
