@@ -185,6 +185,15 @@ at::Tensor bare(const at::Tensor& like, c10::Storage storage, c10::DispatchKey k
   return made;
 }
 
+// A view has the keys of its base: one of a tensor from outside of inference mode is none of it.
+at::Tensor view(const at::Tensor& like, const at::Tensor& base) {
+  auto made = at::detail::make_tensor<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(base.storage()), base.key_set(), like.dtype());
+  made.unsafeGetTensorImpl()->set_sizes_and_strides(
+      like.sizes(), like.strides(), like.storage_offset());
+  return made;
+}
+
 // The CPU's names for device tensors during one call.
 class Call {
  public:
@@ -212,7 +221,12 @@ class Call {
       }
     }
     auto* impl = tensor.storage().unsafeGetStorageImpl();
-    for (const auto& [ours, theirs] : storages_) {
+    for (const auto& [ours, theirs] : tensors_) {
+      if (theirs.storage().unsafeGetStorageImpl() == impl) {
+        return view(tensor, ours);
+      }
+    }
+    for (const auto& [ours, theirs] : storages_) {  // made by this very call
       if (theirs.unsafeGetStorageImpl() == impl) {
         return bare(tensor, ours, c10::DispatchKey::HPU);
       }
