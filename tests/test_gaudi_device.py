@@ -103,6 +103,24 @@ def test_data_of_a_parameter_is_replaced() -> None:
     assert 7 == float(parameter.sum())
 
 
+def test_a_parameters_view_in_inference_mode_is_a_usual_tensor() -> None:
+    """As elsewhere: what a layer multiplies with is a view of its weight."""
+    weight = torch.nn.Parameter(torch.arange(6.0, device="hpu").view(2, 3), requires_grad=False)
+    with torch.inference_mode():
+        there = torch.ones(1, 3, device="hpu")
+        product = torch.nn.functional.linear(there, weight)
+        assert (True, False) == (product.is_inference(), weight.t().is_inference())
+    assert [[3.0, 12.0]] == product.tolist()
+
+
+def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
+    """The plugin pads positions with -1, and nobody looks at what it reads there."""
+    table = torch.arange(6.0, device="hpu").view(3, 2)
+    found = table.index_select(0, torch.tensor([1, -1, 7], device="hpu"))
+    assert [2.0, 3.0] == found[0].tolist()
+    assert (3, 2) == tuple(found.shape)
+
+
 def test_a_group_of_hccl_reduces_what_is_on_the_device() -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("hccl", store=store, rank=0, world_size=1)

@@ -76,7 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[Se
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
         "FAKEHPU_BOARD": str(board),
-        "FAKEHPU_MIB": "2048",
+        "FAKEHPU_MIB": "4096",
         "FAKEHPU_DIRTY": "1",
     }
     running = ServerProcess.start(
