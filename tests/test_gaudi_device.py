@@ -121,6 +121,13 @@ def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
     assert (3, 2) == tuple(found.shape)
 
 
+def test_row_minus_one_is_written_as_the_last() -> None:
+    """The plugin pads slots of KV memory with it, and has a block for padding at the end."""
+    cache = torch.zeros(4, 2, device="hpu")
+    cache.index_copy_(0, torch.tensor([1, -1], device="hpu"), torch.ones(2, 2, device="hpu"))
+    assert [0.0, 2.0, 0.0, 2.0] == cache.sum(1).tolist()
+
+
 def test_a_group_of_hccl_reduces_what_is_on_the_device() -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("hccl", store=store, rank=0, world_size=1)
