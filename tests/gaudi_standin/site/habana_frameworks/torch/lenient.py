@@ -1,8 +1,8 @@
 """What the device does where a CPU kernel refuses.
 
 The plugin pads positions with -1 and looks their sines up. A Gaudi reads something there, and
-nobody looks at it; the nearest row is read here. It pads slots with -1, too, and writes KV there: the
-last row here, which is of the block that it keeps for padding.
+nobody looks at it; the nearest row is read here. It pads slots with -1, too, and writes KV there:
+the last row here, which is of the block that it keeps for padding.
 """
 
 from __future__ import annotations
