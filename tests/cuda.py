@@ -68,6 +68,8 @@ class FakeCuda:
     """The most bytes that were ever in use."""
     fails_at: int | None = None
     """How many calls go well before one fails; None: all do."""
+    fails_at_name: tuple[str, int] | None = None
+    """The same for the calls of one name."""
     refuses: set[str] = field(default_factory=set)
     """Names of calls that always fail."""
     others: int = 0
@@ -93,6 +95,12 @@ class FakeCuda:
             self.calls.append(name)
             if name in self.refuses:
                 return BROKEN
+            if self.fails_at_name is not None and name == self.fails_at_name[0]:
+                left = self.fails_at_name[1]
+                self.fails_at_name = (name, left - 1) if left else None
+                if left == 0:
+                    self.failed = name
+                    return BROKEN
             if self.fails_at is not None and name != "cuGetErrorString":
                 if self.fails_at == 0:
                     self.fails_at, self.failed = None, name
@@ -153,7 +161,9 @@ class FakeCuda:
         address._obj.value = place
 
     def _cuMemAddressFree(self, address: Any, size: Any) -> int:
-        if self.reserved.get(address.value) != size.value or address.value in self.mapped:
+        end = address.value + size.value
+        is_in_use = any(address.value <= low < end for low in self.mapped)
+        if self.reserved.get(address.value) != size.value or is_in_use:
             return BROKEN
         del self.reserved[address.value]
         _libc.munmap(address.value, size.value)
@@ -180,7 +190,10 @@ class FakeCuda:
         return 0
 
     def _cuMemMap(self, address: Any, size: Any, _offset: Any, handle: Any, _flags: Any) -> int:
-        if address.value in self.mapped or self.reserved.get(address.value) != size.value:
+        start, end = address.value, address.value + size.value
+        is_free = all(end <= low or low + held <= start for low, (held, _) in self.mapped.items())
+        is_ours = any(low <= start and end <= low + n for low, n in self.reserved.items())
+        if not (is_free and is_ours) or self.physical[handle.value].nbytes != size.value:
             return BROKEN
         self.physical[handle.value].is_mapped = True
         self.mapped[address.value] = size.value, handle.value

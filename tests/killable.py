@@ -1,7 +1,7 @@
 """`python -m tests.killable PORT [SETTINGS]`: a whole server whose engine host can be killed.
 
 Everything is real but vLLM: uvicorn, the coordinator, the link, the host process. SETTINGS is JSON:
-`switching`, `limits` and `recovery` as in the YAML file, `shutdown_timeout` and `token_s`.
+`switching`, `limits` and `recovery` as in the YAML file; `shutdown_timeout`, `token_s`, `slices`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main(port: int, settings: dict[str, Any]) -> int:
     configure_logging()
     if specification := os.environ.get(failpoints.VARIABLE):
         failpoints.enable(specification)
-    models = {alias: FakeSettings(token_s=settings.get("token_s", 0.01)) for alias in ALIASES}
+    slices = settings.get("slices", 0)
+    model = FakeSettings(token_s=settings.get("token_s", 0.01), slices=slices, offloads=slices > 0)
+    models = dict.fromkeys(ALIASES, model)
     host = FakeProcessHost(ALIASES, models, Usage(TWO_MODELS, TWO_MODELS))
     progress = StartupProgress(LOADED)
     app = HotswapApp(

@@ -8,15 +8,16 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from tests.serving import flags
 from tests.support import Server
 from vllm_hotswap import server as life
+from vllm_hotswap.arrivals import Acceptor
+from vllm_hotswap.connections import Config, Connections
 from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.settings import LimitsConfig
 
@@ -30,6 +31,10 @@ class Listening:
 
     port: int
     state: ServerState
+    shared: Connections
+    """What its connections share."""
+    acceptors: list[Acceptor]
+    """Its listening sockets."""
 
 
 @asynccontextmanager
@@ -51,7 +56,8 @@ async def listening_with(
 ) -> AsyncIterator[Listening]:
     """The same, with flags of ours."""
     listener = Listener.open(flags(**given), log_config, flags=listen)
-    config = listener.uvicorn_config(server.app, limits, server.app.may_use_kept_place)
+    app = server.app
+    config = listener.uvicorn_config(app, limits, app.may_use_kept_place, app.outlook)
     async with _serving(listener, config) as at:
         yield at
 
@@ -67,13 +73,19 @@ async def listening_to(
 
 
 @asynccontextmanager
-async def _serving(listener: Listener, config: uvicorn.Config) -> AsyncIterator[Listening]:
+async def _serving(listener: Listener, config: Config) -> AsyncIterator[Listening]:
     started = asyncio.get_running_loop().create_future()
     serves = life.Server(config, on_started=lambda: started.set_result(None))
     serving = asyncio.create_task(serves.serve([listener.sock]))
     await started
+    assert config.shared is not None
     try:
-        yield Listening(listener.port or 0, serves.server_state)
+        yield Listening(
+            listener.port or 0,
+            serves.server_state,
+            config.shared,
+            cast("list[Acceptor]", serves.servers),
+        )
     finally:
         serves.should_exit = True
         await serving
@@ -109,8 +121,10 @@ class Raw:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def connect(cls, port: int, host: str = "127.0.0.1") -> Raw:
-        return cls(*await asyncio.open_connection(host, port, limit=1 << 24))
+    async def connect(cls, port: int, host: str = "127.0.0.1", source: str | None = None) -> Raw:
+        """`source`: the address that it comes from."""
+        own = None if source is None else (source, 0)
+        return cls(*await asyncio.open_connection(host, port, limit=1 << 24, local_addr=own))
 
     async def send(self, *pieces: bytes) -> Raw:
         """Each in a segment of its own. What the server refuses to take is not sent."""
@@ -146,6 +160,10 @@ class Raw:
     def unsent(self) -> int:
         """Bytes that the system has not taken yet."""
         return self._writer.transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Go at once, whatever is still to be sent."""
+        self._writer.transport.abort()
 
     async def close(self) -> None:
         self._writer.close()

@@ -260,9 +260,9 @@ async def test_name_of_somebody_else_is_refused(server: Server, name: str) -> No
 @pytest.mark.parametrize(
     ("body", "status", "code", "message"),
     [
-        ({}, 400, "invalid_request", "name: Field required"),
-        ({"name": "a"}, 400, "invalid_request", "path: Field required"),
-        ({"name": "", "path": "sql"}, 400, "invalid_request", "name: String should have"),
+        ({}, 400, "invalid_request", "name is missing; known"),
+        ({"name": "a"}, 400, "invalid_request", "path is missing; known"),
+        ({"name": "", "path": "sql"}, 400, "invalid_request", "name is empty; known"),
         ({"name": "a", "path": "none"}, 400, "invalid_request", "no such folder below"),
         ({"name": "a", "path": ".."}, 400, "invalid_request", "no such folder below"),
         ({"name": "a", "path": "/etc"}, 400, "invalid_request", "no such folder below"),

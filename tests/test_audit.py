@@ -165,6 +165,27 @@ async def test_who_may_not_is_told_if_he_is_known(audited: Audit) -> None:
     assert ("user", 403) == (line["role"], line["status"])
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_a_call_that_is_refused_says_what_was_asked(audited: Audit, is_whole: bool) -> None:
+    """Though nobody reads its body; one that does not come is not waited for."""
+    kept = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"model": '
+        if not is_whole:
+            await kept.wait()
+        yield b'"qwen"}'
+
+    headers = {**USER, "content-length": "17"}
+    response = await audited.call("POST", SWITCH, headers=headers, content=body())
+    kept.set()
+
+    assert 403 == response.status_code
+    (line,) = audited.lines()
+    expected = ("qwen", {"model": "qwen"}) if is_whole else (None, None)
+    assert expected == (line["asked"], line["request"])
+
+
 async def test_failed_calls_leave_their_status(audited: Audit) -> None:
     """A wrong alias, a wrong body."""
     await audited.call("POST", SWITCH, json={"model": "nobody"})

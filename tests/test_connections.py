@@ -675,12 +675,12 @@ async def test_a_deadline_that_fails_costs_no_other_connection_its_own(
     original = connections.Connection.head_is_late
     monkeypatch.setattr(connections.Connection, "head_is_late", late)
     async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
-        clients = [await Raw.connect(port) for _ in range(4)]
-        rest = [await client.rest() for client in clients[1:]]
+        clients = [await (await Raw.connect(port)).send(b"G") for _ in range(4)]
+        told = [await client.answer() for client in clients[1:]]
         for client in clients:
             await client.close()
 
-    assert [b"", b"", b""] == rest
+    assert [408, 408, 408] == [answer.status for answer in told]
     assert 1 == len(failed)
     assert ["event=deadline_failed"] == [r.getMessage().split()[0] for r in caplog.records]
 

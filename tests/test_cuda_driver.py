@@ -12,7 +12,7 @@ from tests.cuda import FakeCuda
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host import cuda_driver
 from vllm_hotswap.host.cuda_driver import Driver, DriverError, check_driver
-from vllm_hotswap.nvml import device_free_bytes
+from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
 GIB = 1 << 30
 
@@ -30,6 +30,11 @@ GIB = 1 << 30
             FakeCuda(init_code=100),
             {},
             "there is no GPU: the NVIDIA driver sees 0; see nvidia-smi",
+        ),
+        (
+            FakeCuda(devices=0),
+            {},
+            "see nvidia-smi, which also shows whether MIG is on without an instance",
         ),
         (
             FakeCuda(devices=0),
@@ -142,6 +147,17 @@ class FakeNvml:
         current._obj.value = int(self.is_divided)
         return 0
 
+    processes: tuple[tuple[int, int], ...] = ()
+    """Numbers, and bytes that they use."""
+
+    def nvmlDeviceGetComputeRunningProcesses_v3(self, handle: Any, count: Any, found: Any) -> int:
+        room, count._obj.value = count._obj.value, len(self.processes)
+        if len(self.processes) > room:
+            return 7
+        for place, (pid, used) in zip(found or (), self.processes, strict=False):
+            place.pid, place.used = pid, used
+        return 0
+
     def nvmlDeviceGetMemoryInfo(self, handle: Any, memory: Any) -> int:
         memory._obj.free = self.free
         return 0
@@ -171,11 +187,35 @@ def test_free_memory_is_asked_for_without_a_context(nvml: Any, free: int | None)
     assert not getattr(nvml, "is_open", False)
 
 
+@pytest.mark.parametrize(
+    ("processes", "is_divided", "used"),
+    [
+        (((7, GIB), (9, 2 * GIB), (8, 4 * GIB)), False, 3 * GIB),
+        (((8, 4 * GIB),), False, None),
+        ((), False, None),
+        (((7, (1 << 64) - 1),), False, None),
+        (tuple((pid, GIB) for pid in range(300)), False, None),
+        (((7, GIB),), True, None),
+    ],
+    ids=["ours and others", "numbers of elsewhere", "none", "untold", "too many", "divided"],
+)
+def test_what_processes_use_of_a_device_is_told_where_it_is_known(
+    processes: tuple[tuple[int, int], ...], is_divided: bool, used: int | None
+) -> None:
+    """All of them together; a container may know them by other numbers, which is no error."""
+    nvml = FakeNvml(0, is_divided)
+    nvml.processes = processes
+
+    assert used == used_bytes_of([7, 9], WithBus(), nvml)
+    assert used_bytes_of([7], WithBus(), object()) is None
+
+
 def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on this machine."""
     monkeypatch.setattr("vllm_hotswap.nvml.LIBRARY", "libnvml-of-nobody.so.1")
 
     assert device_free_bytes(WithBus()) is None
+    assert used_bytes_of([7], WithBus()) is None
 
 
 def test_without_sleep_neither_mapping_nor_torchs_pools_have_to_work() -> None:

@@ -18,6 +18,7 @@ from vllm_hotswap.host.cuda_driver import Driver, DriverError
 from vllm_hotswap.host.cuda_memory import ModelMemory, Range, merged
 
 WEIGHTS, KV = "weights", "kv_cache"
+CHUNK = 2 * STEP
 
 
 @dataclass(eq=False)
@@ -33,7 +34,7 @@ class Tenant:
     """Addresses whose constant parts are in host memory."""
 
     def __post_init__(self) -> None:
-        self.memory = ModelMemory(Driver(0, self.cuda))
+        self.memory = ModelMemory(Driver(0, self.cuda), CHUNK)
         self.random = random.Random(self.seed)  # noqa: S311
 
     def allocate(self, steps: int = 2, tag: str = WEIGHTS) -> int:
@@ -376,6 +377,160 @@ def test_memory_tells_what_it_holds() -> None:
     assert f"<ModelMemory asleep segments=1 device=0 host={STEP}>" == repr(one.memory)
 
 
+# --- a wake in slices ---------------------------------------------------------------------------
+
+
+def under_way(cuda: FakeCuda) -> int:
+    """Bytes of copies that have been begun and not been waited for."""
+    return sum(copy.nbytes for copies in cuda.streams.values() for copy in copies)
+
+
+def test_a_wake_in_slices_ends_as_any_other() -> None:
+    """Each takes no more than it may; contents and addresses are those of a wake in one go."""
+    cuda = FakeCuda()
+    one, other = Tenant(cuda), Tenant(cuda, seed=2)
+    one.allocate(1), one.allocate(7), one.allocate(5, KV)
+    other.allocate(3)
+    one.sleep()
+    told = []
+    while not one.memory.progress.is_done:
+        before = cuda.used
+        told.append(one.memory.wake_some(3 * STEP).done_bytes)
+        assert cuda.used - before <= 3 * STEP
+        assert under_way(cuda) <= 3 * STEP
+        other.step()  # is served meanwhile
+
+    assert [3 * STEP, 5 * STEP, 8 * STEP, 10 * STEP, 13 * STEP] == told
+    assert one.memory.is_asleep
+    cuda.calls.clear()
+    one.memory.wake()
+    assert ["cuCtxGetCurrent", "cuStreamSynchronize"] == cuda.calls
+    one.check(), other.check()
+    finish(cuda, one, other)
+
+
+def test_a_slice_is_a_chunk_at_least() -> None:
+    """Or it would never end."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(5)
+    one.sleep()
+
+    assert CHUNK == one.memory.wake_some(1).done_bytes == cuda.used
+
+
+def test_a_wake_goes_on_where_slices_have_come_to() -> None:
+    """What has been copied is not copied again."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(8), one.allocate(4, KV)
+    one.sleep()
+    one.memory.wake_some(6 * STEP)
+    cuda.calls.clear()
+
+    one.memory.wake()
+
+    assert 3 == cuda.calls.count("cuMemCreate")
+    one.check()
+    one.sleep()
+    one.memory.wake()
+    one.check()
+    finish(cuda, one)
+
+
+def test_a_wake_that_is_given_up_gives_back_what_it_has_taken() -> None:
+    """In slices, too, if that is wanted; the model is asleep, and nothing of it is lost."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(8), one.allocate(4, KV)
+    one.sleep()
+    one.memory.wake_some(9 * STEP)
+
+    assert [4 * STEP, 0, 0] == [one.memory.give_up_wake(3 * STEP) for _ in range(3)]
+    assert 0 == cuda.used
+    assert (0, 12 * STEP) == (one.memory.progress.done_bytes, one.memory.progress.total_bytes)
+    one.memory.wake_some(9 * STEP)
+    assert 0 == one.memory.give_up_wake()
+    assert 0 == cuda.used
+    one.memory.wake()
+    one.check()
+    finish(cuda, one)
+
+
+def test_a_slice_leaves_others_what_they_need() -> None:
+    """It gives back all that was taken before, and says what it would have needed."""
+    cuda = FakeCuda(total=16 * STEP)
+    one = Tenant(cuda)
+    one.allocate(8)
+    one.sleep()
+    cuda.calls.clear()
+    one.memory.wake_some(6 * STEP, spare_bytes=10 * STEP)
+    # A step waits for the slice, and the question is not free: once, not for each chunk.
+    assert (3, 1) == (cuda.calls.count("cuMemCreate"), cuda.calls.count("cuMemGetInfo_v2"))
+
+    with pytest.raises(NoRoom, match=r"1.0 MiB are free, 0.6 MiB of them for .* still asleep"):
+        one.memory.wake_some(6 * STEP, spare_bytes=10 * STEP)
+
+    assert one.memory.is_asleep
+    assert 0 == cuda.used
+    one.memory.wake()
+    one.check()
+
+
+def test_another_process_may_take_the_memory_between_two_slices() -> None:
+    """The model stays asleep, and holds nothing."""
+    cuda = FakeCuda(total=10 * STEP)
+    one = Tenant(cuda)
+    one.allocate(8)
+    one.sleep()
+    one.memory.wake_some(4 * STEP)
+    cuda.others = 5 * STEP
+
+    with pytest.raises(NoRoom, match="still asleep"):
+        one.memory.wake_some(4 * STEP)
+
+    assert cuda.others == cuda.used
+    cuda.others = 0
+    one.memory.wake()
+    one.check()
+    finish(cuda, one)
+
+
+@pytest.mark.parametrize("end", ["free", "close", "sleep"])
+def test_a_model_may_be_told_anything_in_the_middle_of_a_wake(end: str) -> None:
+    """What has been taken is given back with the rest, or stays."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    first, _ = one.allocate(6), one.allocate(4, KV)
+    one.sleep()
+    one.memory.wake_some(3 * STEP)
+    match end:
+        case "free":
+            one.free(first)
+        case "close":
+            one.memory.close()
+            one.content.clear()
+        case _:
+            one.sleep()
+    check_books(cuda, one)
+    one.memory.wake()
+    one.check()
+    finish(cuda, one)
+
+
+def test_there_is_nothing_to_be_done_for_a_model_that_is_awake() -> None:
+    """Neither slices nor giving up touch its memory."""
+    cuda = FakeCuda()
+    one = Tenant(cuda)
+    one.allocate(3)
+
+    assert one.memory.wake_some(STEP).is_done
+    assert 0 == one.memory.give_up_wake()
+
+    assert 3 * STEP == cuda.used
+    one.check()
+
+
 # --- calls that fail ----------------------------------------------------------------------------
 
 
@@ -398,6 +553,20 @@ def sleep_again(one: Tenant) -> None:
 def wake(one: Tenant) -> None:
     one.sleep()
     one.memory.wake()
+
+
+def wake_in_slices(one: Tenant) -> None:
+    one.sleep()
+    while not one.memory.wake_some(CHUNK).is_done:
+        pass
+    one.memory.wake()
+
+
+def give_up(one: Tenant) -> None:
+    one.sleep()
+    one.memory.wake_some(3 * STEP)
+    while one.memory.give_up_wake(CHUNK):
+        pass
 
 
 def free(one: Tenant) -> None:
@@ -480,6 +649,8 @@ def failures(do: Callable[[Tenant], None]) -> Iterator[str]:
                 "cuStreamSynchronize",
             },
         ),
+        (wake_in_slices, {"cuMemCreate", "cuMemMap", "cuMemcpyHtoDAsync_v2", "cuMemsetD8Async"}),
+        (give_up, {"cuStreamSynchronize", "cuMemUnmap", "cuMemRelease"}),
         (free, {"cuCtxSynchronize", "cuMemUnmap", "cuMemRelease", "cuMemAddressFree"}),
         (free_asleep, {"cuMemHostUnregister", "cuMemAddressFree"}),
         (close, {"cuMemHostUnregister", "cuMemUnmap", "cuMemRelease", "cuMemAddressFree"}),
@@ -496,7 +667,19 @@ def test_a_driver_call_that_fails_once_costs_nobody_anything(
 
 # --- any order ----------------------------------------------------------------------------------
 
-ACTIONS = ("allocate", "allocate kv", "free", "sleep", "wake", "step", "train", "close", "others")
+ACTIONS = (
+    "allocate",
+    "allocate kv",
+    "free",
+    "sleep",
+    "wake",
+    "step",
+    "train",
+    "close",
+    "others",
+    "wake some",
+    "give up",
+)
 Action = tuple[str, int, int]
 
 
@@ -516,7 +699,7 @@ class World:
         try:
             self._do(name, tenant, number)
         except (DriverError, NoRoom):
-            assert name in ("allocate", "allocate kv", "wake")
+            assert name in ("allocate", "allocate kv", "wake", "wake some")
             assert asleep == tenant.memory.is_asleep
         else:
             copies = name == "sleep" and not asleep
@@ -526,22 +709,15 @@ class World:
         check_books(self.cuda, *self.tenants)
 
     def _do(self, name: str, tenant: Tenant, number: int) -> None:
-        asleep = tenant.memory.is_asleep
         match name:
-            case "allocate" if not asleep:
-                tenant.allocate(1 + number % 4)
-            case "allocate kv" if not asleep:
-                tenant.allocate(1 + number % 4, KV)
-            case "free" if tenant.content:
-                tenant.free(sorted(tenant.content)[number % len(tenant.content)])
-            case "sleep" if not asleep:
-                tenant.sleep()
             case "wake":
                 tenant.memory.wake()
-            case "step" if not asleep:
-                tenant.step()
-            case "train" if not asleep:
-                tenant.train()
+            case "wake some":
+                tenant.memory.wake_some(number % 9 * STEP, STEP)
+            case "give up":
+                tenant.memory.give_up_wake(number % 9 * STEP)
+            case "free" if tenant.content:
+                tenant.free(sorted(tenant.content)[number % len(tenant.content)])
             case "close":
                 tenant.memory.close()
                 tenant.content.clear()
@@ -549,6 +725,21 @@ class World:
             case "others":
                 self.cuda.others = STEP * (number % 4)
                 self.cuda.others = min(self.cuda.others, self.cuda.total - self.cuda.used)
+            case _ if not tenant.memory.is_asleep:
+                self._do_awake(name, tenant, number)
+
+    def _do_awake(self, name: str, tenant: Tenant, number: int) -> None:
+        match name:
+            case "allocate":
+                tenant.allocate(1 + number % 4)
+            case "allocate kv":
+                tenant.allocate(1 + number % 4, KV)
+            case "sleep":
+                tenant.sleep()
+            case "step":
+                tenant.step()
+            case "train":
+                tenant.train()
 
     def end(self) -> None:
         finish(self.cuda, *self.tenants)
@@ -575,7 +766,7 @@ def test_models_keep_what_is_theirs_in_any_order(
 def test_every_byte_is_accounted_for_over_a_thousand_operations() -> None:
     """Of four models, in random order, a close among a hundred."""
     chance = random.Random(4)  # noqa: S311
-    weights = [20, 10, 8, 20, 20, 10, 5, 1, 6]
+    weights = [20, 10, 8, 20, 20, 10, 5, 1, 6, 20, 5]
     world = World(4, 40 * STEP)
     for _ in range(1000):
         (name,) = chance.choices(ACTIONS, weights)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ import pytest
 
 from tests.cuda import STEP, FakeCuda, read, write
 from vllm_hotswap.errors import HotswapError, NoRoom
-from vllm_hotswap.host import cuda_hosting, cuda_pools
-from vllm_hotswap.host.cuda_driver import Driver
+from vllm_hotswap.host import cuda_hosting, cuda_memory, cuda_pools, together
+from vllm_hotswap.host.cuda_driver import Driver, DriverError
 from vllm_hotswap.host.cuda_hosting import HostedOnCuda
 from vllm_hotswap.host.cuda_memory import ModelMemory
 from vllm_hotswap.host.cuda_pools import ALLOCATE, FREE, ModelPools
 from vllm_hotswap.host.teardown import pools_of
+from vllm_hotswap.states import WakeProgress
 
 
 class Storage:
@@ -290,6 +292,32 @@ def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
     assert {} == cuda.left
 
 
+def test_tensors_in_what_vllm_has_frozen_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    """Objects that know each other, as those of adapters do, and that no collection looks at."""
+    cuda = FakeCuda()
+    torch = FakeTorch()
+    pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
+    with pools.allocating("weights"):
+        tensor = torch.tensor(STEP)
+
+    class Adapter:
+        itself: object
+
+    adapter = Adapter()
+    adapter.itself = adapter
+    weakref.finalize(adapter, torch.forget, tensor)
+    gc.collect()
+    del adapter, tensor
+    gc.freeze()
+    try:
+        pools.close()
+    finally:
+        gc.unfreeze()
+
+    assert {} == cuda.left
+    assert "tensors_left" not in caplog.text
+
+
 def test_a_worker_may_do_without_memory_of_its_own() -> None:
     """It does not sleep then; it is content with little all the same, and leaves nothing."""
     worker = Hosted(cuda := FakeCuda())
@@ -419,6 +447,126 @@ def test_a_wake_without_room_says_so() -> None:
     assert 7 * STEP == cuda.used
 
 
+# --- several workers, all or none ----------------------------------------------------------------
+
+
+class Ranks:
+    """The workers of one model, asked as by vLLM: what one raises is a text."""
+
+    def __init__(self, *cudas: FakeCuda) -> None:
+        self.cudas = cudas
+        self.workers = [loaded(cuda) for cuda in cudas]
+
+    def __call__(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        try:
+            return [getattr(worker, method)(*args) for worker in self.workers]
+        except DriverError as error:
+            raise RuntimeError(f"Worker failed with error '{error}'") from None
+
+    @property
+    def held(self) -> list[int]:
+        return [cuda.used - cuda.others for cuda in self.cudas]
+
+    @property
+    def copies(self) -> list[int]:
+        return [worker.pools.memory.host_bytes for worker in self.workers]
+
+
+def scarce_for(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no host memory for the copies of one device."""
+    made = cuda_memory.HostCopy
+
+    def make(driver: Driver, nbytes: int) -> cuda_memory.HostCopy:
+        if driver._cuda is cuda:
+            raise OSError("Cannot allocate memory")
+        return made(driver, nbytes)
+
+    monkeypatch.setattr(cuda_memory, "HostCopy", make)
+
+
+def test_all_workers_of_a_model_sleep_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no host memory is asked before another has given anything back."""
+    ranks = Ranks(FakeCuda(), FakeCuda())
+    with monkeypatch.context() as patch:
+        scarce_for(ranks.cudas[1], patch)
+        with pytest.raises(NoRoom, match="no host memory"):
+            together.get_ready_to_sleep(ranks)
+    assert ([7 * STEP] * 2, [0, 0]) == (ranks.held, ranks.copies)
+
+    together.get_ready_to_sleep(ranks)
+    ranks("sleep")
+    assert ([0, 0], [3 * STEP] * 2) == (ranks.held, ranks.copies)
+
+
+def test_weights_are_copied_once_for_a_sleep_of_several_workers() -> None:
+    """Also those that may change from sleep to sleep."""
+    ranks = Ranks(FakeCuda(), FakeCuda())
+    for worker in ranks.workers:
+        worker.lora_config = "adapters"
+    for times in (1, 2):
+        together.get_ready_to_sleep(ranks)
+        ranks("sleep")
+        assert [times * 3 * STEP] * 2 == [cuda.copied for cuda in ranks.cudas]
+        ranks("wake_up")
+
+
+def test_all_workers_of_a_model_wake_or_none() -> None:
+    """One without room has the others give back what they have taken."""
+    ranks = Ranks(FakeCuda(), FakeCuda(total=8 * STEP))
+    ranks("sleep")
+    ranks.cudas[1].others = 4 * STEP
+    with pytest.raises(NoRoom, match="it is still asleep"):
+        together.get_ready_to_wake(ranks)
+    assert [0, 0] == ranks.held
+
+    ranks.cudas[1].others = 0
+    together.get_ready_to_wake(ranks)
+    ranks("wake_up")
+    assert [7 * STEP] * 2 == ranks.held
+
+
+def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress is that of all; without room for one of them, none holds anything."""
+    monkeypatch.setattr(cuda_hosting, "reserve_bytes", lambda total: total // 8)
+    ranks = Ranks(FakeCuda(total=16 * STEP), FakeCuda(total=16 * STEP))
+    ranks("sleep")
+
+    assert WakeProgress(6 * STEP, 14 * STEP) == together.wake_some(ranks, 2 * STEP)
+    assert [3 * STEP] * 2 == ranks.held
+    ranks.cudas[0].others = 9 * STEP
+    with pytest.raises(NoRoom, match=r"1.0 MiB are free, 0.1 MiB of them for the model that is"):
+        together.wake_some(ranks, 4 * STEP)
+    assert [0, 0] == ranks.held
+
+    together.wake_some(ranks, 3 * STEP)
+    assert 0 == together.give_up_wake(ranks, 7 * STEP)
+    assert [0, 0] == ranks.held
+
+
+def test_want_of_room_is_told_although_it_cannot_be_undone() -> None:
+    """The first cause counts, whether a worker has raised it or answered it."""
+
+    def rpc(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method == "give_up_wake":
+            raise HotswapError("copies cannot be waited for")
+        return [None, "no room: waking takes 7 MiB"]
+
+    with pytest.raises(NoRoom, match="waking takes 7 MiB"):
+        together.get_ready_to_wake(rpc)
+
+
+def test_a_worker_that_fails_has_the_others_undo_what_they_did() -> None:
+    """The cause is told, whatever comes of the rest."""
+    ranks = Ranks(FakeCuda(), FakeCuda())
+    ranks("sleep")
+    ranks.cudas[1].refuses = {"cuMemMap"}
+
+    with pytest.raises(RuntimeError, match="Worker failed with error 'cuMemMap"):
+        together.wake_some(ranks, 2 * STEP)
+
+    assert [0, 0] == ranks.held
+
+
 # --- the end -------------------------------------------------------------------------------------
 
 
@@ -468,6 +616,28 @@ def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
     gc.collect()
     torch.forget(kept)
     assert {} == cuda.left
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+@pytest.mark.parametrize("call", ["cuMemUnmap", "cuMemRelease", "cuMemAddressFree"])
+def test_what_an_unload_cannot_give_back_is_given_back_a_little_later(
+    call: str, asleep: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call that fails once, wherever it is, leaves nothing, and nobody has kept a tensor."""
+    for place in range(100):
+        cuda = FakeCuda()
+        worker = loaded(cuda)
+        worker.sleep()
+        if not asleep:
+            worker.wake_up()
+        cuda.fails_at_name = call, place
+        unload(worker)
+        if cuda.failed is None:
+            break
+        assert {} == cuda.left
+        assert {} == cuda.streams
+    assert place > 0 or (asleep and call != "cuMemAddressFree")
+    assert "event=tensors_left" not in caplog.text
 
 
 def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:

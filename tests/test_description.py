@@ -38,7 +38,8 @@ async def test_description_tells_roles_bodies_and_errors(server: Server) -> None
         schemas["SleepOptions"]["properties"]["level"][key] for key in ("minimum", "maximum")
     )
     assert {"200", "400", "401", "403", "404", "409", "503"} == set(sleep["responses"])
-    assert "`model_in_use`" in sleep["responses"]["409"]["description"]
+    for code in ("model_in_use", "no_room"):
+        assert f"`{code}`" in sleep["responses"]["409"]["description"]
     assert "security" not in description["paths"]["/health"]["get"]
 
 

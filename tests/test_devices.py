@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from vllm_hotswap.devices import (
     CudaDevice,
     Device,
     OwnSleepDevice,
+    SharedMemory,
     WakefulCudaDevice,
     anonymous_bytes,
     device_of,
@@ -166,6 +168,12 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, torch: TorchCuda, has_nvml: bool = 
     monkeypatch.setattr(devices, "_cuda", lambda: torch)
     monkeypatch.setattr(devices, "check_driver", lambda environment, **_: object())
     monkeypatch.setattr(devices, "device_free_bytes", free)
+
+    def used(pids: list[int], driver: object) -> int | None:
+        assert os.getpid() in pids
+        return torch.used + torch.cached + torch.context if has_nvml else None
+
+    monkeypatch.setattr(devices, "used_bytes_of", used)
     return CudaDevice()
 
 
@@ -199,6 +207,42 @@ def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
 
     assert 80 * GIB * 31 // 32 - 3 * GIB - GIB // 2 == cuda.memory_now(75 * GIB).free
     assert 0 == torch.cached
+
+
+def test_a_device_that_is_full_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may not even be room for the context of this process."""
+
+    def mem_get_info() -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    cuda = on_cuda(monkeypatch, torch := TorchCuda())
+    monkeypatch.setattr(torch, "mem_get_info", mem_get_info)
+
+    with pytest.raises(ConfigError) as error:
+        cuda.memory()
+
+    assert "the GPU cannot be used: CUDA error: out of memory" in error.value.message
+    assert "whether another process fills it" in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("has_nvml", "own", "others"),
+    [(True, 2 * GIB, 20 * GIB), (False, GIB // 2, 21 * GIB + GIB // 2)],
+)
+def test_growth_of_the_engine_host_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, has_nvml: bool, own: int, others: int
+) -> None:
+    """Where the device tells whose memory it is; otherwise it counts as others'."""
+    torch = TorchCuda(others=20 * GIB)
+    cuda = on_cuda(monkeypatch, torch, has_nvml)
+    base = cuda.memory().held or GIB // 2
+    torch.used = 5 * GIB + 3 * GIB // 2  # models of 5 GiB, and kernels
+
+    shared = SharedMemory(cuda.memory_now(0), 5 * GIB, base)
+
+    assert (own, others) == (shared.own, shared.others)
+    assert shared.for_models == shared.seen.free + 5 * GIB + 80 * GIB // 64
 
 
 def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ def test_every_metric_is_described() -> None:
         waiting=lambda: {"a": 0},
         is_ready=lambda: True,
         held=lambda: {"a": 0},
+        waking=lambda: {"a": 0},
         budget=lambda: 0,
         job_leases=lambda: {"a": 0},
         aliases=host.engines,

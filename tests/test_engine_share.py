@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vllm_hotswap.engine_share import RECENT_S, STEPS, EngineShare
+from vllm_hotswap.engine_share import RECENT_S, STEPS, EngineShare, _Asked, _Place
 
 PLACES = 8
 STEP_TOKENS = 100
@@ -59,6 +59,11 @@ class Door:
 
     def of(self, account: str) -> int:
         return sum(one.startswith(account) for one in self.inside)
+
+    def forgotten(self) -> list[str]:
+        """Accounts that wait although their first request would fit."""
+        first = (next(iter(queue.values())) for queue in self.share._waiting.values())
+        return [asked.account for asked in first if self.share._place_for(asked) is _Place.FREE]
 
     async def close(self) -> None:
         for task in self.waiting.values():
@@ -232,6 +237,30 @@ async def test_what_it_knows_of_accounts_is_forgotten() -> None:
     assert len(door.share._served) <= 11
 
 
+async def test_thousands_of_accounts_cost_no_more_than_a_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is looked at when one request ends does not grow with how many wait."""
+    door = Door(places=16)
+    for number in range(300):
+        await door.ask(f"account {number} ", 3)
+    looks = 0
+    look = EngineShare._place_for
+
+    def counted(share: EngineShare, asked: _Asked) -> _Place:
+        nonlocal looks
+        looks += 1
+        return look(share, asked)
+
+    monkeypatch.setattr(EngineShare, "_place_for", counted)
+    for one in door.inside[:100]:
+        door.share.begun(one)
+        door.share.leave(one)
+
+    assert looks <= 400
+    await door.close()
+
+
 STEP = st.one_of(
     st.tuples(st.just("ask"), st.sampled_from("abcd"), st.integers(1, 12), st.integers(0, 150)),
     st.tuples(st.sampled_from(["begin", "end", "give up", "time"]), st.integers(0, 1000)),
@@ -266,6 +295,8 @@ def test_bounds_hold_and_nobody_is_forgotten(places: int, steps: list[tuple[obje
                         await asyncio.sleep(0)
                         left += 1
             assert len(door.inside) <= places + 4  # one each beyond the places
+            if not door.now_s:  # who becomes alone is let in with the next event
+                assert not door.forgotten()
         while door.inside:
             await door.end(door.inside[0])
             left += 1

@@ -69,6 +69,7 @@ def process(module: Any) -> Iterator[ProcessState]:
     yield ProcessState(values, [Attribute(module, "group"), Attribute(module, "experts")])
     before.restore()
     torch.compiler.set_stance("default")
+    torch.set_default_dtype(torch.float32)
 
 
 def load(process: ProcessState, module: Any, name: str, config: Config = DENSE) -> EngineState:
@@ -140,6 +141,17 @@ def test_a_load_that_failed_changes_nothing_for_others(process: ProcessState, mo
 
     assert ("first", {"first": True}) == (module.backend, module.table)
     assert expected == draw()
+
+
+def test_a_load_that_failed_leaves_the_default_type_of_numbers(process: ProcessState) -> None:
+    """vLLM's own way to set it for a load puts it back only if the load goes well."""
+    failing = process.begin(DENSE)
+    process.put_in_place(failing)
+    torch.set_default_dtype(torch.bfloat16)
+
+    process.end(failing)
+
+    assert torch.float32 == torch.get_default_dtype()
 
 
 def test_models_of_one_kind_share_their_parallel_groups(process: ProcessState, module: Any) -> None:

@@ -201,6 +201,26 @@ def test_the_hosts_end_in_any_phase_fails_everything_at_once_and_is_repaired(
     assert killable.serves_all()
 
 
+@pytest.mark.parametrize("fault", ["kill", "raise", "hang"])
+def test_a_fault_in_a_wake_that_nobody_has_asked_for(tmp_path: Path, fault: str) -> None:
+    """The host's end is that of any other moment; an error ends the wake, and nothing else."""
+    recovery = {"step_timeout": 1, "command_timeout": 1}
+    with KillableServer(tmp_path, slices=4, recovery=recovery) as server:
+        assert 200 == server.client.post("/admin/models/qwen/sleep").status_code
+        server.faults.inject(f"host.wake_slice=1*sleep(0); host.wake_slice=1*{fault}")
+
+        answer = server.client.post("/admin/next", json={"model": "qwen"}).json()
+        assert "begun" == answer["wake"]
+        if fault == "raise":
+            wait_until(lambda: "event=wake_failed model=qwen" in server.log.read_text())
+        else:
+            wait_until(lambda: server.restarts == 1 and server.is_ready)
+
+        assert server.status["models"]["qwen"]["waking"] is None
+        assert (0 if fault == "raise" else 1) == server.restarts
+        assert server.serves_all()
+
+
 def test_the_host_is_the_first_to_go_when_memory_runs_out(killable: KillableServer) -> None:
     """Row 37: the kernel prefers it to the server, which can start it again."""
 

@@ -139,7 +139,13 @@ async def test_announced_model_is_read_at_once(make_server: MakeServer) -> None:
     answer = await announce(server, "c")
     await server.settled()
 
-    assert {"model": "c", "residency": "cold", "prefetch": "begun", "limit_bytes": MIB} == answer
+    assert answer == {
+        "model": "c",
+        "residency": "cold",
+        "prefetch": "begun",
+        "limit_bytes": MIB,
+        "wake": "not_needed",
+    }
     assert ([("prefetch", "c")], "a") == (server.host.operations, server.coordinator.active)
     assert "done" == (await announce(server, "c"))["prefetch"]
     await walk(server, "c")

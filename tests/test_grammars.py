@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.faults import wait_until
+from tests.scripted_helper import SCRIPTED
 from vllm_hotswap.compat import grammars
 from vllm_hotswap.compat.grammars import (
     ACCOUNT,
+    SLOW,
+    Checks,
     check_aside,
+    forget_compiled,
     give_up,
     has_grammar,
     sign,
@@ -23,6 +30,7 @@ from vllm_hotswap.compat.grammars import (
 )
 from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
 from vllm_hotswap.fair_pool import LONG_S, FairPool
+from vllm_hotswap.helpers import Bounds, Errand, Helpers
 from vllm_hotswap.registry import Lease, current_lease
 
 SOON_S = 30.0
@@ -71,6 +79,9 @@ class Client:
         self, request_id: str, prompt: str, params: Params, *, priority: int = 0
     ) -> Any:
         tasks = await self.get_supported_tasks()
+        request: Any = SimpleNamespace(sampling_params=Params("g"))
+        sign(request, "")
+        self.was_slow = SLOW in request.sampling_params.extra_args
         return request_id, prompt, priority, self.input_processor.process_inputs(params, tasks)
 
 
@@ -84,7 +95,7 @@ def pool() -> Iterator[FairPool]:
 @pytest.fixture
 def client(pool: FairPool) -> Any:
     client: Any = Client()
-    check_aside(client, pool)
+    check_aside(client, Checks(pool))
     return client
 
 
@@ -148,7 +159,7 @@ class Slow:
         self.checked: list[str] = []
         processor: Any = self.client.input_processor
         processor._validate_params = self._check
-        check_aside(self.client, self.pool)
+        check_aside(self.client, Checks(self.pool))
 
     def _check(self, params: Params, tasks: tuple[str, ...]) -> bool:
         self.checked.append(str(params.structured_outputs))
@@ -233,6 +244,153 @@ async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
 
 
 @dataclass
+class Asked:
+    """A grammar as vLLM has it. `regex` is what its rehearsal does, as Python, in a helper."""
+
+    regex: str | None = None
+    choice: list[str] | None = None
+    json: str | None = None
+    json_object: bool | None = None
+
+
+class Rehearsing:
+    """A client whose grammars are rehearsed in helpers that do as they are told."""
+
+    def __init__(self, helpers: Helpers) -> None:
+        self.helpers = helpers
+        self.client: Any = Client()
+        self.client.vllm_config = None
+        self.client.input_processor.tokenizer = None
+        self.pools = FairPool(1, "checks"), FairPool(1, "rehearsals")
+        check_aside(self.client, Checks(*self.pools, helpers))
+
+    def ask(self, regex: str, account: str = "", **lease: Any) -> tuple[Lease, Any]:
+        return self.ask_for(Asked(regex), account, **lease)
+
+    def ask_for(self, asked: Asked, account: str = "", **own: Any) -> tuple[Lease, Any]:
+        """The lease of a request, and what becomes of it: whether its grammar is slow."""
+        lease = Lease("llama", 1, None, account=account, **own)
+
+        async def add() -> Any:
+            current_lease.set(lease)
+            params: Any = Params()
+            params.structured_outputs = asked
+            await self.client.add_request("r", "prompt", params)
+            return self.client.was_slow
+
+        return lease, asyncio.create_task(add())
+
+
+class ScriptedRehearsals:
+    """In the place of those that need vLLM."""
+
+    def __init__(self, *_: Any) -> None:
+        self.known: dict[bytes, bool] = {}
+
+    def is_known_slow(self, digest: bytes) -> bool | None:
+        return self.known.get(digest)
+
+    def run(self, check: Any, params: Any, digest: bytes, errand: Errand) -> bool:
+        check()
+        errand.do(params.structured_outputs.regex)
+        self.known[digest] = "slow" in params.structured_outputs.regex
+        return self.known[digest]
+
+
+@pytest.fixture
+async def rehearsing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rehearsing]:
+    monkeypatch.setattr(grammars, "LOOK_S", 0.01)
+    monkeypatch.setattr(grammars, "Rehearsals", ScriptedRehearsals)
+    monkeypatch.setattr(grammars, "digest_of", lambda asked: str(asked.regex).encode())
+    helpers = Helpers(SCRIPTED)
+    rehearsing = Rehearsing(helpers)
+    yield rehearsing
+    helpers.close()
+    for pool in rehearsing.pools:
+        await asyncio.to_thread(pool.shutdown)
+
+
+async def until(condition: Any) -> None:
+    """On the event loop."""
+    await asyncio.to_thread(wait_until, condition)
+
+
+ENDLESS = "while True: pass"
+
+
+async def test_a_plain_grammar_needs_no_process(rehearsing: Rehearsing) -> None:
+    """One that is not has one, until its engine has been seen to compile it."""
+    await rehearsing.ask_for(Asked(choice=["yes", "no"]))[1]
+    assert [] == rehearsing.helpers.pids
+    assert not await rehearsing.ask("pass")[1]
+    [pid] = rehearsing.helpers.pids
+    rehearsing.helpers.close()
+    assert not await rehearsing.ask("pass")[1]
+    assert [] == rehearsing.helpers.pids
+    assert pid
+
+
+async def test_a_rehearsal_is_killed_when_its_client_leaves(rehearsing: Rehearsing) -> None:
+    """And the next one, of the same account, is not kept waiting."""
+    _, endless = rehearsing.ask(ENDLESS)
+    await until(lambda: rehearsing.helpers.pids)
+    [pid] = rehearsing.helpers.pids
+    endless.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await endless
+
+    await rehearsing.ask("pass")[1]
+    assert pid not in rehearsing.helpers.pids
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+@pytest.mark.parametrize(
+    ("work", "own", "code"),
+    [
+        (ENDLESS, {"grammar_timeout_s": 0.3}, "grammar_timeout"),
+        (ENDLESS, {"grammar_bounds": Bounds(64 << 20, 0.2)}, "grammar_too_costly"),
+        ("bytearray(1 << 30)", {"grammar_bounds": Bounds(64 << 20, 60)}, "grammar_too_costly"),
+        ("import os; os.abort()", {}, "grammar_too_costly"),
+    ],
+)
+async def test_a_rehearsal_beyond_its_bounds_ends_its_request_alone(
+    rehearsing: Rehearsing, work: str, own: dict[str, Any], code: str
+) -> None:
+    """With an error of its own, whether it is the time, the memory or a crash."""
+    lease, task = rehearsing.ask(work, **own)
+    with pytest.raises(EngineUnavailable):
+        await task
+    assert lease.cut is not None
+    assert code == lease.cut.code
+
+    await rehearsing.ask("pass")[1]
+
+
+async def test_accounts_take_turns_in_rehearsals(rehearsing: Rehearsing) -> None:
+    """Another account's first is done after the one that is under way."""
+    done: list[str] = []
+
+    async def ask(account: str, number: int) -> None:
+        await rehearsing.ask(f"import time; time.sleep(0.2)  # {account}{number}", account)[1]
+        done.append(account)
+
+    asked = [asyncio.create_task(ask("a", number)) for number in range(4)]
+    await until(lambda: rehearsing.helpers.pids)
+    await asyncio.gather(*asked, ask("b", 0))
+
+    assert "b" in done[:2]
+
+
+async def test_what_is_slow_to_compile_is_told_to_the_engine(rehearsing: Rehearsing) -> None:
+    """Also the next time, when it is not rehearsed; and nobody can say so of his own."""
+    assert await rehearsing.ask("pass  # slow")[1]
+    assert await rehearsing.ask("pass  # slow")[1]
+    request: Any = SimpleNamespace(sampling_params=Params("g", extra_args={SLOW: True}))
+    sign(request, "group a")
+    assert {ACCOUNT: "group a"} == request.sampling_params.extra_args
+
+
+@dataclass
 class Engine:
     """vLLM's manager of structured outputs, as far as it submits compilations."""
 
@@ -287,6 +445,44 @@ def test_an_engine_without_a_tokenizer_has_no_grammars() -> None:
     manager = SimpleNamespace()
     take_turns(manager)
     assert not vars(manager)
+
+
+def test_a_slow_grammar_holds_up_no_other() -> None:
+    """It has a thread of its own, with the lowest priority."""
+    engine = Engine()
+    take_turns(engine)
+    priorities: list[int] = []
+
+    def compile_slowly(_: Any) -> None:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        assert engine.gate.wait(SOON_S)
+
+    def compile_quickly(_: Any) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    request = SimpleNamespace(sampling_params=Params("g", extra_args={SLOW: True, "a": 1}))
+    slow = engine.executor.submit(compile_slowly, request)
+    other = SimpleNamespace(sampling_params=Params("g"))
+    quick = engine.executor.submit(compile_quickly, other)
+
+    assert os.getpriority(os.PRIO_PROCESS, 0) == quick.result(SOON_S)
+    assert not slow.done()
+    engine.gate.set()
+    slow.result(SOON_S)
+    assert [19] == priorities
+    assert {"a": 1} == request.sampling_params.extra_args
+    engine.executor.shutdown()
+
+
+def test_a_sleeping_engine_keeps_no_compiled_grammars() -> None:
+    """One that has had no grammar has nothing to give back."""
+    cleared: list[bool] = []
+    compiler = SimpleNamespace(clear_cache=lambda: cleared.append(True))
+    forget_compiled(SimpleNamespace(backend=SimpleNamespace(compiler=compiler)))
+    forget_compiled(SimpleNamespace(backend=None))
+    forget_compiled(SimpleNamespace(backend=SimpleNamespace()))
+
+    assert [True] == cleared
 
 
 def test_requests_have_a_grammar_or_not() -> None:

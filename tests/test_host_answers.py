@@ -9,12 +9,22 @@ import pytest
 
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import HotswapError, NoRoom
-from vllm_hotswap.host.messages import Answer, Message, Wake
+from vllm_hotswap.host.messages import (
+    Answer,
+    Command,
+    EngineFailed,
+    Message,
+    Sleep,
+    Wake,
+    WakeSlice,
+)
 from vllm_hotswap.host.obey import Obedience
+from vllm_hotswap.host.together import HalfAsleep
+from vllm_hotswap.states import WakeProgress
 
 
 class Asleep:
-    """An engine whose wake fails."""
+    """An engine of which whatever it is told fails."""
 
     is_loaded = True
 
@@ -23,6 +33,15 @@ class Asleep:
 
     def wake(self) -> None:
         raise self.error
+
+    def sleep(self, level: int) -> None:
+        raise self.error
+
+    def wake_some(self) -> WakeProgress:
+        raise self.error
+
+    def die(self) -> None:
+        self.is_loaded = False
 
     def unload(self) -> None:
         self.is_loaded = False
@@ -34,14 +53,19 @@ class Asleep:
         return False
 
 
-def answer_to_wake(error: Exception) -> tuple[Asleep, Answer]:
+def told(command: Command, error: Exception) -> tuple[Asleep, list[Message]]:
     """What the host says, and the engine afterwards."""
     sent: list[Message] = []
     host, engine = Obedience(sent.append), Asleep(error)
+    host._loads["one"] = 3
     host.loop.add("one", engine)  # type: ignore[arg-type]
-    host.take(Wake(7, "one"))
+    host.take(command)
     host.loop._obey()
-    (answer,) = sent
+    return engine, sent
+
+
+def answer_to(command: Command, error: Exception) -> tuple[Asleep, Answer]:
+    engine, (answer,) = told(command, error)
     assert isinstance(answer, Answer)
     return engine, answer
 
@@ -58,11 +82,43 @@ def test_only_a_model_without_room_is_still_there_after_a_wake_that_failed(
     error: Exception, stays: bool, lacks_room: bool
 ) -> None:
     """Of any other failure nobody knows what it has left."""
-    engine, answer = answer_to_wake(error)
+    engine, answer = answer_to(Wake(7, "one"), error)
 
     assert (stays, lacks_room) == (engine.is_loaded, answer.lacks_room)
     assert answer.error is not None
     assert "takes 5 MiB" in answer.error or "a copy has failed" in answer.error
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks_room"),
+    [(NoRoom("waking takes 5 MiB"), True), (RuntimeError("a copy has failed"), False)],
+)
+def test_a_slice_that_failed_leaves_its_model_asleep(error: Exception, lacks_room: bool) -> None:
+    """It has given back what slices had taken, whatever the failure was."""
+    engine, answer = answer_to(WakeSlice(7, "one"), error)
+
+    assert engine.is_loaded
+    assert lacks_room == answer.lacks_room
+    assert answer.error
+
+
+def test_a_model_that_cannot_fall_asleep_is_as_it_was() -> None:
+    """For want of host memory, say."""
+    engine, answer = answer_to(Sleep(7, "one", 1), NoRoom("no host memory"))
+
+    assert engine.is_loaded
+    assert answer.lacks_room
+
+
+def test_a_model_of_which_only_some_workers_sleep_is_given_up() -> None:
+    """Its engine has died, and that is told before the answer: whoever asked knows then."""
+    error = HalfAsleep("a worker could not fall asleep: it is lost")
+    engine, (failed, answer) = told(Sleep(7, "one", 1), error)
+
+    assert not engine.is_loaded
+    assert EngineFailed("one", 3, "a worker could not fall asleep: it is lost") == failed
+    assert isinstance(answer, Answer)
+    assert answer.error == "a worker could not fall asleep: it is lost"
 
 
 @pytest.mark.parametrize(("lacks_room", "kind"), [(True, NoRoom), (False, HotswapError)])

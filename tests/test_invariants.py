@@ -48,10 +48,12 @@ from tests.virtual import VirtualLoop
 from tests.walk import ALIASES, RECOVERY, Ask, Call, Invariant, Shape, SwitchCall, World, words_of
 from vllm_hotswap.dispatch import MAX_BACKOFF_S
 from vllm_hotswap.engines.base import Adapter
+from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.events import (
     ClientEvicted,
     EngineDied,
     Event,
+    HostDied,
     HostRestarted,
     OutputRefused,
     PhaseChanged,
@@ -59,6 +61,7 @@ from vllm_hotswap.events import (
     ResidencyChanged,
     ServiceDegraded,
     SwitchEnded,
+    WakeChanged,
 )
 from vllm_hotswap.limits import BYTES_PER_VALUE, PLAIN_BYTES_PER_BYTE
 from vllm_hotswap.registry import Lease
@@ -81,6 +84,7 @@ TURNS = (None, None, None, 0, 1, 2, 5)
 """Turns of the loop that follow a step; None for as many as there are without time."""
 POLICIES = (None, "abort", "park", "park", "park", "refuse")
 HOST_WORK = ("load", "wake", "activate", "verify", "sleep", "unload")
+BESIDE = ("wake_some", "give_up_wake")
 ROLES = ("active", "active", "target", "target", "other", "none")
 OPERATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("load", {}),
@@ -139,6 +143,8 @@ SHAPES = (
     Shape(is_watched=True),
     Shape(models_that_fit=1, is_watched=True),
     Shape(models_that_fit=2, is_watched=True, idles=True),
+    Shape(slices=4),
+    Shape(models_that_fit=2, slices=3, is_watched=True, idles=True),
 )
 AUTOMATIC = (
     Shape(policy="batch"),
@@ -147,6 +153,7 @@ AUTOMATIC = (
     Shape(policy="round_robin"),
     Shape(policy="round_robin", models_that_fit=2, is_watched=True, max_parked=1),
     Shape(policy="batch", models_that_fit=2, is_watched=True, idles=True, in_flight=3),
+    Shape(policy="batch", models_that_fit=2, slices=3, is_watched=True),
 )
 BEGINNINGS: dict[str, Sequence[Any]] = {
     "shape": (*SHAPES, *AUTOMATIC),
@@ -227,11 +234,30 @@ class Walk(RuleBasedStateMachine):
         self.world.operate(alias, name, **body)
         self.go_on(turns)
 
+    @may(lambda self: self.world.shape.slices, often=3, alias=ALIASES, turns=TURNS)
+    def announce(self, alias: str, turns: int | None) -> None:
+        self.world.announce(alias)
+        self.go_on(turns)
+
     # --- failures -------------------------------------------------------------------------------
 
     @may(in_trouble, alias=ALIASES, name=HOST_WORK)
     def fail_next(self, alias: str, name: str) -> None:
         self.world.host.fail_next(name, alias)
+
+    @may(
+        lambda self: in_trouble(self) and self.world.shape.slices,
+        alias=ALIASES,
+        name=BESIDE,
+        lacks_room=(True, False),
+    )
+    def fail_beside(self, alias: str, name: str, lacks_room: bool) -> None:
+        error = NoRoom("no room") if lacks_room and name == "wake_some" else None
+        self.world.host.fail_next(name, alias, error)
+
+    @may(lambda self: in_danger(self) and self.world.shape.slices, alias=ALIASES, name=BESIDE)
+    def hold_beside(self, alias: str, name: str) -> None:
+        self.world.hold(name, alias)
 
     @may(in_trouble, alias=ALIASES)
     def corrupt_or_repair(self, alias: str) -> None:
@@ -886,7 +912,8 @@ class BoundedQueue(Invariant):
         shape, waiting = self.world.shape, self.world.coordinator.waiting
         most = max(len(m.leases) + len(m.entered) for m in self.world.registry)
         is_full = waiting >= shape.max_waiting or waiting + most >= shape.in_flight
-        emptied = self.world.is_automatic and self.world.has_failed_now
+        failed = self.world.is_automatic and self.world.has_failed_now
+        emptied = failed or self.world.stopping is not None  # before it could be told
         self.expect(is_full or emptied, f"{call} refused, {waiting} wait, {most} in flight")
         self.expect(int(call.headers["retry-after"]) >= 1, f"{call}: {call.headers}")
         at_once = not call.has_always_read or self.world.now_s == call.began_s
@@ -1100,6 +1127,84 @@ def test_I19_metrics_truth() -> None:
     walk(MetricsTruth)
 
 
+# --- wakes before somebody asks -----------------------------------------------------------------
+
+
+class WakesBeside(Invariant):
+    """A wake that nobody has asked for is in nobody's way, and is nowhere but in the books."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._under_way: dict[str, str] = {}
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, HostDied):
+            is_ended = "the engine host was ended" in event.cause
+            self.expect(self.world.hangs or not is_ended, f"nothing hangs, and {event.cause}")
+        if not isinstance(event, WakeChanged):
+            return
+        before = self._under_way.pop(event.model, None)
+        if event.change in ("begun", "done"):
+            self._under_way[event.model] = event.change
+        follows = {"begun": (None, "begun", "done"), "done": ("begun",)}
+        allowed = follows.get(event.change, ("begun", "done"))
+        self.expect(before in allowed, f"{event} after {before}")
+        self.expect(event.done_bytes <= event.total_bytes, f"{event}")
+
+    def at_any_time(self) -> None:
+        host = self.world.host
+        self.expect(not host.slices_while_moving, "a slice was begun while a model was moved")
+        self.expect(host.most_slices_at_once <= 1, f"{host.most_slices_at_once} slices at once")
+        most, budget = host.most_held_bytes, host.budget.device
+        self.expect(most <= budget, f"{most} bytes were held, the budget is {budget}")
+        for model in self.world.registry:
+            where = model.residency
+            is_asleep = where is Residency.ASLEEP
+            self.expect(model.waking is None or is_asleep, f"{model.alias} wakes, and is {where}")
+            told = model.alias in self._under_way
+            self.expect(told == (model.waking is not None), f"{model.alias}: {self._under_way}")
+
+    def when_settled(self) -> None:
+        if self.world.host.is_busy or self.world.hangs:
+            return
+        for model in self.world.registry:
+            taken = self.world.host.engines[model.alias].slices_done
+            self.expect(not taken or model.waking, f"{model.alias} has {taken} slices of nobody")
+
+
+class WakingWalk(Walk):
+    """On a device where models wake in slices."""
+
+    @initialize(
+        shape=st.sampled_from([shape for shape in (*SHAPES, *AUTOMATIC) if shape.slices]),
+        mood=st.sampled_from(BEGINNINGS["mood"]),
+        ending=st.sampled_from(BEGINNINGS["ending"]),
+    )
+    def start(self, shape: Shape, mood: str, ending: int | None) -> None:
+        super().start(shape, mood, ending)
+        for alias in ("qwen", "mistral"):
+            self.world.operate(alias, "load")
+            self.world.let_pass(10)
+            self.world.operate(alias, "sleep", level=1)
+            self.world.let_pass(5)
+
+    @rule(next_up=st.sampled_from([("qwen", "mistral"), ("mistral", "qwen"), ("qwen", "llama")]))
+    def go_elsewhere(self, next_up: tuple[str, str]) -> None:
+        """A switch waits for a request, while a slice of another model's wake ends."""
+        announced, target = next_up
+        self.world.settle()
+        self.world.ask(self.world.alias_of("active"), 3, True)
+        self.world.announce(announced)
+        self.world.settle()
+        self.world.switch(target, 30, "abort")
+        self.world.let_pass(5)
+
+
+def test_wakes_before_somebody_asks_are_in_nobodys_way() -> None:
+    """Slices one at a time, never while models are moved; nothing is left where they end."""
+    walk(WakesBeside, machine=WakingWalk, tries=16)
+
+
 # --- I20, I10 -----------------------------------------------------------------------------------
 
 
@@ -1150,6 +1255,7 @@ class NoGrowth(Invariant):
             self.expect(model.emptied is None, f"somebody waits for {model} to be empty")
         background = self.world.background
         left = asyncio.all_tasks(self.world.loop) - set(background)
+        left -= {model.waking.task for model in self.world.registry if model.waking}
         # Asking for a sign of life has a task of its own.
         names = [task.get_name() for task in left if not self.world.shape.is_watched]
         self.expect(not names, f"tasks are left: {names}")

@@ -8,6 +8,8 @@ import resource
 import secrets
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from tests.ports import free_port
 from tests.serving import flags
 from vllm_hotswap.demo import _is_free
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.listen import Listener, ListenFlags, bind, most_connections
+from vllm_hotswap.listen import Listener, ListenFlags, bind, check_address, most_connections
 from vllm_hotswap.port_file import PortFile
 
 
@@ -87,6 +89,57 @@ def test_the_demo_leaves_a_port_to_a_server_that_still_loads(host: str | None) -
     assert not _is_free(port)
     loading.close()
     assert _is_free(port)
+
+
+def test_a_port_in_use_is_told_before_vllm_is_loaded(tmp_path: Path) -> None:
+    """In one line, whether another program listens or a server of ours is still loading."""
+    models = tmp_path / "models.yaml"
+    models.write_text("models: {a: {model: org/a}}")
+    code = """
+import sys
+from vllm_hotswap.cli import main
+status = main(["serve", *sys.argv[1:]])
+print("vllm" in sys.modules)
+sys.exit(status)
+"""
+    loading = Listener.open(flags(host="127.0.0.1"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for port in (other.getsockname()[1], loading.port):
+            command = [sys.executable, "-c", code, str(models)]
+            command += ["--host", "127.0.0.1", f"--port={port}"]
+            ended = subprocess.run(
+                command, capture_output=True, text=True, timeout=120, check=False
+            )
+            (line,) = ended.stderr.splitlines()
+
+            assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in line
+            assert "False" == ended.stdout.strip()
+            assert 0 != ended.returncode
+    loading.close()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--port", "0"],
+        ["--port", "many"],
+        ["--port"],
+        ["--uds", "/run/nowhere/s"],
+        ["--config", "flags.yaml"],
+        ["--port", "0", "--max-model-len", "8", "--enforce-eager"],
+    ],
+)
+def test_what_only_vllm_can_read_of_the_flags_is_left_to_it(given: list[str]) -> None:
+    """Nothing is refused before that."""
+    check_address(given)
+
+
+def test_nothing_is_kept_of_a_look_at_the_address() -> None:
+    """The server binds it later."""
+    port = free_port()
+    check_address(["--host", "127.0.0.1", "--port", str(port)])
+
+    Listener.open(flags(host="127.0.0.1", port=port)).close()
 
 
 @pytest.mark.parametrize(

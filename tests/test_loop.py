@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -14,6 +15,10 @@ from vllm_hotswap.host.loop import EngineLoop
 T = TypeVar("T")
 LONG_S = 10.0
 """No test waits this long unless it fails."""
+
+
+class Tensor:
+    """Something that a step has in its hands."""
 
 
 class CountingEngine:
@@ -29,6 +34,9 @@ class CountingEngine:
         self.fails_at: str | None = None
         self.steps_end_at = 0
         self.finished = threading.Event()
+        self.tensor: Callable[[], object] = lambda: None
+        """Of the step that has failed."""
+        self.left: object = None
 
     def send(self, steps: int) -> None:
         """Leave work, then ring, as a client does."""
@@ -55,12 +63,18 @@ class CountingEngine:
     def die(self) -> None:
         if self.die_fails:
             raise OSError("socket is closed")
+        self.left = self.tensor()
         self.dead, self.fails_at = True, None
 
     def _happens(self, what: str) -> None:
         self.stage.happened.append(f"{self.name} {what}")
         if self.fails_at == what:
-            raise RuntimeError(f"{self.name} cannot {what}")
+            tensor = Tensor()
+            self.tensor = weakref.ref(tensor)
+            try:
+                raise OSError("no such kernel")
+            except OSError as error:
+                raise RuntimeError(f"{self.name} cannot {what}") from error
 
 
 class Stage:
@@ -218,6 +232,7 @@ def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str)
 
     assert stage.failure.wait(LONG_S)
     assert stage.do(lambda: stage.a.dead)
+    assert stage.a.left is None  # nothing that the step had keeps the memory of its model
     assert [("a", f"a cannot {at}")] == stage.failed
     assert stage.loop.active is None
 

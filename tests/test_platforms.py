@@ -157,3 +157,9 @@ def test_host_preloads_openmp_on_a_cpu() -> None:
 
     assert all(library.is_file() for library in libraries)
     assert libraries[-1].name.startswith("libgomp")
+
+
+def test_each_engine_keeps_few_compiled_grammars_unless_told_otherwise() -> None:
+    """There are many in one process; vLLM's own default is for one."""
+    assert "64" == host_environment({})["VLLM_XGRAMMAR_CACHE_MB"]
+    assert "512" == host_environment({"VLLM_XGRAMMAR_CACHE_MB": "512"})["VLLM_XGRAMMAR_CACHE_MB"]

@@ -377,7 +377,8 @@ async def test_a_thousand_names_that_are_not_ours_make_a_few_lines(
 ) -> None:
     """A page that has had its name resolved to this machine asks as often as it likes."""
     server.app._cross_site = CrossSite(checks_host=lambda: True)
-    async with listening_with(server, None, None, AS_IT_IS) as at:
+    limits = LimitsConfig(refusals_per_second=MANY)
+    async with listening_with(server, limits, None, AS_IT_IS) as at:
         told = await answers_to(at.port, request("/version"), MANY)
 
     assert {"host_refused"} == {each.code for each in told}

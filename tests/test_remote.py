@@ -282,3 +282,30 @@ def test_what_is_over_at_once_is_not_followed(
     wait_until(lambda: began and not began[0].is_alive())
     wait_until(lambda: not listening.http.server_state.connections)
     assert "subscribers=0" in repr(listening.server.app.feed)
+
+
+def test_a_model_that_wakes_before_it_is_asked_for_is_shown() -> None:
+    """How far it has come; and that a plan would end it."""
+    model = {
+        "residency": "asleep",
+        "in_flight": 0,
+        "held": {"device_bytes": 6 << 20, "host_bytes": 4 << 20},
+        "waking": {"done_bytes": 2 << 20, "total_bytes": 5 << 20},
+        "pinned": False,
+        "switch_cost_s": 0.1,
+    }
+    memory = {"device": {"used": 6 << 20, "budget": 9 << 20}}
+    status = {"active": "llama", "phase": "idle", "memory": memory, "models": {"qwen": model}}
+    assert remote.status_text(status).endswith("0.1  wakes: 2.0 of 5.0 MiB")
+
+    size = {"device_bytes": 0}
+    plan = {
+        "active": "llama",
+        "model": "mistral",
+        "evict": [],
+        "give_up_wake": ["qwen"],
+        "bring_up": None,
+        "memory": dict.fromkeys(["before", "peak", "after", "budget"], size),
+        "cost_s": 0,
+    }
+    assert "  qwen: wakes no more" in remote.plan_text(plan).splitlines()

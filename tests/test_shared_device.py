@@ -180,6 +180,32 @@ async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None
     assert 18 * MIB == gpu.coordinator.ladder.budget.device
 
 
+async def test_a_sleep_without_host_memory_is_refused(gpu: Server) -> None:
+    """Nothing has changed: the model is parked, and sleeps once there is some."""
+    gpu.host.fail_next("sleep", "qwen", NoRoom("no host memory for 4.0 MiB of weights asleep"))
+
+    response = await gpu.operate("qwen", "sleep")
+
+    assert (409, "no_room") == (response.status_code, response.json()["error"]["code"])
+    assert "parked" == gpu.residencies["qwen"]
+    assert 200 == (await gpu.operate("qwen", "sleep")).status_code
+
+
+async def test_a_model_that_is_half_asleep_is_given_up(gpu: Server) -> None:
+    """Its engine has died before the answer comes; it is loaded anew when it is asked for."""
+    gpu.host.hold("sleep", "qwen")
+    sleeping = gpu.operate("qwen", "sleep")
+    await gpu.settled()
+    gpu.host.kill_engine("qwen", "a worker could not fall asleep")
+    gpu.host.fail_next("sleep", "qwen", HotswapError("a worker could not fall asleep"))
+    gpu.host.release("sleep", "qwen")
+
+    assert 503 == (await sleeping).status_code
+    assert "failed" == gpu.residencies["qwen"]
+    assert 200 == (await gpu.switch("qwen")).status_code
+    assert 2 == gpu.host.engines["qwen"].loads
+
+
 # --- an engine that nobody can use any more -----------------------------------------------------
 
 

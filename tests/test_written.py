@@ -321,6 +321,20 @@ def test_what_cannot_be_read_has_its_place(text: str, expected: str) -> None:
     assert "\n" not in message
 
 
+def test_all_that_can_be_told_of_a_text_is_told_at_once() -> None:
+    """In the order of its lines. Of a mapping without an end, its keys are not compared."""
+    twice = "a: 1\na: 2\nb: {c: 1, c: 2}\nd: !!int [1]\n"
+    tagged = "a: !!int x\nb: !mine 3\nc: !!bool 7\n"
+
+    assert [2, 3, 4] == lines_of(refusal(twice))
+    assert [3, 4, 5] == lines_of(refusal(twice + "e: ["))
+    assert [1, 2, 3] == lines_of(refusal(tagged))
+
+
+def lines_of(message: str) -> list[int]:
+    return [int(line.split(":")[1]) for line in message.splitlines()]
+
+
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
 def test_too_many_levels_are_refused(opening: str) -> None:
     """Rather than ending in a stack trace."""

@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,7 +36,12 @@ SETTINGS = FakeSettings(
 """Whole seconds, so that much happens in the very same moment."""
 
 RECOVERY = RecoveryConfig(
-    max_restarts=3, hang_timeout=5, load_timeout=60, command_timeout=30, max_backoff=8
+    max_restarts=3,
+    hang_timeout=5,
+    step_timeout=10,
+    load_timeout=60,
+    command_timeout=30,
+    max_backoff=8,
 )
 
 Outcome = Literal["open", "answered", "failed", "left", "lost"]
@@ -65,8 +70,14 @@ class Shape:
     """Whether the host is asked for signs of life."""
     idles: bool = False
     """Whether a model is put to sleep when nobody uses it."""
+    slices: int = 0
+    """In how many parts a model wakes that sleeps, on a device that is not the host's memory."""
     policy: str | None = None
     """Of the mode `auto`; None: the mode is `manual`."""
+
+    @property
+    def settings(self) -> FakeSettings:
+        return replace(SETTINGS, slices=self.slices, offloads=True) if self.slices else SETTINGS
 
     @property
     def budget(self) -> Usage:
@@ -317,6 +328,10 @@ class Host(FakeHost):
 
     _underway = 0
     most_at_once = 0
+    _slices = 0
+    most_slices_at_once = 0
+    slices_while_moving = 0
+    """Slices of a wake that were begun while a model was moved."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -363,6 +378,9 @@ class Host(FakeHost):
 
     async def operate(self, operation: str, alias: str, duration_s: float) -> None:
         self.told.append((operation, alias))
+        if operation in ("wake_some", "give_up_wake"):
+            await self._beside(operation, alias, duration_s)
+            return
         if operation in ("prefetch", "add_adapter", "restart"):  # which move nothing
             await super().operate(operation, alias, duration_s)
             return
@@ -374,6 +392,16 @@ class Host(FakeHost):
                 self.canaries.append((alias, self.engines[alias].canary))
         finally:
             self._underway -= 1
+
+    async def _beside(self, operation: str, alias: str, duration_s: float) -> None:
+        """What goes on while another model is served; whoever moves models need not wait for it."""
+        self.slices_while_moving += operation == "wake_some" and self.is_busy
+        self._slices += operation == "wake_some"
+        self.most_slices_at_once = max(self.most_slices_at_once, self._slices)
+        try:
+            await super().operate(operation, alias, duration_s)
+        finally:
+            self._slices -= operation == "wake_some"
 
 
 @dataclass
@@ -408,7 +436,7 @@ class World:
         self.stop_timeout_s = 0.0
         self.stop_took_s = 0.0
         self.left_by_stop: list[Lease] = []
-        self.host = Host(ALIASES, dict.fromkeys(ALIASES, SETTINGS), shape.budget)
+        self.host = Host(ALIASES, dict.fromkeys(ALIASES, shape.settings), shape.budget)
         switching = SwitchingConfig(
             max_waiting=shape.max_waiting,
             max_parked=shape.max_parked,
@@ -600,6 +628,11 @@ class World:
 
     def operate(self, alias: str, what: str, /, method: str = "POST", **body: Any) -> Call:
         call = Call(f"/admin/models/{alias}/{what}", body, self.now_s, self.loop, method)
+        self.operations.append(self._begin(call))
+        return call
+
+    def announce(self, alias: str) -> Call:
+        call = Call("/admin/next", {"model": alias}, self.now_s, self.loop)
         self.operations.append(self._begin(call))
         return call
 

@@ -187,6 +187,11 @@ class Access:
         _, rights = self._find(headers)
         return rights
 
+    def mark(self, headers: Headers) -> str | None:
+        """What tells the caller's key from others; None without a key that is known."""
+        key, _ = self._find(headers)
+        return None if key is None else key.fingerprint
+
     def caller(self, headers: Headers) -> Caller:
         """Who has sent a request, whether it is let in or not."""
         key, rights = self._find(headers)

@@ -19,6 +19,7 @@ from vllm_hotswap.answers import (
     ReadyAnswer,
     StatusAnswer,
     SwitchAnswer,
+    WakingStatus,
 )
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.disclosure import told_if_any
@@ -28,6 +29,7 @@ from vllm_hotswap.job_routes import leases_body
 from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import caller_of, move_body, predictions_body, usage_body
+from vllm_hotswap.plain_words import first_mistake
 from vllm_hotswap.registry import Model
 from vllm_hotswap.settings import DrainPolicy
 from vllm_hotswap.states import Residency, ServerState
@@ -224,18 +226,16 @@ def _parse(body: bytes) -> SwitchRequest:
     try:
         return SwitchRequest.model_validate_json(as_utf8(body) or b"null")
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or None
-        place = f"{field}: " if field else "body: "
+        field, mistake = first_mistake(error)
         raise InvalidRequest(
-            f'{place}{first["msg"]}; expected {{"model": alias, "drain_timeout": seconds, '
+            f'{mistake}; expected {{"model": alias, "drain_timeout": seconds, '
             '"on_drain_timeout": abort|park|refuse}',
             field,
         ) from None
 
 
 def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
-    memory, held = model.engine.memory, model.engine.footprint.at(model.residency)
+    memory = model.engine.memory
     return {
         "residency": model.residency.value,
         "in_flight": len(model.leases),
@@ -243,12 +243,19 @@ def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
         "waiting": coordinator.waiting_for(model),
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,
-        "held": usage_body(held),
+        "held": usage_body(model.held),
+        "waking": _waking(model),
         "pinned": model.pinned,
         "idle_s": coordinator.idle_s(model),
         "switch_cost_s": round(up_cost_s(model, model.residency), 3),
         "failed": told_if_any(model.failure),
     }
+
+
+def _waking(model: Model) -> WakingStatus | None:
+    if (waking := model.waking) is None:
+        return None
+    return {"done_bytes": waking.done_bytes, "total_bytes": waking.total_bytes}
 
 
 def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:

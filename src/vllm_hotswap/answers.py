@@ -146,11 +146,13 @@ class PlanMemory(TypedDict):
 
 
 class PlanAnswer(TypedDict):
-    """What a switch would do."""
+    """What a switch would do. `give_up_wake`: models that wake before they are asked for, and would
+    give back what they have taken."""
 
     model: str
     active: str | None
     evict: list[MoveAnswer]
+    give_up_wake: list[str]
     bring_up: MoveAnswer | None
     cost_s: float
     memory: PlanMemory
@@ -191,6 +193,7 @@ class NextAnswer(TypedDict):
     residency: str
     prefetch: str
     limit_bytes: int
+    wake: str
 
 
 class PredictedModel(TypedDict):
@@ -210,8 +213,15 @@ class PredictionStatus(TypedDict):
     wasted_bytes: int
 
 
+class WakingStatus(TypedDict):
+    """How much of its device memory a model has taken that wakes before it is asked for."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 class ModelStatus(TypedDict):
-    """One model now."""
+    """One model now; `waking` is null unless it is asleep, and wakes before it is asked for."""
 
     residency: str
     in_flight: int
@@ -220,6 +230,7 @@ class ModelStatus(TypedDict):
     weights_bytes: int
     kv_bytes: int
     held: UsageAnswer
+    waking: WakingStatus | None
     pinned: bool
     idle_s: float | None
     switch_cost_s: float

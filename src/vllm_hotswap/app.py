@@ -34,6 +34,7 @@ from vllm_hotswap.operations import CALLER, Operations
 from vllm_hotswap.own_routes import for_admins, own_routes
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
+from vllm_hotswap.refusals import KEY, KnownKey, Outlook
 from vllm_hotswap.registry import ModelPolicy
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
@@ -81,9 +82,9 @@ class HotswapApp:
                 m.alias: self.coordinator.waiting_for(m) for m in self.coordinator.registry
             },
             is_ready=lambda: self.coordinator.is_ready,
-            held=lambda: {
-                m.alias: m.engine.footprint.at(m.residency).device
-                for m in self.coordinator.registry
+            held=lambda: {m.alias: m.held.device for m in self.coordinator.registry},
+            waking=lambda: {
+                m.alias: m.waking.done_bytes if m.waking else 0 for m in self.coordinator.registry
             },
             budget=lambda: self.coordinator.ladder.budget.device,
             job_leases=lambda: Counter(lease.model for lease in self.coordinator.jobs.leases),
@@ -112,6 +113,7 @@ class HotswapApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             raise RuntimeError("the server starts and stops the models; run with lifespan off")
+        scope[KEY] = self._mark
         try:
             answer = await self._answer(scope, receive)
         except ClientGone:
@@ -167,6 +169,26 @@ class HotswapApp:
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
             return not has_body
         return self.access.is_admin(headers)
+
+    def outlook(self, scope: Scope) -> Outlook | KnownKey:
+        """What a request is going to come to, as far as its route and its key tell.
+
+        Args:
+            scope: its `type`, `method`, `path`, `root_path` and `headers` are looked at.
+        """
+        try:
+            route, _ = self.routes.find(*request_of(scope))
+            self.access.check(route.role, Headers(scope=scope))
+        except HotswapError:
+            return Outlook.REFUSED
+        if route.role is Role.PUBLIC:
+            return Outlook.LET_IN
+        mark = self._mark(scope)
+        return Outlook.IN_DOUBT if mark is None else KnownKey(mark)
+
+    def _mark(self, scope: Scope) -> str | None:
+        """What tells the key of a request from others; None without one that is known."""
+        return self.access.mark(Headers(scope=scope))
 
     def _may_switch(self, route: Route) -> bool:
         """Whether a request for a model may load it, wake it, and let another one give way."""

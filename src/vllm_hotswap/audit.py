@@ -7,6 +7,8 @@ the file opened anew, so that it can be moved away.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -49,6 +51,9 @@ MAX_ANSWER = 64 << 10
 ASKED = ("model", "base_model_name")
 ANSWERED = ("current_model", "model")
 """Fields of bodies that name a model, the one that counts first."""
+
+LATE_BODY_S = 0.2
+"""How long the body of a call may take that is refused before anybody has asked for it."""
 
 CLOSE_S = 5.0
 """For which the end of the server waits for the last lines."""
@@ -189,7 +194,7 @@ class Audited:
             return
         call = _Call(scope, parameters.get("alias"), self._access.caller(Headers(scope=scope)))
         try:
-            await self._app(scope, call.receiving(receive), call.sending(send))
+            await self._app(scope, call.receiving(receive), call.sending(send, receive))
         finally:
             if call.is_to_be_told:
                 self._audit.write(call.line())
@@ -215,27 +220,47 @@ class _Call:
         self._caller = caller
         self._began_s = time.monotonic()
         self._request, self._answer = bytearray(), bytearray()
+        self._is_heard = False
         self._status: int | None = None
         self._answered_by: str | None = None
 
     def receiving(self, receive: Receive) -> Receive:
         async def seen() -> Message:
             message = await receive()
+            self._is_heard = True
             _keep(self._request, message.get("body", b""), MAX_BODY)
             return message
 
         return seen
 
-    def sending(self, send: Send) -> Send:
+    def sending(self, send: Send, receive: Receive) -> Send:
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
+                if self._status >= 400 and not self._is_heard and self._has_small_body:
+                    await self._hear(receive)
                 named = Headers(raw=message.get("headers", [])).get(MODEL_HEADER)
                 self._answered_by = named and unquote(named)
             _keep(self._answer, message.get("body", b""), MAX_ANSWER)
             await send(message)
 
         return seen
+
+    @property
+    def _has_small_body(self) -> bool:
+        """Of a known caller, who has sent it already, or is about to."""
+        headers = Headers(scope=self._scope)
+        size = headers.get("content-length", "")
+        is_small = size.isdecimal() and len(size) < 10 and 0 < int(size) <= MAX_BODY
+        return bool(self._caller.key) and is_small and "expect" not in headers
+
+    async def _hear(self, receive: Receive) -> None:
+        """The body of a call that nobody has asked for: it tells what was wanted."""
+        hear = self.receiving(receive)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LATE_BODY_S):
+                while (await hear()).get("more_body", False):
+                    pass
 
     @property
     def is_to_be_told(self) -> bool:

@@ -8,19 +8,24 @@ Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `exp
 `pipeline` (the newest first), `cycle` (the newest) and `flow`, whose `resume_reading` has what was
 paused read on; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
 `_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
-websockets; `RequestResponseCycle` with `body`, `response_started`, `response_complete`,
-`keep_alive`, `disconnected` and `message_event`; an error that a callback raises ends the parser's
-`feed_data` with an `HttpParserError`; the end of a head and that of trailers is an empty line.
+websockets, whose `scope` there is before `run_asgi`, which runs its `app`, and which takes
+`close_sent` for the end of it and `handshake_complete` for an answer; `RequestResponseCycle` with
+`body`, `response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`;
+an error that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of
+a head and that of trailers is an empty line. Of a server, uvicorn needs `close` and `wait_closed`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -33,6 +38,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from vllm_hotswap import openai
+from vllm_hotswap.arrivals import Arrival, Door
+from vllm_hotswap.deadlines import Deadlines, Pause, Wheel
 from vllm_hotswap.errors import (
     HeadTimeout,
     HeadTooLarge,
@@ -44,6 +51,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.places import Place, Places
 from vllm_hotswap.quiet import log_of_clients
+from vllm_hotswap.refusals import DOOR, Refusals, address_of, clients_of
 from vllm_hotswap.settings import LimitsConfig
 
 VERSIONS = frozenset(["1.0", "1.1"])
@@ -82,58 +90,6 @@ def nobody(_: Scope) -> bool:
     return False
 
 
-class Deadlines:
-    """Waits that may all last as long, so that the first to begin is the first to end.
-
-    One timer is enough for all; a timer each would cost more than anything else here. It rings for
-    the first wait, if that still lasts, and is set again for the next.
-    """
-
-    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
-        self.seconds = seconds
-        self._late = late
-        self._ends_s: dict[Connection, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __contains__(self, connection: Connection) -> bool:
-        return connection in self._ends_s
-
-    def begin(self, connection: Connection) -> None:
-        """Nothing, if it waits already."""
-        if connection in self._ends_s:
-            return
-        self._ends_s[connection] = connection.loop.time() + self.seconds
-        self._set(connection.loop)
-
-    def end(self, connection: Connection) -> None:
-        """Idempotent."""
-        self._ends_s.pop(connection, None)
-
-    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        now_s = loop.time()
-        over = list(itertools.takewhile(lambda item: item[1] <= now_s, self._ends_s.items()))
-        for connection, _ in over:
-            del self._ends_s[connection]
-        try:
-            for connection, _ in over:
-                self._end_one(connection)
-        finally:
-            self._set(loop)
-
-    def _end_one(self, connection: Connection) -> None:
-        """What happens to one connection must not cost the others their deadlines."""
-        try:
-            self._late(connection)
-        except Exception:
-            log_of_clients.exception("event=deadline_failed client=%s", connection.client)
-
-    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._timer is None and self._ends_s:
-            first_s = next(iter(self._ends_s.values()))
-            self._timer = loop.call_at(first_s, self._ring, loop)
-
-
 @dataclass(slots=True)
 class Connections:
     """What all connections share: their bounds, places and deadlines."""
@@ -145,15 +101,22 @@ class Connections:
     may use a place that is kept."""
     upgraded: dict[asyncio.BaseTransport, Place] = field(default_factory=dict)
     """Places of connections that have become websockets."""
-    heads: Deadlines = field(init=False)
+    door: Door = field(init=False)
+    """How connections come in, and how many refusals their clients may get."""
+    heads: Deadlines[Connection] = field(init=False)
     """Connections whose next head is waited for."""
-    idle: Deadlines = field(init=False)
+    idle: Deadlines[Connection] = field(init=False)
     """Connections whose requests are answered, and which have not sent anything since."""
-    readers: Deadlines = field(init=False)
+    readers: Deadlines[Connection] = field(init=False)
     """Connections to which not everything that is to be sent could be sent."""
+    is_stopping: bool = False
+    """Whether the server ends: refusals are told at once."""
 
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
+        refusals = Refusals(self.limits.refusals_per_second, time.monotonic)
+        silent = Deadlines(self.limits.head_timeout, Arrival.is_late)
+        self.door = Door(self.places, refusals, Wheel(), silent)
         self.heads = Deadlines(self.limits.head_timeout, Connection.head_is_late)
         self.readers = Deadlines(patience_s, Connection.look_at_reader)
         self.keep_alive(KEEP_ALIVE_S)
@@ -162,27 +125,89 @@ class Connections:
         """How long a connection may be idle."""
         self.idle = Deadlines(seconds, Connection.timeout_keep_alive_handler)
 
-    def protocol(
-        self,
-        config: uvicorn.Config,
-        server_state: Any,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Connection:
-        """Makes what uvicorn calls the HTTP protocol class."""
-        return Connection(self, config, server_state, app_state, _loop)
+    def charge(self, clients: Iterable[Hashable], count: int = 1) -> float:
+        """Note what is refused; for how many seconds to hold the answer back."""
+        pause_s = self.door.refusals.charge(clients, count)
+        return 0.0 if self.is_stopping else pause_s
+
+    def let_in(self, scope: Scope) -> None:
+        """One is served."""
+        self.door.refusals.let_in(address_of(scope))
 
     def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-        """The class for websockets that gives the place free at the end of a connection."""
-        upgraded = self.upgraded
+        """The class for websockets that has what is the connection's, besides uvicorn's."""
+        return cast(
+            "type[asyncio.Protocol]", type("Counted", (Upgraded, websockets), {"shared": self})
+        )
 
-        class Counted(websockets):  # type: ignore[misc, valid-type]
-            def connection_lost(self, exc: Exception | None) -> None:
-                if place := upgraded.pop(self.transport, None):
-                    place.leave()
-                super().connection_lost(exc)
 
-        return Counted
+class Upgraded(asyncio.Protocol):
+    """A connection that has become a websocket: before uvicorn's class for one, a part of it.
+
+    Its state is the refusal of its handshake that is held back, if any.
+    """
+
+    shared: Connections
+    transport: asyncio.Transport
+    scope: dict[str, Any]
+    app: Any
+    _pause: Pause | None = None
+
+    async def run_asgi(self) -> None:
+        self.scope[DOOR] = weakref.ref(self)
+        if (place := self._place) is not None:
+            self.scope["client"] = cast("Connection", place.holder).client
+        app = self.app
+
+        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive, send)
+            if getattr(self, "close_sent", False):
+                self.handshake_complete = True  # with a refusal, which uvicorn takes for none
+
+        self.app = answered
+        try:
+            await super().run_asgi()  # type: ignore[misc]
+        finally:
+            self.app = app  # they would hold each other
+
+    async def refused(self, scope: Scope) -> None:
+        """Hold the refusal of the handshake back. Meanwhile its place is for whoever needs one."""
+        pause_s = self.shared.charge(clients_of(scope))
+        if not pause_s or self.transport.is_closing():
+            return
+        if (place := self._place) is not None:
+            place.waits()
+        self._pause = Pause()
+        with suppress(RuntimeError):  # as in `Connection._read_on`
+            self.transport.resume_reading()
+        await self._pause.last(self.shared.door.wheel, pause_s)
+
+    def let_in(self, scope: Scope) -> None:
+        """It is served."""
+        self.shared.let_in(scope)
+
+    def data_received(self, data: bytes) -> None:
+        if self._pause is None:  # nothing is kept of what comes behind a refused handshake
+            super().data_received(data)
+
+    def shutdown(self) -> None:
+        """The server ends. A refusal is told, which ends the connection."""
+        self.shared.is_stopping = True
+        if self._pause is None:
+            super().shutdown()  # type: ignore[misc]
+        else:
+            self._pause.end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if place := self.shared.upgraded.pop(self.transport, None):
+            place.leave()
+        if self._pause is not None:
+            self._pause.end()
+        super().connection_lost(exc)
+
+    @property
+    def _place(self) -> Place | None:
+        return self.shared.upgraded.get(self.transport)
 
 
 class Connection(HttpToolsProtocol):
@@ -199,6 +224,12 @@ class Connection(HttpToolsProtocol):
     """
 
     _place: Place | None = None
+    _pause: Pause | None = None
+    """Of a refusal that is held back."""
+    _dropped: RequestResponseCycle | None = None
+    """Whose refusal is or was held back: of its body, nothing is kept."""
+    _unsaid: tuple[HotswapError, Callable[[], None]] | None = None
+    """What is to be said later, and what takes that back."""
     _context: Context
     """The connection's own, of which each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
@@ -219,11 +250,13 @@ class Connection(HttpToolsProtocol):
         config: uvicorn.Config,
         server_state: Any,
         app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        arrival: Arrival,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state, arrival.loop)
         limits = shared.limits
         self._shared = shared
+        self._arrival: Arrival | None = arrival
+        self._client = shared.places.client_of(arrival.address)
         self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
         self._url_bytes = limits.url_bytes
         self._ahead: deque[int] = deque()
@@ -233,12 +266,14 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._context = copy_context()
-        address = self.client[0] if self.client else None
-        self._place = self._shared.places.take(self, address)
+        assert self._arrival is not None
+        self.client = self._arrival.client  # of one that has gone, the transport knows no address
+        self._place = self._arrival.handed_over()
+        self._arrival = None
         if self._place is None:
             self._refuse(TooManyConnections())
-            self.transport.close()
         else:
+            self._place.holder = self
             self._shared.heads.begin(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -246,6 +281,10 @@ class Connection(HttpToolsProtocol):
             self._place.leave()
             self._place = None  # they hold each other, and would wait for the collector
         self._stop_timers()
+        self._go_on()
+        if self._unsaid is not None:
+            _, take_back = self._unsaid
+            take_back()
         super().connection_lost(exc)
         if (answered := self._answered) is not None and not answered.response_complete:
             answered.disconnected = True  # uvicorn tells the newest one alone
@@ -319,7 +358,13 @@ class Connection(HttpToolsProtocol):
         self._watch_reader()
 
     def shutdown(self) -> None:
+        self._shared.is_stopping = True
+        if self._unsaid is not None:
+            error, take_back = self._unsaid
+            take_back()
+            self._say(error)
         super().shutdown()
+        self._go_on()
         self._watch_reader()
 
     # --- what the parser says -------------------------------------------------------------
@@ -330,6 +375,7 @@ class Connection(HttpToolsProtocol):
         self._moved = self._in_message = True
         self._parsed = self._trailers = 0
         super().on_message_begin()
+        self.scope[DOOR] = weakref.ref(self)  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -357,7 +403,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         place = self._place
         if place is not None:
-            place.is_busy()
+            if self._pause is None:  # what comes behind a refusal waits with it
+                place.is_busy()
             if place.is_kept and not self._shared.may_use_kept(self._begun_scope()):
                 self._fail(TooManyConnections())
         self._moved, self._raw = True, 0
@@ -379,9 +426,11 @@ class Connection(HttpToolsProtocol):
             self._last.keep_alive = False
 
     def _look_ahead(self) -> None:
-        """Bound what requests hold that wait: together, what one may."""
+        """Bound what requests hold that wait: together, what one may. No handshake waits."""
         if not self._is_answering:
             return
+        if self.parser.should_upgrade() and self._should_upgrade():
+            self._fail(MalformedRequest())
         weight = self._parsed + FIELD_BYTES * len(self.headers)
         most = self._head_bytes + FIELD_BYTES * self._head_fields
         if sum(self._ahead) + weight > most:
@@ -407,6 +456,8 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._moved = True
+        if self._last is not None and self._last is self._dropped:
+            return
         super().on_body(body)
         if self.pipeline:
             self._look_at_bodies()
@@ -430,6 +481,8 @@ class Connection(HttpToolsProtocol):
             following = self.pipeline.pop()
             self._answered = following[0]
             self.flow.resume_reading()
+            if self._place is not None:
+                self._place.is_busy()  # it may have waited with a refusal before
             self._start_asgi_task(*following)
         else:
             self.flow.resume_reading()
@@ -446,6 +499,43 @@ class Connection(HttpToolsProtocol):
         # Not the one of the request before, in whose task it may be that this one begins, or that
         # reading went on, and with it, in asyncio's loop, all that is read from then on.
         self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
+
+    async def refused(self, scope: Scope) -> None:
+        """Hold the refusal of a request back. Meanwhile its place is for whoever needs one.
+
+        Its body is read on, and dropped: so the end of the connection is noticed.
+        """
+        pause_s = self._shared.charge(clients_of(scope))
+        if not pause_s or self.transport.is_closing():
+            return
+        if self._place is not None:
+            self._place.waits()
+        self._dropped = self._answered
+        if self._dropped is not None:
+            self._dropped.body = bytearray()
+        self._read_on()
+        self._pause = Pause()
+        try:
+            await self._pause.last(self._shared.door.wheel, pause_s)
+        finally:
+            self._pause = None
+
+    def let_in(self, scope: Scope) -> None:
+        """A request is served."""
+        self._shared.let_in(scope)
+
+    def _read_on(self) -> None:
+        """What comes is dropped from now on, and so the end of the connection is noticed.
+
+        Where it was reset a moment ago, uvloop raises `RuntimeError`.
+        """
+        with suppress(RuntimeError):
+            self.flow.resume_reading()
+
+    def _go_on(self) -> None:
+        """Hold back nothing more."""
+        if self._pause is not None:
+            self._pause.end()
 
     def _unset_keepalive_if_required(self) -> None:
         self._shared.idle.end(self)
@@ -593,8 +683,9 @@ class Connection(HttpToolsProtocol):
             log_of_clients.warning("event=connection_refused code=%s places=%r", error.code, places)
         if self.transport.is_closing():
             return  # its last word is said, perhaps not sent yet
+        pause_s = self._shared.charge([self._client], 1 + len(self.pipeline))
         if not self._is_answering:
-            self._say(error)
+            self._say_later(pause_s, error)
         elif self._head_next:
             self.cycle.keep_alive = False  # those before it are answered, then it is closed
         elif self.pipeline:
@@ -603,9 +694,11 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             self._watch_reader()
         else:
-            self._say(error)
+            self._say_later(pause_s, error)
+            self.cycle.body = bytearray()
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._go_on()
 
     def _drop_newest(self) -> None:
         """Of requests that wait. Those before it are answered, then the connection is closed.
@@ -620,27 +713,50 @@ class Connection(HttpToolsProtocol):
             before.keep_alive = False
         self.flow.resume_reading()
 
+    def _say_later(self, pause_s: float, error: HotswapError) -> None:
+        if self._place is not None:
+            self._place.waits()
+        self._read_on()
+        if pause_s:
+            take_back = self._shared.door.wheel.call_later(pause_s, partial(self._say, error))
+            self._unsaid = error, take_back
+        else:
+            self._say(error)
+
     def _say(self, error: HotswapError) -> None:
+        self._unsaid = None
+        if self.transport.is_closing():
+            return
         response = openai.error_response(error)
         content = [STATUS_LINE[error.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             content += [name, b": ", value, b"\r\n"]
         content += [b"connection: close\r\n\r\n", bytes(response.body)]
-        self.transport.write(b"".join(content))
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        try:
+            self.transport.write(b"".join(content))
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+        except RuntimeError:  # as in `_read_on`
+            self.transport.abort()
+            return
         if self._place is not None:
             self._place.waits()
         self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
 
-def bounded(config: uvicorn.Config, shared: Connections) -> uvicorn.Config:
+class Config(uvicorn.Config):
+    """With what the connections of one server share, once they are bounded."""
+
+    shared: Connections | None = None
+
+
+def bounded(config: Config, shared: Connections) -> Config:
     """A loaded configuration with the classes of this module.
 
     Where uvicorn has none for websockets, it stays so.
     """
     shared.keep_alive(config.timeout_keep_alive)
-    config.http_protocol_class = cast("type[asyncio.Protocol]", shared.protocol)
+    config.shared = shared
     if config.ws_protocol_class is not None:
         config.ws_protocol_class = shared.counted(config.ws_protocol_class)
     return config

@@ -813,6 +813,7 @@ class Coordinator:
         switch.memory_before_bytes = self._host.stats().used_bytes
         async with self._phase(switch, SwitchPhase.DRAIN):
             await self._drain(switch)
+        switch.is_awaited = target.waking is not None
         self.ladder.cancel_prefetch(target)  # the load reads on
         async with self._phase(switch, SwitchPhase.MAKE_ROOM):
             room = await self.ladder.make_room(target)
@@ -1146,6 +1147,7 @@ class Coordinator:
         if self._ended is None:
             self._ended = "the server is shutting down"
         self.jobs.close()
+        self.ladder.close()
         gone = EngineUnavailable("the server is shutting down")
         if self.dispatcher is not None:
             self.dispatcher.close(gone)
@@ -1194,6 +1196,7 @@ class Coordinator:
         self._observer.notify(EngineDied(self._epoch, alias, cause))
         if model is self._active:
             self._active = None
+        self.ladder.give_up_wakes()  # there are more urgent things
         burial = asyncio.create_task(self._bury())
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)

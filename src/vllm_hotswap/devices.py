@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import psutil
 
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
-from vllm_hotswap.nvml import device_free_bytes
+from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
@@ -33,6 +33,9 @@ ACCELERATOR_RESERVE_BYTES = 1 << 30
 
 SLEEP_VARIABLE = "VLLM_HOTSWAP_CUDA_SLEEP"
 """`0`: models on CUDA lie in torch's own memory, and do not sleep."""
+
+_chosen: list[str] = []
+"""What it was when it was read for good: vLLM warns of variables that it does not know."""
 
 RESERVED_PART = 32
 """On CUDA, one part of so many of the device is left free, if that is more: activations grow with
@@ -52,9 +55,41 @@ class DeviceMemory:
     free: int
     """What nobody uses."""
     held: int
-    """What this process holds, before any model is loaded: libraries, buffers, contexts."""
+    """What this process holds, before any model is loaded: libraries, buffers, contexts. While
+    models are loaded, what it holds of a shared device with them and its workers; 0 where that is
+    unknown."""
     reserve: int = 0
     """What is left free on purpose, and is no part of `free`; 0 where that is not told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """What was last seen of a device that others may use, in bytes."""
+
+    seen: DeviceMemory
+    used: int
+    """What models held of it then, as they were measured."""
+    base: int
+    """What the engine host held before the first load."""
+
+    @property
+    def own(self) -> int:
+        """What the engine host holds besides models.
+
+        It grows while they run: kernels, handles of libraries. That is seen where the device tells
+        whose memory it is; otherwise it looks like others'.
+        """
+        return max(self.base, self.seen.held - self.used)
+
+    @property
+    def others(self) -> int:
+        """What other processes hold."""
+        return max(0, self.seen.total - self.seen.free - self.seen.reserve - self.own - self.used)
+
+    @property
+    def for_models(self) -> int:
+        """What models may hold: half of the reserve may be gone before they have to move."""
+        return max(0, self.seen.free + self.used + self.seen.reserve // 2)
 
 
 class Device(Protocol):
@@ -77,6 +112,8 @@ class Device(Protocol):
     """Whether `gpu_memory_utilization` bounds what all models may have by default."""
     graphs_bytes: int
     """What graphs of a model take, that is not eager; an estimate."""
+    wakes_in_slices: bool
+    """Whether a worker can wake in parts while another model is served: `host.together`."""
 
     def configure(self, vllm_config: Any) -> None:
         """Choose the worker class of one model, where the platform's own cannot sleep."""
@@ -109,6 +146,7 @@ class CpuDevice:
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
+    wakes_in_slices = False
 
     def configure(self, vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_cls = HOSTED_CPU_WORKER
@@ -141,6 +179,7 @@ class OwnSleepDevice:
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
+    wakes_in_slices = False
 
     def configure(self, vllm_config: Any) -> None:
         """Nothing: the platform has chosen its worker."""
@@ -182,6 +221,7 @@ class CudaDevice:
     is_shared = True
     obeys_utilization = False
     graphs_bytes = GRAPHS_BYTES
+    wakes_in_slices = True
     worker = HOSTED_CUDA_WORKER
 
     def configure(self, vllm_config: Any) -> None:
@@ -190,12 +230,12 @@ class CudaDevice:
     def memory(self) -> DeviceMemory:
         driver = check_driver(os.environ, maps=self.tells_sleep)
         free_before = device_free_bytes(driver)  # without a context, which the next line makes
-        free, total = _cuda().mem_get_info()
+        free, total = _first_look()
         base = 0
         if free_before is not None:
             free_after = device_free_bytes(driver)
             base = 0 if free_after is None else max(0, free_before - free_after)
-        reserve = _reserve_bytes(total)
+        reserve = reserve_bytes(total)
         return DeviceMemory(total, max(0, free - reserve), base, reserve)
 
     def memory_now(self, enough_bytes: int) -> DeviceMemory:
@@ -203,8 +243,12 @@ class CudaDevice:
         if free < enough_bytes:
             _cuda().empty_cache()
             free, total = _cuda().mem_get_info()
-        reserve = _reserve_bytes(total)
-        return DeviceMemory(total, free - reserve, 0, reserve)
+        reserve = reserve_bytes(total)
+        return DeviceMemory(total, free - reserve, self._used_by_us(), reserve)
+
+    def _used_by_us(self) -> int:
+        driver = check_driver(os.environ, maps=False)
+        return used_bytes_of(_family(os.getpid()), driver) or 0
 
     def held_bytes(self) -> int:
         _cuda().empty_cache()
@@ -216,12 +260,29 @@ class WakefulCudaDevice(CudaDevice):
     """NVIDIA's GPUs without memory of ours: models are parked or unloaded."""
 
     sleep_levels: frozenset[int] = frozenset()
-    tells_sleep = False
+    tells_sleep = wakes_in_slices = False
     worker = WAKEFUL_CUDA_WORKER
 
 
-def _reserve_bytes(total: int) -> int:
+def reserve_bytes(total: int) -> int:
+    """What of a CUDA device with so many bytes is left free on purpose."""
     return max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
+
+
+def _first_look() -> tuple[int, int]:
+    """Bytes that are free, and that there are. This makes the context of the process.
+
+    Raises:
+        ConfigError: there is no room even for that, or the GPU cannot be used.
+    """
+    try:
+        free, total = _cuda().mem_get_info()
+    except RuntimeError as error:  # torch's errors are
+        raise ConfigError(
+            f"the GPU cannot be used: {one_line(error)}; see nvidia-smi, which also shows whether "
+            "another process fills it, and end that process or take another GPU"
+        ) from error
+    return free, total
 
 
 def _cuda() -> Any:
@@ -242,8 +303,17 @@ def device_of(vllm_config: Any) -> Device:
     if worker == CUDA_WORKER:
         if is_rocm():
             return RocmDevice()
-        return WakefulCudaDevice() if os.environ.get(SLEEP_VARIABLE) == "0" else CudaDevice()
+        return CudaDevice() if _sleeps() else WakefulCudaDevice()
     return OwnSleepDevice()
+
+
+def remember_sleep(environment: Mapping[str, str]) -> None:
+    """Take note of whether models on CUDA sleep, before the variable is taken away."""
+    _chosen[:] = [environment.get(SLEEP_VARIABLE, "")]
+
+
+def _sleeps() -> bool:
+    return (_chosen[0] if _chosen else os.environ.get(SLEEP_VARIABLE)) != "0"
 
 
 def why_no_device(environment: Mapping[str, str]) -> str | None:

@@ -432,7 +432,7 @@ class Dispatcher:
     def switched(self, switch: Switch, cost_s: float) -> None:
         """A switch has ended well; it took `cost_s` without draining."""
         source = switch.source.alias if switch.source else None
-        if switch.residency is not None:
+        if switch.residency is not None and not switch.is_awaited:
             self.costs.add(source, switch.target.alias, switch.residency, cost_s)
 
     def failed(self, switch: Switch, error: SwitchFailed | EngineUnavailable) -> None:

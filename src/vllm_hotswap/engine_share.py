@@ -21,10 +21,12 @@ longest ago. It all runs on one event loop.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 RECENT_S = 60.0
 """An account counts among those that use an engine for so long after its last request."""
@@ -35,6 +37,13 @@ KEPT = 8
 STEPS = 2
 """Of an engine, for which one account's prompts may wait in it: while one runs, the next is made
 ready."""
+
+
+class _Place(Enum):
+    FREE = auto()
+    ITS_OWN_ARE_TAKEN = auto()
+    """By the account itself."""
+    ALL_ARE_TAKEN = auto()
 
 
 @dataclass(eq=False, slots=True)
@@ -56,8 +65,9 @@ class EngineShare:
 
     The mutable state is `_inside`, the requests that the engine has, by id, with how many they are
     (`_places`) and how many tokens of prompts without an output (`_tokens`) for each account;
-    `_waiting`, those before the door; when each account asked last (`_asked_s`), and had its last
-    turn, as a count (`_served`).
+    `_waiting`, those before the door, and by id alone, `_held`; `_line`, a heap of accounts that
+    may be next, of which some are out of date: `_lined` has how each stands in it now; when each
+    account asked last (`_asked_s`), and had its last turn, as a count (`_served`).
     """
 
     places: int
@@ -70,6 +80,9 @@ class EngineShare:
     _places: Counter[str] = field(default_factory=Counter)
     _tokens: Counter[str] = field(default_factory=Counter)
     _waiting: dict[str, dict[str, _Asked]] = field(default_factory=dict)
+    _held: dict[str, _Asked] = field(default_factory=dict)
+    _line: list[tuple[int, int, str]] = field(default_factory=list)
+    _lined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _asked_s: dict[str, float] = field(default_factory=dict)
     _served: dict[str, int] = field(default_factory=dict)
     _turns: int = 0
@@ -94,11 +107,13 @@ class EngineShare:
             return
         self._note(account)
         asked = _Asked(account, max(tokens, 1), share)
-        if account not in self._waiting and self._fits(asked):
+        if account not in self._waiting and self._place_for(asked) is _Place.FREE:
             self._let_in(request_id, asked)
             return
         asked.turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(account, {})[request_id] = asked
+        self._held[request_id] = asked
+        self._line_up(account)
         try:
             await asked.turn
         except asyncio.CancelledError:
@@ -111,8 +126,7 @@ class EngineShare:
         if asked is not None and not asked.has_begun:
             asked.has_begun = True
             _take(self._tokens, asked.account, asked.tokens)
-            if self._waiting:
-                self._admit()
+            self._admit(asked.account)
 
     def leave(self, request_id: str) -> None:
         """It is over, or is given up before its turn. Idempotent."""
@@ -120,16 +134,19 @@ class EngineShare:
             _take(self._places, asked.account, 1)
             if not asked.has_begun:
                 _take(self._tokens, asked.account, asked.tokens)
-            if self._waiting:
-                self._admit()
-            return
-        for account, queue in self._waiting.items():
-            if (found := queue.pop(request_id, None)) is not None:
-                if not queue:
-                    del self._waiting[account]
-                if found.turn is not None:
-                    found.turn.cancel()
-                return
+            self._admit(asked.account)
+        elif (held := self._held.get(request_id)) is not None:
+            self._take_out(request_id, held)
+            if held.turn is not None:
+                held.turn.cancel()
+            self._admit(held.account)
+
+    def _take_out(self, request_id: str, asked: _Asked) -> None:
+        del self._held[request_id]
+        queue = self._waiting[asked.account]
+        del queue[request_id]
+        if not queue:
+            del self._waiting[asked.account]
 
     def _note(self, account: str) -> None:
         now_s = self.clock()
@@ -143,23 +160,30 @@ class EngineShare:
             oldest = next(iter(self._asked_s))
 
     def _is_alone(self, account: str) -> bool:
-        oldest_s = self.clock() - RECENT_S
-        recent = (one for one, at_s in reversed(self._asked_s.items()) if at_s >= oldest_s)
-        return not any(one != account for one in (*self._places, *self._waiting, *recent))
+        """Whether no other account has used the engine lately. It is one that does, or waits."""
+        if len(self._places) > 1 or len(self._waiting) > 1:
+            return False
+        if any(one != account for one in (*self._places, *self._waiting)):
+            return False
+        last = next((one for one in reversed(self._asked_s) if one != account), None)
+        return last is None or self.clock() - self._asked_s[last] > RECENT_S
 
-    def _fits(self, asked: _Asked) -> bool:
+    def _place_for(self, asked: _Asked) -> _Place:
         has = self._places.get(asked.account, 0)
         if not has:
-            return True
+            return _Place.FREE
         is_alone = self._is_alone(asked.account)
         share = 1.0 if is_alone else asked.share
         waiting = self._tokens.get(asked.account, 0)
         if waiting and waiting + asked.tokens > share * STEPS * self.step_tokens:
-            return False
-        if is_alone:
-            return has <= self.places  # one more keeps it busy
-        is_room = len(self._inside) < self.places - self.places // KEPT
-        return is_room and has < math.ceil(share * self.places)
+            return _Place.ITS_OWN_ARE_TAKEN
+        # Who is alone has one more, which keeps the engine busy.
+        most = self.places + 1 if is_alone else math.ceil(share * self.places)
+        if has >= most:
+            return _Place.ITS_OWN_ARE_TAKEN
+        if not is_alone and len(self._inside) >= self.places - self.places // KEPT:
+            return _Place.ALL_ARE_TAKEN
+        return _Place.FREE
 
     def _let_in(self, request_id: str, asked: _Asked) -> None:
         self._turns += 1
@@ -168,28 +192,51 @@ class EngineShare:
         self._places[asked.account] += 1
         self._tokens[asked.account] += asked.tokens
 
-    def _admit(self) -> None:
-        """Let in who fits now."""
-        left = list(self._waiting)
-        while left:
-            account = min(left, key=self._precedence)
-            queue = self._waiting[account]
-            request_id, asked = next(iter(queue.items()))
-            if not self._fits(asked):
-                left.remove(account)
+    def _line_up(self, account: str) -> None:
+        """Have an account that waits considered, in its turn."""
+        if account not in self._waiting:
+            return
+        precedence = self._precedence(account)
+        if self._lined.get(account) == precedence:
+            return
+        self._lined[account] = precedence
+        heapq.heappush(self._line, (*precedence, account))
+        if len(self._line) > 2 * len(self._lined) + 64:  # most are out of date
+            self._line = [(*found, one) for one, found in self._lined.items()]
+            heapq.heapify(self._line)
+
+    def _admit(self, changed: str) -> None:
+        """Let in who fits now that something of an account's has ended."""
+        self._line_up(changed)
+        while self._line:
+            *precedence, account = self._line[0]
+            if self._lined.get(account) != tuple(precedence):
+                heapq.heappop(self._line)
                 continue
-            del queue[request_id]
-            if not queue:
-                del self._waiting[account]
-                left.remove(account)
+            queue = self._waiting.get(account)
+            if queue is None:
+                self._pass_over(account)
+                continue
+            request_id, asked = next(iter(queue.items()))
+            place = self._place_for(asked)
+            if place is _Place.ALL_ARE_TAKEN:
+                return  # so they are for whoever is behind it
+            self._pass_over(account)
+            if place is _Place.ITS_OWN_ARE_TAKEN:
+                continue  # it is considered again when one of its own has ended
+            self._take_out(request_id, asked)
             assert asked.turn is not None
             if not asked.turn.done():  # else its task has been cancelled, and does not know yet
                 self._let_in(request_id, asked)
                 asked.turn.set_result(None)
+            self._line_up(account)
+
+    def _pass_over(self, account: str) -> None:
+        heapq.heappop(self._line)
+        del self._lined[account]
 
     def _precedence(self, account: str) -> tuple[int, int]:
-        has = self._places.get(account, 0)
-        return has, self._served.get(account, 0)
+        return self._places.get(account, 0), self._served.get(account, 0)
 
 
 def _take(counter: Counter[str], account: str, count: int) -> None:

@@ -37,6 +37,7 @@
     ├── TooManyValues            413  the body has more values than the server takes
     ├── CallTooLarge             413  it would be too many engine requests; send several
     ├── GrammarTooLarge          413  a schema or a grammar has too much in it; simplify it
+    ├── GrammarTooCostly         413  to compile its grammar takes too much; simplify it
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── MalformedRequest         400  what arrived is no HTTP request; send one
@@ -630,6 +631,17 @@ class GrammarTooLarge(HotswapError):
         self.param = param
 
 
+class GrammarTooCostly(HotswapError):
+    """The process in which a grammar was tried was ended for what it took, or died of it."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "grammar_too_costly"
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"the grammar of the request {fact}; ask for a simpler answer")
+
+
 class UnsupportedMediaType(HotswapError):
     """The body is not sent as the route takes it.
 
@@ -751,3 +763,16 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ConfigMistakes):
         return error.message
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop where an error was raised, and those that have led to it: the frames keep what was in
+    their hands for as long as somebody has the error.
+    """
+    left, seen = [error], set()
+    while left:
+        each = left.pop()
+        seen.add(id(each))
+        each.__traceback__ = None
+        before = (each.__cause__, each.__context__)
+        left += [one for one in before if one is not None and id(one) not in seen]

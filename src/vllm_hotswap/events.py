@@ -15,6 +15,9 @@ from vllm_hotswap.states import Residency, SwitchPhase
 PhaseStatus = Literal["started", "finished", "failed"]
 SwitchStatus = Literal["switched", "refused", "failed"]
 JobLeaseChange = Literal["granted", "renewed", "revoked", "expired"]
+WakeChange = Literal["begun", "done", "used", "given_up", "no_room", "failed"]
+"""`done`: nothing is left for the switch to it; the last four end it. All but `used` have given
+everything back."""
 RequestResult = Literal["served", "refused", "failed", "cut", "left"]
 """`refused` and `failed`: the answer was an error, with a status below 500 or not."""
 
@@ -177,6 +180,18 @@ class PrefetchSettled:
 
 
 @dataclass(frozen=True, slots=True)
+class WakeChanged:
+    """A sleeping model wakes before it is asked for, in slices, or does so no more."""
+
+    epoch: int
+    model: str
+    change: WakeChange
+    done_bytes: int
+    """What it had taken of the device."""
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class OutputRefused:
     """An output of another model or epoch was not delivered, and its request was ended."""
 
@@ -242,6 +257,7 @@ Event = (
     | JobLeaseChanged
     | PredictionSettled
     | PrefetchSettled
+    | WakeChanged
     | OutputRefused
     | ClientEvicted
     | EngineDied

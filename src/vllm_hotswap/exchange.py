@@ -340,7 +340,7 @@ class Answer:
 
     async def _say(self, cause: HotswapError) -> None:
         if not self.started:
-            await self.refuse(cause)
+            await openai.tell(cause, self._scope, self._receive, self._send)
         elif self._scope["type"] == "websocket":
             await self._send(openai.close_message(cause))
         elif self.is_event_stream:

@@ -45,6 +45,7 @@ PLACES = (
     "host.activate",
     "host.sleep",
     "host.wake",
+    "host.wake_slice",
     "host.unload",
     "host.step",
 )

@@ -5,18 +5,20 @@ are done before another's first. Here each caller has a queue of its own. A free
 of the caller who has the fewest jobs under way, and among those of whoever was last served longest
 ago. So a caller without a job under way waits until one job ends, and for no more than that.
 
-A job cannot be stopped. One that takes longer than `LONG_S` is made up for by a spare thread, where
-there are any; its caller's other jobs are refused until it ends. The threads are daemons: no job
-keeps the process from ending.
+A job cannot be stopped from here. One that takes longer than `LONG_S` is made up for by a spare
+thread, where there are any; its caller's other jobs are refused until it ends. The threads are
+daemons: no job keeps the process from ending.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,6 +32,10 @@ class Overdue(Exception):
 
     It is the caller's own, or there are so many that no thread is left.
     """
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(f"an earlier job takes more than {after_s:g} s")
+        self.after_s = after_s
 
 
 class Job:
@@ -59,6 +65,8 @@ class FairPool:
         name: str = "",
         spare: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        long_s: float = LONG_S,
+        is_last: bool = False,
     ) -> None:
         """A pool that starts its threads when there is something to do.
 
@@ -68,7 +76,10 @@ class FairPool:
             spare: how many more threads there may be, one for each job that is overdue; 0: none
                 ever is.
             clock: seconds, as `time.monotonic` counts them.
+            long_s: a job that takes longer is overdue.
+            is_last: the threads, and those that they start, have the lowest priority.
         """
+        self._long_s, self._is_last = long_s, is_last
         self._most, self._spare = threads, spare
         self._name = name
         self._clock = clock
@@ -100,7 +111,7 @@ class FairPool:
                 raise RuntimeError("cannot submit work after shutdown")
             overdue = self._overdue()
             if caller in (one.caller for one in overdue) or self._is_full_of(overdue):
-                raise Overdue
+                raise Overdue(self._long_s)
             self._queues.setdefault(caller, deque()).append(job)
             self._relieve(overdue)
         return job.future
@@ -119,7 +130,7 @@ class FairPool:
             self._relieve(overdue)
         for job in refused:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(Overdue())
+                job.future.set_exception(Overdue(self._long_s))
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Begin nothing new; what `cancel_futures` leaves in its queues is done first.
@@ -147,7 +158,7 @@ class FairPool:
         if not self._spare:
             return []
         now_s = self._clock()
-        return [job for job in self._running if now_s - job.began_s > LONG_S]
+        return [job for job in self._running if now_s - job.began_s > self._long_s]
 
     def _is_full_of(self, overdue: list[Job]) -> bool:
         return len(overdue) >= self._most + self._spare
@@ -166,6 +177,8 @@ class FairPool:
 
     def _work(self) -> None:
         """What each thread does: one job after the other, until there are too many threads."""
+        if self._is_last:
+            _be_last()
         while (job := self._next()) is not None:
             result, error = None, None
             try:
@@ -220,3 +233,9 @@ class FairPool:
         """Keep nothing of a caller who asks for nothing."""
         if caller not in self._queues and caller not in self._counts():
             self._served.pop(caller, None)
+
+
+def _be_last() -> None:
+    """Give this thread the lowest priority, on Linux, where it is each thread's own."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

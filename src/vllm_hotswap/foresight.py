@@ -1,23 +1,25 @@
-"""Reading the files of the model that is next, announced or predicted, before it is asked for.
+"""What is done for the model that is next, announced or predicted, before it is asked for.
 
-Nothing is given up for it: it takes host memory that the budget has to spare, reads for one
+The files of a cold one are read. One that sleeps wakes in slices, where its device can do that.
+Nothing is given up for it: it takes memory that the budget has to spare, is done for one
 prediction at a time, and stops when a switch goes elsewhere. What it was good for is counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vllm_hotswap.events import Observer, PredictionSettled, PrefetchSettled
 from vllm_hotswap.ladder import Ladder
 from vllm_hotswap.prediction import Prediction, Successions
-from vllm_hotswap.registry import Model, Prefetch, Registry
+from vllm_hotswap.prewake import can_wake_beside
+from vllm_hotswap.registry import Model, Prefetch, Registry, Waking
 from vllm_hotswap.states import Residency
 
 Begun = Literal["begun", "under_way", "done", "not_needed", "no_room"]
-"""What became of a wish to read a model's files."""
+"""What became of a wish to read a model's files, or to wake it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,18 @@ class Announcement:
     prefetch: Begun
     limit_bytes: int
     """What is read at most."""
+    wake: Begun
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A model's files that are read because it may be next."""
+    """What is done for a model because it may be next."""
 
     model: Model
     prefetch: Prefetch | None
-    """None: they need not be read, or there is no room."""
+    """Of its files. None: they need not be read, or there is no room."""
+    waking: Waking | None = None
+    """None: it does not sleep, cannot wake in slices, or there is no room."""
 
 
 @dataclass(slots=True)
@@ -52,7 +57,7 @@ class Tally:
 class Foresight:
     """One announcement and one prediction at a time.
 
-    The mutable state is `_successions`, `_announced`, `_predicted`, `_reading` (what is read for
+    The mutable state is `_successions`, `_announced`, `_predicted`, `_reading` (what is done for
     the prediction) and `tally`.
     """
 
@@ -91,8 +96,9 @@ class Foresight:
         if self._announced is not None and self._announced.model is not model:
             self._settle(self._announced, is_used=False)
         begun, prefetch = self._begin(model)
-        self._announced = Reading(model, prefetch)
-        return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0)
+        wake, waking = self._begin_to_wake(model)
+        self._announced = Reading(model, prefetch, waking)
+        return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0, wake)
 
     def switch_begins(self, target: Model) -> None:
         """Whatever is read for another model would only be in the way."""
@@ -109,6 +115,9 @@ class Foresight:
             self._judge(target)
             self._successions.observe(target.alias)
             self._look_ahead()
+        if (announced := self._announced) is not None and announced.model.waking is None:
+            _, waking = self._begin_to_wake(announced.model)  # there may be room now
+            self._announced = replace(announced, waking=waking)
 
     def _judge(self, target: Model) -> None:
         predicted, self._predicted = self._predicted, None
@@ -130,7 +139,9 @@ class Foresight:
         if self._predicted is not None:
             model = self._registry.model(self._predicted.alias)
             begun, prefetch = self._begin(model)
-            self._reading = Reading(model, prefetch) if begun == "begun" else None
+            wake, waking = self._begin_to_wake(model)
+            is_begun = "begun" in (begun, wake)
+            self._reading = Reading(model, prefetch, waking) if is_begun else None
 
     def _begin(self, model: Model) -> tuple[Begun, Prefetch | None]:
         if model.residency not in (Residency.COLD, Residency.DISCARDED):
@@ -141,11 +152,21 @@ class Foresight:
             return "no_room", None
         return "begun", self._ladder.begin_prefetch(model)
 
+    def _begin_to_wake(self, model: Model) -> tuple[Begun, Waking | None]:
+        if not can_wake_beside(model):
+            return "not_needed", None
+        if (known := model.waking) is not None and not known.is_given_up:
+            return "done" if known.is_done else "under_way", known
+        waking = self._ladder.begin_wake(model)
+        return ("begun" if waking else "no_room"), waking
+
     def _settle(self, reading: Reading, is_used: bool) -> None:
         """Count what was read; what is of no use gives its place in the budget back.
 
         A prefetch that was called for by itself is neither counted nor given up.
         """
+        if not is_used:
+            self._give_up_wake(reading)
         if reading.prefetch is None or reading.prefetch.is_called_for:
             return
         read_bytes = reading.prefetch.read_bytes
@@ -158,7 +179,12 @@ class Foresight:
             PrefetchSettled(self._epoch(), reading.model.alias, read_bytes, is_used)
         )
 
+    def _give_up_wake(self, reading: Reading) -> None:
+        if reading.waking is not None and reading.model.waking is reading.waking:
+            self._ladder.give_up_wake(reading.model)
+
     def _cancel(self, reading: Reading) -> None:
+        self._give_up_wake(reading)
         prefetch = reading.prefetch
         if prefetch is None or prefetch.is_called_for:
             return

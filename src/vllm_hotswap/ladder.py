@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,7 +28,14 @@ from vllm_hotswap.errors import (
     ParkedEnded,
     one_line,
 )
-from vllm_hotswap.events import LoadProgress, ModelMoved, Observer, PinChanged, ResidencyChanged
+from vllm_hotswap.events import (
+    LoadProgress,
+    ModelMoved,
+    Observer,
+    PinChanged,
+    ResidencyChanged,
+    WakeChange,
+)
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import (
     ModelView,
@@ -40,7 +47,8 @@ from vllm_hotswap.planner import (
     make_plan,
     relief,
 )
-from vllm_hotswap.registry import Model, Prefetch, Registry
+from vllm_hotswap.prewake import Prewakes
+from vllm_hotswap.registry import Model, Prefetch, Registry, Waking
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import DOWN, Residency, Step, is_below
 
@@ -51,6 +59,9 @@ log = logging.getLogger("vllm_hotswap")
 
 RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
 """Where a sleep level leads."""
+
+ENDS: Mapping[Step, WakeChange] = {Step.WAKE: "used", Step.FAIL: "failed"}
+"""What becomes of a wake that nobody had asked for, by the step that ends it."""
 
 READ_BYTES_PER_S = 500e6
 """How fast weights are read, for the cost of a load that has not been measured yet."""
@@ -94,7 +105,8 @@ class Ladder:
 
     Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
     `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves; and `_told_lack`, what was last logged of
+    sum of what models hold is only known between moves; `_wakes`, of models that nobody has asked
+    for yet; and `_told_lack`, what was last logged of
     memory that others have taken.
     """
 
@@ -114,6 +126,15 @@ class Ladder:
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
         self._turn = asyncio.Lock()
+        self._wakes = Prewakes(
+            registry,
+            observer,
+            epoch,
+            self._turn,
+            self.within,
+            self._lacks_memory,
+            self._deadlines,
+        )
         self._told_lack: object = None
         """What was last logged of memory that others have taken."""
         self.on_step: Callable[[], object] | None = None
@@ -207,6 +228,7 @@ class Ladder:
         return fits_together([self._view(model, drained=True) for model in models], self.budget)
 
     def _view(self, model: Model, drained: bool, residency: Residency | None = None) -> ModelView:
+        is_where_it_is = residency is None
         residency = residency or model.residency
         return ModelView(
             alias=model.alias,
@@ -218,6 +240,7 @@ class Ladder:
             # Who is waited for would have to come up again soon.
             last_used_s=math.inf if model.entered else model.last_used_s or 0.0,
             up_s={where: up_cost_s(model, where) for where in Residency},
+            waking=model.waking.needs if model.waking and is_where_it_is else Usage(),
         )
 
     # --- operations that people ask for -------------------------------------------------------
@@ -299,6 +322,22 @@ class Ladder:
             if self.used.host + takes + self.prefetched_bytes <= self.budget.host or takes <= 0:
                 return
             self.cancel_prefetch(other)
+
+    def begin_wake(self, model: Model) -> Waking | None:
+        """Begin to wake a sleeping model before it is asked for, if there is room as things are."""
+        return self._wakes.begin(model, self.budget)
+
+    def give_up_wake(self, model: Model) -> None:
+        """Have it give back what it has taken for that. Idempotent."""
+        self._wakes.give_up(model)
+
+    def close(self) -> None:
+        """The server ends: nothing is begun any more that nobody has asked for."""
+        self._wakes.close()
+
+    def give_up_wakes(self) -> None:
+        for model in self._registry:
+            self._wakes.give_up(model)
 
     def pin(self, model: Model, pinned: bool) -> None:
         """Keep a model from being evicted, or allow it again. It may be anywhere."""
@@ -382,6 +421,8 @@ class Ladder:
         await self.look()
         plan = self._plan(target, [model.alias for model in keep])
         lost = 0
+        for alias in plan.given_up:
+            await self._wakes.gave_up(self._registry.resolve(alias))
         for move in plan.evictions:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
@@ -406,7 +447,18 @@ class Ladder:
         """
         if self._host.is_device_shared:
             timeout_s = self._deadlines.command_timeout
-            await self.within(self._host.look(self.used.device), timeout_s, "a look at the device")
+            await self.within(self._host.look(self._taken), timeout_s, "a look at the device")
+
+    @property
+    def _taken(self) -> int:
+        """Device memory that models hold by now: who wakes in slices has not taken all yet.
+
+        Who gives back what it has taken counts as having done so.
+        """
+        wakes = [model.waking for model in self._registry if model.waking]
+        # By its part: progress is that of all workers, and this is one device.
+        missing = (w.needs.device * (1.0 if w.is_given_up else w.left) for w in wakes)
+        return self.used.device - round(sum(missing))
 
     async def relieve(self) -> tuple[Move, ...]:
         """Move models down if others have taken memory of the device that the budget counts on.
@@ -417,8 +469,13 @@ class Ladder:
         async with self.turn():
             if not await self._has_looked():
                 return ()
-            if self.used.device <= self.budget.device:
+            if not self._lacks_memory():
                 self._told_lack = None
+                return ()
+            for model in self._registry:  # nobody has asked for them yet
+                with suppress(NoRoom):  # which is told
+                    await self._wakes.gave_up(model)
+            if not self._lacks_memory():
                 return ()
             moves = relief(self.snapshot(), [active.alias for active in self._active()])
             self._tell_lack(moves)
@@ -426,12 +483,15 @@ class Ladder:
                 await self._relieve_by(self._registry.resolve(move.alias), move.after)
             return moves
 
+    def _lacks_memory(self) -> bool:
+        return self.used.device > self.budget.device
+
     async def _has_looked(self) -> bool:
         if not self._host.is_device_shared:
             return True
         try:
             async with asyncio.timeout(LOOK_S):
-                await self._host.look(self.used.device)
+                await self._host.look(self._taken)
         except TimeoutError:
             return False
         return True
@@ -467,6 +527,9 @@ class Ladder:
         """
         lost = 0
         for model in self._registry:
+            if model is not target:
+                with suppress(NoRoom):  # which is told; an unload gives it back, too
+                    await self._wakes.gave_up(model)
             is_held = model.residency not in (Residency.COLD, Residency.FAILED)
             if model is not target and is_held and (model is even or not model.pinned):
                 lost += await self.move_down(model, Residency.COLD)
@@ -479,6 +542,10 @@ class Ladder:
         """
         if model.residency is Residency.ACTIVE:
             self.step(model, Step.PARK)
+        async with self._wakes.taken_over(model):
+            return await self._move_down(model, to)
+
+    async def _move_down(self, model: Model, to: Residency) -> int:
         if to is not Residency.COLD:
             self._give_up_files_for(model, to)
             work = model.engine.sleep(1 if to is Residency.ASLEEP else 2)
@@ -495,20 +562,25 @@ class Ladder:
         if model.residency is Residency.COLD:
             await self._load(model)
         elif not model.is_loaded:
-            open_ones = [lease for lease in model.parked if lease.gate is None]
-            for lease in model.parked:
-                lease.shut()  # an engine that cannot be woken is unloaded, and aborts them
-            try:
-                await self._timed(model, Step.WAKE, model.engine.wake())
-            except NoRoom:  # it is still asleep, with its requests
-                for lease in open_ones:
-                    lease.open()
-                raise
-            except Exception:
-                drain.end(model.leases, ParkedEnded(model.alias, "its model could not be woken"))
-                refuse_failed(model)
-                self.step(model, Step.WAKE_FAILED)
-                raise
+            async with self._wakes.taken_over(model):
+                await self._wake(model)
+
+    async def _wake(self, model: Model) -> None:
+        open_ones = [lease for lease in model.parked if lease.gate is None]
+        for lease in model.parked:
+            lease.shut()  # an engine that cannot be woken is unloaded, and aborts them
+        try:
+            await self._timed(model, Step.WAKE, model.engine.wake())
+        except NoRoom:  # it is still asleep, with its requests, and holds nothing more
+            self._wakes.end(model, "no_room")
+            for lease in open_ones:
+                lease.open()
+            raise
+        except Exception:
+            drain.end(model.leases, ParkedEnded(model.alias, "its model could not be woken"))
+            refuse_failed(model)
+            self.step(model, Step.WAKE_FAILED)
+            raise
 
     async def _load(self, model: Model) -> None:
         refuse_failed(model)
@@ -536,12 +608,13 @@ class Ladder:
 
     async def _timed(self, model: Model, step: Step, work: Awaitable[None]) -> None:
         before, started_s = model.residency, self._clock()
+        is_begun = model.waking is not None and model.waking.done_bytes > 0
         model.is_verified = False
         await self.told(model, step.value, work)
         refuse_failed(model)  # it may have died meanwhile
         self.step(model, step)
         took_s = self._clock() - started_s
-        if step is Step.WAKE:
+        if step is Step.WAKE and not is_begun:
             self._remember(model, before, took_s)
         self._observer.notify(
             ModelMoved(self._epoch(), model.alias, before, model.residency, took_s)
@@ -551,6 +624,8 @@ class Ladder:
         before = model.step(step)
         if step in (Step.LOAD, Step.WAKE):
             self.cancel_prefetch(model)  # the engine has its weights, or reads on
+        if model.residency is not Residency.ASLEEP:
+            self._wakes.end(model, ENDS.get(step, "given_up"))
         if step in (Step.LOADED, Step.WAKE, Step.PARK):
             model.last_used_s = self._clock()  # it was used until now, or will be used soon
         if self.on_step is not None:
@@ -616,13 +691,21 @@ def up_cost_s(model: Model, where: Residency) -> float:
     """Seconds from a residency to `parked`: measured, or estimated from the bytes to be read."""
     if where in (Residency.PARKED, Residency.ACTIVE):
         return 0.0
+    if where is Residency.ASLEEP and model.waking is not None:
+        return model.waking.left * _wake_cost_s(model)
     if where in model.up_s:
         return model.up_s[where]
     if where is Residency.DISCARDED and Residency.COLD in model.up_s:
         return model.up_s[Residency.COLD]  # which reads the same bytes
     if where is Residency.ASLEEP:
-        return 0.1 + model.engine.footprint.at(where).host / LINK_BYTES_PER_S
+        return _wake_cost_s(model)
     return 1.0 + model.engine.memory.weights_bytes / READ_BYTES_PER_S
+
+
+def _wake_cost_s(model: Model) -> float:
+    if Residency.ASLEEP in model.up_s:
+        return model.up_s[Residency.ASLEEP]
+    return 0.1 + model.engine.footprint.at(Residency.ASLEEP).host / LINK_BYTES_PER_S
 
 
 def _at_least(model: Model, target: Model) -> Residency:

@@ -20,8 +20,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
+from vllm_hotswap.arrivals import in_doubt
 from vllm_hotswap.claims import claimed_port, give_back
-from vllm_hotswap.connections import Connections, bounded, nobody
+from vllm_hotswap.connections import Config, Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.file_limit import raised_file_limit
@@ -29,10 +30,14 @@ from vllm_hotswap.forwarded import ForwardedClients, Proxies
 from vllm_hotswap.places import Places
 from vllm_hotswap.port_file import PortFile, check_port_file
 from vllm_hotswap.quiet import Quiet
+from vllm_hotswap.refusals import KnownKey, Outlook
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.unix_socket import UnixSocket
 
 log = logging.getLogger("vllm_hotswap")
+
+DEFAULT_PORT = 8000
+"""vLLM's."""
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = 5
@@ -197,12 +202,14 @@ class Listener:
         app: ASGIApp,
         limits: LimitsConfig | None = None,
         may_use_kept: Callable[[Scope], bool] = nobody,
-    ) -> uvicorn.Config:
+        outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt,
+    ) -> Config:
         """A loaded configuration, whose connections are bounded, and their lines of the log.
 
         Args:
             limits: bounds of heads and connections.
             may_use_kept: whether a request may use a place that is kept when all others are taken.
+            outlook: what a request is going to come to, as far as its head tells.
 
         Raises:
             ConfigError: it cannot be loaded.
@@ -217,12 +224,14 @@ class Listener:
         served = ForwardedClients(app, self._proxies)
         config = make_config(self.args, self._log_config, served)
         self._quiet.begin()  # only now are vLLM's handlers there, and stay
-        return bounded(config, Connections(places, limits, may_use_kept))
+        shared = Connections(places, limits, may_use_kept)
+        shared.door.outlook = outlook
+        return bounded(config, shared)
 
 
 def make_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
-) -> uvicorn.Config:
+) -> Config:
     """Uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
     _check_tls(args)
     config = _uvicorn_config(args, log_config, app)
@@ -237,10 +246,10 @@ def make_config(
 
 def _uvicorn_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
-) -> uvicorn.Config:
+) -> Config:
     given: dict[str, Any] = {"log_config": log_config, "ssl_ciphers": args.ssl_ciphers}
     try:
-        return uvicorn.Config(
+        return Config(
             app,
             lifespan="off",
             log_level=args.uvicorn_log_level,
@@ -259,6 +268,29 @@ def _uvicorn_config(
         if log_config is None:
             raise
         raise ConfigError(f"--log-config-file cannot be used: {_chain(error)}") from error
+
+
+def check_address(flags: Sequence[str]) -> None:
+    """See that the port is free, before vLLM is there to read the flags.
+
+    Nothing is kept of it. What cannot be read yet is passed over: `Listener.open` will say.
+
+    Raises:
+        ConfigError: the address cannot be bound; the message names it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--host", "--port", "--uds", "--config"):
+        parser.add_argument(name)
+    try:
+        args, _ = parser.parse_known_args([*flags])
+        port = DEFAULT_PORT if args.port is None else int(args.port)
+    except (argparse.ArgumentError, ValueError):
+        return
+    if args.uds is not None or args.config is not None:
+        return
+    sock = bind(args.host, port)
+    give_back(_claim(sock, args.host))
+    sock.close()
 
 
 def bind(host: str | None, port: int) -> socket.socket:

@@ -31,6 +31,7 @@ from vllm_hotswap.events import (
     RequestEnded,
     ResidencyChanged,
     SwitchEnded,
+    WakeChanged,
 )
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -197,6 +198,7 @@ class SwitchMetrics:
         waiting: Callable[[], dict[str, int]],
         is_ready: Callable[[], bool],
         held: Callable[[], dict[str, int]],
+        waking: Callable[[], dict[str, int]],
         budget: Callable[[], int],
         job_leases: Callable[[], Mapping[str, int]],
         aliases: Iterable[str],
@@ -307,6 +309,12 @@ class SwitchMetrics:
             ["result"],
             registry=self.registry,
         )
+        self._woken = Counter(
+            "hotswap_woken_bytes",
+            "Device memory taken by wakes before they were asked for, by what became of it.",
+            ["result"],
+            registry=self.registry,
+        )
         self._moves = Counter(
             "hotswap_moves",
             "Changes of residency.",
@@ -316,6 +324,12 @@ class SwitchMetrics:
         held_gauge = Gauge(
             "hotswap_model_device_bytes",
             "Device memory that the model holds, as the budget counts it.",
+            ["model"],
+            registry=self.registry,
+        )
+        waking_gauge = Gauge(
+            "hotswap_model_waking_bytes",
+            "Device memory that the model has taken to wake before it is asked for.",
             ["model"],
             registry=self.registry,
         )
@@ -333,6 +347,7 @@ class SwitchMetrics:
         )
         for alias in aliases:
             job_leases_gauge.labels(alias).set_function(partial(_item, job_leases, alias))
+            waking_gauge.labels(alias).set_function(partial(_item, waking, alias))
             held_gauge.labels(alias).set_function(partial(_item, held, alias))
             active_gauge.labels(alias).set_function(partial(_is_equal, active, alias))
             parked_gauge.labels(alias).set_function(partial(_item, parked, alias))
@@ -355,16 +370,20 @@ class SwitchMetrics:
                 self._host_deaths.inc()
             case HostRestarted():
                 self._restarts.inc()
-            case PredictionSettled() | PrefetchSettled():
+            case PredictionSettled() | PrefetchSettled() | WakeChanged():
                 self._count_foresight(event)
             case ResidencyChanged(model=model, before=before, after=after):
                 self._moves.labels(model, after.value).inc()
                 if (before.value, after.value) == ("loading", "parked"):
                     self._loads.labels(model).inc()
 
-    def _count_foresight(self, event: PredictionSettled | PrefetchSettled) -> None:
+    def _count_foresight(self, event: PredictionSettled | PrefetchSettled | WakeChanged) -> None:
         if isinstance(event, PredictionSettled):
             self._predictions.labels("hit" if event.hit else "miss").inc()
+        elif isinstance(event, WakeChanged):
+            if event.change not in ("begun", "done"):
+                result = "used" if event.change == "used" else "wasted"
+                self._woken.labels(result).inc(event.done_bytes)
         else:
             result = "used" if event.used else "wasted"
             self._prefetched.labels(result).inc(event.prefetched_bytes)

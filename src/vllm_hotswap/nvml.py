@@ -1,4 +1,4 @@
-"""What is free on a GPU, asked without a context of one's own, which would take some of it.
+"""What is free on a GPU, and what processes use, asked without a context of one's own.
 
 NVIDIA's management library (NVML) tells, where there is one, and where the GPU is a whole one: an
 instance of a divided GPU (MIG) is another matter. Protocol: the NVML API reference, "Device
@@ -8,13 +8,23 @@ Queries"; and `cuDeviceGetPCIBusId` of the driver API.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 LIBRARY = "libnvidia-ml.so.1"
 BUS_ID_BYTES = 32
 INSTANCES_ON = 1
 """NVML_DEVICE_MIG_ENABLE."""
+
+UNKNOWN = (1 << 64) - 1
+"""NVML_VALUE_NOT_AVAILABLE."""
+
+MOST_PROCESSES = 256
+"""Of which a device is asked. Where there are more, nothing is known."""
 
 
 class _Memory(ctypes.Structure):
@@ -27,6 +37,17 @@ class _Memory(ctypes.Structure):
     )
 
 
+class _Process(ctypes.Structure):
+    """nvmlProcessInfo_t, as version 3 of the call fills it."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("used", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
+
+
 def device_free_bytes(driver: Any, library: Any = None, device: int = 0) -> int | None:
     """Bytes that nobody uses on a device; None where that cannot be told.
 
@@ -35,28 +56,84 @@ def device_free_bytes(driver: Any, library: Any = None, device: int = 0) -> int 
         library: libnvidia-ml; the installed one by default.
         device: numbered as torch does.
     """
-    with suppress(OSError, AttributeError):  # no such library, or an old one
+    return asked(lambda nvml: _free(driver, nvml, device), library)
+
+
+def asked(ask: Callable[[Any], T], library: Any = None) -> T | None:
+    """What the library says; None where there is none, or one without what is asked."""
+    with suppress(OSError, AttributeError):
         nvml = ctypes.CDLL(LIBRARY) if library is None else library
         if nvml.nvmlInit_v2() == 0:
             try:
-                return _free(driver, nvml, device)
+                return ask(nvml)
             finally:
                 nvml.nvmlShutdown()
     return None
 
 
+def used_bytes_of(
+    pids: Collection[int], driver: Any, library: Any = None, device: int = 0
+) -> int | None:
+    """Bytes of a device that processes use; None where that cannot be told, or none is there.
+
+    In a container, NVML may tell the numbers that processes have outside of it: then none is found.
+
+    Args:
+        pids: of the processes, all together.
+        driver, library, device: as of `device_free_bytes`.
+    """
+    with suppress(AttributeError):  # an old library
+        nvml = _kept_open() if library is None else library
+        if nvml is not None and (handle := _whole_device(driver, nvml, device)) is not None:
+            return _used(pids, nvml, handle)
+    return None
+
+
+@functools.cache
+def _kept_open() -> Any | None:
+    """The library, for as long as the process lasts: to open it takes longer than to ask it."""
+    with suppress(OSError, AttributeError):
+        nvml = ctypes.CDLL(LIBRARY)
+        if nvml.nvmlInit_v2() == 0:
+            return nvml
+    return None
+
+
+def _used(pids: Collection[int], nvml: Any, handle: Any) -> int | None:
+    processes = (_Process * MOST_PROCESSES)()
+    count = ctypes.c_uint(MOST_PROCESSES)
+    if nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), processes):
+        return None
+    found = [each.used for each in processes[: count.value] if each.pid in pids]
+    return sum(found) if found and UNKNOWN not in found else None
+
+
 def _free(driver: Any, nvml: Any, device: int) -> int | None:
-    bus_id = ctypes.create_string_buffer(BUS_ID_BYTES)
-    if driver.cuDeviceGetPCIBusId(bus_id, ctypes.c_int(BUS_ID_BYTES), ctypes.c_int(device)):
-        return None
-    handle = ctypes.c_void_p()
-    if nvml.nvmlDeviceGetHandleByPciBusId_v2(bus_id, ctypes.byref(handle)):
-        return None
-    current, pending = ctypes.c_uint(), ctypes.c_uint()
-    asked = nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending))
-    if asked == 0 and current.value == INSTANCES_ON:
-        return None
+    handle = _whole_device(driver, nvml, device)
     memory = _Memory()
-    if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
+    if handle is None or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
         return None
     return int(memory.free)
+
+
+def _whole_device(driver: Any, nvml: Any, device: int) -> Any:
+    """NVML's handle of it; None if there is none, or if the GPU is divided."""
+    handle = handle_of(driver, nvml, device)
+    return None if handle is None or is_divided(nvml, handle) else handle
+
+
+def handle_of(driver: Any, nvml: Any, device: int) -> Any:
+    """NVML's handle of a device; None if it knows none."""
+    bus_id, handle = ctypes.create_string_buffer(BUS_ID_BYTES), ctypes.c_void_p()
+    if driver.cuDeviceGetPCIBusId(bus_id, ctypes.c_int(BUS_ID_BYTES), ctypes.c_int(device)):
+        return None
+    if nvml.nvmlDeviceGetHandleByPciBusId_v2(bus_id, ctypes.byref(handle)):
+        return None
+    return handle
+
+
+def is_divided(nvml: Any, handle: Any) -> bool:
+    """Whether a GPU has instances (MIG). One that cannot have any has none."""
+    current, pending = ctypes.c_uint(), ctypes.c_uint()
+    refused = nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending))
+    return refused == 0 and current.value == INSTANCES_ON

@@ -9,7 +9,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap.answers import ErrorAnswer
 from vllm_hotswap.disclosure import told
-from vllm_hotswap.errors import HotswapError
+from vllm_hotswap.errors import HotswapError, forget_frames
+from vllm_hotswap.refusals import hold_back
 
 _POLICY, _TRY_AGAIN_LATER = 1008, 1013
 """Close codes of a websocket. https://www.iana.org/assignments/websocket"""
@@ -43,7 +44,18 @@ def error_response(error: HotswapError) -> JSONResponse:
 
 
 async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request, or a WebSocket's handshake, with an error."""
+    """Answer a request, or a WebSocket's handshake, with an error.
+
+    Where it is the client's, that may have to wait: a client is not refused without end.
+    """
+    if error.status < 500:
+        forget_frames(error)  # the body may be in them
+        await hold_back(scope)
+    await tell(error, scope, receive, send)
+
+
+async def tell(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
+    """The same, at once."""
     can_deny = "websocket.http.response" in (scope.get("extensions") or ())
     if scope["type"] == "websocket" and not can_deny:
         # All that this HTTP server can tell then: it answers with 403.

@@ -24,6 +24,7 @@ from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.foresight import Foresight
 from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import OperationResult
+from vllm_hotswap.plain_words import first_mistake
 from vllm_hotswap.planner import Move, Plan, Usage
 
 
@@ -91,6 +92,7 @@ class Operations:
             "residency": announced.model.residency.value,
             "prefetch": announced.prefetch,
             "limit_bytes": announced.limit_bytes,
+            "wake": announced.wake,
         }
         return JSONResponse(body)
 
@@ -156,6 +158,7 @@ def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
         "model": plan.target,
         "active": active,
         "evict": [move_body(move) for move in plan.evictions],
+        "give_up_wake": list(plan.given_up),
         "bring_up": move_body(plan.bring_up) if plan.bring_up else None,
         "cost_s": round(plan.cost_s, 3),
         "memory": {
@@ -210,9 +213,6 @@ def parse_body(kind: type[Options], body: bytes) -> Options:
     try:
         return kind.model_validate_json(as_utf8(body) or b"{}")
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or None
+        field, mistake = first_mistake(error)
         known = ", ".join(kind.model_fields) or "none"
-        raise InvalidRequest(
-            f"{f'{field}: ' if field else 'body: '}{first['msg']}; known fields: {known}", field
-        ) from None
+        raise InvalidRequest(f"{mistake}; known fields: {known}", field) from None

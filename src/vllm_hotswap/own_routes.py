@@ -170,7 +170,12 @@ def _moves(moves: Operations) -> Iterator[Route]:
     yield Route("POST", f"{MODEL}/wake", ADMIN, moves.wake, about)
     about = About("Give back everything of a model", OperationAnswer, NoOptions, errors=DOWN)
     yield Route("POST", f"{MODEL}/unload", ADMIN, moves.unload, about)
-    about = About("Have a model give memory back", OperationAnswer, SleepOptions, errors=DOWN)
+    about = About(
+        "Have a model give memory back",
+        OperationAnswer,
+        SleepOptions,
+        errors=(*DOWN, NoRoom),
+    )
     yield Route("POST", f"{MODEL}/sleep", ADMIN, moves.sleep, about)
     about = About(
         "Read a model's files into memory, or stop that",

@@ -1,8 +1,9 @@
 """Who has a connection to the server, and who gives way when there are no more.
 
 A connection waits while no request of its is under way: nothing has arrived yet, a head is not
-whole, or an answer was the last word. Where places run out, the one that has waited longest is
-closed. Where none waits, a few places are left that only some requests may use.
+whole, an answer was the last word, or a refusal is held back. Where places run out, the one that
+has waited longest is closed. Where none waits, a few places are left that only some requests may
+use.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Holder(Protocol):
     """Has a place."""
 
     def give_way(self) -> None:
-        """Close the connection, on which no request is under way."""
+        """Close the connection, on which nothing but a refusal is under way, if anything."""
 
 
 @dataclass(eq=False, slots=True)
@@ -147,8 +148,12 @@ class Places:
         Args:
             address: the client's IP address; None for a Unix domain socket.
         """
-        key = None if address is None or self._is_proxy(address) else network_of(address)
+        key = self.client_of(address)
         return self._all.take(holder, key) or self._kept.take(holder, key)
+
+    def client_of(self, address: str | None) -> Hashable:
+        """What counts as one client; None where that cannot be told: all of them share it."""
+        return None if address is None or self._is_proxy(address) else network_of(address)
 
 
 def network_of(address: str) -> Hashable:

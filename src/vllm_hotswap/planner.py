@@ -9,7 +9,8 @@ the least recently used goes first. Moves that turn out to be unnecessary are ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.states import LADDER, Residency, is_below
@@ -68,6 +69,12 @@ class ModelView:
     last_used_s: float = 0.0
     up_s: Mapping[Residency, float] = field(default_factory=dict)
     """Seconds to bring it from there to `parked`; measured or estimated."""
+    waking: Usage = Usage()
+    """What it takes to wake before it is asked for, besides what it holds asleep."""
+
+    @property
+    def held(self) -> Usage:
+        return self.footprint.at(self.residency) + self.waking
 
     def needs(self) -> Usage:
         """What it holds at most on its way up; only reading weights takes more than having them."""
@@ -102,7 +109,12 @@ class Snapshot:
 
     @property
     def used(self) -> Usage:
-        return total(model.footprint.at(model.residency) for model in self.models)
+        return total(model.held for model in self.models)
+
+    def without_wakes(self, keep: str | None = None) -> Snapshot:
+        """The same once wakes have been given up that nobody has asked for, but for one."""
+        models = (m if m.alias == keep else replace(m, waking=Usage()) for m in self.models)
+        return replace(self, models=tuple(models))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,8 @@ class Plan:
     used_peak: Usage
     used_after: Usage
     budget: Usage
+    given_up: tuple[str, ...] = ()
+    """Models that wake before they are asked for, and are to give that up first of all."""
 
     @property
     def cost_s(self) -> float:
@@ -146,6 +160,8 @@ def total(usages: Iterable[Usage]) -> Usage:
 def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan:
     """How to bring `target` up to `parked` without ever exceeding the budget.
 
+    Nobody is evicted as long as others wake before they are asked for.
+
     Args:
         snapshot: all models and the budget.
         target: the alias to bring up.
@@ -154,12 +170,24 @@ def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan
     Raises:
         NoRoom: no set of allowed evictions makes room; the message has the arithmetic.
     """
+    others = tuple(m.alias for m in snapshot.models if m.waking != Usage() and m.alias != target)
+    if not others:
+        return _plan(snapshot, target, keep)
+    with suppress(NoRoom):
+        plan = _plan(snapshot, target, keep)
+        if not plan.evictions:
+            return plan
+    plan = _plan(snapshot.without_wakes(target), target, keep)
+    return replace(plan, used_before=snapshot.used, given_up=others)
+
+
+def _plan(snapshot: Snapshot, target: str, keep: Iterable[str]) -> Plan:
     model = snapshot.find(target)
     kept = {target, *keep}
     if model.residency in (Residency.PARKED, Residency.ACTIVE):
         used = snapshot.used
         return Plan(target, (), None, used, used, used, snapshot.budget)
-    held = model.footprint.at(model.residency)
+    held = model.held
     room = _Room(
         candidates=tuple(m for m in _least_recently_used(snapshot.models) if m.alias not in kept),
         others=snapshot.used - held,
@@ -323,7 +351,7 @@ def _eviction(model: ModelView, after: Residency) -> Move:
 
 
 def _bring_up(model: ModelView, parked: Usage) -> Move:
-    frees = model.footprint.at(model.residency) - parked
+    frees = model.held - parked
     cost_s = model.up_s.get(model.residency, 0.0)
     return Move(model.alias, model.residency, Residency.PARKED, frees, cost_s)
 

@@ -88,6 +88,11 @@ def is_cpu_build() -> bool:
     return False
 
 
+MOST_CACHED_MB = 64
+"""What each engine keeps of compiled grammars, unless somebody has said so. vLLM's default is 512,
+for one engine in a process; a host has many."""
+
+
 def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The host's environment, made from the server's.
 
@@ -104,6 +109,7 @@ def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
     # A forked worker would inherit other models' threads and distributed groups.
     result["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     result["PYTHONSAFEPATH"] = "1"
+    result.setdefault("VLLM_XGRAMMAR_CACHE_MB", str(MOST_CACHED_MB))
     result.update(_loopback(result))
     if is_cpu_build():
         result.update(_preload(result))

@@ -14,6 +14,7 @@ from vllm_hotswap.errors import (
     DrainCut,
     EngineUnavailable,
     GrammarTimeout,
+    GrammarTooCostly,
     InvalidRequest,
     ParkedEnded,
     QueueFull,
@@ -26,8 +27,10 @@ from vllm_hotswap.errors import (
     WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
+from vllm_hotswap.helpers import Bounds
+from vllm_hotswap.planner import Usage
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms, Ticket
-from vllm_hotswap.states import Residency, Step, advance
+from vllm_hotswap.states import Residency, Step, WakeProgress, advance
 
 Cut = (
     DrainCut
@@ -41,6 +44,7 @@ Cut = (
     | RateLimited
     | WaitTimeout
     | GrammarTimeout
+    | GrammarTooCostly
     | SwitchNotAllowed
 )
 
@@ -123,6 +127,8 @@ class Lease:
     """Of `requests`, those that wait before its engine because of that."""
     grammar_timeout_s: float | None = None
     """In which its first output must come once its engine has it, if it has a grammar."""
+    grammar_bounds: Bounds = field(default_factory=Bounds)
+    """What it may take to try its grammar."""
     is_connection: bool = False
     """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
     kept_waiting_s: Callable[[], float] | None = None
@@ -294,6 +300,42 @@ class Prefetch:
 
 
 @dataclass(eq=False, slots=True)
+class Waking:
+    """A sleeping model whose memory is taken again, in slices, before it is asked for."""
+
+    needs: Usage
+    """What it will hold besides what it holds asleep. It counts from the beginning."""
+    progress: WakeProgress | None = None
+    """As it was last told."""
+    given_up: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether what has been taken is to be given back."""
+    task: asyncio.Task[None] = field(init=False)
+    """Goes on until the model is awake, or has given everything back."""
+
+    @property
+    def is_given_up(self) -> bool:
+        return self.given_up.is_set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to be taken."""
+        return self.progress is not None and self.progress.is_done
+
+    @property
+    def done_bytes(self) -> int:
+        return self.progress.done_bytes if self.progress else 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.progress.total_bytes if self.progress else self.needs.device
+
+    @property
+    def left(self) -> float:
+        """What part of it is still to be done, from 1 to 0."""
+        return 1 - self.done_bytes / self.total_bytes if self.total_bytes else 1.0
+
+
+@dataclass(eq=False, slots=True)
 class Model:
     """One configured model. Its residency changes through `step` alone."""
 
@@ -318,6 +360,8 @@ class Model:
     """Measured seconds that it took to bring it up from there."""
     prefetch: Prefetch | None = None
     """Of its files, until it is loaded, woken, or somebody does not want it any more."""
+    waking: Waking | None = None
+    """While it is asleep, and wakes before it is asked for."""
 
     def __repr__(self) -> str:
         return f"<Model {self.alias} {self.residency.value} in_flight={len(self.leases)}>"
@@ -326,6 +370,16 @@ class Model:
         """Move on the residency ladder; returns where it was."""
         before, self.residency = self.residency, advance(self.alias, self.residency, step)
         return before
+
+    @property
+    def resting(self) -> Usage:
+        """What it holds where it is."""
+        return self.engine.footprint.at(self.residency)
+
+    @property
+    def held(self) -> Usage:
+        """The same, and what it takes to wake before it is asked for."""
+        return self.resting + (self.waking.needs if self.waking else Usage())
 
     @property
     def is_loaded(self) -> bool:

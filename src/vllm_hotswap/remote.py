@@ -572,6 +572,7 @@ def told(answer: Mapping[str, Any]) -> str:
 def plan_text(plan: Mapping[str, Any]) -> str:
     """A plan, one line for each move."""
     lines = [f"switch from {plan['active']} to {plan['model']}:"]
+    lines += [f"  {alias}: wakes no more" for alias in plan["give_up_wake"]]
     moves = [*plan["evict"], *([plan["bring_up"]] if plan["bring_up"] else [])]
     for move in moves:
         freed = move["frees"]["device_bytes"] / _MIB
@@ -589,6 +590,13 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _waking_text(waking: Mapping[str, int] | None) -> str:
+    if waking is None:
+        return ""
+    done, total = (waking[name] / _MIB for name in ("done_bytes", "total_bytes"))
+    return f"  wakes: {done:.1f} of {total:.1f} MiB"
+
+
 def status_text(status: Mapping[str, Any]) -> str:
     """The server, one line for each model."""
     models = status["models"]
@@ -601,7 +609,7 @@ def status_text(status: Mapping[str, Any]) -> str:
     ]
     for alias, model in models.items():
         held = (model["held"]["device_bytes"] + model["held"]["host_bytes"]) / _MIB
-        pinned = "  pinned" if model["pinned"] else ""
+        pinned = ("  pinned" if model["pinned"] else "") + _waking_text(model["waking"])
         lines.append(
             f"{alias:<{width}}  {model['residency']:<9}  {model['in_flight']:>9}  {held:>8.1f}  "
             f"{model['switch_cost_s']:>6}{pinned}"

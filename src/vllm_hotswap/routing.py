@@ -18,6 +18,7 @@ from functools import partial
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.utils import ClientDisconnected
 
 from vllm_hotswap import asked, drain, json_scan, media, model_field, responses, surrogates
 from vllm_hotswap.access import Access
@@ -31,12 +32,14 @@ from vllm_hotswap.errors import (
     WrongTask,
 )
 from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
+from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody, text_bytes
 from vllm_hotswap.model_field import NO_FIELDS, Fields
 from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
+from vllm_hotswap.refusals import let_in
 from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Following, Owners
 from vllm_hotswap.rights import Account
@@ -87,6 +90,7 @@ class Router:
         self._rates = rates
         self._registry = coordinator.registry
         self._limits = limits or LimitsConfig()
+        self._grammar_bounds = Bounds(self._limits.grammar_memory, self._limits.grammar_seconds)
         self._prefix_cache = prefix_cache
         self.bodies = Bodies(self._limits)
         self.owners = Owners(self._registry, self._limits.kept_responses)
@@ -98,10 +102,14 @@ class Router:
         self._answers.add(answer)
         account = self._access.account(Headers(scope=scope))
         try:
-            with self.bodies.hold(account) as body:
-                await self._take(scope, receive, answer, body, account)
+            with self.bodies.hold(account) as held:
+                refusal = await self._take(scope, receive, answer, held, account)
+            if refusal is not None:  # which may have to wait, and nothing is held for it meanwhile
+                await answer.refuse(refusal)
         except ClientGone:
             pass
+        except ClientDisconnected:
+            raise  # uvicorn's, of a websocket; it knows
         except Exception as error:
             if isinstance(error, AnswerCut) or not answer.can_tell:
                 raise  # the HTTP server logs it, and closes the connection
@@ -115,7 +123,8 @@ class Router:
 
     async def _take(
         self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody, account: Account
-    ) -> None:
+    ) -> HotswapError | None:
+        """Have the request served; what it is to be refused with, if nothing was answered."""
         method, path = request_of(scope)
         requests = 1
         try:
@@ -145,16 +154,16 @@ class Router:
                 self._rates.take(account)
             fields = replace(fields, members={})  # of the body, only itself is kept for long
         except HotswapError as error:
-            await answer.refuse(error)
-            return
+            return error
         if owner is not None and response_id:
             await self._visit(owner, response_id, scope, receive, body, answer)
-        else:
-            sent = None if method == WEBSOCKET else body
-            asking = Asking(fields.stream, requests, account, fields.request_id)
-            await self._route(scope, receive, answer, alias, sent, terms, asking)
-            if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
-                self._rates.give_back(account)  # the server was full, or its model did not come
+            return None
+        sent = None if method == WEBSOCKET else body
+        asking = Asking(fields.stream, requests, account, fields.request_id)
+        refusal = await self._route(scope, receive, answer, alias, sent, terms, asking)
+        if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
+            self._rates.give_back(account)  # the server was full, or its model did not come
+        return refusal
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """What the router has to know of a body.
@@ -242,7 +251,8 @@ class Router:
         body: bytes | None,
         terms: RequestTerms,
         asking: Asking,
-    ) -> None:
+    ) -> HotswapError | None:
+        """The same, by its model."""
         waiting = Waiting(scope, receive)
         try:
             look_at = None
@@ -252,12 +262,14 @@ class Router:
             with self._coordinator.reserved(alias, asking.requests):
                 async with self._coordinator.lease(alias, terms, look_at) as lease:
                     await waiting.end()
+                    let_in(scope)
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.account = asking.account.name
                     if asking.account.is_bounded:
                         lease.engine_share = self._limits.engine_share
                     lease.grammar_timeout_s = self._limits.grammar_timeout
+                    lease.grammar_bounds = self._grammar_bounds
                     lease.is_connection = scope["type"] == "websocket"
                     answer.follow(lease)
                     client = Client(scope, receive, body, waiting.heard, lease, answer)
@@ -280,9 +292,10 @@ class Router:
             elif answer.started:
                 raise
             else:
-                await answer.refuse(error)
+                return error
         finally:
             waiting.stop()
+        return None
 
     async def _look_at(
         self, scope: Scope, body: bytes, answer: Answer, is_stream: bool, lease: Lease

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -25,11 +25,13 @@ from starlette.types import ASGIApp
 from vllm_hotswap import __version__, event_loop, failpoints, terminal
 from vllm_hotswap.access import HOW_TO_OPEN, Access, KeyFlags
 from vllm_hotswap.app import CrossOrigin, HotswapApp
+from vllm_hotswap.arrivals import Acceptor, Arrival
 from vllm_hotswap.audit import Audited, AuditLog
 from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
+from vllm_hotswap.connections import Config, Connection
 from vllm_hotswap.cross_site import CrossSite
-from vllm_hotswap.devices import SLEEP_VARIABLE
+from vllm_hotswap.devices import remember_sleep
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
@@ -42,7 +44,7 @@ from vllm_hotswap.environment import (
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags
+from vllm_hotswap.listen import LAST_ANSWERS_S, Listener, ListenFlags, check_address
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
 from vllm_hotswap.record import Recorder, head_of
@@ -60,14 +62,28 @@ class Server(uvicorn.Server):
     It calls `on_started` when it accepts requests.
     """
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(self, config: Config, on_started: Callable[[], None]) -> None:
         super().__init__(config)
+        assert config.shared is not None
+        self._shared = config.shared
         self._on_started = on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
         if self.started:
+            acceptors = [self._acceptor(sock) for sock in sockets or ()]
+            self.servers = cast("list[Any]", acceptors)
             self._on_started()
+
+    def _acceptor(self, sock: socket.socket) -> Acceptor:
+        config, shared, state = self.config, self._shared, self.lifespan.state
+
+        def build(arrival: Arrival) -> Connection:
+            return Connection(shared, config, self.server_state, state, arrival)
+
+        return Acceptor(
+            sock, shared.door, build, config.backlog, config.ssl, shared.limits.head_timeout
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -120,6 +136,7 @@ def _run(
     access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()
     require_vllm()
+    check_address(flags)
     folders = config.adapter_folders
     # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
     with contextlib.ExitStack() as exits, early.ended():
@@ -254,8 +271,8 @@ def _clean_environment() -> None:
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
     if os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_RUNTIME_LORA_UPDATING reason='not needed'")
-    # Whether models on CUDA sleep is asked when their configurations are made, later on.
-    ours = {name for name in os.environ if name.startswith("VLLM_HOTSWAP_")} - {SLEEP_VARIABLE}
+    remember_sleep(os.environ)  # it is asked when models' configurations are made, later on
+    ours = {name for name in os.environ if name.startswith("VLLM_HOTSWAP_")}
     forget(["VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours])
 
 
@@ -364,7 +381,7 @@ async def _serve(
     app: HotswapApp, listener: Listener, stop: asyncio.Future[None], audit: AuditLog | None
 ) -> int:
     served = _with_origins(_audited(app, audit), listener.args)
-    config = listener.uvicorn_config(served, app.limits, app.may_use_kept_place)
+    config = listener.uvicorn_config(served, app.limits, app.may_use_kept_place, app.outlook)
     server = Server(config, on_started=lambda: _announce(app, listener))
     serving = asyncio.create_task(server.serve([listener.sock]))
     coordinator = app.coordinator

@@ -148,8 +148,8 @@ class SwitchingConfig:
         bool,
         Wanted("true or false"),
         Field(
-            description="whether the files of the model that is likely to be next are read ahead, "
-            "into what `memory.host` has to spare"
+            description="whether the model that is likely to be next is prepared: its files are "
+            "read ahead into what `memory.host` has to spare, or it wakes where it sleeps on CUDA"
         ),
     ] = True
     return_to_default: Annotated[
@@ -287,6 +287,22 @@ class LimitsConfig:
             "if compilation had not begun, it does not begin. null: without end"
         ),
     ] = 300.0
+    grammar_memory: Annotated[
+        ByteSize,
+        SIZE,
+        Field(
+            description="memory that it may take to compile one of those, unless it is plain; "
+            "more get 413"
+        ),
+    ] = 512 << 20
+    grammar_seconds: Annotated[
+        SecondsAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="seconds of processors that it may take to compile one of those, unless "
+            "it is plain; more get 413"
+        ),
+    ] = 60.0
     requests_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
@@ -373,6 +389,15 @@ class LimitsConfig:
             "and a Unix domain socket, have all"
         ),
     ] = None
+    refusals_per_second: Annotated[
+        CountAboveZero,
+        ABOVE_ZERO,
+        Field(
+            description="refusals (4xx) of the server's own that a client's address, or a key "
+            "that is known, gets at once, three times as many in one go; further ones come late, "
+            "by 5 seconds at most. Behind a proxy, name it with `--forwarded-allow-ips`"
+        ),
+    ] = 10
 
 
 Sharing = Literal["shared", "group", "key"]

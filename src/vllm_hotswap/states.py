@@ -7,6 +7,7 @@ what the table does not list. The tables are printed into `docs/design.md`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
@@ -101,6 +102,19 @@ DOWN: Mapping[Residency, Step] = {
 def is_below(lower: Residency, upper: Residency) -> bool:
     """Whether `lower` is further down the ladder than `upper`."""
     return LADDER.index(lower) > LADDER.index(upper)
+
+
+@dataclass(frozen=True, slots=True)
+class WakeProgress:
+    """How far a wake in slices has come, in bytes of device memory."""
+
+    done_bytes: int
+    """What the model has again; the copies of the last slice may be under way."""
+    total_bytes: int
+
+    @property
+    def is_done(self) -> bool:
+        return self.done_bytes >= self.total_bytes
 
 
 class SwitchPhase(StrEnum):

@@ -54,6 +54,8 @@ class Switch:
     """Whether the server decided on it: then nobody is ended for it."""
     key: str = ""
     """The fingerprint of the key of whoever has called for it."""
+    is_awaited: bool = False
+    """Whether the target had begun to wake before: what it took says nothing of the next time."""
     may_park: bool = True
     """Whether requests that run may be frozen for it, if the server decided on it."""
     drain_until_s: Callable[[], float] | None = None

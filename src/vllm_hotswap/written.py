@@ -23,7 +23,7 @@ from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.reader import Reader
 
-from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
 
 MAX_DEPTH = 50
 """Levels of lists and mappings in each other, each alias counted as all that it stands for."""
@@ -259,10 +259,13 @@ def read_yaml(text: str, path: Path) -> tuple[Any, Source]:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+        loader.tell()
         value = None if node is None else loader.construct_document(node)
+        loader.tell()
         return value, Source(path, {} if node is None else dict(_lines(node)))
     except yaml.YAMLError as error:
-        raise ConfigError(_complaint(path, error)) from None
+        found = [*loader.found, error] if error not in loader.found else loader.found
+        raise ConfigMistakes([_complaint(path, each) for each in found]) from None
     except (ValueError, OverflowError):  # PyYAML checks no range of `"\\U..."` and `%YAML`
         line = loader.line + 1
         raise ConfigError(
@@ -280,12 +283,13 @@ def _place_of_character(path: Path, text: str, position: int) -> str:
     )
 
 
-def _complaint(path: Path, error: yaml.YAMLError) -> str:
+def _complaint(path: Path, error: yaml.YAMLError) -> Mistake:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or type(error).__name__
     if mark is None:
-        return f"{path}: is not valid YAML: {problem}"
-    return f"{path}:{mark.line + 1}: is not valid YAML: {problem}, column {mark.column + 1}"
+        return Mistake(0, f"{path}: is not valid YAML: {problem}")
+    line, column = mark.line + 1, mark.column + 1
+    return Mistake(line, f"{path}:{line}: is not valid YAML: {problem}, column {column}")
 
 
 def _lines(node: Node, *keys: str | int) -> Iterator[tuple[Keys, int]]:
@@ -308,9 +312,16 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
+        self.found: list[yaml.YAMLError] = []
+        """What is wrong, and does not keep anything behind it from being read."""
         self._open: list[str | None] = []
         self._sizes: dict[int, int] = {}
         self._depths: dict[int, int] = {}
+
+    def tell(self) -> None:
+        """Raises `YAMLError` if something has been found."""
+        if self.found:
+            raise self.found[-1]
 
     def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Any:
         if kind is not ScalarNode:
@@ -330,7 +341,7 @@ class _Loader(yaml.SafeLoader):
         self._open.append(event.anchor)
         node = super().compose_node(parent, index)
         self._open.pop()
-        _check_kind(node)
+        self._check_kind(node)
         self._bound(node, event)
         return node
 
@@ -352,22 +363,22 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, ScalarNode) and (key.value, key.tag == _TAG + "merge") in seen:
-                raise ComposerError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                problem = f"key {key.value!r} is given twice"
+                self.found.append(ComposerError(None, None, problem, key.start_mark))
             seen.add((str(key.value), key.tag == _TAG + "merge"))
         return node
 
     def _refuse(self, problem: str, event: Any) -> NoReturn:
         raise ComposerError(None, None, problem, event.start_mark)
 
+    def _check_kind(self, node: Node | None) -> None:
+        """Note a tag of YAML's own on another kind of node, such as `!!int {a: b}`.
 
-def _check_kind(node: Node | None) -> None:
-    """Refuse a tag of YAML's own on another kind of node, such as `!!int {a: b}`.
-
-    Here and not where values are made: what is merged and keys are not made from their tags.
-    """
-    kind = _KINDS.get(node.tag) if node is not None else None
-    if node is not None and kind is not None and not isinstance(node, kind):
-        raise _wrong_tag(node)
+        Here and not where values are made: what is merged and keys are not made from their tags.
+        """
+        kind = _KINDS.get(node.tag) if node is not None else None
+        if node is not None and kind is not None and not isinstance(node, kind):
+            self.found.append(_wrong_tag(node))
 
 
 def _wrong_tag(node: Node) -> ConstructorError:
@@ -391,13 +402,18 @@ def _text(_: _Loader, node: ScalarNode) -> str:
     return str(node.value)
 
 
-def _tagged(_: _Loader, node: ScalarNode) -> Any:
+def _tagged(loader: _Loader, node: ScalarNode) -> Any:
     """A scalar with a tag such as `!!int`, which has to be right."""
     kinds = {"int": int, "float": int | float, "bool": bool, "null": type(None)}
     value, kind = read_scalar(node.value), node.tag.removeprefix(_TAG)
     if not isinstance(value, kinds[kind]) or (kind != "bool" and isinstance(value, bool)):
-        raise _wrong_tag(node)
+        loader.found.append(_wrong_tag(node))
     return value
+
+
+def _unknown(loader: _Loader, node: Node) -> None:
+    problem = f"could not determine a constructor for the tag {node.tag!r}"
+    loader.found.append(ConstructorError(None, None, problem, node.start_mark))
 
 
 def _sequence(loader: _Loader, node: SequenceNode) -> list[Any]:
@@ -425,5 +441,5 @@ _Loader.yaml_constructors = {
     **{_TAG + kind: _tagged for kind in ("int", "float", "bool", "null")},
     _TAG + "seq": _sequence,
     _TAG + "map": _mapping,
-    None: yaml.SafeLoader.construct_undefined,
+    None: _unknown,
 }

@@ -1,7 +1,6 @@
 """A server on a CUDA device, with vLLM's build for it: two models, every residency, no growth.
 
-The device may be a stand-in whose kernels do nothing; it then has to write what is in use, in MiB,
-into the file that `FAKEGPU_STAT` names.
+The device may be the stand-in, whose kernels do nothing (`make rehearse-cuda`).
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cuda_standin.board import Board
+from tests.faults import wait_until
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
 
 pytestmark = [
     pytest.mark.wide,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
@@ -27,6 +29,9 @@ MIB = 1 << 20
 PAIR = ("llama", "qwen")
 WORKSPACE_BYTES = 40 * MIB
 """Of matrix multiplications on one more stream: torch may have it or not."""
+
+START_S = 600
+"""Kernels may have to be compiled first."""
 
 GRAPHS = "{mode: 0, cudagraph_mode: FULL_DECODE_ONLY, cudagraph_capture_sizes: [1, 2, 4]}"
 
@@ -45,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     config.write_text("\n".join(["models:", *lines]), encoding="utf-8")
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOTSWAP_CONFIG": str(config)}
     running = ServerProcess.start(
-        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment, within_s=START_S
     )
     yield running
     assert running.stop() == 0, running.log_tail()
@@ -56,8 +61,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def used_bytes() -> int:
     """Of the device, by anybody."""
-    if stat := os.environ.get("FAKEGPU_STAT"):
-        return int(Path(stat).read_text()) * MIB
+    if board := os.environ.get("FAKEGPU_BOARD"):
+        return Board(Path(board)).used
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
 
@@ -130,6 +135,36 @@ def test_a_sleeping_model_gives_its_memory_back(
         switch(server, model)
         assert expected[model] == tokens(server, model)
         assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+
+def test_an_announced_model_wakes_while_another_one_is_served(
+    server: ServerProcess, expected: dict[str, list[int]]
+) -> None:
+    """Its memory is there before it is asked for; given up, it is gone, and nothing is lost."""
+    both = used_bytes()
+    for model in PAIR * 2:
+        switch(server, other(model))
+        post(server, f"/admin/models/{model}/sleep", level=1)
+        asleep = used_bytes()
+        assert "begun" == post(server, "/admin/next", model=model)["wake"]
+        wait_until(lambda model=model: is_awake_but_for_the_switch(server, model))
+        assert expected[other(model)] == tokens(server, other(model))
+        assert "asleep" == model_status(server, model)["residency"]
+        assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+        post(server, "/admin/next", model=other(model))
+        wait_until(lambda model=model: model_status(server, model)["waking"] is None)
+        assert abs(asleep - used_bytes()) <= WORKSPACE_BYTES
+
+        assert "begun" == post(server, "/admin/next", model=model)["wake"]
+        switch(server, model)
+        assert expected[model] == tokens(server, model)
+        assert abs(both - used_bytes()) <= WORKSPACE_BYTES
+
+
+def is_awake_but_for_the_switch(server: ServerProcess, model: str) -> bool:
+    waking = model_status(server, model)["waking"]
+    return bool(waking) and waking["done_bytes"] == waking["total_bytes"] > 0
 
 
 def test_cold_switches_do_not_grow(server: ServerProcess, expected: dict[str, list[int]]) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.faults import wait_until
 from tests.integration.hosted import request_of
 from tests.integration.processes import ServerProcess
-from vllm_hotswap.compat.grammars import check_aside, sign, take_turns
+from vllm_hotswap.compat.grammars import SLOW, Checks, check_aside, sign, take_turns
 from vllm_hotswap.demo import MODELS
 from vllm_hotswap.fair_pool import FairPool
 
@@ -158,7 +158,7 @@ async def test_the_check_of_a_grammar_is_vllms_and_on_a_thread(grammar: dict[str
 
     pool.submit_for = noting  # type: ignore[method-assign]
     client: Any = Client()
-    check_aside(client, pool)
+    check_aside(client, Checks(pool))
     try:
         assert on_the_loop == await _said(
             lambda: client.add_request("a", prompt, params(**grammar))
@@ -178,19 +178,22 @@ async def _said(ask: Callable[[], Any]) -> tuple[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens is deprecated")  # vLLM sets it for xgrammar
-def test_vllm_compiles_on_the_threads_that_accounts_share() -> None:
-    """And nothing of the account is left where others of its code look."""
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_vllm_compiles_on_the_threads_that_accounts_share(is_slow: bool) -> None:
+    """And nothing of the account is left where others of its code look. Slow ones have others."""
     config = llama_config()
     sampling = params(json={"type": "object", "properties": {"a": {"type": "integer"}}})
     sampling.extra_args = {"own": 1}
     InputProcessor(config)._validate_params(sampling, ("generate",))
     asked = request_of([1, 2], sampling_params=sampling)
     sign(asked, "group a")
+    if is_slow:
+        asked.sampling_params.extra_args[SLOW] = True
     request = Request.from_engine_core_request(asked, None)
     manager = StructuredOutputManager(config)
     take_turns(manager)
     callers: list[str] = []
-    pool = manager.executor._pool
+    pool = manager.executor._slow if is_slow else manager.executor._quick
     submit = pool.submit_for
     pool.submit_for = lambda caller, *work: (callers.append(caller), submit(caller, *work))[1]
 

@@ -44,6 +44,13 @@ vllm.v1.engine.core.EngineCore.request_block_hasher
 vllm.v1.engine.core.EngineCore.available_gpu_memory_for_kv_cache
 vllm.v1.structured_output.StructuredOutputManager.clear_backend()
 vllm.v1.structured_output.StructuredOutputManager.executor
+vllm.v1.structured_output.StructuredOutputManager.backend
+vllm.v1.structured_output.backend_xgrammar.XgrammarBackend.compile_grammar(kind, text)
+vllm.v1.structured_output.backend_xgrammar.compile_regex_with_timeout(compile, pattern)
+vllm.v1.structured_output.backend_xgrammar says compiler
+vllm.v1.structured_output.backend_guidance.llguidance
+vllm.sampling_params.StructuredOutputsParams._backend
+vllm.v1.engine.async_llm says vllm_config
 vllm.sampling_params.SamplingParams.structured_outputs
 vllm.sampling_params.SamplingParams.extra_args
 vllm.v1.structured_output.request.StructuredOutputRequest._grammar

@@ -31,10 +31,12 @@ from vllm_hotswap.bench import environment, report
 from vllm_hotswap.bench.bodies import until_it_serves
 from vllm_hotswap.bench.report import Table
 from vllm_hotswap.bench.stats import median, summarize
-from vllm_hotswap.connections import Connections, bounded
+from vllm_hotswap.connections import Config, Connections, bounded
 from vllm_hotswap.demo import free_port
 from vllm_hotswap.engines.fake import FakeHost
+from vllm_hotswap.listen import bind
 from vllm_hotswap.places import Places
+from vllm_hotswap.server import Server
 from vllm_hotswap.settings import SwitchingConfig
 
 SIDES = ("bounded", "plain")
@@ -63,7 +65,7 @@ async def _serve(port: int, side: str) -> None:
     app = HotswapApp(host, Access(), SwitchingConfig())
     await host.start()
     await app.coordinator.start(("llama",), "llama")
-    config = uvicorn.Config(
+    config = Config(
         app,
         port=port,
         log_level="warning",
@@ -76,7 +78,9 @@ async def _serve(port: int, side: str) -> None:
     config.load()
     if side == "bounded":
         bounded(config, Connections(Places(PLACES)))
-    await uvicorn.Server(config).serve()
+        await Server(config, lambda: None).serve([bind("127.0.0.1", port)])
+    else:
+        await uvicorn.Server(config).serve()
 
 
 def serve(port: int, side: str) -> None:

@@ -205,19 +205,34 @@ class Launcher:
             yield server
 
     @contextlib.asynccontextmanager
-    async def plain(self, model: Model) -> AsyncIterator[Server]:
-        """vLLM's own server with one model."""
+    async def plain(
+        self,
+        model: Model,
+        *,
+        arguments: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[Server]:
+        """vLLM's own server with one model.
+
+        Args:
+            model: what it serves.
+            arguments: more of its command line.
+            variables: more of its environment.
+        """
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder)]
-        command += ["--served-model-name", model.alias, *flags(model.settings)]
-        async with self._running("plain", command) as server:
+        command += ["--served-model-name", model.alias, *flags(model.settings), *arguments]
+        async with self._running("plain", command, variables) as server:
             yield server
 
     @contextlib.asynccontextmanager
-    async def _running(self, name: Side, command: Sequence[str]) -> AsyncIterator[Server]:
+    async def _running(
+        self, name: Side, command: Sequence[str], variables: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Server]:
         port = free_port()
         address = ["--host", "127.0.0.1", "--port", str(port), *COMMON_FLAGS]
         log = self.folder / f"{name}-{port}.log"
-        async with running(Server(name, [sys.executable, *command, *address], port, log)) as server:
+        whole = [sys.executable, *command, *address]
+        async with running(Server(name, whole, port, log, variables)) as server:
             yield server
 
 

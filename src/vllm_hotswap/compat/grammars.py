@@ -2,13 +2,17 @@
 
 vLLM checks the grammar of a request on the event loop of the API process, and compiles it on
 threads of its engine, first come, first served. Here both are done on threads that accounts share
-in turns. The account goes to the engine in `extra_args` of the sampling parameters, and is taken
-out there before vLLM, its connectors or its processors see them.
+in turns. A grammar that is not plain is rehearsed in a process before its engine gets it, and that
+process is killed when nobody waits for it any more. One that is slow to compile has threads of the
+lowest priority in its engine, beside those of the others. Account and slowness go to the engine in
+`extra_args` of the sampling parameters, and are taken out there before vLLM, its connectors or its
+processors see them.
 
 Relies on: `AsyncLLM.add_request` and its first parameters, `AsyncLLM.get_supported_tasks`,
 `AsyncLLM.input_processor`, whose `process_inputs` calls `_validate_params` on the instance and
 passes its `structured_outputs_config` on, which may be None; `SamplingParams.structured_outputs`
-and `extra_args`; `StructuredOutputManager.executor`, whose `submit` gets a function and the
+and `extra_args`; `AsyncLLM.vllm_config`; `XgrammarBackend.compiler` and its `clear_cache`;
+`StructuredOutputManager.executor`, whose `submit` gets a function and the
 `Request`; `Scheduler.requests`, `Request.structured_output_request`, whose `_grammar` is the future
 of a compilation until the scheduler has looked at it. Checked on vLLM 0.32.0.
 """
@@ -24,12 +28,29 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_hotswap import drain
-from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
-from vllm_hotswap.fair_pool import LONG_S, FairPool, Overdue
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.compat.rehearsals import Rehearsals, digest_of
+from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout, GrammarTooCostly
+from vllm_hotswap.fair_pool import FairPool, Overdue
+from vllm_hotswap.helpers import (
+    Bounds,
+    Errand,
+    HelperEnd,
+    HelperFailed,
+    Helpers,
+    HelperStopped,
+    OutOfBounds,
+)
+from vllm_hotswap.plain_grammars import is_plain
+from vllm_hotswap.registry import current_lease
 
 ACCOUNT = "hotswap_account"
 """The key of the account among the `extra_args`; what a client sends under it does not count."""
+
+SLOW = "hotswap_slow_grammar"
+"""The key, among them, of a grammar that takes long to compile."""
+
+LONG_REHEARSAL_S = 120.0
+"""A rehearsal that takes longer is overdue: it has parts that no helper does."""
 
 LOOK_S = 1.0
 """So often does whoever waits for a check see to it that none holds up the others."""
@@ -44,18 +65,122 @@ def has_grammar(request: Any) -> bool:
     return getattr(params, "structured_outputs", None) is not None
 
 
+_is_slow: ContextVar[bool] = ContextVar("is_slow", default=False)
+"""Whether its grammar takes long to compile."""
+
+
 def sign(request: Any, account: str) -> None:
-    """Say, in an `EngineCoreRequest` with a grammar, for whom that is compiled."""
+    """Say, in an `EngineCoreRequest` with a grammar, for whom that is compiled, and whether that
+    takes long.
+    """
     params = request.sampling_params
-    params.extra_args = {**(params.extra_args or {}), ACCOUNT: account}
+    own = {key: value for key, value in (params.extra_args or {}).items() if key != SLOW}
+    params.extra_args = own | {ACCOUNT: account} | ({SLOW: True} if _is_slow.get() else {})
 
 
-def check_aside(client: Any, pool: FairPool) -> None:
-    """Have the grammars of an `AsyncLLM`'s requests checked on the threads of a pool.
+class Checks:
+    """Where the grammars of one model are checked: plain ones in place, others in processes.
+
+    It has no state of its own: that is in the pools and the rehearsals.
+    """
+
+    def __init__(
+        self, pool: FairPool, rehearsing: FairPool | None = None, helpers: Helpers | None = None
+    ) -> None:
+        """With `pool` alone, all are checked in place."""
+        self._pool, self._rehearsing, self._helpers = pool, rehearsing, helpers or Helpers()
+        self._rehearsals: Rehearsals | None = None
+
+    def begin(self, client: Any) -> None:
+        """Learn of an `AsyncLLM`, whose grammars are to be checked."""
+        if self._rehearsing is not None:
+            self._rehearsals = Rehearsals(
+                client.vllm_config, lambda: client.input_processor.tokenizer
+            )
+
+    def shutdown(self) -> None:
+        for pool in (self._pool, self._rehearsing):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, check: Callable[..., Any], params: Any, tasks: Any) -> bool:
+        """Wait for a check, for as long as the request may, and as its client does.
+
+        Returns: whether to compile the grammar takes long.
+
+        The request is ended with an error of its own where it may wait no longer, where its
+        grammar takes more than it may, or where an earlier check has taken so long that this one
+        is not begun. Whatever is done for it in a helper is killed then.
+        """
+        lease = current_lease.get()
+        account = lease.account if lease else ""
+        bounds = lease.grammar_bounds if lease else Bounds()
+        timeout_s = lease.grammar_timeout_s if lease else None
+        try:
+            return await self._run(account, bounds, timeout_s, check, params, tasks)
+        except Overdue as overdue:
+            cut: GrammarTimeout | GrammarTooCostly = GrammarTimeout(overdue.after_s, is_behind=True)
+        except (_TooLate, HelperStopped):
+            cut = GrammarTimeout(timeout_s or 0.0)
+        except (OutOfBounds, HelperFailed) as error:
+            cut = _costly(error, bounds)
+        if lease is not None:
+            drain.end([lease], cut)
+        raise EngineUnavailable(cut.message)
+
+    async def _run(
+        self,
+        account: str,
+        bounds: Bounds,
+        timeout_s: float | None,
+        check: Callable[..., Any],
+        params: Any,
+        tasks: Any,
+    ) -> bool:
+        """Raises `_TooLate`, `Overdue`, `HelperEnd` and what the check raises."""
+        rehearsals, outputs = self._rehearsals, params.structured_outputs
+        if rehearsals is None or self._rehearsing is None or is_plain(outputs):
+            await _result(self._pool, account, timeout_s, None, check, params, tasks)
+            return False
+        digest = digest_of(outputs)
+        if (is_slow := rehearsals.is_known_slow(digest)) is not None:
+            await _result(self._pool, account, timeout_s, None, check, params, tasks)
+            return is_slow
+        errand = Errand(self._helpers, bounds)
+
+        def rehearse() -> bool | HelperEnd:
+            try:
+                return rehearsals.run(lambda: check(params, tasks), params, digest, errand)
+            except HelperEnd as end:
+                return end  # the future of an event loop takes no other `BaseException` well
+            finally:
+                errand.stop()
+
+        done = await _result(self._rehearsing, account, timeout_s, errand, rehearse)
+        if isinstance(done, HelperEnd):
+            raise done
+        return bool(done)
+
+
+def _costly(error: HelperEnd, bounds: Bounds) -> GrammarTooCostly:
+    if isinstance(error, OutOfBounds) and error.of == "memory":
+        return GrammarTooCostly(
+            f"takes more than {bounds.memory_bytes >> 20} MiB (limits.grammar_memory)"
+        )
+    if isinstance(error, OutOfBounds):
+        return GrammarTooCostly(
+            f"takes more than {bounds.cpu_s:g} s of a processor (limits.grammar_seconds)"
+        )
+    return GrammarTooCostly(f"ends the process that compiles it ({error})")
+
+
+def check_aside(client: Any, checks: Checks) -> None:
+    """Have the grammars of an `AsyncLLM`'s requests checked beside the event loop.
 
     vLLM's whole check of the parameters runs there, so the same errors are raised, in the same
     order; then it runs once more on the event loop, where it leaves the grammar out.
     """
+    checks.begin(client)
     processor = client.input_processor
     check = processor._validate_params
     without_grammars = copy.copy(processor)
@@ -71,12 +196,12 @@ def check_aside(client: Any, pool: FairPool) -> None:
         if not has_grammar(params):
             return await add(request_id, prompt, params, *args, **kw)
         tasks = await client.get_supported_tasks()
-        await _done(pool, current_lease.get(), check, params, tasks)
-        token = _checked.set(params)
+        token, slow = _checked.set(params), _is_slow.set(await checks.run(check, params, tasks))
         try:
             return await add(request_id, prompt, params, *args, **kw)
         finally:
             _checked.reset(token)
+            _is_slow.reset(slow)
 
     processor._validate_params = check_the_rest
     client.add_request = add_checked
@@ -86,27 +211,13 @@ class _TooLate(Exception):
     """A check was not done in time."""
 
 
-async def _done(pool: FairPool, lease: Lease | None, *check: Any) -> None:
-    """Wait for a check, for as long as the request may, and as its client does.
+async def _result(
+    pool: FairPool, account: str, timeout_s: float | None, errand: Errand | None, *check: Any
+) -> Any:
+    """Wait for it, and stop its errand, if it has one, when nobody does any more.
 
-    A check that has begun goes on. The request is ended with `GrammarTimeout` if it may wait no
-    longer, or if an earlier check has taken so long that this one is not begun.
+    Raises `_TooLate`, `Overdue`, and what the check raises.
     """
-    timeout_s = lease.grammar_timeout_s if lease else None
-    try:
-        await _result(pool, lease.account if lease else "", timeout_s, *check)
-        return
-    except Overdue:
-        late = GrammarTimeout(LONG_S, is_behind=True)
-    except _TooLate:
-        late = GrammarTimeout(timeout_s or 0.0)
-    if lease is not None:
-        drain.end([lease], late)
-    raise EngineUnavailable(late.message)
-
-
-async def _result(pool: FairPool, account: str, timeout_s: float | None, *check: Any) -> Any:
-    """Raises `_TooLate`, `Overdue`, and what the check raises."""
     job = pool.submit_for(account, *check)
     checking = asyncio.wrap_future(job)
     loop = asyncio.get_running_loop()
@@ -120,34 +231,54 @@ async def _result(pool: FairPool, account: str, timeout_s: float | None, *check:
         return checking.result()
     finally:
         job.cancel()  # unless it has begun
+        if errand is not None:
+            errand.stop()
         checking.cancel()  # nobody wants its result any more
 
 
 class Compilations:
-    """In the place of an engine's thread pool for compilations: accounts take turns."""
+    """In the place of an engine's thread pool for compilations: accounts take turns.
 
-    def __init__(self, pool: FairPool) -> None:
-        self._pool = pool
+    Grammars that take long have threads of their own, with the lowest priority: nothing waits for
+    them, and steps of the engine have the processors when they need them.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._quick = FairPool(threads, "grammars")
+        self._slow = FairPool(threads, "slow grammars", is_last=True)
 
     def submit(self, compile_for: Callable[[Any], Any], request: Any) -> Future[Any]:
         """As vLLM submits them: a function, and the `Request` whose grammar it is to compile."""
-        account = (request.sampling_params.extra_args or {}).pop(ACCOUNT, "")
-        return self._pool.submit_for(account, compile_for, request)
+        said = request.sampling_params.extra_args or {}
+        account, is_slow = said.pop(ACCOUNT, ""), said.pop(SLOW, False)
+        pool = self._slow if is_slow else self._quick
+        return pool.submit_for(account, compile_for, request)
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
-        self._pool.shutdown(wait, cancel_futures)
+        for pool in (self._quick, self._slow):
+            pool.shutdown(wait, cancel_futures)
 
 
 def take_turns(manager: Any) -> None:
     """Give a `StructuredOutputManager`, before its first request, threads that are shared."""
     executor = getattr(manager, "executor", None)  # without a tokenizer there are no grammars
     if executor is not None:
-        manager.executor = Compilations(FairPool(executor._max_workers, "grammars"))
+        manager.executor = Compilations(executor._max_workers)
         executor.shutdown(wait=False)
 
 
+def forget_compiled(manager: Any) -> None:
+    """Give back what a `StructuredOutputManager` keeps of compiled grammars.
+
+    Requests keep their own.
+    """
+    compiler = getattr(getattr(manager, "backend", None), "compiler", None)
+    if compiler is not None and hasattr(compiler, "clear_cache"):
+        compiler.clear_cache()
+
+
 def give_up(scheduler: Any, request_ids: Iterable[str]) -> int:
-    """Take compilations off their queue; how many. One that runs cannot be stopped."""
+    """Take compilations off their queue; how many. One that runs goes on."""
     found = (scheduler.requests.get(request_id) for request_id in request_ids)
     asked = (getattr(request, "structured_output_request", None) for request in found)
     grammars = [getattr(one, "_grammar", None) for one in asked]

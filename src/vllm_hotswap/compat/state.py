@@ -93,6 +93,10 @@ GROUPS = (
     "them than dense ones; a set per engine would cost 14 sockets and 40 threads"
 )
 KERNELS = "kernels that the model's configuration has chosen"
+POINTERS = (
+    "where weights of adapters lie, in tensors on the device, by those addresses; kept, they would "
+    "keep memory of models that are gone"
+)
 ROOT = (
     "where the hashes of the model's prefix cache begin; drawn anew at each load if the hash "
     "is not cryptographic, so another load would empty the cache in effect"
@@ -133,6 +137,15 @@ STATE: tuple[State, ...] = (
         "_ROPE_DICT",
         "rotary layers by shape; a shared one would have to outlive the models that use it, and "
         "would lie in the memory of one that may sleep",
+    ),
+    *_engine("vllm.lora.ops.triton_ops.utils", "_LORA_A_PTR_DICT _LORA_B_PTR_DICT", POINTERS),
+    *_engine("vllm.lora.ops.triton_ops.fused_moe_lora_op", "_LORA_PTR_DICT", POINTERS),
+    *_engine("vllm.lora.ops.triton_ops.fused_moe_lora_fp8_op", "_LORA_PTR_DICT", POINTERS),
+    *_engine(
+        "vllm.lora.ops.triton_ops.lora_shrink_fp8_op", "_SHRINK_LORA_SCALE_PTR_DICT", POINTERS
+    ),
+    *_engine(
+        "vllm.lora.ops.triton_ops.lora_expand_fp8_op", "_EXPAND_LORA_SCALE_PTR_DICT", POINTERS
     ),
     *_engine(
         "vllm.model_executor.layers.mamba.ops.ssu_dispatch",

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
+from vllm_hotswap.states import WakeProgress
 
 Progress = Callable[[str], None]
 """Called with the name of each stage that a load reaches."""
@@ -198,6 +199,10 @@ class Engine(Protocol):
         """Give memory back (vLLM's sleep levels 1 and 2); requests in the engine are kept.
 
         The engine is not stepped from now on.
+
+        Raises:
+            NoRoom: there is too little host memory for what is kept; it is parked.
+            HotswapError: it cannot; it is parked, unless its failure has been told.
         """
 
     async def wake(self) -> None:
@@ -207,6 +212,23 @@ class Engine(Protocol):
             NoRoom: there is too little memory; it is still asleep.
             HotswapError: it cannot; the engine is unloaded then.
         """
+
+    @property
+    def wakes_in_slices(self) -> bool:
+        """Whether `wake_some` can wake it from level 1 while another engine is stepped."""
+
+    async def wake_some(self) -> WakeProgress:
+        """Take a part of its memory again. It is asleep until `wake`, which does what is left.
+
+        A step of another engine waits for no more than that part.
+
+        Raises:
+            NoRoom: there is too little memory.
+            HotswapError: it cannot. In both cases it has given back what it had taken.
+        """
+
+    async def give_up_wake(self) -> None:
+        """Give back what `wake_some` has taken, in parts as well. Idempotent."""
 
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""

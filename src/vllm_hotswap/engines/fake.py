@@ -53,7 +53,7 @@ from vllm_hotswap.errors import (
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.registry import current_lease
-from vllm_hotswap.states import Residency
+from vllm_hotswap.states import Residency, WakeProgress
 
 UNLIMITED = Usage(1 << 60, 1 << 60)
 
@@ -89,6 +89,8 @@ class FakeSettings:
     """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
     residue_bytes: int = 0
     """Device bytes that it holds asleep, where weights asleep are host bytes."""
+    slices: int = 0
+    """In how many parts it wakes from level 1 while another model is served; 0: in one go."""
 
 
 @dataclass(eq=False)
@@ -115,6 +117,8 @@ class FakeEngine:
         """Alias and epoch of its outputs."""
         self._first_canary: str | None = None
         self.prefetched = 0
+        self.slices_done = 0
+        """Of a wake before it is asked for."""
         self.aborted = 0
         self._released: set[str] = set()
         self.served = 0
@@ -181,7 +185,16 @@ class FakeEngine:
         """What it holds now."""
         weights, kv = self.settings.weights_bytes, self.settings.kv_bytes
         asleep = self.settings.residue_bytes if self.settings.offloads else weights
-        return {0: weights + kv, 1: asleep}.get(-1 if self.level is None else self.level, 0)
+        held = {0: weights + kv, 1: asleep}.get(-1 if self.level is None else self.level, 0)
+        return held + self._wake_progress.done_bytes
+
+    @property
+    def _wake_progress(self) -> WakeProgress:
+        if self.level != 1 or not self.settings.slices:
+            return WakeProgress(0, 0)
+        usage = self.footprint.usage
+        total = usage[Residency.PARKED].device - usage[Residency.ASLEEP].device
+        return WakeProgress(total * self.slices_done // self.settings.slices, total)
 
     @property
     def card(self) -> Mapping[str, object]:
@@ -237,15 +250,37 @@ class FakeEngine:
         self._leave_memory(level)
 
     async def wake(self) -> None:
+        left = 1 - self.slices_done / self.settings.slices if self.settings.slices else 1
         try:
-            await self.host.operate("wake", self.alias, self.settings.wake_s)
+            await self.host.operate("wake", self.alias, self.settings.wake_s * left)
         except NoRoom:
+            self.slices_done = 0
             raise
         except HotswapError:
-            self.level = None
+            self.level, self.slices_done = None, 0
             raise
-        self.level = 0
+        self.level, self.slices_done = 0, 0
         self.host.check_budget()
+
+    @property
+    def wakes_in_slices(self) -> bool:
+        return self.settings.slices > 0
+
+    async def wake_some(self) -> WakeProgress:
+        duration_s = self.settings.wake_s / max(1, self.settings.slices)
+        try:
+            await self.host.operate("wake_some", self.alias, duration_s)
+        except HotswapError:
+            self.slices_done = 0
+            raise
+        if self.level == 1:
+            self.slices_done = min(self.slices_done + 1, self.settings.slices)
+            self.host.check_budget()
+        return self._wake_progress
+
+    async def give_up_wake(self) -> None:
+        await self.host.operate("give_up_wake", self.alias, 0)
+        self.slices_done = 0
 
     async def unload(self) -> None:
         await self.host.operate("unload", self.alias, self.settings.unload_s)
@@ -286,7 +321,7 @@ class FakeEngine:
     def _leave_memory(self, level: int | None) -> None:
         if self.is_stepped:
             self.set_stepped(False)
-        self.level = level
+        self.level, self.slices_done = level, 0
 
     # --- the engine ---------------------------------------------------------------------
 
@@ -599,7 +634,7 @@ class FakeHost:
         """End the host as a signal would: nothing is stepped, and what is asked of it fails."""
         for engine in self._engines.values():
             engine.set_stepped(False)
-            engine.level = None
+            engine.level, engine.slices_done = None, 0
             engine.is_left = False
         for (operation, _), gate in self._gates.items():
             if operation not in ("step", "restart"):
@@ -613,7 +648,7 @@ class FakeHost:
         """End one engine as an exception in its step would."""
         engine = self._engines[alias]
         engine.set_stepped(False)
-        engine.level = None
+        engine.level, engine.slices_done = None, 0
         for callback in self._callbacks:
             callback(alias, cause, engine.loads)
 

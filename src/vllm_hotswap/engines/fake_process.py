@@ -22,6 +22,7 @@ from vllm_hotswap.host.fake import Ask, Drop, Durations, Token
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
+    GiveUpWake,
     Load,
     Message,
     Ping,
@@ -29,6 +30,7 @@ from vllm_hotswap.host.messages import (
     SocketPaths,
     Unload,
     Wake,
+    WakeSlice,
 )
 from vllm_hotswap.planner import Usage
 
@@ -139,6 +141,8 @@ class FakeProcessHost(FakeHost):
             "load": lambda number: Load(number, alias, engine.loads, durations, False, NO_SOCKETS),
             "sleep": lambda number: Sleep(number, alias, 1),
             "wake": lambda number: Wake(number, alias),
+            "wake_some": lambda number: WakeSlice(number, alias),
+            "give_up_wake": lambda number: GiveUpWake(number, alias),
             "unload": lambda number: Unload(number, alias),
         }
         if operation in commands:

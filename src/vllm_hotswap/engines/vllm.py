@@ -8,6 +8,7 @@ outlives the model's weights and serves every later load.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import logging
 import threading
@@ -34,7 +35,13 @@ from vllm_hotswap.compat.preview import Preview, make_preview
 from vllm_hotswap.compat.spread import read_in_turns, spread
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
 from vllm_hotswap.compat.tasks import foresee
-from vllm_hotswap.devices import Device, DeviceMemory, anonymous_bytes, device_of
+from vllm_hotswap.devices import (
+    Device,
+    DeviceMemory,
+    SharedMemory,
+    anonymous_bytes,
+    device_of,
+)
 from vllm_hotswap.engine_share import EngineShare
 from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
 from vllm_hotswap.engines.base import (
@@ -58,9 +65,11 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.failpoints import async_failpoint
 from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.helpers import Helpers
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
+    GiveUpWake,
     Load,
     Loaded,
     LoadStage,
@@ -72,6 +81,7 @@ from vllm_hotswap.host.messages import (
     SocketPaths,
     Unload,
     Wake,
+    WakeSlice,
 )
 from vllm_hotswap.launch import ModelLaunch, plan_memory
 from vllm_hotswap.log_lines import value_text
@@ -80,7 +90,7 @@ from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.pace import pace_tasks
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.sampling import SamplingFilter
-from vllm_hotswap.states import Residency
+from vllm_hotswap.states import Residency, WakeProgress
 
 T = TypeVar("T")
 
@@ -88,6 +98,13 @@ log = logging.getLogger("vllm_hotswap")
 
 SPARE_CHECKS = 3
 """More threads for checks of grammars, one for each check that takes very long."""
+
+REHEARSALS = 2
+"""Grammars of one model that are tried in processes at a time; as many more if some are stuck."""
+
+_helpers = Helpers()
+"""Of all models. They end with this process."""
+atexit.register(_helpers.close)
 
 FORGET_TIMEOUT_S = 30.0
 """Seconds in which the host must forget an engine whose frontend could not be built."""
@@ -359,6 +376,18 @@ class VllmEngine:
     async def wake(self) -> None:
         await self._link.call(lambda number: Wake(number, self.alias))
 
+    @property
+    def wakes_in_slices(self) -> bool:
+        return self._device.wakes_in_slices
+
+    async def wake_some(self) -> WakeProgress:
+        progress: WakeProgress = await self._link.call(lambda number: WakeSlice(number, self.alias))
+        return progress
+
+    async def give_up_wake(self) -> None:
+        while await self._link.call(lambda number: GiveUpWake(number, self.alias)):
+            """A part at a time, so that steps go on in between."""
+
     async def unload(self) -> None:
         await self._link.call(lambda number: Unload(number, self.alias))
         self._has_copy = False
@@ -489,8 +518,17 @@ class VllmEngine:
             scheduling.max_num_seqs, scheduling.max_num_batched_tokens, time.monotonic
         )
         client.engine_core = StampedCore(self.alias, client.engine_core, pace, share)
-        checks = FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS)
-        self._exits.callback(checks.shutdown, wait=False, cancel_futures=True)
+        checks = grammars.Checks(
+            FairPool(1, f"grammars of {self.alias}", SPARE_CHECKS),
+            FairPool(
+                REHEARSALS,
+                f"rehearsals of {self.alias}",
+                REHEARSALS,
+                long_s=grammars.LONG_REHEARSAL_S,
+            ),
+            _helpers,
+        )
+        self._exits.callback(checks.shutdown)
         grammars.check_aside(client, checks)
         with adopting_frontend_metrics(self.alias):
             made = await frontend.make_frontend(client, args)
@@ -607,10 +645,8 @@ class VllmHost:
         self._on_engine_failed: list[EngineFailure] = []
         self._budget = Usage()
         """As it was planned with, with what others held then."""
-        self._seen: DeviceMemory | None = None
+        self._seen: SharedMemory | None = None
         """A shared device as it was last looked at."""
-        self._used_then = 0
-        """What models held of it then."""
         self._base_bytes = 0
 
     def __repr__(self) -> str:
@@ -624,9 +660,7 @@ class VllmHost:
     def budget(self) -> Usage:
         if self._seen is None:
             return self._budget
-        # Half of the reserve may be gone before models have to move.
-        left = max(0, self._seen.free + self._used_then + self._seen.reserve // 2)
-        return replace(self._budget, device=min(self._budget.device, left))
+        return replace(self._budget, device=min(self._budget.device, self._seen.for_models))
 
     @property
     def _device(self) -> Device:
@@ -639,22 +673,19 @@ class VllmHost:
 
     @property
     def others_bytes(self) -> int:
-        if self._seen is None:
-            return 0
-        ours = self._base_bytes + self._used_then
-        return max(0, self._seen.total - self._seen.free - self._seen.reserve - ours)
+        return self._seen.others if self._seen else 0
 
     async def look(self, used_bytes: int) -> None:
         device = self._device
         # With less than that free, either others have taken it, or torch keeps it.
-        reserve = self._seen.reserve if self._seen else 0
+        reserve = self._seen.seen.reserve if self._seen else 0
         enough = self._budget.device - used_bytes + reserve // 2
-        self._seen = await self._link.call(lambda number: Look(number, device, enough))
-        self._used_then = used_bytes
+        seen = await self._link.call(lambda number: Look(number, device, enough))
+        self._seen = SharedMemory(seen, used_bytes, self._base_bytes)
 
     @property
     def base_bytes(self) -> int:
-        return self._base_bytes
+        return self._seen.own if self._seen else self._base_bytes
 
     @property
     def died(self) -> asyncio.Future[str]:
@@ -669,7 +700,7 @@ class VllmHost:
         memory = with_known_base(memory, self._device)
         self._base_bytes = memory.held
         if self._device.is_shared:
-            self._seen = memory
+            self._seen = SharedMemory(memory, 0, memory.held)
         self._budget, needs = plan_memory(self._launches, self._memory, memory)
         for engine in engines:
             engine.give_memory(needs[engine.alias])

@@ -21,10 +21,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from vllm_hotswap.devices import reserve_bytes
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory, Range
@@ -49,7 +50,10 @@ log = logging.getLogger("vllm_hotswap.host")
 
 
 class HostedOnCuda:
-    """A GPU worker beside others. Its own state is `_pools`, made with the device."""
+    """A GPU worker beside others.
+
+    Its own state is `_pools`, made with the device, and `_is_ready_to_sleep`.
+    """
 
     # vLLM's `Worker` has them:
     cache_config: Any
@@ -64,6 +68,8 @@ class HostedOnCuda:
 
     _pools: ModelPools | NoPools | None = None
     _torch: Torch = TorchCuda()
+    _is_ready_to_sleep = False
+    """Whether weights that may change have been copied for the sleep that comes next."""
 
     # --- a load -------------------------------------------------------------------------------
 
@@ -126,9 +132,7 @@ class HostedOnCuda:
             raise NotImplementedError(f"sleep level {level} is not known here; use 1, or unload")
         memory, before_s = self.pools.memory, time.monotonic()
         before = memory.device_bytes
-        if self._writes_weights():
-            memory.weights_changed()
-        memory.sleep(self._kv_ranges(), self._constant_ranges())
+        memory.sleep(*self._kept_and_not())
         _log("asleep", before - memory.device_bytes, before_s)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -138,12 +142,61 @@ class HostedOnCuda:
             NoRoom: there is too little device memory; it is still asleep.
         """
         memory, before_s = self.pools.memory, time.monotonic()
+        self._with_what_torch_keeps(memory.wake)
+        _log("awake", memory.device_bytes, before_s)
+
+    # --- the same in parts, for `host.together` ------------------------------------------------
+
+    def wake_some(self, at_most: int) -> tuple[int, int] | str:
+        """Take a part of the memory again, beside a model that is served.
+
+        Half of what the device has in reserve is left to that one, and so is what torch keeps.
+
+        Returns: bytes that it has, and that it will have; or why there is too little memory. It has
+        given back what it had taken then.
+        """
+        memory = self.pools.memory
         try:
-            memory.wake()
+            progress = memory.wake_some(at_most, reserve_bytes(memory.whole_bytes) // 2)
+        except NoRoom as error:
+            return error.message
+        return progress.done_bytes, progress.total_bytes
+
+    def give_up_wake(self, at_most: int | None = None) -> int:
+        """Give back `at_most` so many bytes of what `wake_some` has taken; how many are left."""
+        return self.pools.memory.give_up_wake(at_most)
+
+    def get_ready_to_wake(self) -> str | None:
+        """Do all of `wake_up` that may fail; why there is too little memory."""
+        memory = self.pools.memory
+        try:
+            self._with_what_torch_keeps(lambda: memory.wake_some(memory.address_bytes))
+        except NoRoom as error:
+            return error.message
+        return None
+
+    def get_ready_to_sleep(self) -> str | None:
+        """Do all of `sleep` that may fail; why there is too little host memory."""
+        try:
+            self.pools.memory.get_ready_to_sleep(*self._kept_and_not())
+        except NoRoom as error:
+            return error.message
+        self._is_ready_to_sleep = True
+        return None
+
+    def stay_awake(self) -> None:
+        """Undo it."""
+        self._is_ready_to_sleep = False
+        self.pools.memory.stay_awake()
+
+    def _with_what_torch_keeps(self, take: Callable[[], object]) -> None:
+        try:
+            take()
         except NoRoom:
             self._torch.empty_cache()  # what other engines' steps have left
-            memory.wake()
-        _log("awake", memory.device_bytes, before_s)
+            take()
+
+    # --- what it tells --------------------------------------------------------------------------
 
     def supports_discard(self) -> bool:
         """Whether `sleep(2)` is possible. Made to be called through `collective_rpc`."""
@@ -153,6 +206,13 @@ class HostedOnCuda:
         """Device memory that a sleep gives back, and host memory that it takes. In bytes."""
         memory = self.pools.memory
         return memory.device_bytes, memory.copy_bytes(self._kv_ranges())
+
+    def _kept_and_not(self) -> tuple[list[Range], list[Range]]:
+        """What is not kept, and of the rest what no step writes to."""
+        if self._writes_weights() and not self._is_ready_to_sleep:
+            self.pools.memory.weights_changed()
+        self._is_ready_to_sleep = False
+        return self._kv_ranges(), self._constant_ranges()
 
     def _writes_weights(self) -> bool:
         """Whether something may have been written to parameters since the last sleep.

@@ -5,6 +5,9 @@ physical memory behind them. Each model has a `ModelMemory` of its own, unlike v
 of which there is one for a process. It knows the driver and nothing of torch, which
 `host.cuda_pools` brings together with it.
 
+Physical memory comes in chunks, so that a wake can be divided: while another model is served,
+`wake_some` takes a few of them at a time, and nobody else waits for more than that.
+
 Everything happens on the thread that loads and steps.
 """
 
@@ -12,13 +15,15 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from vllm_hotswap.errors import NoRoom, one_line
-from vllm_hotswap.host.cuda_driver import Driver, DriverError
+from vllm_hotswap.host.cuda_driver import OUT_OF_MEMORY, Driver, DriverError
+from vllm_hotswap.states import WakeProgress
 
 Range = tuple[int, int]
 """An address on the device, and bytes from there on."""
@@ -26,6 +31,15 @@ Range = tuple[int, int]
 WEIGHTS = "weights"
 
 MIB = 1 << 20
+
+SLICE_BYTES = 64 * MIB
+"""What a step of another model waits for at most, while a model wakes beside it. Copies of so much
+take 3 ms over PCI Express 4.0 with 16 lanes (20 GB/s), and mapping it less than one: a fraction of
+a step. By arithmetic, not yet measured."""
+
+GIVE_UP_BYTES = 16 * SLICE_BYTES
+"""What of a wake is given back at once: unmapping is quicker than mapping, and copies nothing.
+About 1 ms for each GiB, by published figures."""
 
 log = logging.getLogger("vllm_hotswap.host")
 
@@ -74,21 +88,44 @@ class Part:
 
 
 @dataclass(eq=False, slots=True)
+class Chunk:
+    """A part of a segment, with physical memory of its own."""
+
+    address: int
+    nbytes: int
+    handle: int | None = None
+    """Of its physical memory; None where there is none."""
+    is_mapped: bool = False
+    is_filled: bool = False
+    """Whether a wake has begun to copy its content to it."""
+
+
+@dataclass(eq=False, slots=True)
 class Segment:
     """A range of addresses that torch has asked for, and what lies behind it."""
 
     address: int
     nbytes: int
     tag: str
-    handle: int | None = None
-    """Of its physical memory; None where there is none."""
-    is_mapped: bool = False
+    chunks: tuple[Chunk, ...]
     is_asleep: bool = False
     """Its content is what `copy` has, and zeros, whatever memory it may have."""
     parts: tuple[Part, ...] = ()
+    kept: tuple[Range, ...] = ()
+    """The addresses of all parts, in as few ranges as possible; `copy` has them one after another.
+    """
     copy: HostCopy | None = None
     has_constants: bool = False
     """Whether `copy` has the constant parts as they are."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks if chunk.handle is not None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is memory behind all of it."""
+        return all(chunk.is_mapped for chunk in self.chunks)
 
     @property
     def kept_bytes(self) -> int:
@@ -99,15 +136,19 @@ class ModelMemory:
     """The device memory of one model, and its copy in host memory.
 
     The mutable state is `_segments`, by address; `_stuck`, segments that torch has given back and
-    the driver has not taken yet; `_stream`, for copies; and the tag of what is being allocated.
+    the driver has not taken yet; `_stream`, for copies; `_new_copies`, segments for which the last
+    sleep has taken host memory; and the tag of what is being allocated.
     A segment says at any time what the driver has really done, whichever call has failed.
     """
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, chunk_bytes: int = SLICE_BYTES) -> None:
+        """`chunk_bytes` of physical memory come and go at once, in whole steps of the driver."""
         self._driver = driver
+        self._chunk_bytes = max(driver.step, chunk_bytes // driver.step * driver.step)
         self._segments: dict[int, Segment] = {}
         self._stuck: list[Segment] = []
         self._stream: int | None = None
+        self._new_copies: list[Segment] = []
         self._has_told_refusal = False
         self.tag = WEIGHTS
         """Of what is allocated from now on."""
@@ -126,9 +167,14 @@ class ModelMemory:
         return any(segment.is_asleep for segment in self._segments.values())
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether torch has not given all of it back: somebody has a tensor there."""
+        return bool(self._segments)
+
+    @property
     def device_bytes(self) -> int:
         """Physical memory that it holds: what a sleep gives back, while it is awake."""
-        return sum(s.nbytes for s in self._all() if s.handle is not None)
+        return sum(segment.device_bytes for segment in self._all())
 
     @property
     def address_bytes(self) -> int:
@@ -139,6 +185,12 @@ class ModelMemory:
     def host_bytes(self) -> int:
         """Host memory of its copies; they stay while it is awake."""
         return sum(s.copy.nbytes for s in self._all() if s.copy is not None)
+
+    @property
+    def whole_bytes(self) -> int:
+        """What the device has. Raises `DriverError`."""
+        self._driver.ensure_context()
+        return self._driver.memory_info()[1]
 
     def has(self, address: int) -> bool:
         """Whether an address is one of its."""
@@ -158,7 +210,7 @@ class ModelMemory:
 
     def _live(self) -> list[Segment]:
         """Those with content, weights first: their copies take longest, and run meanwhile."""
-        live = [s for s in self._segments.values() if s.handle is not None and not s.is_asleep]
+        live = [s for s in self._segments.values() if s.is_whole and not s.is_asleep]
         return sorted(live, key=lambda segment: segment.tag != WEIGHTS)
 
     # --- what torch asks for ------------------------------------------------------------------
@@ -171,14 +223,22 @@ class ModelMemory:
         """
         self._driver.ensure_context()
         nbytes = -(-nbytes // self._driver.step) * self._driver.step
-        segment = Segment(self._driver.reserve(nbytes), nbytes, self.tag)
+        segment = self._new_segment(nbytes)
         try:
-            self._take(segment)
+            for chunk in segment.chunks:
+                self._take(chunk)
         except DriverError:
             self._discard(segment)
             raise
         self._segments[segment.address] = segment
         return segment.address
+
+    def _new_segment(self, nbytes: int) -> Segment:
+        address, size = self._driver.reserve(nbytes), self._chunk_bytes
+        chunks = tuple(
+            Chunk(address + offset, min(size, nbytes - offset)) for offset in range(0, nbytes, size)
+        )
+        return Segment(address, nbytes, self.tag, chunks)
 
     def free(self, address: int) -> None:
         """Give back memory and addresses. An address that is not its own is nobody's any more."""
@@ -187,7 +247,7 @@ class ModelMemory:
             return
         with suppress(DriverError):  # what cannot be done then either stays in the books
             self._driver.ensure_context()
-            if segment.handle is not None:
+            if segment.device_bytes:
                 self._driver.synchronize()  # steps that have been begun may read it
         self._retry_stuck()
         self._discard(segment)
@@ -216,11 +276,24 @@ class ModelMemory:
             NoRoom: there is too little host memory.
             DriverError: a copy has failed. In both cases nothing has changed.
         """
+        live = self.get_ready_to_sleep(dropped, constant)
+        for segment in live:
+            segment.is_asleep = True
+        for segment in live:
+            self._give_back(segment)
+
+    def get_ready_to_sleep(
+        self, dropped: Iterable[Range] = (), constant: Iterable[Range] = ()
+    ) -> list[Segment]:
+        """Do all of `sleep` that may fail, but give nothing back; returns what would be.
+
+        `stay_awake` undoes it. Raises as `sleep` does.
+        """
         self._driver.ensure_context()
         self._retry_stuck()
         self._driver.synchronize()
         live = self._live()
-        self._make_copies(live, merged(dropped), merged(constant))
+        self._new_copies = self._make_copies(live, merged(dropped), merged(constant))
         stream = self._copying()
         try:
             for segment in live:
@@ -231,35 +304,88 @@ class ModelMemory:
             raise
         self._driver.wait(stream)
         for segment in live:
-            segment.has_constants = segment.is_asleep = True
-        for segment in live:
-            self._give_back(segment)
+            segment.has_constants = True
+        return live
+
+    def stay_awake(self) -> None:
+        """Give back host memory that was taken for a sleep that is not to be."""
+        for segment in self._new_copies:
+            if not segment.is_asleep:
+                self._drop_copy(segment)
 
     def wake(self) -> None:
         """Take the memory again, at the same addresses, with what was kept; the rest is zero.
 
-        Copies run while the next segment is being mapped.
+        What `wake_some` has done already is not done again. Copies run while the next chunk is
+        being mapped.
 
         Raises:
             NoRoom: there is too little device memory.
             DriverError: a call has failed. In both cases nothing has changed: it is asleep.
         """
         self._driver.ensure_context()
-        asleep = [segment for segment in self._segments.values() if segment.is_asleep]
-        asleep.sort(key=lambda segment: segment.tag != WEIGHTS)
-        stream = self._copying()
-        try:
-            for segment in asleep:
-                self._take(segment)
-                self._restore(segment, stream)
-            self._driver.wait(stream)
-        except DriverError as error:
-            self._fall_back(asleep, stream)
-            if error.is_out_of_memory:
-                raise NoRoom(self._lack(asleep)) from error
-            raise
-        for segment in asleep:
+        with self._falling_back():
+            for segment, chunk in self._missing():
+                self._fill(segment, chunk)
+            self._driver.wait(self._copying())
+        for segment in self._asleep():
             segment.is_asleep = False
+            for chunk in segment.chunks:
+                chunk.is_filled = False
+
+    def wake_some(self, at_most: int, spare_bytes: int = 0) -> WakeProgress:
+        """Take a part of the memory again. It is asleep until `wake`, which does what is left.
+
+        The copies that it begins run beside whatever the device does. It waits for those of the
+        call before, so that no more than `at_most` bytes are ever under way.
+
+        Args:
+            at_most: bytes to take, but a chunk at least.
+            spare_bytes: what must stay free on the device, for who is served meanwhile.
+
+        Raises:
+            NoRoom: there is too little device memory.
+            DriverError: a call has failed. In both cases it has given back what it had taken.
+        """
+        self._driver.ensure_context()
+        taken = 0
+        with self._falling_back(spare_bytes):
+            self._driver.wait(self._copying())
+            room = self._room(spare_bytes)
+            for segment, chunk in self._missing():
+                if taken and taken + chunk.nbytes > at_most:
+                    break
+                if taken + chunk.nbytes > room:
+                    why = "too little is left for others"
+                    raise DriverError("cuMemGetInfo_v2", OUT_OF_MEMORY, why)
+                self._fill(segment, chunk)
+                taken += chunk.nbytes
+        return self.progress
+
+    @property
+    def progress(self) -> WakeProgress:
+        """Of a wake; it is done where nothing is asleep."""
+        chunks = [chunk for segment in self._asleep() for chunk in segment.chunks]
+        done = sum(chunk.nbytes for chunk in chunks if chunk.is_filled)
+        return WakeProgress(done, sum(chunk.nbytes for chunk in chunks))
+
+    def give_up_wake(self, at_most: int | None = None) -> int:
+        """Give back what `wake_some` has taken, `at_most` so many bytes of it, or a chunk.
+
+        Returns the bytes that are left to be given back. Idempotent.
+
+        Raises:
+            DriverError: copies cannot be waited for; nothing has changed.
+        """
+        self._driver.ensure_context()
+        self._driver.wait(self._copying())
+        taken = [c for s in self._asleep() for c in s.chunks if c.handle is not None]
+        for chunk in reversed(taken):  # so that what goes on with it begins where this has ended
+            if at_most is not None and at_most <= 0:
+                break
+            self._give_chunk_back(chunk)
+            at_most = None if at_most is None else at_most - chunk.nbytes
+        return sum(chunk.nbytes for chunk in taken if chunk.is_filled)
 
     def close(self) -> None:
         """Give everything back, whether it is asleep or not. Nobody may use it any more."""
@@ -284,30 +410,35 @@ class ModelMemory:
 
     # --- one segment --------------------------------------------------------------------------
 
-    def _take(self, segment: Segment) -> None:
+    def _take(self, chunk: Chunk) -> None:
         """Have memory behind its addresses. If that fails, there is none."""
         try:
-            if segment.handle is None:
-                segment.handle = self._driver.create(segment.nbytes)
-            if not segment.is_mapped:
-                self._driver.map(segment.address, segment.nbytes, segment.handle)
-                segment.is_mapped = True
-            self._driver.allow(segment.address, segment.nbytes)
+            if chunk.handle is None:
+                chunk.handle = self._driver.create(chunk.nbytes)
+            if not chunk.is_mapped:
+                self._driver.map(chunk.address, chunk.nbytes, chunk.handle)
+                chunk.is_mapped = True
+            self._driver.allow(chunk.address, chunk.nbytes)
         except DriverError:
-            self._give_back(segment)
+            self._give_chunk_back(chunk)
             raise
 
     def _give_back(self, segment: Segment) -> None:
         """Have no memory behind its addresses; what the driver does not take back is kept."""
+        for chunk in segment.chunks:
+            self._give_chunk_back(chunk)
+
+    def _give_chunk_back(self, chunk: Chunk) -> None:
+        chunk.is_filled = False
         try:
-            if segment.is_mapped:
-                self._driver.unmap(segment.address, segment.nbytes)
-                segment.is_mapped = False
-            if segment.handle is not None:
-                self._driver.release(segment.handle)
-                segment.handle = None
+            if chunk.is_mapped:
+                self._driver.unmap(chunk.address, chunk.nbytes)
+                chunk.is_mapped = False
+            if chunk.handle is not None:
+                self._driver.release(chunk.handle)
+                chunk.handle = None
         except DriverError as error:
-            log.error("event=memory_kept bytes=%d cause=%r", segment.nbytes, one_line(error))
+            log.error("event=memory_kept bytes=%d cause=%r", chunk.nbytes, one_line(error))
 
     def _discard(self, segment: Segment) -> None:
         """Give back all that a segment has, or keep it in mind for the next time."""
@@ -316,7 +447,7 @@ class ModelMemory:
             if segment.copy is not None:
                 segment.copy.close()
                 segment.copy = None
-            if segment.handle is None:
+            if not segment.device_bytes:
                 self._driver.forget(segment.address, segment.nbytes)
                 return
         except DriverError as error:
@@ -345,14 +476,21 @@ class ModelMemory:
             self._stream = self._driver.new_stream()
         return self._stream
 
-    def _make_copies(self, live: list[Segment], holes: list[Range], fixed: list[Range]) -> None:
-        """Host memory for what is kept of each, where it has none of that size yet."""
+    def _make_copies(
+        self, live: list[Segment], holes: list[Range], fixed: list[Range]
+    ) -> list[Segment]:
+        """Host memory for what is kept of each, where it has none of that size yet.
+
+        Returns those for which it was made.
+        """
         made: list[Segment] = []
         try:
             for segment in live:
                 parts = tuple(parts_of(segment, holes, fixed))
                 if parts != segment.parts:
                     segment.parts, segment.has_constants = parts, False
+                    ranges = ((segment.address + part.offset, part.nbytes) for part in parts)
+                    segment.kept = tuple(merged(ranges))
                 if segment.copy is not None and segment.copy.nbytes != _room(segment):
                     segment.copy.close()
                     segment.copy = None
@@ -368,6 +506,7 @@ class ModelMemory:
                 f"no host memory for {wanted:.1f} MiB of weights asleep: {one_line(error)}; "
                 "lower memory.host, or unload a model instead"
             ) from error
+        return made
 
     def _tell_refusal(self, copy: HostCopy) -> None:
         if copy.refusal is not None and not self._has_told_refusal:
@@ -381,31 +520,70 @@ class ModelMemory:
     def _save(self, segment: Segment, stream: int) -> None:
         for place, part in _placed(segment):
             if not (part.is_constant and segment.has_constants):
-                at = segment.address + part.offset
-                self._driver.to_host(place, at, part.nbytes, stream)
+                for offset, nbytes in self._by_chunks(part.offset, part.nbytes):
+                    host = place + offset - part.offset
+                    self._driver.to_host(host, segment.address + offset, nbytes, stream)
 
-    def _restore(self, segment: Segment, stream: int) -> None:
-        whole = segment.address, segment.nbytes
-        kept = merged((segment.address + part.offset, part.nbytes) for part in segment.parts)
+    def _by_chunks(self, offset: int, nbytes: int) -> Iterator[Range]:
+        """Bytes of a segment, so that none of the ranges goes beyond a chunk."""
+        end = offset + nbytes
+        while offset < end:
+            size = min(end - offset, self._chunk_bytes - offset % self._chunk_bytes)
+            yield offset, size
+            offset += size
+
+    def _asleep(self) -> list[Segment]:
+        """Those that a wake is for, weights first."""
+        asleep = [segment for segment in self._segments.values() if segment.is_asleep]
+        return sorted(asleep, key=lambda segment: segment.tag != WEIGHTS)
+
+    def _missing(self) -> Iterator[tuple[Segment, Chunk]]:
+        """What a wake has still to do."""
+        for segment in self._asleep():
+            for chunk in segment.chunks:
+                if not chunk.is_filled:
+                    yield segment, chunk
+
+    def _fill(self, segment: Segment, chunk: Chunk) -> None:
+        """Have memory there, and begin to copy its content to it."""
+        self._take(chunk)
+        chunk.is_filled = True  # also if only a part of it is told: it is waited for, or given back
+        self._restore(segment, chunk, self._copying())
+
+    def _restore(self, segment: Segment, chunk: Chunk, stream: int) -> None:
+        whole = chunk.address, chunk.nbytes
         place = 0 if segment.copy is None else segment.copy.address
-        for address, nbytes in kept:  # parts side by side lie side by side in the copy, too
-            self._driver.to_device(address, place, nbytes, stream)
-            place += nbytes
-        for address, nbytes in outside(whole, kept):
+        for kept in segment.kept:
+            for address, nbytes in inside(whole, [kept]):
+                self._driver.to_device(address, place + address - kept[0], nbytes, stream)
+            place += kept[1]
+        for address, nbytes in outside(whole, segment.kept):
             self._driver.zero(address, nbytes, stream)
 
-    def _fall_back(self, asleep: list[Segment], stream: int) -> None:
-        with suppress(DriverError):  # copies that have been begun
-            self._driver.wait(stream)
-        for segment in asleep:
-            self._give_back(segment)
+    @contextmanager
+    def _falling_back(self, spare_bytes: int = 0) -> Iterator[None]:
+        """A wake inside that fails gives back all that it has taken, in whatever calls."""
+        try:
+            yield
+        except DriverError as error:
+            with suppress(DriverError):  # what is not given back then stays in the books
+                self.give_up_wake()
+            if error.is_out_of_memory:
+                raise NoRoom(self._lack(spare_bytes)) from error
+            raise
 
-    def _lack(self, asleep: list[Segment]) -> str:
-        needed = sum(segment.nbytes for segment in asleep) / MIB
+    def _room(self, spare_bytes: int) -> float:
+        """Bytes that may be taken so that `spare_bytes` stay free."""
+        return self._driver.memory_info()[0] - spare_bytes if spare_bytes else math.inf
+
+    def _lack(self, spare_bytes: int) -> str:
+        needed = self.progress.total_bytes / MIB
         told = ""
         with suppress(DriverError):
             free, total = self._driver.memory_info()
             told = f", {free / MIB:.1f} MiB of the device's {total / MIB:.1f} MiB are free"
+        if spare_bytes:
+            told += f", {spare_bytes / MIB:.1f} MiB of them for the model that is served"
         return f"no room: waking takes {needed:.1f} MiB of device memory{told}; it is still asleep"
 
 
@@ -442,7 +620,7 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
     return result
 
 
-def inside(whole: Range, ranges: Iterable[Range]) -> Iterator[Range]:
+def inside(whole: Range, ranges: Sequence[Range]) -> Iterator[Range]:
     """What of `whole` is in one of the ranges, which are merged."""
     first, end = whole[0], sum(whole)
     for start, nbytes in ranges:
@@ -451,7 +629,7 @@ def inside(whole: Range, ranges: Iterable[Range]) -> Iterator[Range]:
             yield low, high - low
 
 
-def outside(whole: Range, ranges: Iterable[Range]) -> Iterator[Range]:
+def outside(whole: Range, ranges: Sequence[Range]) -> Iterator[Range]:
     """What of `whole` is in none of the ranges, which are merged."""
     place, end = whole[0], sum(whole)
     for low, nbytes in inside(whole, ranges):

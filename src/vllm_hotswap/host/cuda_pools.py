@@ -15,8 +15,9 @@ memory of the graph itself, and that memory stays as long as the graph does, wha
 later. They are also dropped when tensors have been allocated that sleep, and when a model goes.
 
 Relies on torch 2.11 to 2.14: `torch._C._cuda_customAllocator`, which is behind
-`torch.cuda.memory.CUDAPluggableAllocator`; `torch.cuda.MemPool` and its `snapshot`;
-`torch.cuda.use_mem_pool`; `torch._C._cuda_clearCublasWorkspaces`; all captures beginning with
+`torch.cuda.memory.CUDAPluggableAllocator`; `torch.cuda.MemPool` and its `id`;
+`torch.cuda.memory_snapshot`; `torch.cuda.use_mem_pool`;
+`torch._C._cuda_clearCublasWorkspaces`; all captures beginning with
 `torch.cuda.CUDAGraph.capture_begin`.
 """
 
@@ -33,6 +34,7 @@ from typing import Any, Protocol
 
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.cuda_memory import ModelMemory
+from vllm_hotswap.host.teardown import collect_shells
 
 ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
@@ -131,7 +133,15 @@ class TorchCuda:
         return torch.cuda.use_mem_pool(pool)
 
     def unused(self, pool: Any) -> list[int]:
-        return [found["address"] for found in pool.snapshot() if found["allocated_size"] == 0]
+        import torch
+
+        # Not pool.snapshot(): torch gives back a reference to the pool's number that it does not
+        # own. Above 256, where Python keeps no number for ever, that corrupts the process.
+        return [
+            segment["address"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["segment_pool_id"] == pool.id and segment["allocated_size"] == 0
+        ]
 
     def synchronize(self) -> None:
         import torch
@@ -221,10 +231,10 @@ class ModelPools:
             self._torch.clear_workspaces()  # one of them is in the memory of its graphs
             self._pools.clear()
             self._torch.empty_cache()
-        if self.memory.address_bytes:
-            gc.collect()
+        if self.memory.is_in_use:  # in objects that know each other, such as those of adapters
+            collect_shells()
             self._torch.empty_cache()
-        if self.memory.address_bytes:
+        if self.memory.is_in_use:
             log.warning("event=tensors_left bytes=%d memory=%r", self.memory.device_bytes, self)
             self.memory.drop_copies()
         else:

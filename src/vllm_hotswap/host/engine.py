@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,12 @@ from vllm.v1.request import RequestStatus
 
 from vllm_hotswap.compat import grammars
 from vllm_hotswap.compat.hashing import with_own_globals
+from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import one_line
+from vllm_hotswap.host import together
 from vllm_hotswap.host.canaries import Canaries
 from vllm_hotswap.host.compiled import CompiledCode
+from vllm_hotswap.host.cuda_memory import GIVE_UP_BYTES, SLICE_BYTES
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.randomness import Randomness
 from vllm_hotswap.host.state import EngineState, in_own_state, process_state
@@ -41,6 +44,7 @@ from vllm_hotswap.host.teardown import dismantle, pools_of
 from vllm_hotswap.host.threads import use_all_cores
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.quiet import log_of_clients
+from vllm_hotswap.states import WakeProgress
 
 
 class RingingQueue(queue.Queue[Any]):
@@ -257,11 +261,28 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             self._reset_caches()
             if self.model_executor.is_sleeping:  # vLLM goes no deeper from there
                 self.model_executor.wake_up()
-            self.model_executor.sleep(level)
+            self._have_all_sleep(level)
+            grammars.forget_compiled(self.structured_output_manager)
         except BaseException:
             if not self.model_executor.is_sleeping:
                 self.resume_scheduler()
             raise
+
+    def _have_all_sleep(self, level: int) -> None:
+        if not self._has_several_workers:
+            self.model_executor.sleep(level)
+            return
+        if device_of(self.vllm_config).wakes_in_slices:
+            together.get_ready_to_sleep(self.collective_rpc)
+        try:
+            self.model_executor.sleep(level)
+        except Exception as error:
+            cause = one_line(error)
+            raise together.HalfAsleep(f"a worker could not fall asleep: {cause}") from error
+
+    @property
+    def _has_several_workers(self) -> bool:
+        return bool(self.vllm_config.parallel_config.world_size > 1)
 
     @in_own_state
     def wake(self) -> None:
@@ -270,8 +291,25 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         Raises:
             NoRoom: there is too little; it is still asleep.
         """
+        if self._has_several_workers and device_of(self.vllm_config).wakes_in_slices:
+            together.get_ready_to_wake(self.collective_rpc)
         self.model_executor.wake_up()
         self.resume_scheduler()
+
+    # Not in its own state: that costs the model that is stepped more than a slice, and memory is
+    # all that is touched.
+
+    def wake_some(self) -> WakeProgress:
+        """Take a slice of the memory again; it is asleep until `wake`.
+
+        Raises:
+            NoRoom: there is too little; it has given back what it had taken.
+        """
+        return together.wake_some(self.collective_rpc, SLICE_BYTES)
+
+    def give_up_wake(self) -> int:
+        """Give back a part of what `wake_some` has taken; how many bytes are left."""
+        return together.give_up_wake(self.collective_rpc, GIVE_UP_BYTES)
 
     @in_own_state
     def supports_discard(self) -> bool:
@@ -313,12 +351,16 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             )
 
     def _forget_model(self) -> None:
-        """Drop every attribute that loading a model has set, and what hangs on it."""
-        try:
-            if self._lasting is not None:
-                self._forget_attributes(self._lasting)
-        finally:
-            self._forget_state()
+        """Drop every attribute that loading a model has set, and what hangs on it.
+
+        Its memory goes last: the process-wide state of the model may have tensors in it.
+        """
+        with ExitStack() as last:
+            try:
+                if self._lasting is not None:
+                    self._forget_attributes(self._lasting, last)
+            finally:
+                self._forget_state()
 
     def _forget_state(self) -> None:
         """Only the random numbers stay, for the next load."""
@@ -328,7 +370,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             finally:
                 self.state = None
 
-    def _forget_attributes(self, lasting: frozenset[str]) -> None:
+    def _forget_attributes(self, lasting: frozenset[str], last: ExitStack) -> None:
         self._canaries.forget()
         model = {name: value for name, value in vars(self).items() if name not in lasting}
         try:
@@ -345,7 +387,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
             dismantle(model)
             model.clear()
             if pools is not None:
-                pools.close()
+                last.callback(pools.close)
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory; 0 for a model without any, where vLLM leaves its -1."""

@@ -21,12 +21,14 @@ from vllm_hotswap.host.messages import (
     Activate,
     Answer,
     EngineFailed,
+    GiveUpWake,
     Load,
     LoadStage,
     Ping,
     Sleep,
     Unload,
     Wake,
+    WakeSlice,
 )
 
 
@@ -149,6 +151,11 @@ class FakeObedience:
             case Wake(alias=alias):
                 failpoint("host.wake", alias)
                 self._loaded(alias).is_asleep = False
+            case WakeSlice(alias=alias):
+                failpoint("host.wake_slice", alias)
+                self._loaded(alias)
+            case GiveUpWake(alias=alias):
+                self._loaded(alias)
             case Unload(alias=alias):
                 failpoint("host.unload", alias)
                 self.loop.park(alias)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn, Protocol
 
+from vllm_hotswap.errors import forget_frames
 from vllm_hotswap.failpoints import failpoint
 
 IDLE_S = 1.0
@@ -147,13 +148,14 @@ class EngineLoop:
         try:
             return act()
         except Exception as error:  # noqa: BLE001  # whatever a model raises, the others go on
-            self._bury(alias, error)
+            self.bury(alias, error)
             return False
 
-    def _bury(self, alias: str, error: Exception) -> None:
+    def bury(self, alias: str, error: Exception) -> None:
         """Tell of it, and give up the engine's model. If that fails, the process is to end."""
         self.park(alias)
         self._on_engine_failed(alias, error)
+        forget_frames(error)  # which have tensors of the model in their hands
         self._engines[alias].die()
 
 

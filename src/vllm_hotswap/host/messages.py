@@ -87,7 +87,11 @@ class Activate:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Give memory of a model that is not active back; its requests are kept. Answer: None."""
+    """Give memory of a model that is not active back; its requests are kept. Answer: None.
+
+    If it fails, nothing has changed; if that cannot be, the engine is given up, and `EngineFailed`
+    is told before the answer.
+    """
 
     id: int
     alias: str
@@ -100,6 +104,26 @@ class Wake:
 
     If it fails, the model is unloaded; without room it is still asleep, and the answer says so.
     """
+
+    id: int
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeSlice:
+    """Take a part of a sleeping model's memory again, while another model is served.
+
+    Answer: `states.WakeProgress`. It is asleep until `Wake`, which does what is left. If it fails,
+    it is as asleep as before, and holds nothing more.
+    """
+
+    id: int
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUpWake:
+    """Give back a part of what slices have taken. Answer: the bytes that are left."""
 
     id: int
     alias: str
@@ -124,7 +148,9 @@ class Stop:
     id: int
 
 
-Command = Measure | Look | Ping | Load | Activate | Sleep | Wake | Unload | Stop
+Command = (
+    Measure | Look | Ping | Load | Activate | Sleep | Wake | WakeSlice | GiveUpWake | Unload | Stop
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from vllm_hotswap.host.messages import (
     Answer,
     Command,
     EngineFailed,
+    GiveUpWake,
     Load,
     Loaded,
     LoadStage,
@@ -31,8 +32,10 @@ from vllm_hotswap.host.messages import (
     Sleep,
     Unload,
     Wake,
+    WakeSlice,
 )
 from vllm_hotswap.host.teardown import collect_shells
+from vllm_hotswap.host.together import HalfAsleep
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.variables import Variables
 
@@ -110,6 +113,11 @@ class Obedience:
                 failpoint("host.wake", alias)
                 with self._variables.of(alias):
                     return self._wake(alias)
+            case WakeSlice(alias=alias):
+                failpoint("host.wake_slice", alias)
+                return self._loaded(alias).wake_some()
+            case GiveUpWake(alias=alias):
+                return self._loaded(alias).give_up_wake()
             case Unload(alias=alias, forget=forget):
                 failpoint("host.unload", alias)
                 self._unload(alias)
@@ -180,8 +188,13 @@ class Obedience:
         self._variables.activate(command.alias)
 
     def _sleep(self, alias: str, level: int) -> None:
-        self._inactive(alias).sleep(level)
-        give_back_free_memory()
+        try:
+            self._inactive(alias).sleep(level)
+        except HalfAsleep as error:
+            self.loop.bury(alias, error)
+            raise
+        finally:
+            give_back_free_memory()
 
     def _wake(self, alias: str) -> None:
         engine = self._loaded(alias)

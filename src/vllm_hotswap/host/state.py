@@ -160,6 +160,7 @@ class ProcessState:
     def __init__(self, cells: list[Cell], groups: list[Cell]) -> None:
         self._cells, self._groups = cells, groups
         self._outset = _values(cells)
+        self._dtype = torch.get_default_dtype()
         self._kinds: dict[Any, list[Any]] = {}
         self._current: EngineState | None = None
 
@@ -206,6 +207,7 @@ class ProcessState:
         for cell, value in zip([*self._cells, *self._groups], values, strict=True):
             cell.set(value)
         torch.compiler.set_stance(stance)
+        torch.set_default_dtype(self._dtype)  # a load that fails leaves its own, in vLLM 0.26
 
 
 @cache

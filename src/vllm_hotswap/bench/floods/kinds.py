@@ -29,6 +29,9 @@ SIP_BYTES, SIP_PAUSE_S = 512, 0.1
 PIPELINED = 64
 """Requests in one piece: four times as many as a connection may send ahead."""
 
+RUN_S = 0.002
+"""Enough for a request to be read."""
+
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 Once = Callable[[Attack], Awaitable[None]]
@@ -177,6 +180,14 @@ async def _beyond_rate(attack: Attack) -> None:
     await _again(attack, request("POST", COMPLETIONS, body, attack.target.rated_key))
 
 
+async def _hit_and_run(attack: Attack) -> None:
+    """Ask, and reset the connection before there is an answer."""
+    async with attack.line() as line:
+        await line.send(request("GET", "/v1/models", b"", "sk-nobody-has-this-key"))
+        attack.note("sent")
+        await asyncio.sleep(RUN_S)
+
+
 async def _websockets(attack: Attack) -> None:
     path = f"/v1/realtime?model={attack.target.alias}"
     fields = (
@@ -304,6 +315,7 @@ _FLOODS = (
     Kind("large heads", "1 MiB, 250 and 5,000 fields", _large_heads, 24, _shows("431")),
     Kind("pipelined", "64 requests in one piece", _pipelined, 24, _shows("200")),
     Kind("wrong keys", "`GET /v1/models`", _wrong_keys, 32, _shows("401")),
+    Kind("hit and run", "the same; no answer is read", _hit_and_run, 32, _shows("sent")),
     Kind("switches", "by a user's key", _switches, 32, _shows("403")),
     Kind("beyond the rate", "completions", _beyond_rate, 32, _shows("429")),
     Kind("websockets", "to a model without them", _websockets, 32, _shows("404", "400")),

@@ -1,0 +1,341 @@
+"""New connections, until there is something to read from them.
+
+The event loop's own servers take one connection in each turn, and build all that belongs to it, so
+that whoever comes behind thousands of connections that are reset at once waits for all of that.
+Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
+and a file. A connection is built with its first byte.
+
+Where an address owes refusals, a new connection from there may have to wait. What it has sent is
+looked at before it is read: who asks for what is going to be refused waits; who asks for what needs
+no key, or has a key that owes nothing, does not. Where nobody can tell, as with TLS, the wait is
+short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Scope
+
+from vllm_hotswap.deadlines import Deadlines, Wheel
+from vllm_hotswap.first_head import Malformed, first_head
+from vllm_hotswap.places import Place, Places
+from vllm_hotswap.quiet import log_of_clients
+from vllm_hotswap.refusals import (
+    DOUBT_S,
+    MAX_PAUSE_S,
+    SUSPECT_S,
+    KnownKey,
+    Outlook,
+    Refusals,
+)
+
+PER_TURN = 16
+"""Connections that are accepted in one turn of the event loop."""
+
+PEEK_BYTES = 8 << 10
+"""Of what a connection says first, that are looked at. A longer head is not."""
+
+REST_S = 0.1
+"""How long no connection is accepted when the system has nothing left for one."""
+
+NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+
+Build = Callable[["Arrival"], asyncio.Protocol]
+
+
+def in_doubt(_: Scope) -> Outlook:
+    """Nobody can tell of any head."""
+    return Outlook.IN_DOUBT
+
+
+@dataclass(slots=True)
+class Door:
+    """What all listening sockets of a server share."""
+
+    places: Places
+    refusals: Refusals
+    wheel: Wheel
+    silent: Deadlines[Arrival]
+    """Connections of which no byte has come."""
+    outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt
+    """Of a request, by the `type`, `method`, `path`, `root_path` and `headers` of its scope."""
+
+
+class Arrival:
+    """A connection that has been accepted.
+
+    The mutable state is its place, until the connection that is built takes it over, and what is
+    waited for: the first byte, the end of what its address owes, or that of a TLS handshake.
+    """
+
+    def __init__(
+        self, acceptor: Acceptor, sock: socket.socket, client: tuple[str, int] | None
+    ) -> None:
+        self.loop = acceptor.loop
+        self.client = client
+        self.address = None if client is None else client[0]
+        self._acceptor = acceptor
+        self._door = acceptor.door
+        self._sock = sock
+        self._take_back: Callable[[], None] | None = None
+        self._building: asyncio.Task[Any] | None = None
+        self._is_heard = False
+        self._came_s = self.loop.time()
+        self.place: Place | None = None
+
+    def __repr__(self) -> str:
+        return f"<Arrival client={self.client}>"
+
+    def begin(self) -> None:
+        """Build the connection at once, if there is something to read; wait for it otherwise."""
+        if (said := _said(self._sock)) is False:
+            self._sock.close()
+            return
+        self._acceptor.arrivals.add(self)
+        self.place = self._door.places.take(self, self.address)
+        if self.place is None:
+            self._build()  # to be told so
+        elif said:
+            self._come_in()
+        else:
+            self._door.silent.begin(self)
+            self._hear()
+
+    def give_way(self) -> None:
+        """Close it: its place is needed."""
+        self._end()
+
+    def is_late(self) -> None:
+        """Nothing has come of it in time."""
+        self._end()
+
+    def handed_over(self) -> Place | None:
+        """Its place, for the connection that has been built."""
+        place, self.place = self.place, None
+        return place
+
+    def close(self) -> None:
+        self._end()
+
+    def _hear(self) -> None:
+        self._is_heard = True
+        self.loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _deaf(self) -> None:
+        if self._is_heard:
+            self._is_heard = False
+            self.loop.remove_reader(self._sock.fileno())
+
+    def _readable(self) -> None:
+        if (said := _said(self._sock)) is None:
+            return  # it was called for nothing: no byte has come, and the deadline stays
+        self._deaf()
+        self._door.silent.end(self)
+        if said:
+            self._come_in()
+        else:
+            self._end()
+
+    def _come_in(self) -> None:
+        """Build the connection of which something has come, unless it has to wait."""
+        if (wait_s := self._wait_s()) > 0:
+            self._take_back = self._door.wheel.call_later(wait_s, self._come_in_later)
+        else:
+            self._build()
+
+    def _come_in_later(self) -> None:
+        """The same, unless it is dead by now. What has come once stays until it is read."""
+        self._take_back = None
+        if _said(self._sock):
+            self._come_in()
+        else:
+            self._end()
+
+    def _wait_s(self) -> float:
+        """How long it has to wait before it is built, or looked at again."""
+        client = self._door.places.client_of(self.address)
+        if client is None:
+            return 0.0  # many have the same one
+        refusals, waited_s = self._door.refusals, self.loop.time() - self._came_s
+        wait_s = min(refusals.owed_s(client) - SUSPECT_S, MAX_PAUSE_S - waited_s)
+        if wait_s <= 0:
+            return 0.0
+        doubt_s = min(wait_s, DOUBT_S - waited_s)
+        if self._acceptor.is_tls or len(said := _peeked(self._sock)) == PEEK_BYTES:
+            return min(doubt_s, refusals.strangers_owe_s(client) - SUSPECT_S)
+        try:
+            head = first_head(said)
+        except Malformed:
+            return wait_s
+        if head is None:  # the rest of it may come at any time
+            return min(wait_s, DOUBT_S)
+        outlook = self._door.outlook(head)
+        if isinstance(outlook, KnownKey):
+            return min(doubt_s, refusals.owed_s(outlook) - SUSPECT_S)
+        waits_s = {Outlook.REFUSED: wait_s, Outlook.LET_IN: 0.0, Outlook.IN_DOUBT: doubt_s}
+        return waits_s[outlook]
+
+    def _build(self) -> None:
+        self._building = self.loop.create_task(self._acceptor.build(self, self._sock))
+        self._building.add_done_callback(self._built)
+
+    def _built(self, task: asyncio.Task[Any]) -> None:
+        self._acceptor.arrivals.discard(self)
+        self._leave()
+        if task.cancelled():
+            self._sock.close()
+            return
+        error = task.exception()
+        if error is not None:
+            self._sock.close()
+            if not isinstance(error, OSError):  # ssl's errors are some
+                log_of_clients.error("event=connection_failed", exc_info=error)
+
+    def _end(self) -> None:
+        self._door.silent.end(self)
+        if self._take_back is not None:
+            self._take_back()
+        self._leave()
+        if self._building is not None:
+            self._building.cancel()
+            return
+        self._deaf()
+        self._acceptor.arrivals.discard(self)
+        self._sock.close()
+
+    def _leave(self) -> None:
+        if self.place is not None:
+            self.place.leave()
+            self.place = None
+
+
+class Acceptor:
+    """One listening socket; for uvicorn, one of its servers."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        door: Door,
+        make: Build,
+        backlog: int,
+        context: ssl.SSLContext | None = None,
+        handshake_s: float = 60.0,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.door = door
+        self.arrivals: set[Arrival] = set()
+        """Of which no connection has been built."""
+        self._sock = sock
+        self._make = make
+        self._tls: dict[str, Any] = (
+            {} if context is None else {"ssl": context, "ssl_handshake_timeout": handshake_s}
+        )
+        self._spare: int | None = _spare_file()
+        sock.setblocking(False)
+        sock.listen(backlog)
+        self._is_open = True
+        self._resting: asyncio.TimerHandle | None = None
+        self._hear()
+
+    def close(self) -> None:
+        """Accept nothing more, and close what has not begun. Idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._resting is not None:
+            self._resting.cancel()
+        self.loop.remove_reader(self._sock.fileno())
+        for arrival in list(self.arrivals):
+            arrival.close()
+        if self._spare is not None:
+            os.close(self._spare)
+
+    @property
+    def is_tls(self) -> bool:
+        return bool(self._tls)
+
+    async def wait_closed(self) -> None:
+        """As a server of the event loop has it; nothing is left to wait for."""
+
+    async def build(self, arrival: Arrival, sock: socket.socket) -> None:
+        """Raises `OSError` where the connection, or its TLS handshake, has ended before."""
+        await self.loop.connect_accepted_socket(lambda: self._make(arrival), sock, **self._tls)
+
+    def _hear(self) -> None:
+        self._resting = None
+        self.loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _rest(self) -> None:
+        """The socket would have the loop call again and again, for nothing."""
+        self.loop.remove_reader(self._sock.fileno())
+        self._resting = self.loop.call_later(REST_S, self._hear)
+
+    def _readable(self) -> None:
+        for _ in range(PER_TURN):
+            try:
+                sock, client = self._sock.accept()
+            except OSError as error:  # nobody waits, or it has gone, or there is no file for it
+                if error.errno not in NO_MORE_FILES or not self._shed():
+                    return
+                continue
+            sock.setblocking(False)
+            Arrival(self, sock, client[:2] if isinstance(client, tuple) else None).begin()
+
+    def _shed(self) -> bool:
+        """Close the next connection, for which there is no file: nobody waits for nothing.
+
+        Returns: whether to go on. Where it cannot be closed either, the socket has a rest.
+        """
+        if self._spare is not None:
+            os.close(self._spare)
+            try:
+                self._sock.accept()[0].close()
+                return True
+            except BlockingIOError:
+                return False  # there is none: the system looks for a file first
+            except OSError:
+                pass
+            finally:
+                self._spare = _spare_file()
+        else:
+            self._spare = _spare_file()
+        self._rest()
+        return False
+
+
+def _said(sock: socket.socket) -> bool | None:
+    """Whether there is something to read; None: not yet; False: there never will be.
+
+    What a client had sent can still be read when it has reset the connection, in vain.
+    """
+    try:
+        if not sock.recv(1, socket.MSG_PEEK):
+            return False
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return False
+
+
+def _peeked(sock: socket.socket) -> bytes:
+    """What there is to read, up to a bound. It stays there."""
+    try:
+        return sock.recv(PEEK_BYTES, socket.MSG_PEEK)
+    except OSError:
+        return b""
+
+
+def _spare_file() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None

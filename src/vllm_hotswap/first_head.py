@@ -1,0 +1,68 @@
+"""The head of a connection's first request, of what has been looked at and not read.
+
+The parser is the one that reads it later, so that both see the same.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import unquote
+
+import httptools
+from starlette.types import Scope
+
+
+class Malformed(Exception):
+    """It is no head, and will be none."""
+
+
+class _Whole(Exception):
+    """The end of the head: nothing behind it is parsed."""
+
+
+class _Seen:
+    """What the parser tells of it."""
+
+    def __init__(self) -> None:
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.is_whole = False
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.is_whole = True
+        raise _Whole
+
+
+def first_head(said: bytes) -> Scope | None:
+    """The `type`, `method`, `path`, `root_path` and `headers` of a scope; None: it is not whole.
+
+    Raises:
+        Malformed: the parser would refuse it.
+    """
+    seen = _Seen()
+    parser = httptools.HttpRequestParser(seen)
+    try:
+        parser.feed_data(said)
+    except httptools.HttpParserError:
+        if not seen.is_whole:
+            raise Malformed from None
+    if not seen.is_whole:
+        return None
+    try:
+        path = (httptools.parse_url(seen.url).path or b"").decode("ascii")
+    except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+        raise Malformed from None
+    fields = ((name, value.lower()) for name, value in seen.headers)
+    is_websocket = parser.should_upgrade() and (b"upgrade", b"websocket") in fields
+    return {
+        "type": "websocket" if is_websocket else "http",
+        "method": parser.get_method().decode("ascii"),
+        "path": unquote(path),
+        "root_path": "",
+        "headers": seen.headers,
+    }

@@ -1,0 +1,27 @@
+"""A helper that does what it is told, as Python: it stands for a native library."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vllm_hotswap import helpers
+
+PROGRAM = """
+import sys
+
+sys.path.insert(0, sys.argv.pop(1))
+import helper_process
+
+
+class Work:
+    def do(self, what, arguments):
+        exec(what)
+
+
+helper_process.Work = Work
+helper_process.main()
+"""
+
+SCRIPTED = [sys.executable, "-c", PROGRAM, str(Path(helpers.__file__).parent)]
+"""The command for `Helpers`."""

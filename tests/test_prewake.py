@@ -1,0 +1,756 @@
+"""A sleeping model that is next wakes in slices, before it is asked for, beside who is served."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests import test_shared_device
+from tests.conftest import MakeServer, Play
+from tests.support import Server
+from tests.test_shared_device import ALIASES, MIB
+from vllm_hotswap.engines.fake import FakeSettings
+from vllm_hotswap.errors import HotswapError, NoRoom
+from vllm_hotswap.events import WakeChanged
+from vllm_hotswap.planner import Usage
+from vllm_hotswap.registry import Model, ModelPolicy
+from vllm_hotswap.settings import RecoveryConfig
+from vllm_hotswap.states import Residency, WakeProgress
+
+GPU = replace(test_shared_device.GPU, slices=5)
+"""6 MiB awake, 1 MiB asleep: a slice is 1 MiB."""
+
+
+def settings(**changes: Any) -> dict[str, FakeSettings]:
+    return dict.fromkeys(ALIASES, replace(GPU, **changes))
+
+
+async def make(make_server: MakeServer, mib: int = 18, **kwargs: Any) -> Server:
+    """llama is active, the others sleep; the device holds `mib` MiB."""
+    server = await make_server(
+        load=ALIASES, settings=settings(), budget=Usage(mib * MIB, 100 * MIB), **kwargs
+    )
+    await asleep(server, "qwen", "mistral")
+    return server
+
+
+async def asleep(server: Server, *aliases: str) -> None:
+    for alias in aliases:
+        if server.residencies[alias] == "parked":
+            assert 200 == (await server.operate(alias, "sleep")).status_code
+    server.host.operations.clear()
+
+
+@pytest.fixture
+async def gpu(make_server: MakeServer) -> Server:
+    """On a device that has room for all."""
+    return await make(make_server)
+
+
+async def announce(server: Server, alias: str) -> str:
+    """What became of the wake."""
+    answer = (await server.post("/admin/next", json={"model": alias})).json()
+    return str(answer["wake"])
+
+
+async def waking(server: Server, alias: str = "qwen") -> tuple[int, int] | None:
+    """MiB that it has taken, and will take."""
+    told = (await server.get("/admin/status")).json()["models"][alias]["waking"]
+    return told and (told["done_bytes"] // MIB, told["total_bytes"] // MIB)
+
+
+def changes(server: Server, alias: str = "qwen") -> list[tuple[str, int]]:
+    """What was told of it, each with the MiB that it had taken by then."""
+    told = server.events.of(WakeChanged)
+    return [(each.change, each.done_bytes // MIB) for each in told if each.model == alias]
+
+
+def held(server: Server, alias: str = "qwen") -> int:
+    """MiB that it really holds."""
+    return server.host.engines[alias].held_bytes // MIB
+
+
+# --- a wake that is of use --------------------------------------------------------------------
+
+
+async def test_an_announced_model_that_sleeps_wakes_before_it_is_asked_for(gpu: Server) -> None:
+    """In slices, while another one is served; status, events and metrics say so."""
+    gpu.host.hold("wake_some", "qwen")
+    assert "begun" == await announce(gpu, "qwen")
+    assert (0, 5) == await waking(gpu)
+
+    gpu.host.release("wake_some", "qwen")
+    await gpu.settled()
+
+    assert [("wake_some", "qwen")] * 5 == gpu.host.operations
+    assert (5, 5) == await waking(gpu)
+    assert {"llama": "active", "qwen": "asleep", "mistral": "asleep"} == gpu.residencies
+    assert [("begun", 0), ("done", 5)] == changes(gpu)
+    assert 'waking_bytes{model="qwen"} 5.24288e+06' in (await gpu.get("/metrics")).text
+
+    assert 200 == (await gpu.switch("qwen")).status_code
+    assert [("wake", "qwen"), ("activate", "qwen")] == gpu.host.operations[5:]
+    assert await waking(gpu) is None
+    assert ("used", 5) == changes(gpu)[-1]
+    text = (await gpu.get("/metrics")).text
+    assert 'hotswap_woken_bytes_total{result="used"} 5.24288e+06' in text
+    assert 'hotswap_model_waking_bytes{model="qwen"} 0.0' in text
+
+
+def test_a_switch_waits_only_for_what_is_left(play: Play) -> None:
+    """Of a wake of ten seconds, four of which have gone before."""
+    took: list[float] = []
+
+    async def story(server: Server) -> None:
+        now_s = asyncio.get_running_loop().time
+        for ahead_s in (0.0, 4.5):
+            await asleep(server, "qwen")
+            if ahead_s:
+                await announce(server, "qwen")
+                await asyncio.sleep(ahead_s)
+            began_s = now_s()
+            assert 200 == (await server.switch("qwen")).status_code
+            took.append(now_s() - began_s)
+            await server.switch("llama")
+
+    play(story, load=ALIASES, settings=settings(wake_s=10), budget=Usage(18 * MIB, 100 * MIB))
+    assert [10, 6] == pytest.approx(took)
+
+
+def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -> None:
+    """Neither the cost of a wake nor that of a switch is measured by what was left of one."""
+
+    async def story(server: Server) -> None:
+        model = server.coordinator.registry.model("qwen")
+        dispatcher = server.coordinator.dispatcher
+        assert dispatcher is not None
+        await asleep(server, "qwen")
+        await server.switch("qwen")
+        measured = dispatcher.costs.version
+        await server.switch("llama")
+        await asleep(server, "qwen")
+        await announce(server, "qwen")
+        await asyncio.sleep(5)
+        status = (await server.get("/admin/status")).json()["models"]["qwen"]
+        assert 6 == pytest.approx(status["switch_cost_s"])
+
+        await server.switch("qwen")
+
+        assert 10 == pytest.approx(model.up_s[Residency.ASLEEP])
+        assert measured + 1 == dispatcher.costs.version  # of the switch to llama
+
+    play(
+        story,
+        load=ALIASES,
+        settings=settings(wake_s=10),
+        budget=Usage(18 * MIB, 100 * MIB),
+        mode="auto",
+    )
+
+
+async def expect_qwen(server: Server) -> None:
+    """qwen has followed llama so often that it is expected to do so again; it sleeps."""
+    for alias in ("qwen", "llama") * 8:
+        await server.switch(alias)
+    await server.switch("mistral")
+    await server.operate("qwen", "sleep")
+    await server.switch("llama")
+    await server.settled()
+
+
+async def test_a_predicted_model_that_sleeps_wakes(gpu: Server) -> None:
+    """Once there is a habit, and it is of use if that holds."""
+    await expect_qwen(gpu)
+    assert (5, 5) == await waking(gpu)
+
+    await gpu.switch("qwen")
+
+    assert ("used", 5) == changes(gpu)[-1]
+
+
+async def test_who_is_served_does_not_wait_for_a_slice(gpu: Server) -> None:
+    """Requests are answered while one is under way, and so is everything else."""
+    gpu.host.hold("wake_some", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    stream = await gpu.start_stream("llama", words=8)
+    assert (await stream.finish()).is_whole
+    assert 200 == (await gpu.switch("mistral")).status_code
+    assert "mistral" == gpu.coordinator.active
+
+    gpu.host.release("wake_some", "qwen")
+    await gpu.settled()
+    assert (5, 5) == await waking(gpu)
+
+
+async def test_a_switch_to_the_model_does_not_wait_for_a_slice(gpu: Server) -> None:
+    """It tells the host to do the rest at once, after the slice that is under way there."""
+    gpu.host.hold("wake_some", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    assert 200 == (await gpu.switch("qwen")).status_code
+
+    assert 6 == held(gpu)
+    assert [("begun", 0), ("used", 0)] == changes(gpu)
+
+
+async def test_slices_wait_for_who_moves_models(gpu: Server) -> None:
+    """None is begun while a switch is under way."""
+    gpu.host.hold("wake", "mistral")
+    switching = gpu.switch("mistral")
+    await gpu.settled()
+
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    assert ("wake_some", "qwen") not in gpu.host.operations
+
+    gpu.host.release("wake", "mistral")
+    await switching
+    await gpu.settled()
+    assert (5, 5) == await waking(gpu)
+
+
+async def test_a_wake_that_begins_while_models_move_finds_the_room_that_they_leave(
+    make_server: MakeServer,
+) -> None:
+    """Whoever moves them has planned without it: it is given up if they need the room."""
+    server = await make(make_server, mib=13)
+    server.host.hold("wake", "mistral")
+    switching = server.switch("mistral")
+    await server.settled()
+
+    assert "begun" == await announce(server, "qwen")
+    server.host.release("wake", "mistral")
+    await switching
+    await server.settled()
+
+    assert (await waking(server), held(server)) == (None, 1)
+    assert 13 * MIB == server.host.most_held_bytes
+
+
+async def test_an_announcement_is_repeated_without_effect(gpu: Server) -> None:
+    """The answer says how far it has come."""
+    gpu.host.hold("wake_some", "qwen")
+    told = [await announce(gpu, "qwen"), await announce(gpu, "qwen")]
+    gpu.host.release("wake_some", "qwen")
+    await gpu.settled()
+
+    assert ["begun", "under_way", "done"] == [*told, await announce(gpu, "qwen")]
+    assert 5 == len(gpu.host.operations)
+
+
+async def test_a_device_that_wakes_in_one_go_does_so_when_asked(make_server: MakeServer) -> None:
+    """Nothing is begun before."""
+    server = await make_server(load=ALIASES, settings=settings(slices=0))
+    await asleep(server, "qwen")
+
+    assert "not_needed" == await announce(server, "qwen")
+    await server.settled()
+
+    assert [] == server.host.operations
+    assert "not_needed" == await announce(server, "llama")
+
+
+# --- a wake that is given up ------------------------------------------------------------------
+
+
+async def test_a_wake_is_given_up_when_another_model_is_announced(gpu: Server) -> None:
+    """What it had taken is given back, and the other one wakes then."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    await announce(gpu, "mistral")
+    await gpu.settled()
+
+    assert (1, 6) == (held(gpu), held(gpu, "mistral"))
+    assert [None, (5, 5)] == [await waking(gpu), await waking(gpu, "mistral")]
+    assert [("begun", 0), ("done", 5), ("given_up", 5)] == changes(gpu)
+    text = (await gpu.get("/metrics")).text
+    assert 'hotswap_woken_bytes_total{result="wasted"} 5.24288e+06' in text
+
+
+async def test_who_is_announced_next_has_the_memory_of_who_was_before(
+    make_server: MakeServer,
+) -> None:
+    """It is given back first: the device has room for one of them."""
+    server = await make(make_server, mib=13)
+    await announce(server, "qwen")
+    await server.settled()
+
+    assert "begun" == await announce(server, "mistral")
+    await server.settled()
+    assert "begun" == await announce(server, "qwen")
+    assert "begun" == await announce(server, "mistral")
+    await server.settled()
+
+    assert (1, 6) == (held(server), held(server, "mistral"))
+    assert 13 * MIB == server.host.most_held_bytes
+
+
+async def test_a_wake_for_a_prediction_ends_when_a_switch_goes_elsewhere(gpu: Server) -> None:
+    """At its begin, as the reading of files does."""
+    await expect_qwen(gpu)
+    gpu.host.hold("activate", "mistral")
+
+    switching = gpu.switch("mistral")
+    await gpu.settled()
+
+    assert (1, ("given_up", 5)) == (held(gpu), changes(gpu)[-1])
+    gpu.host.release("activate", "mistral")
+    assert 200 == (await switching).status_code
+
+
+async def test_an_announcement_outlives_the_prediction_of_the_same_model(gpu: Server) -> None:
+    """What has been taken for the one is there for the other."""
+    await expect_qwen(gpu)
+    assert "done" == await announce(gpu, "qwen")
+
+    await gpu.switch("mistral")
+
+    assert (5, 5) == await waking(gpu)
+
+
+async def test_a_wake_is_given_up_before_anybody_is_evicted(make_server: MakeServer) -> None:
+    """Who is asked for comes first; the plan says so, and the budget holds at any time."""
+    server = await make(make_server, mib=13)
+    await announce(server, "qwen")
+    await server.settled()
+    plan = (await server.get("/admin/plan?model=mistral")).json()
+    assert (["qwen"], []) == (plan["give_up_wake"], plan["evict"])
+    assert {"before": 13, "peak": 13, "after": 13} == {
+        name: plan["memory"][name]["device_bytes"] // MIB for name in ("before", "peak", "after")
+    }
+    server.host.operations.clear()
+
+    assert 200 == (await server.switch("mistral")).status_code
+
+    told = [("give_up_wake", "qwen"), ("wake", "mistral"), ("activate", "mistral")]
+    assert told == server.host.operations[:3]
+    assert {"llama": "parked", "qwen": "asleep", "mistral": "active"} == server.residencies
+    assert 13 * MIB == server.host.most_held_bytes
+
+
+async def test_a_wake_stays_where_there_is_room_for_all(gpu: Server) -> None:
+    """A switch to another model does not end what was announced."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    await gpu.switch("mistral")
+    await gpu.settled()
+
+    assert (5, 5) == await waking(gpu)
+
+
+async def test_nothing_is_evicted_for_a_wake(make_server: MakeServer) -> None:
+    """It is begun once there is room: an announcement stands."""
+    server = await make(make_server, mib=12)
+    assert "no_room" == await announce(server, "qwen")
+    await server.settled()
+    assert [] == server.host.operations
+
+    await server.operate("mistral", "unload")
+    await server.operate("llama", "pin")
+    assert "begun" == await announce(server, "qwen")
+    await server.settled()
+
+    assert (5, 5) == await waking(server)
+    assert 12 * MIB == server.host.most_held_bytes
+
+
+async def test_an_announced_model_wakes_after_a_switch_if_there_is_room_then(
+    make_server: MakeServer,
+) -> None:
+    """Nobody has to announce it again."""
+    server = await make(make_server, mib=17)
+    await server.operate("mistral", "wake")
+    assert "no_room" == await announce(server, "qwen")
+    server.host.budget = replace(server.host.budget, device=18 * MIB)
+
+    await server.switch("mistral")
+    await server.settled()
+
+    assert (5, 5) == await waking(server)
+
+
+async def test_a_wake_is_given_up_when_others_take_memory(gpu: Server) -> None:
+    """Before a model is moved that somebody has asked for."""
+    gpu.host.is_device_shared = True
+    await gpu.operate("mistral", "wake")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.taken_bytes = 5 * MIB
+
+    assert () == await gpu.coordinator.ladder.relieve()
+
+    assert {"llama": "active", "qwen": "asleep", "mistral": "parked"} == gpu.residencies
+    assert (1, ("given_up", 5)) == (held(gpu), changes(gpu)[-1])
+
+
+async def test_what_has_not_been_taken_yet_is_not_counted_as_taken(gpu: Server) -> None:
+    """When the device is looked at: who plans counts all of it, others' use is told by what is."""
+    gpu.host.hold("wake_some", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    ladder = gpu.coordinator.ladder
+
+    assert (13 * MIB, 8 * MIB) == (ladder.used.device, ladder._taken)
+
+
+@pytest.mark.parametrize("operation", ["unload", "wake", "load"])
+async def test_an_operation_takes_a_wake_over(gpu: Server, operation: str) -> None:
+    """In the middle of a slice; nothing is left of it but what the operation leaves."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.hold("wake_some", "qwen")
+
+    assert 200 == (await gpu.operate("qwen", operation)).status_code
+
+    assert (0 if operation == "unload" else 6) == held(gpu)
+    assert await waking(gpu) is None
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "change"),
+    [(NoRoom("no room: waking takes 5 MiB"), "no_room"), (HotswapError("a copy"), "failed")],
+)
+async def test_a_slice_that_fails_costs_nobody_anything(
+    gpu: Server, error: HotswapError, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model sleeps as before; who is served goes on, and the switch wakes it."""
+    gpu.host.hold("wake_some", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.fail_next("wake_some", "qwen", error)
+    gpu.host.release("wake_some", "qwen")
+    stream = await gpu.start_stream("llama", words=8)
+    await gpu.settled()
+
+    assert (1, "asleep") == (held(gpu), gpu.residencies["qwen"])
+    assert change == changes(gpu)[-1][0]
+    assert "event=wake_failed model=qwen" in caplog.text
+    assert (await stream.finish()).is_whole
+    assert 200 == (await gpu.switch("qwen")).status_code
+
+
+async def test_a_wake_that_cannot_be_finished_leaves_the_model_asleep(gpu: Server) -> None:
+    """Others have taken the memory: the source stays active, and a later switch goes well."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.fail_next("wake", "qwen", NoRoom("no room"))
+
+    assert 503 == (await gpu.switch("qwen")).status_code
+
+    assert {"llama": "active", "qwen": "asleep", "mistral": "asleep"} == gpu.residencies
+    assert ("no_room", 5) in changes(gpu)
+    assert 200 == (await gpu.switch("qwen")).status_code
+
+
+async def test_what_a_failed_operation_leaves_of_a_wake_is_given_back(gpu: Server) -> None:
+    """Nobody takes slices any more, and nobody else would."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.fail_next("unload", "qwen")
+
+    assert 200 != (await gpu.operate("qwen", "unload")).status_code
+    await gpu.settled()
+
+    assert (1, "asleep") == (held(gpu), gpu.residencies["qwen"])
+    assert await waking(gpu) is None
+
+
+async def test_what_cannot_be_given_back_stays_in_the_books(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who needs the room is told so, and the next attempt goes well."""
+    server = await make(make_server, mib=13)
+    await announce(server, "qwen")
+    await server.settled()
+    server.host.fail_next("give_up_wake", "qwen")
+
+    response = await server.switch("mistral")
+    assert 503 == response.status_code
+    assert "no room: giving back what the wake of 'qwen' had taken has failed" in response.text
+    assert "event=wake_kept model=qwen" in caplog.text
+    assert ((5, 5), "llama") == (await waking(server), server.coordinator.active)
+
+    assert 200 == (await server.switch("mistral")).status_code
+    assert (1, 13 * MIB) == (held(server), server.host.most_held_bytes)
+
+
+async def test_a_host_that_dies_in_the_middle_of_a_wake_comes_back(gpu: Server) -> None:
+    """With the model that was served; the one that woke is as gone as the others."""
+    gpu.host.hold("wake_some", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    gpu.host.kill()
+    await gpu.settled()
+
+    assert "llama" == gpu.coordinator.active
+    assert await waking(gpu) is None
+    assert "failed" == changes(gpu)[-1][0]
+    assert 200 == (await gpu.switch("qwen")).status_code
+
+
+async def test_a_wake_is_given_up_when_the_engine_dies_that_is_served(gpu: Server) -> None:
+    """Bringing it back comes first."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    gpu.host.kill_engine("llama")
+    await gpu.settled()
+
+    assert ("give_up_wake", "qwen") in gpu.host.operations
+    assert "llama" == gpu.coordinator.active
+
+
+def test_a_slice_that_never_ends_is_ended_like_a_step(play: Play) -> None:
+    """It may wait for a step as long as that may take, and for as long as a command then."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen")
+        server.host.hold("wake_some", "qwen")
+        await announce(server, "qwen")
+
+        await asyncio.sleep(29)
+        assert not server.host.died.done()
+        await asyncio.sleep(2)
+        await server.settled()
+
+        assert (1, "llama") == (server.host.restarts, server.coordinator.active)
+
+    play(
+        story,
+        load=ALIASES,
+        settings=settings(),
+        recovery=RecoveryConfig(step_timeout=20, command_timeout=10),
+    )
+
+
+async def test_a_server_stops_in_the_middle_of_a_wake(gpu: Server) -> None:
+    """Nothing waits for it."""
+    gpu.host.hold("wake_some", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+
+    await asyncio.wait_for(gpu.coordinator.shut_down(0), 10)
+
+    assert gpu.coordinator.registry.model("qwen").waking.task.cancelled()  # type: ignore[union-attr]
+
+
+async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: MakeServer) -> None:
+    """Its policy says so, whatever was announced."""
+    now = [0.0]
+    server = await make(
+        make_server,
+        policies={"qwen": ModelPolicy(idle_unload_s=60)},
+        clock=lambda: now[0],
+    )
+    await announce(server, "qwen")
+    await server.settled()
+    now[0] = 61
+
+    await server.coordinator.rest_idle()
+
+    assert (0, "cold") == (held(server), server.residencies["qwen"])
+    assert await waking(server) is None
+
+
+# --- whoever moves models meets a wake that waits for them ------------------------------------
+
+
+def tight(play: Play, story: Any, mib: int = 13) -> None:
+    """Play a story in which what waits for ever has the host ended, after ten seconds."""
+    recovery = RecoveryConfig(step_timeout=10, command_timeout=10)
+    budget = Usage(mib * MIB, 100 * MIB)
+    play(story, load=ALIASES, settings=settings(), budget=budget, recovery=recovery)
+
+
+async def between_slices(server: Server, *others: str) -> None:
+    """qwen's first slice ends while somebody moves models; others' wakes queue behind it."""
+    server.host.hold("wake_some", "qwen")
+    for alias in ("qwen", *others):
+        model = server.coordinator.registry.model(alias)
+        assert server.coordinator.ladder.begin_wake(model) is not None
+    await server.settled()
+
+
+def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) -> None:
+    """It has the turn that the next slice waits for, and needs the room: neither waits for ever."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        stream = await server.start_stream("llama", words=8)
+        server.host.hold("step", "llama")
+        await between_slices(server)
+        switching = server.switch("mistral", drain_timeout=60)
+        await server.settled()
+        server.host.release("wake_some", "qwen")
+        await server.settled()
+        assert (server.coordinator.phase, await waking(server)) == ("drain", (1, 5))
+
+        server.host.release("step", "llama")
+        assert (await stream.finish()).is_whole
+        assert 200 == (await switching).status_code
+
+        assert 0 == server.host.restarts
+        assert (1, "asleep") == (held(server), server.residencies["qwen"])
+        assert 13 * MIB == server.host.most_held_bytes
+
+    tight(play, story)
+
+
+@pytest.mark.parametrize("way", ["relieve", "make_all_room", "load", "wake"])
+def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -> None:
+    """Whichever way needs the room that the wake has taken."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        if way == "load":
+            await server.operate("mistral", "unload")
+        ladder, registry = server.coordinator.ladder, server.coordinator.registry
+        await between_slices(server)
+        async with ladder.turn():
+            moving = {
+                "relieve": ladder.relieve,
+                "make_all_room": lambda: in_turn(server, registry.model("llama")),
+                "load": lambda: ladder.load(registry.model("mistral")),
+                "wake": lambda: ladder.wake(registry.model("mistral")),
+            }[way]
+            task = asyncio.create_task(moving())  # is next, before the next slice
+            await server.settled()
+            server.host.release("wake_some", "qwen")
+            await server.settled()
+            if way == "relieve":
+                server.host.is_device_shared = True
+                server.host.taken_bytes = 5 * MIB
+        await task
+
+        assert 0 == server.host.restarts
+        assert (0 if way == "make_all_room" else 1) == held(server)
+        assert await waking(server) is None
+
+    tight(play, story)
+
+
+async def in_turn(server: Server, target: Model) -> None:
+    async with server.coordinator.ladder.turn():
+        await server.coordinator.ladder.make_all_room(target)
+
+
+def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
+    """The one has its slice, and waits for the turn; the other waits for its slice."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen", "mistral")
+        await between_slices(server, "mistral")
+        async with server.coordinator.ladder.turn():
+            server.host.release("wake_some", "qwen")
+            await server.settled()
+            for alias in ("mistral", "qwen"):
+                model = server.coordinator.registry.model(alias)
+                await server.coordinator.ladder._wakes.gave_up(model)
+
+        assert 0 == server.host.restarts
+        assert (1, 1) == (held(server), held(server, "mistral"))
+        assert [("begun", 0), ("given_up", 1)] == changes(server)
+        assert [("begun", 0), ("given_up", 0)] == changes(server, "mistral")
+
+    tight(play, story, mib=18)
+
+
+# --- what is given back -----------------------------------------------------------------------
+
+
+def test_giving_back_may_wait_for_a_load(play: Play) -> None:
+    """Its parts wait in the host behind whatever is asked for; only what hangs is ended."""
+
+    async def story(server: Server) -> None:
+        await asleep(server, "qwen")
+        await announce(server, "qwen")
+        await server.settled()
+        server.host.hold("give_up_wake", "qwen")
+        server.coordinator.ladder.give_up_wake(server.coordinator.registry.model("qwen"))
+
+        await asyncio.sleep(88)
+        assert 0 == server.host.restarts
+        await asyncio.sleep(4)
+        await server.settled()
+
+        assert 1 == server.host.restarts
+
+    play(
+        story,
+        load=ALIASES,
+        settings=settings(),
+        recovery=RecoveryConfig(step_timeout=20, command_timeout=10, load_timeout=60),
+    )
+
+
+async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
+    """Of a model on two of them, whose progress is that of both; what is given back is not."""
+    gpu.host.hold("wake_some", "qwen")
+    gpu.host.hold("give_up_wake", "qwen")
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    ladder = gpu.coordinator.ladder
+    model = gpu.coordinator.registry.model("qwen")
+    assert model.waking is not None
+    model.waking.progress = WakeProgress(4 * MIB, 10 * MIB)
+    assert 10 * MIB == ladder._taken
+
+    ladder.give_up_wake(model)
+
+    assert 8 * MIB == ladder._taken
+    gpu.host.release("give_up_wake", "qwen")
+    await gpu.settled()
+    assert 8 * MIB == ladder._taken == ladder.used.device
+
+
+async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) -> None:
+    """Whoever took the wake over has gone before it had ended."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    model = gpu.coordinator.registry.model("qwen")
+
+    async def take_over() -> None:
+        async with gpu.coordinator.ladder._wakes.taken_over(model):
+            raise AssertionError("it was to be cancelled before")
+
+    task = asyncio.create_task(take_over())
+    await asyncio.sleep(0)
+    task.cancel()
+    await gpu.settled()
+
+    assert task.cancelled()
+    assert (1, None) == (held(gpu), await waking(gpu))
+
+
+async def test_no_wake_begins_once_the_server_ends(gpu: Server) -> None:
+    """Nothing would end it."""
+    ladder = gpu.coordinator.ladder
+    ladder.close()
+
+    assert ladder.begin_wake(gpu.coordinator.registry.model("qwen")) is None
+    await gpu.settled()
+    assert [] == gpu.host.operations
+
+
+async def test_room_for_all_is_made_although_a_wake_cannot_be_given_back(gpu: Server) -> None:
+    """The model is unloaded, which gives it back; so are those after it."""
+    await announce(gpu, "qwen")
+    await gpu.settled()
+    gpu.host.fail_next("give_up_wake", "qwen")
+
+    await in_turn(gpu, gpu.coordinator.registry.model("llama"))
+
+    assert (0, 0) == (held(gpu), held(gpu, "mistral"))
+    assert await waking(gpu) is None
