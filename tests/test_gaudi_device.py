@@ -59,6 +59,12 @@ def test_a_view_is_on_its_base_and_takes_nothing() -> None:
     assert 6 == int(base.sum())
 
 
+def test_a_copy_without_waiting_is_done_at_once() -> None:
+    """And pins nothing, with whatever device torch was built for."""
+    made = torch.arange(5, device="hpu").to("cpu", non_blocking=True)
+    assert (list(range(5)), False) == (made.tolist(), made.is_pinned())
+
+
 def test_a_module_moves_to_the_host_and_back() -> None:
     module = torch.nn.Linear(30, 20).to("hpu")
     weight, size = module.weight.detach().cpu(), (30 * 20 + 20) * 4

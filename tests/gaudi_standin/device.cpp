@@ -10,6 +10,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/detail/HPUHooksInterface.h>
+#include <ATen/ops/_to_copy_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
@@ -443,6 +444,15 @@ at::Tensor& set_nothing(at::Tensor& self) {
       0, {0}, {});
 }
 
+// Never "without waiting": for that torch pins the host's tensor by the device that torch was built
+// for, which may be CUDA.
+at::Tensor to_copy(
+    const at::Tensor& self, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+    std::optional<Device> device, std::optional<bool> pin, bool,
+    std::optional<at::MemoryFormat> format) {
+  return at::native::_to_copy(self, dtype, layout, device, pin, /*non_blocking=*/false, format);
+}
+
 bool is_pinned(const at::Tensor&, std::optional<Device>) { return false; }
 void record_stream(at::Tensor&, at::Stream) {}
 
@@ -455,6 +465,7 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("copy_", &copy);
   m.impl("_copy_from", &copy_from);
+  m.impl("_to_copy", &to_copy);
   m.impl("resize_", &resize);
   m.impl("set_.source_Storage", &set_storage);
   m.impl("set_.source_Storage_storage_offset", &set_all);
