@@ -134,6 +134,12 @@ def test_row_minus_one_is_written_as_the_last() -> None:
     assert [0.0, 2.0, 0.0, 2.0] == cache.sum(1).tolist()
 
 
+def test_a_number_outside_of_the_classes_is_of_none() -> None:
+    """The plugin marks blocks of no sequence so; its own code for the CPU avoids it."""
+    found = torch.nn.functional.one_hot(torch.tensor([1, -1, 2], device="hpu"), num_classes=2)
+    assert [[0, 1], [0, 0], [0, 0]] == found.tolist()
+
+
 def test_a_group_of_hccl_reduces_what_is_on_the_device() -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("hccl", store=store, rank=0, world_size=1)
