@@ -17,6 +17,7 @@ import torch
 
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.hashing import with_own_globals
+from vllm_hotswap.compat.loading import prepare_load
 from vllm_hotswap.compat.state import STATE, Owner, State, is_known, of_owner
 from vllm_hotswap.host.randomness import Randomness, drawing_nothing
 from vllm_hotswap.host.state import (
@@ -461,6 +462,39 @@ def test_other_platforms_are_left_alone(
     monkeypatch.setattr(HpuPlatform, "device_type", "cpu")
     gaudi.prepare(HpuPlatform())
     assert {"model_type": "left over"} == plugin.RUNTIME_CONFIG
+
+
+def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
+    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whether it is quantised. Calibrations are not ended by chance."""
+    ops = types.ModuleType("vllm_gaudi.extension.ops")
+    vars(ops).update(USING_INC=False)
+    runner = types.ModuleType("vllm_gaudi.v1.worker.hpu_model_runner")
+    for module in (types.ModuleType("vllm_gaudi.v1"), types.ModuleType("vllm_gaudi.v1.worker")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(sys.modules["vllm_gaudi.v1.worker"]).update(hpu_model_runner=runner)
+    for module in (ops, runner):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    gaudi.prepare(HpuPlatform())
+    assert {"shutdown_inc_called": True}.items() <= vars(runner).items()
+    process = ProcessState(list(cells("vllm_gaudi.extension.ops:USING_INC")), [])
+
+    def model(quant_config: str | None) -> EngineState:
+        with monkeypatch.context() as patch:
+            patch.delenv("QUANT_CONFIG", raising=False)
+            if quant_config is not None:
+                patch.setenv("QUANT_CONFIG", quant_config)
+            state = process.begin(DENSE)
+            process.put_in_place(state)
+            prepare_load()
+            return state
+
+    plain, quantised = model(None), model("quant.json")
+    assert vars(ops)["USING_INC"]
+    process.put_in_place(plain)
+    assert not vars(ops)["USING_INC"]
+    process.end(quantised)
 
 
 def test_each_place_is_listed_once_with_a_reason() -> None:

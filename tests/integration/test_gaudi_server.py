@@ -60,7 +60,6 @@ models:
     max_model_len: 512
     max_num_seqs: 2
     num_gpu_blocks_override: {BLOCKS}
-    kv_cache_memory_bytes: 3M
     enforce_eager: true
     enable_auto_tool_choice: true
     tool_call_parser: hermes

@@ -2,10 +2,12 @@
 
 The plugin's platform sets environment variables when a configuration is made. That is in the API
 process here, after the host was started. Its own configuration is made at the first question and
-kept: the type of the first model would count for all that are loaded later.
+kept: the type of the first model would count for all that are loaded later. What it decides at its
+import by `QUANT_CONFIG` would be decided by the first model, too.
 
-Relies on: `HpuPlatform.set_compile_env_defaults`, `extension.runtime.clear_config`. What the plugin
-keeps for each model besides is in `compat.state`.
+Relies on: `HpuPlatform.set_compile_env_defaults`, `extension.runtime.clear_config`,
+`extension.ops.USING_INC`, `v1.worker.hpu_model_runner.shutdown_inc_called`. What the plugin keeps
+for each model besides is in `compat.state`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ DEVICE_TYPE = "hpu"
 PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
 QUICKSTART_VARIABLE = "VLLM_HPU_MULTI_MODEL_CONFIG"
 QUANT_VARIABLE = "QUANT_CONFIG"
+BY_QUANTISATION = "USING_INC"
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
 
@@ -34,7 +38,26 @@ def prepare(platform: Any) -> None:
     if hasattr(type(platform), "set_compile_env_defaults"):  # of the object vLLM says None
         platform.set_compile_env_defaults()
     os.environ[NO_EXPERT_STREAM] = "1"  # as the platform does, whatever was there
+    _import_worker()
     _forget_configuration()
+
+
+def prepare_load() -> None:
+    """Decide by the variables of the model that is loaded next; nothing elsewhere."""
+    if (ops := sys.modules.get("vllm_gaudi.extension.ops")) is not None:
+        vars(ops)[BY_QUANTISATION] = QUANT_VARIABLE in os.environ
+
+
+def _import_worker() -> None:
+    """Now, so that no load waits for it, and no model decides for the others.
+
+    When its first runner goes, the plugin ends a calibration, whichever model is active then, and
+    never another one. So that there is nothing by chance, it never does.
+    """
+    with suppress(ImportError):  # another version, or something is missing: the load says what
+        from vllm_gaudi.v1.worker import hpu_model_runner
+
+        hpu_model_runner.shutdown_inc_called = True
 
 
 def _forget_configuration() -> None:

@@ -242,6 +242,11 @@ STATE: tuple[State, ...] = (
         "what of the model decides the plugin's configuration",
     ),
     *_engine(
+        "vllm_gaudi.extension.ops",
+        "USING_INC",
+        "whether attention may take a mask and a causal flag together; `QUANT_CONFIG` decides it",
+    ),
+    *_engine(
         "vllm_gaudi.extension.bucketing.common",
         "HPUBucketingManager._active_instance",
         "the model's buckets",
