@@ -33,6 +33,7 @@ LAYERS = [
     },
     {
         "code_settings",
+        "compat.gaudi",
         "helpers",
         "json_scan",
         "media",
@@ -80,7 +81,6 @@ LAYERS = [
         "port_file",
         "planner",
         "environment",
-        "compat.gaudi",
         "compat.hashing",
         "compat.state",
         "compat.uncompiled",

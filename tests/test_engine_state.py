@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.config as dynamo
 
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.hashing import with_own_globals
@@ -403,9 +404,12 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     vars(runtime).update(clear_config=lambda: vars(runtime).update(RUNTIME_CONFIG=None))
     for module in (package, extension, runtime):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    for limit in LIMITS:
+        monkeypatch.setattr(dynamo, limit, 8)
     return runtime
 
 
+LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 RUNTIME_CONFIG = "vllm_gaudi.extension.runtime:RUNTIME_CONFIG"
 
 
@@ -456,12 +460,19 @@ class HpuPlatform:
     def set_compile_env_defaults(self) -> None: ...
 
 
+def test_code_of_all_models_of_a_kind_is_kept(plugin: types.ModuleType) -> None:
+    """They share functions; the plugin asks for what one of them needs, if there is less."""
+    gaudi.prepare(HpuPlatform())
+    assert [gaudi.CODE_LIMIT] * 2 == [getattr(dynamo, limit) for limit in LIMITS]
+
+
 def test_other_platforms_are_left_alone(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HpuPlatform, "device_type", "cpu")
     gaudi.prepare(HpuPlatform())
     assert {"model_type": "left over"} == plugin.RUNTIME_CONFIG
+    assert [8, 8] == [getattr(dynamo, limit) for limit in LIMITS]
 
 
 def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from vllm_hotswap.cli import _unforeseen
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.launch import _reason
@@ -54,6 +55,7 @@ def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
     monkeypatch.setenv(*next(iter(WANTED.items())))
     assert _reason(NO_DEVICE).startswith(str(NO_DEVICE))
     assert _reason(NO_DEVICE).endswith(said)
+    assert _unforeseen(NO_DEVICE).endswith(said)
 
 
 def test_a_plugin_for_another_vllm_is_told(installed: Installed) -> None:
@@ -73,6 +75,11 @@ def test_a_plugin_without_intels_software_is_told(
     assert said is not None
     assert said.startswith("for a Gaudi: Intel's software cannot be imported (habana_frameworks")
     assert said.endswith(f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}")
+    missing = ModuleNotFoundError("No module named 'x'", name="habana_frameworks.torch")
+    assert _unforeseen(missing).endswith(said)
+    assert _unforeseen(ModuleNotFoundError("No module named 'x'", name="x")) == (
+        "No module named 'x'; the installation is not complete"
+    )
     assert "\n" not in said
 
 

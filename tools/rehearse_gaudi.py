@@ -2,7 +2,8 @@
 
 DIR is a copy of the vLLM Gaudi plugin at v0.26.0, which is not part of this repository. It is
 copied, installed into an environment of its own on top of one with vLLM 0.26.0, and run over the
-stand-in for Intel's runtime (tests/gaudi_standin).
+stand-in for Intel's runtime (tests/gaudi_standin). What the tests find is written to a file of JSON
+lines: counts and bytes, never times, of which the stand-in knows nothing.
 
 Each part has a limit of time, and all of them are run, whatever becomes of the first ones.
 """
@@ -49,7 +50,9 @@ class Part:
 
 PARTS = (
     Part("the device", "tests/test_gaudi_device.py", 300),
-    Part("a server, every residency", "tests/integration/test_gaudi_server.py", 1800),
+    Part("servers, every residency", "tests/integration/test_gaudi_server.py", 1800),
+    Part("starts that cannot work", "tests/integration/test_gaudi_refusals.py", 600),
+    Part("quantised and other models", "tests/integration/test_gaudi_quantisation.py", 600),
 )
 
 
@@ -114,12 +117,13 @@ def build(python: Path, folder: Path) -> None:
             raise RehearsalError("the stand-in could not be built, for the reason above")
 
 
-def surroundings(folder: Path) -> dict[str, str]:
+def surroundings(folder: Path, results: Path) -> dict[str, str]:
     """The environment variables of the tests."""
     return {
         **os.environ,
         **SETTINGS,
         **found_instead(folder / "standin", {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
+        "REHEARSAL_RESULTS": str(results),
         "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(folder / "cache")),
     }
 
@@ -164,10 +168,13 @@ def main(argv: list[str] | None = None) -> int:
     except (SetupError, RehearsalError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
-    environment = surroundings(folder)
+    results = folder / "rehearsal.jsonl"
+    results.unlink(missing_ok=True)
+    environment = surroundings(folder, results)
+    parts = [part for part in PARTS if not args.tests or part.tests in args.tests]
     failed = []
-    for part in (part for part in PARTS if not args.tests or part.tests in args.tests):
-        print(f"rehearsal: {part.name} ...", flush=True)
+    for number, part in enumerate(parts, 1):
+        print(f"rehearsal: {number} of {len(parts)}: {part.name} ...", flush=True)
         start = time.monotonic()
         if not rehearse(python, part, environment):
             failed.append(part.name)
@@ -175,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print(f"rehearsal: failed: {'; '.join(failed)}", file=sys.stderr)
         return 1
-    print("rehearsal: all went well")
+    print(f"rehearsal: all went well; {results} has what was counted")
     return 0
 
 

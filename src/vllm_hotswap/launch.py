@@ -25,7 +25,7 @@ from vllm_hotswap.compat.configuration import engine_config, nearest_architectur
 from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
-from vllm_hotswap.devices import DeviceMemory, device_of, why_no_device
+from vllm_hotswap.devices import DeviceMemory, device_of, with_why_no_device
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.hub import hub_weights_bytes, require_known
@@ -35,9 +35,6 @@ from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.variables import Variables, Wishes
 
 T = TypeVar("T")
-
-NO_DEVICE = "Failed to infer device type"
-"""What vLLM says where it finds no device that it is built for (0.26 to 0.33)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +237,7 @@ def _reason(error: Exception) -> str:
         message = "; ".join(" ".join(text.split()) for text in said)
     else:
         message = one_line(error)
-    if NO_DEVICE in message:
-        # It may be another kind that is missing: vLLM's own words stay.
-        whys = (why_no_device(os.environ), gaudi.why_no_device(os.environ))
-        message = "; ".join([message, *(why for why in whys if why is not None)])
-    return nearest_architectures(message)
+    return nearest_architectures(with_why_no_device(message))
 
 
 def _converted_bytes(model: ModelConfig, vllm_config: Any) -> int:

@@ -63,6 +63,7 @@ struct Books {
   std::mutex lock;
   Counts& counts;
   bool dirty = std::getenv("FAKEHPU_DIRTY") != nullptr;
+  bool absent = std::getenv("FAKEHPU_ABSENT") != nullptr;
 
   Books() : counts(*counts_of_this_process()) {
     const char* mib = std::getenv("FAKEHPU_MIB");
@@ -70,6 +71,7 @@ struct Books {
   }
 
   void take(uint64_t bytes) {
+    TORCH_CHECK(!absent, "synStatus=26 [Generic failure] Device acquire failed.");  // as Intel says
     std::lock_guard<std::mutex> hold(lock);
     if (counts.held + bytes > counts.limit) {
       TORCH_CHECK_WITH(

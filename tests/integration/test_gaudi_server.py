@@ -8,9 +8,11 @@ logarithmic probabilities: the tiny models say much the same to everything.
 from __future__ import annotations
 
 import importlib.util
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,20 @@ pytestmark = [
 ]
 
 PAIR = ("llama", "qwen")
+WRONG = (
+    "Traceback",
+    "Exception ignored",
+    "event=tensors_left",
+    "event=memory_kept",
+    "hit config.recompile_limit",
+)
+"""What no log of a server has."""
+
 SWITCHES = 20
 """Of each kind, half of them to each model."""
+
+LOADS = {"eager": SWITCHES, "compiled": 6}
+"""Cold switches. With a warm-up each takes some seconds."""
 
 BLOCKS = 24
 """KV blocks of each model: 512 tokens for 4 sequences, the null block, and some to spare."""
@@ -54,13 +68,13 @@ models:
     max_num_seqs: 2
     num_gpu_blocks_override: {BLOCKS}
     kv_cache_memory_bytes: 3M
-    enforce_eager: true
+    enforce_eager: IS_EAGER
   qwen:
     model: {MODELS / "qwen"}
     max_model_len: 512
     max_num_seqs: 2
     num_gpu_blocks_override: {BLOCKS}
-    enforce_eager: true
+    enforce_eager: IS_EAGER
     enable_auto_tool_choice: true
     tool_call_parser: hermes
 """
@@ -76,12 +90,21 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("board")
 
 
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Compiled: by torch.compile, region by region, with a warm-up of all buckets at each load."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[ServerProcess]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, board: Path, kind: str
+) -> Iterator[ServerProcess]:
     """Started as the quickstart says."""
     folder = tmp_path_factory.mktemp("gaudi")
     config = folder / "multi_models.yaml"
-    config.write_text(CONFIG, encoding="utf-8")
+    is_eager = str(kind == "eager").lower()
+    config.write_text(CONFIG.replace("IS_EAGER", is_eager), encoding="utf-8")
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
@@ -96,7 +119,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[Se
     yield running
     assert running.stop() == 0, running.log_tail()
     log = running.log.read_text(errors="replace")
-    for wrong in ("Traceback", "event=tensors_left", "event=memory_kept"):
+    for wrong in WRONG:
         assert wrong not in log
 
 
@@ -211,7 +234,7 @@ def rss_mib(server: ServerProcess) -> int:
     return sum(process.memory_info().rss for process in server.all_processes()) >> 20
 
 
-def test_both_models_are_listed_and_loaded(server: ServerProcess, board: Path) -> None:
+def test_both_models_are_listed_and_loaded(server: ServerProcess, board: Path, kind: str) -> None:
     """On the device, in one process."""
     listed = [card["id"] for card in server.client.get("/v1/models").json()["data"]]
     statuses = [status(server, model) for model in PAIR]
@@ -222,7 +245,15 @@ def test_both_models_are_listed_and_loaded(server: ServerProcess, board: Path) -
     assert 1 == len(counts)
     assert held_bytes(board) > 2 * KV_BYTES
     record(
+        "facts",
+        **{name: metadata.version(name) for name in ("vllm", "vllm-gaudi", "torch")},
+        python=platform.python_version(),
+        device="stand-in",
+        models="the tiny ones that ship with the package",
+    )
+    record(
         "start",
+        kind=kind,
         models={
             model: {name: each[name] for name in ("residency", "kv_bytes", "held")}
             for model, each in zip(PAIR, statuses, strict=True)
@@ -237,16 +268,16 @@ def test_the_quickstarts_question_is_answered(server: ServerProcess) -> None:
     assert answer["content"].startswith("I am qwen")
 
 
-def test_the_plugins_configuration_is_each_models_own(server: ServerProcess) -> None:
+def test_the_plugins_configuration_is_each_models_own(server: ServerProcess, kind: str) -> None:
     """It prints it at a load: with the type of the first model, the second is run as the first."""
     kinds = re.findall(r"model_type: (\w+)", server.log.read_text(errors="replace"))
     assert ["llama", "qwen3"] == sorted(set(kinds))
-    record("configuration at each load", model_types=kinds)
+    record("configuration at each load", kind=kind, model_types=kinds)
 
 
 @pytest.mark.parametrize("model", PAIR)
 def test_answers_are_those_of_the_checkpoint(
-    expected: dict[str, Answer], server: ServerProcess, model: str
+    expected: dict[str, Answer], model: str, kind: str
 ) -> None:
     """As another program computes them: the plugin's kernels, blocks and buckets are right."""
     by_transformers = by_another_program(model)
@@ -256,7 +287,8 @@ def test_answers_are_those_of_the_checkpoint(
         for theirs, ours in zip(by_transformers.logprobs, expected[model].logprobs, strict=True)
     )
     assert furthest < 0.5
-    record("against transformers, on the CPU", model=model, furthest_logprob=round(furthest, 4))
+    found = {"kind": kind, "model": model, "furthest_logprob": round(furthest, 4)}
+    record("against transformers, on the CPU", **found)
 
 
 def by_another_program(model: str) -> Answer:
@@ -291,18 +323,18 @@ def test_answers_depend_on_all_blocks_of_kv_memory(
 
 
 def test_parked_switches_move_nothing(
-    server: ServerProcess, board: Path, expected: dict[str, Answer]
+    server: ServerProcess, board: Path, expected: dict[str, Answer], kind: str
 ) -> None:
     growth, before = Growth(server, board), held_bytes(board)
     for model in PAIR * (SWITCHES // 2):
         switch(server, model)
         check_same(expected[model], ask(server, model))
         assert before == held_bytes(board)
-    record("parked switches", switches=SWITCHES, **growth.check())
+    record("parked switches", kind=kind, switches=SWITCHES, **growth.check())
 
 
 def test_a_sleeping_model_gives_its_memory_back(
-    server: ServerProcess, board: Path, expected: dict[str, Answer]
+    server: ServerProcess, board: Path, expected: dict[str, Answer], kind: str
 ) -> None:
     """Its weights and its KV memory, by the plugin's own worker; and has both again."""
     growth, both = Growth(server, board), held_bytes(board)
@@ -323,7 +355,7 @@ def test_a_sleeping_model_gives_its_memory_back(
         switch(server, model)
         check_same(expected[model], ask(server, model))
         assert both == held_bytes(board)
-    record("asleep switches", switches=SWITCHES, each_time=seen, **growth.check())
+    record("asleep switches", kind=kind, switches=SWITCHES, each_time=seen, **growth.check())
 
 
 def test_level_2_is_refused(server: ServerProcess) -> None:
@@ -334,13 +366,13 @@ def test_level_2_is_refused(server: ServerProcess) -> None:
 
 
 def test_cold_switches_leave_nothing(
-    server: ServerProcess, board: Path, expected: dict[str, Answer]
+    server: ServerProcess, board: Path, expected: dict[str, Answer], kind: str
 ) -> None:
     """Of a model that is unloaded, awake or asleep: to the byte, over and over."""
     growth, both = Growth(server, board), held_bytes(board)
     without: dict[str, int] = {}
     memory = []
-    for round_, model in enumerate(PAIR * (SWITCHES // 2)):
+    for round_, model in enumerate(PAIR * (LOADS[kind] // 2)):
         switch(server, other(model))
         if round_ % 3 == 0:
             post(server, f"/admin/models/{model}/sleep", level=1)
@@ -355,7 +387,8 @@ def test_cold_switches_leave_nothing(
     given_back = {model: both - held for model, held in without.items()}
     record(
         "cold switches",
-        switches=SWITCHES,
+        kind=kind,
+        switches=LOADS[kind],
         given_back=given_back,
         processes_mib=memory,
         **growth.check(),

@@ -28,6 +28,10 @@ PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
 QUICKSTART_VARIABLE = "VLLM_HPU_MULTI_MODEL_CONFIG"
 QUANT_VARIABLE = "QUANT_CONFIG"
 BY_QUANTISATION = "USING_INC"
+CODE_LIMIT = 1 << 16
+"""Pieces of compiled code that torch keeps of one function, which models of a kind share. The
+plugin raises the limit to what one model needs. Beyond it torch compiles nothing more."""
+
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
 
@@ -38,6 +42,8 @@ def prepare(platform: Any) -> None:
     if hasattr(type(platform), "set_compile_env_defaults"):  # of the object vLLM says None
         platform.set_compile_env_defaults()
     os.environ[NO_EXPERT_STREAM] = "1"  # as the platform does, whatever was there
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = CODE_LIMIT
     _import_worker()
     _forget_configuration()
 
@@ -111,6 +117,12 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
     if not runtime.hpu.is_available():
         return "for a Gaudi: Intel's software sees no device; look what hl-smi says"
     return None
+
+
+def why_not_imported(error: ImportError) -> str | None:
+    """What is wrong where it is Intel's software that is missing; None for anything else."""
+    is_ours = (error.name or "").partition(".")[0] == RUNTIME.partition(".")[0]
+    return why_no_device(os.environ) if is_ours else None
 
 
 def _version(package: str) -> str | None:

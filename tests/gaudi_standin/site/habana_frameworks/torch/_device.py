@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-LIBRARY = "FAKEHPU_LIBRARY"
+LIBRARY, ABSENT = "FAKEHPU_LIBRARY", "FAKEHPU_ABSENT"
 
 
 class Books(NamedTuple):
@@ -23,6 +23,11 @@ class Books(NamedTuple):
     allocations: int
     to_host: int
     to_device: int
+
+
+def is_absent() -> bool:
+    """Whether Intel's software is to find no device."""
+    return ABSENT in os.environ
 
 
 @functools.cache

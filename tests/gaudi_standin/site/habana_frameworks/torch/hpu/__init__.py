@@ -72,7 +72,7 @@ def stream(of: Stream | None) -> Iterator[None]:
 
 
 def is_available() -> bool:
-    return True
+    return device_count() > 0
 
 
 def is_initialized() -> bool:
@@ -86,7 +86,7 @@ def _lazy_init() -> None: ...
 
 
 def device_count() -> int:
-    return 1
+    return 0 if _device.is_absent() else 1
 
 
 def current_device() -> int:
@@ -112,7 +112,9 @@ def get_device_properties(device: Any = None) -> Properties:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """Bytes free, and bytes in all."""
+    """Bytes free, and bytes in all. Raises `RuntimeError` where no device is found."""
+    if _device.is_absent():
+        raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.")
     books = _device.books()
     return books.limit - books.held, books.limit
 
