@@ -84,7 +84,7 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 found = metadata.MetadataPathFinder.find_distributions
 def without(context=metadata.DistributionFinder.Context()):
-    return (d for d in found(context) if d.metadata["Name"] != "vllm-gaudi")
+    return (d for d in found(context) if d.metadata["Name"].replace("_", "-") != "vllm-gaudi")
 metadata.MetadataPathFinder.find_distributions = staticmethod(without)
 """
 """As `sitecustomize`: the environment as it is without the plugin."""
