@@ -34,6 +34,7 @@ LAYERS = [
     },
     {
         "code_settings",
+        "compat.gaudi",
         "helpers",
         "json_scan",
         "media",
