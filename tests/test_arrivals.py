@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -47,7 +49,7 @@ async def test_no_more_is_accepted_than_can_be_looked_at(
     at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits in the system's queue costs no file of ours."""
-    monkeypatch.setattr(arrivals, "MOST_WAITING", 3)
+    at.shared.door.most_waiting = 3
     (acceptor,) = at.acceptors
     clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 10)]
     await until(lambda: len(at.shared.door.steps) == 3)
@@ -138,3 +140,49 @@ async def test_who_has_waited_for_its_debt_takes_its_turn(
         at.shared.door.steps._go_on(asyncio.get_running_loop())
         assert 401 == (await client.answer()).status
         await client.close()
+
+
+async def test_nothing_is_built_for_who_has_closed(
+    at: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left to read the answer."""
+    built: list[Connection] = []
+    make = Connection.__init__
+    monkeypatch.setattr(
+        Connection, "__init__", lambda self, *given: (built.append(self), make(self, *given))[1]
+    )
+    at.shared.door.steps._left = 0  # the turn is over
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "_go_on", lambda *_: None)
+        with socket.create_connection(("127.0.0.1", at.port)) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: len(at.shared.door.steps) == 1)
+        (acceptor,) = at.acceptors
+        (arrival,) = acceptor.arrivals
+        await until(lambda: arrivals._said(arrival._sock) is False)
+    at.shared.door.steps._go_on(asyncio.get_running_loop())
+    await until(lambda: not acceptor.arrivals)
+
+    assert not built
+
+
+async def test_what_ends_while_it_is_built_is_told_nothing_wrong(
+    at: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server ends, and has places: there are not too many connections."""
+    make = Connection.__init__
+
+    def ended(self: Connection, *given: Any) -> None:
+        make(self, *given)
+        given[-1].close()
+
+    monkeypatch.setattr(Connection, "__init__", ended)
+    client = await Raw.connect(at.port)
+    await client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    with contextlib.suppress(ConnectionResetError):
+        assert b"" == await client.rest()
+    await until(lambda: not at.state.connections)
+
+    assert "too_many_connections" not in caplog.text
+    assert 0 == at.shared.places._all.count
+    await client.close()

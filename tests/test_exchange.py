@@ -74,9 +74,7 @@ async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> N
     assert ["refused"] == said.door.told
 
 
-@pytest.mark.parametrize(
-    ("status", "noted"), [(200, ["let in"]), (302, ["let in"]), (499, []), (500, [])]
-)
+@pytest.mark.parametrize(("status", "noted"), [(200, ["let in"]), (302, []), (499, []), (500, [])])
 async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> None:
     """Of them, the client is no cause, or has gone: none counts as a refusal."""
     said = Said()

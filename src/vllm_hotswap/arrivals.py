@@ -46,14 +46,18 @@ ACCEPTED_PER_TURN = 64
 PER_TURN = 8
 """Steps in one turn: a connection gets a place, or is built. It costs ten times accepting one."""
 
-MOST_WAITING = 1024
-"""Steps that wait. Beyond them none is accepted: further ones stay in the system's queue."""
+MOST_WAITING = 8192
+"""Connections that are accepted and not built yet. Further ones stay in the system's queue, in
+which all stand in one line."""
 
 PEEK_BYTES = 8 << 10
 """Of what a connection says first, that are looked at. A longer head is not."""
 
 REST_S = 0.1
 """How long no connection is accepted when the system has nothing left for one."""
+
+CLOSE_WAIT = 8
+"""The state of a TCP connection that its client has closed. Source: Linux, `tcp_states.h`."""
 
 NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 
@@ -77,6 +81,7 @@ class Door:
     outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt
     """Of a request, by the `type`, `method`, `path`, `root_path` and `headers` of its scope."""
     steps: Steps = field(default_factory=lambda: Steps(PER_TURN))
+    most_waiting: int = MOST_WAITING
 
 
 class Arrival:
@@ -103,6 +108,8 @@ class Arrival:
         self._building: asyncio.Task[Any] | None = None
         self._is_heard = False
         self._came_s = self.loop.time()
+        self.has_ended = False
+        """Whether nothing is to come of it."""
         self.place: Place | None = None
 
     def __repr__(self) -> str:
@@ -230,6 +237,7 @@ class Arrival:
                 log_of_clients.error("event=connection_failed", exc_info=error)
 
     def _end(self) -> None:
+        self.has_ended = True
         self._door.silent.end(self)
         if self._take_back is not None:
             self._take_back()
@@ -310,7 +318,7 @@ class Acceptor:
 
     def _readable(self) -> None:
         for _ in range(ACCEPTED_PER_TURN):
-            if len(self.door.steps) >= MOST_WAITING:
+            if len(self.door.steps) >= self.door.most_waiting:
                 return
             try:
                 sock, client = self._sock.accept()
@@ -344,18 +352,26 @@ class Acceptor:
 
 
 def _said(sock: socket.socket) -> bool | None:
-    """Whether there is something to read; None: not yet; False: there never will be.
+    """Whether there is something to read; None: not yet; False: nobody waits for an answer.
 
-    What a client had sent can still be read when it has reset the connection, in vain.
+    What a client had sent can still be read when it has reset the connection, or closed it. Who
+    closes one side of it alone gets no answer either: uvicorn closes the other one then.
     """
     try:
         if not sock.recv(1, socket.MSG_PEEK):
             return False
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return False
+        return sock.family == socket.AF_UNIX or _tcp_state(sock) != CLOSE_WAIT
     except (BlockingIOError, InterruptedError):
         return None
     except OSError:
         return False
+
+
+def _tcp_state(sock: socket.socket) -> int:
+    """The first byte of Linux' `struct tcp_info`."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def _peeked(sock: socket.socket) -> bytes:

@@ -245,9 +245,9 @@ class Answer:
         if start["type"] == "websocket.accept":
             let_in(self._scope)
         elif start["type"] == "http.response.start" and not self._has_left:
-            if start["status"] < 400:
+            if start["status"] < 300:
                 let_in(self._scope)
-            elif start["status"] < CLIENT_LEFT:
+            elif 400 <= start["status"] < CLIENT_LEFT:
                 note_refusal(self._scope)
 
     @property

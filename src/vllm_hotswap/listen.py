@@ -226,6 +226,7 @@ class Listener:
         self._quiet.begin()  # only now are vLLM's handlers there, and stay
         shared = Connections(places, limits, may_use_kept)
         shared.door.outlook = outlook
+        shared.door.most_waiting = most_waiting()
         return bounded(config, shared)
 
 
@@ -362,7 +363,12 @@ def most_connections() -> int:
     no place yet.
     """
     files = raised_file_limit()
-    return max(files - KEPT_FILES - MOST_WAITING, files // 2)
+    return max(files - KEPT_FILES - most_waiting(), files // 2)
+
+
+def most_waiting() -> int:
+    """How many connections without a place there may be."""
+    return min(MOST_WAITING, raised_file_limit() // 8)
 
 
 def _check_tls(args: argparse.Namespace) -> None:
