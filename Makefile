@@ -24,7 +24,7 @@ STAMP := $(VENV)/.setup-done
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-cuda lint types format bench bench-residency \
+.PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-cuda rehearse-gaudi lint types format bench bench-residency \
 	bench-scheduling bench-auto bench-floods soak check-gpu reference hashes audit audit-record clean
 
 help: ## List the commands
@@ -75,6 +75,11 @@ check-vllm: setup ## Read another vLLM for every name that is used: make check-v
 # It has an environment of its own; ENVIRONMENT names one that is there, TESTS some of its files.
 rehearse-cuda: ## Rehearse a GPU without one: vLLM's CUDA build over a stand-in for the driver
 	@"$(PYTHON)" -m tools.rehearse_cuda --folder "$(REHEARSAL)" \
+		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
+
+# ENVIRONMENT names one with vLLM 0.26.0; what it needs besides is put into one of its own on top of it.
+rehearse-gaudi: ## Rehearse a Gaudi without one: PLUGIN=DIR has the vLLM Gaudi plugin, v0.26.0
+	@"$(PYTHON)" -m tools.rehearse_gaudi --plugin "$(PLUGIN)" \
 		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
 
 check: lint types ## Lint, types and the quick tests

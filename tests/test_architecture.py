@@ -29,10 +29,12 @@ LAYERS = [
         "start_folder",
         "signals",
         "terminal",
+        "steps",
         "turns",
     },
     {
         "code_settings",
+        "compat.gaudi",
         "helpers",
         "json_scan",
         "media",

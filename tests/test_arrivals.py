@@ -1,120 +1,188 @@
-"""New connections: clients go round, a few steps in each turn of the event loop."""
+"""New connections on a real socket: who is looked at, and who is built, in which order."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from tests.listening import Raw, listening_with
+from tests.conftest import MakeServer
+from tests.listening import Listening, Raw, listening_with
 from tests.support import Server
-from tests.test_refusals import until
+from tests.test_refusals import AT_ONCE, FEW, WRONG, until
 from vllm_hotswap import arrivals
-from vllm_hotswap.arrivals import PER_TURN, Steps
-
-MANY = 5 * PER_TURN
-
-
-async def all_taken(steps: Steps) -> None:
-    """Turn the loop until none waits."""
-    while len(steps):  # noqa: ASYNC110  # it has no event
-        await asyncio.sleep(0)
+from vllm_hotswap.access import Access
+from vllm_hotswap.arrivals import PER_TURN, Arrival
+from vllm_hotswap.connections import Connection
+from vllm_hotswap.steps import Steps
 
 
-async def test_clients_go_round() -> None:
-    """Who comes behind many of another one has the next turn but one step."""
-    loop, steps, taken = asyncio.get_running_loop(), Steps(), list[str]()
-
-    def step(name: str) -> Callable[[], None]:
-        return lambda: taken.append(name)
-
-    for _ in range(MANY):
-        steps.take(loop, "A", step("A"))
-    steps.take(loop, "B", step("B"))
-    steps.take(loop, "B", step("B"))
-    steps.take(loop, "C", step("C"))
-    assert MANY - PER_TURN + 3 == len(steps)
-    await all_taken(steps)
-
-    assert ["A"] * PER_TURN == taken[:PER_TURN]
-    assert ["A", "B", "C", "A", "B", "A"] == taken[PER_TURN:][:6]
-    assert Counter(A=MANY, B=2, C=1) == Counter(taken)
+@pytest.fixture
+async def at(server: Server) -> AsyncIterator[Listening]:
+    async with listening_with(server) as listening:
+        yield listening
 
 
-async def test_few_steps_are_taken_in_a_turn() -> None:
-    """Those that are taken at once count, and those that are taken from within another one."""
-    loop, steps, turn, taken = asyncio.get_running_loop(), Steps(), 0, Counter[int]()
+class Standstill:
+    """No turn of the door ends, until `go_on`."""
 
-    def again(left: int) -> None:
-        taken[turn] += 1
-        if left:
-            steps.take(loop, "A", lambda: again(left - 1))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(Steps, "_go_on", lambda *_: None)
 
-    for _ in range(MANY):
-        steps.take(loop, "A", lambda: again(2))
-    while len(steps):
-        turn += 1
-        await asyncio.sleep(0)
-
-    assert 3 * MANY == taken.total()
-    assert {PER_TURN} == set(taken.values())
+    def go_on(self, at: Listening) -> None:
+        self._monkeypatch.undo()
+        at.shared.door.steps._go_on(asyncio.get_running_loop())
 
 
-async def test_a_step_that_fails_costs_no_other() -> None:
-    """The loop is told of it."""
-    loop, steps, taken = asyncio.get_running_loop(), Steps(), list[int]()
-    told: list[object] = []
-    loop.set_exception_handler(lambda _, context: told.append(context))
-
-    def fail() -> None:
-        raise RuntimeError("of a socket that is closed")
-
-    for _ in range(PER_TURN):
-        steps.take(loop, "A", lambda: None)
-    steps.take(loop, "A", fail)
-    for number in range(MANY):
-        steps.take(loop, "A", lambda number=number: taken.append(number))  # type: ignore[misc]
-    await all_taken(steps)
-
-    assert list(range(MANY)) == taken
-    assert 1 == len(told)
+@pytest.fixture
+def standstill(at: Listening, monkeypatch: pytest.MonkeyPatch) -> Standstill:
+    return Standstill(monkeypatch)
 
 
 async def test_no_more_is_accepted_than_can_be_looked_at(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits in the system's queue costs no file of ours."""
-    monkeypatch.setattr(arrivals, "MOST_WAITING", 3)
-    monkeypatch.setattr(Steps, "_go_on", lambda *_: None)  # no further turn
-    async with listening_with(server) as at:
-        (acceptor,) = at.acceptors
-        clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 10)]
-        await until(lambda: len(at.shared.door.steps) == 3)
-        assert PER_TURN + 3 == len(acceptor.arrivals)
-        monkeypatch.undo()
-        at.shared.door.steps._go_on(asyncio.get_running_loop())
-        for client in clients:
-            assert 200 == (await client.get()).status
-            await client.close()
+    at.shared.door.most_waiting = 3
+    (acceptor,) = at.acceptors
+    clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 10)]
+    await until(lambda: len(at.shared.door.steps) == 3)
+    assert PER_TURN + 3 == len(acceptor.arrivals)
+    standstill.go_on(at)
+    for client in clients:
+        assert 200 == (await client.get()).status
+        await client.close()
 
 
-async def test_who_has_gone_before_its_turn_has_none(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_has_gone_before_its_turn_has_none(at: Listening, standstill: Standstill) -> None:
     """And a server that ends leaves none behind."""
-    monkeypatch.setattr(Steps, "_go_on", lambda *_: None)
-    async with listening_with(server) as at:
-        (acceptor,) = at.acceptors
-        clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 3)]
-        await until(lambda: len(at.shared.door.steps) == 3)
-        acceptor.close()
-        assert not acceptor.arrivals
+    (acceptor,) = at.acceptors
+    clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 3)]
+    await until(lambda: len(at.shared.door.steps) == 3)
+    acceptor.close()
+    assert not acceptor.arrivals
+    standstill.go_on(at)
+    await until(lambda: not len(at.shared.door.steps))
+    assert 0 == at.shared.places._all.count
+    for client in clients:
+        assert b"" == await client.rest()
+        await client.close()
+
+
+async def test_addresses_take_turns(
+    at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes from another one is not behind all that have come before."""
+    looked_at: list[str | None] = []
+    begin = Arrival._begin
+
+    def noted(self: Arrival) -> None:
+        looked_at.append(self.address)
+        begin(self)
+
+    monkeypatch.setattr(Arrival, "_begin", noted)
+    many = [await Raw.connect(at.port) for _ in range(5 * PER_TURN)]
+    one = await Raw.connect(at.port, source="127.0.0.2")
+    await until(lambda: len(at.shared.door.steps) == 4 * PER_TURN + 1)
+    at.shared.door.steps._turn(asyncio.get_running_loop())
+
+    assert "127.0.0.2" in looked_at[PER_TURN:][:2]
+    for client in (*many, one):
+        await client.close()
+
+
+async def test_nothing_is_built_for_who_has_gone_since_it_was_heard(
+    at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at again when its turn comes."""
+    built: list[Connection] = []
+    make = Connection.__init__
+    monkeypatch.setattr(
+        Connection, "__init__", lambda self, *given: (built.append(self), make(self, *given))[1]
+    )
+    (acceptor,) = at.acceptors
+    sock = socket.create_connection(("127.0.0.1", at.port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await until(lambda: acceptor.arrivals)
+    (arrival,) = acceptor.arrivals
+    at.shared.door.steps._left = 0  # the turn is over
+    sock.sendall(b"GET")
+    await until(lambda: len(at.shared.door.steps) == 1)
+    sock.close()
+    await until(lambda: arrivals._said(arrival._sock) is False)
+    standstill.go_on(at)
+    await until(lambda: not acceptor.arrivals)
+
+    assert not built
+
+
+async def test_who_has_waited_for_its_debt_takes_its_turn(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address in debt does not come in before others."""
+    server = await make_server(access=Access(user_keys=["right"]))
+    async with listening_with(server, FEW) as at:
+        at.shared.door.refusals.charge(["127.0.0.1"], AT_ONCE + 2)
+        client = await Raw.connect(at.port)
+        await client.send(WRONG)
+        await until(lambda: len(at.shared.door.wheel))
+        Standstill(monkeypatch)
+        at.shared.door.steps._left = 0
+        await until(lambda: len(at.shared.door.steps) == 1)
+        assert not at.state.connections
         monkeypatch.undo()
         at.shared.door.steps._go_on(asyncio.get_running_loop())
-        await until(lambda: not len(at.shared.door.steps))
-        assert 0 == at.shared.places._all.count
-        for client in clients:
-            assert b"" == await client.rest()
-            await client.close()
+        assert 401 == (await client.answer()).status
+        await client.close()
+
+
+async def test_nothing_is_built_for_who_has_closed(
+    at: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left to read the answer."""
+    built: list[Connection] = []
+    make = Connection.__init__
+    monkeypatch.setattr(
+        Connection, "__init__", lambda self, *given: (built.append(self), make(self, *given))[1]
+    )
+    at.shared.door.steps._left = 0  # the turn is over
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "_go_on", lambda *_: None)
+        with socket.create_connection(("127.0.0.1", at.port)) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: len(at.shared.door.steps) == 1)
+        (acceptor,) = at.acceptors
+        (arrival,) = acceptor.arrivals
+        await until(lambda: arrivals._said(arrival._sock) is False)
+    at.shared.door.steps._go_on(asyncio.get_running_loop())
+    await until(lambda: not acceptor.arrivals)
+
+    assert not built
+
+
+async def test_what_ends_while_it_is_built_is_told_nothing_wrong(
+    at: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server ends, and has places: there are not too many connections."""
+    make = Connection.__init__
+
+    def ended(self: Connection, *given: Any) -> None:
+        make(self, *given)
+        given[-1].close()
+
+    monkeypatch.setattr(Connection, "__init__", ended)
+    client = await Raw.connect(at.port)
+    await client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    with contextlib.suppress(ConnectionResetError):
+        assert b"" == await client.rest()
+    await until(lambda: not at.state.connections)
+
+    assert "too_many_connections" not in caplog.text
+    assert 0 == at.shared.places._all.count
+    await client.close()

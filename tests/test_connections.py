@@ -746,3 +746,32 @@ async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> N
         await client.close()
 
     assert [100, 200] == [first.status, told.status]
+
+
+async def test_a_body_of_many_small_chunks_is_refused(server: Server) -> None:
+    """Each costs what many bytes do."""
+    async with listening(server) as port:
+        told, rest = await exchange(
+            port, chunked(b"/v1/completions"), b"1\r\nx\r\n" * 2 * connections.FREE_CHUNKS
+        )
+
+    assert (400, "chunks_too_small", b"") == (told.status, told.code, rest)
+
+
+async def test_a_body_of_chunks_that_are_not_small_is_read(server: Server) -> None:
+    """However many there are. A few small ones are among any."""
+    content = json.dumps({"model": "llama", "prompt": "x" * 400_000}).encode()
+    pieces = [
+        content[at : at + connections.CHUNK_BYTES]
+        for at in range(0, len(content), connections.CHUNK_BYTES)
+    ]
+    assert len(pieces) > connections.FREE_CHUNKS
+    body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    head = chunked(b"/v1/completions", b"Content-Type: application/json")
+    async with listening(server) as port:
+        client = await Raw.connect(port)
+        await client.send(
+            head + b"1\r\n \r\n" * (connections.FREE_CHUNKS - 1) + body + b"0\r\n\r\n"
+        )
+        assert 200 == (await client.answer()).status
+        await client.close()

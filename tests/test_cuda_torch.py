@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda_standin.results import record
+from tests.rehearsal_results import record
 from vllm_hotswap.devices import CudaDevice
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.host.cuda_driver import Driver

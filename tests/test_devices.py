@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -256,14 +257,34 @@ def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyP
 # --- how much memory processes hold ---------------------------------------------------------
 
 
+def test_another_device_that_cannot_be_used_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With what is wrong with a Gaudi, where one is wanted."""
+
+    def acquire() -> None:
+        raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.\nmore")
+
+    monkeypatch.setattr(devices, "accelerator_memory", acquire)
+    monkeypatch.delenv("VLLM_HPU_MULTI_MODEL_CONFIG", raising=False)
+    with pytest.raises(ConfigError, match=r"^the device cannot be used: syn.*; look what"):
+        OwnSleepDevice().memory()
+
+    monkeypatch.setenv("VLLM_HPU_MULTI_MODEL_CONFIG", "models.yaml")
+    with pytest.raises(ConfigError, match=r"failed\..*; for a Gaudi: there is no package"):
+        OwnSleepDevice().memory()
+
+
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:
     """And shrinks when that is given back."""
     before = CpuDevice().held_bytes()
     assert before > MIB
 
-    held = b"x" * (64 * MIB)
-    between = anonymous_bytes()
-    del held
+    # Not bytes: the allocator may have room for them that this process holds already.
+    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        for _ in range(64):
+            held.write(b"x" * MIB)
+        between = anonymous_bytes()
 
     assert between - before > 60 * MIB
     assert anonymous_bytes() - before < 16 * MIB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import types
 import weakref
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.config
 
+from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.hashing import with_own_globals
+from vllm_hotswap.compat.loading import prepare_load
 from vllm_hotswap.compat.state import STATE, Owner, State, is_known, of_owner
 from vllm_hotswap.host.randomness import Randomness, drawing_nothing
 from vllm_hotswap.host.state import (
@@ -389,6 +393,120 @@ def test_places_are_found() -> None:
     assert [owner.value for owner in Owner] == [cell.get() for cell in several]
     assert [] == list(cells("vllm_hotswap.no_such_module:name"))
     assert [] == list(cells("vllm_hotswap.compat.state:nothing.name"))
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """As the Gaudi plugin's module with the configuration that it makes once."""
+    package, extension = types.ModuleType("vllm_gaudi"), types.ModuleType("vllm_gaudi.extension")
+    runtime = types.ModuleType("vllm_gaudi.extension.runtime")
+    vars(runtime).update(RUNTIME_CONFIG={"model_type": "left over"})
+    vars(runtime).update(clear_config=lambda: vars(runtime).update(RUNTIME_CONFIG=None))
+    for module in (package, extension, runtime):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    # What torch has is for the whole process.
+    monkeypatch.setitem(sys.modules, "torch._dynamo.config", types.ModuleType("config"))
+    return runtime
+
+
+LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+RUNTIME_CONFIG = "vllm_gaudi.extension.runtime:RUNTIME_CONFIG"
+
+
+def test_state_of_a_plugin_counts_where_the_plugin_is_in_use(
+    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be installed beside a vLLM that another platform is chosen for."""
+    state = State(RUNTIME_CONFIG, Owner.ENGINE, "a reason")
+    assert [plugin.RUNTIME_CONFIG] == [cell.get() for cell in cells(RUNTIME_CONFIG)]
+    assert [] == absent([state])
+    del plugin.RUNTIME_CONFIG
+    assert [RUNTIME_CONFIG] == absent([state])
+
+    monkeypatch.delitem(sys.modules, "vllm_gaudi")
+    assert [] == list(cells(RUNTIME_CONFIG))
+    assert [] == absent([state])
+
+
+def test_each_model_makes_the_gaudi_plugins_configuration(
+    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plugin keeps the first one that it makes, which is of the first model's type."""
+    said = []
+    platform = HpuPlatform()
+    monkeypatch.setattr(HpuPlatform, "set_compile_env_defaults", lambda _: said.append("defaults"))
+    monkeypatch.setenv("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "0")
+    gaudi.prepare(platform)
+    process = ProcessState(list(cells(RUNTIME_CONFIG)), [])
+
+    def model(kind: str) -> EngineState:
+        state = process.begin(DENSE)
+        process.put_in_place(state)
+        plugin.RUNTIME_CONFIG = plugin.RUNTIME_CONFIG or {"model_type": kind}
+        return state
+
+    llama, qwen = model("llama"), model("qwen3")
+    assert {"model_type": "qwen3"} == plugin.RUNTIME_CONFIG
+    process.put_in_place(llama)
+    assert {"model_type": "llama"} == plugin.RUNTIME_CONFIG
+    assert ["defaults"] == said
+    assert "1" == os.environ["VLLM_DISABLE_SHARED_EXPERTS_STREAM"]
+    process.end(qwen)
+
+
+class HpuPlatform:
+    device_type = "hpu"
+
+    def set_compile_env_defaults(self) -> None: ...
+
+
+def test_code_of_all_models_of_a_kind_is_kept(plugin: types.ModuleType) -> None:
+    """They share functions; the plugin asks for what one of them needs, if there is less."""
+    gaudi.prepare(HpuPlatform())
+    dynamo = sys.modules["torch._dynamo.config"]
+    assert [gaudi.CODE_LIMIT] * 2 == [getattr(dynamo, limit) for limit in LIMITS]
+
+
+def test_other_platforms_are_left_alone(
+    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HpuPlatform, "device_type", "cpu")
+    gaudi.prepare(HpuPlatform())
+    assert {"model_type": "left over"} == plugin.RUNTIME_CONFIG
+    assert {*LIMITS}.isdisjoint(vars(sys.modules["torch._dynamo.config"]))
+
+
+def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
+    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whether it is quantised. Calibrations are not ended by chance."""
+    ops = types.ModuleType("vllm_gaudi.extension.ops")
+    vars(ops).update(USING_INC=False)
+    runner = types.ModuleType("vllm_gaudi.v1.worker.hpu_model_runner")
+    for module in (types.ModuleType("vllm_gaudi.v1"), types.ModuleType("vllm_gaudi.v1.worker")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(sys.modules["vllm_gaudi.v1.worker"]).update(hpu_model_runner=runner)
+    for module in (ops, runner):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    gaudi.prepare(HpuPlatform())
+    assert {"shutdown_inc_called": True}.items() <= vars(runner).items()
+    process = ProcessState(list(cells("vllm_gaudi.extension.ops:USING_INC")), [])
+
+    def model(quant_config: str | None) -> EngineState:
+        with monkeypatch.context() as patch:
+            patch.delenv("QUANT_CONFIG", raising=False)
+            if quant_config is not None:
+                patch.setenv("QUANT_CONFIG", quant_config)
+            state = process.begin(DENSE)
+            process.put_in_place(state)
+            prepare_load()
+            return state
+
+    plain, quantised = model(None), model("quant.json")
+    assert vars(ops)["USING_INC"]
+    process.put_in_place(plain)
+    assert not vars(ops)["USING_INC"]
+    process.end(quantised)
 
 
 def test_each_place_is_listed_once_with_a_reason() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from vllm_hotswap.errors import AdapterUnavailable
+from vllm_hotswap.errors import AdapterUnavailable, QueueFull
 from vllm_hotswap.exchange import REFUSAL_BYTES, Answer
 from vllm_hotswap.refusals import DOOR
 from vllm_hotswap.registry import Lease
@@ -21,6 +21,9 @@ class Door:
 
     async def refused(self, _: object) -> None:
         self.told.append("refused")
+
+    def note_refusal(self, _: object) -> None:
+        self.told.append("noted")
 
     def let_in(self, _: object) -> None:
         self.told.append("let in")
@@ -71,8 +74,8 @@ async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> N
     assert ["refused"] == said.door.told
 
 
-@pytest.mark.parametrize("status", [200, 302, 499, 500])
-async def test_other_answers_are_passed_on(status: int) -> None:
+@pytest.mark.parametrize(("status", "noted"), [(200, ["let in"]), (302, []), (499, []), (500, [])])
+async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> None:
     """Of them, the client is no cause, or has gone: none counts as a refusal."""
     said = Said()
     await said.start(status)
@@ -80,11 +83,11 @@ async def test_other_answers_are_passed_on(status: int) -> None:
 
     assert ([status], b"words") == said.told
     await said.answer.give_refusal()
-    assert ["let in"] == said.door.told
+    assert noted == said.door.told
 
 
 async def test_a_long_refusal_is_passed_on() -> None:
-    """Nothing large is kept."""
+    """Nothing large is kept, and it counts all the same."""
     said = Said()
     await said.start(404)
     await said.body(bytes(REFUSAL_BYTES), more_body=True)
@@ -95,6 +98,38 @@ async def test_a_long_refusal_is_passed_on() -> None:
 
     assert said.told[1].endswith(b"xy")
     assert said.answer.complete
+    assert ["noted"] == said.door.told
+
+
+async def test_a_long_refusal_in_one_piece_is_passed_on() -> None:
+    """As vLLM sends them."""
+    said = Said()
+    await said.start(400)
+    await said.body(bytes(REFUSAL_BYTES + 1))
+
+    assert ([400], bytes(REFUSAL_BYTES + 1)) == said.told
+    assert ["noted"] == said.door.told
+
+
+async def test_a_stream_that_was_begun_ahead_counts_as_what_it_becomes() -> None:
+    """Once, and not before."""
+    for status, noted in ((200, ["let in"]), (400, ["noted"])):
+        said = Said()
+        await said.answer.begin_event_stream()
+        assert [] == said.door.told
+        await said.start(status)
+        assert noted == said.door.told
+
+
+async def test_a_refusal_of_the_servers_own_waits_as_well() -> None:
+    """One that ends a lease: it is told when that is over."""
+    said = Said()
+    await said.answer.cut(QueueFull("there is no room", retry_after_s=1))
+    assert [] == said.sent
+    await said.answer.give_refusal()
+
+    assert [429] == said.told[0]
+    assert ["refused"] == said.door.told
 
 
 async def test_a_refusal_that_is_cut_is_no_answer() -> None:
@@ -116,4 +151,5 @@ async def test_who_has_left_is_not_refused() -> None:
     await said.start(400)
     await said.body(b"")
 
-    assert "refused" not in said.door.told
+    assert ([400], b"") == said.told
+    assert [] == said.door.told

@@ -134,6 +134,22 @@ def test_a_draft_model_that_holds_something_else_has_no_bound() -> None:
     assert sys.maxsize == kv_cache._most_by_sizes(drafted(use_mla=True))
 
 
+def asking(blocks: int | None, size: int | None) -> Any:
+    cache = SimpleNamespace(num_gpu_blocks_override=blocks, kv_cache_memory_bytes=size)
+    return SimpleNamespace(cache_config=cache)
+
+
+def test_a_number_of_blocks_counts_more_than_bytes() -> None:
+    """As it does for vLLM. What has no blocks, or none of a known size, is given bytes."""
+    limit = kv_cache.KVLimits(least=200, most=1000, block=100)
+
+    assert 300 == kv_cache.given_bytes(asking(3, 500), limit)
+    assert 500 == kv_cache.given_bytes(asking(None, 500), limit)
+    assert 500 == kv_cache.given_bytes(asking(3, 500), kv_cache.KVLimits(0, 1000))
+    assert 0 == kv_cache.given_bytes(asking(3, 500), kv_cache.NO_KV)
+    assert kv_cache.given_bytes(asking(None, None), limit) is None
+
+
 @pytest.mark.parametrize("attn_type", ["encoder_only", "encoder"])
 def test_encoders_need_no_kv_memory(attn_type: str) -> None:
     """Nor do models without attention that keep no state."""

@@ -18,7 +18,7 @@ from vllm_hotswap.access import Access
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
 from vllm_hotswap.limits import (
     BYTES_PER_VALUE,
-    TURNS_BYTES,
+    PIECE_BYTES,
     Bodies,
     ClientGone,
     Ledger,
@@ -81,38 +81,82 @@ async def test_body_is_counted_until_its_request_is_over() -> None:
     assert "<Bodies <Ledger held=0 of 1073741824 bytes>>" == repr(bodies)
 
 
-async def test_large_bodies_take_turns() -> None:
-    """One piece in each turn of the loop, however many there are; small ones do not wait."""
-    loop, turn, read = asyncio.get_running_loop(), 0, list[tuple[int, bool]]()
+ZEROS = bytes(PIECE_BYTES)
 
-    def step() -> None:
-        nonlocal turn
-        turn += 1
-        stepping[0] = loop.call_soon(step)
 
-    def body(pieces: int, is_large: bool) -> Any:
-        left = iter(range(pieces, 0, -1))
+class Turns:
+    """Counts those of the loop, and notes in which of them a body was read."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.read: list[tuple[int, str]] = []
+        self._loop = asyncio.get_running_loop()
+        self._handle = self._loop.call_soon(self._step)
+
+    def _step(self) -> None:
+        self.now += 1
+        self._handle = self._loop.call_soon(self._step)
+
+    def stop(self) -> None:
+        self._handle.cancel()
+
+    def body(self, name: str, *pieces: int) -> Any:
+        """An ASGI `receive` whose pieces, of so many bytes, are all there."""
+        left = list(pieces)
 
         async def receive() -> dict[str, Any]:
-            read.append((turn, is_large))
-            content = bytes(TURNS_BYTES if is_large else 1000)
-            return {"type": "http.request", "body": content, "more_body": next(left) > 1}
+            self.read.append((self.now, name))
+            content = ZEROS[: left.pop(0)]
+            return {"type": "http.request", "body": content, "more_body": bool(left)}
 
         return receive
 
-    stepping = [loop.call_soon(step)]
-    bodies = Bodies(LimitsConfig())
-    with contextlib.ExitStack() as held:
-        large = [held.enter_context(bodies.hold()).read(body(10, True)) for _ in range(8)]
-        small = held.enter_context(bodies.hold()).read(body(10, False))
-        sizes = [len(content) for content in await asyncio.gather(*large, small)]
-    stepping[0].cancel()
 
-    assert [10 * TURNS_BYTES] * 8 + [10_000] == sizes
-    in_turn = Counter(turn for turn, is_large in read if is_large)
-    first, *later = in_turn.values()
-    assert (8, {1}) == (first, set(later))
-    assert 1 == len({turn for turn, is_large in read if not is_large})
+async def test_large_bodies_take_turns() -> None:
+    """One piece in each turn of the loop, however many there are; small ones do not wait."""
+    turns, bodies = Turns(), Bodies(LimitsConfig())
+    with contextlib.ExitStack() as held:
+        receives = [turns.body("large", *[PIECE_BYTES] * 10) for _ in range(8)]
+        receives.append(turns.body("small", *[1000] * 10))
+        reads = [held.enter_context(bodies.hold()).read(receive) for receive in receives]
+        sizes = [len(content) for content in await asyncio.gather(*reads)]
+    turns.stop()
+
+    assert [10 * PIECE_BYTES] * 8 + [10_000] == sizes
+    in_turn = Counter(turn for turn, name in turns.read if name == "large")
+    first, *later = sorted(in_turn)
+    # All first pieces take no turn, and one second piece the turn that nobody has had yet.
+    assert (9, {1}) == (in_turn[first], {in_turn[turn] for turn in later})
+    assert list(range(later[0], later[-1] + 1)) == later
+    assert 1 == len({turn for turn, name in turns.read if name == "small"})
+
+
+async def test_callers_take_turns_in_reading_bodies() -> None:
+    """However many bodies one of them sends, in however small pieces."""
+    turns, bodies = Turns(), Bodies(LimitsConfig())
+    one, other = (Account(name, is_admin=True) for name in ("one", "other"))
+    with contextlib.ExitStack() as held:
+        receives = [(one, turns.body("one", *[PIECE_BYTES] * 8)) for _ in range(8)]
+        receives.append((other, turns.body("other", *[PIECE_BYTES] * 8)))
+        await asyncio.gather(
+            *(held.enter_context(bodies.hold(who)).read(receive) for who, receive in receives)
+        )
+    turns.stop()
+
+    last = max(turn for turn, name in turns.read if name == "other")
+    between = [turn for turn, name in turns.read if name == "one" and turn <= last]
+    # Each first piece, then two for each of the other's: it asks again only when it has read one.
+    assert len(between) <= 8 + 2 * 8
+
+
+async def test_small_pieces_take_few_turns() -> None:
+    """What counts is how much is read."""
+    turns, bodies = Turns(), Bodies(LimitsConfig())
+    with bodies.hold() as body:
+        await body.read(turns.body("one", *[1024] * 1024))
+    turns.stop()
+
+    assert turns.now <= 1024 * 1024 // PIECE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -481,12 +481,12 @@ def test_clients_that_vanish_are_noticed() -> None:
 @pytest.mark.parametrize(
     ("limits", "raised", "connections"),
     [
-        ((1024, 1 << 20), (65_535, 1 << 20), 65_279),
-        ((1024, 4096), (4096, 4096), 3840),
+        ((1024, 1 << 20), (65_535, 1 << 20), 57_088),
+        ((1024, 4096), (4096, 4096), 3328),
         ((100, 100), None, 50),
-        ((1 << 20, 1 << 20), None, (1 << 20) - 256),
-        ((1024, resource.RLIM_INFINITY), (65_535, resource.RLIM_INFINITY), 65_279),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 65_279),
+        ((1 << 20, 1 << 20), None, (1 << 20) - 256 - 8192),
+        ((1024, resource.RLIM_INFINITY), (65_535, resource.RLIM_INFINITY), 57_088),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 57_088),
     ],
 )
 def test_connections_leave_files_for_the_models(
@@ -501,4 +501,4 @@ def test_connections_leave_files_for_the_models(
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: given.append(new))
 
     assert connections == most_connections()
-    assert ([raised] if raised else []) == given
+    assert set(given) == ({raised} if raised else set())

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from starlette.background import BackgroundTask
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.conftest import MakeServer
@@ -834,6 +834,30 @@ async def test_unforeseen_error_in_an_event_stream_is_its_last_event(server: Ser
     assert (200, True) == (answer.status, answer.complete)
     event = json.loads(answer.events[-1].removeprefix("data: "))
     assert "internal_error" == event["error"]["code"]
+    assert 0 == server.in_flight["llama"]
+
+
+async def refuses_and_raises(_: Request) -> Response:
+    """As Starlette answers an error for which a handler of all errors is set: it is raised on."""
+    return Refusing({"error": {"message": "a mistake", "code": 400}}, 400)
+
+
+class Refusing(JSONResponse):
+    """Raises once it has been sent."""
+
+    async def __call__(self, *given: Any) -> None:
+        await super().__call__(*given)
+        raise RuntimeError("raised on")
+
+
+async def test_a_refusal_that_is_raised_on_is_the_answer(server: Server) -> None:
+    """It is not told as an error of the server's."""
+    add_route(server, "/pooling", refuses_and_raises)
+
+    answer = await server.stream("llama", path="/pooling").finish()
+
+    assert (400, True) == (answer.status, answer.complete)
+    assert "a mistake" == answer.error["message"]
     assert 0 == server.in_flight["llama"]
 
 

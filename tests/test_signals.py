@@ -7,11 +7,12 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal
+from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal, interruptible
 
 
 @pytest.fixture
@@ -90,3 +91,48 @@ def test_streams_that_are_closed_are_no_terminal(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "isatty", lambda _: (_ for _ in ()).throw(OSError()))
 
     assert not has_terminal()
+
+
+class Interrupted(Exception):
+    """What a signal's handler raises."""
+
+
+@pytest.fixture
+def interrupting() -> Iterator[None]:
+    """SIGUSR1 does."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("interrupting")
+def test_what_a_signal_interrupts_leaves_no_lock_locked() -> None:
+    """Whoever clears away behind a library needs its locks."""
+    lock, may_go_on = threading.Lock(), threading.Event()
+
+    def ask() -> None:
+        lock.acquire()  # the handler must not come between this and the release
+        signal.raise_signal(signal.SIGUSR1)
+        may_go_on.wait(60)
+        lock.release()
+
+    with pytest.raises(Interrupted):
+        interruptible(ask)
+    may_go_on.set()
+
+    assert lock.acquire(timeout=60)
+
+
+def test_what_is_asked_is_given_or_raised() -> None:
+    """As if it were called."""
+
+    def fail() -> None:
+        raise TimeoutError("of its own")
+
+    assert 3 == interruptible(lambda: 3)
+    with pytest.raises(TimeoutError, match="of its own"):
+        interruptible(fail)

@@ -109,6 +109,8 @@ class Call:
     surplus: int = 0
     """Messages that came after the end of the answer."""
     has_always_read: bool = True
+    is_refused: bool = False
+    """Whether the server wants to tell an error, which may have to wait for the client to read."""
     blocked_s: float | None = None
     """Since when the server has waited for the client to take something."""
     on_piece: Callable[[Call, bytes], None] | None = None
@@ -190,6 +192,7 @@ class Call:
 
     async def _send(self, message: dict[str, Any]) -> None:
         self.blocked_s = self.loop.time()
+        self.is_refused = self.is_refused or message.get("status", 0) >= 400
         await self._reads.wait()
         self.blocked_s = None
         if self.left:

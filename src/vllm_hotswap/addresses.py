@@ -8,7 +8,6 @@ from functools import lru_cache
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-@lru_cache(maxsize=4096)
 def ip_address(text: str) -> IPAddress:
     """The address, without the zone (`%eth0`) that may follow it; an IPv4 one in IPv6 as IPv4.
 
@@ -17,7 +16,13 @@ def ip_address(text: str) -> IPAddress:
     Raises:
         ValueError: it is no IP address.
     """
-    address = ipaddress.ip_address(text.partition("%")[0])
+    return _without_zone(text.partition("%")[0])
+
+
+@lru_cache(maxsize=4096)
+def _without_zone(text: str) -> IPAddress:
+    """What is kept is short: of other texts, there is an error."""
+    address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
 

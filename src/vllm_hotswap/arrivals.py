@@ -2,9 +2,9 @@
 
 The event loop's own servers take one connection in each turn, and build all that belongs to it, so
 that whoever comes behind thousands of connections that are reset at once waits for all of that.
-Here many are taken in a turn, and looked at in turns of their addresses, so that who comes from
-another one does not wait behind thousands. What is dead already is closed, and what says nothing
-costs a place and a file. A connection is built with its first byte.
+Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
+and a file. A connection is built with its first byte. Addresses take turns in all of that, once
+their connections are accepted; before, all stand in one queue of the system's.
 
 Where an address owes refusals, a new connection from there may have to wait. What it has sent is
 looked at before it is read: who asks for what is going to be refused waits; who asks for what needs
@@ -19,9 +19,9 @@ import errno
 import os
 import socket
 import ssl
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.types import Scope
@@ -38,22 +38,26 @@ from vllm_hotswap.refusals import (
     Outlook,
     Refusals,
 )
+from vllm_hotswap.steps import Steps
 
 ACCEPTED_PER_TURN = 64
 """Connections that are accepted in one turn of the event loop."""
 
 PER_TURN = 8
-"""Steps in one turn: a connection that is looked at, or built. Each costs ten times accepting one.
-"""
+"""Steps in one turn: a connection gets a place, or is built. It costs ten times accepting one."""
 
-MOST_WAITING = 1024
-"""Connections that are accepted and not looked at yet. Others wait in the system's queue."""
+MOST_WAITING = 8192
+"""Connections that are accepted and not built yet. Further ones stay in the system's queue, in
+which all stand in one line."""
 
 PEEK_BYTES = 8 << 10
 """Of what a connection says first, that are looked at. A longer head is not."""
 
 REST_S = 0.1
 """How long no connection is accepted when the system has nothing left for one."""
+
+CLOSE_WAIT = 8
+"""The state of a TCP connection that its client has closed. Source: Linux, `tcp_states.h`."""
 
 NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 
@@ -63,51 +67,6 @@ Build = Callable[["Arrival"], asyncio.Protocol]
 def in_doubt(_: Scope) -> Outlook:
     """Nobody can tell of any head."""
     return Outlook.IN_DOUBT
-
-
-class Steps:
-    """What is done in which turn of the event loop, for whom: clients go round.
-
-    The mutable state is how many more steps there are in this turn, and which wait, by the client.
-    """
-
-    def __init__(self) -> None:
-        self._left = PER_TURN
-        self._is_turning = False
-        self._waiting: OrderedDict[Hashable, deque[Callable[[], None]]] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        """How many wait."""
-        return self._count
-
-    def take(
-        self, loop: asyncio.AbstractEventLoop, client: Hashable, step: Callable[[], None]
-    ) -> None:
-        """Take it at once, if this turn has room for it; when it is its client's turn otherwise."""
-        if self._left:
-            self._left -= 1
-            self._go_on(loop)
-            step()
-        else:
-            self._waiting.setdefault(client, deque()).append(step)
-            self._count += 1
-
-    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._is_turning:
-            self._is_turning = True
-            loop.call_soon(self._turn, loop)
-
-    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_turning = False
-        self._left = PER_TURN
-        while self._waiting and self._left:
-            client, steps = self._waiting.popitem(last=False)
-            step = steps.popleft()
-            self._count -= 1
-            if steps:
-                self._waiting[client] = steps  # behind all others
-            self.take(loop, client, step)
 
 
 @dataclass(slots=True)
@@ -121,7 +80,8 @@ class Door:
     """Connections of which no byte has come."""
     outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt
     """Of a request, by the `type`, `method`, `path`, `root_path` and `headers` of its scope."""
-    steps: Steps = field(default_factory=Steps)
+    steps: Steps = field(default_factory=lambda: Steps(PER_TURN))
+    most_waiting: int = MOST_WAITING
 
 
 class Arrival:
@@ -138,7 +98,9 @@ class Arrival:
         self.loop = acceptor.loop
         self.client = client
         self.address = None if client is None else client[0]
-        self._client = acceptor.door.places.client_of(self.address)
+        self.key = acceptor.door.places.client_of(self.address)
+        """What counts as one client; None where many have the same address."""
+        self._turns_with = self.address if self.key is None else self.key
         self._acceptor = acceptor
         self._door = acceptor.door
         self._sock = sock
@@ -146,6 +108,8 @@ class Arrival:
         self._building: asyncio.Task[Any] | None = None
         self._is_heard = False
         self._came_s = self.loop.time()
+        self.has_ended = False
+        """Whether nothing is to come of it."""
         self.place: Place | None = None
 
     def __repr__(self) -> str:
@@ -153,6 +117,9 @@ class Arrival:
 
     def begin(self) -> None:
         """Build the connection, if there is something to read; wait for it otherwise."""
+        if len(self._door.steps) and _said(self._sock) is False:
+            self._sock.close()  # it takes nobody's turn
+            return
         self._acceptor.arrivals.add(self)
         self._in_turn(self._begin)
 
@@ -163,7 +130,7 @@ class Arrival:
             if self in self._acceptor.arrivals:
                 step()
 
-        self._door.steps.take(self.loop, self._client, once)
+        self._door.steps.take(self.loop, self._turns_with, once)
 
     def _begin(self) -> None:
         if (said := _said(self._sock)) is False:
@@ -209,14 +176,15 @@ class Arrival:
         self._deaf()
         self._door.silent.end(self)
         if said:
-            self._in_turn(self._come_in)
+            self._in_turn(self._come_in_later)
         else:
             self._end()
 
     def _come_in(self) -> None:
         """Build the connection of which something has come, unless it has to wait."""
         if (wait_s := self._wait_s()) > 0:
-            self._take_back = self._door.wheel.call_later(wait_s, self._come_in_later)
+            later = partial(self._in_turn, self._come_in_later)
+            self._take_back = self._door.wheel.call_later(wait_s, later)
         else:
             self._build()
 
@@ -230,7 +198,7 @@ class Arrival:
 
     def _wait_s(self) -> float:
         """How long it has to wait before it is built, or looked at again."""
-        client = self._client
+        client = self.key
         if client is None:
             return 0.0  # many have the same one
         refusals, waited_s = self._door.refusals, self.loop.time() - self._came_s
@@ -269,6 +237,7 @@ class Arrival:
                 log_of_clients.error("event=connection_failed", exc_info=error)
 
     def _end(self) -> None:
+        self.has_ended = True
         self._door.silent.end(self)
         if self._take_back is not None:
             self._take_back()
@@ -349,7 +318,7 @@ class Acceptor:
 
     def _readable(self) -> None:
         for _ in range(ACCEPTED_PER_TURN):
-            if len(self.door.steps) >= MOST_WAITING:
+            if len(self.door.steps) >= self.door.most_waiting:
                 return
             try:
                 sock, client = self._sock.accept()
@@ -383,18 +352,26 @@ class Acceptor:
 
 
 def _said(sock: socket.socket) -> bool | None:
-    """Whether there is something to read; None: not yet; False: there never will be.
+    """Whether there is something to read; None: not yet; False: nobody waits for an answer.
 
-    What a client had sent can still be read when it has reset the connection, in vain.
+    What a client had sent can still be read when it has reset the connection, or closed it. Who
+    closes one side of it alone gets no answer either: uvicorn closes the other one then.
     """
     try:
         if not sock.recv(1, socket.MSG_PEEK):
             return False
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return False
+        return sock.family == socket.AF_UNIX or _tcp_state(sock) != CLOSE_WAIT
     except (BlockingIOError, InterruptedError):
         return None
     except OSError:
         return False
+
+
+def _tcp_state(sock: socket.socket) -> int:
+    """The first byte of Linux' `struct tcp_info`."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def _peeked(sock: socket.socket) -> bytes:

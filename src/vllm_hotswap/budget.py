@@ -339,7 +339,7 @@ def _too_little(models: Sequence[ModelNeeds], budget_bytes: int) -> str:
     )
     pinned = [other for other in models if other.pinned and other is not model]
     wants = (
-        f"its kv_cache_memory_bytes is {_gib(model.kv_bytes)}"
+        f"it is to have {_gib(model.kv_bytes)} of KV memory"
         if model.kv_bytes is not None
         else f"one sequence of its maximum length needs {_gib(model.min_kv_bytes)} of KV memory"
     )
@@ -350,7 +350,7 @@ def _too_little(models: Sequence[ModelNeeds], budget_bytes: int) -> str:
         f"model {model.alias!r} can never be loaded: {wants}, its weights and overhead take "
         f"{_gib(taken)}{f', pinned models take {_gib(beside)}' if pinned else ''}, and the budget "
         f"for models is {_gib(budget_bytes)}, which leaves {_gib(max(0, left))}; raise "
-        "memory.device, lower max_model_len or kv_cache_memory_bytes"
+        "memory.device, lower max_model_len, kv_cache_memory_bytes or num_gpu_blocks_override"
         f"{', or unpin a model' if pinned else ''}"
     )
 

@@ -121,14 +121,23 @@ def _refuse(message: str) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
-    """An error that nobody thought of, with its place; `python -X dev` shows the whole trace."""
+    """An error that nobody thought of, with its place; `python -X dev` shows the whole trace.
+
+    A device that is missing is thought of, but shows itself anywhere: where vLLM first needs one.
+    """
+    from vllm_hotswap.compat.gaudi import why_not_imported
+    from vllm_hotswap.devices import NO_DEVICE, with_why_no_device
+
     if sys.flags.dev_mode:
         traceback.print_exc()
+    message = one_line(error)
+    if NO_DEVICE in message:
+        return with_why_no_device(message)
     if isinstance(error, ImportError):
-        return f"{one_line(error)}; the installation is not complete"
+        return f"{message}; {why_not_imported(error) or 'the installation is not complete'}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
-    return f"unexpected {type(error).__name__} in {where}: {one_line(error)}; please report it"
+    return f"unexpected {type(error).__name__} in {where}: {message}; please report it"
 
 
 def _unknown_command(word: str) -> str:

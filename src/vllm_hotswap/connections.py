@@ -41,6 +41,7 @@ from vllm_hotswap import openai
 from vllm_hotswap.arrivals import Arrival, Door
 from vllm_hotswap.deadlines import Deadlines, Pause, Wheel
 from vllm_hotswap.errors import (
+    ChunksTooSmall,
     HeadTimeout,
     HeadTooLarge,
     HotswapError,
@@ -59,6 +60,12 @@ VERSIONS = frozenset(["1.0", "1.1"])
 
 TRAILER_BYTES = 8 << 10
 """Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
+
+FREE_CHUNKS = 4096
+"""Of one body, however small they are."""
+
+CHUNK_BYTES = 64
+"""What each further chunk of a body has to have on average. A chunk costs what so many bytes do."""
 
 PIPELINED = 16
 """Requests of one connection that wait for the answer before theirs. What follows is dropped."""
@@ -182,6 +189,10 @@ class Upgraded(asyncio.Protocol):
             self.transport.resume_reading()
         await self._pause.last(self.shared.door.wheel, pause_s)
 
+    def note_refusal(self, scope: Scope) -> None:
+        """One is refused, and told at once."""
+        self.shared.charge(clients_of(scope))
+
     def let_in(self, scope: Scope) -> None:
         """It is served."""
         self.shared.let_in(scope)
@@ -239,6 +250,7 @@ class Connection(HttpToolsProtocol):
     _answered: RequestResponseCycle | None = None
     _head_next, _in_message = True, False
     _raw = _parsed = _overhead = _trailers = 0
+    _chunks = _chunk_bytes = 0
     _moved = False
     _held = bytearray()
     """Replaced, and never changed, before anything is put into it."""
@@ -256,7 +268,7 @@ class Connection(HttpToolsProtocol):
         limits = shared.limits
         self._shared = shared
         self._arrival: Arrival | None = arrival
-        self._client = shared.places.client_of(arrival.address)
+        self._client = arrival.key
         self._head_bytes, self._head_fields = limits.head_bytes, limits.head_fields
         self._url_bytes = limits.url_bytes
         self._ahead: deque[int] = deque()
@@ -269,8 +281,12 @@ class Connection(HttpToolsProtocol):
         assert self._arrival is not None
         self.client = self._arrival.client  # of one that has gone, the transport knows no address
         self._place = self._arrival.handed_over()
+        has_ended = self._arrival.has_ended
         self._arrival = None
-        if self._place is None:
+        if has_ended:
+            self._deaf = True
+            self.transport.abort()
+        elif self._place is None:
             self._refuse(TooManyConnections())
         else:
             self._place.holder = self
@@ -373,7 +389,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINED:
             self._fail(MalformedRequest())
         self._moved = self._in_message = True
-        self._parsed = self._trailers = 0
+        self._parsed = self._trailers = self._chunks = self._chunk_bytes = 0
         super().on_message_begin()
         self.scope[DOOR] = weakref.ref(self)  # type: ignore[literal-required]
 
@@ -453,9 +469,13 @@ class Connection(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         self._moved = True
+        self._chunks += 1
+        if self._chunks > FREE_CHUNKS + self._chunk_bytes // CHUNK_BYTES:
+            self._fail(ChunksTooSmall(self._chunks, self._chunk_bytes))
 
     def on_body(self, body: bytes) -> None:
         self._moved = True
+        self._chunk_bytes += len(body)
         if self._last is not None and self._last is self._dropped:
             return
         super().on_body(body)
@@ -519,6 +539,10 @@ class Connection(HttpToolsProtocol):
             await self._pause.last(self._shared.door.wheel, pause_s)
         finally:
             self._pause = None
+
+    def note_refusal(self, scope: Scope) -> None:
+        """A request is refused, and told at once."""
+        self._shared.charge(clients_of(scope))
 
     def let_in(self, scope: Scope) -> None:
         """A request is served."""

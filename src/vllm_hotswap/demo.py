@@ -340,7 +340,7 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], lo
         while process.poll() is None and time.monotonic() - started < START_TIMEOUT_S:
             steps.show()
             with suppress(httpx.TransportError):
-                if client.get("/health").status_code == 200:
+                if interruptible(lambda: client.get("/health")).status_code == 200:
                     steps.show()
                     _say(f"# ready after {time.monotonic() - started:.1f} s")
                     return

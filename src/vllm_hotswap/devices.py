@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
 from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
@@ -27,6 +28,9 @@ CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 HOSTED_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.HostedCudaWorker"
 WAKEFUL_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.WakefulCudaWorker"
 HOSTED_CPU_WORKER = "vllm_hotswap.host.cpu_worker.HostedCPUWorker"
+
+NO_DEVICE = "Failed to infer device type"
+"""What vLLM says where it finds no device that it is built for (0.26 to 0.33)."""
 
 ACCELERATOR_RESERVE_BYTES = 1 << 30
 """Left free on an accelerator for activations and graphs. An estimate, not yet measured."""
@@ -185,7 +189,14 @@ class OwnSleepDevice:
         """Nothing: the platform has chosen its worker."""
 
     def memory(self) -> DeviceMemory:
-        return accelerator_memory() or CpuDevice().memory()
+        try:
+            return accelerator_memory() or CpuDevice().memory()
+        except RuntimeError as error:  # torch's errors are
+            why = gaudi.why_no_device(os.environ)
+            raise ConfigError(
+                f"the device cannot be used: {one_line(error)}; "
+                f"{why or 'look what its own tools say, and whether another process has it'}"
+            ) from error
 
     def memory_now(self, enough_bytes: int) -> DeviceMemory:
         return self.memory()
@@ -323,6 +334,17 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
     except (ConfigError, DriverError) as error:
         return f"for an NVIDIA GPU: {error}"
     return None
+
+
+def with_why_no_device(message: str) -> str:
+    """What vLLM says; where it has found no device, with what is wrong with the known kinds.
+
+    It may be another kind that is missing: vLLM's own words stay.
+    """
+    if NO_DEVICE not in message:
+        return message
+    whys = (why_no_device(os.environ), gaudi.why_no_device(os.environ))
+    return "; ".join([message, *(why for why in whys if why is not None)])
 
 
 def is_rocm() -> bool:

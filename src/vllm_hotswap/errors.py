@@ -41,6 +41,7 @@
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
     ├── MalformedRequest         400  what arrived is no HTTP request; send one
+    ├── ChunksTooSmall           400  a body in many small chunks; send larger ones
     ├── UpgradeWithBody          400  a body and another protocol at once; leave one of them out
     ├── HeadTooLarge             431  send fewer or shorter header fields
     ├── UrlTooLong               414  send a shorter URL
@@ -678,6 +679,17 @@ class MalformedRequest(HotswapError):
 
     def __init__(self) -> None:
         super().__init__("what was sent is no valid HTTP/1.1 request; send one")
+
+
+class ChunksTooSmall(HotswapError):
+    status = 400
+    type = "invalid_request_error"
+    code = "chunks_too_small"
+
+    def __init__(self, chunks: int, size: int) -> None:
+        super().__init__(
+            f"{chunks} chunks of the body have {size} bytes together; send larger ones"
+        )
 
 
 class UpgradeWithBody(HotswapError):

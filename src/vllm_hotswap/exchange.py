@@ -19,7 +19,7 @@ from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.media import FORM_PIECE_BYTES, FORMS, media_type
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.pace import PER_TURN, give_back
-from vllm_hotswap.refusals import hold_back, let_in
+from vllm_hotswap.refusals import hold_back, let_in, note_refusal
 from vllm_hotswap.registry import Lease
 
 _AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
@@ -36,7 +36,7 @@ COMMENT_S = 10.0
 CLIENT_LEFT = 499
 """The status that a server notes for a client that has not waited. Source: nginx."""
 
-REFUSAL_BYTES = 64 << 10
+REFUSAL_BYTES = 8 << 10
 """Of the body of an application's refusal that is set aside; a longer one is passed on at once."""
 
 
@@ -160,7 +160,11 @@ def _pieces(scope: Scope, body: bytes) -> Iterator[bytes]:
 
 
 class Answer:
-    """Watches an answer go by, so that a cut can be told to the client in the right form."""
+    """Watches an answer go by, so that a cut can be told to the client in the right form.
+
+    A refusal of the application's is set aside, and told by `give_refusal` when its lease is over:
+    until then the answer may be complete without having started.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -183,6 +187,9 @@ class Answer:
         self._is_between_events = True
         self._refusal: list[Message] = []
         """The application's refusal, set aside: it may have to wait, and its lease must not."""
+        self._refusal_bytes = 0
+        self._refused_with: HotswapError | None = None
+        """The server's own, in place of an answer."""
         self._commenting: asyncio.Task[None] | None = None
 
     def follow(self, lease: Lease) -> None:
@@ -198,50 +205,70 @@ class Answer:
 
         If the application answers with something else, an error, that becomes the last event.
         """
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
-            }
-        )
+        start: Message = {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
+        }
+        if await self._may_say(start):
+            await self._tell(start)
         self.is_ahead = True
 
     async def send(self, message: Message) -> None:
+        """What the application says."""
+        if not await self._may_say(message):
+            return
+        if self._refusal or self._is_refusal(message):
+            await self._set_aside(message)
+            return
+        self._note(message)
+        rest = self._go_on_with(message) if self.is_ahead else message
+        if rest is not None:
+            await self._tell(rest)
+
+    async def _may_say(self, message: Message) -> bool:
+        """Wait until the answer may go on; False if it has been cut."""
         if self.sent % PER_TURN == PER_TURN - 1:
             await give_back()  # a large call may have many events ready, in one task
         if self.lease is not None:
             if self.lease.gate is not None:
                 await asyncio.wait([self.lease.gate])
             if self.lease.cut is not None:
-                return  # what an application says after it was cut is not the answer
+                return False  # what an application says after it was cut is not the answer
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 self.lease.status = message["status"]
         self._speak()
-        if self._refusal or self._is_refusal(message):
-            await self._set_aside(message)
-            return
-        if message["type"] in ("http.response.start", "websocket.accept"):
+        return True
+
+    def _note(self, start: Message) -> None:
+        """Note for the client whether it is served, or refused within a stream that has begun."""
+        if start["type"] == "websocket.accept":
             let_in(self._scope)
-        rest = self._go_on_with(message) if self.is_ahead else message
-        if rest is not None:
-            await self._tell(rest)
+        elif start["type"] == "http.response.start" and not self._has_left:
+            if start["status"] < 300:
+                let_in(self._scope)
+            elif 400 <= start["status"] < CLIENT_LEFT:
+                note_refusal(self._scope)
+
+    @property
+    def _has_left(self) -> bool:
+        return self.lease is not None and self.lease.client_left
 
     def _is_refusal(self, message: Message) -> bool:
         """Whether it begins an answer that tells of a mistake of the client's."""
         if message["type"] != "http.response.start" or self.is_ahead or self.lease is None:
             return False
-        return 400 <= message["status"] < CLIENT_LEFT and not self.lease.client_left
+        return 400 <= message["status"] < CLIENT_LEFT and not self._has_left
 
     async def _set_aside(self, message: Message) -> None:
         self._refusal.append(message)
-        is_body = message["type"] == "http.response.body"
-        if is_body and not message.get("more_body", False):
-            self.complete = True
-            if self.lease is not None:
-                self.lease.is_answered = True
-        elif sum(len(part.get("body", b"")) for part in self._refusal) > REFUSAL_BYTES:
+        self._refusal_bytes += len(message.get("body", b""))
+        if self._refusal_bytes > REFUSAL_BYTES:
+            note_refusal(self._scope)
             await self._tell_refusal()
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            assert self.lease is not None
+            self.complete = self.lease.is_answered = True
 
     async def _tell_refusal(self) -> None:
         messages, self._refusal = self._refusal, []
@@ -249,11 +276,14 @@ class Answer:
             await self._tell(message)
 
     async def give_refusal(self) -> None:
-        """Tell the application's refusal, if there is one, when it is the client's turn.
+        """Tell what the request is refused with, if it is, when it is the client's turn.
 
         To be called once the lease has ended.
         """
-        if self._refusal:
+        if self._refused_with is not None:
+            error, self._refused_with = self._refused_with, None
+            await self.refuse(error)
+        elif self._refusal:
             self.on_body = None
             await hold_back(self._scope)
             await self._tell_refusal()
@@ -370,15 +400,19 @@ class Answer:
     def can_tell(self) -> bool:
         """Whether there is still a place in the answer where an error can be told."""
         can_go_on = self.is_event_stream or self._scope["type"] == "websocket"
-        return not self.started or (can_go_on and not self.complete)
+        return not self.complete and (can_go_on or not self.started)
 
     async def cut(self, cause: HotswapError) -> None:
         """End the answer with an explicit error, whatever of it has been sent.
 
-        A client that does not read must not keep its lease, for which a drain waits.
+        A client that does not read must not keep its lease, for which a drain waits. Where nothing
+        has been sent, a refusal is told by `give_refusal`.
         """
         self.close()
         self._refusal.clear()
+        if not self.started and cause.status < 500:
+            self._refused_with = cause
+            return
         try:
             async with asyncio.timeout(LAST_SEND_S):
                 await self._say(cause)
@@ -398,6 +432,7 @@ class Answer:
 
     async def refuse(self, error: HotswapError) -> None:
         """The whole answer."""
+        self._refusal.clear()
         await openai.refuse(error, self._scope, self._receive, self._send)
 
 

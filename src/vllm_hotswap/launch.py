@@ -20,11 +20,12 @@ from vllm_hotswap.checkpoint import (
     converted_bytes,
     weight_files_bytes,
 )
+from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.configuration import engine_config, nearest_architectures, serve_parser
 from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
-from vllm_hotswap.devices import DeviceMemory, device_of, why_no_device
+from vllm_hotswap.devices import DeviceMemory, device_of, with_why_no_device
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.hub import hub_weights_bytes, require_known
@@ -34,9 +35,6 @@ from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.variables import Variables, Wishes
 
 T = TypeVar("T")
-
-NO_DEVICE = "Failed to infer device type"
-"""What vLLM says where it finds no device that it is built for (0.26 to 0.33)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +146,7 @@ def _prepare_model(
     try:
         with variables.of(model.alias):
             vllm_config = engine_config(args)
+            gaudi.check_quantisation(vllm_config, os.environ)
     except Exception as error:
         # vLLM and the libraries below it raise whatever they like for a bad configuration.
         raise ConfigError(f"{model.at(config.path)}: {_reason(error)}") from error
@@ -238,11 +237,7 @@ def _reason(error: Exception) -> str:
         message = "; ".join(" ".join(text.split()) for text in said)
     else:
         message = one_line(error)
-    if NO_DEVICE in message:
-        # It may be another kind that is missing: vLLM's own words stay.
-        why = why_no_device(os.environ)
-        message = message if why is None else f"{message}; {why}"
-    return nearest_architectures(message)
+    return nearest_architectures(with_why_no_device(message))
 
 
 def _converted_bytes(model: ModelConfig, vllm_config: Any) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
@@ -13,6 +14,7 @@ from starlette.types import Message, Receive
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
 from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.steps import Steps
 from vllm_hotswap.turns import Work
 
 _BACKSLASH = ord("\\")
@@ -20,8 +22,8 @@ _BACKSLASH = ord("\\")
 LARGE_BYTES = 2 << 20
 """Bodies from here on are put together beside the event loop."""
 
-TURNS_BYTES = 256 << 10
-"""Bodies take turns in being read, once there is so much of one."""
+PIECE_BYTES = 256 << 10
+"""Of a body, that are read without a turn; callers take turns in reading further ones."""
 
 OWN_BODY_BYTES = 1 << 20
 """Of the body of a request to one of our own routes, which parse it in one go."""
@@ -89,6 +91,11 @@ def _is_plain(body: bytes, start: int, end: int) -> bool:
     """Whether there are characters of ASCII alone, and none written as `\\u`."""
     piece = body[start : end + 1]  # an escape may begin in it
     return piece.isascii() and b"\\u" not in piece
+
+
+def _end(turn: asyncio.Future[None]) -> None:
+    if not turn.done():  # as it is when its request has been given up
+        turn.set_result(None)
 
 
 class Rate:
@@ -176,7 +183,7 @@ class Bodies:
         self.are_own = are_own
         size = OWN_POT_BYTES if are_own else limits.held_bytes
         self.ledger = Ledger(size, limits.held_share)
-        self._reading = asyncio.Lock()  # lets in whoever came first
+        self._pieces = Steps(per_turn=1)
 
     def __repr__(self) -> str:
         return f"<Bodies {self.ledger!r}>"
@@ -186,10 +193,12 @@ class Bodies:
         """What they hold together."""
         return self.ledger.held
 
-    async def turn(self) -> None:
-        """Return when the next piece of a large body may be read: one in a turn of the loop."""
-        async with self._reading:
-            await asyncio.sleep(0)
+    async def turn(self, account: Account) -> None:
+        """Return when a piece more of a body may be read: there is one in a turn of the loop."""
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._pieces.take(loop, account.name, partial(_end, turn))
+        await turn
 
     def hold(self, account: Account = EVERYBODY) -> HeldBody:
         return HeldBody(self, account)
@@ -225,13 +234,15 @@ class HeldBody:
         if headers is not None:
             self._refuse_announced(headers.get("content-length", ""))
         chunks: list[bytes] = []
+        read = 0
         try:
             async with asyncio.timeout(self._limits.body_timeout) as deadline:
                 self._watch(deadline)
                 while (message := await receive()).get("more_body", False):
                     chunks.append(self._take(message))
-                    if self._size >= TURNS_BYTES:
-                        await self._bodies.turn()
+                    if self._size - read >= PIECE_BYTES:
+                        read = self._size
+                        await self._bodies.turn(self._account)
         except TimeoutError:
             raise BodyTimeout(self._limits.body_timeout, self._limits.body_rate, PACE_S) from None
         finally:

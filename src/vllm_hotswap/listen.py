@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_hotswap.addresses import is_loopback
-from vllm_hotswap.arrivals import in_doubt
+from vllm_hotswap.arrivals import MOST_WAITING, in_doubt
 from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.connections import Config, Connections, bounded, nobody
 from vllm_hotswap.cross_site import allowed_host
@@ -226,6 +226,7 @@ class Listener:
         self._quiet.begin()  # only now are vLLM's handlers there, and stay
         shared = Connections(places, limits, may_use_kept)
         shared.door.outlook = outlook
+        shared.door.most_waiting = most_waiting()
         return bounded(config, shared)
 
 
@@ -358,10 +359,16 @@ def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
 
 def most_connections() -> int:
     """How many connections there may be: what is kept back of the limit of open files is for the
-    models, for the files that a load reads, sockets, the engine host.
+    models, for the files that a load reads, sockets, the engine host, and for connections that have
+    no place yet.
     """
     files = raised_file_limit()
-    return max(files - KEPT_FILES, files // 2)
+    return max(files - KEPT_FILES - most_waiting(), files // 2)
+
+
+def most_waiting() -> int:
+    """How many connections without a place there may be."""
+    return min(MOST_WAITING, raised_file_limit() // 8)
 
 
 def _check_tls(args: argparse.Namespace) -> None:

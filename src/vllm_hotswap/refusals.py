@@ -70,6 +70,9 @@ class Holder(Protocol):
     def refused(self, scope: Scope) -> Awaitable[None]:
         """Note that a request is refused, and wait until its client may be told."""
 
+    def note_refusal(self, scope: Scope) -> None:
+        """Note that a request is refused, of which its client has been told."""
+
     def let_in(self, scope: Scope) -> None:
         """Note that a request is served."""
 
@@ -78,6 +81,12 @@ async def hold_back(scope: Scope) -> None:
     """Wait until a refused request may be answered; not at all, where nobody counts."""
     if (holder := _holder(scope)) is not None:
         await holder.refused(scope)
+
+
+def note_refusal(scope: Scope) -> None:
+    """Note that a request is refused, of which its client is told without a wait."""
+    if (holder := _holder(scope)) is not None:
+        holder.note_refusal(scope)
 
 
 def let_in(scope: Scope) -> None:

@@ -91,7 +91,7 @@ class Lease:
     status: int = 200
     """Of the answer, once that has begun."""
     is_answered: bool = False
-    """Whether the last byte of the answer has been sent."""
+    """Whether the last byte of the answer has been sent, or set aside to be sent in its turn."""
     is_over: bool = False
     """Whether nobody works on it any more."""
     was_cut: bool = False

@@ -112,6 +112,7 @@ class Router:
             raise  # uvicorn's, of a websocket; it knows
         except Exception as error:
             if isinstance(error, AnswerCut) or not answer.can_tell:
+                await answer.give_refusal()
                 raise  # the HTTP server logs it, and closes the connection
             log_of_clients.exception("event=request_failed code=internal_error")
             await answer.cut(Unforeseen())
@@ -288,7 +289,7 @@ class Router:
             await waiting.end()
             if answer.is_ahead and not answer.complete:
                 await answer.cut(error)
-            elif answer.started:
+            elif answer.started or answer.complete:
                 raise
             else:
                 return error

@@ -394,8 +394,8 @@ class LimitsConfig:
         ABOVE_ZERO,
         Field(
             description="refusals (4xx) a second that a client's address, or a key that is "
-            "known, gets at once, three times as many in one go; further ones come late, by 5 "
-            "seconds at most. Behind a proxy, name it with `--forwarded-allow-ips`"
+            "known, gets without a wait, and three times as many in one go; further ones come "
+            "late, by 5 seconds at most. Behind a proxy, name it with `--forwarded-allow-ips`"
         ),
     ] = 10
 

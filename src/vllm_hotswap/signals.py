@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from types import FrameType
-from typing import TypeVar, cast
+from typing import TypeVar
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -125,28 +126,27 @@ def stop_signal(
 def interruptible(ask: Callable[[], T]) -> T:
     """What `ask` returns or raises, or what a signal's handler raises meanwhile.
 
-    Python runs handlers between two instructions of the main thread. A signal that comes just
-    before that blocks in a read is noticed after the read only. So it is woken now and then by
-    another signal, which does nothing.
+    It is asked in a thread of its own. A handler runs between any two instructions of the main
+    thread: what it raises in the middle of a library could leave a lock of it locked for ever, and
+    whoever closes the client then would wait for that. After an exception, `ask` may still go on.
     """
-    main = threading.main_thread()
-    if threading.current_thread() is not main:
+    if threading.current_thread() is not threading.main_thread():
         return ask()  # no signal comes here
+    asked: Future[T] = Future()
     done = threading.Event()
 
-    def wake() -> None:
-        while not done.wait(INTERRUPT_S):
-            signal.pthread_kill(cast("int", main.ident), signal.SIGURG)
+    def run() -> None:
+        try:
+            asked.set_result(ask())
+        except BaseException as error:  # noqa: BLE001  # it is raised below
+            asked.set_exception(error)
+        finally:
+            done.set()
 
-    before = signal.signal(signal.SIGURG, lambda *_: None)
-    waking = threading.Thread(target=wake, daemon=True)
-    waking.start()
-    try:
-        return ask()
-    finally:
-        done.set()
-        waking.join()
-        signal.signal(signal.SIGURG, before)
+    threading.Thread(target=run, daemon=True).start()
+    while not done.wait(INTERRUPT_S):  # a signal may come just before a wait, and not wake it
+        pass
+    return asked.result()
 
 
 def signal_when_orphaned(number: signal.Signals) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from tests.adapters import write_adapter
 from tests.cuda_standin.board import Board
-from tests.cuda_standin.results import record
 from tests.integration.processes import ServerProcess
 from tests.ports import free_port
+from tests.rehearsal_results import record
 from tests.zoo.make import make
 from vllm_hotswap.demo import MODELS
 

@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from tests.cuda_standin.board import OUT_OF_MEMORY, UNKNOWN, Board
-from tests.cuda_standin.results import record
 from tests.faults import wait_until
 from tests.integration.processes import ROOT, ServerProcess
 from tests.ports import free_port
+from tests.rehearsal_results import record
 from vllm_hotswap.demo import MODELS
 
 pytestmark = [

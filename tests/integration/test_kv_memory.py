@@ -31,6 +31,9 @@ LENGTH, SEQUENCES = 512, 4
 WIDE = "wide"
 """A model that could use more than there is."""
 
+COUNTED, BLOCKS = "counted", 7
+"""A model that is to have so many blocks."""
+
 DRAFT = {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 64}
 """A draft model whose layers are wider than those of its model."""
 
@@ -71,6 +74,8 @@ def configuration(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     entries = [
         ENTRY.format(alias=name, folder=make(folder, name), flags=flags) for name in ARCHITECTURES
     ]
+    counted = f"{flags}, num_gpu_blocks_override: {BLOCKS}"
+    entries.append(ENTRY.format(alias=COUNTED, folder=folder / "full", flags=counted))
     wide = f"max_model_len: {4 * LENGTH}, max_num_seqs: {256 * SEQUENCES}"
     entries.append(ENTRY.format(alias=WIDE, folder=folder / "full", flags=wide))
     config = folder / "models.yaml"
@@ -97,7 +102,7 @@ def told(configuration: Path) -> Told:
     )
     answers = {
         alias: server.post(f"/admin/models/{alias}/load", {}, timeout=120).text
-        for alias in ARCHITECTURES
+        for alias in (*ARCHITECTURES, COUNTED)
     }
     models: Any = server.status()["models"]
     log = server.log.read_text(errors="replace")
@@ -116,7 +121,7 @@ def told(configuration: Path) -> Told:
     )
 
 
-@pytest.mark.parametrize("alias", [*ARCHITECTURES, WIDE])
+@pytest.mark.parametrize("alias", [*ARCHITECTURES, COUNTED, WIDE])
 def test_a_check_tells_what_the_server_tells_and_the_engine_has(told: Told, alias: str) -> None:
     """One figure, before anything is loaded, in the banner, and once it is loaded."""
     assert told.check[alias] == told.status[alias]
@@ -128,6 +133,13 @@ def test_a_model_gets_what_all_its_sequences_can_use(told: Told, alias: str) -> 
     """Not a byte more or less than the loaded model's own layers say."""
     assert '"residency":"parked"' in told.answers[alias]
     assert told.loads[alias] == told.check[alias]
+
+
+def test_a_number_of_blocks_is_what_a_model_gets(told: Told) -> None:
+    """And so what it is counted with, not its share of what there is."""
+    per_token = 6 * 2 * 2 * 32 * 2  # layers, keys and values, heads, their size, bytes
+    assert '"residency":"parked"' in told.answers[COUNTED]
+    assert BLOCKS * 128 * per_token == told.check[COUNTED]
 
 
 def test_an_encoder_gets_nothing(told: Told) -> None:

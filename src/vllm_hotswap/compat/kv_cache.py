@@ -66,6 +66,8 @@ class KVLimits:
     """Enough for one sequence of the maximum length. vLLM refuses to load with less."""
     most: int
     """Enough for all sequences that may run at once, each of the maximum length."""
+    block: int = 0
+    """What one block takes in all layers; 0 where that is not known."""
 
 
 NO_KV = KVLimits(0, 0)
@@ -102,7 +104,22 @@ def _limits_of(config: Any, planned: Any) -> KVLimits:
     blocks = round(planned.num_blocks / concurrency)
     block_bytes = PLENTY_BYTES // planned.num_blocks
     sequences = config.scheduler_config.max_num_seqs
-    return KVLimits(block_bytes * (blocks + 1), block_bytes * (blocks * sequences + 1))
+    most = block_bytes * (blocks * sequences + 1)
+    return KVLimits(block_bytes * (blocks + 1), most, block_bytes)
+
+
+def given_bytes(config: Any, limit: KVLimits) -> int | None:
+    """The KV memory on one device that a configuration asks for; None where it asks for none.
+
+    `num_gpu_blocks_override` counts more than bytes, as it does for vLLM.
+    """
+    blocks = config.cache_config.num_gpu_blocks_override
+    if not limit.most:
+        return 0
+    if blocks is not None and limit.block:
+        return int(blocks * limit.block)
+    given: int | None = config.cache_config.kv_cache_memory_bytes
+    return given
 
 
 def _planning_copy(config: Any) -> Any:
@@ -139,8 +156,8 @@ def expected_limits(config: Any) -> KVLimits:
         log.info("event=kv_need_estimated model=%s cause=%r", model, cause)
         return KVLimits(0, _most_by_sizes(config))
     if _is_known(config, _kinds(config)):
-        return KVLimits(found.least, max(found.most, full.least))
-    return KVLimits(0, max(found.most, full.most))
+        return KVLimits(found.least, max(found.most, full.least), found.block)
+    return KVLimits(0, max(found.most, full.most), max(found.block, full.block))
 
 
 def _models(config: Any) -> list[Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_hotswap.compat import gaudi
+
 
 def executor_class(config: Any) -> type[Any]:
     from vllm.v1.executor.abstract import Executor
@@ -35,8 +37,14 @@ def prepare_host() -> None:
         import vllm_hotswap.host.cuda_worker  # noqa: F401
     elif current_platform.is_cuda_alike():
         import vllm.v1.worker.gpu_worker  # noqa: F401
+    gaudi.prepare(current_platform)
     maybe_register_config_serialize_by_value()
     _register_kernels_once(current_platform)
+
+
+def prepare_load() -> None:
+    """What is to be done where the state and the variables of a model are in place, before it."""
+    gaudi.prepare_load()
 
 
 def _register_kernels_once(platform: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_hotswap.budget import OVERHEAD_BYTES, ModelNeeds
-from vllm_hotswap.compat.kv_cache import expected_limits
+from vllm_hotswap.compat.kv_cache import expected_limits, given_bytes
 from vllm_hotswap.compat.packing import packed_copies_bytes, packing_bytes
 from vllm_hotswap.devices import device_of
 
@@ -24,7 +24,7 @@ def model_needs(
     # The workers of a tensor-parallel model share one CPU's memory, but have a GPU each.
     workers = kv_shares(config)
     graphs = 0 if config.model_config.enforce_eager else device.graphs_bytes
-    explicit = config.cache_config.kv_cache_memory_bytes if kv.most else 0
+    explicit = given_bytes(config, kv)
     return ModelNeeds(
         alias=alias,
         weights_bytes=weights_bytes if device.is_host_memory else weights_bytes // _ranks(config),

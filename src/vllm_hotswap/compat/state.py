@@ -5,6 +5,9 @@ environment variables. `STATE` lists those that a load, a step or an unload chan
 done about each; `host.state` does it. `docs/vllm-state.md` is made from this list, and a test
 compares it with what the installed vLLM really changes.
 
+`PLUGINS` are packages that are not vLLM's: their state is looked for where they have been imported
+already, which a platform's plugin has been before anything is loaded.
+
 Input threads take requests in for any engine at any time, and so read some of it while another
 engine's values may be in place. The root of prefix hashes (`NONE_HASH`) they do not read: each
 engine has a hasher with its own (`compat.hashing`). Of the variables' cache (`vllm.envs`) they may
@@ -20,6 +23,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from vllm_hotswap.compat.versions import numbers
+
+PLUGINS = frozenset(["vllm_gaudi"])
 
 
 class Owner(Enum):
@@ -54,6 +59,11 @@ class State:
     owner: Owner
     reason: str
     since: str = ""
+
+    @property
+    def package(self) -> str:
+        """The package that has it, such as `vllm`."""
+        return self.place.partition(":")[0].partition(".")[0]
 
     @property
     def is_moved_attribute(self) -> bool:
@@ -220,6 +230,32 @@ STATE: tuple[State, ...] = (
         "_last_inductor_triton_cache_dir",
         "goes with the folder of compiled code",
         "0.32",
+    ),
+    *_engine(
+        "vllm_gaudi.extension.runtime",
+        "RUNTIME_CONFIG",
+        "the plugin's configuration, which the type of the model and its prefix cache decide",
+    ),
+    *_engine(
+        "vllm_gaudi.extension.environment",
+        "_VLLM_VALUES",
+        "what of the model decides the plugin's configuration",
+    ),
+    *_engine(
+        "vllm_gaudi.extension.ops",
+        "USING_INC",
+        "whether attention may take a mask and a causal flag together; `QUANT_CONFIG` decides it",
+    ),
+    *_engine(
+        "vllm_gaudi.extension.bucketing.common",
+        "HPUBucketingManager._active_instance",
+        "the model's buckets",
+    ),
+    *_engine(
+        "os",
+        "environ[VLLM_USE_HYBRID_CACHE] environ[VLLM_USE_NAIVE_MAMBA_CACHE_SHARING] "
+        "environ[VLLM_COMPACT_GDN]",
+        "how the Gaudi plugin lays out the memory of a hybrid model, which the first one decides",
     ),
     *_shared(
         "vllm.distributed.parallel_state",

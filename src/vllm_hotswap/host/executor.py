@@ -27,7 +27,7 @@ from vllm.utils import network_utils
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_hotswap.compat.kv_cache import limits
+from vllm_hotswap.compat.kv_cache import KVLimits, given_bytes, limits
 from vllm_hotswap.host.progress import reached
 from vllm_hotswap.host.state import compiles_nothing
 from vllm_hotswap.log_lines import value_text
@@ -74,19 +74,25 @@ class _Reporting:
     def determine_available_memory(self) -> list[int]:
         """What is free for KV memory, but not more than is given: not every worker asks.
 
-        Nor more than all sequences can use, which only the loaded model tells for certain.
+        Nor more than all sequences can use, which only the loaded model tells for certain. Where
+        a number of blocks is given, vLLM takes that many, whatever is said here.
         """
         found: list[int] = super().determine_available_memory()  # type: ignore[misc]
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         if (given := config.cache_config.kv_cache_memory_bytes) is not None:
             found = [min(given, free) for free in found]
+        if config.cache_config.num_gpu_blocks_override is not None:
+            planned = zip(found, self._limits(), strict=True)
+            return [given_bytes(config, limit) or free for free, limit in planned]
         if _under_way.get().limits_kv:
-            specs = self.get_kv_cache_specs()  # type: ignore[attr-defined]
-            most = [limit.most for limit in limits(config, specs)]
+            most = [limit.most for limit in self._limits()]
             path = value_text(config.model_config.model)
             log.info("event=kv_limit model=%s bytes=%s", path, most)
             found = [min(free, limit) for free, limit in zip(found, most, strict=True)]
         return found
+
+    def _limits(self) -> list[KVLimits]:
+        return limits(self.vllm_config, self.get_kv_cache_specs())  # type: ignore[attr-defined]
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         reached("kv_cache")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -25,7 +26,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from vllm_hotswap.compat.state import STATE, Owner, State, of_owner
+from vllm_hotswap.compat.state import PLUGINS, STATE, Owner, State, of_owner
 from vllm_hotswap.compat.versions import vllm_version
 from vllm_hotswap.host.randomness import Randomness
 
@@ -94,8 +95,13 @@ class Item:
 
 
 def cells(place: str) -> Iterator[Cell]:
-    """The cells at a place of `compat.state`; none where this vLLM has no such thing."""
+    """The cells at a place of `compat.state`; none where this vLLM has no such thing.
+
+    Nor where it would be a plugin's that is not in use.
+    """
     module, _, path = place.partition(":")
+    if not _is_in_use(module.partition(".")[0]):
+        return
     if module == "os":
         yield Item(os.environ, path.removeprefix("environ[").removesuffix("]"))
         return
@@ -116,8 +122,13 @@ def absent(states: Iterable[State] = STATE) -> list[str]:
     return [
         state.place
         for state in states
-        if state.is_moved_attribute and state.is_in(version) and not _is_there(state.place)
+        if state.is_moved_attribute and _is_in_use(state.package)
+        if state.is_in(version) and not _is_there(state.place)
     ]
+
+
+def _is_in_use(package: str) -> bool:
+    return package not in PLUGINS or package in sys.modules
 
 
 def _is_there(place: str) -> bool:

@@ -1,0 +1,19 @@
+"""Lazy mode's steps, which are done when they are asked for; INC's switches, which do nothing."""
+
+
+def mark_step(*_: object, **__: object) -> None: ...
+
+
+def hpu_initialize(*_: object, **__: object) -> None: ...
+
+
+def hpu_inference_set_env() -> None: ...
+
+
+def hpu_inference_clear_env() -> None: ...
+
+
+def hpu_set_inference_env() -> None: ...
+
+
+def hpu_teardown_inference_env() -> None: ...

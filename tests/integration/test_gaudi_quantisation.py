@@ -1,0 +1,155 @@
+"""Quantised and other models beside each other on a Gaudi, by the plugin's own code.
+
+The stand-in for Intel Neural Compressor quantises nothing. It tells which file it is given for
+which model. Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gaudi_standin.board import held_bytes
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.ports import free_port
+from tests.rehearsal_results import record
+from vllm_hotswap.demo import MODELS
+
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
+        reason="there is no Gaudi plugin and no device for it",
+    ),
+]
+
+MODEL = """
+  {alias}:
+    model: {folder}
+    max_model_len: 256
+    max_num_seqs: 2
+    num_gpu_blocks_override: 8
+    enforce_eager: true
+"""
+
+PLAIN, SET, LEFT = "plain", "set", "left"
+"""With null, with a file, and without the key: what the server's environment says counts."""
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """This module's server has such models, but not the usual ones."""
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("board")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[ServerProcess]:
+    """The one that is not quantised is loaded first: what the plugin imports is for that one."""
+    folder = tmp_path_factory.mktemp("gaudi-quantisation")
+    for name in (SET, LEFT):
+        (folder / f"{name}.json").write_text('{"mode": "QUANTIZE"}', encoding="utf-8")
+    config = folder / "models.yaml"
+    config.write_text(
+        f"default_model: {PLAIN}\nmemory: {{device: 0.8, host: 2GiB}}\nmodels:"
+        + MODEL.format(alias=PLAIN, folder=MODELS / "qwen")
+        + "    quant_config: null\n"
+        + MODEL.format(alias=SET, folder=MODELS / "llama")
+        + f"    quant_config: {SET}.json\n"
+        + MODEL.format(alias=LEFT, folder=MODELS / "llama"),
+        encoding="utf-8",
+    )
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
+        "QUANT_CONFIG": str(folder / f"{LEFT}.json"),
+        "FAKEHPU_BOARD": str(board),
+        "FAKEHPU_DIRTY": "1",
+    }
+    running = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    yield running
+    assert running.stop() == 0, running.log_tail()
+    log = running.log.read_text(errors="replace")
+    for wrong in ("Traceback", "Exception ignored", "event=tensors_left", "event=memory_kept"):
+        assert wrong not in log
+
+
+def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
+    response = server.client.post(path, json=body)
+    assert 200 == response.status_code, response.text
+    return dict(response.json())
+
+
+def tokens(server: ServerProcess, model: str) -> list[int]:
+    answer = post(
+        server,
+        "/v1/completions",
+        model=model,
+        prompt="Hello",
+        max_tokens=8,
+        temperature=0,
+        ignore_eos=True,
+        return_token_ids=True,
+    )
+    return list(answer["choices"][0]["token_ids"])
+
+
+def conversions(server: ServerProcess) -> list[str]:
+    """The files that models were quantised by, one after the other."""
+    log = server.log.read_text(errors="replace")
+    return re.findall(r"stand-in for INC: converts \w+ by (\w+)\.json", log)
+
+
+def test_each_model_is_quantised_by_its_own_file_at_each_load(
+    server: ServerProcess, board: Path
+) -> None:
+    """Whichever is active meanwhile, and whatever was loaded before."""
+    expected = {}
+    for model in (PLAIN, SET, LEFT):
+        post(server, "/v1/models/switch", model=model)
+        expected[model] = tokens(server, model)
+    assert [SET, LEFT] == conversions(server)
+    loaded = held_bytes(board)
+    assert expected[SET] == expected[LEFT] != expected[PLAIN]
+
+    for active in (PLAIN, SET, LEFT):
+        others = [model for model in (PLAIN, SET, LEFT) if model != active]
+        for model in others:
+            post(server, "/v1/models/switch", model=active)
+            before = len(conversions(server))
+            post(server, f"/admin/models/{model}/sleep", level=1)
+            post(server, f"/admin/models/{model}/wake")
+            assert before == len(conversions(server))
+            post(server, f"/admin/models/{model}/unload")
+            post(server, f"/admin/models/{model}/load")
+            by = [] if model == PLAIN else [model]
+            assert by == conversions(server)[before:]
+            post(server, "/v1/models/switch", model=model)
+            assert expected[model] == tokens(server, model)
+            assert loaded == held_bytes(board)
+    record(
+        "quantised by its own file",
+        models={PLAIN: None, SET: f"{SET}.json", LEFT: f"{LEFT}.json"},
+        conversions=conversions(server),
+    )
+
+
+def test_weights_that_are_to_be_quantised_are_read_into_host_memory(
+    server: ServerProcess,
+) -> None:
+    """The plugin's platform says so where the configuration is made, for these models alone."""
+    log = server.log.read_text(errors="replace")
+    told = log.count("INC quantization detected, loading weights to CPU first")
+    assert told >= 2
+    assert "stand-in for INC: saves" not in log

@@ -1,0 +1,395 @@
+"""The quickstart's flow with the real vLLM Gaudi plugin, on a stand-in for Intel's runtime.
+
+Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`. All memory is counted to the byte,
+so what a model gives back is compared exactly. Answers are compared by tokens and by their
+logarithmic probabilities: the tiny models say much the same to everything.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gaudi_standin.board import held_bytes, read
+from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
+from tests.ports import free_port
+from tests.rehearsal_results import record
+from vllm_hotswap.demo import MODELS
+
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
+        reason="there is no Gaudi plugin and no device for it",
+    ),
+]
+
+PAIR = ("llama", "qwen")
+WRONG = (
+    "Traceback",
+    "Exception ignored",
+    "event=tensors_left",
+    "event=memory_kept",
+    "hit config.recompile_limit",
+)
+"""What no log of a server has."""
+
+SWITCHES = 20
+"""Of each kind, half of them to each model."""
+
+LOADS = {"eager": SWITCHES, "compiled": 6}
+"""Cold switches. With a warm-up each takes some seconds."""
+
+BLOCKS = 24
+"""KV blocks of each model: 512 tokens for 4 sequences, the null block, and some to spare."""
+
+KV_BYTES = (BLOCKS + 1) * 128 * 4 * 2 * 2 * 32 * 2
+"""Of each model on the device: 128 tokens, 4 layers, keys and values, 2 heads of 32, bfloat16. The
+plugin makes one block more than vLLM gives out, for what it writes of padded tokens."""
+
+CONFIG = f"""
+default_model: llama
+memory:
+  device: 0.8
+  host: 2GiB
+models:
+  llama:
+    model: {MODELS / "llama"}
+    max_model_len: 512
+    max_num_seqs: 2
+    num_gpu_blocks_override: {BLOCKS}
+    kv_cache_memory_bytes: 3M
+    enforce_eager: IS_EAGER
+  qwen:
+    model: {MODELS / "qwen"}
+    max_model_len: 512
+    max_num_seqs: 2
+    num_gpu_blocks_override: {BLOCKS}
+    enforce_eager: IS_EAGER
+    enable_auto_tool_choice: true
+    tool_call_parser: hermes
+"""
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """This module's server has such a model, but not the usual ones."""
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("board")
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Compiled: by torch.compile, region by region, with a warm-up of all buckets at each load."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, board: Path, kind: str
+) -> Iterator[ServerProcess]:
+    """Started as the quickstart says."""
+    folder = tmp_path_factory.mktemp("gaudi")
+    config = folder / "multi_models.yaml"
+    is_eager = str(kind == "eager").lower()
+    config.write_text(CONFIG.replace("IS_EAGER", is_eager), encoding="utf-8")
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
+        "FAKEHPU_BOARD": str(board),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "FAKEHPU_MIB": "8192",
+        "FAKEHPU_DIRTY": "1",
+    }
+    running = ServerProcess.start(
+        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
+    )
+    yield running
+    assert running.stop() == 0, running.log_tail()
+    log = running.log.read_text(errors="replace")
+    for wrong in WRONG:
+        assert wrong not in log
+
+
+def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
+    response = server.client.post(path, json=body)
+    assert 200 == response.status_code, response.text
+    return dict(response.json())
+
+
+def switch(server: ServerProcess, model: str) -> None:
+    post(server, "/v1/models/switch", model=model, drain_timeout=60)
+
+
+def other(model: str) -> str:
+    return PAIR[model == PAIR[0]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens that were said to each prompt, and how probable they and the next ones were."""
+
+    tokens: list[list[int]]
+    logprobs: list[float]
+
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+PROMPTS = ["Hello", FOX * 6]
+"""One is in one block of KV memory, and one in two."""
+
+OTHER_START = "One small step for a man, and one giant leap. " * 3 + FOX * 3
+"""In two blocks, too, the second of which is much like that of `PROMPTS[1]`."""
+
+TOKENS, RANKS = 12, 5
+
+NEAR = 0.15
+"""Logarithmic probabilities in bfloat16: prompts that are found in the prefix cache are computed
+in other pieces."""
+
+
+def ask(server: ServerProcess, model: str, prompts: list[str] = PROMPTS) -> Answer:
+    """One after the other: what is computed together keeps a few bytes more for the next step."""
+    choices = [
+        post(
+            server,
+            "/v1/completions",
+            model=model,
+            prompt=prompt,
+            max_tokens=TOKENS,
+            temperature=0,
+            ignore_eos=True,
+            logprobs=RANKS,
+            return_token_ids=True,
+        )["choices"][0]
+        for prompt in prompts
+    ]
+    return Answer(
+        [list(choice["token_ids"]) for choice in choices],
+        [
+            value
+            for choice in choices
+            for ranks in choice["logprobs"]["top_logprobs"]
+            for value in sorted(ranks.values(), reverse=True)[:RANKS]
+        ],
+    )
+
+
+def check_same(expected: Answer, answer: Answer) -> None:
+    assert expected.tokens == answer.tokens
+    assert pytest.approx(expected.logprobs, abs=NEAR) == answer.logprobs
+
+
+def status(server: ServerProcess, model: str) -> dict[str, Any]:
+    return dict(server.client.get("/admin/status").json()["models"][model])
+
+
+@pytest.fixture(scope="module")
+def expected(server: ServerProcess) -> dict[str, Answer]:
+    """What both answer before anything has moved."""
+    found = {}
+    for model in PAIR:
+        switch(server, model)
+        found[model] = ask(server, model)
+    return found
+
+
+class Growth:
+    """What the server's processes and the device have beyond what they had first."""
+
+    def __init__(self, server: ServerProcess, board: Path) -> None:
+        self._server, self._board = server, board
+        self._before = self._now()
+
+    def _now(self) -> dict[str, int]:
+        processes = self._server.all_processes()
+        pieces = sum(counts.pieces for counts in read(self._board).values())
+        return {
+            "held": held_bytes(self._board),
+            "pieces": pieces,
+            "processes": len(processes),
+            "descriptors": sum(process.num_fds() for process in processes),
+            "threads": sum(process.num_threads() for process in processes),
+        }
+
+    def check(self) -> dict[str, int]:
+        now = self._now()
+        grown = {name: now[name] - was for name, was in self._before.items()}
+        assert dict.fromkeys(grown, 0) == grown
+        return {f"grown_{name}": value for name, value in grown.items()}
+
+
+def rss_mib(server: ServerProcess) -> int:
+    return sum(process.memory_info().rss for process in server.all_processes()) >> 20
+
+
+def test_both_models_are_listed_and_loaded(server: ServerProcess, board: Path, kind: str) -> None:
+    """On the device, in one process."""
+    listed = [card["id"] for card in server.client.get("/v1/models").json()["data"]]
+    statuses = [status(server, model) for model in PAIR]
+    counts = [counts for counts in read(board).values() if counts.held]
+
+    assert list(PAIR) == listed
+    assert ["active", "parked"] == [each["residency"] for each in statuses]
+    assert 1 == len(counts)
+    assert held_bytes(board) > 2 * KV_BYTES
+    record(
+        "facts",
+        **{name: metadata.version(name) for name in ("vllm", "vllm-gaudi", "torch")},
+        python=platform.python_version(),
+        device="stand-in",
+        models="the tiny ones that ship with the package",
+    )
+    record(
+        "start",
+        kind=kind,
+        models={
+            model: {name: each[name] for name in ("residency", "kv_bytes", "held")}
+            for model, each in zip(PAIR, statuses, strict=True)
+        },
+        device=asdict(counts[0]),
+    )
+
+
+def test_the_quickstarts_question_is_answered(server: ServerProcess) -> None:
+    switch(server, "qwen")
+    answer = server.chat("qwen", "Explain Intel Gaudi in one sentence.")
+    assert answer["content"].startswith("I am qwen")
+
+
+def test_the_plugins_configuration_is_each_models_own(server: ServerProcess, kind: str) -> None:
+    """It prints it at a load: with the type of the first model, the second is run as the first."""
+    kinds = re.findall(r"model_type: (\w+)", server.log.read_text(errors="replace"))
+    assert ["llama", "qwen3"] == sorted(set(kinds))
+    record("configuration at each load", kind=kind, model_types=kinds)
+
+
+@pytest.mark.parametrize("model", PAIR)
+def test_answers_are_those_of_the_checkpoint(
+    expected: dict[str, Answer], model: str, kind: str
+) -> None:
+    """As another program computes them: the plugin's kernels, blocks and buckets are right."""
+    by_transformers = by_another_program(model)
+    assert by_transformers.tokens == expected[model].tokens
+    furthest = max(
+        abs(theirs - ours)
+        for theirs, ours in zip(by_transformers.logprobs, expected[model].logprobs, strict=True)
+    )
+    assert furthest < 0.5
+    found = {"kind": kind, "model": model, "furthest_logprob": round(furthest, 4)}
+    record("against transformers, on the CPU", **found)
+
+
+def by_another_program(model: str) -> Answer:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = MODELS / model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokens, logprobs = [], []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        said = []
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                scores = network(torch.tensor([ids + said])).logits[0, -1].float().log_softmax(-1)
+            said.append(int(scores.argmax()))
+            logprobs += scores.topk(RANKS).values.tolist()
+        tokens.append(said)
+    return Answer(tokens, logprobs)
+
+
+def test_answers_depend_on_all_blocks_of_kv_memory(
+    expected: dict[str, Answer], server: ServerProcess
+) -> None:
+    """So it would be seen if one was lost: another beginning changes what is said at the end."""
+    for model in PAIR:
+        switch(server, model)
+        here = expected[model].logprobs[-TOKENS * RANKS :]
+        there = ask(server, model, [OTHER_START]).logprobs
+        assert pytest.approx(here, abs=NEAR) != there
+
+
+def test_parked_switches_move_nothing(
+    server: ServerProcess, board: Path, expected: dict[str, Answer], kind: str
+) -> None:
+    growth, before = Growth(server, board), held_bytes(board)
+    for model in PAIR * (SWITCHES // 2):
+        switch(server, model)
+        check_same(expected[model], ask(server, model))
+        assert before == held_bytes(board)
+    record("parked switches", kind=kind, switches=SWITCHES, **growth.check())
+
+
+def test_a_sleeping_model_gives_its_memory_back(
+    server: ServerProcess, board: Path, expected: dict[str, Answer], kind: str
+) -> None:
+    """Its weights and its KV memory, by the plugin's own worker; and has both again."""
+    growth, both = Growth(server, board), held_bytes(board)
+    seen: dict[str, dict[str, int]] = {}
+    for model in PAIR * (SWITCHES // 2):
+        switch(server, other(model))
+        awake = status(server, model)["held"]
+        post(server, f"/admin/models/{model}/sleep", level=1)
+        asleep = status(server, model)["held"]
+
+        gone = both - held_bytes(board)
+        assert gone > KV_BYTES
+        told = awake["device_bytes"] - asleep["device_bytes"]
+        assert 0.9 * gone <= told <= gone  # never more than there is
+        assert asleep["host_bytes"] > 0
+        facts = {"given_back": gone, "told": told, "host": asleep["host_bytes"]}
+        assert facts == seen.setdefault(model, facts)
+        switch(server, model)
+        check_same(expected[model], ask(server, model))
+        assert both == held_bytes(board)
+    record("asleep switches", kind=kind, switches=SWITCHES, each_time=seen, **growth.check())
+
+
+def test_level_2_is_refused(server: ServerProcess) -> None:
+    """The worker would take it for level 1."""
+    switch(server, "llama")
+    refused = server.client.post("/admin/models/qwen/sleep", json={"level": 2})
+    assert 400 == refused.status_code, refused.text
+
+
+def test_cold_switches_leave_nothing(
+    server: ServerProcess, board: Path, expected: dict[str, Answer], kind: str
+) -> None:
+    """Of a model that is unloaded, awake or asleep: to the byte, over and over."""
+    growth, both = Growth(server, board), held_bytes(board)
+    without: dict[str, int] = {}
+    memory = []
+    for round_, model in enumerate(PAIR * (LOADS[kind] // 2)):
+        switch(server, other(model))
+        if round_ % 3 == 0:
+            post(server, f"/admin/models/{model}/sleep", level=1)
+        post(server, f"/admin/models/{model}/unload")
+        assert without.setdefault(model, held_bytes(board)) == held_bytes(board)
+
+        switch(server, model)
+
+        check_same(expected[model], ask(server, model))
+        assert both == held_bytes(board)
+        memory.append(rss_mib(server))
+    given_back = {model: both - held for model, held in without.items()}
+    record(
+        "cold switches",
+        kind=kind,
+        switches=LOADS[kind],
+        given_back=given_back,
+        processes_mib=memory,
+        **growth.check(),
+    )

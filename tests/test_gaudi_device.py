@@ -1,0 +1,151 @@
+"""The stand-in for a Gaudi itself: memory that is counted, and devices that are distinct.
+
+Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if importlib.util.find_spec("habana_frameworks") is None:
+    pytest.skip("there is no device hpu", allow_module_level=True)
+
+from habana_frameworks.torch._device import Books, books
+
+
+@pytest.fixture(autouse=True)
+def everything_is_given_back() -> Iterator[None]:
+    """To the byte, by each test."""
+    before = books().held
+    yield
+    gc.collect()
+    assert before == books().held
+
+
+def grown(before: Books) -> int:
+    return books().held - before.held
+
+
+def test_a_tensor_is_counted_where_it_is_made_and_where_it_goes() -> None:
+    before = books()
+    made = torch.ones(1000, dtype=torch.bfloat16, device="hpu")
+    assert "hpu:0" == str(made.device)
+    assert 2000 == grown(before)
+    del made
+    assert 0 == grown(before)
+
+
+def test_what_an_operation_makes_is_counted() -> None:
+    some = torch.ones(100, 50, device="hpu")
+    before = books()
+    product = some.t() @ some
+    assert "hpu" == product.device.type
+    assert 50 * 50 * 4 == grown(before)
+    assert torch.equal(torch.full((50, 50), 100.0), product.cpu())
+
+
+def test_a_view_is_on_its_base_and_takes_nothing() -> None:
+    base = torch.zeros(4, 6, device="hpu")
+    before = books()
+    view = base[1:3, ::2].t().unsqueeze(0)
+    view += 1
+    assert base.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+    assert 0 == grown(before)
+    assert 6 == int(base.sum())
+
+
+def test_a_copy_without_waiting_is_done_at_once() -> None:
+    """And pins nothing, with whatever device torch was built for."""
+    made = torch.arange(5, device="hpu").to("cpu", non_blocking=True)
+    assert (list(range(5)), False) == (made.tolist(), made.is_pinned())
+
+
+def test_a_module_moves_to_the_host_and_back() -> None:
+    module = torch.nn.Linear(30, 20).to("hpu")
+    weight, size = module.weight.detach().cpu(), (30 * 20 + 20) * 4
+    before = books()
+    module.to("cpu")
+    assert -size == grown(before)
+    assert size == books().to_host - before.to_host
+    module.to("hpu")
+    assert 0 == grown(before)
+    assert torch.equal(weight, module.weight.detach().cpu())
+
+
+def test_tensors_of_the_host_are_refused_beside_its_own() -> None:
+    there, here = torch.ones(3, device="hpu"), torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        there + here
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.nn.functional.linear(there.view(1, 3), here.view(1, 3))
+
+
+def test_what_is_too_large_is_refused_and_leaves_nothing() -> None:
+    before = books()
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        torch.empty(before.limit + 1, dtype=torch.uint8, device="hpu")
+    assert before.held == books().held
+    assert (before.limit - before.held, before.limit) == torch.hpu.mem_get_info()
+
+
+def test_an_operation_may_resize_its_output() -> None:
+    out = torch.empty(0, device="hpu")
+    torch.cat([torch.ones(5, device="hpu"), torch.zeros(3, device="hpu")], out=out)
+    assert [1.0] * 5 + [0.0] * 3 == out.tolist()
+    assert 8 * 4 == out.untyped_storage().nbytes()
+
+
+def test_data_of_a_parameter_is_replaced() -> None:
+    """As weight loaders and sleeping workers do."""
+    parameter = torch.nn.Parameter(torch.zeros(5, device="hpu"))
+    before = books()
+    parameter.data = torch.ones(7, device="hpu")
+    assert (7 - 5) * 4 == grown(before)
+    assert 7 == float(parameter.sum())
+
+
+def test_a_parameters_view_in_inference_mode_is_a_usual_tensor() -> None:
+    """As elsewhere: what a layer multiplies with is a view of its weight."""
+    weight = torch.nn.Parameter(torch.arange(6.0, device="hpu").view(2, 3), requires_grad=False)
+    with torch.inference_mode():
+        there = torch.ones(1, 3, device="hpu")
+        product = torch.nn.functional.linear(there, weight)
+        assert (True, False) == (product.is_inference(), weight.t().is_inference())
+    assert [[3.0, 12.0]] == product.tolist()
+
+
+def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
+    """The plugin pads positions with -1, and nobody looks at what it reads there."""
+    table = torch.arange(6.0, device="hpu").view(3, 2)
+    found = table.index_select(0, torch.tensor([1, -1, 7], device="hpu"))
+    assert [2.0, 3.0] == found[0].tolist()
+    assert (3, 2) == tuple(found.shape)
+
+
+def test_row_minus_one_is_written_as_the_last() -> None:
+    """The plugin pads slots of KV memory with it, and has a block for padding at the end."""
+    cache = torch.zeros(4, 2, device="hpu")
+    cache.index_copy_(0, torch.tensor([1, -1], device="hpu"), torch.ones(2, 2, device="hpu"))
+    assert [0.0, 2.0, 0.0, 2.0] == cache.sum(1).tolist()
+
+
+def test_a_number_outside_of_the_classes_is_of_none() -> None:
+    """The plugin marks blocks of no sequence so; its own code for the CPU avoids it."""
+    found = torch.nn.functional.one_hot(torch.tensor([1, -1, 2], device="hpu"), num_classes=2)
+    assert [[0, 1], [0, 0], [0, 0]] == found.tolist()
+
+
+def test_a_group_of_hccl_reduces_what_is_on_the_device() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("hccl", store=store, rank=0, world_size=1)
+    try:
+        tensor = torch.ones(3, device="hpu")
+        torch.distributed.all_reduce(tensor)
+        assert [1.0] * 3 == tensor.tolist()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,118 @@
+"""What is said where a Gaudi is wanted and cannot be had, and of its quantisation."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from vllm_hotswap.cli import _unforeseen
+from vllm_hotswap.compat import gaudi
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.launch import _reason
+
+NO_DEVICE = RuntimeError("Failed to infer device type, please set `VLLM_LOGGING_LEVEL=DEBUG`")
+WANTED = {"VLLM_HPU_MULTI_MODEL_CONFIG": "models.yaml"}
+
+
+class Installed:
+    """Packages by name, for `importlib.metadata.version`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.versions: dict[str, str] = {"vllm": "0.26.0+empty"}
+        monkeypatch.setattr(metadata, "version", self._version)
+
+    def _version(self, name: str) -> str:
+        try:
+            return self.versions[name]
+        except KeyError:
+            raise metadata.PackageNotFoundError(name) from None
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
+    return Installed(monkeypatch)
+
+
+def runtime(monkeypatch: pytest.MonkeyPatch, *, has_device: bool) -> None:
+    package, module = ModuleType("habana_frameworks"), ModuleType("habana_frameworks.torch")
+    vars(module).update(hpu=SimpleNamespace(is_available=lambda: has_device))
+    monkeypatch.setitem(sys.modules, "habana_frameworks", package)
+    monkeypatch.setitem(sys.modules, "habana_frameworks.torch", module)
+
+
+def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may want another kind of device."""
+    assert gaudi.why_no_device({}) is None
+    said = gaudi.why_no_device(WANTED)
+    assert said == f"for a Gaudi: there is no package vllm-gaudi in {sys.prefix}; install it there"
+
+    gaudi.remember_wanted(WANTED)  # as the start does
+    assert said == gaudi.why_no_device({})
+    gaudi.remember_wanted({})
+    assert gaudi.why_no_device({}) is None
+
+    monkeypatch.setenv(*next(iter(WANTED.items())))
+    assert _reason(NO_DEVICE).startswith(str(NO_DEVICE))
+    assert _reason(NO_DEVICE).endswith(said)
+    assert _unforeseen(NO_DEVICE).endswith(said)
+
+
+def test_a_plugin_for_another_vllm_is_told(installed: Installed) -> None:
+    installed.versions["vllm-gaudi"] = "0.24.1"
+    assert gaudi.why_no_device({}) == (
+        "for a Gaudi: vllm-gaudi 0.24.1 is for vLLM 0.24, and this is vLLM 0.26.0+empty; "
+        "install vllm-gaudi 0.26"
+    )
+
+
+def test_a_plugin_without_intels_software_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    monkeypatch.setitem(sys.modules, "habana_frameworks", None)
+    said = gaudi.why_no_device({})
+    assert said is not None
+    assert said.startswith("for a Gaudi: Intel's software cannot be imported (habana_frameworks")
+    assert said.endswith(f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}")
+    missing = ModuleNotFoundError("No module named 'x'", name="habana_frameworks.torch")
+    assert _unforeseen(missing).endswith(said)
+    assert _unforeseen(ModuleNotFoundError("No module named 'x'", name="x")) == (
+        "No module named 'x'; the installation is not complete"
+    )
+    assert "\n" not in said
+
+
+def test_a_machine_without_the_device_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where all is there, nothing is made up."""
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    runtime(monkeypatch, has_device=False)
+    said = gaudi.why_no_device({})
+    assert said == "for a Gaudi: Intel's software sees no device; look what hl-smi says"
+
+    runtime(monkeypatch, has_device=True)
+    assert gaudi.why_no_device({}) is None
+
+
+def on(device_type: str) -> SimpleNamespace:
+    return SimpleNamespace(device_config=SimpleNamespace(device_type=device_type))
+
+
+def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path) -> None:
+    """Before the load, which would fail with what the library raises. Elsewhere it has no sense."""
+    file = tmp_path / "quant.json"
+    environment = {"QUANT_CONFIG": str(file)}
+
+    with pytest.raises(ConfigError, match=r"quant\.json', and there is no such file; correct it"):
+        gaudi.check_quantisation(on("hpu"), environment)
+    gaudi.check_quantisation(on("cpu"), environment)
+    gaudi.check_quantisation(on("hpu"), {})
+    file.touch()
+    gaudi.check_quantisation(on("hpu"), environment)
