@@ -37,6 +37,7 @@ SERVER_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 
 START_TIMEOUT_S = 600.0
 
+STARTING = "starting ..."
 LOADING = "loading vLLM (the first start compiles its modules, which may take minutes) ..."
 
 QUESTION = "Explain Intel Gaudi in one sentence."
@@ -312,7 +313,7 @@ def _start_server(
         exits.callback(_stop, process)
     url = f"http://127.0.0.1:{port}"
     client = exits.enter_context(httpx.Client(base_url=url, timeout=120, trust_env=False))
-    _wait_until_ready(client, process, log)
+    _wait_until_ready(client, process, Steps(log, STARTING if is_fake else LOADING))
     return client
 
 
@@ -330,12 +331,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], steps: Steps) -> None:
     """Poll `/health`, showing meanwhile what the server does and for how long."""
     import httpx
 
     started = time.monotonic()
-    steps = Steps(log)
     try:
         while process.poll() is None and time.monotonic() - started < START_TIMEOUT_S:
             steps.show()
@@ -347,7 +347,7 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], lo
             time.sleep(0.2)
     finally:
         steps.close()
-    for line in log.read_text(errors="replace").splitlines()[-20:]:
+    for line in steps.last_lines():
         _say(f"# {line}")
     raise HotswapError("the demo's server did not come up; above are the last lines of its log")
 
@@ -355,10 +355,15 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], lo
 class Steps:
     """What a starting server's log says of its steps, as it comes."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, what: str = LOADING) -> None:
+        """`what` is said at first."""
         self._log = log
         self._shown = 0
-        self._waiting: Waiting | None = Waiting(LOADING, _say_time)
+        self._waiting: Waiting | None = Waiting(what, _say_time)
+
+    def last_lines(self) -> list[str]:
+        """Of the log, for whoever wants to know why there is no server."""
+        return self._log.read_text(errors="replace").splitlines()[-20:]
 
     def show(self) -> None:
         """Show what is new in the log, or how long nothing has been."""
