@@ -1,4 +1,4 @@
-"""`python -m tools.measure_house [SRC]`: how large a package's parts are, and how they hang together.
+"""`python -m tools.measure_house [SRC]`: how large a package is in its parts, and how they meet.
 
 Prints one JSON object, to compare two trees. Rooms are the package's folders; modules beside them
 are a room of their own, `.`. An arrow is an import from one module into another.
