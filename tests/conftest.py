@@ -12,6 +12,7 @@ from hypothesis import settings
 from tests.depth import examples
 from tests.support import Server
 from tests.virtual import VirtualLoop
+from vllm_hotswap import forgotten
 
 settings.register_profile("fast", deadline=None, max_examples=examples(25))
 settings.load_profile("fast")
@@ -28,6 +29,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Where no test on the real vLLM is wanted, their files are not read: it takes seconds."""
     is_unwanted = "not vllm" in config.option.markexpr and collection_path == ON_VLLM
     return True if is_unwanted else None
+
+
+@pytest.fixture(autouse=True)
+def nothing_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server in this process has set aside counts for no other test."""
+    monkeypatch.setattr(forgotten, "_aside", {})
 
 
 @pytest.fixture

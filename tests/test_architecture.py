@@ -18,6 +18,7 @@ LAYERS = [
         "engine_share",
         "fair_pool",
         "file_limit",
+        "forgotten",
         "garbage",
         "claims",
         "helper_process",

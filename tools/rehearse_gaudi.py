@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.gaudi_standin.build import environment as found_instead
+from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, rehearse_all
 from tools.setup import ROOT, SetupError, missing, output_of, read, run, step
 
 VERSION = "0.26.0"
@@ -29,24 +26,8 @@ VERSION = "0.26.0"
 
 LIST = "rehearse-gaudi.txt"
 
-SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
-
-
-class RehearsalError(Exception):
-    """It can't begin; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    name: str
-    tests: str
-    limit_s: int
-
+FLAGS = ("-p", "no:vllm_gaudi_compat", "-W", "ignore")
+"""For pytest: the plugin's own does not belong to these tests, and it warns a lot."""
 
 PARTS = (
     Part("the device", "tests/test_gaudi_device.py", 300),
@@ -121,34 +102,11 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
     """The environment variables of the tests."""
     return {
         **os.environ,
-        **SETTINGS,
+        **OFFLINE,
         **found_instead(folder / "standin", {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
         "REHEARSAL_RESULTS": str(results),
         "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(folder / "cache")),
     }
-
-
-def rehearse(python: Path, part: Part, environment: Mapping[str, str]) -> bool:
-    """Run a part to its end or its limit; say whether all went well."""
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:vllm_gaudi_compat"]
-    command += ["-W", "ignore", "-v", part.tests]
-    process = subprocess.Popen(command, cwd=ROOT, env=dict(environment), start_new_session=True)
-    try:
-        return process.wait(part.limit_s) == 0
-    except subprocess.TimeoutExpired:
-        print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
-        return False
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """And the servers that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,21 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
     results = folder / "rehearsal.jsonl"
-    results.unlink(missing_ok=True)
     environment = surroundings(folder, results)
-    parts = [part for part in PARTS if not args.tests or part.tests in args.tests]
-    failed = []
-    for number, part in enumerate(parts, 1):
-        print(f"rehearsal: {number} of {len(parts)}: {part.name} ...", flush=True)
-        start = time.monotonic()
-        if not rehearse(python, part, environment):
-            failed.append(part.name)
-        print(f"rehearsal: {part.name}: {time.monotonic() - start:.0f} s", flush=True)
-    if failed:
-        print(f"rehearsal: failed: {'; '.join(failed)}", file=sys.stderr)
-        return 1
-    print(f"rehearsal: all went well; {results} has what was counted")
-    return 0
+    return rehearse_all(python, chosen(PARTS, args.tests), environment, results, FLAGS)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class Arrival:
         """Do that when it is its client's turn, unless it has ended by then."""
 
         def once() -> None:
-            if self in self._acceptor.arrivals:
+            if not self.has_ended:
                 step()
 
         self._door.steps.take(self.loop, self._turns_with, once)

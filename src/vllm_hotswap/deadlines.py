@@ -137,9 +137,13 @@ class Pause:
         """For so long, or until it is ended."""
         take_back = wheel.call_later(seconds, self.end)
         try:
-            await self._over
+            await self.over()
         finally:
             take_back()
+
+    async def over(self) -> None:
+        """Until it is ended, however long that takes."""
+        await self._over
 
     def end(self) -> None:
         """Idempotent."""

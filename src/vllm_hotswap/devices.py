@@ -20,6 +20,7 @@ import psutil
 
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.forgotten import said
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
 from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
@@ -37,9 +38,6 @@ ACCELERATOR_RESERVE_BYTES = 1 << 30
 
 SLEEP_VARIABLE = "VLLM_HOTSWAP_CUDA_SLEEP"
 """`0`: models on CUDA lie in torch's own memory, and do not sleep."""
-
-_chosen: list[str] = []
-"""What it was when it was read for good: vLLM warns of variables that it does not know."""
 
 RESERVED_PART = 32
 """On CUDA, one part of so many of the device is left free, if that is more: activations grow with
@@ -192,7 +190,7 @@ class OwnSleepDevice:
         try:
             return accelerator_memory() or CpuDevice().memory()
         except RuntimeError as error:  # torch's errors are
-            why = gaudi.why_no_device(os.environ)
+            why = gaudi.why_no_device()
             raise ConfigError(
                 f"the device cannot be used: {one_line(error)}; "
                 f"{why or 'look what its own tools say, and whether another process has it'}"
@@ -314,17 +312,8 @@ def device_of(vllm_config: Any) -> Device:
     if worker == CUDA_WORKER:
         if is_rocm():
             return RocmDevice()
-        return CudaDevice() if _sleeps() else WakefulCudaDevice()
+        return CudaDevice() if said(SLEEP_VARIABLE) != "0" else WakefulCudaDevice()
     return OwnSleepDevice()
-
-
-def remember_sleep(environment: Mapping[str, str]) -> None:
-    """Take note of whether models on CUDA sleep, before the variable is taken away."""
-    _chosen[:] = [environment.get(SLEEP_VARIABLE, "")]
-
-
-def _sleeps() -> bool:
-    return (_chosen[0] if _chosen else os.environ.get(SLEEP_VARIABLE)) != "0"
 
 
 def why_no_device(environment: Mapping[str, str]) -> str | None:
@@ -343,7 +332,7 @@ def with_why_no_device(message: str) -> str:
     """
     if NO_DEVICE not in message:
         return message
-    whys = (why_no_device(os.environ), gaudi.why_no_device(os.environ))
+    whys = (why_no_device(os.environ), gaudi.why_no_device())
     return "; ".join([message, *(why for why in whys if why is not None)])
 
 

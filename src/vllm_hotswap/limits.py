@@ -6,11 +6,11 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
+from vllm_hotswap.deadlines import Pause
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
 from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
@@ -91,11 +91,6 @@ def _is_plain(body: bytes, start: int, end: int) -> bool:
     """Whether there are characters of ASCII alone, and none written as `\\u`."""
     piece = body[start : end + 1]  # an escape may begin in it
     return piece.isascii() and b"\\u" not in piece
-
-
-def _end(turn: asyncio.Future[None]) -> None:
-    if not turn.done():  # as it is when its request has been given up
-        turn.set_result(None)
 
 
 class Rate:
@@ -195,10 +190,9 @@ class Bodies:
 
     async def turn(self, account: Account) -> None:
         """Return when a piece more of a body may be read: there is one in a turn of the loop."""
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
-        self._pieces.take(loop, account.name, partial(_end, turn))
-        await turn
+        pause = Pause()
+        self._pieces.take(asyncio.get_running_loop(), account.name, pause.end)
+        await pause.over()
 
     def hold(self, account: Account = EVERYBODY) -> HeldBody:
         return HeldBody(self, account)

@@ -215,7 +215,8 @@ class Listener:
             ConfigError: it cannot be loaded.
         """
         limits = _with_flags(limits or LimitsConfig(), self.args)
-        most = most_connections()
+        files = raised_file_limit()
+        most = most_connections(files)
         places = Places(
             min(most, limits.connections or most),
             limits.connections_per_address,
@@ -226,7 +227,7 @@ class Listener:
         self._quiet.begin()  # only now are vLLM's handlers there, and stay
         shared = Connections(places, limits, may_use_kept)
         shared.door.outlook = outlook
-        shared.door.most_waiting = most_waiting()
+        shared.door.most_waiting = most_waiting(files)
         return bounded(config, shared)
 
 
@@ -357,18 +358,18 @@ def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
     )
 
 
-def most_connections() -> int:
-    """How many connections there may be: what is kept back of the limit of open files is for the
-    models, for the files that a load reads, sockets, the engine host, and for connections that have
-    no place yet.
+def most_connections(files: int) -> int:
+    """How many connections there may be, with so many open files.
+
+    What is kept back is for the models, for the files that a load reads, sockets, the engine host,
+    and for connections that have no place yet.
     """
-    files = raised_file_limit()
-    return max(files - KEPT_FILES - most_waiting(), files // 2)
+    return max(files - KEPT_FILES - most_waiting(files), files // 2)
 
 
-def most_waiting() -> int:
-    """How many connections without a place there may be."""
-    return min(MOST_WAITING, raised_file_limit() // 8)
+def most_waiting(files: int) -> int:
+    """How many connections without a place there may be, with so many open files."""
+    return min(MOST_WAITING, files // 8)
 
 
 def _check_tls(args: argparse.Namespace) -> None:

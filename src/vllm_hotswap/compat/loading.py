@@ -42,11 +42,6 @@ def prepare_host() -> None:
     _register_kernels_once(current_platform)
 
 
-def prepare_load() -> None:
-    """What is to be done where the state and the variables of a model are in place, before it."""
-    gaudi.prepare_load()
-
-
 def _register_kernels_once(platform: Any) -> None:
     """Let the platform replace its Triton kernels now, and not again at every load.
 

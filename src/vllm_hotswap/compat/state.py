@@ -234,7 +234,7 @@ STATE: tuple[State, ...] = (
     *_engine(
         "vllm_gaudi.extension.runtime",
         "RUNTIME_CONFIG",
-        "the plugin's configuration, which the type of the model and its prefix cache decide",
+        "the plugin's configuration, which the type of the model decides",
     ),
     *_engine(
         "vllm_gaudi.extension.environment",

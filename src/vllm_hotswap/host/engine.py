@@ -29,9 +29,8 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
-from vllm_hotswap.compat import grammars
+from vllm_hotswap.compat import gaudi, grammars
 from vllm_hotswap.compat.hashing import with_own_globals
-from vllm_hotswap.compat.loading import prepare_load
 from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host import together
@@ -103,7 +102,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self.state = state = process.begin(vllm_config)
         try:
             process.put_in_place(state)
-            prepare_load()
+            gaudi.prepare_load()
             yield
             self._bind_hashes()
             grammars.take_turns(self.structured_output_manager)

@@ -17,7 +17,6 @@ if __name__ == "__main__":
     start_folder.leave()
 
 from vllm_hotswap import cli  # from where it belongs
-from vllm_hotswap.compat import gaudi
 from vllm_hotswap.settings import CONFIG_VARIABLES
 
 
@@ -29,7 +28,6 @@ def config_path(environment: Mapping[str, str]) -> str | None:
 def main(argv: Sequence[str]) -> int:
     """Serve the configured models, or hand over to vLLM. Returns the exit status."""
     path = config_path(os.environ)
-    gaudi.remember_wanted(os.environ)
     if path is None:
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
         return 0

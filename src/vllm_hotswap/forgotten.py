@@ -1,0 +1,65 @@
+"""Variables that this process is to forget, or to keep for itself.
+
+Linux shows the variables with which a process was started to its user and to root, in
+`/proc/PID/environ`, whatever becomes of them afterwards. What is shown is the process's own
+memory, so that it can be overwritten.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+STAT = Path("/proc/self/stat")
+_ENV_START, _ENV_END = 50, 51
+"""Fields of `/proc/PID/stat`, counted from 1: proc_pid_stat(5)."""
+
+
+def forget(names: Iterable[str]) -> None:
+    """Remove variables, and overwrite the values with which this process was started.
+
+    Whatever reads them by other means than `os.environ` must have done so. Elsewhere than on Linux
+    they are removed only.
+    """
+    found = {name for name in names if os.environ.pop(name, None) is not None}
+    if found:
+        _overwrite(found)
+
+
+_aside: dict[str, str] = {}
+
+
+def set_aside(names: Iterable[str]) -> None:
+    """Remove variables that are asked for later on, by `said`; nothing else finds them."""
+    _aside.update({name: os.environ[name] for name in names if name in os.environ})
+    forget(_aside)
+
+
+def said(name: str) -> str | None:
+    """What a variable says or has said before it was set aside; None without one."""
+    return os.environ.get(name, _aside.get(name))
+
+
+def _overwrite(names: Iterable[str]) -> None:
+    block = _block()
+    if block is None:
+        return
+    start, text = block
+    wanted = b"|".join(re.escape(os.fsencode(name)) for name in names)
+    for entry in re.finditer(rb"(?:^|\0)(?:" + wanted + rb")=([^\0]+)", text):
+        ctypes.memset(start + entry.start(1), 0, len(entry[1]))
+
+
+def _block() -> tuple[int, bytes] | None:
+    """Address and content of the variables as the kernel shows them; None if that is unknown."""
+    with suppress(OSError, ValueError, IndexError):
+        # The second field is the program's name, in parentheses; it may hold anything.
+        fields = STAT.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        start, end = (int(fields[number - 3]) for number in (_ENV_START, _ENV_END))
+        if 0 < start < end:
+            return start, ctypes.string_at(start, end - start)
+    return None
