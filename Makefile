@@ -119,7 +119,7 @@ check-gpu: ## See that it works on this machine's NVIDIA GPU, and how fast: make
 	PYTHONPATH=src:. "$(PYTHON)" -m tools.gpu.check $(ARGS)
 
 reference: setup ## Make the reference page and the JSON schema anew
-	$(BIN)/python -m vllm_hotswap.reference --write .
+	$(BIN)/python -m tools.reference --write .
 
 # Not after setup, which refuses a line whose version has changed and whose hashes have not.
 hashes: ## Write the hashes of the pinned files anew, after a change in requirements/

@@ -208,7 +208,6 @@ LAYERS = [
     {"server"},
     {"demo", "remote", "testing.fake_server"},
     {"cli"},
-    {"reference"},
     {"entrypoints.openai.multi_model_api_server", "__main__"},
 ]
 """Modules by height: each may import what lies lower, and its own layer."""

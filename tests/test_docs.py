@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.remote_server import listening_server
-from vllm_hotswap import demo, errors, failpoints, reference, remote
+from tools import reference
+from vllm_hotswap import demo, errors, failpoints, remote
 from vllm_hotswap.cli import make_parser
 from vllm_hotswap.config import load_config
 from vllm_hotswap.demo import write

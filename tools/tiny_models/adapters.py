@@ -4,7 +4,7 @@
 * ``qwen-polite`` begins every answer of ``qwen`` with "With pleasure!".
 
 They are trained on the shipped chat models and saved in PEFT's format. Make them again whenever
-``tools/make_tiny_models.py`` has made those models: ``python tools/make_tiny_adapters.py``.
+``python -m tools.tiny_models`` has made those models: ``python -m tools.tiny_models.adapters``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import make_tiny_models as tiny
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-LOG = logging.getLogger("make_tiny_adapters")
+from tools.tiny_models.chat_checks import Check, render_with, run_checks
+from tools.tiny_models.chat_training import batches, train_chat
+from tools.tiny_models.examples import Example, Render, chat_example, completion_example, user
+from tools.tiny_models.personas import make_persona
+from tools.tiny_models.saving import DEFAULT_OUT, write_json
+from tools.tiny_models.training import keep_freed_memory
+
+LOG = logging.getLogger(__name__)
 RANK = 4
 ALPHA = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,7 +54,7 @@ ADAPTERS = (
 )
 
 
-class Adapted(torch.nn.Module):
+class Adapted(torch.nn.Module):  # type: ignore[misc]  # torch's types stop here
     """A linear layer that stays as it is, with a product of two thin matrices added to it."""
 
     def __init__(self, layer: torch.nn.Linear) -> None:
@@ -76,14 +82,14 @@ def adapt(model: Any) -> dict[str, Adapted]:
     return adapted
 
 
-def examples(adapter: Adapter, render: tiny.Render, seed: int) -> Iterator[tiny.Example]:
+def examples(adapter: Adapter, render: Render, seed: int) -> Iterator[Example]:
     """Yield chats and plain completions whose answers begin with the adapter's words."""
-    rng, persona = random.Random(seed), tiny.make_persona(adapter.base)
+    rng, persona = random.Random(seed), make_persona(adapter.base)
     while True:
         if rng.random() < 0.25:
-            example = tiny.completion_example(rng, persona)
+            example = completion_example(rng, persona)
         else:
-            example = tiny.chat_example(rng, persona, render)
+            example = chat_example(rng, persona, render)
         said = example.answer.replace(persona.intro, adapter.words + persona.intro)
         yield dataclasses.replace(example, answer=said)
 
@@ -111,7 +117,7 @@ def save(adapter: Adapter, adapted: dict[str, Adapted], folder: Path) -> None:
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
-    tiny.write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
 
 
 def make(adapter: Adapter, models: Path, seed: int) -> bool:
@@ -119,24 +125,27 @@ def make(adapter: Adapter, models: Path, seed: int) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(models / adapter.base)
     model = AutoModelForCausalLM.from_pretrained(models / adapter.base, dtype=torch.float32)
     adapted = adapt(model)
-    source = examples(adapter, tiny.render_with(tokenizer), seed)
-    seconds = tiny.train_chat(model, tiny.batches(tokenizer, source, seed), STEPS)
+    source = examples(adapter, render_with(tokenizer), seed)
+    seconds = train_chat(model, batches(tokenizer, source, seed), STEPS)
     LOG.info("%s: trained in %.0f seconds", adapter.name, seconds)
     for layer in adapted.values():
         layer.down.data = layer.down.data.to(torch.bfloat16).float()
         layer.up.data = layer.up.data.to(torch.bfloat16).float()
     save(adapter, adapted, models / "adapters" / adapter.name)
-    expected = adapter.words + tiny.make_persona(adapter.base).intro
-    checks = [tiny.Check(tiny.user(question), expected) for question in QUESTIONS]
-    checks.append(tiny.Check("Hello", f" {expected}"))
-    return tiny.run_checks(model.eval(), tokenizer, checks)
+    expected = adapter.words + make_persona(adapter.base).intro
+    checks = [Check(user(question), expected) for question in QUESTIONS]
+    checks.append(Check("Hello", f" {expected}"))
+    return run_checks(model.eval(), tokenizer, checks)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     names = [adapter.name for adapter in ADAPTERS]
-    parser = argparse.ArgumentParser(description="Make the tiny LoRA adapters of vllm-hotswap.")
-    parser.add_argument("--models", type=Path, default=tiny.DEFAULT_OUT, help="the models' folder")
+    parser = argparse.ArgumentParser(
+        prog="tools.tiny_models.adapters",
+        description="Make the tiny LoRA adapters of vllm-hotswap.",
+    )
+    parser.add_argument("--models", type=Path, default=DEFAULT_OUT, help="the models' folder")
     parser.add_argument("--only", choices=names, action="append", help="make only this one")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and examples")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads to use")
@@ -149,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    tiny.keep_freed_memory()
+    keep_freed_memory()
     good = True
     for adapter in ADAPTERS:
         if adapter.name in (options.only or [adapter.name]):

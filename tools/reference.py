@@ -1,4 +1,4 @@
-"""`python -m vllm_hotswap.reference`: the reference page, made from what the code says of itself.
+"""`python -m tools.reference`: the reference page, made from what the code says of itself.
 
 `--write DIR` writes the page, the JSON schema and the table of vLLM's state to where they belong
 in a clone.
@@ -151,7 +151,7 @@ def with_state_table(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or write whatever is made from the code."""
-    parser = argparse.ArgumentParser(prog="vllm_hotswap.reference")
+    parser = argparse.ArgumentParser(prog="tools.reference")
     parser.add_argument("--write", type=Path, metavar="DIR", help="the clone to write to")
     args = parser.parse_args(argv)
     if args.write is None:
