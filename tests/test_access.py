@@ -283,8 +283,8 @@ def test_one_key_in_two_roles_is_refused(tmp_path: Path) -> None:
         Access(user_key_files=[users], admin_key_files=[admins])
 
     message = refused.value.message
-    assert f"an admin's (key file '{admins}', line 1)" in message
-    assert f"a user's (key file '{users}', line 2)" in message
+    assert f"an admin key (key file '{admins}', line 1)" in message
+    assert f"a user key (key file '{users}', line 2)" in message
     assert "both" not in message
     with pytest.raises(ConfigError, match=r"--admin-key or VLLM_HOTSWAP_ADMIN_KEY.*VLLM_API_KEY"):
         Access(["x"], ["x"])
@@ -294,7 +294,7 @@ def test_key_of_a_group_that_is_an_admins_is_refused() -> None:
     """Whatever the group's rights are."""
     group = Group(Rights("team"), "rights.team", KeySource(Keys.of(["x"], "rights.team.keys")))
 
-    with pytest.raises(ConfigError, match=r"a user's \(rights.team.keys\)"):
+    with pytest.raises(ConfigError, match=r"a user key \(rights.team.keys\)"):
         Access(admin_keys=["x"], groups=[group])
 
 
@@ -302,7 +302,7 @@ def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
     """vLLM's flag is known later than the others."""
     access = Access(admin_keys=["x"])
 
-    with pytest.raises(ConfigError, match=r"a user's \(--api-key\)"):
+    with pytest.raises(ConfigError, match=r"a user key \(--api-key\)"):
         access.use_user_keys(["x"])
 
 

@@ -150,10 +150,10 @@ def test_rank_of_the_engine_follows_from_its_adapters(needed: list[int], rank: i
 @pytest.mark.parametrize(
     ("llama", "qwen", "places"),
     [
-        (["sql"], ["sql"], "models.llama.lora_modules and by models.qwen.lora_modules"),
-        (["sql", "sql"], [], "models.llama.lora_modules and by models.llama.lora_modules"),
-        (["qwen"], [], "models.qwen and by models.llama.lora_modules"),
-        ([], ["meta"], "models.llama and by models.qwen.lora_modules"),
+        (["sql"], ["sql"], "models.llama.lora_modules and in models.qwen.lora_modules"),
+        (["sql", "sql"], [], "models.llama.lora_modules and in models.llama.lora_modules"),
+        (["qwen"], [], "models.qwen and in models.llama.lora_modules"),
+        ([], ["meta"], "models.llama and in models.qwen.lora_modules"),
     ],
 )
 def test_every_name_means_one_thing(
@@ -167,7 +167,7 @@ def test_every_name_means_one_thing(
         "qwen": [AdapterFiles(name, tmp_path, 4) for name in qwen],
     }
 
-    with pytest.raises(ConfigError, match=f"is given twice, by {places}"):
+    with pytest.raises(ConfigError, match=f"is used twice, in {places}"):
         check_names(config, adapters)
 
 

@@ -133,14 +133,14 @@ async def test_unknown_target_is_refused(server: Server) -> None:
 
 
 async def test_target_that_cannot_be_loaded_gets_the_cause(server: Server) -> None:
-    """503, with phase, cause, and what serves on."""
+    """503, with phase, cause, and what is still active."""
     server.host.engines["mistral"].missing_files = True
 
     response = await server.post(SWITCH, json={"model": "mistral"})
 
     assert (503, "switch_failed") == (response.status_code, response.json()["error"]["code"])
     assert "in phase validate" in response.text
-    assert "'llama' serves on" in response.text
+    assert "'llama' is still active" in response.text
 
 
 @pytest.mark.parametrize(

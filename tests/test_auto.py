@@ -120,7 +120,7 @@ async def test_order_within_a_model_is_kept(auto: Server) -> None:
 
 
 async def test_bad_request_never_switches(auto: Server) -> None:
-    """Its own frontend refuses it at once, while another model serves on."""
+    """Its own frontend refuses it at once, while another model is still active."""
     response = await auto.post(CHAT, json={"model": "qwen", "max_tokens": "many"})
     assert 400 == response.status_code
     assert [] == targets(auto)

@@ -403,7 +403,7 @@ def test_budget_that_leaves_nothing_for_models_is_refused(
     memory: MemoryBudget, device: DeviceMemory
 ) -> None:
     """With what the host holds itself and what is free."""
-    with pytest.raises(ConfigError, match="nothing is left for models: the engine host itself"):
+    with pytest.raises(ConfigError, match="no memory is left for models: the engine host itself"):
         resolve_budget(memory, device, 0, 0.9)
 
 
@@ -423,7 +423,7 @@ def test_a_full_device_says_who_holds_it() -> None:
     with pytest.raises(
         ConfigError,
         match=r"of the device's 80.00 GiB other processes hold 77.00 GiB, the engine host itself "
-        r"1.00 GiB, and 2.00 GiB are kept free .*; end what uses the device besides",
+        r"1.00 GiB, and 2.00 GiB are kept free .*; stop what else uses the device",
     ):
         resolve_budget(MemoryBudget(), device, 0, 1.0)
 

@@ -90,7 +90,7 @@ def test_a_link_that_somebody_else_can_replace_is_refused(tmp_path: Path, name: 
 
     os.chown(shared / "cache", 65_534, -1, follow_symlinks=False)
 
-    with pytest.raises(ConfigError, match=rf"through the link .*chown -h 0 .*have {name} name"):
+    with pytest.raises(ConfigError, match=rf"through the link .*chown -h 0 .*set {name} to"):
         code_caches(environment)
 
 

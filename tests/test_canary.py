@@ -122,7 +122,7 @@ async def ask_everything(planted: Planted) -> None:
                 await planted.ask(route.method, path, key)
     listening = asyncio.create_task(planted.events())
     await settled()
-    missing = ConfigError(f"model 'qwen': the folder '{folder}/qwen' does not exist any more")
+    missing = ConfigError(f"model 'qwen': the folder '{folder}/qwen' no longer exists")
     host.fail_next("load", "qwen", missing)
     assert 503 == await planted.ask("POST", "/v1/models/switch", model="qwen")
     host.fail_next("load", "qwen", HotswapError(TRACE.format(folder=folder)))
@@ -155,7 +155,7 @@ async def test_nothing_that_was_planted_is_told(
     assert [] == [secret for secret in SECRETS if secret in log]
     assert "event: switch_ended" in answers
     assert '"code":"internal_error"' in answers
-    assert "the folder '.../qwen' does not exist any more" in answers
-    assert f"the folder '{planted.folder}/qwen' does not exist any more" in log
+    assert "the folder '.../qwen' no longer exists" in answers
+    assert f"the folder '{planted.folder}/qwen' no longer exists" in log
     assert "uvicorn.access" in {record.name for record in ours}
     assert len(planted.heard) > 200

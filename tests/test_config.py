@@ -859,8 +859,8 @@ def test_a_name_may_be_nearly_any_text(load: Load, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        (".", "it is a path's dots; choose another name"),
-        ("..", "it is a path's dots; choose another name"),
+        (".", "it would be a relative path; choose another name"),
+        ("..", "it would be a relative path; choose another name"),
         ("a\0", "U+0000 in it is a control character; leave it out"),
         ("\x1b[0m", "U+001B in it is a control character; leave it out"),
         ("a\nb", "U+000A in it is a control character; leave it out"),
@@ -1065,8 +1065,8 @@ def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
         ("{team: {keys: [sk-secret, 5]}}", "rights.team.keys.1 cannot be used"),
         ("{team: {keys: ['sk secret']}}", "rights.team.keys: a key may only have printable ASCII"),
         ("{team: {keys: [sk-secret], key: 1}}", "rights.team: a key is unknown; known keys: keys"),
-        ("{default: {keys: [sk-secret]}}", "rights.default is for everybody who is in no other"),
-        ("{default: {key_file: sk-secret}}", "rights.default is for everybody who is in no other"),
+        ("{default: {keys: [sk-secret]}}", "rights.default applies to all callers in no other"),
+        ("{default: {key_file: sk-secret}}", "rights.default applies to all callers in no other"),
         ("{team: {}}", "rights.team has no key; give it keys or a key_file"),
         ("{team: {keys: ['']}}", "rights.team has no key; give it keys or a key_file"),
         (
@@ -1080,7 +1080,10 @@ def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
         ("{team: {keys: [k], switch_to: [1]}}", "switch_to is [1]; it must be all, or a list"),
         ("{team: {keys: [k], max_priority: 101}}", "it must be a whole number from -100 to 100"),
         ("{team: {keys: [k], min_max_wait: -1}}", "min_max_wait is -1; it must be a number of at"),
-        ("{a: {keys: [sk-secret]}, b: {keys: [sk-secret]}}", "rights.b: a key of it is one of"),
+        (
+            "{a: {keys: [sk-secret]}, b: {keys: [sk-secret]}}",
+            "rights.b: one of its keys is also in",
+        ),
     ],
 )
 def test_rights_that_cannot_work_are_refused_by_place(

@@ -525,7 +525,9 @@ async def test_source_serves_on_if_the_target_cannot_be_brought_up(
     server.host.fail_next(operation, target, HotswapError("out of memory"))
     switch = await begin_switch(server, target)
     holder = await hold(server, target)
-    expected = f"switch to '{target}' failed in phase {phase}: out of memory; 'llama' serves on"
+    expected = (
+        f"switch to '{target}' failed in phase {phase}: out of memory; 'llama' is still active"
+    )
 
     server.host.release(operation, target)
 
@@ -590,7 +592,7 @@ async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: S
     """Nothing has moved yet, so nothing is asked of the source's engine."""
     server.host.fail_next("load", "mistral")
 
-    with pytest.raises(SwitchFailed, match="'llama' serves on"):
+    with pytest.raises(SwitchFailed, match="'llama' is still active"):
         await server.coordinator.switch("mistral")
 
     assert ("activate", "llama") not in server.host.operations
@@ -682,7 +684,7 @@ async def test_death_of_the_active_engine_leaves_the_others(server: Server) -> N
 
 
 async def test_death_of_a_parked_engine_leaves_the_active_one(server: Server) -> None:
-    """The active model serves on; the dead one is loaded again by its next switch."""
+    """The active model is still active; the dead one is loaded again by its next switch."""
     holder = await hold(server)
 
     server.host.kill_engine("qwen", "RuntimeError: boom")
@@ -709,7 +711,7 @@ async def test_death_of_the_source_ends_its_drain(server: Server) -> None:
 async def test_death_of_a_target_that_is_loaded_during_the_drain_is_noticed(
     server: Server,
 ) -> None:
-    """It is not activated and not loaded again, and the source serves on."""
+    """It is not activated and not loaded again, and the source is still active."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
     server.host.kill_engine("qwen", "RuntimeError: boom")

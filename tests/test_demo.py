@@ -30,7 +30,7 @@ def test_a_configuration_that_was_edited_is_left_alone(tmp_path: Path) -> None:
     """The message names it, and nothing is written beside it."""
     (tmp_path / "models.yaml").write_text("models: {mine: {model: org/mine}}")
 
-    with pytest.raises(ConfigError, match="exists and is another; name another folder"):
+    with pytest.raises(ConfigError, match="exists with other content; name another folder"):
         write(tmp_path)
 
     assert [tmp_path / "models.yaml"] == list(tmp_path.iterdir())

@@ -81,10 +81,10 @@ def test_a_forgotten_response_is_told_with_how_many_are_kept() -> None:
 
 def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
     """The message says whose they are, and the setting."""
-    assert "this key may make 3 requests a minute (requests_per_minute, " in (
+    assert "this key may make 3 requests per minute (requests_per_minute, " in (
         RateLimited("requests", 3, 9).message
     )
-    assert "callers without a key together may use 3 tokens a minute (tokens_per_minute, " in (
+    assert "callers without a key together may use 3 tokens per minute (tokens_per_minute, " in (
         RateLimited("tokens", 3, 9, has_key=False).message
     )
 
@@ -92,7 +92,7 @@ def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
 def test_a_call_that_is_too_large_says_what_counts() -> None:
     """And the setting."""
     assert (
-        "this call would become more than 5 engine requests (prompts or items, times n); "
+        "this call needs more than 5 engine requests (prompts or items, times n); "
         "split it (limits.requests_per_call)"
     ) == CallTooLarge(5, "limits.requests_per_call").message
 
@@ -120,7 +120,7 @@ def test_conflict_names_both_targets_and_the_operation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("serving", "then"), [("llama", "'llama' serves on"), (None, "no model is active")]
+    ("serving", "then"), [("llama", "'llama' is still active"), (None, "no model is active")]
 )
 def test_failed_switch_names_phase_cause_and_what_serves_on(serving: str | None, then: str) -> None:
     """The caller learns where it failed, why, and what is served now."""

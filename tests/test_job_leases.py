@@ -60,7 +60,7 @@ def test_other_model_is_refused_by_who_holds_for_longest() -> None:
 
     assert caught.value.message == (
         "model 'llama' is held for a job of 'bob' for another 29 s, so 'qwen' cannot be made "
-        "active; wait, or end that with DELETE /admin/leases/b"
+        "active; wait, or end the lease with DELETE /admin/leases/b"
     )
     assert (409, 30) == (caught.value.status, caught.value.retry_after_s)
     assert 2 == len(table)

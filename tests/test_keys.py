@@ -127,8 +127,8 @@ def test_file_of_the_owner_and_its_group_is_read(tmp_path: Path, mode: int) -> N
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "contains no key; write one a line"),
-        ("# nothing\n\n", "contains no key; write one a line"),
+        ("", "contains no key; write one per line"),
+        ("# nothing\n\n", "contains no key; write one per line"),
         (f"{SECRET} {SECRET}", "may only have printable ASCII characters, and no spaces"),
         (f"{SECRET}é", "may only have printable ASCII characters, and no spaces"),
         (f"{SECRET}\x07", "may only have printable ASCII characters, and no spaces"),

@@ -127,7 +127,7 @@ async def test_switch_that_can_never_have_room_is_refused_before_the_drain(
     message = response.json()["error"]["message"]
     assert (503, "switch_failed") == (response.status_code, response.json()["error"]["code"])
     assert "failed in phase validate: no room: 'qwen' needs 4.0 MiB; 'llama' keeps 4.0" in message
-    assert "'llama' serves on" in message
+    assert "'llama' is still active" in message
     assert (await stream.finish()).is_whole
 
 
@@ -225,7 +225,7 @@ async def test_source_that_was_moved_comes_back_if_the_target_fails(
 
     server.host.release("load", "qwen")
 
-    expected = "switch to 'qwen' failed in phase bring_up: out of memory; 'llama' serves on"
+    expected = "switch to 'qwen' failed in phase bring_up: out of memory; 'llama' is still active"
     assert expected == (await switch).json()["error"]["message"]
     assert expected == (await held).json()["error"]["message"]
     assert [(back, "llama"), ("activate", "llama")] == server.host.operations[-2:]
@@ -264,7 +264,7 @@ async def test_source_that_cannot_be_put_to_sleep_serves_on(tight: Server) -> No
 
     message = (await tight.switch("qwen")).json()["error"]["message"]
 
-    assert "failed in phase make_room: worker is stuck; 'llama' serves on" in message
+    assert "failed in phase make_room: worker is stuck; 'llama' is still active" in message
     assert "llama" == (await tight.ask("llama")).json()["model"]
 
 
@@ -286,7 +286,7 @@ async def test_source_that_cannot_come_back_leaves_no_model_active(
 
 
 async def test_target_that_cannot_be_woken_is_cold_and_can_be_loaded(tight: Server) -> None:
-    """The source serves on meanwhile."""
+    """The source is still active meanwhile."""
     await tight.switch("qwen")
     tight.host.fail_next("wake", "llama")
 
@@ -378,7 +378,7 @@ async def test_load_brings_a_model_up_beside_the_active_one(server: Server) -> N
 
 
 async def test_load_moves_others_but_never_the_active_one(make_server: MakeServer) -> None:
-    """Whoever is only parked sleeps; the active model serves on, and its requests, too."""
+    """Whoever is only parked sleeps; the active model is still active, and its requests, too."""
     server = await make_server(settings=sized(), budget=Usage(10 * MIB))
     stream = await server.start_stream("llama")
 
@@ -447,7 +447,7 @@ async def test_wake_of_a_cold_model_is_refused(server: Server) -> None:
     response = await server.operate("mistral", "wake")
 
     assert 400 == response.status_code
-    assert "is cold, and there is nothing to wake; load it" in response.text
+    assert "is cold, so it cannot be woken; load it instead" in response.text
 
 
 async def test_level_that_the_device_does_not_know_is_refused(make_server: MakeServer) -> None:
@@ -688,7 +688,7 @@ async def test_load_that_waited_for_a_switch_keeps_the_model_that_is_active_then
 
 
 async def test_switch_waits_for_the_operation_under_way(server: Server) -> None:
-    """The source serves on meanwhile; then the target is brought up from wherever it is."""
+    """The source is still active meanwhile; then the target is brought up from wherever it is."""
     server.host.hold("sleep", "qwen")
     sleeping = server.operate("qwen", "sleep")
     await server.settled()

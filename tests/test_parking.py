@@ -185,7 +185,7 @@ def test_no_more_are_parked_than_may_be(play: Play) -> None:
 
 
 def test_a_switch_may_refuse_to_end_anything(play: Play) -> None:
-    """409, and the source serves on as if nobody had asked."""
+    """409, and the source is still active as if nobody had asked."""
 
     async def story(server: Server) -> None:
         stream = await server.start_stream("llama", words=8)

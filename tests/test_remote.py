@@ -212,7 +212,7 @@ def test_a_unix_domain_socket_without_a_server_is_named(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
 
     (error,) = ended.stderr.splitlines()
-    assert f"no answer from unix:{tmp_path}/none: " in error
+    assert f"no response from unix:{tmp_path}/none: " in error
     assert 1 == ended.returncode
 
 

@@ -289,7 +289,7 @@ async def test_web_socket_of_vllm_reaches_the_model(make_server: MakeServer) -> 
     (close,) = await handshake(server.app, "/v1/realtime", "user", {})
 
     assert ("websocket.close", 1008) == (close["type"], close["code"])
-    assert "model 'llama' has no route WEBSOCKET /v1/realtime" in close["reason"]
+    assert "model 'llama' does not support WEBSOCKET /v1/realtime" in close["reason"]
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -375,7 +375,7 @@ async def test_wrong_task_is_refused_with_the_models_that_can(mixed: Server) -> 
 
     assert ("wrong_task", "model") == (error["code"], error["param"])
     assert error["message"] == (
-        "model 'embed' has no route POST /v1/chat/completions: it serves embed; ask for llama"
+        "model 'embed' does not support POST /v1/chat/completions (it serves embed); use llama"
     )
 
 
@@ -393,7 +393,7 @@ async def test_task_of_a_model_that_was_never_loaded_is_known(
     response = await server.ask("classify", path=path)
 
     assert (404, "wrong_task") == (response.status_code, code(response))
-    assert "model 'classify' has no route" in response.text
+    assert "model 'classify' does not support" in response.text
     assert "it serves classify; ask for " in response.text
     assert ([], 0, before) == (
         server.host.operations,
@@ -407,7 +407,7 @@ async def test_model_that_was_never_loaded_is_named_to_whoever_could_ask_it(mixe
     """As one that is loaded."""
     error = (await mixed.ask("embed", path="/classify")).json()["error"]
 
-    assert error["message"].endswith("it serves embed; ask for classify")
+    assert error["message"].endswith("(it serves embed); use classify")
 
 
 async def test_websocket_of_another_task_loads_nothing(make_server: MakeServer) -> None:
@@ -429,8 +429,8 @@ async def test_models_of_which_nothing_is_known_yet_are_named_as_such(silent: Se
 
     assert ("wrong_task", "model") == (error["code"], error["param"])
     assert error["message"] == (
-        "model 'embed' has no route POST /v1/chat/completions: it serves embed; "
-        "ask for llama; not known before their first load: classify"
+        "model 'embed' does not support POST /v1/chat/completions: it serves embed; "
+        "ask for llama; not known until first loaded: classify"
     )
 
 
@@ -453,7 +453,7 @@ async def test_request_without_a_model_for_another_task_is_refused(mixed: Server
     response = await mixed.ask(None, path=EMBEDDINGS)
 
     assert (404, "wrong_task") == (response.status_code, code(response))
-    assert "model 'llama' has no route" in response.text
+    assert "model 'llama' does not support" in response.text
     assert "ask for embed" in response.text
 
 
@@ -487,7 +487,7 @@ async def test_route_that_no_model_has_is_refused(mixed: Server, method: str, pa
     answer = await mixed.request(method, path, b"").finish()
 
     assert (404, "wrong_task") == (answer.status, answer.error["code"])
-    assert answer.error["message"].endswith("it serves generate; no other model has it")
+    assert answer.error["message"].endswith("(it serves generate); no other model supports it")
 
 
 # --- requests around a switch ---------------------------------------------------------------
@@ -929,7 +929,7 @@ async def test_request_that_waits_too_long_is_told(make_server: MakeServer) -> N
 
 
 async def test_failed_switch_is_told_to_everyone_who_waited(server: Server) -> None:
-    """503 with the cause, for the caller and for held requests; the source serves on."""
+    """503 with the cause, for the caller and for held requests; the source is still active."""
     server.host.hold("load", "mistral")
     server.host.fail_next("load", "mistral")
     switch = server.switch("mistral")
@@ -941,7 +941,7 @@ async def test_failed_switch_is_told_to_everyone_who_waited(server: Server) -> N
 
     assert (503, "switch_failed") == await error_of(switch)
     assert (503, "switch_failed") == await error_of(held)
-    assert "load of 'mistral' was made to fail; 'llama' serves on" in (await held).text
+    assert "load of 'mistral' was made to fail; 'llama' is still active" in (await held).text
     assert WORDS.format("llama") == text(await server.ask("llama"))
 
 

@@ -307,7 +307,7 @@ async def test_a_hangup_says_that_an_edited_models_file_wants_a_restart(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And nothing if it holds what it held; the server serves on, with or without key files."""
+    """And nothing if it holds what it held; the server stays active, with or without key files."""
     caplog.set_level(logging.INFO)
     file, keys = tmp_path / "models.yaml", tmp_path / "keys"
     file.write_text("models: {a: {}}")

@@ -80,7 +80,7 @@ async def test_model_is_verified_again_after_a_wake(server: Server) -> None:
 
 
 async def test_target_that_is_not_what_it_was_is_unloaded(server: Server) -> None:
-    """The source serves on, held requests get the cause, and the next attempt loads it anew."""
+    """The source stays active, held requests get the cause, and the next attempt loads it anew."""
     await server.coordinator.switch("qwen")
     await server.coordinator.switch("llama")
     await server.operate("qwen", "unload")

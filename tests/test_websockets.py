@@ -123,7 +123,7 @@ async def test_websocket_that_is_open_is_cut_at_the_deadline_of_a_drain(speech: 
 
     close = connection.received[-1]
     assert ("websocket.close", 1013) == (close["type"], close["code"])
-    assert close["reason"].startswith("the request to 'ear' was ended: it was still running 0 s")
+    assert close["reason"].startswith("the request to 'ear' was aborted: it was still running 0 s")
     assert 1 == switch.json()["requests_cut"]
     assert 0 == speech.in_flight["ear"]
 

@@ -151,7 +151,7 @@ class Access:
         try:
             self._read()
         except ConfigError as error:
-            log.error("event=keys_not_read cause=%r then='the keys from before count'", str(error))
+            log.error("event=keys_not_read cause=%r then='the previous keys are kept'", str(error))
         else:
             log.info("event=keys_read user=%d admin=%d", len(self._user), len(self._admin))
 
@@ -174,7 +174,7 @@ class Access:
         key = _key(headers)
         is_user, is_admin = self._user.know(key), self._admin.know(key)
         if self._user and not (is_user or is_admin):
-            raise Unauthorized("a valid API key is needed; send Authorization: Bearer <key>")
+            raise Unauthorized("a valid API key is required; send Authorization: Bearer <key>")
         if role in (Role.ADMIN, Role.ADMIN_KEY) and not is_admin:
             self._check_admin(role)
 
@@ -264,8 +264,9 @@ def _refuse_two_roles(users: Keys, admins: Keys) -> None:
     if (both := users.shared(admins)) is not None:
         user, admin = both
         raise ConfigError(
-            f"one key is an admin's ({admin.place}) and a user's ({user.place}), and would make "
-            "admins of users; take it out of one of them (admins may do what users may)"
+            f"one key is an admin key ({admin.place}) and also a user key ({user.place}), which "
+            "would make users admins; remove it from one of them (admins may do all that users "
+            "may)"
         )
 
 

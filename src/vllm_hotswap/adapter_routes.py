@@ -132,8 +132,8 @@ class AdapterRoutes:
         """The folder that is meant, below one of those that are allowed."""
         if not self._folders:
             raise AdaptersNotAllowed(
-                "adapters cannot be added while the server runs; name the folders that they may "
-                "lie in under adapters.folders of the configuration"
+                "adapters cannot be added while the server runs; list the folders they may be in "
+                "under adapters.folders of the configuration"
             )
         for folder in self._folders:
             try:

@@ -173,7 +173,7 @@ class JobLeaseAnswer(TypedDict):
 
 
 class JobLeaseList(TypedDict):
-    """Every job lease that lives."""
+    """All job leases that have not ended."""
 
     leases: list[JobLeaseAnswer]
 

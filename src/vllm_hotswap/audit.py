@@ -158,8 +158,8 @@ class AuditLog:
         except (OSError, ConfigError) as error:
             cause = str(getattr(error, "strerror", None) or error)
             log.error(
-                "event=audit_log_not_reopened path=%r cause=%r then='lines go to the file from "
-                "before'",
+                "event=audit_log_not_reopened path=%r cause=%r then='still writing to the "
+                "previous file'",
                 str(self._path),
                 cause,
             )
@@ -170,7 +170,9 @@ class AuditLog:
 
     def _tell(self, cause: str | None) -> None:
         log_of_clients.error(
-            "event=audit_line_lost path=%r cause=%r then='the call went on'", str(self._path), cause
+            "event=audit_line_lost path=%r cause=%r then='the call was not affected'",
+            str(self._path),
+            cause,
         )
 
 

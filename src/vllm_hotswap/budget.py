@@ -115,10 +115,10 @@ class MemoryBudget:
     device: Annotated[
         GivenSize,
         Field(
-            description="device memory for the models and the engine host itself; on a CPU, the "
-            "host process as a whole; a fraction is one of all there is; default: "
-            "`gpu_memory_utilization` of the device, less what others use; on CUDA, what is free "
-            "but for a reserve"
+            description="device memory for the models and the engine host itself; on a CPU, for "
+            "the whole host process. A fraction is one of the device's total. Default: "
+            "`gpu_memory_utilization` of the device, minus what others use; on CUDA, what "
+            "is free, minus a reserve"
         ),
     ] = None
     host: Annotated[
@@ -211,7 +211,8 @@ def resolve_budget(
         if for_models > device.free:
             raise ConfigError(
                 f"memory.device is {_gib(size)}, but of {_gib(device.total)} only "
-                f"{_gib(device.free + device.held)} can be used; lower it, or end what uses more"
+                f"{_gib(device.free + device.held)} can be used; lower it, or stop what else "
+                "uses the device"
             )
     if for_models <= 0:
         raise ConfigError(_nothing_left(memory, device))
@@ -225,13 +226,13 @@ def _nothing_left(memory: MemoryBudget, device: DeviceMemory) -> str:
     others = device.total - device.free - device.held - device.reserve
     if device.reserve and memory.device is None:
         return (
-            f"nothing is left for models: of the device's {_gib(device.total)} other processes "
+            f"no memory is left for models: of the device's {_gib(device.total)} other processes "
             f"hold {_gib(max(0, others))}, the engine host itself {_gib(device.held)}, and "
-            f"{_gib(device.reserve)} are kept free for activations; end what uses the device "
-            "besides, or take another device"
+            f"{_gib(device.reserve)} are kept free for activations; stop what else uses the "
+            "device, or use another device"
         )
     return (
-        f"nothing is left for models: the engine host itself holds {_gib(device.held)}, "
+        f"no memory is left for models: the engine host itself holds {_gib(device.held)}, and "
         f"{_gib(device.free)} are free; raise memory.device"
     )
 

@@ -124,7 +124,7 @@ def _made_below(root: Path) -> str:
         _check_private(own)
         own.chmod(PRIVATE)
     except OSError as error:
-        why = f"may be written by every user of the machine, and {str(own)!r} cannot be made"
+        why = f"is writable by every user of the machine, and {str(own)!r} cannot be created"
         cause = error.strerror or str(error)
         raise _refused(root, f"{why}: {cause}", _elsewhere(ROOT_VARIABLE)) from None
     return str(own)
@@ -182,7 +182,7 @@ def _open(folder: Path, name: str, who: str, change: str) -> ConfigError:
 
 
 def _elsewhere(name: str) -> str:
-    return f"have {name} name a folder of your own, such as a new one below it"
+    return f"set {name} to a folder of your own, such as a new one below it"
 
 
 def _refused(folder: Path, why: str, way_out: str) -> ConfigError:

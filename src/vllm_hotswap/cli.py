@@ -159,7 +159,7 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(
         prog="vllm-hotswap",
         description="Several models in one vLLM engine process, switched over HTTP.",
-        epilog="Begin with: vllm-hotswap demo",
+        epilog="Start with: vllm-hotswap demo",
     )
     parser.add_argument("--version", action="version", version=f"vllm-hotswap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -188,7 +188,7 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
         "--admin-key",
         action="append",
         default=[],
-        help="key that may switch models (also VLLM_HOTSWAP_ADMIN_KEY); may be given again",
+        help="key that may switch models (also VLLM_HOTSWAP_ADMIN_KEY); repeatable",
     )
     for role in ("admin", "api"):
         serve.add_argument(
@@ -197,15 +197,15 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
             default=[],
             type=Path,
             metavar="FILE",
-            help=f"file with keys as of --{role}-key, one a line (also "
-            f"VLLM_HOTSWAP_{role.upper()}_KEY_FILE); read again on SIGHUP; may be given again",
+            help=f"file with keys as of --{role}-key, one per line (also "
+            f"VLLM_HOTSWAP_{role.upper()}_KEY_FILE); reloaded on SIGHUP; repeatable",
         )
     serve.add_argument(
         "--audit-log",
         type=Path,
         metavar="FILE",
-        help="append a line to this file for every call that changes state, with the fingerprint "
-        "of its key (also VLLM_HOTSWAP_AUDIT_LOG); opened again on SIGHUP",
+        help="append one line to this file for each call that changes state, with the fingerprint "
+        "of its key (also VLLM_HOTSWAP_AUDIT_LOG); reopened on SIGHUP",
     )
     _add_listening(serve)
     serve.add_argument(
@@ -213,7 +213,7 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="write a trace of requests and switches to a new file, for `vllm-hotswap simulate`; "
-        "it holds no prompts and no answers",
+        "it contains no prompts and no answers",
     )
     serve.add_argument(
         "--fake",
@@ -238,16 +238,16 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
         "--port-file",
         type=Path,
         metavar="FILE",
-        help="write the TCP port to this file when requests are accepted, and remove it at the "
-        "end; for --port 0",
+        help="write the TCP port to this file once requests are accepted, and remove the file at "
+        "exit; for --port 0",
     )
     serve.add_argument(
         "--allowed-hosts",
         action="append",
         default=[],
         metavar="NAME[,NAME]",
-        help="further names that requests may have in `Host`, where a server on loopback without "
-        "keys answers to this machine's own names only; may be given again",
+        help="additional host names that requests may use in `Host`; without keys, a server on "
+        "loopback answers only to this machine's own names; repeatable",
     )
     serve.add_argument(
         "--forwarded-allow-ips",
@@ -255,8 +255,7 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ADDRESS[,ADDRESS]",
         help="proxies, as IP addresses or networks, whose X-Forwarded-For and X-Forwarded-Proto "
-        "count; *: everybody's; default: FORWARDED_ALLOW_IPS, and without it nobody's; may be "
-        "given again",
+        "count; *: everybody's; default: FORWARDED_ALLOW_IPS, and without it nobody's; repeatable",
     )
 
 
@@ -303,8 +302,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="accept something that runs code or trusts others, and that the file alone cannot "
-        f"permit (also {ALLOW_VARIABLE}): "
+        help="allow something that runs code or trusts other users, which the file alone cannot "
+        f"allow (also {ALLOW_VARIABLE}): "
         + "; ".join(f"{name}: {meaning}" for name, meaning in DANGERS.items()),
     )
     for setting in server_settings():
@@ -355,7 +354,7 @@ def _fill_simulate(simulate: argparse.ArgumentParser) -> None:
 
 COMMANDS: Mapping[str, tuple[str, Fill]] = {
     "serve": ("serve the models of a YAML file", _fill_serve),
-    "check": ("find out what is wrong with a YAML file, without loading a model", _fill_check),
+    "check": ("validate a YAML file without loading a model", _fill_check),
     "schema": ("print the JSON schema of the YAML file", _fill_schema),
     "demo": ("the quickstart on tiny models that ship with the package", _fill_demo),
     "simulate": ("simulate scheduling policies on a recorded or generated trace", _fill_simulate),

@@ -364,8 +364,8 @@ class _Reader:
         )
         if name == DEFAULT and (given.keys or given.key_file):
             raise ConfigError(
-                f"{place} is for everybody who is in no other group, and has no keys; give them to "
-                "a group of another name"
+                f"{place} applies to all callers in no other group, and has no keys; give the "
+                "keys to another group"
             )
         secrets = Keys.of(
             [key.get_secret_value() for key in given.keys], self._place(*keys, "keys")
@@ -578,7 +578,7 @@ class _Reader:
                     if name in owners:
                         raise ConfigError(
                             f"{self._place('models', model.alias)}: the name {name!r} is taken by "
-                            f"models.{owners[name]}; every alias may be used once"
+                            f"models.{owners[name]}; each alias may be used once"
                         )
                 owners[name] = model.alias
 
@@ -740,7 +740,7 @@ def _shortened(name: str) -> str:
 def _oddity(name: str) -> str:
     """What is wrong with a name; nothing, if that can be used."""
     if name in (".", ".."):
-        return "it is a path's dots; choose another name"
+        return "it would be a relative path; choose another name"
     for character in name:
         if what := _UNUSABLE.get(unicodedata.category(character)):
             return f"U+{ord(character):04X} in it is {what}; leave it out"

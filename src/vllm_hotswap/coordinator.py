@@ -312,7 +312,7 @@ class Coordinator:
         return self.ladder.plan(self._usable(self.registry.resolve(alias).alias), self._active)
 
     async def load(self, alias: str) -> OperationResult:
-        """Bring a model up to `parked`; the active one stays where it is."""
+        """Load a model, up to `parked`; the active one stays where it is."""
         return await self.ladder.load(self._usable(alias))
 
     async def wake(self, alias: str) -> OperationResult:
@@ -594,8 +594,8 @@ class Coordinator:
 
     def _too_many(self, model: Model) -> QueueFull:
         return QueueFull(
-            f"{self._limits.in_flight} requests of {model.alias!r} are in flight, or wait for it "
-            "(limits.in_flight); retry later",
+            f"model {model.alias!r} already has {self._limits.in_flight} requests running or "
+            "waiting (limits.in_flight); retry later",
             retry_after_s=1,
         )
 
@@ -615,7 +615,7 @@ class Coordinator:
             raise self._too_many(switch.target)
         if len(switch.held) >= self._settings.max_waiting:
             raise QueueFull(
-                f"{len(switch.held)} requests wait for {switch.target.alias!r} already "
+                f"{len(switch.held)} requests are already waiting for {switch.target.alias!r} "
                 "(switching.max_waiting); retry later",
                 retry_after_s=self._retry_after_s(),
             )
@@ -1035,7 +1035,7 @@ class Coordinator:
                 "event=rollback_failed target=%s cause=%r",
                 *(value_text(switch.target.alias), one_line(error)),
             )
-            self._host.kill(f"the engine host was ended: a switch was not undone: {error}")
+            self._host.kill(f"the engine host was stopped: a switch was not undone: {error}")
 
     async def _restore(self, source: Model, switch: Switch) -> None:
         try:

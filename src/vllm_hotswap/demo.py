@@ -96,7 +96,7 @@ def write(folder: Path) -> Path:
     path = folder / "models.yaml"
     try:
         if path.exists() and path.read_text(encoding="utf-8") != CONFIGURATION:
-            raise ConfigError(f"{str(path)!r} exists and is another; name another folder")
+            raise ConfigError(f"{str(path)!r} exists with other content; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         for model in sorted(path for path in MODELS.iterdir() if path.is_dir()):
             shutil.copytree(model, folder / model.name, dirs_exist_ok=True)
@@ -349,7 +349,7 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], st
         steps.close()
     for line in steps.last_lines():
         _say(f"# {line}")
-    raise HotswapError("the demo's server did not come up; above are the last lines of its log")
+    raise HotswapError("the demo server did not start; the last lines of its log are above")
 
 
 class Steps:

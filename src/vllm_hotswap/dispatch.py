@@ -151,8 +151,8 @@ class Dispatcher:
         self._refuse_while_it_fails(model, now_s)
         if model.in_flight >= self._limits.in_flight:
             raise QueueFull(
-                f"{self._limits.in_flight} requests of {alias!r} are in flight, or wait for it "
-                "(limits.in_flight); retry later",
+                f"model {alias!r} already has {self._limits.in_flight} requests running or "
+                "waiting (limits.in_flight); retry later",
                 retry_after_s=self.retry_after_s(model),
             )
         if not self._is_served_now(model):
@@ -206,8 +206,8 @@ class Dispatcher:
         if self.scheduler.waiting < self._settings.max_waiting:
             return None
         return QueueFull(
-            f"{self._settings.max_waiting} requests wait for their models already "
-            "(switching.max_waiting); retry later",
+            f"{self._settings.max_waiting} requests are already waiting (switching.max_waiting); "
+            "retry later",
             retry_after_s=self.retry_after_s(model),
         )
 
@@ -354,7 +354,7 @@ class Dispatcher:
 
     def _replace_policy(self, error: Exception) -> None:
         log.error(
-            "event=policy_failed policy=%s cause=%r then='batch decides from now on'",
+            "event=policy_failed policy=%s cause=%r then='falling back to batch'",
             self._settings.policy,
             one_line(error),
         )

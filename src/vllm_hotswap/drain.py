@@ -78,7 +78,9 @@ def _kill(ended: Iterable[Lease]) -> None:
 
 def park(model: Model, timeout_s: float, at_most: int) -> int:
     """Freeze the model's requests with its engine, the oldest first; how many."""
-    cause = ParkedEnded(model.alias, f"nobody is parked for longer than {timeout_s:g} s")
+    cause = ParkedEnded(
+        model.alias, f"it was parked for more than {timeout_s:g} s (switching.parked_timeout)"
+    )
     running = [lease for lease in model.leases if lease.is_open and not lease.is_parked]
     parked = running[: max(0, at_most - len(model.parked))]
     for lease in parked:

@@ -3,7 +3,7 @@
 ::
 
     HotswapError
-    ├── Unforeseen               500  the server made a mistake; its log has the details
+    ├── Unforeseen               500  internal server error; see the server log
     ├── ConfigError              the configuration cannot work; fix the named key or file
     ├── UnknownModel             404  ask for one of the configured aliases
     ├── ModelNotActive           404  switch first, or ask for the active alias
@@ -17,7 +17,7 @@
     ├── SwitchFailed             503  the target could not be brought up; the cause is named
     ├── LoadFailed               503  the model could not be moved; repair it and try again
     ├── NoRoom                   409  the memory budget does not hold it; free or unpin a model
-    ├── ModelInUse               409  the model is active, pinned or busy; it is said what to do
+    ├── ModelInUse               409  the model is active, pinned or busy; the message has a way out
     ├── ModelLeased              409  another model is held for a job; its lease is named
     ├── UnknownLease             404  no job lease has that id
     ├── SwitchNotAllowed         403  the server was not started with switching open
@@ -100,7 +100,7 @@ class Unforeseen(HotswapError):
     """A mistake of the server itself. Clients are told no more of it; the log has all."""
 
     def __init__(self) -> None:
-        super().__init__("the server made a mistake; its log has the details")
+        super().__init__("internal server error; see the server log")
 
 
 class ConfigError(HotswapError):
@@ -213,7 +213,7 @@ class ModelSwitching(HotswapError):
     def __init__(self, source: str, target: str, retry_after_s: int) -> None:
         super().__init__(
             f"model {source!r} is being drained for a switch to {target!r}; "
-            f"retry when the switch has ended, or ask for {target!r}",
+            f"retry after the switch, or use {target!r}",
             retry_after_s=retry_after_s,
         )
 
@@ -226,7 +226,7 @@ class SwitchInProgress(HotswapError):
     def __init__(self, target: str, requested: str, operation_id: str) -> None:
         super().__init__(
             f"a switch to {target!r} is in progress (operation {operation_id}), "
-            f"so {requested!r} cannot be switched to now; retry when it has ended",
+            f"so {requested!r} cannot be activated now; retry after it",
             retry_after_s=1,
         )
 
@@ -244,7 +244,7 @@ class SwitchFailed(HotswapError):
         serving: str | None,
         retry_after_s: int | None = None,
     ) -> None:
-        then = f"{serving!r} serves on" if serving else "no model is active"
+        then = f"{serving!r} is still active" if serving else "no model is active"
         super().__init__(
             f"switch to {target!r} failed in phase {phase}: {one_line(cause)}; {then}",
             retry_after_s=retry_after_s,
@@ -260,8 +260,7 @@ class LoadFailed(HotswapError):
 
     def __init__(self, alias: str, operation: str, cause: BaseException) -> None:
         super().__init__(
-            f"{operation} of model {alias!r} failed: {one_line(cause)}; "
-            f"repair it and try {operation} again"
+            f"{operation} of model {alias!r} failed: {one_line(cause)}; fix the cause and retry"
         )
 
 
@@ -295,9 +294,9 @@ class ModelLeased(HotswapError):
         self, asked: str, held: str, owner: str, lease_id: str, expires_in_s: float
     ) -> None:
         super().__init__(
-            f"model {held!r} is held for a job of {owner!r} for another {expires_in_s:.0f} s, so "
-            f"{asked!r} cannot be made active; wait, or end that with "
-            f"DELETE /admin/leases/{lease_id}",
+            f"model {held!r} is leased to a job of {owner!r} for another {expires_in_s:.0f} s, "
+            f"so {asked!r} cannot become active; wait, or end the lease with DELETE "
+            f"/admin/leases/{lease_id}",
             retry_after_s=max(1, round(expires_in_s + 0.5)),
         )
 
@@ -384,7 +383,7 @@ class MethodNotAllowed(HotswapError):
 
     def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
         self.allow = ", ".join(sorted(allowed))
-        super().__init__(f"{method} {path} is not answered; the path takes {self.allow}")
+        super().__init__(f"{method} is not allowed on {path}; allowed: {self.allow}")
 
 
 class WrongTask(HotswapError):
@@ -407,10 +406,10 @@ class WrongTask(HotswapError):
         unknown: Sequence[str],
     ) -> None:
         serves = ", ".join(tasks) or "other routes"
-        ask = f"ask for {' or '.join(others)}" if others else "no other model has it"
+        ask = f"use {' or '.join(others)}" if others else "no other model supports it"
         if unknown:
-            ask += f"; not known before their first load: {', '.join(unknown)}"
-        super().__init__(f"model {alias!r} has no route {route}: it serves {serves}; {ask}")
+            ask += f"; not known until first loaded: {', '.join(unknown)}"
+        super().__init__(f"model {alias!r} does not support {route} (it serves {serves}); {ask}")
 
 
 class UnknownResponse(HotswapError):
@@ -437,7 +436,7 @@ class ResponseEnded(HotswapError):
 
     def __init__(self, response_id: str) -> None:
         super().__init__(
-            f"response {response_id!r} has ended, and has no more events; "
+            f"response {response_id!r} has ended; no further events will follow; "
             f"GET /v1/responses/{response_id} tells how it ended"
         )
 
@@ -464,13 +463,13 @@ class GrammarTimeout(HotswapError):
     def __init__(self, timeout_s: float, *, is_behind: bool = False) -> None:
         """`is_behind`: it was not looked at, as an earlier check takes more than `timeout_s`."""
         fact = (
-            f"the grammar cannot be checked now, as the check of an earlier one goes on for more "
-            f"than {timeout_s:g} s"
+            "the grammar cannot be checked now: an earlier check has been running for more than "
+            f"{timeout_s:g} s"
             if is_behind
-            else f"no token came within {timeout_s:g} s (limits.grammar_timeout) of a request "
-            "whose grammar has to be checked and compiled first"
+            else f"no token was generated within {timeout_s:g} s (limits.grammar_timeout) of a "
+            "request whose grammar had to be checked and compiled first"
         )
-        super().__init__(f"{fact}; ask for a simpler answer, or repeat it later", retry_after_s=1)
+        super().__init__(f"{fact}; simplify its schema, or retry later", retry_after_s=1)
 
 
 class DrainCut(HotswapError):
@@ -480,8 +479,8 @@ class DrainCut(HotswapError):
 
     def __init__(self, source: str, target: str, drain_timeout_s: float) -> None:
         super().__init__(
-            f"the request to {source!r} was ended: it was still running {drain_timeout_s:g} s "
-            f"after a switch to {target!r} began to drain; repeat it when {source!r} is active",
+            f"the request to {source!r} was aborted: it was still running {drain_timeout_s:g} s "
+            f"after a switch to {target!r} began to drain; retry when {source!r} is active",
             retry_after_s=1,
         )
 
@@ -493,9 +492,9 @@ class DrainRefused(HotswapError):
 
     def __init__(self, source: str, target: str, running: int, drain_timeout_s: float) -> None:
         super().__init__(
-            f"the switch to {target!r} was given up: {running} requests of {source!r} were still "
-            f"running after {drain_timeout_s:g} s, and on_drain_timeout is refuse; "
-            f"{source!r} serves on; retry later, or switch with on_drain_timeout park or abort",
+            f"switch to {target!r} refused: {running} requests to {source!r} were still running "
+            f"after {drain_timeout_s:g} s (on_drain_timeout: refuse); {source!r} is still "
+            "active; retry later, or switch with on_drain_timeout park or abort",
             retry_after_s=1,
         )
 
@@ -509,8 +508,8 @@ class ParkedEnded(HotswapError):
 
     def __init__(self, alias: str, why: str) -> None:
         super().__init__(
-            f"the request to {alias!r} was parked and cannot go on: {why}; "
-            f"repeat it when {alias!r} is active",
+            f"the parked request to {alias!r} cannot be resumed: {why}; retry when {alias!r} is "
+            "active",
             retry_after_s=1,
         )
 
@@ -522,8 +521,8 @@ class ClientStalled(HotswapError):
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(
-            f"the client took in nothing for {timeout_s:g} s (limits.client_timeout); "
-            "read the answer as it comes"
+            f"the client stopped reading for {timeout_s:g} s (limits.client_timeout); "
+            "read the response as it arrives"
         )
 
 
@@ -532,8 +531,8 @@ class SlowReader(ClientStalled):
 
     def __init__(self, target: str) -> None:
         super(ClientStalled, self).__init__(
-            f"the answer was read slower than it came, while a switch to {target!r} waited for it "
-            "after its drain deadline; read the answer as it comes"
+            f"the response was read too slowly: a switch to {target!r} waited for it past its "
+            "drain deadline; read the response as it arrives"
         )
 
 
@@ -548,7 +547,7 @@ class WrongStamp(HotswapError):
         self.stamp = stamp
         super().__init__(
             f"an output for a request to {alias!r} was stamped {stamp!r} and was not delivered; "
-            "repeat the request"
+            "retry the request"
         )
 
 
@@ -558,7 +557,7 @@ class VerifyFailed(HotswapError):
     code = "verify_failed"
 
     def __init__(self, alias: str, why: str) -> None:
-        super().__init__(f"model {alias!r} does not generate what it should: {why}")
+        super().__init__(f"verification of model {alias!r} failed: {why}")
 
 
 class SwitchRateLimited(HotswapError):
@@ -578,7 +577,7 @@ class RateLimited(HotswapError):
         who = "this key" if has_key else "callers without a key together"
         does = {"requests": "make", "switches": "ask for"}.get(what, "use")
         super().__init__(
-            f"{who} may {does} {per_minute} {what} a minute "
+            f"{who} may {does} {per_minute} {what} per minute "
             f"({what}_per_minute, in limits or in rights); retry in {retry_after_s} s",
             retry_after_s=retry_after_s,
         )
@@ -590,9 +589,7 @@ class BodyTooLarge(HotswapError):
     code = "body_too_large"
 
     def __init__(self, limit_bytes: int, whose: str = "limits.body_bytes") -> None:
-        super().__init__(
-            f"the body is longer than {limit_bytes} bytes ({whose}); send less at once"
-        )
+        super().__init__(f"the body is longer than {limit_bytes} bytes ({whose}); send less")
 
 
 class TooManyValues(HotswapError):
@@ -614,7 +611,7 @@ class CallTooLarge(HotswapError):
 
     def __init__(self, limit: int, setting: str) -> None:
         super().__init__(
-            f"this call would become more than {limit} engine requests (prompts or items, times n);"
+            f"this call needs more than {limit} engine requests (prompts or items, times n);"
             f" split it ({setting})"
         )
 
@@ -627,7 +624,7 @@ class GrammarTooLarge(HotswapError):
     def __init__(self, most: str, param: str) -> None:
         super().__init__(
             f"the schemas, choices and grammars of the request have more than {most}; "
-            "ask for a simpler answer, or raise the limit"
+            "simplify them, or raise the limit"
         )
         self.param = param
 
@@ -640,7 +637,7 @@ class GrammarTooCostly(HotswapError):
     code = "grammar_too_costly"
 
     def __init__(self, fact: str) -> None:
-        super().__init__(f"the grammar of the request {fact}; ask for a simpler answer")
+        super().__init__(f"the grammar of the request {fact}; simplify it")
 
 
 class UnsupportedMediaType(HotswapError):
@@ -667,8 +664,9 @@ class BodyTimeout(HotswapError):
 
     def __init__(self, timeout_s: float, rate: float, pace_s: float) -> None:
         super().__init__(
-            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout), or came slower "
-            f"than {rate:g} bytes a second for {pace_s:g} s (limits.body_rate); send it faster"
+            f"the body did not arrive within {timeout_s:g} s (limits.body_timeout), or arrived "
+            f"slower than {rate:g} bytes per second for {pace_s:g} s (limits.body_rate); send it "
+            "faster"
         )
 
 
@@ -678,7 +676,7 @@ class MalformedRequest(HotswapError):
     code = "malformed_request"
 
     def __init__(self) -> None:
-        super().__init__("what was sent is no valid HTTP/1.1 request; send one")
+        super().__init__("the data received is not a valid HTTP/1.1 request; check the client")
 
 
 class ChunksTooSmall(HotswapError):
@@ -688,7 +686,7 @@ class ChunksTooSmall(HotswapError):
 
     def __init__(self, chunks: int, size: int) -> None:
         super().__init__(
-            f"{chunks} chunks of the body have {size} bytes together; send larger ones"
+            f"{chunks} chunks of the body hold only {size} bytes in total; send larger chunks"
         )
 
 
@@ -746,8 +744,8 @@ class TooManyConnections(HotswapError):
 
     def __init__(self) -> None:
         super().__init__(
-            "every connection that this client may have is in use (limits.connections, "
-            "limits.connections_per_address); end requests, or retry later"
+            "all connections available to this client are in use (limits.connections, "
+            "limits.connections_per_address); close some, or retry later"
         )
 
 

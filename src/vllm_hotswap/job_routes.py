@@ -61,7 +61,7 @@ class JobRoutes:
 
 
 def leases_body(jobs: Jobs, tells_keys: bool = False) -> list[JobLeaseAnswer]:
-    """Every job lease, as JSON."""
+    """List job leases, as JSON."""
     return [lease_body(lease, jobs, tells_keys) for lease in jobs.leases]
 
 

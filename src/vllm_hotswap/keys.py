@@ -148,7 +148,7 @@ def _key_lines(path: Path) -> list[tuple[int, str, str]]:
     except UnicodeDecodeError:  # which would show what it could not decode
         raise ConfigError(f"{place} is not UTF-8 text; write one key a line") from None
     if not found:
-        raise ConfigError(f"{place} contains no key; write one a line")
+        raise ConfigError(f"{place} contains no key; write one per line")
     return found
 
 

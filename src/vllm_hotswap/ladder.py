@@ -246,15 +246,15 @@ class Ladder:
     # --- operations that people ask for -------------------------------------------------------
 
     async def load(self, model: Model) -> OperationResult:
-        """Bring a model up to `parked` from wherever it is; the active one stays where it is."""
+        """Load a model, up to `parked` from wherever it is; the active one stays where it is."""
         return await self._raise("load", model)
 
     async def wake(self, model: Model) -> OperationResult:
-        """Bring a sleeping model up to `parked`. Raises `InvalidRequest` if it is cold."""
+        """Wake a sleeping model, up to `parked`. Raises `InvalidRequest` if it is cold."""
         return await self._raise("wake", model)
 
     async def unload(self, model: Model) -> OperationResult:
-        """Give back everything of a model."""
+        """Unload a model."""
         return await self._lower("unload", model, Residency.COLD)
 
     async def sleep(self, model: Model, level: int) -> OperationResult:
@@ -352,7 +352,8 @@ class Ladder:
             evicted: tuple[Move, ...] = ()
             if operation == "wake" and before is Residency.COLD:
                 raise InvalidRequest(
-                    f"model {model.alias!r} is cold, and there is nothing to wake; load it", "model"
+                    f"model {model.alias!r} is cold, so it cannot be woken; load it instead",
+                    "model",
                 )
             if not model.is_loaded:
                 model.engine.validate()
@@ -396,8 +397,8 @@ class Ladder:
             async with asyncio.timeout(timeout_s):
                 return await work
         except TimeoutError:
-            why = f"{what} was not done within {timeout_s:g} s"
-            self._host.kill(f"the engine host was ended: {why}")
+            why = f"{what} did not finish within {timeout_s:g} s"
+            self._host.kill(f"the engine host was stopped: {why}")
             raise EngineUnavailable(why) from None
 
     async def told(self, model: Model, what: str, work: Awaitable[T]) -> T:

@@ -175,8 +175,8 @@ def refuse_sleep_mode(model: ModelConfig, vllm_config: Any, path: Path) -> None:
     for key in ("enable_sleep_mode", "enable_cumem_allocator"):
         if getattr(vllm_config.model_config, key, False):
             raise ConfigError(
-                f"{model.at(path, key)}: {key} is vLLM's own sleep mode, which is for one model "
-                "in a process; models sleep here without it, so take it out"
+                f"{model.at(path, key)}: {key} is vLLM's own sleep mode, which works for one "
+                "model per process; models sleep here without it, so remove it"
             )
 
 

@@ -69,9 +69,8 @@ def check_names(config: ServerConfig, adapters: Mapping[str, Iterable[AdapterFil
             if adapter.name in places:
                 at = replace(model.at(config.path, "lora_modules"), keys="")
                 raise ConfigError(
-                    f"{at}: the name {adapter.name!r} is given twice, by "
-                    f"{places[adapter.name]} and by {where}; aliases and adapters of all models "
-                    "need names of their own"
+                    f"{at}: the name {adapter.name!r} is used twice, in {places[adapter.name]} "
+                    f"and in {where}; aliases and adapters of all models need distinct names"
                 )
             places[adapter.name] = where
 
@@ -105,5 +104,5 @@ def _check_ranks(adapters: Iterable[AdapterFiles], most: int, place: str) -> Non
         if adapter.rank > most:
             raise ConfigError(
                 f"{place}: adapter {adapter.name!r} has rank {adapter.rank}, and max_lora_rank is "
-                f"{most}; raise it, or leave it out, so that it follows from the adapters"
+                f"{most}; raise it, or remove it to have it set from the adapters"
             )

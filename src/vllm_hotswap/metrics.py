@@ -205,40 +205,45 @@ class SwitchMetrics:
     ) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self._switches = Counter(
-            "hotswap_switches", "Switches that ended.", ["target", "result"], registry=self.registry
+            "hotswap_switches",
+            "Completed switches, by result.",
+            ["target", "result"],
+            registry=self.registry,
         )
         self._switch_seconds = Histogram(
             "hotswap_switch_duration_seconds",
-            "From the switch call to re-opened admission.",
+            "Seconds from the switch call until requests are admitted again.",
             ["target"],
             buckets=_SWITCH_BUCKETS,
             registry=self.registry,
         )
         self._phase_seconds = Histogram(
             "hotswap_switch_phase_duration_seconds",
-            "Time in each phase of a switch.",
+            "Seconds spent in each phase of a switch.",
             ["target", "phase"],
             buckets=_SWITCH_BUCKETS,
             registry=self.registry,
         )
         self._requests = Counter(
             "hotswap_requests",
-            "Requests that were admitted, by how they ended.",
+            "Admitted requests, by outcome.",
             ["model", "result"],
             registry=self.registry,
         )
         self._loads = Counter("hotswap_loads", "Engines made.", ["model"], registry=self.registry)
-        epoch_gauge = Gauge("hotswap_epoch", "Activations so far.", registry=self.registry)
+        epoch_gauge = Gauge(
+            "hotswap_epoch", "Number of activations so far.", registry=self.registry
+        )
         epoch_gauge.set_function(epoch)
         waiting_gauge = Gauge(
             "hotswap_requests_waiting",
-            "Requests that wait for the model.",
+            "Requests waiting for the model.",
             ["model"],
             registry=self.registry,
         )
         self._wait_seconds = Histogram(
             "hotswap_request_wait_seconds",
-            "From the arrival of a request to its turn.",
+            "Seconds from the arrival of a request to its admission.",
             ["model"],
             buckets=_WAIT_BUCKETS,
             registry=self.registry,
@@ -248,41 +253,42 @@ class SwitchMetrics:
         )
         in_flight_gauge = Gauge(
             "hotswap_requests_in_flight",
-            "Requests that hold a lease on the model.",
+            "Requests in flight on the model.",
             ["model"],
             registry=self.registry,
         )
         held_back_gauge = Gauge(
             "hotswap_requests_held_back",
-            "Engine requests that wait before the engine, as their callers have their share of it.",
+            "Engine requests held back because their callers already use their share of the "
+            "engine.",
             ["model"],
             registry=self.registry,
         )
         ready_gauge = Gauge(
-            "hotswap_ready", "1 if requests are served now.", registry=self.registry
+            "hotswap_ready", "1 if requests are being served.", registry=self.registry
         )
         ready_gauge.set_function(lambda: float(is_ready()))
         parked_gauge = Gauge(
             "hotswap_requests_parked",
-            "Requests that are frozen with the model's engine.",
+            "Requests parked with the model's engine.",
             ["model"],
             registry=self.registry,
         )
         refused = Counter(
             "hotswap_outputs_refused",
-            "Requests that were ended because an output was of another model or epoch.",
+            "Requests aborted because an output belonged to another model or epoch.",
             ["model"],
             registry=self.registry,
         )
         evicted_clients = Counter(
             "hotswap_clients_evicted",
-            "Requests that were ended because their client took in nothing.",
+            "Requests aborted because the client stopped reading.",
             ["model"],
             registry=self.registry,
         )
         engine_failures = Counter(
             "hotswap_engine_failures",
-            "Engines that died in a host that went on.",
+            "Engines that died while the engine host kept running.",
             ["model"],
             registry=self.registry,
         )
@@ -299,19 +305,19 @@ class SwitchMetrics:
         )
         self._predictions = Counter(
             "hotswap_predictions",
-            "Predictions of the next model, by whether it was.",
+            "Predictions of the next model, by whether they were right.",
             ["result"],
             registry=self.registry,
         )
         self._prefetched = Counter(
             "hotswap_prefetched_bytes",
-            "Bytes read ahead for predictions and announcements, by whether they were of use.",
+            "Bytes read ahead for predictions and announcements, by whether they were used.",
             ["result"],
             registry=self.registry,
         )
         self._woken = Counter(
             "hotswap_woken_bytes",
-            "Device memory taken by wakes before they were asked for, by what became of it.",
+            "Device memory that early wakes took, by what became of it.",
             ["result"],
             registry=self.registry,
         )
@@ -329,19 +335,19 @@ class SwitchMetrics:
         )
         waking_gauge = Gauge(
             "hotswap_model_waking_bytes",
-            "Device memory that the model has taken to wake before it is asked for.",
+            "Device memory taken so far by an early wake of the model.",
             ["model"],
             registry=self.registry,
         )
         budget_gauge = Gauge(
             "hotswap_device_budget_bytes",
-            "Device memory that all models together may hold.",
+            "Device memory budget of all models together.",
             registry=self.registry,
         )
         budget_gauge.set_function(budget)
         job_leases_gauge = Gauge(
             "hotswap_job_leases",
-            "Job leases that hold the model.",
+            "Job leases on the model.",
             ["model"],
             registry=self.registry,
         )

@@ -33,15 +33,15 @@ class ModelsFile:
             is_changed = _digest(self.path) != self.digest
         except OSError as error:
             log.warning(
-                "event=models_file_unreadable path=%r cause=%r then='the server goes on as it "
-                "was started'",
+                "event=models_file_unreadable path=%r cause=%r then='the running server is "
+                "unchanged'",
                 *(str(self.path), one_line(error)),
             )
             return
         if is_changed:
             log.warning(
-                "event=models_file_changed path=%r then='nothing changes until the server is "
-                "restarted; restart it to apply the file'",
+                "event=models_file_changed path=%r then='the running server is unchanged; "
+                "restart it to apply the file'",
                 str(self.path),
             )
 

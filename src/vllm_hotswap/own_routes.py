@@ -84,9 +84,11 @@ ADDING = (*OF_MODEL, AdaptersNotAllowed, AdapterRefused, NameTaken, ModelInUse)
 REMOVING = (*OF_MODEL, UnknownAdapter)
 
 HEALTH = About(
-    "Whether the server lives: it serves, or recovers", media_type="", errors=(EngineUnavailable,)
+    "Liveness: whether the server is serving or recovering",
+    media_type="",
+    errors=(EngineUnavailable,),
 )
-MODELS = About("Every alias, with the status of its model", ModelList)
+MODELS = About("All aliases, with the status of their models", ModelList)
 
 
 OBSERVING = frozenset({"/metrics", "/admin/status", "/admin/events", "/admin/leases"})
@@ -113,7 +115,7 @@ def own_routes(
     yield Route("GET", "/health", PUBLIC, admin.health, HEALTH)
     yield Route("GET", "/ping", PUBLIC, admin.health, HEALTH)
     yield Route("POST", "/ping", PUBLIC, admin.health, HEALTH)
-    about = About("Whether requests are served now", ReadyAnswer, errors=(NotReady,))
+    about = About("Readiness: whether requests are being served", ReadyAnswer, errors=(NotReady,))
     yield Route("GET", "/ready", PUBLIC, admin.ready, about)
     about = About("vLLM's version", VersionAnswer)
     yield Route("GET", "/version", PUBLIC, version, about)
@@ -125,7 +127,7 @@ def own_routes(
     yield Route("GET", "/v1/models/{alias:path}", USER, admin.model, about)
     about = About("Make a model the active one", SwitchAnswer, SwitchRequest, True, errors=SWITCH)
     yield Route("POST", "/v1/models/switch", ADMIN, admin.switch, about)
-    about = About("One snapshot of the server", StatusAnswer)
+    about = About("A snapshot of the server", StatusAnswer)
     yield Route("GET", "/admin/status", USER, admin.status, about)
     about = About(
         "What a switch would do, move and cost",
@@ -146,10 +148,10 @@ def own_routes(
 
 
 def _jobs(jobs: JobRoutes) -> Iterator[Route]:
-    about = About("Every job lease", JobLeaseList)
+    about = About("List job leases", JobLeaseList)
     yield Route("GET", "/admin/leases", USER, jobs.show, about)
     about = About(
-        "Hold a model for a job, once it is active",
+        "Lease a model for a job, once it is active",
         JobLeaseAnswer,
         LeaseOptions,
         True,
@@ -157,34 +159,34 @@ def _jobs(jobs: JobRoutes) -> Iterator[Route]:
     )
     yield Route("POST", "/admin/leases", ADMIN, jobs.hold, about)
     known = (InvalidRequest, UnknownLease)
-    about = About("Have a lease last longer", JobLeaseAnswer, RenewOptions, True, errors=known)
+    about = About("Renew a job lease", JobLeaseAnswer, RenewOptions, True, errors=known)
     yield Route("POST", "/admin/leases/{id}", ADMIN, jobs.renew, about)
     about = About("End a lease", RevokedLease, errors=(UnknownLease,))
     yield Route("DELETE", "/admin/leases/{id}", ADMIN, jobs.revoke, about)
 
 
 def _moves(moves: Operations) -> Iterator[Route]:
-    about = About("Bring a model up to `parked`", OperationAnswer, NoOptions, errors=UP)
+    about = About("Load a model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
     yield Route("POST", f"{MODEL}/load", ADMIN, moves.load, about)
-    about = About("Bring a sleeping model up to `parked`", OperationAnswer, NoOptions, errors=UP)
+    about = About("Wake a sleeping model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
     yield Route("POST", f"{MODEL}/wake", ADMIN, moves.wake, about)
-    about = About("Give back everything of a model", OperationAnswer, NoOptions, errors=DOWN)
+    about = About("Unload a model", OperationAnswer, NoOptions, errors=DOWN)
     yield Route("POST", f"{MODEL}/unload", ADMIN, moves.unload, about)
     about = About(
-        "Have a model give memory back",
+        "Put a model to sleep",
         OperationAnswer,
         SleepOptions,
         errors=(*DOWN, NoRoom),
     )
     yield Route("POST", f"{MODEL}/sleep", ADMIN, moves.sleep, about)
     about = About(
-        "Read a model's files into memory, or stop that",
+        "Start or cancel a prefetch of a model's files",
         OperationAnswer | CancelAnswer,
         PrefetchOptions,
         errors=(*OF_MODEL, LoadFailed),
     )
     yield Route("POST", f"{MODEL}/prefetch", ADMIN, moves.prefetch, about)
-    about = About("Keep a model from being evicted, or not", PinAnswer, PinOptions, errors=OF_MODEL)
+    about = About("Pin or unpin a model", PinAnswer, PinOptions, errors=OF_MODEL)
     yield Route("POST", f"{MODEL}/pin", ADMIN, moves.pin, about)
 
 
@@ -192,11 +194,9 @@ def _adapters(adapters: AdapterRoutes) -> Iterator[Route]:
     path = f"{MODEL}/adapters"
     about = About("The adapters of a model", AdapterList, errors=(UnknownModel,))
     yield Route("GET", path, USER, adapters.show, about)
-    about = About(
-        "Serve a model with an adapter", AddedAdapter, AdapterOptions, True, errors=ADDING
-    )
+    about = About("Add an adapter to a model", AddedAdapter, AdapterOptions, True, errors=ADDING)
     yield Route("POST", path, ADMIN, adapters.add, about)
-    about = About("Serve it no more", RemovedAdapter, errors=REMOVING)
+    about = About("Remove an adapter", RemovedAdapter, errors=REMOVING)
     yield Route("DELETE", f"{path}/{{name:path}}", ADMIN, adapters.remove, about)
     about = About(
         "vLLM's route to add one", None, LoadOptions, True, errors=ADDING, media_type="text/plain"

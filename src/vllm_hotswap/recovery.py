@@ -99,7 +99,7 @@ class Recovery:
         self._remember(self._deaths_s)
         if len(self._deaths_s) > self._settings.max_restarts:
             self._server.give_up(
-                f"{how}; that was death {len(self._deaths_s)} within "
+                f"{how}; this was death {len(self._deaths_s)} within "
                 f"{self._settings.restart_window:g} s (recovery.max_restarts)"
             )
         else:
@@ -221,7 +221,7 @@ class Recovery:
                 silent_s += PING_S
                 if silent_s >= self._settings.hang_timeout:
                     self._host.kill(
-                        f"the engine host was ended: no sign of life for {silent_s:g} s "
+                        f"the engine host was stopped: no sign of life for {silent_s:g} s "
                         "(recovery.hang_timeout)"
                     )
         finally:
@@ -234,5 +234,5 @@ class Recovery:
         step_s = asking.result().step_s
         if step_s >= self._settings.step_timeout:
             self._host.kill(
-                f"the engine host was ended: one step took {step_s:.0f} s (recovery.step_timeout)"
+                f"the engine host was stopped: one step took {step_s:.0f} s (recovery.step_timeout)"
             )

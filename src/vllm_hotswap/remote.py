@@ -80,7 +80,7 @@ def _fill_switch(switch: argparse.ArgumentParser) -> None:
     switch.add_argument(
         "--on-drain-timeout",
         choices=get_args(DrainPolicy),
-        help="what becomes of those that still run then",
+        help="what to do with requests still running then",
     )
 
 
@@ -93,18 +93,20 @@ def _fill_sleep(sleep: argparse.ArgumentParser) -> None:
 
 def _fill_prefetch(prefetch: argparse.ArgumentParser) -> None:
     _fill_model(_operate)(prefetch)
-    prefetch.add_argument("--cancel", action="store_true", help="stop the reading under way")
+    prefetch.add_argument("--cancel", action="store_true", help="cancel a running prefetch")
 
 
 def _fill_pin(pin: argparse.ArgumentParser) -> None:
     _fill_model(_operate)(pin)
-    pin.add_argument("--off", action="store_true", help="allow it to be moved down again")
+    pin.add_argument("--off", action="store_true", help="unpin it")
 
 
 def _fill_lease(lease: argparse.ArgumentParser) -> None:
     _fill_model(_lease)(lease)
-    lease.add_argument("--owner", required=True, help="whose job it is; everybody sees it")
-    lease.add_argument("--ttl", type=seconds, required=True, help="seconds that it is held")
+    lease.add_argument("--owner", required=True, help="owner of the job; visible to everyone")
+    lease.add_argument(
+        "--ttl", type=seconds, required=True, help="how long to lease it, in seconds"
+    )
     lease.add_argument("--note", default="", help="what the job is")
 
 
@@ -138,7 +140,7 @@ def _options(parser: argparse.ArgumentParser, run: Run) -> None:
         metavar="FILE",
         help=f"file with such a key (default: {USER_KEY_FILE_VARIABLE})",
     )
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    parser.add_argument("--json", action="store_true", help="print the response as JSON")
     parser.set_defaults(run=run)
 
 
@@ -202,18 +204,18 @@ def _status(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "load": ("bring a model up beside the active one", _fill_model(_operate)),
+    "load": ("load a model without activating it", _fill_model(_operate)),
     "unload": ("unload a model and free its memory", _fill_model(_operate)),
-    "wake": ("bring a sleeping model up beside the active one", _fill_model(_operate)),
+    "wake": ("wake a sleeping model without activating it", _fill_model(_operate)),
     "switch": ("make a model the active one", _fill_switch),
-    "sleep": ("have a model give memory back", _fill_sleep),
+    "sleep": ("put a model to sleep, to free memory", _fill_sleep),
     "prefetch": ("read a model's files into memory", _fill_prefetch),
-    "pin": ("keep a model from being moved down", _fill_pin),
-    "plan": ("what a switch to a model would do and cost", _fill_model(_plan)),
-    "lease": ("hold a model for a job, once it is active", _fill_lease),
-    "leases": ("which model is held for which jobs", _fill_plain(_leases)),
+    "pin": ("pin a model in memory", _fill_pin),
+    "plan": ("show what a switch to a model would do and cost", _fill_model(_plan)),
+    "lease": ("lease a model for a job, once it is active", _fill_lease),
+    "leases": ("list job leases", _fill_plain(_leases)),
     "release": ("end a job lease", _fill_release),
-    "status": ("where every model is", _fill_plain(_status)),
+    "status": ("show where each model is", _fill_plain(_status)),
 }
 """The commands that point at a running server: what each is for, and what gives it arguments."""
 
@@ -245,7 +247,7 @@ def _print(
         text = json.dumps(answer, indent=2) if args.json else describe(answer)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RemoteError(
-            f"{Address.of(args)} gave an answer that this command does not understand "
+            f"{Address.of(args)} gave a response that this command does not understand "
             f"({one_line(error)}); is it vllm-hotswap {_version()}?"
         ) from error
     print(text)
@@ -382,7 +384,7 @@ def call(
             answer = interruptible(lambda: client.request(method, path, content=content))
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise RemoteError(
-            f"no answer from {address}: {one_line(error)}; is this the server's --url?"
+            f"no response from {address}: {one_line(error)}; is --url right?"
         ) from error
     try:
         found = answer.json()
@@ -484,7 +486,7 @@ class Refusal:
         if code == "invalid_api_key" or status == 401:
             return self._unauthorized()
         if code == "switch_not_allowed" and "start the server" not in message:
-            return f"only an admin may do that; {_GIVE_KEY}"
+            return f"this needs an admin key; {_GIVE_KEY}"
         return self._as_commands(_plain(message))
 
     def _unauthorized(self) -> str:
@@ -512,7 +514,7 @@ class Refusal:
 _GIVE_KEY = f"give --admin-key-file FILE or --admin-key KEY, or set {KEY_VARIABLE}"
 _GIVE_ANY_KEY = (
     f"give --api-key-file FILE or --api-key KEY, or set {USER_KEY_VARIABLE}; "
-    "an admin's key will do, too (--admin-key-file)"
+    "an admin key works, too (--admin-key-file)"
 )
 
 _CALLS: Sequence[tuple[str, Sequence[str]]] = (

@@ -69,8 +69,8 @@ def alias_that_goes_on(registry: Registry, previous: str | None, alias: str | No
     if alias is None:
         return owner.alias
     raise InvalidRequest(
-        f"previous_response_id {previous!r} is a response of model {owner.alias!r}, and the "
-        f"request is to {alias!r}; ask {owner.alias!r}, or send the earlier messages as input",
+        f"previous_response_id {previous!r} belongs to model {owner.alias!r}, but the request is "
+        f"to {alias!r}; use {owner.alias!r}, or send the earlier messages as input",
         "previous_response_id",
     )
 
@@ -106,7 +106,7 @@ class Owners:
         """
         if response_id in self._names and not self._is_of(response_id, account):
             raise InvalidRequest(
-                f"request_id {response_id!r} is in use; send another, or none", "request_id"
+                f"request_id {response_id!r} is in use; send another one, or none", "request_id"
             )
 
     def note(self, response_id: str, account: Account) -> None:
@@ -214,7 +214,7 @@ class Following:
         if error is not None:
             alias, cause = value_text(self._lease.alias), one_line(error)
             log_of_clients.warning("event=background_failed model=%s cause=%r", alias, cause)
-        return "the work on it ended with an error; the server's log has the cause"
+        return "processing failed; see the server log"
 
 
 def answered_id(body: bytes, is_event_stream: bool) -> str | None:

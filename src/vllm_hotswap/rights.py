@@ -115,8 +115,8 @@ def refuse_shared(members: Sequence[tuple[Group, Keys]]) -> None:
     for (one, ones), (other, others) in combinations(members, 2):
         if ones.shared(others):
             raise ConfigError(
-                f"{other.place}: a key of it is one of {one.place}, too; "
-                "every key may be in one group"
+                f"{other.place}: one of its keys is also in {one.place}; a key may be in one "
+                "group only"
             )
 
 

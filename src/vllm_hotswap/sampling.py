@@ -54,24 +54,22 @@ class SamplingPolicy:
 
     defaults: Annotated[
         Parameters,
-        Field(
-            description="parameters that a request gets where its client sends none of that name"
-        ),
+        Field(description="parameters set on a request where its client sends none of that name"),
     ] = Field(default_factory=dict)
     force: Annotated[
         Parameters,
-        Field(description="parameters that a request gets whatever its client sends"),
+        Field(description="parameters set on every request, whatever its client sends"),
     ] = Field(default_factory=dict)
     drop: Annotated[
         list[str],
         AfterValidator(_only_sampling),
-        Field(description="parameters that are taken out of every request"),
+        Field(description="parameters removed from every request"),
     ] = Field(default_factory=list)
     drop_unsupported: Annotated[
         bool,
         Field(
-            description="take out what the route does not know, and tools where the model has no "
-            "tool parser; vLLM would ignore the former and refuse the latter"
+            description="remove parameters that the route does not know, and tools where the "
+            "model has no tool parser; vLLM would ignore the former and refuse the latter"
         ),
     ] = False
 

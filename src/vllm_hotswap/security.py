@@ -91,7 +91,7 @@ def _dangers(
 ) -> Iterator[tuple[list[str], str]]:
     """The way to each setting that runs code nobody has allowed, and what to do about it."""
     if "trust_remote_code" not in allowed:
-        why = "if you have read it, start with --allow trust_remote_code"
+        why = "if you have reviewed it, start with --allow trust_remote_code"
         for keys in trusting_keys(settings):
             yield keys, f"runs code that comes with the checkpoint; {why}"
     if "code" not in allowed:
@@ -100,6 +100,6 @@ def _dangers(
 
 
 def _next_step(keys: list[str]) -> str:
-    step = "if that is wanted, start with --allow code"
+    step = "if that is intended, start with --allow code"
     is_declared = len(keys) == 1 or keys[-1] in CODE
     return step if is_declared else f"{step}; if it is a file, put ./ or its folder before it"

@@ -70,8 +70,9 @@ class SwitchingConfig:
         SwitchingMode,
         Wanted("manual or auto"),
         Field(
-            description="`manual`: only the active model is served, and somebody switches. `auto`: "
-            "requests for every model are accepted, and the server switches by `policy`"
+            description="`manual`: only the active model is served, until an admin switches. "
+            "`auto`: requests for all models are accepted, and the server switches by "
+            "`policy`"
         ),
     ] = "manual"
     policy: Annotated[
@@ -86,45 +87,51 @@ class SwitchingConfig:
         Seconds,
         AT_LEAST_ZERO,
         Field(
-            description="auto: seconds after which a request that waits is due: its model is next, "
+            description="auto: seconds after which a waiting request is due. Its model is next, "
             "whatever the policy says"
         ),
     ] = 30.0
     min_active: Annotated[
         Seconds,
         AT_LEAST_ZERO,
-        Field(description="`batch`: seconds that a model stays active at least, if nobody is due"),
+        Field(
+            description="`batch`: minimum seconds that a model stays active, unless a request "
+            "is due"
+        ),
     ] = 0.0
     slice: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
-        Field(description="`round_robin`: seconds of a model with the weight 1"),
+        Field(description="`round_robin`: seconds that a model of weight 1 stays active"),
     ] = 2.0
     drain_timeout: Annotated[
         Seconds,
         AT_LEAST_ZERO,
         Field(
-            description="seconds that a switch waits for running requests, if the call is silent"
+            description="seconds that a switch waits for running requests, unless the call "
+            "gives a value"
         ),
     ] = 60.0
     on_drain_timeout: Annotated[
         DrainPolicy,
         Wanted("abort, park or refuse"),
         Field(
-            description="what becomes of requests that still run then, if the call is silent: "
-            "`abort` ends them with an error, `park` freezes them until their model is active "
-            "again, `refuse` gives the switch up"
+            description="what happens to requests still running then, unless the call gives a "
+            "value: `abort` ends them with an error, `park` freezes them until their model "
+            "is active again, `refuse` cancels the switch"
         ),
     ] = "abort"
     max_parked: Annotated[
         Count,
         AT_LEAST_ZERO,
-        Field(description="requests of one model that may be parked; more are ended"),
+        Field(description="requests of one model that may be parked; others are aborted"),
     ] = 1024
     parked_timeout: Annotated[
         Seconds,
         AT_LEAST_ZERO,
-        Field(description="seconds that a request may be parked; then it is ended with an error"),
+        Field(
+            description="seconds that a request may stay parked; then it is aborted with an error"
+        ),
     ] = 600.0
     max_waiting: Annotated[
         Count,
@@ -134,14 +141,14 @@ class SwitchingConfig:
     wait_timeout: Annotated[
         Seconds,
         AT_LEAST_ZERO,
-        Field(description="seconds that a request may be held; then it gets 504"),
+        Field(description="seconds that a request may wait; then it gets 504"),
     ] = 600.0
     verify: Annotated[
         bool,
         Wanted("true or false"),
         Field(
-            description="whether a model that was loaded or woken generates a canary token, which "
-            "is compared with that of its first load, before it is served"
+            description="whether a model that was loaded or woken is checked before it is "
+            "served: it generates a canary token, which must be that of its first load"
         ),
     ] = True
     predict: Annotated[
@@ -149,7 +156,7 @@ class SwitchingConfig:
         Wanted("true or false"),
         Field(
             description="whether the model that is likely to be next is prepared: its files are "
-            "read ahead into what `memory.host` has to spare, or it wakes where it sleeps on CUDA"
+            "read ahead into spare `memory.host`, or, on CUDA, it is woken early"
         ),
     ] = True
     return_to_default: Annotated[
@@ -168,12 +175,12 @@ class SwitchingConfig:
     rate: Annotated[
         PerSecond,
         ABOVE_ZERO,
-        Field(description="switches per second in the long run; calls beyond it get 429"),
+        Field(description="sustained switches per second; further calls get 429"),
     ] = 20.0
     burst: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
-        Field(description="switches that may come at once before `rate` counts"),
+        Field(description="switches allowed in one burst, before `rate` applies"),
     ] = 2000
 
 
@@ -188,27 +195,29 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="values in a JSON body, counted by commas and opening brackets; more get "
-            "413, because nobody else is answered while vLLM parses a body"
+            description="values in a JSON body, counted by commas and opening brackets. More "
+            "get 413, because vLLM answers no other request while it parses a body"
         ),
     ] = 1_000_000
     held_bytes: Annotated[
         ByteSize,
         SIZE,
         Field(
-            description="bytes that all requests may hold together, from the first byte of a body "
-            "to the end of its answer: what has come of it while it is read, then, for JSON, twice "
-            "that, four times where texts have other characters than ASCII or are escaped (`\\u`), "
-            "and 160 bytes for each value. A request beyond it gets 429"
+            description="bytes that all requests together may hold, from the first byte of a "
+            "body to the end of its response. While a body is read, what has arrived of it "
+            "counts. Then JSON counts twice, or four times where its texts are not ASCII or "
+            "are escaped (`\\u`), plus 160 bytes for each value. A request beyond it gets "
+            "429"
         ),
     ] = 1 << 30
     held_share: Annotated[
         Share,
         SHARE,
         Field(
-            description="share of `held_bytes` that one caller alone may hold, where keys are "
-            "asked for: a group of `rights`, or a key outside of them. The more others hold, the "
-            "less it may, so that there is always some left. Admins may hold all of it"
+            description="share of `held_bytes` that one caller may hold, where keys are "
+            "required. A caller is a group of `rights`, or a key outside of them. The more "
+            "others hold, the less one may hold, so that some is always left. Admins may "
+            "hold all of it"
         ),
     ] = 0.5
     engine_share: Annotated[
@@ -217,30 +226,30 @@ class LimitsConfig:
         Field(
             description="share of an engine's places (`max_num_seqs`), and of what two of its "
             "steps take (`max_num_batched_tokens`), that one caller's requests may have while "
-            "others use the model, where keys are asked for; the rest of them wait before the "
-            "engine, in turns with those of others. Who was alone for a minute may have all. "
-            "Admins never wait. 1: first come, first served, as in vLLM"
+            "others use the model, where keys are required. Its other requests wait in front of "
+            "the engine, taking turns with other callers. A caller that was alone for a minute "
+            "may have all. Admins never wait. 1: first come, first served, as in vLLM"
         ),
     ] = 0.5
     body_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
-        Field(description="seconds in which a request's body must have arrived; then it gets 408"),
+        Field(description="seconds within which a request's body must arrive; then it gets 408"),
     ] = 300.0
     body_rate: Annotated[
         ByteSize,
         SIZE,
         Field(
-            description="bytes per second at least with which a body has to come, in every 20 "
-            "seconds, once there are 64 KiB of it; a slower one gets 408"
+            description="minimum bytes per second at which a body must arrive, in every 20 "
+            "seconds, after its first 64 KiB; a slower one gets 408"
         ),
     ] = 4 << 10
     in_flight: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="requests that one model may have in flight, each prompt, item and answer "
-            "of a call counted; more get 429"
+            description="requests that one model may have in flight; each prompt, item and "
+            "choice of a call counts. More get 429"
         ),
     ] = 65_536
     requests_per_call: Annotated[
@@ -255,95 +264,94 @@ class LimitsConfig:
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="engine requests that one call may become where a model is to generate: "
-            "vLLM writes all of their answers in one piece, while nobody else is answered"
+            description="engine requests that one generating call may become: vLLM writes all "
+            "of their answers at once, and answers no other request meanwhile"
         ),
     ] = 1024
     grammar_bytes: Annotated[
         ByteSize,
         SIZE,
         Field(
-            description="size of the schemas, choices and grammars of a request, tools that have "
-            "to be called or are strict included; more get 413"
+            description="size of the schemas, choices and grammars of a request, including "
+            "tools that are strict or must be called; more get 413"
         ),
     ] = 64 << 10
     grammar_values: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="what may be in those: properties, members of lists, alternatives, a "
+            description="what those may contain: properties, members of lists, alternatives, a "
             "tenth of what `minItems`, `maxItems`, `minLength`, `maxLength`, `minProperties` and "
             "`maxProperties` ask for, and the largest repetition (`{m,n}`) in each regular "
             "expression or grammar. Regular expressions in a grammar weigh ten each, and more "
-            "where several have to fit one text (`allOf`); more get 413"
+            "where several must match one text (`allOf`). More get 413"
         ),
     ] = 2000
     grammar_timeout: Annotated[
         SecondsAboveZero | None,
         IDLE,
         Field(
-            description="seconds in which vLLM has to have checked a request with one of those; "
-            "and from the time when an engine gets it to its first token. Then it gets 504; "
-            "if compilation had not begun, it does not begin. null: without end"
+            description="seconds within which vLLM must check a request with one of those, and "
+            "again from when an engine gets it to its first token. Then it gets 504; a "
+            "compilation that has not started does not start. null: no limit"
         ),
     ] = 300.0
     grammar_memory: Annotated[
         ByteSize,
         SIZE,
         Field(
-            description="memory that it may take to compile one of those, unless it is plain; "
-            "more get 413"
+            description="memory that compiling one of those may take, unless it is plain; more "
+            "get 413"
         ),
     ] = 512 << 20
     grammar_seconds: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(
-            description="seconds of processors that it may take to compile one of those, unless "
-            "it is plain; more get 413"
+            description="CPU seconds that compiling one of those may take, unless it is plain; "
+            "more get 413"
         ),
     ] = 60.0
     requests_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
         Field(
-            description="calls that each key may make in a minute, however many prompts each has; "
-            "more get 429. 0: any number; null: 30000 where the server listens elsewhere than on "
-            "loopback, there any number. A number counts for callers without a key, too, for all "
-            "of them together"
+            description="calls per minute for each key, however many prompts each has; more get "
+            "429. 0: any number; null: any number on loopback, 30000 elsewhere. A number "
+            "also applies to callers without a key, to all of them together"
         ),
     ] = None
     tokens_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
         Field(
-            description="tokens of prompts and answers that each user key may use in a minute, "
-            "counted when a request ends; null: 6000000, but on loopback any number"
+            description="tokens of prompts and answers per minute for each user key, counted "
+            "when a request ends; null: any number on loopback, 6000000 elsewhere"
         ),
     ] = None
     switches_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
         Field(
-            description="switches that each user key may ask for in a minute: calls that move "
-            "models, and, in the mode `auto`, requests that are the first to wait for a model; "
-            "null: 60, but on loopback any number"
+            description="switches per minute for each user key: calls that move models, and, in "
+            "the mode `auto`, requests that are the first to wait for a model; null: any "
+            "number on loopback, 60 elsewhere"
         ),
     ] = None
     kept_responses: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="responses of the Responses API that are kept, where they are; then the "
-            "oldest are forgotten"
+            description="responses of the Responses API that are kept, where they are stored; "
+            "the oldest are dropped"
         ),
     ] = 10_000
     client_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(
-            description="seconds in which nothing more could be sent to a client; then, or at most "
-            "after twice as long, its connection is closed and its request ended"
+            description="seconds without progress after which a client that does not read is "
+            "disconnected and its request aborted; at most twice as long"
         ),
     ] = 60.0
     head_bytes: Annotated[
@@ -357,7 +365,7 @@ class LimitsConfig:
     head_fields: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
-        Field(description="header fields of a request; more get 431"),
+        Field(description="number of header fields of a request; more get 431"),
     ] = 256
     url_bytes: Annotated[
         ByteSize,
@@ -368,34 +376,35 @@ class LimitsConfig:
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(
-            description="seconds in which a head must have arrived, counted from the connection or "
-            "from the head's first byte; then it gets 408"
+            description="seconds within which a head must arrive, counted from the connection "
+            "or from the head's first byte; then it gets 408"
         ),
     ] = 30.0
     connections: Annotated[
         CountAboveZero | None,
         Wanted("a whole number above 0, or null"),
         Field(
-            description="connections at a time; null: what the limit of open files leaves. Where "
-            "all are busy, others get 503, but for health checks and admins"
+            description="simultaneous connections; null: what the limit of open files leaves. "
+            "When all are busy, new ones get 503, except health checks and admins"
         ),
     ] = None
     connections_per_address: Annotated[
         CountAboveZero | None,
         Wanted("a whole number above 0, or null"),
         Field(
-            description="connections of one client's address at the same time (IPv6: of one "
-            "network of 64 bits); null: half of all. A proxy that `--forwarded-allow-ips` names, "
-            "and a Unix domain socket, have all"
+            description="simultaneous connections from one client address (IPv6: from one /64 "
+            "network); null: half of all. A proxy named by `--forwarded-allow-ips`, and a "
+            "Unix domain socket, may use all"
         ),
     ] = None
     refusals_per_second: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="refusals (4xx) a second that a client's address, or a key that is "
-            "known, gets without a wait, and three times as many in one go; further ones come "
-            "late, by 5 seconds at most. Behind a proxy, name it with `--forwarded-allow-ips`"
+            description="refusals (4xx) per second that a client address, or a known key, gets "
+            "without delay, and three times as many in one burst. Further ones are delayed, "
+            "by at most 5 seconds. Behind a proxy, name the proxy with "
+            "`--forwarded-allow-ips`"
         ),
     ] = 10
 
@@ -411,11 +420,11 @@ class IsolationConfig:
         Sharing | None,
         Wanted("shared, group or key, or null"),
         Field(
-            description="whose prompts find each other in a model's prefix cache. `shared`: all; "
-            "who shares it can find out whether somebody else has sent the same beginning of a "
-            "prompt, by the time of the answer and by the cache's metrics. `group`: those of one "
-            "group of `rights`, where keys in no group are one, and admins are one. `key`: those "
-            "of one key. null: `group` where `rights` has groups with keys, else `shared`"
+            description="which callers share a model's prefix cache. `shared`: all; a caller "
+            "can then find out, from response times and cache metrics, whether another one "
+            "has sent the same beginning of a prompt. `group`: the keys of one group of "
+            "`rights`; keys in no group form one, admins another. `key`: each key alone. "
+            "null: `group` where `rights` has groups with keys, else `shared`"
         ),
     ] = None
     observers: Annotated[
@@ -423,8 +432,8 @@ class IsolationConfig:
         Wanted("users or admins"),
         Field(
             description="who may read `/metrics`, `/admin/status`, `/admin/events` and "
-            "`/admin/leases`, which tell of everybody's requests: their models, tokens and times, "
-            "but no text"
+            "`/admin/leases`. They show the models, tokens and times of all requests, but "
+            "no text"
         ),
     ] = "users"
 
@@ -437,8 +446,8 @@ class RecoveryConfig:
         Count,
         AT_LEAST_ZERO,
         Field(
-            description="restarts of the engine host within `restart_window`; at the next death "
-            "the server ends with status 1"
+            description="restarts of the engine host allowed within `restart_window`; at the "
+            "next death the server exits with status 1"
         ),
     ] = 5
     restart_window: Annotated[
@@ -447,14 +456,14 @@ class RecoveryConfig:
     max_backoff: Annotated[
         Seconds,
         AT_LEAST_ZERO,
-        Field(description="seconds between two attempts to recover, at most"),
+        Field(description="maximum seconds between two attempts to recover"),
     ] = 60.0
     hang_timeout: Annotated[
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(
-            description="seconds without a sign of life of the engine host after which it is "
-            "killed and restarted"
+            description="seconds without a sign of life after which the engine host is killed "
+            "and restarted"
         ),
     ] = 30.0
     step_timeout: Annotated[
@@ -477,8 +486,8 @@ class RecoveryConfig:
         SecondsAboveZero,
         ABOVE_ZERO,
         Field(
-            description="seconds that anything else may take that an engine is told to do; "
-            "then the engine host is killed and restarted"
+            description="seconds that any other command to an engine may take; then the engine "
+            "host is killed and restarted"
         ),
     ] = 300.0
 
@@ -496,8 +505,8 @@ class AdapterConfig:
         BeforeValidator(_folders),
         Field(
             strict=False,
-            description="folders below which adapters may lie that are added while the server "
-            "runs, relative to the file; default: none, so that none can be added",
+            description="folders, relative to the file, below which adapters may be that are "
+            "added while the server runs; default: none, so no adapter can be added",
         ),
         Wanted("a list of folders"),
     ] = ()
@@ -517,15 +526,15 @@ class ModelKeys:
     ]
     aliases: Annotated[
         tuple[Text, ...],
-        Field(strict=False, description="further names that clients may send for this model"),
+        Field(strict=False, description="additional names that clients may use for this model"),
         NAMES,
     ] = ()
     load: Annotated[
         LoadWhen,
         Wanted("startup or on_demand"),
         Field(
-            description="`startup`: made before the server accepts requests. `on_demand`: made by "
-            "its first switch, in the running host"
+            description="`startup`: loaded before the server accepts requests. `on_demand`: "
+            "loaded by its first switch"
         ),
     ] = "startup"
     pinned: Annotated[
@@ -537,8 +546,8 @@ class ModelKeys:
         SecondsAboveZero | None,
         IDLE,
         Field(
-            description="seconds without a request after which it sleeps, once it is not active; "
-            "auto: also while it is, if nobody has a request for any model"
+            description="seconds without a request after which it sleeps, once it is not "
+            "active; in the mode `auto` also while it is active, if no requests are pending"
         ),
     ] = None
     idle_unload: Annotated[
@@ -549,12 +558,12 @@ class ModelKeys:
     priority: Annotated[
         Priority,
         PRIORITY,
-        Field(description="auto: requests of a model with a higher one go first"),
+        Field(description="auto: models with a higher priority are served first"),
     ] = 0
     max_wait: Annotated[
         Seconds | None,
         Wanted("a number of at least 0, or null"),
-        Field(description="auto: `switching.max_wait` for this model; null: as given there"),
+        Field(description="auto: `switching.max_wait` for this model; null: the value given there"),
     ] = None
     weight: Annotated[
         SecondsAboveZero,
@@ -594,7 +603,7 @@ class GroupConfig:
         Wanted("a list of texts"),
         Field(
             strict=False,
-            description="its keys, which count as user keys; `${NAME}` keeps them out of the file; "
+            description="its keys, which are user keys; `${NAME}` keeps them out of the file; "
             "the group `default` has none",
         ),
     ] = field(default=(), repr=False)
@@ -603,24 +612,24 @@ class GroupConfig:
         SECRET,
         Wanted("the path of a file, or null"),
         Field(
-            description="a file with more of them, one a line (absolute or relative to the YAML "
-            "file); read again on SIGHUP"
+            description="a file with more keys, one per line (absolute or relative to the YAML "
+            "file); reloaded on SIGHUP"
         ),
     ] = None
     switch_to: Annotated[
         Literal["all"] | tuple[str, ...],
         BeforeValidator(_all_or_names),
         Field(
-            description="auto: models to which its requests may cause a switch: `all`, or a list "
-            "of aliases, which may be empty",
+            description="auto: models to which its requests may trigger a switch: `all`, or a "
+            "list of aliases, which may be empty",
         ),
     ] = "all"
     max_priority: Annotated[
         Priority,
         PRIORITY,
         Field(
-            description="auto: the highest priority that its requests get by "
-            "`x-hotswap-priority`, where their model's own is not higher"
+            description="auto: the highest priority that its requests can get with "
+            "`x-hotswap-priority`, unless their model's own is higher"
         ),
     ] = 0
     min_max_wait: Annotated[
@@ -632,19 +641,24 @@ class GroupConfig:
         Count | None,
         PER_MINUTE,
         Field(
-            description="`limits.requests_per_minute` for each of its keys; null: as given there"
+            description="`limits.requests_per_minute` for each of its keys; null: the value "
+            "given there"
         ),
     ] = None
     tokens_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
-        Field(description="`limits.tokens_per_minute` for each of its keys; null: as given there"),
+        Field(
+            description="`limits.tokens_per_minute` for each of its keys; null: the value given "
+            "there"
+        ),
     ] = None
     switches_per_minute: Annotated[
         Count | None,
         PER_MINUTE,
         Field(
-            description="`limits.switches_per_minute` for each of its keys; null: as given there"
+            description="`limits.switches_per_minute` for each of its keys; null: the value "
+            "given there"
         ),
     ] = None
 
@@ -661,16 +675,16 @@ SECTIONS: Mapping[str, type[Any]] = {
 
 TOP_LEVEL: Mapping[str, str] = {
     "default_model": "the alias that is active after the start; default: the first one",
-    "defaults": "keys of a model (but `model` and `aliases`) that count for every model",
+    "defaults": "keys of a model (except `model` and `aliases`) that apply to all models",
     "models": "the models: a mapping of alias to keys",
-    "switching": "how switches go",
-    "limits": "what requests and clients may take",
-    "isolation": "what keys may find out of each other's requests",
+    "switching": "how switches work",
+    "limits": "what requests and clients may use",
+    "isolation": "what keys may learn about each other's requests",
     "recovery": "what happens when engines or the engine host fail",
-    "memory": "what all models together may hold",
+    "memory": "the memory that all models together may use",
     "adapters": "adapters that are added while the server runs",
-    "rights": "who may cause which switch: a mapping of a group's name to its keys and rights; "
-    "`default` is for everybody else",
+    "rights": "who may trigger which switch: a mapping of group names to keys and rights; "
+    "`default` is for all other callers",
 }
 
 
@@ -753,27 +767,27 @@ FORWARDED_VARIABLE = "FORWARDED_ALLOW_IPS"
 VARIABLES: Mapping[str, str] = {
     CONFIG_VARIABLES[0]: "the YAML file, for the quickstart's start",
     CONFIG_VARIABLES[1]: "the same, as the quickstart names it",
-    "VLLM_SERVER_DEV_MODE": "`1` opens our own routes that change state without an admin key, and "
-    "none of vLLM's",
+    "VLLM_SERVER_DEV_MODE": "`1` opens our routes that change state to callers without "
+    "an admin key, and none of vLLM's",
     "VLLM_HOTSWAP_ALLOW": "what `--allow` accepts; the flag adds to it",
-    "VLLM_HOTSWAP_ADMIN_KEY": "admin keys, with commas or spaces between; `--admin-key` wins over "
-    "it",
-    "VLLM_HOTSWAP_ADMIN_KEY_FILE": "a file with admin keys; `--admin-key-file` wins over it",
-    "VLLM_HOTSWAP_API_KEY_FILE": "a file with user keys; `--api-key-file` wins over it",
-    "VLLM_HOTSWAP_PASS_ON": "names, with commas between, of variables that the engine host is to "
-    "have although it would not get them ([configuration](configuration.md#what-the-engine-host-"
+    "VLLM_HOTSWAP_ADMIN_KEY": "admin keys, separated by commas or spaces; "
+    "`--admin-key` overrides it",
+    "VLLM_HOTSWAP_ADMIN_KEY_FILE": "a file with admin keys; `--admin-key-file` overrides it",
+    "VLLM_HOTSWAP_API_KEY_FILE": "a file with user keys; `--api-key-file` overrides it",
+    "VLLM_HOTSWAP_PASS_ON": "comma-separated names of additional variables to pass on to "
+    "the engine host ([configuration](configuration.md#what-the-engine-host-"
     "is-told))",
-    "VLLM_HOTSWAP_AUDIT_LOG": "a file for a line of every call that changes state; `--audit-log` "
-    "wins over it",
+    "VLLM_HOTSWAP_AUDIT_LOG": "a file that gets one line for each call that changes state; "
+    "`--audit-log` overrides it",
     "VLLM_HOTSWAP_CUDA_SLEEP": "`0`: on CUDA, models lie in torch's own memory, and are parked or "
     "unloaded ([NVIDIA GPUs](guides/gpu.md#without-sleep))",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
-    "VLLM_API_KEY": "user keys, with commas or spaces between; `--api-key` wins over it",
-    FORWARDED_VARIABLE: "uvicorn's: proxies whose word counts for where a request comes from; "
-    "`--forwarded-allow-ips` wins over it",
+    "VLLM_API_KEY": "user keys, separated by commas or spaces; `--api-key` overrides it",
+    FORWARDED_VARIABLE: "uvicorn's: proxies trusted to tell where a request comes from; "
+    "`--forwarded-allow-ips` overrides it",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "accepted, not needed, not passed on; see `adapters`",
-    "VLLM_HOTSWAP_FAILPOINTS": "for tests: where the server is to fail; see "
+    "VLLM_HOTSWAP_FAILPOINTS": "for tests: where the server should fail; see "
     "[reliability](reliability.md#failpoints)",
     "QUANT_CONFIG": "kept for models without `quant_config`, replaced or cleared for those with it",
     "VLLM_CPU_OMP_THREADS_BIND": "CPU: cores of the compute threads, as in vLLM. Here `auto` uses "

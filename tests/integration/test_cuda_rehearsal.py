@@ -201,7 +201,7 @@ def log_since(server: ServerProcess, place: int) -> str:
 def test_a_driver_call_that_fails_once_costs_the_source_nothing(
     server: ServerProcess, board: Board, move: Move
 ) -> None:
-    """It is told, in the answer or in the log; the source serves on; the next try goes well."""
+    """It is told, in the answer or in the log; the source stays active; the next try goes well."""
     park_anew(server)
     expected = tokens(server, SOURCE)
     park(server)
@@ -251,7 +251,7 @@ def test_a_driver_call_that_fails_once_costs_the_source_nothing(
 def test_another_process_that_takes_memory_moves_the_idle_model_down(
     server: ServerProcess, board: Board
 ) -> None:
-    """The source serves on, the status shows it, and all comes back once the memory is free."""
+    """The source stays active, the status shows it, and all comes back once the memory is free."""
     park(server)
     expected, free = tokens(server, SOURCE), board.total - board.used
     before = server.status()["memory"]["device"]["others"]  # type: ignore[index]

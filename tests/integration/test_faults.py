@@ -257,7 +257,7 @@ def test_an_engine_that_fails_in_a_step_is_loaded_again(faulty: Faulty) -> None:
 
 
 def test_weights_that_became_no_numbers_are_found_by_the_canary(faulty: Faulty) -> None:
-    """They load without an error. The source serves on; mended, the next attempt works."""
+    """They load without an error. The source is still active; mended, the next attempt works."""
     assert 200 == faulty.switch("frail").status_code
     faulty.server.switch("llama")
     assert 200 == faulty.post("/admin/models/frail/unload", {}).status_code
@@ -356,7 +356,7 @@ def test_a_switch_that_fails_in_any_phase_leaves_the_source_serving(
 
 @pytest.mark.parametrize("stage", ["weights", "kv_cache", "warm_up"])
 def test_a_load_that_fails_on_its_way_leaves_nothing_behind(faulty: Faulty, stage: str) -> None:
-    """As if memory ran out: the source serves on, and the next attempt works."""
+    """As if memory ran out: the source is still active, and the next attempt works."""
     faulty.server.switch("llama")
     assert 200 == faulty.post("/admin/models/frail/unload", {}).status_code
     faulty.faults.inject(f"host.load.{stage}@frail=1*raise(out of memory)")

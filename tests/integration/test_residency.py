@@ -324,7 +324,7 @@ def test_a_switch_is_planned_and_told(server: ServerProcess) -> None:
 def test_truncated_weights_are_refused_before_anything_moves(
     server: ServerProcess, folder: Path
 ) -> None:
-    """The source keeps its memory and serves on; mended, the next attempt works."""
+    """The source keeps its memory and is still active; mended, the next attempt works."""
     server.switch("one")
     operate(server, "broken", "unload")
     before = answers(server, "one")
@@ -345,7 +345,7 @@ def test_truncated_weights_are_refused_before_anything_moves(
 
 
 def test_missing_weights_are_named(server: ServerProcess, folder: Path) -> None:
-    """A folder without weights fails the switch with the cause; the source serves on."""
+    """A folder without weights fails the switch with the cause; the source is still active."""
     server.switch("one")
     operate(server, "broken", "unload")
     weights = folder / "broken" / "model.safetensors"
@@ -371,7 +371,7 @@ def test_a_load_that_fails_brings_the_source_back(server: ServerProcess, folder:
 
     assert (503, "switch_failed") == (refused.status_code, refused.json()["error"]["code"])
     assert "bring_up" in refused.json()["error"]["message"]
-    assert "'two' serves on" in refused.json()["error"]["message"]
+    assert "'two' is still active" in refused.json()["error"]["message"]
     assert before == after
     assert mended["current_model"] == "misfit"
 
@@ -380,7 +380,7 @@ def test_a_load_that_fails_brings_the_source_back(server: ServerProcess, folder:
 def test_a_compile_cache_that_cannot_be_written_fails_one_switch(
     server: ServerProcess, folder: Path
 ) -> None:
-    """The source serves on; with room on the disk the next attempt works, without a restart."""
+    """The source stays active; with room on the disk the next attempt works, without a restart."""
     server.switch("one")
     cache = folder / "cache"
     kept = folder / "kept"

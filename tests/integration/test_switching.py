@@ -192,7 +192,7 @@ def test_a_target_that_cannot_be_loaded_leaves_the_source_serving(server: Server
 
     error = response.json()["error"]
     assert (503, "switch_failed") == (response.status_code, error["code"])
-    assert "'llama' serves on" in error["message"]
+    assert "'llama' is still active" in error["message"]
     assert before == server.complete("llama", "Hello")
     assert "cold" == server.status()["models"]["broken"]["residency"]  # type: ignore[index]
 

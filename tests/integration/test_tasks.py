@@ -114,7 +114,7 @@ def test_each_alias_has_exactly_its_own_routes(server: ServerProcess, alias: str
             continue
         others = [other for other in ALIASES if path in OF_TASK[other]]
         assert (404, "wrong_task") == (response.status_code, error(response)["code"]), path
-        assert error(response)["message"].endswith(f"ask for {' or '.join(others)}")
+        assert error(response)["message"].endswith(f"use {' or '.join(others)}")
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -202,7 +202,7 @@ def test_a_request_without_a_model_is_for_the_active_ones_task(server: ServerPro
 
     assert (200, "embed") == (embedded.status_code, embedded.json()["model"])
     assert [404, 404] == [chat.status_code, refused.status_code]
-    assert "model 'embed' has no route" in error(chat)["message"]
+    assert "model 'embed' does not support" in error(chat)["message"]
     assert "ask for embed" in error(refused)["message"]
 
 
@@ -235,7 +235,7 @@ def test_anthropics_client_reads_the_error(server: ServerProcess) -> None:
     with pytest.raises(anthropic.NotFoundError) as refused:
         client.messages.create(model="embed", max_tokens=4, messages=MESSAGES)  # type: ignore[arg-type]
 
-    assert "model 'embed' has no route POST /v1/messages" in str(refused.value)
+    assert "model 'embed' does not support POST /v1/messages" in str(refused.value)
     assert isinstance(refused.value.body, dict)
     assert "invalid_request_error" == refused.value.body["error"]["type"]
 

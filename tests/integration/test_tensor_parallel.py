@@ -135,7 +135,7 @@ def test_its_workers_sleep_and_wake(server: ServerProcess, level: int) -> None:
 
 
 def test_its_workers_end_with_an_unload(server: ServerProcess) -> None:
-    """Their memory is given back, the other model serves on, and it can be loaded again."""
+    """Their memory is given back, the other model is still active, and it can be loaded again."""
     server.switch("llama")
     before: Any = server.status()["host"]
     theirs = sum(anonymous_bytes(worker.pid) for worker in workers(server))

@@ -123,7 +123,7 @@ class HostLink:
         try:
             self._connection.send(command)
         except OSError as error:  # half of it may have gone: nothing more can follow
-            why = f"the engine host takes no commands: {error}"
+            why = f"the engine host accepts no commands: {error}"
             self.end(why)
             raise EngineUnavailable(why) from error
 

@@ -239,9 +239,7 @@ class VllmEngine:
     def validate(self) -> None:
         path = Path(self._launch.model)
         if path.is_absolute() and not path.exists():
-            raise ConfigError(
-                f"model {self.alias!r}: the folder {str(path)!r} does not exist any more"
-            )
+            raise ConfigError(f"model {self.alias!r}: the folder {str(path)!r} no longer exists")
         if path.is_dir():
             try:
                 check_weights(path)
@@ -477,7 +475,7 @@ class VllmEngine:
 
     def _frontend_broke(self) -> None:
         self._is_frontend_broken = self._is_engine_left = True
-        self.on_broken("its frontend takes in no more outputs, because of an error")
+        self.on_broken("its frontend stopped processing outputs after an error")
 
     async def _forget_engine(self) -> None:
         """Have the host forget it; one that does not do that soon is stuck, or loads another."""
@@ -487,7 +485,7 @@ class VllmEngine:
                 async with asyncio.timeout(FORGET_TIMEOUT_S):
                     await forgetting
         except TimeoutError:
-            self._link.end(f"the engine host was ended: it does not forget {self.alias!r}")
+            self._link.end(f"the engine host was stopped: it failed to unload {self.alias!r}")
 
     async def _unless_host_dies(self, asking: Coroutine[Any, Any, T]) -> T:
         """Wait for what asks the engine, and would wait for ever for one that has died."""

@@ -512,7 +512,7 @@ class ModelMemory:
         if copy.refusal is not None and not self._has_told_refusal:
             self._has_told_refusal = True
             log.warning(
-                "event=host_memory_not_pinned cause=%r then='copies take longer' "
+                "event=host_memory_not_pinned cause=%r then='copies are slower' "
                 "remedy='raise the limit of locked memory: ulimit -l unlimited'",
                 copy.refusal,
             )

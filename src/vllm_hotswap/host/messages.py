@@ -131,7 +131,7 @@ class GiveUpWake:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Give back everything of a model that is not active. Answer: None.
+    """Unload a model that is not active. Answer: None.
 
     `forget`: give up its sockets, too, because the frontend at their other end is lost.
     """
