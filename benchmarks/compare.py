@@ -32,6 +32,7 @@ from benchmarks.load import Load, run_load
 from benchmarks.report import Part, Table
 from benchmarks.servers import (
     COMMON_FLAGS,
+    FAKE_FLAGS,
     Model,
     Server,
     alone,
@@ -143,7 +144,7 @@ class Sides:
         config.write_text(json.dumps(hotswap_config(models), indent=1), encoding="utf-8")
         port = free_port()
         command = [sys.executable, "-P", "-m", "vllm_hotswap", "serve", str(config)]
-        command += ["--host", "127.0.0.1", *COMMON_FLAGS, *(["--fake"] if self.is_fake else [])]
+        command += ["--host", "127.0.0.1", *COMMON_FLAGS, *(FAKE_FLAGS if self.is_fake else [])]
         variables = {"PYTHONPATH": str(self.trees[side])}
         log_file = self.out / f"compare-{side}-{port}.log"
         command += ["--port", str(port)]

@@ -35,6 +35,8 @@ EXIT_NOISE = re.compile(r"nanobind: | - leaked | - \.\.\. skipped|See https://na
 """What a library that vLLM uses prints when a process ends, after the line that matters."""
 COMMON_FLAGS = ("--disable-uvicorn-access-log",)
 """Given to both: a line per request is no part of what is compared."""
+FAKE_FLAGS = ("--fake", "--fake-pace", "0.001")
+"""For a server on fake engines. Its words come fast: what is measured is the server around them."""
 
 
 class ServerFailed(Exception):

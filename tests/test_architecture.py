@@ -152,6 +152,7 @@ LAYERS = [
         "compat.grammars",
         "compat.rehearsals",
         "host.process",
+        "testing.fake_frontend",
         "testing.fake_process_host",
     },
     {
@@ -206,6 +207,7 @@ LAYERS = [
     {"own_routes"},
     {"app"},
     {"server"},
+    {"testing.fake_models"},
     {"demo", "remote", "testing.fake_server"},
     {"cli"},
     {"entrypoints.openai.multi_model_api_server", "__main__"},

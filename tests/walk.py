@@ -25,7 +25,8 @@ from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, ModelPolicy
 from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency
-from vllm_hotswap.testing.fake_engine import UNLIMITED, WORDS, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_frontend import WORDS
 
 ALIASES = ("llama", "qwen", "mistral")
 MIB = 1 << 20

@@ -19,7 +19,7 @@ from benchmarks.floods.attacker import Attacker, Sent, attacker
 from benchmarks.floods.kinds import Kind
 from benchmarks.floods.line import Target
 from benchmarks.floods.victim import Pace, Sample, paces
-from benchmarks.servers import COMMON_FLAGS, Server, free_port, idle_cpu, running
+from benchmarks.servers import COMMON_FLAGS, FAKE_FLAGS, Server, free_port, idle_cpu, running
 from vllm_hotswap import demo
 
 log = logging.getLogger("benchmarks")
@@ -166,7 +166,7 @@ async def flooded(folder: Path, out: Path, is_fake: bool) -> AsyncIterator[Flood
     config.write_text(_configuration(demo.write(folder / "models").parent), encoding="utf-8")
     port = free_port()
     command = ["-m", "vllm_hotswap", "serve", str(config), *COMMON_FLAGS]
-    command += ["--host", "127.0.0.1", "--port", str(port), *(["--fake"] if is_fake else [])]
+    command += ["--host", "127.0.0.1", "--port", str(port), *(FAKE_FLAGS if is_fake else [])]
     variables = {
         "VLLM_API_KEY": f"{attacker_key},{victim_key}",
         "VLLM_HOTSWAP_ADMIN_KEY": admin_key,

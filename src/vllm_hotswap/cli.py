@@ -36,6 +36,8 @@ WITH_FLAGS = ("serve", "check")
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
+MOST_PACE_S = 60
+
 OTHER_WORDS = {
     "activate": "switch",
     "info": "status",
@@ -218,8 +220,15 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--fake",
         action="store_true",
-        help="without vLLM and without models: engines that say the same few words, for whoever "
-        "writes a client; on 127.0.0.1, if no --host is given",
+        help="without vLLM and without models: fake engines with made-up answers, to write clients "
+        "and dashboards against; listens on 127.0.0.1, if no --host is given",
+    )
+    serve.add_argument(
+        "--fake-pace",
+        type=_pace,
+        metavar="SECONDS",
+        help="with --fake: how long a word takes (default: 0.02); a load takes 10 times as long, "
+        "a wake 5 times and a sleep twice",
     )
     _add_settings(serve)
     serve.set_defaults(run=_serve)
@@ -256,6 +265,16 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
         metavar="ADDRESS[,ADDRESS]",
         help="proxies, as IP addresses or networks, whose X-Forwarded-For and X-Forwarded-Proto "
         "count; *: everybody's; default: FORWARDED_ALLOW_IPS, and without it nobody's; repeatable",
+    )
+
+
+def _pace(text: str) -> float:
+    """Seconds. Raises `ArgumentTypeError`."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) <= MOST_PACE_S:
+            return seconds
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a pace; give seconds from 0 to {MOST_PACE_S}, such as 0.02"
     )
 
 
@@ -328,7 +347,7 @@ def _fill_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--fake",
         action="store_true",
-        help="without vLLM: engines that say the same few words; a server in a second",
+        help="without vLLM: fake engines with made-up answers; the server is there in a second",
     )
     demo.add_argument(
         "--port",
@@ -402,9 +421,11 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.progress import configure_logging
     from vllm_hotswap.settings import FORWARDED_VARIABLE
 
+    if args.fake_pace is not None and not args.fake:
+        args.parser.error("--fake-pace is of use with --fake alone")
     configure_logging()
     with _nearest_flags(args, flags):
-        config = load_with_flags(args.config, *given(args))
+        config = load_with_flags(args.config, *given(args), args.fake)
         from vllm_hotswap import server
         from vllm_hotswap.access import KeyFlags
         from vllm_hotswap.listen import ListenFlags
@@ -416,9 +437,9 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
         )
         engines: server.Engines | None = None
         if args.fake:
-            from vllm_hotswap.testing.fake_server import FakeEngines
+            from vllm_hotswap.testing.fake_server import WORD_S, FakeEngines
 
-            engines = FakeEngines()
+            engines = FakeEngines(WORD_S if args.fake_pace is None else args.fake_pace)
         return server.run(config, flags, keys, args.record, listen, args.audit_log, engines)
 
 

@@ -129,6 +129,8 @@ class ServerConfig:
     rights: tuple[Group, ...] = ()
     references: References = field(default_factory=References, repr=False)
     """What came from environment variables, and is not to be shown."""
+    needs_files: bool = True
+    """Whether the checkpoints, files and folders that it names must be there."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ class ServerConfig:
     def _folder(self, name: str) -> Path:
         place = f"{self.path}: adapters.folders"
         folder = beside(self.path, name, place)
-        if not folder.is_dir():
+        if self.needs_files and not folder.is_dir():
             raise ConfigError(f"{place}: {str(folder)!r} is not a folder")
         return folder
 
@@ -174,14 +176,18 @@ def read_config(
     overrides: Iterable[Override] = (),
     allowed: frozenset[str] = frozenset(),
     environment: Mapping[str, str] = os.environ,
+    needs_files: bool = True,
 ) -> ReadConfig:
     """As `load_config`, with the mistakes beside what could be read.
+
+    Args:
+        needs_files: whether it is a mistake that a file or a folder which it names is not there.
 
     Raises:
         ConfigError: it is missing, unreadable or not YAML.
     """
     document, source = read_yaml(_read_text(path, allowed), path)
-    return _parse(document, source, overrides, allowed, environment)
+    return _parse(document, source, overrides, allowed, environment, needs_files)
 
 
 def parse_config(
@@ -201,12 +207,14 @@ def _parse(
     overrides: Iterable[Override],
     allowed: frozenset[str],
     environment: Mapping[str, str],
+    needs_files: bool = True,
 ) -> ReadConfig:
     references = References(environment)
     filled = references.fill(document, source)
-    reader = _Reader(source, overrides, allowed)
+    reader = _Reader(source, overrides, allowed, needs_files)
     config = reader.read(filled)
-    config = None if config is None else replace(config, references=references)
+    if config is not None:
+        config = replace(config, references=references, needs_files=needs_files)
     # What follows from a variable that is not set is no mistake of its own.
     lines = {mistake.line for mistake in references.unset if mistake.line}
     found = [mistake for mistake in reader.mistakes if mistake.line not in lines]
@@ -268,11 +276,16 @@ class _Reader:
     """
 
     def __init__(
-        self, source: Source, overrides: Iterable[Override], allowed: frozenset[str]
+        self,
+        source: Source,
+        overrides: Iterable[Override],
+        allowed: frozenset[str],
+        needs_files: bool,
     ) -> None:
         self._source = source
         self._path = source.path
         self._allowed = allowed
+        self._needs_files = needs_files
         self._overrides = list(overrides)
         self.mistakes: list[Mistake] = []
         self._unusable: set[str] = set()
@@ -510,9 +523,7 @@ class _Reader:
                 _refuse_odd(f"the name {_shortened(name)}", name, given.place("aliases"))
         with self._noting(*keys, "model"):
             if model.model != UNKNOWN:
-                model = replace(
-                    model, model=_resolve_model(model.model, given.place("model"), self._path)
-                )
+                model = replace(model, model=self._checkpoint(model.model, given.place("model")))
         with self._noting(*keys):
             if "quant_config" in ours:
                 model = replace(model, environment=self._environment(model, given))
@@ -549,9 +560,19 @@ class _Reader:
             return {QUANT_VARIABLE: None}
         place = given.place("quant_config")
         file = beside(self._path, model.quant_config, place)
-        if not file.is_file():
+        if self._needs_files and not file.is_file():
             raise ConfigError(f"{place}: the file {str(file)!r} does not exist")
         return {QUANT_VARIABLE: str(file)}
+
+    def _checkpoint(self, model: str, place: Place) -> str:
+        """A folder or a GGUF file as an absolute path; a model hub's name as it is."""
+        try:
+            return _resolve_model(model, place, self._path)
+        except ConfigError:
+            local = beside(self._path, model, place)
+            if self._needs_files or local.exists():
+                raise
+            return str(local)
 
     def _underscored(self, values: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
         """Keys of a model or of `defaults`, dashes in them as underscores."""

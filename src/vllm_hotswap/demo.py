@@ -137,7 +137,7 @@ def run(port: int | None = None, is_fake: bool = False) -> int:
     Without a port it is `PORT`, or a free one where that is taken.
 
     Args:
-        is_fake: on fake engines, without vLLM; they call no tools.
+        is_fake: on fake engines, without vLLM.
 
     Returns:
         The exit status: 0 if every answer was what it should be, 128 and the number of a signal
@@ -175,17 +175,17 @@ def _run(port: int, is_fake: bool, early: EarlyStop) -> None:
         path = write(folder)
         client = _start_server(path, folder / "server.log", port, is_fake, exits, early)
         online_flow(client)
-        if not is_fake:
-            tool_flow(client)
+        tool_flow(client)
     _say(closing(port, is_fake))
 
 
 def closing(port: int, is_fake: bool = False) -> str:
     """What has been shown, and what to do next."""
     fake = " --fake" if is_fake else ""
+    made_up = " All three were fake, and what they said was made up." if is_fake else ""
     return f"""
 Done: one server process answered as llama and then as qwen, without a restart. The third model,
-embed, was loaded beside them.
+embed, was loaded beside them.{made_up}
 
 Next, leave such a server running, and paste the commands above into another terminal:
 $ {program()} demo --serve{fake} --port {port}
@@ -295,7 +295,7 @@ def _start_server(
     where = ["--host", "127.0.0.1", "--port", str(port)]
     if is_fake:
         command = [sys.executable, "-m", "vllm_hotswap", "serve", str(path), "--fake", *where]
-        _say(f"# one server with fake engines for three models, on 127.0.0.1:{port}")
+        _say(f"# one server on FAKE engines, for three models, on 127.0.0.1:{port}")
     else:
         command = [sys.executable, "-m", SERVER_MODULE, *where]
         _say(

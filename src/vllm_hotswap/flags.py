@@ -130,16 +130,19 @@ def setting_mistakes(
 
 
 def load_with_flags(
-    path: Path, overrides: Iterable[Override], allowed: frozenset[str]
+    path: Path, overrides: Iterable[Override], allowed: frozenset[str], is_fake: bool = False
 ) -> ServerConfig:
     """As `config.load_config`; where that finds mistakes, with those in vLLM's settings.
+
+    Args:
+        is_fake: for fake engines: no vLLM is asked, and no checkpoint needs to be there.
 
     Raises:
         ConfigError: as `config.load_config`.
     """
-    read = read_config(path, overrides, allowed)
+    read = read_config(path, overrides, allowed, needs_files=not is_fake)
     config = read.config
-    if not read.mistakes or config is None or not is_installed():
+    if not read.mistakes or config is None or is_fake or not is_installed():
         return read.whole()
     found = list(read.mistakes)
     if any(model.settings for model in config.models):

@@ -51,6 +51,22 @@ def refuse_misspelt(words: Sequence[str], own: Iterable[str] = ()) -> None:
             raise ConfigError(f"unrecognized arguments: {flag}{hint}")
 
 
+def refuse_unknown(words: Sequence[str]) -> None:
+    """Refuse what is not a flag of the newest vLLM that is supported, where no vLLM is asked.
+
+    Args:
+        words: flags with their values, which are not looked at.
+
+    Raises:
+        ConfigError: names the first such word, and the nearest flag.
+    """
+    if words and not words[0].startswith("-"):
+        raise ConfigError(f"unrecognized arguments: {words[0]}")
+    known = known_flags()
+    for flag in _unknown(words, known):
+        raise ConfigError(f"unrecognized arguments: {flag}{nearest_flag(flag, known)}")
+
+
 def nearest_flag(flag: str, known: Iterable[str]) -> str:
     """`; did you mean '--x'?`, or nothing where none is near."""
     return did_you_mean(flag, [f"--{name.lstrip('-').replace('_', '-')}" for name in known])

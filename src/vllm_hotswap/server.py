@@ -545,6 +545,8 @@ def banner(app: HotswapApp, address: str) -> str:
     coordinator = app.coordinator
     width = max(len(alias) for alias in coordinator.registry.aliases)
     lines = [f"vllm-hotswap {__version__}  {address}  active: {coordinator.active}"]
+    if app.host.is_fake:
+        lines.append("  FAKE ENGINES: answers are made up, no model is loaded")
     for model in coordinator.registry:
         memory = model.engine.memory
         holds = (
@@ -552,8 +554,6 @@ def banner(app: HotswapApp, address: str) -> str:
             f"KV {memory.kv_bytes / (1 << 20):8.1f} MiB"
         )
         lines.append(f"  {model.alias:<{width}}  {model.residency.value:<9} {holds}")
-    if app.host.is_fake:
-        lines.append("  fake engines: answers are made up, no model is loaded")
     if app.access.is_switching_closed:
         what = "admin routes are" if coordinator.is_automatic else "switching is"
         lines.append(f"  {what} closed: {HOW_TO_OPEN}")

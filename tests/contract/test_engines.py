@@ -7,12 +7,15 @@ loaded.
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.adapters import write_adapter
+from vllm_hotswap.demo import WEATHER_TOOL
 from vllm_hotswap.engines.base import Engine, EngineHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.model_routes import WEBSOCKET
@@ -102,6 +105,57 @@ async def test_activation_is_idempotent(host: EngineHost) -> None:
     await host.engines["qwen"].activate(2)
 
     assert "qwen" == (await complete(host.engines["qwen"], 3))["model"]
+
+
+async def test_a_chat_is_answered_in_openais_shape(host: EngineHost) -> None:
+    """In one piece: why it ended, how long it is, and a tool call where a tool is given."""
+    qwen = host.engines["qwen"]
+    await qwen.activate(2)
+    said, called = [
+        (await chat(qwen, "What is the weather in Paris?", **more)).json()
+        for more in ({}, {"tools": [WEATHER_TOOL]})
+    ]
+
+    (choice,), usage = said["choices"], said["usage"]
+    assert ("chat.completion", "qwen") == (said["object"], said["model"])
+    assert {"id", "created"} <= said.keys()
+    assert (0, "stop") == (choice["index"], choice["finish_reason"])
+    assert "assistant" == choice["message"]["role"]
+    assert choice["message"]["content"].startswith("I am qwen,")
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    (choice,) = called["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert ("tool_calls", "function") == (choice["finish_reason"], call["type"])
+    assert "get_weather" == call["function"]["name"]
+    assert {"city"} == json.loads(call["function"]["arguments"]).keys()
+    assert call["id"]
+
+
+async def test_a_chat_is_streamed_in_openais_shape(host: EngineHost) -> None:
+    """The role at first, a reason in the last piece, then the usage, if it is asked for."""
+    more = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
+    answer = await chat(host.engines["qwen"], "Who are you?", **more)
+    *events, done = answer.text.removesuffix("\n\n").split("\n\n")
+    *chunks, last = (json.loads(event.removeprefix("data: ")) for event in events)
+    choices = [chunk["choices"][0] for chunk in chunks]
+
+    assert "data: [DONE]" == done
+    assert {"chat.completion.chunk"} == {chunk["object"] for chunk in [*chunks, last]}
+    assert 1 == len({chunk["id"] for chunk in [*chunks, last]})
+    assert "assistant" == choices[0]["delta"]["role"]
+    assert "I am" == "".join(choice["delta"].get("content") or "" for choice in choices).strip()
+    assert ["length"] == [c["finish_reason"] for c in choices if c["finish_reason"] is not None]
+    assert "length" == choices[-1]["finish_reason"]
+    assert ([], 2) == (last["choices"], last["usage"]["completion_tokens"])
+
+
+async def test_what_is_wrong_with_a_chat_is_told_in_openais_shape(host: EngineHost) -> None:
+    """With a message, and a code that is the status."""
+    answer = await chat(host.engines["qwen"], "Who are you?", max_tokens=-1)
+
+    error = answer.json()["error"]
+    assert (400, 400, "BadRequestError") == (answer.status_code, error["code"], error["type"])
+    assert "max_tokens" in error["message"]
 
 
 async def test_a_request_to_a_parked_engine_waits_for_its_activation(host: EngineHost) -> None:
@@ -323,6 +377,15 @@ async def test_an_adapter_that_cannot_be_used_leaves_all_as_it_was(
     assert first == kept
     assert second.id > first.id
     assert "pirate" == answered["model"]
+
+
+async def chat(engine: Engine, question: str, **more: Any) -> httpx.Response:
+    """A greedy answer, through the engine's own application."""
+    transport = httpx.ASGITransport(engine.app)  # type: ignore[arg-type]
+    messages = [{"role": "user", "content": question}]
+    body = {"model": engine.alias, "messages": messages, "temperature": 0, **more}
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        return await client.post("/v1/chat/completions", json=body, timeout=60)
 
 
 async def complete(engine: Engine, max_tokens: int, model: str | None = None) -> dict[str, object]:

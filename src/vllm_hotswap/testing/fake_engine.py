@@ -1,10 +1,8 @@
 """Complete engines without vLLM: for tests, and for working on the server without a model.
 
-A fake engine answers the routes of its tasks: chat, completions and responses, streamed or not, one
-word at a time; embeddings; classification; words that come in over a websocket. Like a real one it
-takes in requests while it is parked and only answers them while it is stepped; a request that is
-running when its engine is parked freezes and goes on later. Its answers name the alias and are the
-same every time.
+A fake engine answers the routes of its tasks (`fake_frontend`). Like a real one it accepts requests
+while it is parked and only answers them while it is stepped; a request that is running when its
+engine is parked freezes and goes on later. Its answers name the alias and are the same every time.
 
 Tests drive it: `hold` and `release` gate an operation, `fail_next` makes it fail, `kill` ends the
 host or one engine, `hang` has nothing go on any more, `corrupt` spoils what an engine generates;
@@ -18,17 +16,12 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.routing import BaseRoute
 
 from vllm_hotswap.adapters import read_adapter
 from vllm_hotswap.compat.stamps import make_stamp
@@ -53,17 +46,13 @@ from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.registry import current_lease
 from vllm_hotswap.states import Residency, WakeProgress
+from vllm_hotswap.testing.fake_frontend import TASKS, WORDS, FakeFrontend, Manners, Task
 from vllm_hotswap.testing.fake_responses import FakeResponses
 
 UNLIMITED = Usage(1 << 60, 1 << 60)
 
-Task = Literal["generate", "embed", "classify", "realtime"]
-TASKS: tuple[Task, ...] = get_args(Task)
-
 MAX_RANK = 16
 """Of the adapters of a fake model."""
-
-WORDS = ["I", "am", "{alias},", "a", "fake", "engine", "of", "vllm-hotswap."]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +74,12 @@ class FakeSettings:
     tells_tasks: bool = True
     """Whether its configuration says which tasks it has."""
     are_tools_strict: bool = False
+    root: str | None = None
+    """What its card says of its checkpoint."""
+    max_model_len: int = 4096
+    """What its card says; no request is refused for it."""
+    manners: Manners = field(default_factory=Manners)
+    """How it answers."""
     offloads: bool = False
     """Whether weights asleep are host bytes, as on an accelerator, not device bytes."""
     residue_bytes: int = 0
@@ -124,9 +119,8 @@ class FakeEngine:
         self.served = 0
         self.adapters: dict[str, Adapter] = {}
         self._stepped = asyncio.Event()
-        self._kept = FakeResponses(self.alias, self.tokens)
-        self._app = Starlette(routes=self._all_routes())
-        self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
+        self._frontend = FakeFrontend(self, self.settings.tasks, self.settings.manners)
+        self._routes = ModelRoutes.of(self.settings.tasks, self._frontend.app.routes)
 
     def __repr__(self) -> str:
         return f"<FakeEngine {self.alias} loaded={self.is_loaded} stepped={self._stepped.is_set()}>"
@@ -139,7 +133,7 @@ class FakeEngine:
     def app(self) -> Starlette:
         if not self.has_frontend:
             raise EngineUnavailable(f"model {self.alias!r} is not loaded")
-        return self._app
+        return self._frontend.app
 
     @property
     def routes(self) -> ModelRoutes | None:
@@ -157,12 +151,13 @@ class FakeEngine:
         return self.settings.are_tools_strict
 
     def _paths_of(self, tasks: Iterable[Task]) -> frozenset[str]:
-        routes = [route for task in tasks for route in self._routes_of(task)]
+        routes = [route for task in tasks for route in self._frontend.routes_of(task)]
         return frozenset(str(getattr(route, "path", "")) for route in routes)
 
     @property
     def responses(self) -> FakeResponses | None:
-        return self._kept if self.has_frontend and "generate" in self.settings.tasks else None
+        has_them = self.has_frontend and "generate" in self.settings.tasks
+        return self._frontend.responses if has_them else None
 
     @property
     def memory(self) -> EngineMemory:
@@ -198,7 +193,8 @@ class FakeEngine:
 
     @property
     def card(self) -> Mapping[str, object]:
-        return {"root": f"fake/{self.alias}", "max_model_len": 4096}
+        root = self.settings.root or f"fake/{self.alias}"
+        return {"root": root, "max_model_len": self.settings.max_model_len}
 
     def validate(self) -> None:
         if self.missing_files:
@@ -213,7 +209,7 @@ class FakeEngine:
     async def preview(self, path: str, content_type: str, body: bytes) -> Previewed:
         if not path.startswith("/v1/"):
             return Previewed()
-        refusal = self._refusal(json.loads(body))
+        refusal = self._frontend.refusal(json.loads(body))
         return Previewed(refusal, is_accepted=refusal is None)
 
     async def load(self, progress: Progress) -> None:
@@ -374,118 +370,14 @@ class FakeEngine:
 
     def add_route(self, route: BaseRoute) -> None:
         """Have the application answer one more route."""
-        self._app.router.routes.append(route)
-        self._routes = ModelRoutes.of(self.settings.tasks, self._app.routes)
+        self._frontend.app.router.routes.append(route)
+        self._routes = ModelRoutes.of(self.settings.tasks, self._frontend.app.routes)
 
-    def _all_routes(self) -> list[BaseRoute]:
-        routes = [route for task in self.settings.tasks for route in self._routes_of(task)]
-        return [*routes, Route("/tokenize", self._tokenize, methods=["POST"])]
+    def knows(self, name: str) -> bool:
+        return name in (self.alias, *self.aliases, *self.adapters)
 
-    def _routes_of(self, task: Task) -> list[BaseRoute]:
-        of_tasks: dict[Task, list[BaseRoute]] = {
-            "generate": [
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._completion, methods=["POST"]),
-                *self._kept.routes,
-            ],
-            "embed": [Route("/v1/embeddings", self._embedding, methods=["POST"])],
-            "classify": [Route("/classify", self._classify, methods=["POST"])],
-            "realtime": [WebSocketRoute("/v1/realtime", self._realtime)],
-        }
-        return of_tasks[task]
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._generate(
-            request, "chat.completion", lambda text: {"message": _says(text)}
-        )
-
-    async def _completion(self, request: Request) -> Response:
-        return await self._generate(request, "text_completion", lambda text: {"text": text})
-
-    async def _generate(
-        self, request: Request, kind: str, choice: Callable[[str], dict[str, Any]]
-    ) -> Response:
-        try:
-            body = await request.json()
-        except (ValueError, RecursionError):  # as vLLM's framework answers both
-            return JSONResponse({"error": {"message": "the body is no JSON", "code": 400}}, 400)
-        asked = body.get("model", self.alias)
-        if asked not in (self.alias, *self.aliases, *self.adapters):
-            return JSONResponse({"error": {"message": "wrong model", "code": 404}}, 404)
-        name = asked if asked in self.adapters else self.alias
-        if (refusal := self._refusal(body)) is not None:
-            return refusal
-        max_tokens = body.get("max_tokens", len(WORDS))
-        if body.get("stream"):
-            has_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return StreamingResponse(
-                self._events(max_tokens, kind, name, has_usage), media_type="text/event-stream"
-            )
-        words = await _unless_client_leaves(request, self._words(max_tokens, name))
-        if words is None:
-            return Response(status_code=499)
-        return JSONResponse(
-            {
-                "id": "fake",
-                "object": kind,
-                "model": name,
-                "choices": [{"index": 0, **choice(" ".join(words)), "finish_reason": "stop"}],
-                "usage": {"completion_tokens": len(words)},
-            }
-        )
-
-    def _refusal(self, body: Mapping[str, Any]) -> Response | None:
-        """What can be wrong with a request."""
-        if isinstance(body.get("max_tokens", 1), int):
-            return None
-        return JSONResponse({"error": {"message": "max_tokens is no number", "code": 400}}, 400)
-
-    async def _words(self, max_tokens: int, name: str) -> list[str]:
-        return [word async for word in self.tokens(max_tokens, name)]
-
-    async def _events(
-        self, max_tokens: int, kind: str, name: str, has_usage: bool
-    ) -> AsyncIterator[str]:
-        async for word in self.tokens(max_tokens, name):
-            choice: dict[str, Any] = {"index": 0, "finish_reason": None}
-            if kind == "chat.completion":
-                choice["delta"] = {"content": word + " "}
-            else:
-                choice["text"] = word + " "
-            chunk = {"id": "fake", "object": kind, "model": name, "choices": [choice]}
-            yield f"data: {json.dumps(chunk)}\n\n"
-        if has_usage:
-            usage = {"prompt_tokens": 1, "completion_tokens": max_tokens}
-            last = {"id": "fake", "object": kind, "model": name, "choices": [], "usage": usage}
-            yield f"data: {json.dumps(last)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    async def _embedding(self, request: Request) -> Response:
-        async for _ in self.tokens(1):
-            pass
-        data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
-        return JSONResponse({"object": "list", "model": self.alias, "data": data})
-
-    async def _classify(self, request: Request) -> Response:
-        async for _ in self.tokens(1):
-            pass
-        data = [{"index": 0, "label": "fake", "probs": [1.0], "num_classes": 1}]
-        return JSONResponse({"object": "list", "model": self.alias, "data": data})
-
-    async def _realtime(self, connection: WebSocket) -> None:
-        """For every text that comes in, the words of an answer."""
-        await connection.accept()
-        await connection.send_json({"type": "session.created"})
-        with suppress(WebSocketDisconnect):
-            while True:
-                count = len((await connection.receive_text()).split())
-                async for word in self.tokens(count):
-                    await connection.send_json({"type": "transcription.delta", "delta": word})
-                await connection.send_json({"type": "transcription.done"})
-
-    async def _tokenize(self, request: Request) -> Response:
-        words = str((await request.json()).get("prompt", "")).split()
-        return JSONResponse({"count": len(words), "tokens": list(range(len(words)))})
+    def is_adapter(self, name: str) -> bool:
+        return name in self.adapters
 
 
 class FakeHost:
@@ -669,26 +561,3 @@ class FakeHost:
     def corrupt(self, alias: str) -> None:
         """Have an engine generate something else from now on."""
         self._engines[alias].canary = "corrupt"
-
-
-def _says(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-async def _unless_client_leaves(
-    request: Request, work: Coroutine[Any, Any, list[str]]
-) -> list[str] | None:
-    """The result of `work`, or None if the client left first: vLLM's routes listen, too."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -31,7 +31,8 @@ from vllm_hotswap.host.messages import (
     WakeSlice,
 )
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.testing.fake_engine import UNLIMITED, WORDS, FakeEngine, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeEngine, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_frontend import WORDS
 from vllm_hotswap.testing.fake_process_host import Ask, Drop, Durations, Token
 
 MODULE = "vllm_hotswap.testing.fake_process_main"

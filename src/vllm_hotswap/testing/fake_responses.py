@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -24,9 +25,11 @@ Tokens = Callable[[int], AsyncIterator[str]]
 class FakeResponses:
     """The responses that one fake engine keeps."""
 
-    def __init__(self, alias: str, tokens: Tokens) -> None:
+    def __init__(self, alias: str, tokens: Tokens, count: Callable[[int | None], int]) -> None:
+        """`count` tells how many words there are, at most so many if a request says so."""
         self._alias = alias
         self._tokens = tokens
+        self._count = count
         self._numbers = itertools.count(1)
         self._kept: dict[str, dict[str, Any]] = {}
         self._events: dict[str, list[str]] = {}
@@ -57,14 +60,9 @@ class FakeResponses:
         if previous is not None and previous not in self._kept:
             return _not_found(previous)
         response_id = body.get("request_id") or f"resp_{self._alias}_{next(self._numbers)}"
-        response: dict[str, Any] = {
-            "id": response_id,
-            "model": self._alias,
-            "status": "queued",
-            "output": [],
-        }
+        response = _new_response(response_id, self._alias)
         self._events[response_id] = []
-        work = asyncio.create_task(self._work(response, int(body.get("max_output_tokens", 7))))
+        work = asyncio.create_task(self._work(response, self._count(body.get("max_output_tokens"))))
         if body.get("background"):
             self._kept[response_id], self.running[response_id] = response, work
             work.add_done_callback(lambda _: self.running.pop(response_id))
@@ -75,18 +73,37 @@ class FakeResponses:
         return JSONResponse(response)
 
     async def _work(self, response: dict[str, Any], max_tokens: int) -> None:
-        await self._tell(response, "response.created")
+        part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": []}
+        item = {
+            "id": f"msg_{response['id']}",
+            "type": "message",
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [part],
+        }
+        where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        await self._tell(response, "response.created", response=response)
+        response["output"].append(item)
+        await self._tell(response, "response.output_item.added", output_index=0, item=item)
+        await self._tell(response, "response.content_part.added", **where, part=part)
         async for word in self._tokens(max_tokens):
-            response["output"].append(word)
-            await self._tell(response, "response.output_text.delta")
-        response["status"] = "completed"
+            delta = f" {word}" if part["text"] else word
+            part["text"] += delta
+            response["usage"]["output_tokens"] += 1
+            response["usage"]["total_tokens"] += 1
+            await self._tell(response, "response.output_text.delta", **where, delta=delta)
+        await self._tell(response, "response.output_text.done", **where, text=part["text"])
+        await self._tell(response, "response.content_part.done", **where, part=part)
+        response["status"] = item["status"] = "completed"
+        await self._tell(response, "response.output_item.done", output_index=0, item=item)
         self._kept[response["id"]] = response
-        await self._tell(response, "response.completed")
+        await self._tell(response, "response.completed", response=response)
 
-    async def _tell(self, response: dict[str, Any], kind: str) -> None:
-        data = json.dumps({"type": kind, "response": response})
+    async def _tell(self, told: dict[str, Any], kind: str, /, **fields: Any) -> None:
+        events = self._events[told["id"]]
+        data = json.dumps({"type": kind, "sequence_number": len(events), **fields})
         async with self._changed:
-            self._events[response["id"]].append(f"event: {kind}\ndata: {data}\n\n")
+            events.append(f"event: {kind}\ndata: {data}\n\n")
             self._changed.notify_all()
 
     def _stream(self, response_id: str, own_work: asyncio.Task[None] | None = None) -> Response:
@@ -124,6 +141,28 @@ class FakeResponses:
             work.cancel()
             await asyncio.wait([work])
         return JSONResponse(response)
+
+
+def _new_response(response_id: str, alias: str) -> dict[str, Any]:
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": alias,
+        "status": "queued",
+        "output": [],
+        "error": None,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": {
+            "input_tokens": 1,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": 0,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": 1,
+        },
+    }
 
 
 def _not_found(response_id: str) -> Response:

@@ -13,24 +13,32 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
+from vllm_hotswap.adapters import AdapterFiles
+from vllm_hotswap.config import ServerConfig
+from vllm_hotswap.engines.base import Adapter
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.listen import DEFAULT_PORT
+from vllm_hotswap.lora_modules import check_names
+from vllm_hotswap.misspelt import refuse_unknown
 from vllm_hotswap.server import Prepared, Start
-from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_models import adapters_of, budget_of, check_keys, settings_of
 
 log = logging.getLogger("vllm_hotswap")
 
 VERSION = "fake"
 """In place of vLLM's."""
 
-TOKEN_S = 0.001
+WORD_S = 0.02
+"""Seconds of a word, as of a real model."""
 
 
 class FakeEngines:
     """Of every model of the file, one that says the same few words."""
 
-    def __init__(self, token_s: float = TOKEN_S) -> None:
-        self._token_s = token_s
+    def __init__(self, word_s: float = WORD_S) -> None:
+        """`word_s` are the seconds that a word takes; loads, wakes and sleeps take longer."""
+        self._word_s = word_s
 
     def check(self, flags: Sequence[str]) -> None:
         parse_flags(flags)
@@ -39,19 +47,37 @@ class FakeEngines:
         pass
 
     def prepare(self, start: Start) -> Prepared:
+        config = start.config
         args, unused = parse_flags(start.flags)
+        check_keys(config)
         log.warning("event=fake_engines reason='--fake: answers are made up, no model is loaded'")
         if unused:
-            log.warning("event=ignored flags=%r reason='fake engines have no use for them'", unused)
-        models = start.config.models
-        host = FakeHost(
-            start.config.aliases,
-            {model.alias: FakeSettings(token_s=self._token_s) for model in models},
-            further={model.alias: tuple(model.aliases) for model in models},
-        )
-        default = start.config.default_model
-        load = [m.alias for m in models if m.load == "startup" or m.alias == default]
+            log.info("event=ignored flags=%r reason='fake engines have no use for them'", unused)
+        host = fake_host(config, self._word_s)
+        default = config.default_model
+        load = [m.alias for m in config.models if m.load == "startup" or m.alias == default]
         return Prepared(host, start.bind(args), load, VERSION)
+
+
+def fake_host(config: ServerConfig, word_s: float) -> FakeHost:
+    """Fake engines of all models of a file, their adapters among them.
+
+    Raises:
+        ConfigError: two models or adapters have one name.
+    """
+    host = FakeHost(
+        config.aliases,
+        {model.alias: settings_of(model, word_s) for model in config.models},
+        budget_of(config.memory),
+        further={model.alias: tuple(model.aliases) for model in config.models},
+    )
+    for model in config.models:
+        for name, path, rank in adapters_of(model):
+            adapter = Adapter(AdapterFiles(name, path, rank), next(host.adapter_ids))
+            host.engines[model.alias].adapters[name] = adapter
+    engines = host.engines.values()
+    check_names(config, {e.alias: [a.files for a in e.adapters.values()] for e in engines})
+    return host
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,4 +114,5 @@ def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, str]:
     add("--allowed-origins", type=json.loads, default=[])
     parser.set_defaults(enable_ssl_refresh=False)
     args, unused = parser.parse_known_args([*flags])
+    refuse_unknown(unused)
     return args, " ".join(unused)
