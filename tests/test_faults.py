@@ -109,7 +109,7 @@ async def test_a_late_output_of_another_epoch_is_never_delivered(server: Server)
 
 
 async def test_a_wrong_canary_keeps_the_gate_shut(server: Server) -> None:
-    """Row 43: nobody is served by the target; who waited for it is told, the source stays active."""
+    """Row 43: nobody is served by the target; whoever waited for it hears it, the source stays."""
     await server.switch("mistral")
     await server.switch("llama")
     await server.post("/admin/models/mistral/unload")
