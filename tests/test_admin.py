@@ -495,7 +495,7 @@ async def test_server_that_has_given_up_is_not_live(make_server: MakeServer) -> 
     for path in ("/health", "/ready"):
         response = await server.get(path)
         assert 503 == response.status_code
-        assert "killed by signal 9; that was death 1 within 600 s" in response.text
+        assert "killed by signal 9; this was death 1 within 600 s" in response.text
     assert "failed" == (await server.get("/admin/status")).json()["state"]
     assert "killed by signal 9" in await server.coordinator.given_up
 

@@ -370,7 +370,7 @@ def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
         assert 30 > asyncio.get_running_loop().time() - began_s
         answer = await stream.finish()
         assert '"code": "client_stalled"' in answer.events[-1]
-        assert "read slower than it came" in answer.events[-1]
+        assert "the response was read too slowly" in answer.events[-1]
         watching.cancel()
 
     play(story, mode="auto", drain_timeout=10, wait_timeout=1000)

@@ -214,7 +214,7 @@ async def test_queue_has_an_end(make_server: MakeServer) -> None:
     switch = await begin_switch(server, "qwen")
     holder = await hold(server, "qwen")
 
-    with pytest.raises(QueueFull, match="1 requests wait for 'qwen' already") as caught:
+    with pytest.raises(QueueFull, match="1 requests are already waiting for 'qwen'") as caught:
         async with server.coordinator.lease("qwen"):
             pass
     assert 1 <= (caught.value.retry_after_s or 0)
@@ -506,7 +506,7 @@ async def test_invalid_target_fails_before_anything_is_drained(server: Server) -
     server.host.engines["mistral"].missing_files = True
     holder = await hold(server)
 
-    with pytest.raises(SwitchFailed, match=r"in phase validate: .* does not exist; 'llama' serves"):
+    with pytest.raises(SwitchFailed, match=r"in phase validate: .* does not exist; 'llama' is"):
         await server.coordinator.switch("mistral", 0)
 
     assert "served" == await holder.let_go()

@@ -42,7 +42,7 @@ def test_vllms_own_sleep_mode_is_refused_on_cuda(tmp_path: Path) -> None:
 
     message = error.value.message
     assert message.startswith(f"{path}:4: models.one.enable_sleep_mode: ")
-    assert "models sleep here without it, so take it out" in message
+    assert "models sleep here without it, so remove it" in message
     assert "\n" not in message
 
 

@@ -182,7 +182,7 @@ def test_a_file_of_ones_own_needs_none_of_its_checkpoints(own: Fake) -> None:
         alias: model["kv_bytes"] for alias, model in status["models"].items()
     }
     assert 64 << 30 == status["memory"]["device"]["budget"]
-    with pytest.raises(NotFoundError, match="has no route"):
+    with pytest.raises(NotFoundError, match="does not support"):
         own.openai.chat.completions.create(model="vectors", messages=user("Hi"))
 
 
@@ -325,7 +325,7 @@ MISTAKES = [
     (OWN, ["--port", "99999"], "--port 99999"),
     (OWN, ["--fake-pace", "soon"], "'soon' is not a pace"),
     (OWN, ["stray"], "unrecognized arguments: stray"),
-    (OWN.replace("pirate", "small"), [], "the name 'small' is given twice"),
+    (OWN.replace("pirate", "small"), [], "the name 'small' is used twice"),
 ]
 
 

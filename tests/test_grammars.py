@@ -231,7 +231,7 @@ async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
     assert not passing.done()
     slow.now_s = LONG_S + 1
 
-    with pytest.raises(EngineUnavailable, match="an earlier one goes on"):
+    with pytest.raises(EngineUnavailable, match="an earlier check has been running"):
         await queued
     await passing
     assert isinstance(mine.cut, GrammarTimeout)

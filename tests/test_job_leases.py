@@ -59,7 +59,7 @@ def test_other_model_is_refused_by_who_holds_for_longest() -> None:
         table.add(JobLease("c", "qwen", "cay", 5.0), NOW_S + 1)
 
     assert caught.value.message == (
-        "model 'llama' is held for a job of 'bob' for another 29 s, so 'qwen' cannot be made "
+        "model 'llama' is leased to a job of 'bob' for another 29 s, so 'qwen' cannot become "
         "active; wait, or end the lease with DELETE /admin/leases/b"
     )
     assert (409, 30) == (caught.value.status, caught.value.retry_after_s)

@@ -567,7 +567,7 @@ async def test_operation_that_fails_is_told_and_changes_nothing(server: Server) 
 
     response = await server.operate("qwen", "sleep")
 
-    message = "sleep of model 'qwen' failed: worker is stuck; repair it and try sleep again"
+    message = "sleep of model 'qwen' failed: worker is stuck; fix the cause and retry"
     assert (503, "load_failed") == (response.status_code, response.json()["error"]["code"])
     assert message == response.json()["error"]["message"]
     assert "parked" == server.residency("qwen")

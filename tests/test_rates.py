@@ -45,7 +45,7 @@ def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:
     bounds = rates(clock, requests_per_minute=30)
     take(bounds, ANN, 30)
 
-    with pytest.raises(RateLimited, match="30 requests a minute") as caught:
+    with pytest.raises(RateLimited, match="30 requests per minute") as caught:
         bounds.take(ANN)
     assert (429, "rate_limit_exceeded", 2) == (
         caught.value.status,
@@ -83,7 +83,7 @@ def test_tokens_are_paid_for_afterwards() -> None:
     bounds.spend(ANN, 700)
     bounds.spend(ADMIN, 700)
 
-    with pytest.raises(RateLimited, match="600 tokens a minute") as caught:
+    with pytest.raises(RateLimited, match="600 tokens per minute") as caught:
         bounds.take(ANN)
     assert 11 == caught.value.retry_after_s
     bounds.take(BEN)
@@ -100,13 +100,13 @@ def test_a_group_says_it_for_each_of_its_keys() -> None:
     )
     bounds.switch(one)
     bounds.switch(other)
-    with pytest.raises(RateLimited, match="1 switches a minute"):
+    with pytest.raises(RateLimited, match="1 switches per minute"):
         bounds.switch(one)
     for _ in range(100):
         bounds.switch(free)
     bounds.switch(ANN)
     bounds.switch(ANN)
-    with pytest.raises(RateLimited, match="2 switches a minute"):
+    with pytest.raises(RateLimited, match="2 switches per minute"):
         bounds.switch(ANN)
 
 

@@ -159,7 +159,8 @@ def test_a_file_that_exists_ends_the_start(tmp_path: Path) -> None:
     """Before anything slow is done, with one line."""
     (tmp_path / "models.yaml").write_text("models: {llama: {model: org/llama}}")
     (tmp_path / "t.jsonl").write_text("precious")
-    command = ["serve", str(tmp_path / "models.yaml"), "--record", str(tmp_path / "t.jsonl")]
+    flags = ["--port", "0", "--record", str(tmp_path / "t.jsonl")]
+    command = ["serve", str(tmp_path / "models.yaml"), *flags]
 
     ended = subprocess.run(
         [sys.executable, "-m", "vllm_hotswap", *command],

@@ -186,7 +186,7 @@ def test_what_takes_too_long_ends_the_host(
         began_s = now_s()
         server.host.hold(operation, alias)
 
-        with pytest.raises(EngineUnavailable, match=f"was not done within {limit_s:g} s"):
+        with pytest.raises(EngineUnavailable, match=f"did not finish within {limit_s:g} s"):
             await server.coordinator.switch(alias)
 
         assert limit_s == pytest.approx(now_s() - began_s, abs=0.1)
@@ -252,7 +252,7 @@ def test_restarts_are_bounded(play: Play) -> None:
             await asyncio.sleep(10)
         server.host.kill("the engine host was killed by signal 9")
 
-        assert "that was death 3 within 60 s" in await server.coordinator.given_up
+        assert "this was death 3 within 60 s" in await server.coordinator.given_up
         assert 503 == (await server.get("/health")).status_code
 
     play(story, max_restarts=2, restart_window=60.0)

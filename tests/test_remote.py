@@ -48,7 +48,7 @@ def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixtur
 
     assert 1 == main([*hold, "llama"])
     (refused,) = capsys.readouterr().err.splitlines()
-    assert f"end that with {program()} release {lease} --url {url}" in refused
+    assert f"end the lease with {program()} release {lease} --url {url}" in refused
 
     assert 0 == main(["release", "--url", url, lease])
     assert 0 == main(["leases", "--url", url])

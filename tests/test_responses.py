@@ -197,7 +197,7 @@ async def test_conversation_does_not_go_on_with_another_model(server: Server) ->
     answer = await create(server, model="qwen", previous_response_id=mine["id"]).finish()
 
     assert (400, "previous_response_id") == (answer.status, answer.error["param"])
-    assert "is a response of model 'llama', and the request is to 'qwen'" in answer.error["message"]
+    assert "belongs to model 'llama', but the request is to 'qwen'" in answer.error["message"]
 
 
 @pytest.mark.parametrize("previous", ["resp_nobody", "", None, 7])
@@ -277,7 +277,7 @@ async def test_work_that_fails_by_itself_is_not_queued_for_ever(
 
     again = (await server.get(f"{RESPONSES}/{mine['id']}")).json()
     assert ("llama", "failed") == status(again)
-    assert "the server's log has the cause" in again["error"]["message"]
+    assert "processing failed; see the server log" in again["error"]["message"]
     assert 1 == caplog.text.count("event=background_failed model=llama cause='no more tokens'")
     assert 0 == server.in_flight["llama"]
     assert 0 == engine.served

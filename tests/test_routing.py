@@ -394,7 +394,7 @@ async def test_task_of_a_model_that_was_never_loaded_is_known(
 
     assert (404, "wrong_task") == (response.status_code, code(response))
     assert "model 'classify' does not support" in response.text
-    assert "it serves classify; ask for " in response.text
+    assert "(it serves classify); use " in response.text
     assert ([], 0, before) == (
         server.host.operations,
         server.coordinator.switches,
@@ -454,7 +454,7 @@ async def test_request_without_a_model_for_another_task_is_refused(mixed: Server
 
     assert (404, "wrong_task") == (response.status_code, code(response))
     assert "model 'llama' does not support" in response.text
-    assert "ask for embed" in response.text
+    assert "use embed" in response.text
 
 
 async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(

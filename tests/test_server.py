@@ -80,7 +80,7 @@ def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -
     config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
 
     with pytest.raises(ConfigError, match="vLLM is not installed"):
-        server.run(config, [])
+        server.run(config, ["--port", "0"])
 
 
 def test_the_engine_host_may_open_as_many_files_as_the_server(
@@ -103,7 +103,7 @@ def test_the_engine_host_may_open_as_many_files_as_the_server(
     hangup = signal.getsignal(signal.SIGHUP)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted // 2, before[1]))
-        assert 0 == server.run(config, [])
+        assert 0 == server.run(config, ["--port", "0"])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         signal.signal(signal.SIGHUP, hangup)
@@ -129,7 +129,7 @@ def test_nobody_else_writes_to_what_the_server_makes(
     hangup = signal.getsignal(signal.SIGHUP)
     before = os.umask(umask)
     try:
-        assert 0 == server.run(config, [], record=tmp_path / "trace.jsonl")
+        assert 0 == server.run(config, ["--port", "0"], record=tmp_path / "trace.jsonl")
     finally:
         os.umask(before)
         signal.signal(signal.SIGHUP, hangup)
@@ -155,7 +155,7 @@ def test_a_start_that_fails_closes_its_files(
     before = signal.getsignal(signal.SIGHUP)
     try:
         with suppress(OSError):
-            assert 0 == server.run(config, [], record=trace, audit=audit)
+            assert 0 == server.run(config, ["--port", "0"], record=trace, audit=audit)
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -86,7 +86,7 @@ async def test_target_that_is_not_what_it_was_is_unloaded(server: Server) -> Non
     await server.operate("qwen", "unload")
     server.host.corrupt("qwen")
 
-    with pytest.raises(SwitchFailed, match="phase verify: model 'qwen' does not generate what"):
+    with pytest.raises(SwitchFailed, match="phase verify: verification of model 'qwen' failed"):
         await server.coordinator.switch("qwen")
 
     assert {"llama": "active", "qwen": "cold", "mistral": "cold"} == {

@@ -158,7 +158,7 @@ async def test_client_talks_through_a_real_connection(speech: Server) -> None:
             await client.wait_closed()
 
     assert 1013 == client.close_code
-    assert "the request to 'ear' was ended" in str(client.close_reason)
+    assert "the request to 'ear' was aborted" in str(client.close_reason)
     assert 1 == (await switch).json()["requests_cut"]
 
 

@@ -469,7 +469,8 @@ class GrammarTimeout(HotswapError):
             else f"no token was generated within {timeout_s:g} s (limits.grammar_timeout) of a "
             "request whose grammar had to be checked and compiled first"
         )
-        super().__init__(f"{fact}; simplify its schema, or retry later", retry_after_s=1)
+        step = "retry later" if is_behind else "simplify it, or retry later"
+        super().__init__(f"{fact}; {step}", retry_after_s=1)
 
 
 class DrainCut(HotswapError):

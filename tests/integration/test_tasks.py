@@ -203,7 +203,7 @@ def test_a_request_without_a_model_is_for_the_active_ones_task(server: ServerPro
     assert (200, "embed") == (embedded.status_code, embedded.json()["model"])
     assert [404, 404] == [chat.status_code, refused.status_code]
     assert "model 'embed' does not support" in error(chat)["message"]
-    assert "ask for embed" in error(refused)["message"]
+    assert "use embed" in error(refused)["message"]
 
 
 def test_sagemakers_route_answers_for_each_models_own_task(server: ServerProcess) -> None:
