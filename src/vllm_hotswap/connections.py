@@ -176,7 +176,7 @@ class Upgraded(asyncio.Protocol):
         async def answered(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope, receive, send)
             if getattr(self, "close_sent", False):
-                self.handshake_complete = True  # by a refusal, which uvicorn does not count as an answer
+                self.handshake_complete = True  # uvicorn does not count a refusal
 
         self.app = answered
         try:
