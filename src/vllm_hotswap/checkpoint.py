@@ -195,7 +195,7 @@ FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def converted_bytes(folder: Path, itemsize: int) -> int:
-    """Return the memory of floating-point weights beyond their files' size, at `itemsize` bytes each.
+    """Return what floating-point weights take beyond their files' size, with `itemsize` bytes each.
 
     Return 0 if files cannot be read, or have no header: then the load shows it.
     """
