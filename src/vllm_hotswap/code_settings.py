@@ -140,7 +140,7 @@ PLAIN = frozenset(
 """Open settings that do not name code, whatever their value."""
 
 DRAFTS = frozenset(["spec_model", "speculative_config.model"])
-"""Settings that name a checkpoint, or a class if it looks like a class name, whatever the method."""
+"""Settings that name a checkpoint, or a class if the text could be one, whatever the method."""
 
 SECTION = re.compile(r"(.+_config|ir_op_priority)")
 """Mappings that become one of vLLM's configuration classes; its fields are classified by name."""
