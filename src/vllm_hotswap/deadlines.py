@@ -97,7 +97,7 @@ class Wheel:
         return sum(map(len, self._due.values()))
 
     def call_later(self, seconds: float, what: Callable[[], None]) -> Callable[[], None]:
-        """Call `what` after `seconds`. The returned function cancels that; it may be called late."""
+        """Call `what` after `seconds`. The returned function cancels it, and may be called late."""
         loop = asyncio.get_running_loop()
         tick = int((loop.time() + seconds) / TICK_S) + 1
         key = object()
