@@ -6,9 +6,9 @@ are accepted per iteration: dead ones are closed, and a silent one costs a place
 connection is built with its first byte. Addresses take turns in all of this once their connections
 are accepted; before, all stand in one queue of the system.
 
-Where an address owes refusals, a new connection from there may have to wait. What it has sent is
-peeked at first. A request that will be refused waits. One that needs no key, or has a key that owes
-nothing, does not. Where this cannot be known, as with TLS, the wait is short.
+New connections from an address in debt for refusals may have to wait. What they have sent is peeked
+at first. A request that will be refused waits. One that needs no key, or has a key without debt,
+does not. Where this cannot be known, as with TLS, the wait is short.
 """
 
 from __future__ import annotations

@@ -215,8 +215,8 @@ def _things(key: str, value: object) -> int:
 def _number(value: Any) -> int:
     """Read a whole number as pydantic does: perhaps from a text, or from 3.0.
 
-    One that was too long to be read may be any number, behind zeros or before spaces: it counts as
-    the largest.
+    One that is too long to be read, with zeros before it or spaces behind it, may be any number: it
+    counts as the largest.
     """
     if isinstance(value, Unread):
         return sys.maxsize

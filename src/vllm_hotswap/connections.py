@@ -586,7 +586,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle
 
     def _idle(self) -> None:
-        """Wait for the next request: all that arrived are answered, perhaps before a body's end."""
+        """Wait for the next request, or the rest of a body: all that have arrived are answered."""
         if self._place is not None:
             self._place.waits()
         if self._raw:

@@ -483,7 +483,7 @@ class Coordinator:
 
         Args:
             alias: the model, by any of its names; None for the active one.
-            terms: what the request asks for its turn, in the mode `auto`.
+            terms: the request's terms for its turn, in the mode `auto`.
             look_at: called in the mode `auto` if the model has never been loaded, so that no
                 frontend can check the request yet. Then entering waits for its turn.
 
@@ -970,6 +970,8 @@ class Coordinator:
 
     def _finish(self, switch: Switch) -> SwitchResult:
         """Re-open admission: held requests get leases of the new epoch, in order of arrival."""
+        # Grant here rather than in the waiting tasks: a switch that begins before those run must
+        # find their leases, or it would not drain them.
         self._switch = None
         for future, task in switch.held.items():
             if not future.done():
@@ -1069,7 +1071,7 @@ class Coordinator:
             await self._verify(source)
 
     async def _lose(self, source: Model, cause: str) -> None:
-        """Leave no model active: the source could not be brought back. Recovery comes later."""
+        """Leave no model active, as the source could not be brought back; recovery follows."""
         log.error("event=source_lost model=%s cause=%r", value_text(source.alias), cause)
         self._active = None
         self._last_active = source
@@ -1180,7 +1182,7 @@ class Coordinator:
     def _host_died(self, died: asyncio.Future[str]) -> None:
         """Fail every open request of every model explicitly, and begin recovery."""
         if died.cancelled() or died is not self._host.died:
-            return
+            return  # the future of an earlier host
         how = died.result()
         self._host_down = how
         for model in self.registry:

@@ -1,7 +1,7 @@
 """Redaction of messages for clients: no folder of the machine, and no stack trace.
 
 Failure messages contain text of vLLM and of the operating system, which may hold anything. The log
-has them in full; every response goes through `told`, whoever the caller is.
+has them in full; every response goes through `told`, whatever the caller's role.
 """
 
 from __future__ import annotations

@@ -337,6 +337,7 @@ class Dispatcher:
         for ticket in tickets:
             if ticket in self._leases:  # parked requests have had their turn before
                 lease, _ = self._leases[ticket]
+                # Granted before its task runs: the next drain must find the lease.
                 self._server.grant(self._registry.model(ticket.alias), lease)
                 _settle(self._forget(ticket))
 
