@@ -1,9 +1,9 @@
-"""Who may call what: roles, the keys that they need, and whether switching is open.
+"""Access to routes: roles, the keys that they need, and whether switching is open.
 
 `--api-key` (vLLM's flag) gives user keys, `--admin-key` admin keys; each has a variable and a file,
 too. An admin may do what a user may. Without an admin key, the quickstart's
-`VLLM_SERVER_DEV_MODE=1` opens our own routes that change state to whoever may use the server, and
-none of vLLM's.
+`VLLM_SERVER_DEV_MODE=1` opens our own routes that change state to every caller that may use the
+server. It opens none of vLLM's.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ HOW_TO_OPEN = (
 
 
 class Role(Enum):
-    """What a route asks of its caller."""
+    """The role that a route requires of its caller."""
 
     PUBLIC = "public"
     USER = "user"
     ADMIN = "admin"
     ADMIN_KEY = "admin key"
-    """An admin, and nobody whom `VLLM_SERVER_DEV_MODE` lets in."""
+    """A caller with an admin key; `VLLM_SERVER_DEV_MODE` is not enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFlags:
-    """What the command line says of keys, besides vLLM's `--api-key`."""
+    """Keys given on the command line, besides vLLM's `--api-key`."""
 
     admin_keys: Sequence[str] = field(default=(), repr=False)
     admin_key_files: Sequence[Path] = ()
@@ -61,24 +61,24 @@ class KeyFlags:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, as records tell it."""
+    """The caller of a request, as the audit log and events record it."""
 
     role: Literal["admin", "user", "anybody"] = "anybody"
-    """`anybody` has sent no key that is known."""
+    """`anybody`: no known key was sent."""
     group: str = ""
-    """Of `rights`; empty without one."""
+    """The caller's group in `rights`; empty without one."""
     key: str = ""
     """The fingerprint of the key; empty without one."""
     name: str = ""
-    """What the key's file calls it."""
+    """The name of the key in its file."""
 
 
 class Access:
     """The keys of a server, and the decision about a caller.
 
     The mutable state is where user keys come from, and the keys of both roles and of every group as
-    they were read last: `use_user_keys` and `read_again` change them, all at once or not at all.
-    Where a role has no keys, none is asked for; keys of groups are user keys.
+    they were last read. `use_user_keys` and `read_again` change all of them at once, or none.
+    A role without keys requires none. Keys of groups are user keys.
     """
 
     def __init__(
@@ -90,7 +90,11 @@ class Access:
         admin_key_files: Sequence[Path] = (),
         groups: Iterable[Group] = (),
     ) -> None:
-        """Raises `ConfigError` if a file cannot be used, or a key is in two groups or roles."""
+        """Read all keys.
+
+        Raises:
+            ConfigError: a file cannot be used, or a key is in two groups or roles.
+        """
         self._dev_mode = dev_mode
         rights = {group.rights.group: group for group in groups}
         self._others = rights.pop(DEFAULT).rights if DEFAULT in rights else Rights()
@@ -114,7 +118,7 @@ class Access:
         flags: KeyFlags | None = None,
         groups: Iterable[Group] = (),
     ) -> Access:
-        """A flag wins over the variable that says the same; keys and files add up."""
+        """Make it from flags and variables: a flag replaces its variable; keys and files add up."""
         flags = flags or KeyFlags()
         return cls(
             split_keys(environment.get("VLLM_API_KEY", "")),
@@ -126,7 +130,7 @@ class Access:
         )
 
     def use_user_keys(self, keys: Iterable[str] | None) -> None:
-        """Take those of `--api-key`, where there are any, in place of the variable's."""
+        """Replace the user keys of the variable by those of `--api-key`, if there are any."""
         if given := Keys.of(keys or (), "--api-key"):
             self._user_source = replace(self._user_source, given=given)
             self._read()
@@ -138,16 +142,16 @@ class Access:
 
     @property
     def has_keys(self) -> bool:
-        """Whether some route asks for one."""
+        """Whether any route requires a key."""
         return bool(self._user or self._admin)
 
     @property
     def is_switching_closed(self) -> bool:
-        """Whether our own routes that change state refuse everybody."""
+        """Whether our own routes that change state refuse every caller."""
         return not (self._admin or self._dev_mode)
 
     def read_again(self) -> None:
-        """Take the keys that the files hold now; keep those from before if that fails."""
+        """Read the key files again; keep the previous keys if that fails."""
         try:
             self._read()
         except ConfigError as error:
@@ -163,11 +167,11 @@ class Access:
         self._user, self._admin, self._members = users, admins, members
 
     def check(self, role: Role, headers: Headers) -> None:
-        """Let the caller pass.
+        """Check that the caller may use a route.
 
         Raises:
             Unauthorized: no valid key was sent.
-            SwitchNotAllowed: the key is no admin key, or nobody may change state.
+            SwitchNotAllowed: the key is not an admin key, or switching is closed.
         """
         if role is Role.PUBLIC:
             return
@@ -179,21 +183,21 @@ class Access:
             self._check_admin(role)
 
     def is_admin(self, headers: Headers) -> bool:
-        """Whether an admin's key was sent. Nobody is one where there are none."""
+        """Whether an admin key was sent; never, where there are none."""
         return self._admin.know(_key(headers))
 
     def rights(self, headers: Headers) -> Rights:
-        """Those of the caller, who has been let in."""
+        """Return the rights of an authenticated caller."""
         _, rights = self._find(headers)
         return rights
 
     def mark(self, headers: Headers) -> str | None:
-        """What tells the caller's key from others; None without a key that is known."""
+        """Return the fingerprint of the caller's key; None without a known key."""
         key, _ = self._find(headers)
         return None if key is None else key.fingerprint
 
     def caller(self, headers: Headers) -> Caller:
-        """Who has sent a request, whether it is let in or not."""
+        """Return the caller of a request, whether it passes `check` or not."""
         key, rights = self._find(headers)
         if key is None:
             return Caller()
@@ -203,7 +207,7 @@ class Access:
         return Caller("user", group, key.fingerprint, key.name)
 
     def account(self, headers: Headers) -> Account:
-        """Whose bounds count for the caller, who has been let in."""
+        """Return the account whose limits apply to an authenticated caller."""
         if not self.has_keys:
             return EVERYBODY if self._others == Rights() else self._account("", "", self._others)
         key, rights = self._find(headers)
@@ -217,7 +221,7 @@ class Access:
         return self._account(f"key {mark}", mark, rights)
 
     def _find(self, headers: Headers) -> tuple[Key | None, Rights]:
-        """The key that was sent, if it is one of ours, and the rights that come with it."""
+        """Return the key that was sent, if it is known, and the rights that come with it."""
         sent = _key(headers)
         if (key := self._admin.find(sent)) is not None:
             return key, ADMIN
@@ -232,16 +236,16 @@ class Access:
         )
 
     def cache_salt(self, account: Account, sharing: Sharing | None) -> str:
-        """What sets the account's prompts apart in prefix caches; empty where all share them."""
+        """Return the prefix-cache salt of an account; empty where all accounts share the cache."""
         if sharing == "key":
             return f"key {account.key}"
         if sharing == "group" or (sharing is None and self._members):
-            # No name of a group can be taken for it.
+            # The prefix keeps a group named "admin" apart from admins.
             return f"group {account.group}" if not account.is_admin else "admin"
         return ""
 
     def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
-        """What counts of what a request for a model asks for. Raises `InvalidRequest`."""
+        """Return the request's terms, limited by its rights. Raises `InvalidRequest`."""
         asked = read_terms(headers)
         if asked is NO_WISH and self._others.switch_to is None and not self._members:
             return NO_WISH
@@ -260,7 +264,7 @@ class Access:
 
 
 def _refuse_two_roles(users: Keys, admins: Keys) -> None:
-    """See that no admin's key is a user's: each user would be an admin. Raises `ConfigError`."""
+    """Refuse a key that is both a user's and an admin's. Raises `ConfigError`."""
     if (both := users.shared(admins)) is not None:
         user, admin = both
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Routes that add and remove adapters while the server runs: ours, and vLLM's two.
 
-Whoever may use them has the server read files. So a folder has to lie below one that the operator
-has named, and no answer tells a path.
+They make the server read files. So a folder must lie below one that the operator has named, and no
+response contains a path.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AdapterOptions(Body):
 
 
 class LoadOptions(Body):
-    """Body of vLLM's `/v1/load_lora_adapter`, with the model that it is for."""
+    """Body of vLLM's `/v1/load_lora_adapter`, with the model that gets the adapter."""
 
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
@@ -58,7 +58,7 @@ class UnloadOptions(Body):
 
 
 class AdapterRoutes:
-    """Handlers of these routes. `folders` are those below which adapters may lie."""
+    """Handlers of these routes. Adapters must lie below one of `folders`."""
 
     def __init__(self, coordinator: Coordinator, folders: Sequence[Path]) -> None:
         self._coordinator = coordinator
@@ -98,7 +98,7 @@ class AdapterRoutes:
         )
 
     async def load_as_vllm(self, request: Request) -> Response:
-        """vLLM's route. Without a model, the active one gets the adapter."""
+        """Handle vLLM's route. Without a model, the active one gets the adapter."""
         options = parse_body(LoadOptions, await request.body())
         folder = self._folder(options.lora_path, "lora_path")
         alias = options.model or options.base_model_name or self._coordinator.active
@@ -109,7 +109,7 @@ class AdapterRoutes:
         return self._told(alias, f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_as_vllm(self, request: Request) -> Response:
-        """vLLM's route. Without a model, it is the one that has the adapter."""
+        """Handle vLLM's route. Without a model, it is the one that has the adapter."""
         options = parse_body(UnloadOptions, await request.body())
         name = options.lora_name
         alias = options.model or options.base_model_name or self._owner(name)
@@ -117,7 +117,7 @@ class AdapterRoutes:
         return self._told(alias, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _told(self, alias: str, text: str) -> Response:
-        """vLLM's words; which model has changed is in a header."""
+        """Answer in vLLM's words; a header names the model that has changed."""
         model = self._coordinator.registry.model(alias)
         return PlainTextResponse(text, headers={MODEL_HEADER: in_header(model.alias).decode()})
 
@@ -129,7 +129,7 @@ class AdapterRoutes:
         raise UnknownAdapter(None, name, known)
 
     def _folder(self, path: str, field: str) -> Path:
-        """The folder that is meant, below one of those that are allowed."""
+        """Resolve a path to a folder below one of those that are allowed."""
         if not self._folders:
             raise AdaptersNotAllowed(
                 "adapters cannot be added while the server runs; list the folders they may be in "
@@ -146,7 +146,7 @@ class AdapterRoutes:
 
 
 def adapter_body(adapter: Adapter) -> dict[str, Any]:
-    """An adapter, as JSON."""
+    """Return an adapter as JSON."""
     return {
         "name": adapter.files.name,
         "id": adapter.id,

@@ -1,7 +1,7 @@
-"""LoRA adapters as files: a folder in PEFT's format, and whether it fits the model below it.
+"""LoRA adapters as files: a folder in PEFT's format, and whether it fits its base model.
 
-Only headers are read. What a mistake would do otherwise: vLLM takes weights that are too small for
-a layer without a word, and serves wrong answers.
+Only headers are read. Without these checks, vLLM would silently accept weights that are too small
+for a layer, and serve wrong answers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vllm_hotswap.errors import ConfigError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-"""In the order in which vLLM looks for them."""
+"""Weight files, in the order in which vLLM looks for them."""
 
 WHOLE_DTYPES = frozenset(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"])
-"""Of weights that have the shape of their layer; others are packed."""
+"""Types of weights that have the shape of their layer; others are packed."""
 
 _LORA_WEIGHT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 
@@ -32,13 +32,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter that was found whole."""
+    """An adapter whose files have been checked."""
 
     name: str
     """The name that clients send in `model`."""
     path: Path
     rank: int
-    """The highest of its layers."""
+    """The highest rank of its layers."""
     is_3d: bool = False
     """vLLM's `is_3d_lora_weight`: a mixture of experts whose expert weights are one tensor."""
 
@@ -50,10 +50,10 @@ def read_adapter(name: str, path: Path, base: Shapes, is_3d: bool = False) -> Ad
         name: the adapter's name.
         path: the folder.
         base: shapes of the base model's weights, as far as they are known.
-        is_3d: what it is to be taken for.
+        is_3d: vLLM's `is_3d_lora_weight`.
 
     Raises:
-        ConfigError: it cannot be served; the message tells no path.
+        ConfigError: it cannot be served; the message contains no path.
     """
     try:
         config = _config(path)
@@ -67,7 +67,7 @@ def read_adapter(name: str, path: Path, base: Shapes, is_3d: bool = False) -> Ad
 
 
 def shapes_of(folder: Path | None) -> Shapes:
-    """Shapes of the weights in a checkpoint's safetensors files, packed ones left out."""
+    """Return the shapes of the weights in a checkpoint's safetensors files, without packed ones."""
     files = weight_files(folder) if folder is not None and folder.is_dir() else []
     headers = [tensors(file) for file in files if file.suffix == ".safetensors"]
     return {
@@ -79,7 +79,7 @@ def shapes_of(folder: Path | None) -> Shapes:
 
 
 def smallest_rank(needed: Iterable[int], allowed: Iterable[int], least: int) -> int:
-    """The smallest allowed rank that holds all that are needed, and not less than `least`."""
+    """Return the smallest allowed rank that holds all needed ranks, and is at least `least`."""
     wanted = max([least, *needed])
     return min((rank for rank in allowed if rank >= wanted), default=least)
 
@@ -119,7 +119,7 @@ def _check_weights(path: Path, config: Mapping[str, Any], base: Shapes) -> None:
     if name is None:
         raise ConfigError(f"it has none of {', '.join(WEIGHTS)}")
     if not name.endswith(".safetensors"):
-        return  # a pickle: only vLLM opens it, and lets it hold nothing but tensors
+        return  # a pickle: only vLLM opens it, and accepts nothing but tensors
     header = tensors(path / name)
     _check_layers(header, base)
     for tensor, entry in header.items():
@@ -129,7 +129,7 @@ def _check_weights(path: Path, config: Mapping[str, Any], base: Shapes) -> None:
 
 
 def _check_layers(names: Iterable[str], base: Shapes) -> None:
-    """What is for layers that the base model has not is left out by vLLM without a word."""
+    """Refuse weights for layers that the base model does not have; vLLM silently ignores them."""
     its, have = _highest_layer(names), _highest_layer(base)
     if have is not None and its is not None and its > have:
         raise ConfigError(
@@ -146,7 +146,7 @@ def _highest_layer(names: Iterable[str]) -> int | None:
 def _check_shape(
     tensor: str, shape: Any, kind: str, layer: tuple[int, ...] | None, rank: int
 ) -> None:
-    """A layer of (outputs, inputs) has an A of (rank, inputs) and a B of (outputs, rank)."""
+    """Check a shape: a layer of (outputs, inputs) has A (rank, inputs) and B (outputs, rank)."""
     if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_size, shape)):
         raise ConfigError(f"{tensor} has the shape {shape!r}, which is not that of a matrix")
     its_rank, size = shape if kind == "A" else reversed(shape)

@@ -1,4 +1,4 @@
-"""IP addresses as they are written, and what they mean."""
+"""IP addresses: parsing, and comparing what they mean."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def ip_address(text: str) -> IPAddress:
-    """The address, without the zone (`%eth0`) that may follow it; an IPv4 one in IPv6 as IPv4.
+    """Parse an address, without the zone (`%eth0`) that may follow it; IPv4 in IPv6 becomes IPv4.
 
     `::ffff:127.0.0.1` reaches what `127.0.0.1` does. Source: RFC 4291, section 2.5.5.2.
 
     Raises:
-        ValueError: it is no IP address.
+        ValueError: it is not an IP address.
     """
     return _without_zone(text.partition("%")[0])
 
 
 @lru_cache(maxsize=4096)
 def _without_zone(text: str) -> IPAddress:
-    """What is kept is short: of other texts, there is an error."""
+    """Parse an address. Other texts raise, so the cache holds only short ones."""
     address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
 
 
 def is_loopback(text: str) -> bool:
-    """Whether it is an address of this machine alone; a name is none."""
+    """Whether it is a loopback address; a name is not."""
     try:
         return ip_address(text).is_loopback
     except ValueError:

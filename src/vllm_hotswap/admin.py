@@ -64,7 +64,7 @@ class SwitchRequest(BaseModel):
 
 
 class Admin:
-    """Handlers of the server's own routes. They read the coordinator and ask it to act."""
+    """Handlers of the server's own routes. They read the coordinator and call it to act."""
 
     def __init__(
         self, coordinator: Coordinator, host: EngineHost, registry: CollectorRegistry
@@ -92,7 +92,7 @@ class Admin:
         return JSONResponse(self.snapshot())
 
     def snapshot(self) -> StatusAnswer:
-        """The server now, as JSON. Bytes and seconds."""
+        """Return the state of the server as JSON; sizes in bytes, times in seconds."""
         coordinator, stats = self._coordinator, self._host.stats()
         return {
             "state": coordinator.state.value,
@@ -119,7 +119,7 @@ class Admin:
         }
 
     async def health(self, request: Request) -> Response:
-        """Live: it serves, or it can recover by itself."""
+        """Answer 200 while the server serves, or can recover by itself."""
         if self._coordinator.state is ServerState.FAILED:
             raise EngineUnavailable(self._coordinator.failure or "")
         return Response(status_code=200)
@@ -142,7 +142,7 @@ class Admin:
 
 
 def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
-    """vLLM's model card of one alias, with its status."""
+    """Return vLLM's model card of a model, with our status."""
     active = coordinator.active == model.alias
     status: dict[str, Any] = {
         "value": STATUS_VALUES[model.residency],
@@ -164,13 +164,13 @@ def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
 
 
 def _root(card: Mapping[str, object]) -> str:
-    """A model hub's name as it is; of a folder, its own name alone."""
+    """Return a model hub's name unchanged; for a folder, only its own name."""
     root = Path(str(card["root"]))
     return root.name if root.is_absolute() else str(root)
 
 
 def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, Any]:
-    """The card of whatever has this name: a model, by any of its names, or an adapter of it."""
+    """Return the card for a name: any name of the model, or one of its adapters."""
     card = {**model_card(model, coordinator), "id": name}
     if (adapter := model.engine.adapters.get(name)) is None:
         return card
@@ -184,7 +184,7 @@ def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, A
 
 
 def model_list(coordinator: Coordinator) -> dict[str, Any]:
-    """OpenAI's model list: every name of every configured model, whatever its residency."""
+    """Return OpenAI's model list: every name of every configured model, whatever its residency."""
     return {
         "object": "list",
         "data": [
@@ -196,10 +196,11 @@ def model_list(coordinator: Coordinator) -> dict[str, Any]:
 
 
 def switch_body(result: SwitchResult) -> SwitchAnswer:
-    """The quickstart server's fields, then ours.
+    """Return the quickstart server's fields, then ours.
 
-    A switch gives memory back only where there is no room: `freed_memory_mb` is what the engine
-    host's memory shrank by then (0 if it grew). Nothing is stashed: weights asleep are models' own.
+    A switch frees memory only if there is no room. `freed_memory_mb` is by how much the engine
+    host's memory had shrunk by then (0 if it grew). Nothing is stashed: sleeping weights count as
+    their model's.
     """
     before = result.memory_before_bytes
     return {
@@ -260,7 +261,7 @@ def _waking(model: Model) -> WakingStatus | None:
 
 
 def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
-    """Budgets and what models hold of them; the device's with what the host holds itself."""
+    """Return budgets and what models hold; for the device, with what the host itself holds."""
     budget, used, base = coordinator.ladder.budget, coordinator.ladder.used, host.base_bytes
     return {
         "device": {

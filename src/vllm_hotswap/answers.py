@@ -1,5 +1,5 @@
-"""What our own routes answer, as types: the checker holds the code to them, and the description of
-the API is made from them. Sizes are bytes unless the name says otherwise, times seconds.
+"""Types of the JSON that our own routes return. The type checker checks code against them, and the
+API description is made from them. Sizes are bytes unless the name says otherwise, times seconds.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing_extensions import TypedDict
 
 
 class UsageAnswer(TypedDict):
-    """Memory of the device and of the host."""
+    """Bytes of device memory and of host memory."""
 
     device_bytes: int
     host_bytes: int
 
 
 class MoveAnswer(TypedDict):
-    """A model that moves on the residency ladder, what that frees, and what its way back costs."""
+    """A model's move on the residency ladder: what it frees, and the cost of moving back."""
 
     model: str
     before: str
@@ -28,7 +28,7 @@ class MoveAnswer(TypedDict):
 
 
 class CardStatus(TypedDict):
-    """`value` is in the words that llama.cpp's router and llama-swap share."""
+    """Status of a model; `value` uses the terms that llama.cpp's router and llama-swap share."""
 
     value: str
     residency: str
@@ -54,7 +54,7 @@ class ModelList(TypedDict):
 
 
 class SwitchAnswer(TypedDict):
-    """The quickstart server's fields, and ours."""
+    """Result of a switch: the quickstart server's fields, and ours."""
 
     previous_model: str | None
     current_model: str
@@ -76,7 +76,7 @@ class SwitchAnswer(TypedDict):
 
 
 class OperationAnswer(TypedDict):
-    """What an operation on one model did."""
+    """Result of an operation on one model."""
 
     operation: str
     model: str
@@ -89,7 +89,7 @@ class OperationAnswer(TypedDict):
 
 
 class CancelAnswer(TypedDict):
-    """A prefetch was cancelled."""
+    """Result of cancelling a prefetch."""
 
     operation: str
     model: str
@@ -105,7 +105,7 @@ class PinAnswer(TypedDict):
 
 
 class AdapterEntry(TypedDict):
-    """An adapter; `failed` tells why its engine could not load it."""
+    """An adapter; `failed` is why its engine could not load it."""
 
     name: str
     id: int
@@ -114,21 +114,21 @@ class AdapterEntry(TypedDict):
 
 
 class AdapterList(TypedDict):
-    """What a model is served with besides itself."""
+    """The adapters of a model."""
 
     model: str
     adapters: list[AdapterEntry]
 
 
 class AddedAdapter(AdapterEntry):
-    """An adapter that is served now."""
+    """An adapter that was added and is served now."""
 
     operation: str
     model: str
 
 
 class RemovedAdapter(TypedDict):
-    """Requests that are in flight go on with it."""
+    """An adapter that was removed; requests in flight continue with it."""
 
     operation: str
     model: str
@@ -137,7 +137,7 @@ class RemovedAdapter(TypedDict):
 
 
 class PlanMemory(TypedDict):
-    """The budget, and what models hold of it."""
+    """The budget, and how much of it models hold."""
 
     budget: UsageAnswer
     before: UsageAnswer
@@ -146,8 +146,8 @@ class PlanMemory(TypedDict):
 
 
 class PlanAnswer(TypedDict):
-    """What a switch would do. `give_up_wake`: models that wake before they are asked for, and would
-    give back what they have taken."""
+    """What a switch would do. `give_up_wake`: models whose early wake would be cancelled, and its
+    memory freed."""
 
     model: str
     active: str | None
@@ -159,7 +159,7 @@ class PlanAnswer(TypedDict):
 
 
 class JobLeaseAnswer(TypedDict):
-    """A model that is held for a job; `created` is in seconds since 1970."""
+    """A lease that holds a model for a job; `created` is in seconds since 1970."""
 
     id: str
     model: str
@@ -169,7 +169,7 @@ class JobLeaseAnswer(TypedDict):
     expires_in_s: float
     pending: bool
     key: NotRequired[str]
-    """For admins: the fingerprint of the key that has taken it."""
+    """For admins: the fingerprint of the key that took the lease."""
 
 
 class JobLeaseList(TypedDict):
@@ -179,7 +179,7 @@ class JobLeaseList(TypedDict):
 
 
 class RevokedLease(TypedDict):
-    """A job lease that has been ended."""
+    """A job lease that was revoked."""
 
     id: str
     model: str
@@ -187,7 +187,7 @@ class RevokedLease(TypedDict):
 
 
 class NextAnswer(TypedDict):
-    """What was done for a model that was announced; `limit_bytes` is what is read at most."""
+    """What was done for an announced model; at most `limit_bytes` are read."""
 
     model: str
     residency: str
@@ -197,14 +197,14 @@ class NextAnswer(TypedDict):
 
 
 class PredictedModel(TypedDict):
-    """What is expected to follow the active model."""
+    """The model that is expected to follow the active one."""
 
     model: str
     probability: float
 
 
 class PredictionStatus(TypedDict):
-    """What predictions and announcements were good for, since the start."""
+    """The current prediction, and how useful predictions and announcements were since the start."""
 
     next: PredictedModel | None
     hits: int
@@ -214,14 +214,14 @@ class PredictionStatus(TypedDict):
 
 
 class WakingStatus(TypedDict):
-    """How much of its device memory a model has taken that wakes before it is asked for."""
+    """How much device memory a model has taken in an early wake, before a request needs it."""
 
     done_bytes: int
     total_bytes: int
 
 
 class ModelStatus(TypedDict):
-    """One model now; `waking` is null unless it is asleep, and wakes before it is asked for."""
+    """State of one model; `waking` is null unless it is asleep and an early wake is under way."""
 
     residency: str
     in_flight: int
@@ -247,10 +247,8 @@ class HostStatus(TypedDict):
 
 
 class DeviceMemoryStatus(TypedDict):
-    """`base` is what the engine host holds without models, `others` what other processes do.
-
-    Where device memory is the host's, nobody counts others: 0.
-    """
+    """Device memory: `base` is what the engine host holds without models, `others` what other
+    processes hold. If device memory is host memory, `others` is 0: it is not counted."""
 
     budget: int
     used: int
@@ -259,28 +257,28 @@ class DeviceMemoryStatus(TypedDict):
 
 
 class HostMemoryStatus(TypedDict):
-    """Weights asleep, and files read ahead."""
+    """Host memory: weights of sleeping models, and files read ahead."""
 
     budget: int
     used: int
 
 
 class MemoryStatus(TypedDict):
-    """Budgets, and what is held of them."""
+    """Memory budgets, and how much of them is held."""
 
     device: DeviceMemoryStatus
     host: HostMemoryStatus
 
 
 class SwitchCounts(TypedDict):
-    """Switches that have ended."""
+    """Counts of switches that have ended."""
 
     total: int
     failed: int
 
 
 class StatusAnswer(TypedDict):
-    """The whole server now."""
+    """State of the whole server."""
 
     state: str
     active: str | None
@@ -299,7 +297,7 @@ class StatusAnswer(TypedDict):
 
 
 class ReadyAnswer(TypedDict):
-    """Requests are served now; `active` is null while no model is, because nobody has asked."""
+    """Requests are served now; `active` is null while no request needs a model."""
 
     ready: bool
     active: str | None
@@ -313,7 +311,7 @@ class VersionAnswer(TypedDict):
 
 
 class ErrorDetails(TypedDict):
-    """`message` gives the name, the fact and the next step."""
+    """Details of an error; `message` gives the name, the fact and the next step."""
 
     message: str
     type: str

@@ -60,7 +60,7 @@ class HotswapApp:
         is_local: Callable[[], bool] = lambda: True,
         isolation: IsolationConfig | None = None,
     ) -> None:
-        """`is_local`: whether programs of this machine alone get here."""
+        """`is_local`: whether only programs on this machine can reach the server."""
         self.host = host
         self._cross_site = cross_site or CrossSite()
         self.recovery = recovery or RecoveryConfig()
@@ -119,7 +119,7 @@ class HotswapApp:
         except ClientGone:
             return
         except HotswapError as error:
-            if error.status >= 500 and not isinstance(error, NotReady):  # clients are told less
+            if error.status >= 500 and not isinstance(error, NotReady):  # clients get less detail
                 code, kind = error.code, {"kind": error.code}
                 log_of_clients.warning(
                     "event=request_failed code=%s cause=%r", code, error.message, extra=kind
@@ -132,7 +132,7 @@ class HotswapApp:
             await answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
-        """What answers a request that may be answered."""
+        """Return the application that answers an authorised request."""
         (method, path), headers = request_of(scope), Headers(scope=scope)
         self._cross_site.check_host(method, path, headers)
         route, parameters = self.routes.find(method, path)
@@ -141,7 +141,7 @@ class HotswapApp:
         self.access.check(route.role, headers)
         if route.handler is None:
             return self.router
-        if route.role is Role.PUBLIC:  # without a key nobody has the server wait for a body
+        if route.role is Role.PUBLIC:  # without a key, do not wait for a body
             return await route.handler(Request({**scope, "path_params": parameters}))
         account = self.access.account(headers)
         if route.role is Role.ADMIN and route.method != "GET":
@@ -155,10 +155,10 @@ class HotswapApp:
             return await route.handler(request)
 
     def may_use_kept_place(self, scope: Scope) -> bool:
-        """Whether a request is served where all connections are busy: a health check, or an admin.
+        """Whether a request may use a reserved connection: a health check, or one of an admin.
 
         Args:
-            scope: its `type`, `method`, `path`, `root_path` and `headers` are looked at.
+            scope: only its `type`, `method`, `path`, `root_path` and `headers` are used.
         """
         try:
             route, _ = self.routes.find(*request_of(scope))
@@ -171,10 +171,10 @@ class HotswapApp:
         return self.access.is_admin(headers)
 
     def outlook(self, scope: Scope) -> Outlook | KnownKey:
-        """What a request is going to come to, as far as its route and its key tell.
+        """Predict from its route and its key whether a request will be refused.
 
         Args:
-            scope: its `type`, `method`, `path`, `root_path` and `headers` are looked at.
+            scope: only its `type`, `method`, `path`, `root_path` and `headers` are used.
         """
         try:
             route, _ = self.routes.find(*request_of(scope))
@@ -187,11 +187,11 @@ class HotswapApp:
         return Outlook.IN_DOUBT if mark is None else KnownKey(mark)
 
     def _mark(self, scope: Scope) -> str | None:
-        """What tells the key of a request from others; None without one that is known."""
+        """Return the fingerprint of a request's key; None without a known key."""
         return self.access.mark(Headers(scope=scope))
 
     def _may_switch(self, route: Route) -> bool:
-        """Whether a request for a model may load it, wake it, and let another one give way."""
+        """Whether a request on this route may cause a switch."""
         return route.handler is None and self.coordinator.is_automatic
 
     async def _events(self, request: Request) -> Response:
@@ -200,7 +200,7 @@ class HotswapApp:
         return StreamingResponse(self.feed.stream(), media_type="text/event-stream")
 
     async def _version(self, request: Request) -> Response:
-        """vLLM's answer, without a lease: it is the same whatever model is active."""
+        """Answer as vLLM does, without a lease: the answer does not depend on the active model."""
         return JSONResponse({"version": self._vllm_version})
 
     async def _description(self, request: Request) -> Response:
@@ -208,12 +208,12 @@ class HotswapApp:
 
     @cached_property
     def _described(self) -> dict[str, Any]:
-        """Made once: that takes a fifth of a second."""
+        """Return the OpenAPI description; made once, as that takes 0.2 s."""
         return describe(self.routes)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Says the body, which has been read, and then whatever the client says."""
+    """Replay a body that has been read, then pass on the client's further messages."""
     said: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -223,10 +223,10 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class CrossOrigin(CORSMiddleware):
-    """Lets web pages of other origins read every answer, errors and our own routes included.
+    """Lets web pages of other origins read every answer, including errors and our own routes.
 
-    vLLM puts the same middleware into each model's application. An answer that comes from there
-    names the origin in `Vary` already, and is passed on as it is.
+    vLLM puts the same middleware into each model's application. An answer from there already names
+    the origin in `Vary`, and is passed on unchanged.
     """
 
     async def send(self, message: Message, send: Send, request_headers: Headers) -> None:

@@ -1,15 +1,14 @@
 """New connections, until there is something to read from them.
 
-The event loop's own servers take one connection in each turn, and build all that belongs to it, so
-that whoever comes behind thousands of connections that are reset at once waits for all of that.
-Here many are taken in a turn. What is dead already is closed, and what says nothing costs a place
-and a file. A connection is built with its first byte. Addresses take turns in all of that, once
-their connections are accepted; before, all stand in one queue of the system's.
+The event loop's own servers accept one connection per loop iteration and build all of its objects.
+A client behind thousands of connections that are reset at once waits for all of them. Here many
+are accepted per iteration: dead ones are closed, and a silent one costs a place and a file. A
+connection is built with its first byte. Addresses take turns in all of this once their connections
+are accepted; before, all stand in one queue of the system.
 
-Where an address owes refusals, a new connection from there may have to wait. What it has sent is
-looked at before it is read: who asks for what is going to be refused waits; who asks for what needs
-no key, or has a key that owes nothing, does not. Where nobody can tell, as with TLS, the wait is
-short.
+New connections from an address in debt for refusals may have to wait. What they have sent is peeked
+at first. A request that will be refused waits. One that needs no key, or has a key without debt,
+does not. Where this cannot be known, as with TLS, the wait is short.
 """
 
 from __future__ import annotations
@@ -41,23 +40,23 @@ from vllm_hotswap.refusals import (
 from vllm_hotswap.steps import Steps
 
 ACCEPTED_PER_TURN = 64
-"""Connections that are accepted in one turn of the event loop."""
+"""Most connections that are accepted in one iteration of the event loop."""
 
 PER_TURN = 8
-"""Steps in one turn: a connection gets a place, or is built. It costs ten times accepting one."""
+"""Most steps per iteration: a connection gets a place, or is built. One costs ten accepts."""
 
 MOST_WAITING = 8192
-"""Connections that are accepted and not built yet. Further ones stay in the system's queue, in
-which all stand in one line."""
+"""Most steps of accepted connections that wait. At this bound, new connections stay in the system's
+queue, which does not distinguish addresses."""
 
 PEEK_BYTES = 8 << 10
-"""Of what a connection says first, that are looked at. A longer head is not."""
+"""Bytes of a connection's first data that are peeked at; a longer head is not examined."""
 
 REST_S = 0.1
-"""How long no connection is accepted when the system has nothing left for one."""
+"""Pause of accepting when the system has no file or memory left for a connection."""
 
 CLOSE_WAIT = 8
-"""The state of a TCP connection that its client has closed. Source: Linux, `tcp_states.h`."""
+"""State of a TCP connection that its client has closed. Source: Linux, `tcp_states.h`."""
 
 NO_MORE_FILES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 
@@ -65,21 +64,22 @@ Build = Callable[["Arrival"], asyncio.Protocol]
 
 
 def in_doubt(_: Scope) -> Outlook:
-    """Nobody can tell of any head."""
+    """Answer that nothing is known about the request."""
     return Outlook.IN_DOUBT
 
 
 @dataclass(slots=True)
 class Door:
-    """What all listening sockets of a server share."""
+    """State that all listening sockets of a server share."""
 
     places: Places
     refusals: Refusals
     wheel: Wheel
     silent: Deadlines[Arrival]
-    """Connections of which no byte has come."""
+    """Connections that have not sent a byte."""
     outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt
-    """Of a request, by the `type`, `method`, `path`, `root_path` and `headers` of its scope."""
+    """Predicts whether a request is refused, from the `type`, `method`, `path`, `root_path` and
+    `headers` of its scope."""
     steps: Steps = field(default_factory=lambda: Steps(PER_TURN))
     most_waiting: int = MOST_WAITING
 
@@ -87,9 +87,8 @@ class Door:
 class Arrival:
     """A connection that has been accepted.
 
-    The mutable state is its place, until the connection that is built takes it over, and what is
-    waited for: its turn, the first byte, the end of what its address owes, or that of a TLS
-    handshake.
+    The mutable state is its place, until the built connection takes it over, and what it waits for:
+    its turn, the first byte, the end of its address's debt, or the end of a TLS handshake.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Arrival:
         self.client = client
         self.address = None if client is None else client[0]
         self.key = acceptor.door.places.client_of(self.address)
-        """What counts as one client; None where many have the same address."""
+        """What counts as one client; None for an address that many clients share."""
         self._turns_with = self.address if self.key is None else self.key
         self._acceptor = acceptor
         self._door = acceptor.door
@@ -109,22 +108,22 @@ class Arrival:
         self._is_heard = False
         self._came_s = self.loop.time()
         self.has_ended = False
-        """Whether nothing is to come of it."""
+        """Whether it was closed; then no connection may be built from it."""
         self.place: Place | None = None
 
     def __repr__(self) -> str:
         return f"<Arrival client={self.client}>"
 
     def begin(self) -> None:
-        """Build the connection, if there is something to read; wait for it otherwise."""
+        """Build the connection if there is something to read; otherwise wait for its first byte."""
         if len(self._door.steps) and _said(self._sock) is False:
-            self._sock.close()  # it takes nobody's turn
+            self._sock.close()  # it is dead: it need not wait for a turn
             return
         self._acceptor.arrivals.add(self)
         self._in_turn(self._begin)
 
     def _in_turn(self, step: Callable[[], None]) -> None:
-        """Do that when it is its client's turn, unless it has ended by then."""
+        """Run `step` when it is its client's turn, unless it has ended by then."""
 
         def once() -> None:
             if not self.has_ended:
@@ -138,7 +137,7 @@ class Arrival:
             return
         self.place = self._door.places.take(self, self.address)
         if self.place is None:
-            self._build()  # to be told so
+            self._build()  # only to be refused
         elif said:
             self._come_in()
         else:
@@ -146,15 +145,15 @@ class Arrival:
             self._hear()
 
     def give_way(self) -> None:
-        """Close it: its place is needed."""
+        """Close it: another connection needs its place."""
         self._end()
 
     def is_late(self) -> None:
-        """Nothing has come of it in time."""
+        """Close it: no byte has come in time."""
         self._end()
 
     def handed_over(self) -> Place | None:
-        """Its place, for the connection that has been built."""
+        """Give its place to the connection that has been built."""
         place, self.place = self.place, None
         return place
 
@@ -172,7 +171,7 @@ class Arrival:
 
     def _readable(self) -> None:
         if (said := _said(self._sock)) is None:
-            return  # it was called for nothing: no byte has come, and the deadline stays
+            return  # a spurious wake-up: no byte has come, and the deadline stays
         self._deaf()
         self._door.silent.end(self)
         if said:
@@ -181,7 +180,7 @@ class Arrival:
             self._end()
 
     def _come_in(self) -> None:
-        """Build the connection of which something has come, unless it has to wait."""
+        """Build the connection, which has sent something, unless it has to wait."""
         if (wait_s := self._wait_s()) > 0:
             later = partial(self._in_turn, self._come_in_later)
             self._take_back = self._door.wheel.call_later(wait_s, later)
@@ -189,7 +188,7 @@ class Arrival:
             self._build()
 
     def _come_in_later(self) -> None:
-        """The same, unless it is dead by now. What has come once stays until it is read."""
+        """Do the same, unless it is dead by now. What was peeked at stays until it is read."""
         self._take_back = None
         if _said(self._sock):
             self._come_in()
@@ -197,10 +196,10 @@ class Arrival:
             self._end()
 
     def _wait_s(self) -> float:
-        """How long it has to wait before it is built, or looked at again."""
+        """Return the seconds until it is built, or examined again."""
         client = self.key
         if client is None:
-            return 0.0  # many have the same one
+            return 0.0  # many clients share the address: none waits for the debts of others
         refusals, waited_s = self._door.refusals, self.loop.time() - self._came_s
         wait_s = min(refusals.owed_s(client) - SUSPECT_S, MAX_PAUSE_S - waited_s)
         if wait_s <= 0:
@@ -212,7 +211,7 @@ class Arrival:
             head = first_head(said)
         except Malformed:
             return wait_s
-        if head is None:  # the rest of it may come at any time
+        if head is None:  # the rest of the head may come at any time
             return min(wait_s, DOUBT_S)
         outlook = self._door.outlook(head)
         if isinstance(outlook, KnownKey):
@@ -233,7 +232,7 @@ class Arrival:
         error = task.exception()
         if error is not None:
             self._sock.close()
-            if not isinstance(error, OSError):  # ssl's errors are some
+            if not isinstance(error, OSError):  # includes errors of `ssl`
                 log_of_clients.error("event=connection_failed", exc_info=error)
 
     def _end(self) -> None:
@@ -256,7 +255,7 @@ class Arrival:
 
 
 class Acceptor:
-    """One listening socket; for uvicorn, one of its servers."""
+    """One listening socket; uvicorn treats it as one of its servers."""
 
     def __init__(
         self,
@@ -270,7 +269,7 @@ class Acceptor:
         self.loop = asyncio.get_running_loop()
         self.door = door
         self.arrivals: set[Arrival] = set()
-        """Of which no connection has been built."""
+        """Accepted connections that have not been built."""
         self._sock = sock
         self._make = make
         self._tls: dict[str, Any] = (
@@ -284,7 +283,7 @@ class Acceptor:
         self._hear()
 
     def close(self) -> None:
-        """Accept nothing more, and close what has not begun. Idempotent."""
+        """Accept nothing more, and close arrivals that have not been built. Idempotent."""
         if not self._is_open:
             return
         self._is_open = False
@@ -301,10 +300,10 @@ class Acceptor:
         return bool(self._tls)
 
     async def wait_closed(self) -> None:
-        """As a server of the event loop has it; nothing is left to wait for."""
+        """Return at once; uvicorn calls it as for a server of the event loop."""
 
     async def build(self, arrival: Arrival, sock: socket.socket) -> None:
-        """Raises `OSError` where the connection, or its TLS handshake, has ended before."""
+        """Build the connection. Raises `OSError` if it, or its TLS handshake, has ended."""
         await self.loop.connect_accepted_socket(lambda: self._make(arrival), sock, **self._tls)
 
     def _hear(self) -> None:
@@ -312,7 +311,7 @@ class Acceptor:
         self.loop.add_reader(self._sock.fileno(), self._readable)
 
     def _rest(self) -> None:
-        """The socket would have the loop call again and again, for nothing."""
+        """Stop accepting for `REST_S`: otherwise the socket would wake the loop again and again."""
         self.loop.remove_reader(self._sock.fileno())
         self._resting = self.loop.call_later(REST_S, self._hear)
 
@@ -322,7 +321,7 @@ class Acceptor:
                 return
             try:
                 sock, client = self._sock.accept()
-            except OSError as error:  # nobody waits, or it has gone, or there is no file for it
+            except OSError as error:  # none waits, the client has gone, or no file is left
                 if error.errno not in NO_MORE_FILES or not self._shed():
                     return
                 continue
@@ -330,9 +329,10 @@ class Acceptor:
             Arrival(self, sock, client[:2] if isinstance(client, tuple) else None).begin()
 
     def _shed(self) -> bool:
-        """Close the next connection, for which there is no file: nobody waits for nothing.
+        """Close the next connection, for which no file is left, so that its client need not wait.
 
-        Returns: whether to go on. Where it cannot be closed either, the socket has a rest.
+        It is accepted with the spare file. Returns whether to continue accepting. If it cannot be
+        closed either, accepting stops for `REST_S`.
         """
         if self._spare is not None:
             os.close(self._spare)
@@ -340,7 +340,7 @@ class Acceptor:
                 self._sock.accept()[0].close()
                 return True
             except BlockingIOError:
-                return False  # there is none: the system looks for a file first
+                return False  # no connection waits: the system looks for a file first
             except OSError:
                 pass
             finally:
@@ -352,10 +352,10 @@ class Acceptor:
 
 
 def _said(sock: socket.socket) -> bool | None:
-    """Whether there is something to read; None: not yet; False: nobody waits for an answer.
+    """Whether there is something to read; None: not yet; False: the client has gone.
 
-    What a client had sent can still be read when it has reset the connection, or closed it. Who
-    closes one side of it alone gets no answer either: uvicorn closes the other one then.
+    Data can still be read after the client has reset or closed the connection. A client that has
+    closed only its sending side gets no answer either: uvicorn then closes the other side.
     """
     try:
         if not sock.recv(1, socket.MSG_PEEK):
@@ -370,12 +370,12 @@ def _said(sock: socket.socket) -> bool | None:
 
 
 def _tcp_state(sock: socket.socket) -> int:
-    """The first byte of Linux' `struct tcp_info`."""
+    """Return the state of a TCP connection: the first byte of Linux's `struct tcp_info`."""
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def _peeked(sock: socket.socket) -> bytes:
-    """What there is to read, up to a bound. It stays there."""
+    """Return up to `PEEK_BYTES` of what there is to read, without consuming it."""
     try:
         return sock.recv(PEEK_BYTES, socket.MSG_PEEK)
     except OSError:

@@ -1,8 +1,8 @@
-"""What a request asks of its engine: how many requests it becomes there, and how large a grammar.
+"""What a request costs its engine: how many engine requests, and how large a grammar.
 
-Read from its body before vLLM sees it. vLLM makes an engine request of every prompt, every item and
-every one of `n` answers. A grammar it compiles as a whole, for which the time grows with the square
-of what is in it. Field names are those of vLLM 0.32.0.
+Read from the body before vLLM sees it. vLLM makes an engine request of every prompt, every item and
+every one of `n` answers. It compiles a grammar as a whole; the time grows with the square of its
+content. Field names are those of vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POOLING = frozenset(
         "/v2/rerank",
     ]
 )
-"""Routes whose models pool, and generate nothing."""
+"""Routes of pooling models, which generate nothing."""
 
 LISTS: Mapping[str, tuple[str, ...]] = {
     "/classify": ("input", "messages"),
@@ -53,7 +53,7 @@ LISTS: Mapping[str, tuple[str, ...]] = {
     "/v2/embed": ("texts", "images", "inputs"),
     "/v2/rerank": _SCORED,
 }
-"""Where a route takes several things at once, each of which is an engine request."""
+"""Fields in which a route takes several things at once; each becomes an engine request."""
 
 ONE = frozenset(
     [
@@ -75,13 +75,13 @@ ONE = frozenset(
         "/v1/responses/render",
     ]
 )
-"""Routes that take one thing; `n` answers to it may be asked for."""
+"""Routes that take one thing; a request may ask for `n` answers to it."""
 
 _TOKENS = frozenset(["input", "prompt"])
-"""Where a list of numbers is one prompt."""
+"""Fields in which a list of numbers is one prompt."""
 
 _CONVERSATIONS = frozenset(["input", "messages"])
-"""Where a list of objects, which are messages, is one conversation."""
+"""Fields in which a list of objects (messages) is one conversation."""
 
 _NUMBERS = ("n", "best_of", "sampling_params.n")
 _GRAMMARS = (
@@ -95,7 +95,7 @@ _GRAMMARS = (
 MEMBERS = (*_NUMBERS, *_GRAMMARS, "tools", "tool_choice", "strict_tools")
 
 REPEATED = 10
-"""So many repetitions that a schema asks for by a number cost as much as one value."""
+"""Repetitions that a schema asks for by a number, and that cost as much as one value."""
 
 _REPETITIONS = (
     "minItems",
@@ -106,32 +106,32 @@ _REPETITIONS = (
     "maxProperties",
 )
 _AS_TEXT = ("regex", "pattern", "grammar", "ebnf", "lark", "definition")
-"""Where a regular expression or a grammar is written."""
+"""Keys whose value is a regular expression or a grammar."""
 
 _TIMES = re.compile(
     r"(\))?(?:\{[ \t]*+(\d*+)[ \t]*+(?:,[ \t]*+(\d*+)[ \t]*+)?\}|~[ \t]*+(\d++)(?:\.\.(\d++))?)"
 )
-"""`{m,n}` of regular expressions and grammars, and `~m..n` of Lark's; after a group, or not."""
+"""`{m,n}` of regular expressions and grammars, and `~m..n` of Lark; after a group, or not."""
 
 _SLASHES = re.compile(r"(?<![\\/])/(?!/)")
-"""Around a regular expression of Lark's; not those of comments."""
+"""Slashes around a regular expression in Lark; not those of comments."""
 
 _ENDLESS = re.compile(r"[.\])][*+]")
-"""A part of a regular expression that is repeated without a bound."""
+"""A part of a regular expression that is repeated without a limit."""
 
 EXPRESSION = 10
-"""So many values does a regular expression in a grammar weigh, and a part of one that is repeated
-without a bound: the time grows with the square, 200 such rules take half a second, 400 2.3 s."""
+"""Weight, in values, of a regular expression in a grammar, and of a part of one that is repeated
+without a limit. The time grows with the square: 200 such rules take half a second, 400 2.3 s."""
 
 USUAL = 10
-"""So many parts of one pattern may be repeated without a bound, and weigh nothing."""
+"""Parts of one pattern that may be repeated without a limit and weigh nothing."""
 
 MEETING = 5
-"""Regular expressions that have to fit one text weigh this much times more for each: six of them,
-all together, are more than usual settings allow."""
+"""Factor by which the weight of regular expressions that must match one text grows with each: six
+of them together exceed what usual settings allow."""
 
 PAIRS = 20
-"""So many pairs of patterns for names cost as much as one value: 200 such patterns take 1.5 s."""
+"""Pairs of patterns for names that cost as much as one value: 200 such patterns take 1.5 s."""
 
 _SAME_PLACE = frozenset(
     [
@@ -152,28 +152,29 @@ _SAME_PLACE = frozenset(
         "then",
     ]
 )
-"""Keys of a schema that ask something of one and the same value."""
+"""Keys of a schema that constrain one and the same value."""
 
 MOST_SEARCHED_BYTES = 4 << 20
-"""Tools that are larger are taken as strict, rather than searched on the event loop: 2 ms."""
+"""Larger tools count as strict: searching this many bytes takes 2 ms of the event loop."""
 
 _STRICT = re.compile(rb'"strict"[ \t\r\n]*+:[ \t\r\n]*+(?![ \t\r\n{\[fn])|\\u00(?:6[39]|7[234])')
-"""`strict` that is not false, null, or a property of that name; or an escaped letter of it, so
-that it might be one. pydantic takes other values as true, too."""
+"""`strict` that is not false, null, or a property of that name; or an escaped letter of the word,
+which might spell it. pydantic accepts other values as true, too."""
 
 _AS_JSON = frozenset(["json", "choice", "structural_tag"])
 
 
 def keys_of(path: str) -> tuple[str, ...]:
-    """The top-level keys that tell it, of a body for this route."""
+    """Return the top-level keys of a body for this route that this module needs."""
     return (*MEMBERS, *LISTS.get(path, ()))
 
 
 def requests_of(path: str, members: Mapping[str, Any], limits: LimitsConfig) -> int:
-    """How many engine requests a body becomes.
+    """Return how many engine requests a body becomes.
 
-    Raises `CallTooLarge` for more than `limits.requests_per_call`, or, where they are to be
-    generated, than `limits.answers_per_call`.
+    Raises:
+        CallTooLarge: more than `limits.requests_per_call` or, for a model that generates, more than
+            `limits.answers_per_call`.
     """
     things = sum(_things(key, members.get(key)) for key in LISTS.get(path, ()))
     numbers = [_number(members.get(key)) for key in _NUMBERS]
@@ -186,7 +187,7 @@ def requests_of(path: str, members: Mapping[str, Any], limits: LimitsConfig) -> 
 
 
 def _generates(path: str, members: Mapping[str, Any]) -> bool:
-    """Whether a model is to generate. `/invocations` takes what several routes do."""
+    """Whether the request asks for generation. `/invocations` takes what several routes do."""
     if path != "/invocations":
         return path not in POOLING
     asked = "prompt" in members or any(_number(members.get(key)) > 1 for key in _NUMBERS)
@@ -194,8 +195,8 @@ def _generates(path: str, members: Mapping[str, Any]) -> bool:
 
 
 def _things(key: str, value: object) -> int:
-    """How many a list has. The tokens of one prompt, and the messages of one conversation, are not
-    several things, where vLLM reads them so; nor is anything else.
+    """Return how many things a field has: the items of a list or an object, else 0. Tokens of one
+    prompt, and messages of one conversation, do not count where vLLM reads them as one.
     """
     match value:
         case Unread():
@@ -212,9 +213,10 @@ def _things(key: str, value: object) -> int:
 
 
 def _number(value: Any) -> int:
-    """As pydantic reads a whole number: perhaps from a text, or from 3.0.
+    """Read a whole number as pydantic does: perhaps from a text, or from 3.0.
 
-    One that was too long to be read, with zeros before it or spaces behind it, may be any.
+    One that is too long to be read, with zeros before it or spaces behind it, may be any number: it
+    counts as the largest.
     """
     if isinstance(value, Unread):
         return sys.maxsize
@@ -227,12 +229,15 @@ def _number(value: Any) -> int:
 def check_grammar(
     members: Mapping[str, Any], limits: LimitsConfig, are_tools_strict: bool = False
 ) -> None:
-    """Raises `GrammarTooLarge` for one that would keep the compiler busy for too long.
+    """Refuse a grammar that would keep the compiler busy for too long.
 
     Args:
-        members: of the body, as far as they tell it.
-        limits: `grammar_bytes` and `grammar_values` count.
-        are_tools_strict: whether the model takes all tools as strict, whatever they say.
+        members: the members of the body that `keys_of` names.
+        limits: `grammar_bytes` and `grammar_values` apply.
+        are_tools_strict: whether the model treats all tools as strict, whatever they say.
+
+    Raises:
+        GrammarTooLarge: it is too large.
     """
     size = values = 0
     for name, grammar in _grammars(members, are_tools_strict):
@@ -246,7 +251,7 @@ def check_grammar(
 
 
 def _grammars(members: Mapping[str, Any], are_tools_strict: bool) -> Iterator[tuple[str, Any]]:
-    """What a grammar may be made from, by the name of its field."""
+    """Yield what a grammar may be made from, with the name of its field."""
     for name in _GRAMMARS:
         if isinstance(members.get(name), dict | Unread):
             yield name, members[name]
@@ -255,7 +260,7 @@ def _grammars(members: Mapping[str, Any], are_tools_strict: bool) -> Iterator[tu
 
 
 def _is_compiled(members: Mapping[str, Any], are_strict: bool) -> bool:
-    """Whether tools become a grammar: one has to be called, or is strict."""
+    """Whether tools become a grammar: one must be called, or is strict."""
     tools = members.get("tools")
     if not isinstance(tools, list | Unread):
         return False
@@ -275,8 +280,8 @@ def _parsed(text: memoryview | str) -> Any:
 
 
 def _values(grammar: object) -> int:
-    """What the time of a compilation grows with: whatever is in a list, and every part of a mapping
-    but plain ones, such as titles. Schemas may be texts that have JSON in them.
+    """Count what the compilation time grows with: items of lists, and parts of mappings except
+    plain ones, such as titles. A schema may be a text that contains JSON.
     """
     count, left, nodes = 0, [grammar], [grammar]
     while left:
@@ -297,7 +302,7 @@ def _parts(value: object) -> Iterator[object]:
 
 
 def _expressions(value: object) -> int:
-    """What the regular expressions in it weigh, beyond the values that they are.
+    """Return the weight of the regular expressions in a value, beyond the values that they are.
 
     Those of `patternProperties` are compared with each other, pair by pair.
     """
@@ -317,10 +322,10 @@ def _expressions(value: object) -> int:
 
 
 class _Meetings:
-    """How many regular expressions have to fit one and the same text, in a schema.
+    """Counts how many regular expressions in a schema must match one and the same text.
 
-    What members of an `allOf` ask for is intersected, and so is what stands beside them, and what
-    a `$ref` names. For that, time and memory are multiplied by each.
+    Members of an `allOf`, what stands beside them, and what a `$ref` names are intersected. Each
+    one multiplies time and memory.
     """
 
     def __init__(self, nodes: list[Any]) -> None:
@@ -334,7 +339,7 @@ class _Meetings:
         self._weight = 0
 
     def weight(self) -> int:
-        """In values: nothing where an expression is alone. Too deep a schema weighs too much."""
+        """Return the weight in values: 0 for lone expressions, too much for too deep a schema."""
         try:
             for node in reversed(self._nodes):  # parts before what they are part of
                 self._most(node)
@@ -343,13 +348,13 @@ class _Meetings:
         return self._weight
 
     def _most(self, node: object) -> int:
-        """The most that meet at one place in it, or in what it consists of."""
+        """Return the most expressions that meet at one place in a node, or in its parts."""
         if isinstance(node, list):
             return max(map(self._most, node), default=0)
         if not isinstance(node, dict):
             return 0
         if id(node) not in self._found:
-            self._found[id(node)] = 0  # what it is part of itself adds nothing
+            self._found[id(node)] = 0  # a node that contains itself adds nothing
             here = [count for count in self._that_meet(node) if count]
             if len(here) > 1:
                 self._weight += MEETING ** (min(sum(here), 20) - 1)
@@ -371,12 +376,12 @@ class _Meetings:
 
 
 def _last_name(reference: str) -> str:
-    """Of what it may name: equal names are taken together, wherever they are."""
+    """Return the last part of a reference; equal names count together, wherever they stand."""
     return unquote(reference).rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
 
 def _repetitions(value: object) -> int:
-    """What numbers in it ask for, in values. Those of a text are expanded by some compilers."""
+    """Return the weight, in values, of repetitions by number; some compilers expand them."""
     if not isinstance(value, dict):
         return 0
     asked = [value.get(key) for key in _REPETITIONS]
@@ -389,8 +394,8 @@ def _repetitions(value: object) -> int:
 
 
 def _times(text: str) -> int:
-    """How often a part of a regular expression or grammar is repeated at most: the largest number,
-    as often as the groups around it may be. Numbers up to ten are not worth counting.
+    """Return how often a part of an expression or grammar is repeated at most: the largest number,
+    times those of groups. A result of up to `REPEATED` counts as 0.
     """
     most, groups = 1, 1
     for group, *written in _TIMES.findall(text):

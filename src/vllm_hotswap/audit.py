@@ -1,8 +1,8 @@
 """`serve --audit-log FILE`: one JSON line for each call that changes what the server does.
 
-Lines are only ever appended. A thread of its own writes them, so that a slow disk holds no request
-up. A line that cannot be written is told in the log, and the call that it is of goes on. SIGHUP has
-the file opened anew, so that it can be moved away.
+Lines are only ever appended. A separate thread writes them, so that a slow disk does not delay
+requests. If a line cannot be written, the log says so, and the call is not affected. SIGHUP reopens
+the file, so that it can be moved away.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from vllm_hotswap.trusted_files import refuse_foreign
 log = logging.getLogger("vllm_hotswap")
 
 MAX_PENDING = 10_000
-"""Lines that wait for the disk; further ones are lost."""
+"""Most lines that wait for the disk; additional ones are lost."""
 
 MAX_PATH = 500
-"""Characters that are kept of a path, and of a model's name."""
+"""Characters of a path, and of a model's name, that are kept."""
 
 MAX_BODY = 4096
-"""Bytes; a longer body of a request is left out of its line."""
+"""Bytes of a request's body; a longer one is left out of its line."""
 
 MAX_ANSWER = 64 << 10
-"""Bytes; no answer that names a model is longer, with some hundred models that moved."""
+"""Bytes of an answer; none that names a model is longer, even if some hundred models moved."""
 
 ASKED = ("model", "base_model_name")
 ANSWERED = ("current_model", "model")
-"""Fields of bodies that name a model, the one that counts first."""
+"""Fields of bodies that name a model; the first one found counts."""
 
 LATE_BODY_S = 0.2
-"""How long the body of a call may take that is refused before anybody has asked for it."""
+"""How long to wait for the body of a call that is refused before its body was read."""
 
 CLOSE_S = 5.0
-"""For which the end of the server waits for the last lines."""
+"""How long a stopping server waits for the last lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,9 @@ class AuditLine:
     method: str
     path: str
     model: str | None
-    """The alias that it was for, by the answer: after a switch, the one that is active."""
+    """The alias that it was for, by the answer; after a switch, the active one."""
     asked: str | None
-    """The alias that the caller wrote into the path or the body, where it is not `model`."""
+    """The alias that the caller wrote into the path or the body, if that is not `model`."""
     role: str
     """`admin`, `user`, or `anybody` without a key."""
     group: str | None
@@ -78,31 +78,31 @@ class AuditLine:
     key: str | None
     """The fingerprint of the caller's key."""
     name: str | None
-    """What the key's file calls it."""
+    """The name of the key in its file."""
     client: str | None
-    """The address that it came from."""
+    """The address that the call came from."""
     status: int | None
-    """None: the client left, or the server ended, before there was one."""
+    """None: the client left, or the server stopped, before there was one."""
     seconds: float
     request: Any = None
-    """The body, if it is short, and JSON."""
+    """The body, if it is short and valid JSON."""
 
 
 FIELDS = [field.name for field in fields(AuditLine)]
 
 
 class AuditLog:
-    """The file.
+    """The audit log's file.
 
     The mutable state is the queue of lines, how many are in it (`_pending`, under the lock), and
-    the open file, which is the thread's.
+    the open file, which belongs to the thread.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file, and create it if there is none.
+        """Open the file, or create it.
 
         Raises:
-            ConfigError: it cannot be written, or somebody else could change it.
+            ConfigError: it cannot be written, or another user could change it.
         """
         self._path = path
         try:
@@ -120,7 +120,7 @@ class AuditLog:
         return f"<AuditLog path={str(self._path)!r} pending={self._pending}>"
 
     def write(self, line: AuditLine) -> None:
-        """Have a line written soon. Never raises and never waits."""
+        """Queue a line for writing. Never raises and never waits."""
         with self._lock:
             is_full = self._pending >= MAX_PENDING
             self._pending += not is_full
@@ -131,11 +131,11 @@ class AuditLog:
             self._lines.put(json.dumps(values, allow_nan=False) + "\n")
 
     def reopen(self) -> None:
-        """Write what follows to a file that is opened anew under the same path."""
+        """Reopen the path, and write the lines that follow there."""
         self._lines.put("reopen")
 
     def close(self) -> None:
-        """Write what is left, for `CLOSE_S` at most."""
+        """Write the remaining lines, for `CLOSE_S` at most."""
         self._lines.put("stop")
         self._thread.join(CLOSE_S)
 
@@ -177,11 +177,11 @@ class AuditLog:
 
 
 class Audited:
-    """An application whose calls that change state are written down.
+    """An application whose calls that change state are recorded.
 
-    Those are all that ask for an admin and change something: our own routes, and vLLM's that an
-    admin may use. A call that is refused is written if its key is known; if not, anybody could fill
-    the disk.
+    Those are all calls that require an admin and change something: our own routes, and vLLM's that
+    an admin may use. A refused call is recorded only if its key is known: otherwise, strangers
+    could fill the disk.
     """
 
     def __init__(self, app: ASGIApp, routes: RouteTable, access: Access, audit: AuditLog) -> None:
@@ -202,7 +202,7 @@ class Audited:
                 self._audit.write(call.line())
 
     def _changing(self, scope: Scope) -> dict[str, str] | None:
-        """What the path of a call that changes state says; None for any other call."""
+        """Return the path parameters of a call that changes state; None for any other call."""
         if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
             return None
         try:
@@ -214,7 +214,7 @@ class Audited:
 
 
 class _Call:
-    """What is seen of one call: the begin of its body and of its answer, and the status."""
+    """What is recorded of one call: the start of its body and of its answer, and the status."""
 
     def __init__(self, scope: Scope, alias: str | None, caller: Caller) -> None:
         self._scope = scope
@@ -250,14 +250,14 @@ class _Call:
 
     @property
     def _has_small_body(self) -> bool:
-        """Of a known caller, who has sent it already, or is about to."""
+        """Whether a known caller sends a small body without waiting for `100 Continue`."""
         headers = Headers(scope=self._scope)
         size = headers.get("content-length", "")
         is_small = size.isdecimal() and len(size) < 10 and 0 < int(size) <= MAX_BODY
         return bool(self._caller.key) and is_small and "expect" not in headers
 
     async def _hear(self, receive: Receive) -> None:
-        """The body of a call that nobody has asked for: it tells what was wanted."""
+        """Read the body of a call that was refused unread: it says what the caller wanted."""
         hear = self.receiving(receive)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LATE_BODY_S):
@@ -290,14 +290,14 @@ class _Call:
         )
 
     def _model(self) -> str | None:
-        """What the server says; nothing that a caller writes gets here."""
+        """Return the model that the server's answer names; never text that the caller wrote."""
         if self._answered_by is None and (self._status or 500) < 400:
             return _cut(_text(_json(self._answer, MAX_ANSWER), ANSWERED))
         return _cut(self._answered_by)
 
 
 def _keep(kept: bytearray, more: bytes, most: int) -> None:
-    """As much as tells whether it is too long."""
+    """Keep up to `most` bytes, and one more as a sign that there are too many."""
     kept += more[: most + 1 - len(kept)]
 
 
@@ -306,14 +306,14 @@ def _json(body: bytearray, most: int) -> Any:
         return None
     try:
         value = json.loads(body or b"null")
-        json.dumps(value, allow_nan=False)  # Python reads more than JSON has
+        json.dumps(value, allow_nan=False)  # Python accepts more than JSON has
     except (ValueError, RecursionError):
         return None
     return value
 
 
 def _text(body: Any, names: Iterable[str]) -> str | None:
-    """The first text under one of these names."""
+    """Return the first text under one of these names."""
     fields = body if isinstance(body, dict) else {}
     values = (fields.get(name) for name in names)
     return next((value for value in values if isinstance(value, str)), None)
@@ -324,7 +324,7 @@ def _cut(name: str | None) -> str | None:
 
 
 def _open(path: Path) -> int:
-    """Raises `OSError`, `ConfigError`."""
+    """Open the file to append. Raises `OSError`, or `ConfigError` if it is not safe."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o600)
     try:

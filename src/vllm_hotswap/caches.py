@@ -1,8 +1,8 @@
-"""Where compiled code is kept: in folders that other users of the machine cannot write to.
+"""Caches of compiled code: in folders that other users of the machine cannot write to.
 
-Whoever can write into such a folder has their code run by the server: torch loads libraries and
-Python from there, vLLM pickles. By itself torch takes a folder of a name that everybody knows in
-the temporary folder of all users, and does not look whose it is.
+A user who can write into such a folder can make the server run code: torch loads libraries and
+Python from there, vLLM loads pickles. By default, torch uses a folder with a predictable name in
+the temporary folder of all users, and does not check its owner.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIVEN = (
     "TORCH_EXTENSIONS_DIR",
     "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR",
 )
-"""Variables that name a folder of code, where somebody has set them."""
+"""Other variables that name a folder of code; checked if they are set."""
 
 OWN = "vllm-hotswap"
 """Our folder below vLLM's."""
@@ -40,13 +40,13 @@ NOT_OURS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def code_caches(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that keep compiled code in a folder of this user alone, which is made if need be.
+    """Return variables that keep compiled code in a folder of this user alone; make that folder.
 
-    Folders that are named already stay, but for a root that every user may write to, and that this
-    user cannot change, such as an `emptyDir` of Kubernetes: there a folder of our own takes its
-    place. Triton needs none: what it makes goes into torch's or vLLM's folder, or the user's home.
-    Empty where no folder can be made, such as without a home, or with one that is read-only: then
-    code is kept in the temporary folder of the engine host, and not for long.
+    Variables that are set already stay. The exception is a root that every user may write to and
+    this user cannot change, such as an `emptyDir` of Kubernetes: our own folder below it replaces
+    it. Triton needs no variable: its files go into torch's or vLLM's folder, or the user's home.
+    No folder may be possible, for example without a home or with a read-only one. Then there is no
+    variable for it: code goes into the temporary folder of the engine host, and is not kept long.
 
     Raises:
         ConfigError: a folder belongs to another user, or others may write to it.
@@ -73,7 +73,7 @@ def code_caches(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def look_at_caches(environment: Mapping[str, str]) -> None:
-    """See that nobody else may write to folders of code that are there. Makes nothing.
+    """Check that no other user may write to existing folders of code. Creates nothing.
 
     Raises:
         ConfigError: a folder belongs to another user, or others may write to it.
@@ -92,18 +92,18 @@ def look_at_caches(environment: Mapping[str, str]) -> None:
 
 
 def _cache_root(environment: Mapping[str, str]) -> Path:
-    """vLLM's, as `vllm.envs` finds it."""
+    """Return vLLM's cache root, as `vllm.envs` finds it."""
     caches = environment.get("XDG_CACHE_HOME") or "~/.cache"
     return _expanded(environment.get(ROOT_VARIABLE) or os.path.join(caches, "vllm"))  # noqa: PTH118
 
 
 def _expanded(folder: str) -> Path:
-    """With the home of the user; as it is where there is none, for which `Path` would raise."""
+    """Expand `~`; unlike `Path.expanduser`, return the path unchanged if the user has no home."""
     return Path(os.path.expanduser(folder))  # noqa: PTH111
 
 
 def _is_left_open(root: Path) -> bool:
-    """Whether every user may write to a folder, and this one cannot change that."""
+    """Whether every user may write to a trusted user's folder, and this user cannot change it."""
     with suppress(OSError):
         found = root.stat()
         is_changeable = os.geteuid() in (0, found.st_uid)
@@ -112,9 +112,9 @@ def _is_left_open(root: Path) -> bool:
 
 
 def _made_below(root: Path) -> str:
-    """A folder of our own to take the place of one that every user may write to.
+    """Make our own folder, in place of a root that every user may write to.
 
-    It may be no link: whoever has made it could have it lead elsewhere later.
+    It must not be a link: the user who made the link could redirect it later.
     """
     own = root / OWN
     try:
@@ -131,7 +131,7 @@ def _made_below(root: Path) -> str:
 
 
 def make_folder(folder: Path, mode: int = READ_BY_ALL) -> None:
-    """Make a folder, and those above it, in which nobody else may write whatever the umask is.
+    """Make a folder, and its parents, in which no other user may write, whatever the umask is.
 
     Raises:
         OSError: it cannot be made, or nothing can be written to it.
@@ -145,10 +145,10 @@ def make_folder(folder: Path, mode: int = READ_BY_ALL) -> None:
 
 
 def _check_shared(folder: Path, name: str) -> None:
-    """Raises `ConfigError` if a folder that is there may be written by any user of the machine.
+    """Refuse an existing folder that any user of the machine may write to. Raises `ConfigError`.
 
-    One of the administrator's is as good as an own one; so is a group's that may write. A link on
-    the way to it, of which somebody else makes another one, is as bad as a folder of theirs.
+    A folder of the administrator is as good as an own one; group members may write. A link on the
+    way to it that another user could replace is as bad as a folder of that user.
     """
     if problem := foreign_link(folder):
         raise _refused(folder, problem, f"or {_elsewhere(name)}")
@@ -160,7 +160,7 @@ def _check_shared(folder: Path, name: str) -> None:
 
 
 def _check_private(folder: Path) -> None:
-    """Raises `ConfigError` if a folder that is there may be written by any other user."""
+    """Refuse an existing folder that any other user may write to. Raises `ConfigError`."""
     _check_shared(folder, ROOT_VARIABLE)
     with suppress(OSError):
         if folder.stat().st_mode & NOT_OURS_WRITE:
@@ -192,7 +192,7 @@ def _refused(folder: Path, why: str, way_out: str) -> ConfigError:
 
 
 def _tell_who_may_move(folder: Path) -> None:
-    """Tell parents in which anybody may put another folder in the place of this one."""
+    """Warn about parents in which any user may replace this folder by another one."""
     for parent in folder.resolve().parents:
         with suppress(OSError):
             mode = parent.stat().st_mode

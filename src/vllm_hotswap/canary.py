@@ -1,8 +1,8 @@
-"""What a model generates to be verified, and whether it is what it once was.
+"""Verification of a model: compare what it generates with what it generated first.
 
 A model that was loaded or woken generates one greedy token, or pools a few tokens, from the same
-ids every time. Weights that came back wrong, a KV memory that is not zero, a scale that was lost:
-a status code shows none of them, and this does.
+ids every time. This reveals wrong weights, KV memory that is not zero, or a lost scale, which a
+status code does not show.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 CANARY_ID = "hotswap-canary-"
-"""How the ids of requests for canaries begin."""
+"""Prefix of the ids of requests for canaries."""
 
 LOGPROB_TOLERANCE = 0.5
-"""Nats. Logits in bfloat16 are 0.125 or 0.25 apart where they are large, so a kernel that rounds
-otherwise may be off by as much."""
+"""Nats. Large logits in bfloat16 are 0.125 or 0.25 apart, so a kernel that rounds differently may
+be off by as much."""
 
 POOLED_TOLERANCE = 0.05
-"""Of the largest value of the vector."""
+"""Tolerance as a share of the vector's largest value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Canary:
     pooled: tuple[float, ...] = ()
 
     def flaw(self) -> str | None:
-        """Why no healthy model generates this, or None."""
+        """Return why a healthy model would not generate this, or None."""
         numbers = [*self.logprobs.values(), *self.pooled]
         if not all(map(math.isfinite, numbers)):
             return "its numbers are not finite"
@@ -40,7 +40,7 @@ class Canary:
         return None
 
     def difference(self, first: Canary) -> str | None:
-        """How it differs from what the model generated first, or None."""
+        """Return how it differs from what the model generated first, or None."""
         if len(self.pooled) != len(first.pooled):
             return f"it pools {len(self.pooled)} values, not {len(first.pooled)}"
         if self.pooled:

@@ -1,7 +1,6 @@
 """`vllm-hotswap check`: everything about a configuration that can be known without loading it.
 
-Every model is looked at, and every mistake is told, not only the first one: a check is what one
-runs before a start, and a start ends at the first.
+Checks every model and reports every mistake, while a start stops at the first one.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class ModelReport:
-    """What was found out about one model."""
+    """Findings about one model."""
 
     alias: str
     task: str = "-"
@@ -44,20 +43,20 @@ class ModelReport:
     weights_bytes: int | None = None
     kv_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
-    """What is no mistake, but may surprise."""
+    """Facts that are not mistakes, but may surprise."""
     problems: dict[str, list[str]] = field(default_factory=dict)
-    """By step: why it cannot work."""
+    """Reasons why it cannot work, by step."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What was found out about the whole configuration."""
+    """Findings about the whole configuration."""
 
     models: list[ModelReport] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
     """Everything that is wrong with the file and with its models, in the order of its lines."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong with all models together."""
+    """Problems of all models together."""
     budget_bytes: int | None = None
 
     @property
@@ -68,15 +67,15 @@ class Report:
 def check(
     read: ReadConfig, flags: Sequence[str], tell: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Look at every model, and at whether they fit together.
+    """Check every model, and whether they fit together.
 
     Args:
-        read: the YAML file, and what is wrong with it already.
+        read: the YAML file, and its mistakes that are known already.
         flags: flags of `vllm serve`, as at a start.
-        tell: called with the name of each model before it is looked at.
+        tell: called with the name of each model before it is checked.
 
     Raises:
-        ConfigError: a flag of the command line cannot work, or there is no model to look at.
+        ConfigError: a flag of the command line cannot work, or there is no model to check.
     """
     config = read.config or read.whole()
     parser = serve_parser("vllm-hotswap check")
@@ -101,7 +100,7 @@ def check(
 
 
 def _check_rights(config: ServerConfig, report: Report) -> None:
-    """Key files of groups, as far as whoever checks may read them."""
+    """Check the key files of groups, as the user who runs the check."""
     try:
         read_members(config.rights)
     except ConfigError as error:
@@ -109,7 +108,7 @@ def _check_rights(config: ServerConfig, report: Report) -> None:
 
 
 def _check_adapters(config: ServerConfig, launches: Iterable[ModelLaunch], report: Report) -> None:
-    """Those of one model are looked at with it; here, what they have to do with each other."""
+    """Check adapters across models; those of one model were checked with it."""
     try:
         check_names(config, {launch.alias: launch.adapters for launch in launches})
         _ = config.adapter_folders
@@ -118,7 +117,7 @@ def _check_adapters(config: ServerConfig, launches: Iterable[ModelLaunch], repor
 
 
 class _Look:
-    """Looks at one model, step by step."""
+    """Checks one model, step by step."""
 
     def __init__(
         self,
@@ -137,14 +136,14 @@ class _Look:
         self.mistakes: list[Mistake] = []
 
     def settings_only(self) -> tuple[ModelLaunch, ...]:
-        """What vLLM has against the settings of a model that cannot be made; no launch."""
+        """Check only the settings, with vLLM's parser: the file's errors rule out a launch."""
         self.report.problems["file"] = ["it has errors in the file"]
         found = setting_mistakes(self._parser, [self._model], self._config.path)
         self._add("settings", found)
         return ()
 
     def look(self) -> Iterator[ModelLaunch]:
-        """Yields what a start would launch, if there is nothing against that."""
+        """Check all steps; yield what a start would launch, if its settings allow that."""
         config, model = self._config, self._model
         args = self._try(
             "settings",
@@ -190,12 +189,12 @@ class _Look:
             self.report.notes.append("no chat template: chat requests will be refused")
 
     def _try(self, step: str, do: Callable[[], T], key: str = "") -> T | None:
-        """What `do` returns; None, and a problem, if it raises. `key` is what the step is about."""
+        """Return what `do` returns; if it raises, note a problem of the key `key`, return None."""
         try:
             return do()
         except ConfigMistakes as error:
             self._add(step, error.mistakes)
-        except Exception as error:  # noqa: BLE001  # whatever the libraries below raise is told
+        except Exception as error:  # noqa: BLE001  # libraries may raise anything
             place = self._model.at(self._config.path, key if key in self._model.lines else "")
             message = one_line(error)
             start = f"{self._config.path}:"
@@ -217,7 +216,7 @@ def _check_memory(
     report: Report,
     tell: Callable[[str], None],
 ) -> None:
-    """Plan the memory as a start would, on what is free now."""
+    """Plan the memory as a start would, with what is free now."""
     try:
         memory = expected_memory(device_of(launches[0].vllm_config), tell)
         budget, needs = plan_memory(launches, config.memory, memory)
@@ -233,14 +232,14 @@ def _check_memory(
 
 
 def run(read: ReadConfig, flags: Sequence[str], as_json: bool) -> int:
-    """Check, print a table (or JSON), return the exit status: 1 if anything cannot work."""
+    """Check, print a table (or JSON), and return the exit status: 1 if anything cannot work."""
 
     config = read.config or read.whole()
     aliases = [model.alias for model in config.models]
     with (
-        contextlib.redirect_stdout(sys.stderr),  # vLLM logs to where the report goes
+        contextlib.redirect_stdout(sys.stderr),  # vLLM logs to stdout, where the report goes
         CheckProgress(aliases) as progress,
-        no_collection(),  # which takes a tenth of the time of importing vLLM
+        no_collection(),  # collection takes a tenth of the time of importing vLLM
         inspected_here(),
     ):
         report = check(read, flags, progress.begin)
@@ -249,7 +248,7 @@ def run(read: ReadConfig, flags: Sequence[str], as_json: bool) -> int:
 
 
 def table(report: Report) -> str:
-    """The report for people."""
+    """Format the report as text."""
     rows = [("model", "task", "max length", "weights", "KV memory", "result")]
     rows += [
         (

@@ -1,4 +1,4 @@
-"""A checkpoint's weight files: which there are, whether they are whole, and reading them ahead.
+"""A checkpoint's weight files: which ones exist, whether they are complete, and reading them ahead.
 
 Knows the layout of safetensors files (https://github.com/huggingface/safetensors#format): eight
 bytes with the header's length, a JSON header with the byte range of each tensor, the tensors.
@@ -21,16 +21,16 @@ TRAINING = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt"
 """Files beside the weights that vLLM does not read."""
 CHUNK_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors library itself accepts."""
+"""Largest header that the safetensors library itself accepts."""
 
 
 def weight_files_bytes(sizes: Mapping[str, int]) -> int:
-    """Bytes of a checkpoint's weight files: of the first kind found, as vLLM prefers them."""
+    """Return the bytes of a checkpoint's weight files: of the first kind found, as vLLM does."""
     return sum(sizes[name] for name in _weight_names(sizes))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files in a folder, of the first kind found; those of the index, if it has any."""
+    """Return the weight files in a folder, of the first kind found: those of the index, if any."""
     names = {file.name for file in folder.iterdir() if file.is_file()}
     indexed = names & _indexed(folder)
     return [folder / name for name in sorted(_weight_names(indexed or names))]
@@ -40,7 +40,7 @@ def _weight_names(names: Iterable[str]) -> list[str]:
     names = [name for name in names if "/" not in name and name not in TRAINING]
     for suffix in SUFFIXES:
         if found := [name for name in names if name.endswith(suffix)]:
-            # Mistral's own file has the same weights once more.
+            # Mistral's own `consolidated` files hold the same weights again.
             return [name for name in found if not name.startswith("consolidated")] or found
     return []
 
@@ -49,7 +49,7 @@ def check_weights(folder: Path) -> None:
     """Find missing and truncated weight files without reading the weights.
 
     Raises:
-        ConfigError: a file is missing or not whole; the message names it.
+        ConfigError: a file is missing or incomplete; the message names it.
     """
     for name in sorted(_indexed(folder)):
         _check_there(folder / name)
@@ -71,7 +71,7 @@ def _check_there(file: Path) -> None:
 
 
 def _indexed(folder: Path) -> set[str]:
-    """Files that the index names; none where there is no index."""
+    """Return the files that the index names; none if there is no index."""
     index = folder / INDEX
     if not index.is_file():
         return set()
@@ -84,7 +84,7 @@ def _indexed(folder: Path) -> set[str]:
 
 
 def json_object(file: Path, what: str = "file") -> dict[str, Any]:
-    """What a JSON file holds. Raises `ConfigError`, which names it, where that is no object."""
+    """Read a JSON object from a file. Raises `ConfigError`, which names the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -103,10 +103,10 @@ def json_object(file: Path, what: str = "file") -> dict[str, Any]:
 
 
 def check_description(folder: Path) -> None:
-    """See that `config.json`, where there is one, is what every reader of it takes for granted.
+    """Check what all readers of `config.json`, if there is one, take for granted.
 
     Raises:
-        ConfigError: it is not; the message names it.
+        ConfigError: it is wrong; the message names it.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -118,12 +118,12 @@ def check_description(folder: Path) -> None:
 
 
 def check_generation(folder: Path) -> None:
-    """See that `generation_config.json`, where there is one, can be read.
+    """Check that `generation_config.json`, if there is one, can be read.
 
-    vLLM takes one that cannot be read for none, and serves with other defaults.
+    vLLM ignores an unreadable one, and serves with other defaults.
 
     Raises:
-        ConfigError: it cannot; the message names it.
+        ConfigError: it cannot be read; the message names it.
     """
     file = folder / "generation_config.json"
     if file.is_file():
@@ -131,10 +131,10 @@ def check_generation(folder: Path) -> None:
 
 
 def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
-    """What a safetensors file's header says of each tensor: `dtype`, `shape`, `data_offsets`.
+    """Read each tensor's `dtype`, `shape` and `data_offsets` from a safetensors file's header.
 
     Raises:
-        ConfigError: the file is not a safetensors file, or is not whole.
+        ConfigError: the file is not a safetensors file, or is incomplete.
         OSError: it cannot be read.
     """
     actual = file.stat().st_size
@@ -162,7 +162,7 @@ def tensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _entries(header: Any) -> dict[str, dict[str, Any]]:
-    """The tensors of a header. Raises `ValueError` where one is not described as it has to be."""
+    """Return the tensors of a header. Raises `ValueError` if an entry is not valid."""
     if not isinstance(header, dict):
         raise ValueError("it is not a JSON object")
     entries = {name: entry for name, entry in header.items() if name[:2] != "__"}
@@ -188,16 +188,16 @@ _VALID: Mapping[str, Callable[[Any], bool]] = {
     "shape": _are_sizes,
     "data_offsets": _is_range,
 }
-"""What a header has to say of each tensor."""
+"""Checks of what a header must say about each tensor."""
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Sizes of the types that a load converts to the model's own, as safetensors calls them."""
+"""Sizes of the types that a load converts to the model's own type, by safetensors' names."""
 
 
 def converted_bytes(folder: Path, itemsize: int) -> int:
-    """What floating-point weights take in memory beyond their files, with `itemsize` bytes each.
+    """Return what floating-point weights take beyond their files' size, with `itemsize` bytes each.
 
-    0 where files cannot be read, or are of a kind that has no header: their loads tell.
+    Return 0 if files cannot be read, or have no header: then the load shows it.
     """
     try:
         headers = [tensors(file) for file in weight_files(folder) if file.suffix == ".safetensors"]
@@ -216,9 +216,9 @@ def _growth(entry: Mapping[str, Any], itemsize: int) -> int:
 async def read_ahead(
     files: Iterable[Path], limit_bytes: int, tell: Callable[[int], None] = lambda _: None
 ) -> int:
-    """Read files into the page cache, on a thread; stops when it is cancelled.
+    """Read files into the page cache, on a thread; cancelling stops it.
 
-    `tell` is called there, with the bytes read so far.
+    `tell` is called on that thread, with the bytes read so far.
 
     Returns:
         The bytes read, at most `limit_bytes` rounded up to a chunk.

@@ -1,7 +1,7 @@
-"""Names that one server at a time may hold, while it does not listen to its address yet.
+"""Names that one server at a time may hold, while it does not listen on its address yet.
 
-Until then, Linux lets another socket be bound to the same port, and a bound Unix domain socket
-looks like one that a killed server has left.
+Until then, Linux allows another socket to bind the same port, and a bound Unix domain socket looks
+like one that a killed server has left.
 https://man7.org/linux/man-pages/man7/unix.7.html, "abstract"
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 _PREFIX = "vllm-hotswap/"
 _SOCKETS = Path("/proc/net/unix")
-"""Those of this network, the abstract ones with `@` before their name.
+"""Unix domain sockets of this network namespace; abstract ones have `@` before their name.
 https://man7.org/linux/man-pages/man5/proc_pid_net.5.html"""
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
@@ -25,10 +25,10 @@ _ANY_ADDRESS = ("0.0.0.0", "::")
 
 @contextlib.contextmanager
 def claimed(name: str) -> Iterator[socket.socket | None]:
-    """Claim a name of at most 90 bytes; given back if the block fails, else by closing it.
+    """Claim a name of at most 90 bytes; released if the block fails, else by closing the socket.
 
-    It is a name without a file, in the network of the machine (or container), and Linux drops it
-    with the process. None where the system has no such names, or does not allow them.
+    The name has no file. It belongs to the network of the machine (or container), and Linux drops
+    it with the process. Yields None if the system has no such names, or does not allow them.
 
     Raises:
         OSError: another server holds it (EADDRINUSE).
@@ -43,13 +43,14 @@ def claimed(name: str) -> Iterator[socket.socket | None]:
 
 @contextlib.contextmanager
 def claimed_port(address: str, port: int) -> Iterator[socket.socket | None]:
-    """Claim a TCP port of an address, as `claimed` does a name.
+    """Claim a TCP port of an address, as `claimed` claims a name.
 
     Raises:
-        OSError: another server has claimed it (EADDRINUSE), perhaps as a port of all addresses.
+        OSError: another server has claimed it (EADDRINUSE), perhaps for all addresses.
     """
     with claimed(f"{address}/{port}") as claim:
-        # Its own name first: of two servers that start at once, none may overlook the other.
+        # Claim first, then look: in the other order, two servers that start at the same time could
+        # miss each other.
         if claim and any(_overlap(address, other) for other in _addresses_with(port)):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         yield claim
@@ -75,7 +76,7 @@ def _claim(name: str) -> socket.socket | None:
 
 
 def _addresses_with(port: int) -> Iterator[str]:
-    """The addresses of which that port is claimed; none where the system does not tell."""
+    """Yield the addresses for which the port is claimed; none if the system does not list them."""
     try:
         lines = _SOCKETS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -88,7 +89,7 @@ def _addresses_with(port: int) -> Iterator[str]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two different addresses cannot have the same port. `::` has those of IPv4, too."""
+    """Whether two different addresses cannot use the same port. `::` includes those of IPv4."""
     if one == other:
         return False  # its own claim
     is_same_family = (":" in one) == (":" in other)

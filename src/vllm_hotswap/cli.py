@@ -1,8 +1,8 @@
 """The command line: parse, call one function, print.
 
-Whatever goes wrong is one line on standard error and an exit status: 1, or 2 for a command line
-that cannot be understood, 130 after Ctrl-C, and 141 where nobody reads the output any more (128
-and the number of the signal, as shells count).
+Every error is one line on standard error and an exit status: 1, or 2 for a command line that cannot
+be understood, 130 after Ctrl-C, and 141 if the reader of the output has closed it (128 plus the
+number of the signal, as shells count).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vllm_hotswap.settings import Override
 
-# What needs pydantic, Starlette or vLLM is imported by the command that needs it.
+# Modules that need pydantic, Starlette or vLLM are imported by the command that uses them.
 
 WITH_FLAGS = ("serve", "check")
 """Commands that take a YAML file and flags of `vllm serve`."""
@@ -50,13 +50,13 @@ OTHER_WORDS = {
     "use": "switch",
     "validate": "check",
 }
-"""What other programs call the same."""
+"""Names that other programs use for our commands."""
 
 Fill = Callable[[argparse.ArgumentParser], None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage, which may fill a screen."""
+    """A parser whose errors are one line, without the usage, which may fill a screen."""
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
@@ -65,12 +65,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        """Without hiding that it cannot be written, as argparse does."""
+        """Write a message; unlike argparse, do not hide a failure to write."""
         (file or sys.stderr).write(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status; errors are one line on standard error."""
+    """Run one command and return the exit status; an error is one line on standard error."""
     words = sys.argv[1:] if argv is None else list(argv)
     terminal.prepare()
     try:
@@ -85,12 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(one_line(error))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is one line
+    except Exception as error:  # noqa: BLE001  # any error becomes one line
         return _refuse(_unforeseen(error))
 
 
 def _flushed(words: Sequence[str]) -> int:
-    """Run one command, and write all of its output before the exit status is known."""
+    """Run one command and flush its output, so that a failure to write changes the exit status."""
     try:
         return _run(words)
     finally:
@@ -123,9 +123,9 @@ def _refuse(message: str) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
-    """An error that nobody thought of, with its place; `python -X dev` shows the whole trace.
+    """Describe an unexpected error with its place; `python -X dev` shows the whole trace.
 
-    A device that is missing is thought of, but shows itself anywhere: where vLLM first needs one.
+    A missing device has its own message: its error may come from anywhere that vLLM needs one.
     """
     from vllm_hotswap.compat.gaudi import why_not_imported
     from vllm_hotswap.devices import NO_DEVICE, with_why_no_device
@@ -154,9 +154,9 @@ def _unknown_arguments(parser: argparse.ArgumentParser, rest: Sequence[str]) -> 
 
 
 def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
-    """The parser of one command, if such a one is named; else of all commands.
+    """Make the parser of one command; of all commands, if `wanted` is None.
 
-    Where something else is named, it has their names alone.
+    If `wanted` is not a command, the parser knows only the commands' names.
     """
     parser = Parser(
         prog="vllm-hotswap",
@@ -235,7 +235,7 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
 
 
 def _add_listening(serve: argparse.ArgumentParser) -> None:
-    """What may be said of the address, besides vLLM's flags."""
+    """Add the flags of the address that vLLM does not have."""
     serve.add_argument(
         "--uds-mode",
         type=_mode,
@@ -269,7 +269,7 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
 
 
 def _pace(text: str) -> float:
-    """Seconds. Raises `ArgumentTypeError`."""
+    """Parse seconds. Raises `ArgumentTypeError`."""
     with contextlib.suppress(ValueError):
         if 0 <= (seconds := float(text)) <= MOST_PACE_S:
             return seconds
@@ -279,7 +279,7 @@ def _pace(text: str) -> float:
 
 
 def _mode(text: str) -> int:
-    """Of a file. Raises `ArgumentTypeError`."""
+    """Parse a file mode. Raises `ArgumentTypeError`."""
     if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a file mode; write octal digits such as 660"
@@ -312,7 +312,7 @@ def _fill_schema(schema: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """What may be said of the file's settings on the command line."""
+    """Add the flags that override settings of the file."""
     from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS
     from vllm_hotswap.settings import server_settings
 
@@ -379,17 +379,17 @@ COMMANDS: Mapping[str, tuple[str, Fill]] = {
     "simulate": ("simulate scheduling policies on a recorded or generated trace", _fill_simulate),
     **remote.COMMANDS,
 }
-"""What each command is for, and what gives its parser the arguments."""
+"""Help of each command, and the function that adds its arguments to a parser."""
 
 
 def file_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with the YAML file in front of the flags of vLLM, wherever it was given.
+    """Return the arguments with the YAML file before vLLM's flags, wherever it was given.
 
-    Only vLLM's parser knows which flags take a value, and to import it takes seconds. So a file
-    behind flags is told by its name.
+    Only vLLM's parser knows which flags take a value, and importing it takes seconds. So a file
+    behind flags is recognised by its name.
 
     Raises:
-        ConfigError: there is no such name, or more than one.
+        ConfigError: no argument has such a name, or more than one has.
     """
     command, *words = argv or [""]
     is_clear = not words or not words[0].startswith("-") or {"-h", "--help"} & set(words)
@@ -408,7 +408,7 @@ def file_first(argv: Sequence[str]) -> list[str]:
 
 
 def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
-    """What flags and variables add to the file: settings, and dangers that are accepted."""
+    """Return what flags and variables add to the file: settings, and accepted dangers."""
     from vllm_hotswap.security import ALLOW_VARIABLE, parse_allowed
     from vllm_hotswap.settings import overrides
 
@@ -449,7 +449,7 @@ def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
     with _nearest_flags(args, flags):
         read = read_config(args.config, *given(args))
         require_vllm()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what counts
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is the output
         from vllm_hotswap.environment import shut_out_others_for_a_look
 
         shut_out_others_for_a_look()
@@ -460,7 +460,7 @@ def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _nearest_flags(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[None]:
-    """Answer an unknown flag with the nearest one: before vLLM is imported, or by its parser."""
+    """Suggest the nearest flag for an unknown one, before vLLM is imported or from its error."""
     from vllm_hotswap.misspelt import explained, refuse_misspelt
 
     refuse_misspelt(flags, args.parser._option_string_actions)
@@ -475,14 +475,14 @@ def _nearest_flags(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[N
 def _schema(*_: object) -> int:
     from vllm_hotswap.schema import json_schema
 
-    with contextlib.redirect_stdout(sys.stderr):  # where vLLM logs
+    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout
         flags = described_flags()
     print(json.dumps(json_schema(flags), indent=1))
     return 0
 
 
 def described_flags() -> Mapping[str, argparse.Action] | None:
-    """The flags of the installed vLLM that may be keys of a model; None where there is none."""
+    """Return the installed vLLM's flags that may be keys of a model; None without a vLLM."""
     if not is_installed():
         return None
     from vllm_hotswap.compat.configuration import describing_parser

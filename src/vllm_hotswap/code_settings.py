@@ -1,9 +1,9 @@
-"""Which settings of vLLM name code: each is decided here, by its name.
+"""Settings of vLLM that name code: each setting is classified here, by its name.
 
-Types say which have to be: only an open one, such as a text, may be the name of anything. A test
-goes through every field of the installed vLLM's arguments, and through every place in its sources
-that imports, unpickles or runs what it is given. A field that is in no table here fails it; at run
-time, its value is treated like those of `FREE`.
+Only settings of an open type, such as a text, can name code and must be classified. A test checks
+every field of the installed vLLM's arguments, and every place in its sources that imports,
+unpickles or runs what it is given. A field that is in no table here fails the test; at run time,
+its value is treated like those of `FREE`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 CUSTOM_CLASS = "custom_class"
-"""The method of speculative decoding whose model is the name of a class."""
+"""Method of speculative decoding whose model is the name of a class."""
 
 NOTHING: tuple[object, ...] = (None, "", [], {})
 
@@ -42,13 +42,13 @@ CODE: Mapping[str, str] = {
     "kv_connector_module_path": "a module",
     "ec_connector_module_path": "a module",
 }
-"""Settings that name code whatever their value is, and what they name."""
+"""Settings that name code whatever their value, with what they name."""
 
 LIKE_CODE = re.compile(
     r"(^|[._])(cls|class|classes|class_name|plugin|plugins|module|module_path|module_name|qualname|"
     r"logits_processors|middleware|class_overrides|inductor_passes|custom_passes|custom_generate)$"
 )
-"""Names that stand for the same, of settings that are in no table, and inside of mappings."""
+"""Names that also mean code, for settings that are in no table, and for keys inside mappings."""
 
 DEFAULTS: Mapping[str, object] = {"worker_cls": "auto"}
 """Values of `CODE` that name nothing."""
@@ -59,13 +59,13 @@ CHOICES: Mapping[str, frozenset[str]] = {
         ["eager", "inductor", "aot_eager", "cudagraphs", "openxla", "hpu_backend"]
     ),
 }
-"""Of settings that are a word of vLLM's, or of torch's, or else the name of a class: the words."""
+"""Settings that are a word of vLLM or torch, or else the name of a class, with these words."""
 
 WORD = re.compile(r"[A-Za-z0-9_-]+")
-"""What any other `*_backend` has to be. What is imported in its place has a dot."""
+"""Pattern that any other `*_backend` must match; the name of something to import has a dot."""
 
 NUMBERS_ONLY = frozenset(["inductor_compile_config"])
-"""Mappings to options of a compiler, among them the programs that it calls."""
+"""Mappings to options of a compiler; text options include programs that it calls."""
 
 FREE = frozenset(
     [
@@ -80,10 +80,10 @@ FREE = frozenset(
         "model_loader_extra_config",
     ]
 )
-"""Mappings whose keys vLLM does not declare: a text in them names code, if it could be imported."""
+"""Mappings whose keys vLLM does not declare: a text in them names code if it could be imported."""
 
 ADDRESS = re.compile(r"(^|[._])(ip|host|addr|address|url|uri|endpoint)$")
-"""Keys in such mappings whose text is an address, and may have dots."""
+"""Keys in such mappings whose text is an address, which may have dots."""
 
 LAYERS = frozenset(
     [
@@ -97,11 +97,11 @@ LAYERS = frozenset(
         "targets",
     ]
 )
-"""Names of layers and operators, which have dots; in `hf_overrides`, too."""
+"""Settings that hold names of layers and operators, which have dots; in `hf_overrides`, too."""
 
 PLAIN = frozenset(
     [
-        # names of models, revisions, files that are data, and what else is looked up in tables
+        # names of models, revisions, data files, and other names that are looked up in tables
         *("model", "model_weights", "served_model_name", "tokenizer", "tokenizer_mode"),
         *("hf_config_path", "config_format", "load_format", "model_impl", "hf_token"),
         *("revision", "code_revision", "tokenizer_revision", "download_dir", "ignore_patterns"),
@@ -118,7 +118,7 @@ PLAIN = frozenset(
         *("mm_encoder_fp8_scale_path", "mm_encoder_fp8_scale_save_path", "mm_processor_device"),
         *("video_pruning_method", "default_mm_loras", "custom_ops", "compile_sizes"),
         *("rms_norm", "fused_add_rms_norm", "gelu_and_mul_sparse"),
-        # parts of models, read from tables of vLLM's
+        # parts of models, found in vLLM's tables
         *("reasoning_parser", "tool_call_parser", "spec_method", "method"),
         # text
         *("chat_template", "default_chat_template_kwargs", "response_role", "cohere_format"),
@@ -131,38 +131,38 @@ PLAIN = frozenset(
         # connectors that vLLM has; others need a module's path
         *("kv_connector", "ec_connector", "kv_buffer_device", "ec_buffer_device"),
         *("lora_modules",),
-        # of the server, which no model's section may have
+        # settings of the server, which a model's section must not have
         *("host", "uds", "root_path", "api_key", "allowed_origins", "allowed_methods"),
         *("allowed_headers", "disable_access_log_for_endpoints"),
         *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"),
     ]
 )
-"""Open settings that name no code, whatever is in them."""
+"""Open settings that do not name code, whatever their value."""
 
 DRAFTS = frozenset(["spec_model", "speculative_config.model"])
-"""A checkpoint, or, if it reads like one, the name of a class: the method need not say so."""
+"""Settings that name a checkpoint, or a class if the text could be one, whatever the method."""
 
 SECTION = re.compile(r"(.+_config|ir_op_priority)")
-"""Mappings that become one of vLLM's configuration classes; its fields are decided themselves."""
+"""Mappings that become one of vLLM's configuration classes; its fields are classified by name."""
 
 _QUANTITY = re.compile(r"[+-]?\d+(\.\d+)*[A-Za-z]{0,3}")
 """A number, a size or a version."""
 
 
 def is_decided(name: str) -> bool:
-    """Whether an open setting of vLLM's is in a table."""
+    """Whether an open setting of vLLM is in a table."""
     tables = (CODE, CHOICES, DRAFTS, NUMBERS_ONLY, FREE, LAYERS, PLAIN)
     return any(name in table for table in tables) or _is_backend(name) or _is_section(name)
 
 
 def code_keys(settings: Mapping[str, object]) -> Iterator[list[str]]:
-    """The ways to the settings of a model, nested ones too, that name code."""
+    """Yield the key paths of a model's settings, nested ones too, that name code."""
     for key, value in settings.items():
         yield from _of_setting("", key.replace("-", "_"), _parsed(value), within="")
 
 
 def trusting_keys(settings: Mapping[str, object]) -> Iterator[list[str]]:
-    """The ways to every `trust_remote_code` that is on, nested ones too."""
+    """Yield the key path of every `trust_remote_code` that is on, nested ones too."""
     for key, value in settings.items():
         yield from _trusting(key.replace("-", "_"), _parsed(value))
 
@@ -176,7 +176,7 @@ def _trusting(key: str, value: object) -> Iterator[list[str]]:
 
 
 def _entries(value: object) -> Iterator[tuple[str, object]]:
-    """Keys and values of a mapping, or of the mappings in a list."""
+    """Yield keys and values of a mapping, or of the mappings in a list."""
     if isinstance(value, dict):
         yield from ((str(name).replace("-", "_"), _parsed(item)) for name, item in value.items())
     elif isinstance(value, list):
@@ -185,7 +185,7 @@ def _entries(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """A text, or those in a list, but not those of the mappings in it."""
+    """Yield a text, or the texts in a list, but not those of mappings in it."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -194,9 +194,9 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _of_setting(parent: str, key: str, value: object, within: str) -> Iterator[list[str]]:
-    """The ways, from a key on, to what names code in its value.
+    """Yield the key paths, from a key on, to what names code in its value.
 
-    `within` is the mapping of `FREE` that it is in, or one that nobody knows; empty if in none.
+    `within` is the mapping of `FREE`, or the unknown mapping, that contains it; empty if none does.
     """
     if value in NOTHING or value == DEFAULTS.get(key, NOTHING):
         return
@@ -242,14 +242,14 @@ def _is_section(key: str) -> bool:
 
 
 def _is_backend(key: str) -> bool:
-    """Whether it chooses one of several ways; Transformers' attention may be one from a hub."""
+    """Whether it selects an implementation; Transformers' attention may come from a hub."""
     return key.endswith(("_backend", "attn_implementation")) or key == "backend"
 
 
 def could_be_imported(text: str) -> bool:
-    """Whether a text may be the name of something in a module.
+    """Whether a text may name something in a module.
 
-    Python imports what stands before the first dot, whatever letters it has, if it is no path.
+    Python imports what stands before the first dot, whatever letters it has, unless it is a path.
     """
     module, dot, _ = text.partition(".")
     named, colon, rest = text.partition(":")
@@ -269,7 +269,7 @@ def _is_address(text: str) -> bool:
 
 
 def _parsed(value: object) -> object:
-    """A text that vLLM reads as JSON, as it reads it."""
+    """Parse a text that vLLM would read as JSON; return any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)

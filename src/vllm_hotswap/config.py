@@ -1,7 +1,7 @@
 """The YAML file: parsed into frozen values, every mistake named with its place and next step.
 
-Knows no vLLM: engine and frontend settings of a model stay a mapping here; `launch` gives them
-to vLLM's own argument parser, which knows their names and types.
+Does not import vLLM: engine and frontend settings of a model stay a mapping here. `launch` gives
+them to vLLM's own argument parser, which knows their names and types.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from vllm_hotswap.written import (
 )
 
 QUANT_VARIABLE = "QUANT_CONFIG"
-"""What `quant_config` of a model sets; Gaudi's quantisation reads its configuration from there."""
+"""Variable that a model's `quant_config` sets: the file of Gaudi's quantisation settings."""
 
 MAX_NAME = 256
-"""Characters of an alias, or of a group's name."""
+"""Most characters of an alias, or of a group's name."""
 
 _UNUSABLE = {
     "Cc": "a control character",
@@ -66,13 +66,13 @@ _UNUSABLE = {
     "Zl": "a control character",
     "Zp": "a control character",
 }
-"""Categories of Unicode, with what they are for whoever reads a message."""
+"""Unicode categories that a name must not contain, with words for messages."""
 
 MAX_SHOWN = 80
 """A longer value is not repeated in a message."""
 
 UNKNOWN = "unknown"
-"""In the place of a model that is not named, or not as it should be."""
+"""Stands for a model whose `model` is missing or wrong."""
 
 NOT_SHARED = ("model", "aliases")
 """Keys of a model that can't be in `defaults`."""
@@ -87,11 +87,11 @@ class ModelConfig(ModelKeys):
     settings: dict[str, Any] = field(default_factory=dict)
     """Every other key: a flag of `vllm serve`, with underscores."""
     inherited: frozenset[str] = frozenset()
-    """Which of its keys come from `defaults`."""
+    """Its keys that come from `defaults`."""
     environment: dict[str, str | None] = field(default_factory=dict)
-    """Variables that it wants to be set, or not to be set (None), while it is worked with."""
+    """Variables that must be set, or unset (None), while code works on this model."""
     lines: dict[str, int] = field(default_factory=dict, repr=False)
-    """The line of each key, `defaults` included, as far as it is known; under "", its own."""
+    """The line of each key, including `defaults`, if known; under "", the model's own line."""
 
     @property
     def is_folder(self) -> bool:
@@ -99,15 +99,15 @@ class ModelConfig(ModelKeys):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that clients may send for it, its alias first."""
+        """Return every name that clients may send for it, its alias first."""
         return (self.alias, *self.aliases)
 
     def place(self, key: str) -> str:
-        """The section and the key under which a key of it stands."""
+        """Return the path of one of its keys in the file: section and key."""
         return _place(self.alias, key, self.inherited)
 
     def at(self, path: Path, key: str = "", *inner: str | int) -> Place:
-        """Where in the file `path` a key of it stands; without a key, the model itself."""
+        """Return where in the file `path` a key of it stands; without a key, the model itself."""
         keys = self.place(key) if key else f"models.{self.alias}"
         line = self.lines.get(key, self.lines.get("", 0))
         return Place(".".join([keys, *map(str, inner)]), str(path), line)
@@ -128,9 +128,9 @@ class ServerConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     rights: tuple[Group, ...] = ()
     references: References = field(default_factory=References, repr=False)
-    """What came from environment variables, and is not to be shown."""
+    """Values from environment variables, which must not be shown."""
     needs_files: bool = True
-    """Whether the checkpoints, files and folders that it names must be there."""
+    """Whether the checkpoints, files and folders that it names must exist."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class ServerConfig:
 
     @property
     def adapter_folders(self) -> tuple[Path, ...]:
-        """Absolute. Raises `ConfigError` if one is not a folder."""
+        """Return absolute paths. Raises `ConfigError` if one is not a folder."""
         with self.references.hidden_in_errors():
             return tuple(self._folder(name) for name in self.adapters.folders)
 
@@ -160,13 +160,13 @@ def load_config(
 
     Args:
         path: the YAML file.
-        overrides: settings given otherwise; a later one counts more, and each more than the file.
+        overrides: settings given elsewhere; each wins over the file, a later one over earlier ones.
         allowed: dangers that are accepted; see `security`.
-        environment: what `${NAME}` in a value stands for.
+        environment: values for `${NAME}` in the file.
 
     Raises:
-        ConfigError: it is missing, unreadable or not YAML; or a `ConfigMistakes` with everything
-            in it that cannot work.
+        ConfigError: the file is missing, unreadable or not YAML; or, as a `ConfigMistakes`, all
+            that cannot work in it.
     """
     return read_config(path, overrides, allowed, environment).whole()
 
@@ -178,13 +178,13 @@ def read_config(
     environment: Mapping[str, str] = os.environ,
     needs_files: bool = True,
 ) -> ReadConfig:
-    """As `load_config`, with the mistakes beside what could be read.
+    """Do as `load_config`, but return the mistakes beside what could be read.
 
     Args:
-        needs_files: whether it is a mistake that a file or a folder which it names is not there.
+        needs_files: whether a file or folder that it names, and that does not exist, is a mistake.
 
     Raises:
-        ConfigError: it is missing, unreadable or not YAML.
+        ConfigError: the file is missing, unreadable or not YAML.
     """
     document, source = read_yaml(_read_text(path, allowed), path)
     return _parse(document, source, overrides, allowed, environment, needs_files)
@@ -215,7 +215,7 @@ def _parse(
     config = reader.read(filled)
     if config is not None:
         config = replace(config, references=references, needs_files=needs_files)
-    # What follows from a variable that is not set is no mistake of its own.
+    # An error that only follows from a variable that is not set is not a mistake of its own.
     lines = {mistake.line for mistake in references.unset if mistake.line}
     found = [mistake for mistake in reader.mistakes if mistake.line not in lines]
     hidden = (Mistake(one.line, references.hide(one.message)) for one in found)
@@ -224,26 +224,26 @@ def _parse(
 
 @plain_dataclass(frozen=True, slots=True)
 class ReadConfig:
-    """What could be read of a file, and what is wrong with it."""
+    """The part of a file that could be read, and its mistakes."""
 
     config: ServerConfig | None
-    """None if there is nothing to look at; else without what is wrong."""
+    """None if there is no model to look at; else without the values that are wrong."""
     unusable: frozenset[str]
-    """The aliases of models that cannot be made; of them, only `settings` are what they are.
+    """Aliases of models with mistakes; only their `settings` are as in the file.
 
-    Without those that are refused, which nobody is to parse.
+    Even there, refused settings are left out, so that no code parses them.
     """
     mistakes: tuple[Mistake, ...]
 
     def whole(self) -> ServerConfig:
-        """The configuration. Raises `ConfigMistakes` if anything is wrong with it."""
+        """Return the configuration. Raises `ConfigMistakes` if anything is wrong with it."""
         if self.mistakes or self.config is None:
             raise ConfigMistakes(self.mistakes)
         return self.config
 
 
 def unknown_key(place: object, key: object, known: Iterable[str]) -> ConfigError:
-    """The error for a key that nobody knows, with the nearest right one."""
+    """Return the error for an unknown key, with the nearest known one."""
     known = list(known)
     hint = did_you_mean(str(key), known)
     if not hint and len(known) <= 10:
@@ -253,11 +253,11 @@ def unknown_key(place: object, key: object, known: Iterable[str]) -> ConfigError
 
 @plain_dataclass(frozen=True, slots=True)
 class _Noting:
-    """A context that notes what is raised inside, and lets nothing of it out."""
+    """A context that collects `ConfigError`s raised inside, and suppresses them."""
 
     mistakes: list[Mistake]
     line: int
-    """Of errors that do not know theirs."""
+    """The line of errors that do not know theirs."""
 
     def __enter__(self) -> None:
         pass
@@ -272,7 +272,7 @@ class _Noting:
 class _Reader:
     """Turns one document into a `ServerConfig`; knows where every value was given.
 
-    The mutable state is what is found: `mistakes`, and the models that are `unusable`.
+    The mutable state is its findings: `mistakes`, and the models that are `unusable`.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class _Reader:
         return frozenset(self._unusable)
 
     def read(self, document: object) -> ServerConfig | None:
-        """What can be used of it; None if that is no model."""
+        """Return what can be used of the document; None if that includes no model."""
         top: Mapping[Any, Any] = {}
         with self._noting():
             top = _mapping(
@@ -321,13 +321,13 @@ class _Reader:
         )
 
     def _noting(self, *keys: str | int) -> _Noting:
-        """Add to the mistakes what is raised inside, and go on behind it."""
+        """Return a context that adds `ConfigError`s raised inside to the mistakes."""
         return _Noting(self.mistakes, self._source.line(*keys))
 
     def _refuse_unknown(
         self, values: Mapping[Any, Any], known: Iterable[str], *keys: str | int, shown: bool = True
     ) -> None:
-        """Note every key that is not known."""
+        """Note every unknown key as a mistake."""
         known = list(known)
         for key in [key for key in values if key not in known]:
             place = self._beside(*keys, key)
@@ -346,7 +346,7 @@ class _Reader:
         return str(self._source.place(*keys))
 
     def _beside(self, *keys: Any) -> Place:
-        """The section that a key is in, with the key's own line."""
+        """Return the section that a key is in, with the key's own line."""
         return replace(self._source.place(*keys[:-1]), line=self._source.line(*keys))
 
     # --- rights -------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ class _Reader:
     # --- sections -----------------------------------------------------------------------------
 
     def _section(self, name: str, kind: type[Any], top: Mapping[str, Any]) -> Any:
-        """One section; its defaults, if there is a mistake in it."""
+        """Read one section; return its defaults if there is a mistake in it."""
         values, origins = {}, {}
         with self._noting(name):
             values = dict(self._keys(kind, top.get(name), name))
@@ -421,7 +421,7 @@ class _Reader:
     def _keys(
         self, kind: type[Any], section: object, *keys: str | int, shown: bool = True
     ) -> Mapping[str, Any]:
-        """The known keys of a section; every other one is noted. Nothing means the defaults."""
+        """Return the known keys of a section; note every other one. A missing section has none."""
         if section is None:
             return {}
         known = [item.name for item in fields(kind)]
@@ -434,7 +434,7 @@ class _Reader:
     # --- models -------------------------------------------------------------------------------
 
     def _models(self, top: Mapping[str, Any]) -> tuple[ModelConfig, ...]:
-        """All that have an alias and a mapping, whatever else is wrong with them."""
+        """Read all models that have an alias and a mapping, whatever else is wrong with them."""
         entries: Mapping[Any, Any] = {}
         shared: dict[str, Any] = {}
         with self._noting("models"):
@@ -452,7 +452,7 @@ class _Reader:
         return tuple(models)
 
     def _indented(self, entries: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-        """The entries, without those that belong below the empty one before them."""
+        """Yield the entries; note an empty one whose keys stand beside it, and drop these."""
         items = list(entries.items())
         while items:
             alias, entry = items.pop(0)
@@ -534,7 +534,7 @@ class _Reader:
     def _validated_model(
         self, ours: dict[str, Any], base: dict[str, Any], given: _Given
     ) -> ModelConfig:
-        """The model; without those of its keys that are wrong, which are noted."""
+        """Make the model without those of its keys that are wrong, which are noted."""
         with self._noting("models", given.alias):
             model: ModelConfig = _validated(ModelConfig, {**ours, **base}, given.place)
             return model
@@ -565,7 +565,10 @@ class _Reader:
         return {QUANT_VARIABLE: str(file)}
 
     def _checkpoint(self, model: str, place: Place) -> str:
-        """A folder or a GGUF file as an absolute path; a model hub's name as it is."""
+        """Resolve a folder or a GGUF file to an absolute path; leave a model hub's name as it is.
+
+        If files need not exist, return the path of a missing one, too.
+        """
         try:
             return _resolve_model(model, place, self._path)
         except ConfigError:
@@ -575,7 +578,7 @@ class _Reader:
             return str(local)
 
     def _underscored(self, values: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
-        """Keys of a model or of `defaults`, dashes in them as underscores."""
+        """Return keys of a model or of `defaults`, with dashes replaced by underscores."""
         result: dict[str, Any] = {}
         for key, value in values.items():
             with self._noting(*keys, key):
@@ -591,7 +594,7 @@ class _Reader:
         return result
 
     def _refuse_shared_names(self, models: Iterable[ModelConfig]) -> None:
-        """Every name that a client may send is one model's."""
+        """Note every name that more than one model has."""
         owners: dict[str, str] = {}
         for model in models:
             for name in model.names:
@@ -606,7 +609,7 @@ class _Reader:
 
 @plain_dataclass(frozen=True, slots=True)
 class _Given:
-    """Where the keys of one model stand: below it, or in `defaults`."""
+    """Finds where the keys of one model stand: below it, or in `defaults`."""
 
     source: Source
     alias: str
@@ -622,7 +625,7 @@ class _Given:
         return place if is_known else replace(place, line=self.lines().get(key, place.line))
 
     def lines(self) -> dict[str, int]:
-        """The line of each key that is given, dashes as underscores; under "", the model's own."""
+        """Return each given key's line, dashes as underscores; under "", the model's own line."""
         sections: list[tuple[str, ...]] = [("defaults",), ("models", self.alias)]
         return {"": self.source.line("models", self.alias)} | {
             key.replace("-", "_"): line
@@ -632,7 +635,7 @@ class _Given:
 
 
 def _configured(name: object, models: Sequence[ModelConfig], place: str) -> str:
-    """The alias of the model that has this name. Raises `ConfigError`."""
+    """Return the alias of the model that has this name. Raises `ConfigError`."""
     for model in models:
         if name in model.names:
             return model.alias
@@ -649,9 +652,9 @@ def _place(alias: str, key: str, inherited: Container[str]) -> str:
 
 
 def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[..., Place]) -> Any:
-    """A value of that kind. Raises `ConfigMistakes` with everything that is wrong.
+    """Make a value of that kind. Raises `ConfigMistakes` with everything that is wrong.
 
-    `place` gets the way to a value inside of it.
+    `place` is called with the keys that lead to a value inside it.
     """
     try:
         return kind(**{key: _switched(kind, key, value) for key, value in values.items()})
@@ -661,7 +664,7 @@ def _validated(kind: type[Any], values: Mapping[str, Any], place: Callable[..., 
 
 
 def _switched(kind: type[Any], key: str, value: object) -> object:
-    """`yes`, `no`, `on` and `off` are clear where nothing but true and false can be meant."""
+    """Accept `yes`, `no`, `on` and `off` where only true and false can be meant."""
     field_info = kind.__pydantic_fields__.get(key)
     if isinstance(value, Surprising) and isinstance(value.value, bool) and field_info:
         return value.value if field_info.annotation is bool else value
@@ -678,7 +681,7 @@ def _mistake(detail: Any, kind: type[Any], place: Callable[..., Place]) -> Mista
 
 
 def refuse_surprises(value: object, place: Callable[..., Place]) -> None:
-    """Refuse, where any value would do, those that may be meant otherwise than YAML reads them.
+    """Refuse values that YAML may read otherwise than meant, where any type is accepted.
 
     Raises:
         ConfigMistakes: names each of them.
@@ -724,7 +727,7 @@ def _read_text(path: Path, allowed: frozenset[str]) -> str:
 
 
 def _resolve_model(model: str, place: Place, path: Path) -> str:
-    """A checkpoint's folder or GGUF file as an absolute path; a model hub's name as it is."""
+    """Resolve a checkpoint's folder or GGUF file to an absolute path; leave a hub's name alone."""
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
     local = beside(path, model, place)
     if not looks_like_path and not local.exists():
@@ -736,7 +739,7 @@ def _resolve_model(model: str, place: Place, path: Path) -> str:
     if not local.is_dir():
         what = "file" if local.suffix == ".gguf" else "folder"
         raise ConfigError(f"{place}: the {what} {str(local)!r} does not exist")
-    # Mistral's own format has the second one instead of the first.
+    # Mistral's own format has `params.json` instead of `config.json`.
     if not any((local / name).is_file() for name in ("config.json", "params.json")):
         raise ConfigError(
             f"{place}: the folder {str(local)!r} has no config.json; it is not a checkpoint"
@@ -749,7 +752,7 @@ def _is_name(name: object) -> bool:
 
 
 def _refuse_odd(what: str, name: str, place: Place) -> None:
-    """Raises `ConfigError` for a name that no command could name, or no terminal or log show."""
+    """Refuse a name that commands cannot use, or terminals and logs cannot show: `ConfigError`."""
     if reason := _oddity(name):
         raise ConfigError(f"{place}: {what} cannot be used: {reason}")
 
@@ -759,7 +762,7 @@ def _shortened(name: str) -> str:
 
 
 def _oddity(name: str) -> str:
-    """What is wrong with a name; nothing, if that can be used."""
+    """Return what is wrong with a name; an empty text if it can be used."""
     if name in (".", ".."):
         return "it would be a relative path; choose another name"
     for character in name:
@@ -771,7 +774,7 @@ def _oddity(name: str) -> str:
 
 
 def _is_key_of_a_model(item: tuple[object, object]) -> bool:
-    """Whether an entry beside the models can only be one that belongs into a model."""
+    """Whether an entry among the models can only be a key that belongs below a model."""
     return item[1] is not None and not isinstance(item[1], dict)
 
 

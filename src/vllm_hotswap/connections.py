@@ -1,18 +1,22 @@
-"""One client's connection, within bounds: uvicorn's protocol for httptools, made to refuse.
+"""One client's connection, with limits: uvicorn's protocol for httptools, made to refuse.
 
-httptools and uvicorn bound neither a head nor the time it takes, merge the trailers of a body with
-the headers, and answer some mistakes with plain text. What is parsed, and how an answer is sent,
-stays theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
+httptools and uvicorn limit neither the size of a head nor the time it takes, merge the trailers of
+a body with the headers, and answer some mistakes with plain text. Parsing, and sending of answers,
+stay theirs. Checked on uvicorn 0.54.0 and httptools 0.9.0.
 
-Relies on: `HttpToolsProtocol` with its callbacks of the parser, `headers`, `expect_100_continue`,
-`pipeline` (the newest first), `cycle` (the newest) and `flow`, whose `resume_reading` has what was
-paused read on; `_start_asgi_task`, which begins to answer a request; `on_response_complete` and
-`_unset_keepalive_if_required`, which are replaced; `handshake_initiated` of its protocol for
-websockets, whose `scope` there is before `run_asgi`, which runs its `app`, and which takes
-`close_sent` for the end of it and `handshake_complete` for an answer; `RequestResponseCycle` with
-`body`, `response_started`, `response_complete`, `keep_alive`, `disconnected` and `message_event`;
-an error that a callback raises ends the parser's `feed_data` with an `HttpParserError`; the end of
-a head and that of trailers is an empty line. Of a server, uvicorn needs `close` and `wait_closed`.
+Relies on:
+
+- `HttpToolsProtocol` with its parser callbacks, `headers`, `expect_100_continue`, `pipeline`
+  (newest first), `cycle` (the newest) and `flow`, whose `resume_reading` resumes paused reading;
+- `_start_asgi_task`, which begins to answer a request;
+- `on_response_complete` and `_unset_keepalive_if_required`, which are replaced;
+- `handshake_initiated` of its WebSocket protocol. That has a `scope` before `run_asgi` runs its
+  `app`. `run_asgi` takes `close_sent` for the end and `handshake_complete` for an answer;
+- `RequestResponseCycle` with `body`, `response_started`, `response_complete`, `keep_alive`,
+  `disconnected` and `message_event`;
+- an error that a callback raises ends the parser's `feed_data` with an `HttpParserError`;
+- a head, and trailers, end with an empty line;
+- of a server, uvicorn needs only `close` and `wait_closed`.
 """
 
 from __future__ import annotations
@@ -56,68 +60,71 @@ from vllm_hotswap.refusals import DOOR, Refusals, address_of, clients_of
 from vllm_hotswap.settings import LimitsConfig
 
 VERSIONS = frozenset(["1.0", "1.1"])
-"""Of HTTP, that are answered. A line without one is of 0.9, which has no header fields."""
+"""HTTP versions that are answered. A request line without one is 0.9, without header fields."""
 
 TRAILER_BYTES = 8 << 10
-"""Of what is in a chunked body besides the body, in one go: trailers, a chunk's extension."""
+"""Most bytes of a chunked body, in one go, that are not its content: trailers, extensions."""
 
 FREE_CHUNKS = 4096
-"""Of one body, however small they are."""
+"""Chunks of one body that may be of any size."""
 
 CHUNK_BYTES = 64
-"""What each further chunk of a body has to have on average. A chunk costs what so many bytes do."""
+"""Least average size of additional chunks. A chunk costs as much as this many bytes."""
 
 PIPELINED = 16
-"""Requests of one connection that wait for the answer before theirs. What follows is dropped."""
+"""Most requests of one connection that wait for an earlier answer. Additional ones are dropped."""
 
 AHEAD_BYTES = 64 << 10
-"""Of bodies of requests that wait for the answer before theirs, together."""
+"""Most bytes of the bodies of requests that wait for an earlier answer, together."""
 
 FIELD_BYTES = 128
-"""What a header field takes besides its text: two objects of Python and their pair."""
+"""Memory of a header field besides its text: two Python objects and their pair."""
 
 REST_S = 5.0
-"""How long the rest of a body may take once its request has been answered."""
+"""Longest time for the rest of a body once its request has been answered."""
 
 LINGER_S = 2.0
-"""How long a connection that was refused stays open, for the answer to arrive.
+"""How long a refused connection stays open, so that the answer arrives.
 
-A connection that is closed while data comes in is reset, which can cost the client the answer.
+A connection that is closed while data comes in is reset, and the client may lose the answer.
 """
 
 EVICTED_AFTER = 3
-"""Times `limits.client_timeout` in which a client took nothing in: its requests end before that."""
+"""A client that reads nothing is disconnected after this many times `limits.client_timeout`.
+
+Its requests are aborted before that.
+"""
 
 KEEP_ALIVE_S = 5.0
 """How long a connection may be idle, unless uvicorn's configuration says otherwise."""
 
 
 def nobody(_: Scope) -> bool:
-    """No request may use a place that is kept."""
+    """Let no request use a reserved place."""
     return False
 
 
 @dataclass(slots=True)
 class Connections:
-    """What all connections share: their bounds, places and deadlines."""
+    """State that all connections share: limits, places and deadlines."""
 
     places: Places
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     may_use_kept: Callable[[Scope], bool] = nobody
-    """Whether a request, with the `type`, `method`, `path`, `root_path` and `headers` of its scope,
-    may use a place that is kept."""
+    """Whether a request may use a reserved place, by the `type`, `method`, `path`, `root_path` and
+    `headers` of its scope."""
     upgraded: dict[asyncio.BaseTransport, Place] = field(default_factory=dict)
-    """Places of connections that have become websockets."""
+    """Places of connections that have become WebSockets."""
     door: Door = field(init=False)
-    """How connections come in, and how many refusals their clients may get."""
+    """How connections are accepted, and how many refusals their clients may get."""
     heads: Deadlines[Connection] = field(init=False)
-    """Connections whose next head is waited for."""
+    """Connections that are to send a head, or the rest of one."""
     idle: Deadlines[Connection] = field(init=False)
     """Connections whose requests are answered, and which have not sent anything since."""
     readers: Deadlines[Connection] = field(init=False)
-    """Connections to which not everything that is to be sent could be sent."""
+    """Connections whose clients have to read before more can be sent."""
     is_stopping: bool = False
-    """Whether the server ends: refusals are told at once."""
+    """Whether the server is stopping: then refusals are sent at once."""
 
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
@@ -129,27 +136,27 @@ class Connections:
         self.keep_alive(KEEP_ALIVE_S)
 
     def keep_alive(self, seconds: float) -> None:
-        """How long a connection may be idle."""
+        """Set how long a connection may be idle."""
         self.idle = Deadlines(seconds, Connection.timeout_keep_alive_handler)
 
     def charge(self, clients: Iterable[Hashable], count: int = 1) -> float:
-        """Note what is refused; for how many seconds to hold the answer back."""
+        """Charge refusals to clients. Return for how many seconds to hold the answer back."""
         pause_s = self.door.refusals.charge(clients, count)
         return 0.0 if self.is_stopping else pause_s
 
     def let_in(self, scope: Scope) -> None:
-        """One is served."""
+        """Note that a request is served."""
         self.door.refusals.let_in(address_of(scope))
 
     def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-        """The class for websockets that has what is the connection's, besides uvicorn's."""
+        """Combine uvicorn's WebSocket class with `Upgraded`."""
         return cast(
             "type[asyncio.Protocol]", type("Counted", (Upgraded, websockets), {"shared": self})
         )
 
 
 class Upgraded(asyncio.Protocol):
-    """A connection that has become a websocket: before uvicorn's class for one, a part of it.
+    """A connection that has become a WebSocket: a mixin before uvicorn's class for one.
 
     Its state is the refusal of its handshake that is held back, if any.
     """
@@ -169,16 +176,16 @@ class Upgraded(asyncio.Protocol):
         async def answered(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope, receive, send)
             if getattr(self, "close_sent", False):
-                self.handshake_complete = True  # with a refusal, which uvicorn takes for none
+                self.handshake_complete = True  # uvicorn does not count a refusal
 
         self.app = answered
         try:
             await super().run_asgi()  # type: ignore[misc]
         finally:
-            self.app = app  # they would hold each other
+            self.app = app  # or `answered` and this object would form a reference cycle
 
     async def refused(self, scope: Scope) -> None:
-        """Hold the refusal of the handshake back. Meanwhile its place is for whoever needs one."""
+        """Hold back the refusal of the handshake. Its place may go to another connection."""
         pause_s = self.shared.charge(clients_of(scope))
         if not pause_s or self.transport.is_closing():
             return
@@ -190,19 +197,19 @@ class Upgraded(asyncio.Protocol):
         await self._pause.last(self.shared.door.wheel, pause_s)
 
     def note_refusal(self, scope: Scope) -> None:
-        """One is refused, and told at once."""
+        """Note a refusal that is sent at once."""
         self.shared.charge(clients_of(scope))
 
     def let_in(self, scope: Scope) -> None:
-        """It is served."""
+        """Note that the handshake is accepted."""
         self.shared.let_in(scope)
 
     def data_received(self, data: bytes) -> None:
-        if self._pause is None:  # nothing is kept of what comes behind a refused handshake
+        if self._pause is None:  # data behind a refused handshake is dropped
             super().data_received(data)
 
     def shutdown(self) -> None:
-        """The server ends. A refusal is told, which ends the connection."""
+        """Stop the connection. A refusal that is held back is sent, which ends it."""
         self.shared.is_stopping = True
         if self._pause is None:
             super().shutdown()  # type: ignore[misc]
@@ -224,25 +231,28 @@ class Upgraded(asyncio.Protocol):
 class Connection(HttpToolsProtocol):
     """One connection.
 
-    Its state, besides uvicorn's: whether a head is next (`_head_next`) and whether a request's
-    bytes are under way (`_in_message`); what the heads of requests take that wait for the answer
-    before theirs (`_ahead`, bytes, the newest first, as in `pipeline`); the request that is
-    answered, which is not the newest where some wait (`_answered`); what arrived of the head so
-    far (`_raw` bytes, of which the parser has not seen those in `_held`); its times in the
-    deadlines of all, and a timer for the end of what is only read to be dropped; and whether it was
-    refused, so that nothing more is read (`_deaf`). The parser changes the first three, from within
-    `data_received`.
+    Its state, besides uvicorn's:
+
+    - `_head_next`, `_in_message`: whether a head is next; whether bytes of a request are under way;
+    - `_ahead`: bytes of the heads of requests that wait for an earlier answer, newest first, as in
+      `pipeline`;
+    - `_answered`: the request that is being answered; not the newest one if some wait;
+    - `_raw`: bytes of the head that have arrived; the parser has not seen those in `_held`;
+    - its entries in the shared deadlines, and `_timer`: when to stop reading what is dropped;
+    - `_deaf`: whether it was refused, so that nothing more is read.
+
+    The parser changes the first three, from within `data_received`.
     """
 
     _place: Place | None = None
     _pause: Pause | None = None
-    """Of a refusal that is held back."""
+    """The wait of a refusal that is held back."""
     _dropped: RequestResponseCycle | None = None
-    """Whose refusal is or was held back: of its body, nothing is kept."""
+    """The request whose refusal is or was held back: its body is dropped."""
     _unsaid: tuple[HotswapError, Callable[[], None]] | None = None
-    """What is to be said later, and what takes that back."""
+    """An error to send later, and what cancels that."""
     _context: Context
-    """The connection's own, of which each of its requests has a copy."""
+    """The connection's own; each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
     _unsent = 0
     _deaf = False
@@ -253,7 +263,7 @@ class Connection(HttpToolsProtocol):
     _chunks = _chunk_bytes = 0
     _moved = False
     _held = bytearray()
-    """Replaced, and never changed, before anything is put into it."""
+    """An empty buffer that the class shares: replaced, and never changed, before it is filled."""
     _tail = b""
 
     def __init__(
@@ -279,7 +289,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._context = copy_context()
         assert self._arrival is not None
-        self.client = self._arrival.client  # of one that has gone, the transport knows no address
+        self.client = self._arrival.client  # the transport knows no address if the client has gone
         self._place = self._arrival.handed_over()
         has_ended = self._arrival.has_ended
         self._arrival = None
@@ -295,7 +305,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._place is not None:
             self._place.leave()
-            self._place = None  # they hold each other, and would wait for the collector
+            self._place = None  # breaks a reference cycle, which would wait for the collector
         self._stop_timers()
         self._go_on()
         if self._unsaid is not None:
@@ -303,12 +313,12 @@ class Connection(HttpToolsProtocol):
             take_back()
         super().connection_lost(exc)
         if (answered := self._answered) is not None and not answered.response_complete:
-            answered.disconnected = True  # uvicorn tells the newest one alone
+            answered.disconnected = True  # uvicorn notifies only the newest one
             answered.message_event.set()
         self._answered = None
 
     def give_way(self) -> None:
-        """Close the connection: its place is needed, and it waits."""
+        """Close the connection, which waits: another one needs its place."""
         self._deaf = True
         if self.transport.get_write_buffer_size():
             self.transport.abort()
@@ -336,8 +346,8 @@ class Connection(HttpToolsProtocol):
                     if self._should_upgrade():
                         self.handle_websocket_upgrade()
                         return
-                    # Whoever wants another protocol, such as HTTP/2, is answered in HTTP/1.1: RFC
-                    # 9110, 7.8. The parser has stopped behind that request.
+                    # A client that asks for another protocol, such as HTTP/2, is answered in
+                    # HTTP/1.1: RFC 9110, 7.8. The parser has stopped behind that request.
                     data = data[upgrade.args[0] :]
         except httptools.HttpParserError:
             self._refuse(self._fault or MalformedRequest())
@@ -358,7 +368,7 @@ class Connection(HttpToolsProtocol):
             self._shared.upgraded[self.transport] = self._place
         self._context.run(super().handle_websocket_upgrade)
         if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
-            # `websockets` does not take the head, and uvicorn would leave it at that.
+            # `websockets` refused the head, and uvicorn would send no answer.
             self._say(MalformedRequest())
 
     def pause_writing(self) -> None:
@@ -367,7 +377,7 @@ class Connection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._watch_reader_anew()  # what is sent from now on has a time of its own
+        self._watch_reader_anew()  # a new deadline for what is sent from now on
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -410,7 +420,7 @@ class Connection(HttpToolsProtocol):
             self._fail(self._too_many())
         if self._parsed > self._head_bytes:
             self._fail(self._too_large())
-        # What uvicorn does, without a call: there are many of them.
+        # Inlined from uvicorn: a call for each of many fields would cost too much.
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
@@ -419,7 +429,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         place = self._place
         if place is not None:
-            if self._pause is None:  # what comes behind a refusal waits with it
+            if self._pause is None:  # a request behind a refusal waits with it
                 place.is_busy()
             if place.is_kept and not self._shared.may_use_kept(self._begun_scope()):
                 self._fail(TooManyConnections())
@@ -429,20 +439,20 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_http_version() not in VERSIONS:
             self._fail(MalformedRequest())
         if self._has_body() and self.parser.should_upgrade():
-            # The parser would take the body for something else; a websocket's head has none.
+            # The parser would not read the body as one; a WebSocket's head has none.
             self._fail(MalformedRequest() if self._should_upgrade() else UpgradeWithBody())
         self._look_ahead()
         super().on_headers_complete()
         self._head_next = False
         if self.pipeline:
-            self.flow.resume_reading()  # while it is paused, nobody notices that the client goes
+            self.flow.resume_reading()  # while paused, a disconnect of the client goes unnoticed
         else:
             self._answered = self._last
         if place is not None and place.is_kept and self._last is not None:
             self._last.keep_alive = False
 
     def _look_ahead(self) -> None:
-        """Bound what requests hold that wait: together, what one may. No handshake waits."""
+        """Limit the heads of waiting requests, together, to the size of one. No handshake waits."""
         if not self._is_answering:
             return
         if self.parser.should_upgrade() and self._should_upgrade():
@@ -454,9 +464,10 @@ class Connection(HttpToolsProtocol):
         self._ahead.appendleft(weight)
 
     def _look_at_bodies(self) -> None:
-        """Bound what bodies hold that wait.
+        """Limit the bodies of waiting requests.
 
-        A pause would have the request before them worked on to its end for a client that has gone.
+        Reading is not paused instead: then a disconnect would go unnoticed, and the request before
+        them would run to its end for a client that has gone.
         """
         if sum(len(cycle.body) for cycle, _ in self.pipeline) > AHEAD_BYTES:
             self._fail(MalformedRequest())
@@ -491,7 +502,7 @@ class Connection(HttpToolsProtocol):
     # --- answers --------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
-        # As uvicorn's, but for a timer that would be made and cancelled for each request.
+        # As uvicorn's, but without a timer that is made and cancelled for each request.
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             self._watch_reader()
@@ -502,7 +513,7 @@ class Connection(HttpToolsProtocol):
             self._answered = following[0]
             self.flow.resume_reading()
             if self._place is not None:
-                self._place.is_busy()  # it may have waited with a refusal before
+                self._place.is_busy()  # a refusal that was held back may have made it wait
             self._start_asgi_task(*following)
         else:
             self.flow.resume_reading()
@@ -514,16 +525,17 @@ class Connection(HttpToolsProtocol):
                 await app(scope, receive, send)
             finally:
                 if not cycle.response_complete:
-                    self.loop.call_soon(self._watch_reader)  # uvicorn closes it before that
+                    self.loop.call_soon(self._watch_reader)  # after uvicorn has closed it
 
-        # Not the one of the request before, in whose task it may be that this one begins, or that
-        # reading went on, and with it, in asyncio's loop, all that is read from then on.
+        # In the connection's context. This may run in the task of an earlier request, which starts
+        # this one or resumes reading. Its context would leak into this request and, with asyncio's
+        # loop, into everything that is read from then on.
         self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
 
     async def refused(self, scope: Scope) -> None:
-        """Hold the refusal of a request back. Meanwhile its place is for whoever needs one.
+        """Hold back the refusal of a request. Its place may go to another connection.
 
-        Its body is read on, and dropped: so the end of the connection is noticed.
+        The rest of its body is read and dropped, so that a disconnect is noticed.
         """
         pause_s = self._shared.charge(clients_of(scope))
         if not pause_s or self.transport.is_closing():
@@ -541,23 +553,23 @@ class Connection(HttpToolsProtocol):
             self._pause = None
 
     def note_refusal(self, scope: Scope) -> None:
-        """A request is refused, and told at once."""
+        """Note a refusal that is sent at once."""
         self._shared.charge(clients_of(scope))
 
     def let_in(self, scope: Scope) -> None:
-        """A request is served."""
+        """Note that a request is served."""
         self._shared.let_in(scope)
 
     def _read_on(self) -> None:
-        """What comes is dropped from now on, and so the end of the connection is noticed.
+        """Resume reading: data is dropped from now on, but a disconnect is noticed.
 
-        Where it was reset a moment ago, uvloop raises `RuntimeError`.
+        If the connection was reset a moment ago, uvloop raises `RuntimeError`.
         """
         with suppress(RuntimeError):
             self.flow.resume_reading()
 
     def _go_on(self) -> None:
-        """Hold back nothing more."""
+        """End the wait of a refusal that is held back, if any."""
         if self._pause is not None:
             self._pause.end()
 
@@ -574,7 +586,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle
 
     def _idle(self) -> None:
-        """Every request that has arrived is answered; the rest of a body may be under way."""
+        """Wait for the next request, or the rest of a body: all that have arrived are answered."""
         if self._place is not None:
             self._place.waits()
         if self._raw:
@@ -589,14 +601,14 @@ class Connection(HttpToolsProtocol):
             self._shared.idle.begin(self)
 
     def _watch_reader_anew(self) -> None:
-        """The client took something in, or more is to be sent than before."""
+        """Restart the deadline: the client has read something, or there is more to send."""
         self._shared.readers.end(self)
         self._watch_reader()
 
     def _watch_reader(self) -> None:
-        """Where the client has to take in what is not sent yet, look later whether it does.
+        """If the client has to read unsent data, check later whether it does.
 
-        It has to if nothing more can be sent until then, and if the connection is to end.
+        It has to if nothing more can be sent until then, or if the connection is to end.
         """
         if self in self._shared.readers:
             return
@@ -607,7 +619,7 @@ class Connection(HttpToolsProtocol):
             self._shared.readers.begin(self)
 
     def look_at_reader(self) -> None:
-        """Let go of a client that has taken nothing in for as long as it may."""
+        """Disconnect a client that has read nothing since the deadline began."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and unsent >= self._unsent:
             self.transport.abort()
@@ -617,9 +629,9 @@ class Connection(HttpToolsProtocol):
     # --- heads ----------------------------------------------------------------------------
 
     def _gathered(self, data: bytes) -> bytes:
-        """What the parser is to see of a head that comes in pieces; nothing for now, mostly.
+        """Collect a head that comes in pieces; return it once it is complete or too large.
 
-        For every piece of it the parser would copy what it has of the field: that is quadratic.
+        For each piece, the parser would copy what it has of the field: quadratic time.
         """
         self._held += data
         seen = self._tail + data
@@ -631,11 +643,11 @@ class Connection(HttpToolsProtocol):
         return held
 
     def _look_at_head(self, data: bytes) -> None:
-        """After the parser has seen all there is: nothing of a head, or a part of one."""
+        """Start the deadline of a head that the parser has seen a part of, or refuse it."""
         if not self._raw:
             if not self._in_message:
                 return
-            self._raw = self._parsed + 1  # it began after the end of another request
+            self._raw = self._parsed + 1  # it began in the data that ended another request
         if self._raw > self._head_bytes:
             self._refuse(self._too_large())
             return
@@ -643,7 +655,7 @@ class Connection(HttpToolsProtocol):
         self._shared.heads.begin(self)
 
     def _begun_scope(self) -> dict[str, Any]:
-        """Of the request whose head is complete, as far as it tells who asks for what."""
+        """Return the part of a complete head's scope that says who asks for what."""
         is_websocket = self.parser.should_upgrade() and self._should_upgrade()
         path = httptools.parse_url(self.url).path or b""
         return {
@@ -679,7 +691,7 @@ class Connection(HttpToolsProtocol):
             self._timer = None
 
     def head_is_late(self) -> None:
-        """Refuse what there is of a head. One that came too early has its time later."""
+        """Refuse an incomplete head. While an answer is under way, its deadline starts later."""
         if self._is_answering:
             return
         if self._raw:
@@ -688,30 +700,33 @@ class Connection(HttpToolsProtocol):
             self._end()
 
     def _end(self) -> None:
-        """Nothing that could still come is wanted."""
+        """Close the connection; nothing more is read."""
         self._timer = None
         self.transport.close()
         self._watch_reader()
 
     def _fail(self, error: HotswapError) -> None:
-        """Have the parser stop; to be called by what it calls."""
+        """Stop the parser by an error; called from its callbacks."""
         self._fault = error
         raise error
 
     def _refuse(self, error: HotswapError) -> None:
-        """Read nothing more; tell why, if that cannot be taken for the answer to something else."""
+        """Read nothing more; send the error, unless it could pass for another request's answer.
+
+        Requests before it are answered first; then the connection is closed.
+        """
         self._deaf = True
         self._stop_timer()
         if isinstance(error, TooManyConnections):
             places = self._shared.places
             log_of_clients.warning("event=connection_refused code=%s places=%r", error.code, places)
         if self.transport.is_closing():
-            return  # its last word is said, perhaps not sent yet
+            return  # its last answer is written, perhaps not sent yet
         pause_s = self._shared.charge([self._client], 1 + len(self.pipeline))
         if not self._is_answering:
             self._say_later(pause_s, error)
         elif self._head_next:
-            self.cycle.keep_alive = False  # those before it are answered, then it is closed
+            self.cycle.keep_alive = False  # requests before it are answered, then it is closed
         elif self.pipeline:
             self._drop_newest()
         elif self.cycle.response_started:
@@ -725,9 +740,9 @@ class Connection(HttpToolsProtocol):
             self._go_on()
 
     def _drop_newest(self) -> None:
-        """Of requests that wait. Those before it are answered, then the connection is closed.
+        """Drop the newest waiting request. Those before it are answered, then it is closed.
 
-        What comes is read on, and dropped: so the end of the connection is noticed.
+        Further data is read and dropped, so that a disconnect is noticed.
         """
         self.pipeline.popleft()
         self._ahead.popleft()
@@ -769,15 +784,15 @@ class Connection(HttpToolsProtocol):
 
 
 class Config(uvicorn.Config):
-    """With what the connections of one server share, once they are bounded."""
+    """uvicorn's configuration, with the state that bounded connections share."""
 
     shared: Connections | None = None
 
 
 def bounded(config: Config, shared: Connections) -> Config:
-    """A loaded configuration with the classes of this module.
+    """Put the classes of this module into a loaded configuration, and return it.
 
-    Where uvicorn has none for websockets, it stays so.
+    If uvicorn has no class for WebSockets, there is still none.
     """
     shared.keep_alive(config.timeout_keep_alive)
     config.shared = shared

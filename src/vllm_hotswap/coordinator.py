@@ -2,7 +2,7 @@
 
 Decisions are plain methods: between two awaits nothing else runs, so they need no locks. Slow
 work (draining, making room, loading, activating) runs in one task per switch, `_run_switch`, whose
-phases are the ones in `states.SwitchPhase`. Where models go meanwhile is `ladder`'s part.
+phases are listed in `states.SwitchPhase`. `ladder` moves models between residencies.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ Clock = Callable[[], float]
 log = logging.getLogger("vllm_hotswap")
 
 CONNECTION_LOOK_S = 0.5
-"""How often a drain looks whether a connection has become idle."""
+"""Interval at which a drain checks for idle WebSockets."""
 
 SLOW_LOOK_S = 10.0
-"""How long a drain in the mode `auto` watches clients that it waits for."""
+"""How long a drain in the mode `auto` watches its clients before it looks for slow readers."""
 
 IDLE_CHECK_S = 1.0
-"""How often models are looked at that may rest when nobody uses them."""
+"""Interval between checks for idle models."""
 
 DEVICE_CHECK_S = 5.0
-"""How often it is seen whether other processes have taken memory of the device."""
+"""Interval between checks for device memory taken by other processes."""
 
 
 class Coordinator:
@@ -95,18 +95,18 @@ class Coordinator:
     The whole mutable state is:
 
     - `_active`: the model that is stepped, None before the first activation or after its death;
-    - `_is_resting`: whether none is, because nobody has asked for one;
-    - `_used_s`: when there was something to do last;
-    - `_last_active`: the one that was active last, which recovery brings back;
+    - `_is_resting`: whether no model is active because no request needs one;
+    - `_used_s`: when the server last had something to do;
+    - `_last_active`: the model that was active last, which recovery brings back;
     - `_epoch`: raised at every activation, never lowered;
     - `_switch`: the switch under way, if any, with the requests held for its target;
     - `_host_down`: why there is no engine host now, until there is one again;
-    - `_ended`: why nothing will be served any more, once that is so;
-    - `_orders`: calls for a switch that wait until one that was not ordered has ended;
-    - leases of each model in the registry; residencies change through `ladder`, and `recovery`
-      counts what has failed.
+    - `_ended`: why the server has stopped serving for good, if it has;
+    - `_orders`: explicit switch calls that wait for an automatic switch to end;
+    - leases of each model in the registry. Residencies change through `ladder`, and `recovery`
+      counts failures.
 
-    All of it is changed by methods of this class, on the event loop, and nowhere else.
+    Only methods of this class change it, on the event loop.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Coordinator:
         )
         self.jobs = Jobs(self, observer, self._settings.max_lease, clock)
         self.dispatcher: Dispatcher | None = None
-        """Has requests wait and switches, in the mode `auto`."""
+        """Queues requests and starts switches in the mode `auto`; None in the mode `manual`."""
         if self._settings.mode == "auto":
             self.dispatcher = Dispatcher(
                 self, self.registry, self.ladder, self._settings, self._limits, clock
@@ -190,21 +190,21 @@ class Coordinator:
 
     @property
     def operation_id(self) -> str | None:
-        """The switch under way."""
+        """Return the id of the switch under way, if any."""
         return self._switch.operation_id if self._switch else None
 
     def idle_s(self, model: Model) -> float | None:
-        """Seconds since somebody last used the model; None if nobody has."""
+        """Return the seconds since the model was last used; None if it never was."""
         return None if model.last_used_s is None else self._clock() - model.last_used_s
 
     @property
     def target(self) -> str | None:
-        """The target of the switch under way."""
+        """Return the alias of the target of the switch under way, if any."""
         return self._switch.target.alias if self._switch else None
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their model, but for parked ones."""
+        """Return how many requests wait for their model, without parked ones."""
         if self.dispatcher is not None:
             return self.dispatcher.scheduler.waiting
         return len(self._switch.held) if self._switch else 0
@@ -216,7 +216,7 @@ class Coordinator:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing can be served, or None."""
+        """Return why nothing can be served, or None."""
         if self._why_down is not None:
             return self._why_down
         if self._active is not None or self._is_resting:
@@ -244,7 +244,7 @@ class Coordinator:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request for the active model is served now; in the mode `auto`: in its turn."""
+        """Whether requests for the active model are served now; in the mode `auto`, in turn."""
         is_open = self._switch is None or self._switch.phase is SwitchPhase.VALIDATE
         is_open = is_open or self.dispatcher is not None
         is_there = self._active is not None or self._is_resting
@@ -252,7 +252,7 @@ class Coordinator:
 
     @property
     def given_up(self) -> asyncio.Future[str]:
-        """Done when nothing will be served any more, although nobody has asked for that."""
+        """Future that is done when the server has given up, without having been stopped."""
         if self._given_up is None:
             self._given_up = asyncio.get_running_loop().create_future()
         return self._given_up
@@ -262,14 +262,14 @@ class Coordinator:
     async def start(self, load: Iterable[str], default: str) -> None:
         """Load the aliases of `load`, and activate `default`.
 
-        Models that the budget holds together are loaded together. Otherwise they are loaded one
-        after the other, `default` last, and who does not fit any more moves down.
+        Models that fit into the budget together are loaded together. Otherwise they are loaded one
+        after the other, `default` last, and a model that no longer fits moves down.
 
         Raises:
             HotswapError: one of them cannot be loaded; the message names it.
         """
         self._host.died.add_done_callback(self._host_died)
-        _ = self.given_up  # belongs to this loop
+        _ = self.given_up  # created here, so that it belongs to this loop
         self.ladder.check()
         self._default = first = self.registry.resolve(default)
         others = [self.registry.resolve(alias) for alias in load if alias != default]
@@ -288,7 +288,7 @@ class Coordinator:
         self._is_activated(first)
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
-        # All at once: the host makes the next engine while this process builds a frontend.
+        # Concurrently: the host makes the next engine while this process builds a frontend.
         loads = [asyncio.create_task(self.ladder.bring_up(model)) for model in (first, *others)]
         try:
             await loads[0]
@@ -308,11 +308,11 @@ class Coordinator:
     # --- residency --------------------------------------------------------------------------
 
     def plan(self, alias: str) -> Plan:
-        """What a switch to `alias` would do, without doing it. Raises `UnknownModel`, `NoRoom`."""
+        """Plan a switch to `alias` without doing it. Raises `UnknownModel`, `NoRoom`."""
         return self.ladder.plan(self._usable(self.registry.resolve(alias).alias), self._active)
 
     async def load(self, alias: str) -> OperationResult:
-        """Load a model, up to `parked`; the active one stays where it is."""
+        """Load a model, up to `parked`; the active one stays active."""
         return await self.ladder.load(self._usable(alias))
 
     async def wake(self, alias: str) -> OperationResult:
@@ -331,7 +331,7 @@ class Coordinator:
         self.ladder.cancel_prefetch(self._usable(alias))
 
     def announce(self, alias: str) -> Announcement:
-        """Somebody says that a model is next."""
+        """Prepare for a model that a caller announced as the next one."""
         return self.foresight.announce(self._usable(alias))
 
     def pin(self, alias: str, pinned: bool) -> None:
@@ -348,17 +348,17 @@ class Coordinator:
     async def add_adapter(
         self, alias: str, name: str, path: Path, is_3d: bool = False, in_place: bool = False
     ) -> Adapter:
-        """Serve an adapter with a model from now on; a model that is not loaded loads it later.
+        """Serve an adapter of a model from now on; if the model is not loaded, it loads it later.
 
         Args:
             alias: the model.
             name: what clients will send in `model`.
             path: the adapter's folder.
             is_3d: vLLM's `is_3d_lora_weight`.
-            in_place: an adapter of the model may have the name; it is replaced.
+            in_place: replace an adapter of this model that already has the name.
 
         Raises:
-            AdapterRefused: it cannot be used; nothing has changed.
+            AdapterRefused: the adapter cannot be used; nothing has changed.
             NameTaken, ModelInUse: the name is not free.
         """
         model = self._usable(alias)
@@ -369,10 +369,10 @@ class Coordinator:
 
             check()
             try:
-                # Looked at again once it is loaded: requests have come and gone meanwhile.
+                # The engine calls `check` again once it is loaded: requests may have come since.
                 async with asyncio.timeout(self._adding_timeout_s):
                     return await model.engine.add_adapter(name, path, is_3d, model.is_loaded, check)
-            except TimeoutError:  # its folder may lie on a slow disk: no reason to end the host
+            except TimeoutError:  # perhaps a slow disk: no reason to stop the host
                 raise AdapterRefused(
                     f"adapter {name!r} was not added within {self._adding_timeout_s:g} s"
                 ) from None
@@ -380,7 +380,7 @@ class Coordinator:
                 raise AdapterRefused(error.message) from error
 
     def remove_adapter(self, alias: str, name: str) -> int:
-        """Serve no further request with an adapter; how many go on with it."""
+        """Admit no new request for an adapter. Return how many continue with it."""
         model = self.registry.model(alias)
         if name not in model.engine.adapters:
             raise UnknownAdapter(model.alias, name, model.engine.adapters)
@@ -392,7 +392,7 @@ class Coordinator:
         if name in self.registry.names and not (in_place and is_own):
             hint = "; give in_place (vLLM's load_inplace) to replace it" if is_own else ""
             raise NameTaken(f"the name {name!r} is taken; aliases and adapters share names{hint}")
-        # vLLM takes two adapters for the same that have one name, whatever their numbers.
+        # vLLM treats adapters with the same name as one, whatever their ids are.
         if in_flight := model.in_flight_as(name):
             raise ModelInUse(
                 model.alias,
@@ -401,7 +401,7 @@ class Coordinator:
             )
 
     async def rest_idle_models(self) -> None:
-        """Until cancelled, move models down that nobody has used for as long as they may stay."""
+        """Until cancelled, move models down that have been idle for as long as they may be."""
         while self.ladder.has_idle_policies or self._settings.return_to_default is not None:
             await asyncio.sleep(IDLE_CHECK_S)
             try:
@@ -410,44 +410,45 @@ class Coordinator:
                 log.warning("event=rest_failed cause=%r", one_line(error))
 
     async def watch_device(self) -> None:
-        """Until cancelled, see whether other processes have taken memory that models count on."""
+        """Until cancelled, watch for memory that models count on and other processes have taken."""
         while self._host.is_device_shared:
             await asyncio.sleep(DEVICE_CHECK_S)
             if self.is_host_down:
                 continue
             try:
                 await self.ladder.relieve()
-            except Exception as error:  # noqa: BLE001  # the next look may be better
+            except Exception as error:  # noqa: BLE001  # the next check may succeed
                 log.warning("event=relief_failed cause=%r", one_line(error))
 
     async def rest_idle(self) -> None:
-        """Whatever is to be done after a while without requests."""
+        """Move idle models down, and return to the default model if that is due."""
         await self.ladder.rest_idle()
         if self.dispatcher is not None:
             await self._rest_active()
         self._return_to_default()
 
     def _idle_s(self) -> float:
-        """Seconds without a request, a switch and a job lease."""
+        """Return the seconds without a request, a switch and a job lease."""
         is_asked = any(model.leases or model.entered for model in self.registry)
         if is_asked or self._switch is not None or self.jobs.model is not None:
             return 0.0
         return self._clock() - self._used_s
 
     async def _rest_active(self) -> None:
-        """Have the active model sleep, or unload it; the next request brings one up."""
+        """Put the active model to sleep, or unload it; the next request brings one up."""
         if self._place_to_rest() is None:
             return
         async with self.ladder.turn():
-            # It may have been used meanwhile, or be another one.
+            # Check again: a request or a switch may have come while this waited for the turn.
             model, to = self._active, self._place_to_rest()
             if model is not None and to is not None:
+                # Before the await below: no request may be admitted to a model on its way down.
                 self._active, self._is_resting = None, True
                 if self.dispatcher is not None:
                     self.dispatcher.advance()
                 last_used_s = model.last_used_s
                 await self.ladder.move_down(model, to)
-                model.last_used_s = last_used_s  # for where it goes next
+                model.last_used_s = last_used_s  # a later idle policy counts from the last use
 
     def _place_to_rest(self) -> Residency | None:
         if self._active is None or self._why_down is not None:
@@ -459,7 +460,7 @@ class Coordinator:
         if after_s is None or default is None or self._active in (None, default):
             return
         if self._why_down is None and self._idle_s() >= after_s:
-            # In the mode `manual`, whoever comes in this very moment is served instead.
+            # In the mode `manual`, a request that arrives at this moment is served instead.
             timeout_s = self._settings.drain_timeout if self.dispatcher else 0.0
             switch = self._begin(default, timeout_s, "refuse")
             switch.automatic = True
@@ -475,15 +476,16 @@ class Coordinator:
     ) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
-        Entering may wait for the switch under way. In the mode `auto` it does not: before it gives
-        anything to the engine, the body has to wait for its turn (`Lease.ask`). A body whose lease
-        is cut (`Lease.on_cut`) has `CUT_GRACE_S` to end by itself before its task is cancelled.
+        Entering may wait for the switch under way. In the mode `auto` it does not: instead, the
+        body has to wait for its turn (`Lease.ask`) before it gives anything to the engine. When
+        its lease is cut (`Lease.on_cut`), the body has `CUT_GRACE_S` to end before its task is
+        cancelled.
 
         Args:
             alias: the model, by any of its names; None for the active one.
-            terms: what the request asks for of its turn, in the mode `auto`.
-            look_at: called, in that mode, if the model has never been loaded and there is no
-                frontend yet that could look at the request. Entering waits for its turn then.
+            terms: the request's terms for its turn, in the mode `auto`.
+            look_at: called in the mode `auto` if the model has never been loaded, so that no
+                frontend can check the request yet. Then entering waits for its turn.
 
         Raises:
             UnknownModel, ModelNotActive, ModelSwitching, QueueFull, WaitTimeout, SwitchFailed,
@@ -501,12 +503,12 @@ class Coordinator:
             self._release(lease)
 
     def max_wait_s(self, model: Model) -> float:
-        """For how long a request of the model waits before it is due, if it says nothing."""
+        """Return after how long a waiting request of the model is due, unless it says otherwise."""
         own_s = model.policy.max_wait_s
         return self._settings.max_wait if own_s is None else own_s
 
     def meant(self, alias: str | None) -> Model:
-        """The model that a request is for, by the name that it has for it, if any.
+        """Return the model that a request is for: by the name in the request, if it has one.
 
         Raises `UnknownModel`, `AdapterUnavailable`.
         """
@@ -518,7 +520,7 @@ class Coordinator:
 
     @contextmanager
     def reserved(self, alias: str | None, requests: int) -> Iterator[None]:
-        """Room for a call that becomes several engine requests, until it is over.
+        """Reserve room for a request that becomes several engine requests, while the body runs.
 
         Raises `QueueFull`, `UnknownModel`, `AdapterUnavailable`.
         """
@@ -605,7 +607,7 @@ class Coordinator:
         return lease
 
     def grant(self, model: Model, lease: Lease) -> None:
-        """Have a request use its model from now on."""
+        """Admit a request to its model."""
         self._used_s = model.last_used_s = now_s = self._clock()
         lease.admit(self._epoch, now_s)
         model.leases[lease] = None
@@ -628,14 +630,16 @@ class Coordinator:
             async with asyncio.timeout(self._settings.wait_timeout):
                 return await held
         except TimeoutError:
-            if lease := _granted(held):  # in the very turn in which the time was up
+            # The lease may be granted in the same loop iteration in which the time is up. Then the
+            # model counts it already: dropping it would block every later drain.
+            if lease := _granted(held):
                 return lease
             raise WaitTimeout(
                 f"the request waited {self._settings.wait_timeout:g} s for a switch "
                 "(switching.wait_timeout); retry when it has ended"
             ) from None
         except asyncio.CancelledError:
-            if lease := _granted(held):  # in the very turn in which the client left
+            if lease := _granted(held):  # granted in the same iteration, as above: give it back
                 self._release(lease)
             raise
         finally:
@@ -690,10 +694,10 @@ class Coordinator:
     ) -> SwitchResult:
         """Make `alias` the active model; wait until it is.
 
-        `key` is the fingerprint of the caller's key, for the record.
+        A call for the target of the switch under way joins that switch. A call for another model
+        waits for an automatic switch to end. A caller that leaves does not stop the switch.
 
-        Calls for the target that is being switched to join that switch; a switch that the server
-        has decided on is waited for. A caller who leaves does not stop it.
+        `key` is the fingerprint of the caller's key, for events.
 
         Raises:
             UnknownModel, ModelLeased, SwitchInProgress, SwitchRateLimited, DrainRefused,
@@ -701,6 +705,7 @@ class Coordinator:
         """
         target = self.registry.resolve(alias)
         await self._until_ordered(target)
+        # No await from here to `_begin`, or two calls could each begin a switch.
         if self._why_down is not None:
             raise EngineUnavailable(self._why_down)
         if self._switch is None:
@@ -724,7 +729,7 @@ class Coordinator:
         return await _result(switch)
 
     async def _until_ordered(self, target: Model) -> None:
-        """Wait for a switch to another target that nobody has ordered; no further one begins."""
+        """Wait for an automatic switch to another target; no further automatic one begins."""
         self._orders += 1
         try:
             while (switch := self._switch) and switch.automatic and switch.target is not target:
@@ -733,6 +738,7 @@ class Coordinator:
         finally:
             self._orders -= 1
             if self.dispatcher is not None:
+                # Later: now, `advance` could begin an automatic switch before this call's own.
                 asyncio.get_running_loop().call_soon(self.dispatcher.advance)
 
     @property
@@ -741,20 +747,20 @@ class Coordinator:
         if self._switch is not None or self._why_down is not None or self._orders:
             return False
         if self.jobs.model not in (None, self.active):
-            return False  # it is brought back, or up
+            return False  # the model that jobs hold is being brought up, or back
         is_settled = self._active is not None or self._is_resting or self.recovery.is_degraded
         return self._is_started and is_settled
 
     def begin_switch(
         self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
     ) -> Switch:
-        """Switch without ending anybody's request: who runs longer is parked, or waited for."""
+        """Switch without aborting requests: those that run longer are parked or waited for."""
         switch = self._begin(target, self._settings.drain_timeout, "park")
         switch.automatic, switch.may_park, switch.drain_until_s = True, may_park, drain_until_s
         return switch
 
     def look_at_drain(self) -> None:
-        """See whether a switch is to wait for what runs for as long as was thought."""
+        """Make a drain that is under way ask again until when it may wait."""
         if self._switch is not None and self._switch.source is not None:
             drain.look_again(self._switch.source)
 
@@ -765,14 +771,14 @@ class Coordinator:
         return await self.jobs.hold(self._usable(alias).alias, owner, ttl_s, note, key)
 
     def leases_changed(self) -> None:
-        """Jobs hold another model than before, or until another time."""
+        """Note that jobs hold another model than before, or until another time."""
         self._used_s = self._clock()
         if self.dispatcher is not None:
             self.dispatcher.held_until(self._held_until_s)
 
     @property
     def _held_until_s(self) -> float | None:
-        """Until when the active model is held for jobs."""
+        """Return until when jobs hold the active model; None if they do not."""
         return self.jobs.until_s if self.jobs.model == self.active else None
 
     def _begin(self, target: Model, drain_timeout_s: float, policy: DrainPolicy) -> Switch:
@@ -780,11 +786,11 @@ class Coordinator:
             _operation_id(), self._active, target, drain_timeout_s, self._clock(), policy
         )
         self.foresight.switch_begins(target)
-        # In a context of its own: what it asks of engines is no part of whichever request began it.
+        # In its own context: engine calls of the switch do not belong to the request that began it.
         switch.task = asyncio.create_task(
             self._run_switch(switch), name=f"switch-{target.alias}", context=Context()
         )
-        # A switch whose caller has left may fail with nobody to retrieve the exception.
+        # If the caller has left, nothing else retrieves the exception of a failed switch.
         switch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return switch
 
@@ -799,7 +805,7 @@ class Coordinator:
                     raise
                 return self._finish(switch)
         except BaseException as error:
-            # Also if it was cancelled while it waited for its turn, or on the way back.
+            # Also if it was cancelled while it waited for the turn, or during the rollback.
             raise self._give_up_switch(switch, error) from error
 
     async def _take_over(self, switch: Switch) -> None:
@@ -814,7 +820,7 @@ class Coordinator:
         async with self._phase(switch, SwitchPhase.DRAIN):
             await self._drain(switch)
         switch.is_awaited = target.waking is not None
-        self.ladder.cancel_prefetch(target)  # the load reads on
+        self.ladder.cancel_prefetch(target)  # the load reads the rest itself
         async with self._phase(switch, SwitchPhase.MAKE_ROOM):
             room = await self.ladder.make_room(target)
             switch.evicted, switch.requests_lost = room.evicted, room.requests_lost
@@ -829,7 +835,7 @@ class Coordinator:
                 await self._verify(target)
 
     def _validate(self, switch: Switch) -> None:
-        """Refuse what cannot work while the source has given up nothing."""
+        """Refuse what cannot work, while the source has not given up anything."""
         target = switch.target
         self.ladder.revive(target)
         reads_files = target.residency in (Residency.COLD, Residency.DISCARDED)
@@ -841,7 +847,7 @@ class Coordinator:
             self.ladder.begin_prefetch(target)
 
     async def _drain(self, switch: Switch) -> None:
-        """Wait for the source's leases; do what the policy says with those left at the deadline."""
+        """Wait for the source's leases; apply the policy to those left at the deadline."""
         source = switch.source
         if source is None:
             return
@@ -857,14 +863,14 @@ class Coordinator:
                 raise DrainRefused(source.alias, target, len(source.leases), timeout_s)
             case "park":
                 self._park(switch, source)
-        # Those that cannot be parked, or all.
+        # With `park`, those that could not be parked; with `abort`, all of them.
         cut = DrainCut(source.alias, target, timeout_s)
         running = [lease for lease in source.leases if not lease.is_parked]
         switch.requests_cut = drain.end(running, cut)
         await drain.until_ended(source)
 
     def _drain_deadline(self, switch: Switch) -> Callable[[], float]:
-        """Says until when a switch waits for what runs, by the clock of the loop's timers."""
+        """Return a function that says until when the drain waits, on the event loop's clock."""
         now_s, until_s = asyncio.get_running_loop().time(), switch.drain_until_s
         if until_s is None:
             return lambda: now_s + switch.drain_timeout_s
@@ -872,10 +878,10 @@ class Coordinator:
         return lambda: until_s() + ahead_s
 
     async def _drain_to_the_end(self, switch: Switch, source: Model) -> None:
-        """Park who still runs, if nobody is lost by that; wait for the others.
+        """Park requests that still run, if no parked request is lost by that; wait for the others.
 
-        Not for clients that read slower than their answers come: those would hold up everybody for
-        as long as they like.
+        Requests whose clients read slower than their answers come are aborted: otherwise such a
+        client could hold up all others for as long as it likes.
         """
         if switch.may_park and self.ladder.can_keep_parked(switch.target):
             self._park(switch, source)
@@ -893,9 +899,10 @@ class Coordinator:
             switch.requests_cut += drain.end(slow, SlowReader(switch.target.alias))
 
     async def _until_empty(self, source: Model, until_s: Callable[[], float]) -> None:
-        """Wait for its requests. A connection whose last one ends meanwhile is not waited for.
+        """Wait for the source's requests, but not for WebSockets that have become idle.
 
-        `until_s` says until when, by the loop's clock; it is asked again by `look_at_drain`.
+        `until_s` returns until when, on the loop's clock. It is called again after every wake-up;
+        `look_at_drain` causes one.
         """
         now_s = asyncio.get_running_loop().time
         while True:
@@ -917,16 +924,16 @@ class Coordinator:
             self._observer.notify(RequestsParked(self._epoch, source.alias, count))
 
     async def _activate(self, target: Model) -> None:
-        """Have the target stepped, and its parked requests go on."""
+        """Make the target the stepped engine. If it is verified, its parked requests continue."""
         epoch = self._epoch + 1
         parked = target.parked
         for lease in parked:
-            # Before the engine is told: its first outputs may come before its answer.
+            # Before the command is sent: the first outputs may arrive before its result.
             lease.await_verdict(epoch)
         is_to_be_verified = self._settings.verify and not target.is_verified
         activating = target.engine.activate(epoch, is_to_be_verified)
         await self.ladder.told(target, Step.ACTIVATE.value, activating)
-        refuse_failed(target)  # it may have died meanwhile
+        refuse_failed(target)  # it may have died while this waited
         if self._active is not None and self._active.residency is Residency.ACTIVE:
             self.ladder.step(self._active, Step.PARK)
         self.ladder.step(target, Step.ACTIVATE)
@@ -936,10 +943,10 @@ class Coordinator:
             self._serve_on(target)
 
     async def _verify(self, target: Model) -> None:
-        """See that the target generates what it should, before anybody is served by it."""
+        """Check that the target generates what it should, before it serves requests."""
         if self._settings.verify:
             await self.ladder.told(target, "verify", target.engine.verify())
-            refuse_failed(target)  # it may have died meanwhile
+            refuse_failed(target)  # it may have died while this waited
         target.is_verified = True
         self._serve_on(target)
 
@@ -949,7 +956,7 @@ class Coordinator:
         self._resume(target)
 
     def _is_activated(self, model: Model) -> None:
-        """A model is served from now on: in the mode `auto`, whoever waits for it."""
+        """In the mode `auto`, admit requests that wait for this model, which is active now."""
         if self.dispatcher is not None:
             self.dispatcher.scheduler.leased_until_s = self._held_until_s
             self.dispatcher.activated(model.alias)
@@ -962,7 +969,9 @@ class Coordinator:
             self._observer.notify(RequestsResumed(self._epoch, target.alias, len(parked)))
 
     def _finish(self, switch: Switch) -> SwitchResult:
-        """Re-open admission: whoever was held is served by the new epoch, in order of arrival."""
+        """Re-open admission: held requests get leases of the new epoch, in order of arrival."""
+        # Grant here rather than in the waiting tasks: a switch that begins before those run must
+        # find their leases, or it would not drain them.
         self._switch = None
         for future, task in switch.held.items():
             if not future.done():
@@ -996,7 +1005,7 @@ class Coordinator:
         )
 
     def _give_up_switch(self, switch: Switch, cause: BaseException) -> BaseException:
-        """Settle everybody who waits; return what the caller of the switch is told."""
+        """Fail the requests that wait for the target; return the error for the switch's caller."""
         self._switch = None
         failed: SwitchFailed | EngineUnavailable
         if self._why_down is not None or self._host.died.done():
@@ -1016,21 +1025,21 @@ class Coordinator:
             self.dispatcher.advance()
         if isinstance(cause, DrainRefused):
             return cause
-        # A switch is cancelled at shutdown, and its callers are to be told.
+        # A switch is cancelled at shutdown; its callers still get an error.
         return failed if isinstance(cause, Exception | asyncio.CancelledError) else cause
 
     async def _roll_back(self, switch: Switch) -> None:
-        """Have the source be stepped again, wherever it and the target are by now."""
+        """Make the source the active model again, from any state that the switch has left."""
         if self._host.died.done():
             return
         try:
             await async_failpoint("switch.rollback", switch.target.alias)
-            if self._active is switch.target:  # which is not what it should be
+            if self._active is switch.target:  # it was activated, but failed verification
                 self._active = None
                 await self.ladder.move_down(switch.target, Residency.COLD)
             if switch.source is not None and switch.source.residency is not Residency.FAILED:
                 await self._restore(switch.source, switch)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the switch must end
+        except Exception as error:  # noqa: BLE001  # whatever the error is, the switch must end
             log.error(
                 "event=rollback_failed target=%s cause=%r",
                 *(value_text(switch.target.alias), one_line(error)),
@@ -1042,9 +1051,9 @@ class Coordinator:
             if source.residency is not Residency.ACTIVE:
                 await self._bring_back(source, switch.target)
             elif switch.phase is SwitchPhase.ACTIVATE:
-                # The pointer may have moved although the answer was lost.
+                # The host may step the target already although its result was lost.
                 await self.ladder.told(source, "activate", source.engine.activate(self._epoch))
-        except Exception as error:  # noqa: BLE001  # it is not the last word: recovery goes on
+        except Exception as error:  # noqa: BLE001  # recovery tries again
             await self._lose(source, one_line(error))
             return
         if source.is_verified:
@@ -1054,7 +1063,7 @@ class Coordinator:
         if not source.is_loaded:
             try:
                 await self.ladder.make_room(source)
-            except NoRoom:  # it holds more than was thought, or the target was pinned meanwhile
+            except NoRoom:  # the target holds more than planned, or has been pinned
                 await self.ladder.make_all_room(source, even=target)
             await self.ladder.bring_up(source)
         await self._activate(source)
@@ -1062,7 +1071,7 @@ class Coordinator:
             await self._verify(source)
 
     async def _lose(self, source: Model, cause: str) -> None:
-        """The source could not be brought back: no model is active until recovery, or a switch."""
+        """Leave no model active, as the source could not be brought back; recovery follows."""
         log.error("event=source_lost model=%s cause=%r", value_text(source.alias), cause)
         self._active = None
         self._last_active = source
@@ -1114,7 +1123,7 @@ class Coordinator:
 
     @asynccontextmanager
     async def _phase(self, switch: Switch, phase: SwitchPhase) -> AsyncIterator[None]:
-        """Name, time and tell of one phase."""
+        """Run one phase of a switch: set its name, time it, and notify observers."""
         switch.phase = phase
         started_s = self._clock()
         self._notify_phase(switch, phase, "started", 0.0)
@@ -1143,7 +1152,7 @@ class Coordinator:
         )
 
     async def shut_down(self, timeout_s: float) -> None:
-        """Admit nothing more; end with an explicit error what still runs after `timeout_s`."""
+        """Admit nothing more; abort with an explicit error what still runs after `timeout_s`."""
         if self._ended is None:
             self._ended = "the server is shutting down"
         self.jobs.close()
@@ -1157,12 +1166,12 @@ class Coordinator:
             await asyncio.wait([switching], timeout=timeout_s)
             switching.cancel("the server is shutting down")
             await asyncio.wait([switching], timeout=drain.CUT_GRACE_S)
-            if not switching.done():  # it waits for the host, which is stuck
+            if not switching.done():  # it waits for a host that is stuck
                 self._host.kill("the server is shutting down")
                 await asyncio.wait([switching])
         busy = [model for model in self.registry if model.leases]
         for model in busy:
-            drain.end(model.parked, gone)  # nobody steps them any more
+            drain.end(model.parked, gone)  # they would never be stepped again
             await drain.until_empty(model, timeout_s)
             drain.end(model.leases, gone)
         for model in busy:
@@ -1171,23 +1180,23 @@ class Coordinator:
     # --- what may happen at any time --------------------------------------------------------
 
     def _host_died(self, died: asyncio.Future[str]) -> None:
-        """Every open request of every model fails explicitly, and recovery begins."""
+        """Fail every open request of every model explicitly, and begin recovery."""
         if died.cancelled() or died is not self._host.died:
-            return
+            return  # the future of an earlier host
         how = died.result()
         self._host_down = how
         for model in self.registry:
             if model.residency is not Residency.COLD:
                 self._fail(model, how)
             else:
-                _end_with_engine(model, how)  # what was parked with it
+                _end_with_engine(model, how)  # requests that were parked with it
         self._active, self._is_resting = None, False
         self._observer.notify(HostDied(self._epoch, how))
         if self._is_started and self._ended is None:
             self.recovery.host_died(how)
 
     def _engine_failed(self, alias: str, cause: str, load: int) -> None:
-        """One engine died in a step; the others go on."""
+        """Fail the requests of an engine that died in a step; other engines continue."""
         model = self.registry.model(alias)
         if load != model.engine.loads:
             log.info("event=stale_event_dropped model=%s load=%d", value_text(alias), load)
@@ -1196,18 +1205,18 @@ class Coordinator:
         self._observer.notify(EngineDied(self._epoch, alias, cause))
         if model is self._active:
             self._active = None
-        self.ladder.give_up_wakes()  # there are more urgent things
+        self.ladder.give_up_wakes()  # recovery comes first
         burial = asyncio.create_task(self._bury())
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
         self._recover_if_needed(f"the engine of {alias!r} died: {cause}")
 
     async def _bury(self) -> None:
-        """What the engine still holds is given back now, and not at the next switch."""
+        """Free what a dead engine still holds now, rather than at the next switch."""
         try:
             async with self.ladder.turn():
                 await self.ladder.bury()
-        except HotswapError as error:  # the host has died, or whoever needs room is told
+        except HotswapError as error:  # the host has died, or the next `make_room` reports it
             log.warning("event=bury_failed cause=%r", one_line(error))
 
     def _fail(self, model: Model, cause: str) -> None:
@@ -1260,13 +1269,14 @@ def _end_with_engine(model: Model, cause: str) -> None:
 
 
 async def _result(switch: Switch) -> SwitchResult:
-    """What a switch has done, once it has; whoever waits for it may leave."""
+    """Wait for a switch and return its result."""
     assert switch.task is not None
+    # Shielded: a caller that leaves must not cancel the switch for the others that wait for it.
     return await asyncio.shield(switch.task)
 
 
 def _refuse_failed_adapters(model: Model) -> None:
-    """A configuration with an adapter that cannot be loaded is not started with."""
+    """Refuse to start with an adapter that could not be loaded. Raises `ConfigError`."""
     for adapter in model.engine.adapters.values():
         if adapter.failure is not None:
             raise ConfigError(f"models.{model.alias}: {adapter.failure}")
@@ -1277,7 +1287,7 @@ def _kept_waiting_s(lease: Lease) -> float:
 
 
 def _granted(held: asyncio.Future[Lease]) -> Lease | None:
-    """The lease that a request which waited has been given, if it has."""
+    """Return the lease that a waiting request was granted, if it was."""
     is_granted = held.done() and not held.cancelled() and held.exception() is None
     return held.result() if is_granted else None
 

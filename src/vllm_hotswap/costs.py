@@ -1,4 +1,4 @@
-"""What switches have cost: measured, by source, target and where the target lay."""
+"""Measured costs of switches, by source, target and residency of the target."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vllm_hotswap.states import Residency
 Key = TypeVar("Key")
 
 NEW = 0.3
-"""How much the newest of several measurements counts."""
+"""Weight of the newest of several measurements."""
 
 
 class SwitchCosts:
-    """Seconds of switches, without draining. Newer ones count more.
+    """Seconds that switches took, without draining. Newer ones count more.
 
     The mutable state is two tables of means: by source, target and residency of the target, and by
-    the latter two alone, for sources that have not been seen with it yet.
+    the latter two only, for sources that have not been measured yet.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class SwitchCosts:
         return f"<SwitchCosts {self._exact}>"
 
     def add(self, source: str | None, target: str, residency: Residency, cost_s: float) -> None:
-        """A switch took `cost_s`; `residency` is where the target lay before it."""
+        """Record a switch that took `cost_s`; `residency` is the target's before it."""
         _average(self._exact, (source, target, residency), cost_s)
         _average(self._by_target, (target, residency), cost_s)
         self.version += 1
@@ -37,7 +37,7 @@ class SwitchCosts:
     def estimate(
         self, source: str | None, target: str, residency: Residency, unknown_s: float
     ) -> float:
-        """What a switch will cost; `unknown_s` if none like it has been measured."""
+        """Estimate the cost of a switch; `unknown_s` if none like it has been measured."""
         exact = self._exact.get((source, target, residency))
         return self._by_target.get((target, residency), unknown_s) if exact is None else exact
 

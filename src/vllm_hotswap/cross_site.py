@@ -1,4 +1,4 @@
-"""Requests that a web page makes behind its reader's back: refused before anything is done.
+"""Refusal of requests that a web page makes without its reader's knowledge.
 
 Browsers say where a request comes from (`Sec-Fetch-Site`, `Origin`), and which name they looked up
 to get here (`Host`). Other clients send neither of the first two.
@@ -23,10 +23,10 @@ from vllm_hotswap.errors import ConfigError, CrossOriginRefused, HostRefused
 from vllm_hotswap.quiet import log_of_clients
 
 SAFE_METHODS = frozenset(["GET", "HEAD", "OPTIONS"])
-"""Those that change nothing. https://www.rfc-editor.org/rfc/rfc9110#name-safe-methods"""
+"""Methods that change nothing. https://www.rfc-editor.org/rfc/rfc9110#name-safe-methods"""
 
 OWN_SITES = frozenset(["same-origin", "none"])
-"""`Sec-Fetch-Site` of a page of this server, and of an address that somebody typed."""
+"""`Sec-Fetch-Site` of a page of this server, and of an address that a user typed."""
 
 DEFAULT_PORTS: Mapping[str, int] = MappingProxyType({"http": 80, "https": 443})
 ANY = "*"
@@ -39,23 +39,23 @@ class CrossSite:
     """Decides about requests of web pages."""
 
     origins: frozenset[str] = frozenset()
-    """Those of `--allowed-origins`."""
+    """Origins of `--allowed-origins`."""
     hosts: frozenset[str] = frozenset()
     """Names of `--allowed-hosts`, in lower case, without ports."""
     checks_host: Callable[[], bool] = lambda: False
-    """Whether only this machine's own names may stand in `Host`."""
+    """Returns whether `Host` may contain only this machine's own names."""
 
     @classmethod
     def of(
         cls, origins: Iterable[str], hosts: Iterable[str], checks_host: Callable[[], bool]
     ) -> CrossSite:
-        """From the values of both flags, as they were given. Raises what `allowed_host` does."""
+        """Make it from the values of both flags, as they were given. Raises as `allowed_host`."""
         return cls(frozenset(origins), frozenset(map(allowed_host, hosts)), checks_host)
 
     def check_host(self, method: str, path: str, headers: Headers) -> None:
-        """Refuse a page that has had its own name resolved to this machine (DNS rebinding).
+        """Refuse a page whose own name resolves to this machine (DNS rebinding).
 
-        Whoever sends no `Host` is no browser.
+        A client that sends no `Host` is not a browser.
 
         Raises:
             HostRefused: the name is not this machine's.
@@ -71,7 +71,7 @@ class CrossSite:
         """Refuse a page of another origin.
 
         Raises:
-            CrossOriginRefused: the browser says that it is one.
+            CrossOriginRefused: the browser says that the page is of another origin.
         """
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if not self._may_ask(origin, site, headers.get("host", "")):
@@ -94,18 +94,18 @@ class CrossSite:
             return True
         try:
             return _is_own_address(name)
-        except ValueError:  # no address, but a name
+        except ValueError:  # not an address but a name
             machine = socket.gethostname().lower()
             return name in (machine, machine.partition(".")[0])
 
 
 def allowed_host(text: str) -> str:
-    """The name that a value of `--allowed-hosts` stands for, as clients send it in `Host`.
+    """Return the name that a value of `--allowed-hosts` means, as clients send it in `Host`.
 
-    A port does not count, and of a URL only the host does.
+    A port is ignored; of a URL, only the host counts.
 
     Raises:
-        ConfigError: no client could send that; wildcards are among it.
+        ConfigError: no client could send such a name, for example a wildcard.
     """
     place = text.strip().split("://", 1)[-1]
     with suppress(ValueError):
@@ -142,13 +142,13 @@ def _is_same(origin: str, host: str) -> bool:
 
 
 def _split(place: str, default: int | None) -> tuple[str | None, int | None]:
-    """Host, in lower case, and port. Raises `ValueError` if that is none."""
+    """Return host, in lower case, and port. Raises `ValueError` if the port is not valid."""
     parts = urlsplit(f"//{place}")
     return parts.hostname, parts.port or default
 
 
 def _name_of(host: str) -> str:
-    """What `Host` names, in lower case, without port, brackets, and the dot of the DNS root."""
+    """Return the name in `Host`, in lower case, without port, brackets and the DNS root's dot."""
     with suppress(ValueError):
         return str(ip_address(host.strip()))  # an IPv6 one without brackets has colons of its own
     try:
@@ -161,7 +161,7 @@ def _name_of(host: str) -> str:
 
 
 def _is_own_address(name: str) -> bool:
-    """Raises `ValueError` if it is no IP address."""
+    """Whether it is an address of this machine. Raises `ValueError` if it is not an IP address."""
     address = ip_address(name)
     if address.is_loopback or address.is_unspecified:
         return True

@@ -1,4 +1,4 @@
-"""Waits of connections: one timer for many. A timer each would cost more than all the rest."""
+"""Waits of connections: one timer for many. A timer for each would cost more than all the rest."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from vllm_hotswap.quiet import log_of_clients
 
 TICK_S = 0.05
-"""Waits of a `Wheel` end at a multiple of it."""
+"""Waits of a `Wheel` end at a multiple of this."""
 
 
 PER_TURN = 16
-"""Waits that end in one turn of the event loop, of one `Wheel` or of one kind of deadline."""
+"""Most waits of one `Wheel`, or of one `Deadlines`, that end in one iteration of the event loop."""
 
 
 class Waiter(Protocol):
@@ -31,9 +31,9 @@ W = TypeVar("W", bound=Waiter)
 
 
 class Deadlines(Generic[W]):
-    """Waits that may all last as long, so that the first to begin is the first to end.
+    """Waits of one length, so that the first to begin is the first to end.
 
-    The timer rings for the first wait, if that still lasts, and is set again for the next.
+    The timer rings for the first wait, if it still lasts, and is set again for the next one.
     """
 
     def __init__(self, seconds: float, late: Callable[[W], None]) -> None:
@@ -46,14 +46,14 @@ class Deadlines(Generic[W]):
         return connection in self._ends_s
 
     def begin(self, connection: W) -> None:
-        """Nothing, if it waits already."""
+        """Begin a wait; do nothing if the connection waits already."""
         if connection in self._ends_s:
             return
         self._ends_s[connection] = connection.loop.time() + self.seconds
         self._set(connection.loop)
 
     def end(self, connection: W) -> None:
-        """Idempotent."""
+        """End a wait early. Idempotent."""
         self._ends_s.pop(connection, None)
 
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -70,7 +70,7 @@ class Deadlines(Generic[W]):
             self._set(loop)
 
     def _end_one(self, connection: W) -> None:
-        """What happens to one connection must not cost the others their deadlines."""
+        """Call `late`; an error of one connection must not cost the others their deadlines."""
         try:
             self._late(connection)
         except Exception:
@@ -83,9 +83,9 @@ class Deadlines(Generic[W]):
 
 
 class Wheel:
-    """Waits of any length, which end with the tick after them.
+    """Waits of any length, which end at the next tick.
 
-    The mutable state is what is called, by the number of its tick, and the timer for the next one.
+    The mutable state is the callbacks, by the number of their tick, and the timer for the next one.
     Source: Varghese and Lauck, Hashed and hierarchical timing wheels, 1987.
     """
 
@@ -97,7 +97,7 @@ class Wheel:
         return sum(map(len, self._due.values()))
 
     def call_later(self, seconds: float, what: Callable[[], None]) -> Callable[[], None]:
-        """Call it after so long. What is returned takes that back, and may be called late."""
+        """Call `what` after `seconds`. The returned function cancels it, and may be called late."""
         loop = asyncio.get_running_loop()
         tick = int((loop.time() + seconds) / TICK_S) + 1
         key = object()
@@ -128,13 +128,13 @@ class Wheel:
 
 
 class Pause:
-    """Of a task. It can be ended early, from anywhere in the event loop."""
+    """A task's pause, which other code on the event loop can end early."""
 
     def __init__(self) -> None:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def last(self, wheel: Wheel, seconds: float) -> None:
-        """For so long, or until it is ended."""
+        """Wait for `seconds`, or until the pause is ended."""
         take_back = wheel.call_later(seconds, self.end)
         try:
             await self.over()
@@ -142,17 +142,17 @@ class Pause:
             take_back()
 
     async def over(self) -> None:
-        """Until it is ended, however long that takes."""
+        """Wait until the pause is ended, however long that takes."""
         await self._over
 
     def end(self) -> None:
-        """Idempotent."""
+        """End the pause. Idempotent."""
         if not self._over.done():
             self._over.set_result(None)
 
 
 def _call(what: Callable[[], None]) -> None:
-    """What happens in one of them must not cost the others theirs."""
+    """Call it; an error in one callback must not cost the others theirs."""
     try:
         what()
     except Exception:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).parent / "tiny_models"
 PORT = 8000
-"""That of vLLM's server, of ours, and of the commands that call it."""
+"""Default port of vLLM's server, of ours, and of the commands that call it."""
 
 SERVER_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 
@@ -108,10 +108,10 @@ def write(folder: Path) -> Path:
 
 
 def serve(port: int, is_fake: bool = False) -> int:
-    """Serve the tiny models on 127.0.0.1 until told to stop, with switching open.
+    """Serve the tiny models on 127.0.0.1 until a signal stops it, with switching open.
 
     Args:
-        is_fake: on fake engines, without vLLM.
+        is_fake: use fake engines, without vLLM.
     """
     from vllm_hotswap import server
     from vllm_hotswap.config import load_config
@@ -134,14 +134,14 @@ def fake_engines() -> Engines:
 def run(port: int | None = None, is_fake: bool = False) -> int:
     """Start a server, run the quickstart's requests, show each with its answer, stop.
 
-    Without a port it is `PORT`, or a free one where that is taken.
+    The default port is `PORT`, or a free one if that is taken.
 
     Args:
-        is_fake: on fake engines, without vLLM.
+        is_fake: use fake engines, without vLLM.
 
     Returns:
-        The exit status: 0 if every answer was what it should be, 128 and the number of a signal
-        that told it to stop.
+        The exit status: 0 if every answer was what it should be, 128 plus the number of a signal
+        that stopped it.
     """
     early = EarlyStop()
     with _listening(early):
@@ -154,7 +154,7 @@ def run(port: int | None = None, is_fake: bool = False) -> int:
 
 @contextmanager
 def _listening(early: EarlyStop) -> Iterator[None]:
-    """SIGTERM stops it, and so does a SIGHUP that `nohup` does not keep away."""
+    """Stop on SIGTERM, and on SIGHUP unless `nohup` ignores it."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
@@ -180,7 +180,7 @@ def _run(port: int, is_fake: bool, early: EarlyStop) -> None:
 
 
 def closing(port: int, is_fake: bool = False) -> str:
-    """What has been shown, and what to do next."""
+    """Return the closing text: what has been shown, and what to do next."""
     fake = " --fake" if is_fake else ""
     made_up = " All three were fake, and what they said was made up." if is_fake else ""
     return f"""
@@ -195,7 +195,7 @@ $ {program()} demo --write hotswap-demo"""
 
 
 def online_flow(client: httpx.Client) -> None:
-    """The quickstart's requests, each with its answer. Raises `HotswapError` if one is wrong."""
+    """Run the quickstart's requests; show each answer. Raises `HotswapError` if one is wrong."""
     _title("1. List the models")
     listed = call(client, "GET", "/v1/models")
     _expect([m["id"] for m in listed["data"]] == ["llama", "qwen", "embed"], "three aliases")
@@ -214,7 +214,7 @@ def online_flow(client: httpx.Client) -> None:
 
 
 def tool_flow(client: httpx.Client) -> None:
-    """One more request of it, of which a parser of the model's makes a tool call."""
+    """Run one more request of it, whose answer the model's parser turns into a tool call."""
     _title("5. Tool calls, which only qwen is configured for")
     answer = chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
     calls = answer["choices"][0]["message"]["tool_calls"]
@@ -224,7 +224,7 @@ def tool_flow(client: httpx.Client) -> None:
 def chat(
     client: httpx.Client, alias: str, question: str = QUESTION, **extra: object
 ) -> dict[str, Any]:
-    """Ask a model, and show that."""
+    """Send a chat request to a model, and show it."""
     body = {
         "model": alias,
         "messages": [{"role": "user", "content": question}],
@@ -251,7 +251,7 @@ def call(
 
 
 def curl_line(client: httpx.Client, path: str, body: dict[str, Any] | None) -> str:
-    """The command that sends the same."""
+    """Return the command that sends the same request."""
     words = ["curl", "-s", str(client.base_url).rstrip("/") + path]
     if body is not None:
         words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
@@ -267,7 +267,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _say(text: str) -> None:
-    """A line that is seen at once, also by who reads a pipe."""
+    """Print a line without buffering, so that a reader of a pipe sees it at once."""
     print(text, flush=True)
 
 
@@ -283,7 +283,7 @@ def _expect(fulfilled: bool, what: str) -> None:
 def _start_server(
     path: Path, log: Path, port: int, is_fake: bool, exits: ExitStack, early: EarlyStop
 ) -> httpx.Client:
-    """Start a server process as the quickstart does; it ends with `exits`, or this process."""
+    """Start a server process as the quickstart does; it stops with `exits`, or this process."""
     import httpx
 
     environment = {
@@ -318,7 +318,7 @@ def _start_server(
 
 
 def _end_when_orphaned() -> None:
-    """Have a server end whose demo was killed, rather than keep the port."""
+    """Stop the server if the demo is killed, so that it does not keep the port."""
     signal_when_orphaned(signal.SIGTERM)
 
 
@@ -332,7 +332,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], steps: Steps) -> None:
-    """Poll `/health`, showing meanwhile what the server does and for how long."""
+    """Poll `/health`, and show what the server does and for how long."""
     import httpx
 
     started = time.monotonic()
@@ -353,20 +353,20 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], st
 
 
 class Steps:
-    """What a starting server's log says of its steps, as it comes."""
+    """Shows the steps of a starting server as they appear in its log."""
 
     def __init__(self, log: Path, what: str = LOADING) -> None:
-        """`what` is said at first."""
+        """`what` is shown first."""
         self._log = log
         self._shown = 0
         self._waiting: Waiting | None = Waiting(what, _say_time)
 
     def last_lines(self) -> list[str]:
-        """Of the log, for whoever wants to know why there is no server."""
+        """Return the last lines of the log, to explain why the server did not start."""
         return self._log.read_text(errors="replace").splitlines()[-20:]
 
     def show(self) -> None:
-        """Show what is new in the log, or how long nothing has been."""
+        """Show new steps in the log; until the first one, show how long it has taken."""
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
         lines = [line for line in text.splitlines() if " vllm_hotswap event=load " in line]
         for line in lines[self._shown :]:
@@ -387,7 +387,7 @@ def _say_time(what: str, after_s: float) -> None:
 
 
 def _is_free(port: int) -> bool:
-    """Whether no server listens to it, or will once its models are loaded."""
+    """Whether no server listens on the port, or will once its models are loaded."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -400,7 +400,7 @@ def _is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    """Return a TCP port of 127.0.0.1 that was free a moment ago."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]

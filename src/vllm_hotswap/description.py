@@ -42,7 +42,7 @@ Json = dict[str, Any]
 
 
 def describe(routes: Iterable[Route]) -> Json:
-    """The description of those routes that say something about themselves."""
+    """Describe the routes that have an `about`."""
     schemas = _Schemas()
     paths: dict[str, Json] = defaultdict(dict)
     for route in routes:
@@ -63,7 +63,7 @@ def describe(routes: Iterable[Route]) -> Json:
 
 
 class _Schemas:
-    """Makes references to the schemas of types, and keeps what they refer to."""
+    """Makes references to schemas of types, and collects the schemas."""
 
     def __init__(self) -> None:
         self.definitions: Json = {}
@@ -83,7 +83,7 @@ class _Schemas:
 
 
 class _NoTitles(GenerateJsonSchema):
-    """Titles would only repeat the names."""
+    """A generator without titles, which would only repeat the names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -141,7 +141,7 @@ def _response(description: str, media_type: str, kind: Any, schemas: _Schemas) -
 
 
 def _error_responses(route: Route, about: About, schemas: _Schemas) -> Json:
-    """By status: every code that it may have."""
+    """Return a response for each error status, with every code that it may have."""
     codes: dict[int, list[str]] = defaultdict(list)
     pages = (CrossOriginRefused,) if route.is_kept_from_other_sites else ()
     for kind in (*ROLE_ERRORS[route.role], *pages, HostRefused, *about.errors):

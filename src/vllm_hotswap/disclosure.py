@@ -1,7 +1,7 @@
-"""What clients are told of a message: no folder of the machine, and no stack trace.
+"""Redaction of messages for clients: no folder of the machine, and no stack trace.
 
-Messages of failures have words of vLLM and of the operating system in them, which nobody has read
-before. The log has them whole; every answer goes through `told`, whoever asks.
+Failure messages contain text of vLLM and of the operating system, which may hold anything. The log
+has them in full; every response goes through `told`, whatever the caller's role.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 MAX_TOLD = 4000
-"""Characters of a message."""
+"""Most characters of a message."""
 
 _TRACE = re.compile(r"Traceback \(most recent call last\).*", re.DOTALL)
-# Possessive, like all here: no text makes it look at anything twice.
+# Possessive, like all repetitions here: no text makes the search look at anything twice.
 _IN_QUOTES = re.compile(r"(['\"])(?:file:/*|ipc:/*)?(/[^'\"]*+)\1")
 _LOCAL_URL = re.compile(r"\b(?:file|ipc):/[^\s'\"]*+")
 
@@ -24,9 +24,9 @@ _BARE = re.compile(rf"{_NO_ROUTE}/(?!v1/|v2/|admin/)(?:{_PART}++/)++({_PART}*+)"
 
 
 def told(text: str) -> str:
-    """The text with the last part of every absolute path alone, and no stack trace.
+    """Return the text with only the last part of every absolute path, and without a stack trace.
 
-    A long one is cut: it repeats what a client has sent.
+    A long text is cut: it repeats what a client has sent.
     """
     if len(text) > MAX_TOLD:
         text = f"{text[:MAX_TOLD]}..."

@@ -1,8 +1,8 @@
-"""The mode `auto`: requests wait at the door of their engine, and the server switches by itself.
+"""The mode `auto`: requests wait for their turn at their engine, and the server switches by itself.
 
-A request is in its model's own frontend from the beginning: what is wrong with it is told at once,
-and no switch is made for it. Before its engine is given anything of it, it waits here for its turn.
-`scheduler` and its policy decide; what is decided is the coordinator's to do.
+A request enters its model's own frontend at once: an invalid one is refused without a switch.
+Before anything of it reaches the engine, it waits here for its turn. `scheduler` and its policy
+decide; the coordinator carries out the decision.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from vllm_hotswap.switch import Switch
 log = logging.getLogger("vllm_hotswap")
 
 ACTIVATE_S = 0.005
-"""What a switch costs besides bringing the target up, until one has been measured."""
+"""Estimated cost of a switch besides bringing the target up, until one has been measured."""
 
 LEAST_DELAY_S = 0.001
-"""Before the policy is asked again, whatever time it names."""
+"""Shortest delay before the policy is asked again, whatever time it names."""
 
 BRINGING_UP = (SwitchPhase.BRING_UP, SwitchPhase.ACTIVATE, SwitchPhase.VERIFY)
 
 MAX_DOUBLINGS = 30
 
 MAX_BACKOFF_S = 60.0
-"""How long requests for a model that cannot be brought up are refused, at most."""
+"""Longest time for which requests for a model that cannot be brought up are refused."""
 
 
 class Switching(Protocol):
-    """The coordinator, as far as it is known here."""
+    """The part of the coordinator that this module uses."""
 
     @property
     def active(self) -> str | None: ...
 
     @property
     def last_active(self) -> str | None:
-        """Which model is brought back, or was active before the server rested."""
+        """The model that recovery brings back, or that was active before the server rested."""
 
     @property
     def epoch(self) -> int: ...
@@ -68,7 +68,7 @@ class Switching(Protocol):
 
     @property
     def can_switch(self) -> bool:
-        """Whether nothing is under way that would have to end first."""
+        """Whether the server may begin a switch, and admit requests, now."""
 
     def grant(self, model: Model, lease: Lease) -> None:
         """Give a request its turn."""
@@ -76,19 +76,24 @@ class Switching(Protocol):
     def begin_switch(
         self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
     ) -> Switch:
-        """Switch, without ending anybody's request."""
+        """Switch without aborting requests."""
 
     def look_at_drain(self) -> None:
-        """See whether a switch is to wait for what runs for as long as was thought."""
+        """Make a drain that is under way ask again until when it may wait."""
 
 
 class Dispatcher:
-    """Who waits, and what is done about it.
+    """Queues requests, gives them their turn, and starts switches as the policy decides.
 
-    Its mutable state is the scheduler; `_leases`, those of all requests that have not had their
-    turn yet, by ticket, each with a future if it waits; `_timer`, for when the policy wants to look
-    again; `_failures`, how often in a row a model could not be brought up, and until when it is
-    not tried again; and `_is_closed`, once nothing is decided any more.
+    The mutable state is:
+
+    - the scheduler;
+    - `_leases`: leases of requests that have not had their turn, by ticket, each with a future if
+      the request waits;
+    - `_timer`: when the policy wants to be asked again;
+    - `_failures`: how often in a row a model could not be brought up, and until when it is not
+      tried again;
+    - `_is_closed`: whether no further decisions are made.
     """
 
     def __init__(
@@ -130,7 +135,7 @@ class Dispatcher:
     def _cost_s(self, source: str | None, target: str) -> float:
         model = self._registry.model(target)
         residency = model.residency
-        if residency is Residency.ACTIVE and source is not None:  # the way back
+        if residency is Residency.ACTIVE and source is not None:  # the cost of switching back
             residency = self._ladder.left_at(model, self._registry.model(source))
         unknown_s = up_cost_s(model, residency) + ACTIVATE_S
         return self.costs.estimate(source, target, residency, unknown_s)
@@ -138,11 +143,11 @@ class Dispatcher:
     # --- requests -----------------------------------------------------------------------------
 
     def enter(self, model: Model, terms: RequestTerms) -> Lease:
-        """A request that is to be validated now, and to have its turn later.
+        """Register a request that is validated now and gets its turn later.
 
         Raises:
-            QueueFull: too many wait or run already.
-            SwitchNotAllowed: it may not wait for this model.
+            QueueFull: too many requests already wait or run.
+            SwitchNotAllowed: the request may not wait for this model.
             SwitchFailed: the model could not be brought up a moment ago.
         """
         alias, now_s = model.alias, self._clock()
@@ -163,7 +168,7 @@ class Dispatcher:
         return lease
 
     def _let_in(self, model: Model, lease: Lease) -> Ticket:
-        """Have it ask for its turn, when it wants it, as one that came now."""
+        """Give the lease a ticket, as if its request arrived now; it asks for its turn later."""
         lease.arrived_s = now_s = self._clock()
         lease.ticket = ticket = self.scheduler.ticket(model.alias, now_s, lease.terms)
         lease.ask, lease.admitted_s = partial(self._ask_at_the_door, lease), None
@@ -172,7 +177,7 @@ class Dispatcher:
         return ticket
 
     def suspend_idle(self, model: Model) -> None:
-        """Connections that are open and ask for nothing have their next turn when they do."""
+        """Take idle WebSockets out of the drain; each waits for a new turn when it next asks."""
         idle = [
             lease
             for lease in model.leases
@@ -185,7 +190,7 @@ class Dispatcher:
             self._let_in(model, lease)
 
     def _not_allowed(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
-        """Why a request may not wait for the model, if it would cause a switch by that."""
+        """Return why a request may not wait for the model, if waiting would cause a switch."""
         coming = self._server.target or self._server.active or self._server.last_active
         if terms.may_switch or alias == coming:
             return None
@@ -212,7 +217,7 @@ class Dispatcher:
         )
 
     def retry_after_s(self, model: Model) -> int:
-        """Seconds until a request may hope to be served: what runs now, then the switch."""
+        """Estimate the seconds until a request could be served: running requests, then a switch."""
         active = self._server.active
         if active == model.alias:
             return 1
@@ -220,21 +225,24 @@ class Dispatcher:
         return max(1, math.ceil(runs_s + self._cost_s(active, model.alias)))
 
     async def ask(self, lease: Lease, tokens: int = 0) -> None:
-        """Return when it is the request's turn, or it has been cut."""
+        """Wait until it is the request's turn, or the request has been cut or timed out."""
         ticket = lease.ticket
         assert ticket is not None
         if lease.admitted_s is not None or lease.cut is not None:
             return
         if ticket not in self._leases:
-            return  # it is over
+            return  # the request is over
         _, future = self._leases[ticket]
-        if future is None and lease.is_connection:  # which may have been open for long
+        # A WebSocket may have been open for long: its wait counts from now, not from its opening.
+        if future is None and lease.is_connection:
             self._forget(ticket)
             ticket = self._let_in(self._registry.model(lease.alias), lease)
         if future is None:  # one request of a client may be several of the engine's
             future = self._begin_to_wait(lease, ticket, tokens)
         if future is not None:
             timeout_s = lease.arrived_s + self._settings.wait_timeout - self._clock()
+            # `wait`, not `wait_for`: a timeout or a cancellation here must not cancel the future,
+            # for which the request's other engine requests may wait, too.
             await asyncio.wait([future], timeout=max(0.0, timeout_s))
             if not future.done():
                 self._time_out(lease)
@@ -243,13 +251,13 @@ class Dispatcher:
         await self.ask(lease, tokens)
         if lease.cut is not None:
             raise asyncio.CancelledError(lease.cut.message)
-        if lease.admitted_s is None:  # what is left of a request that is over
+        if lease.admitted_s is None:  # a leftover task of a request that is over
             raise asyncio.CancelledError
 
     def _begin_to_wait(
         self, lease: Lease, ticket: Ticket, tokens: int
     ) -> asyncio.Future[None] | None:
-        """Take its place; None if it is its turn, or there is no place."""
+        """Queue the request; return None if it was admitted or refused at once."""
         now_s = self._clock()
         lease.prepared_s = now_s - lease.arrived_s
         ticket.tokens = tokens
@@ -265,14 +273,14 @@ class Dispatcher:
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leases[ticket] = (lease, future)
-        self._server.look_at_drain()  # it may be due before that is over
+        self._server.look_at_drain()  # this request may be due before the drain's deadline
         self.advance()
         if not future.done() and lease.on_wait is not None:
             lease.on_wait()
         return future
 
     def _charge(self, lease: Lease) -> RateLimited | None:
-        """Count a switch for whoever is the first to wait for a model; why it may not, if so."""
+        """Charge a switch to the first request that waits for a model; return a refusal, if any."""
         alias, charge = lease.alias, lease.terms.charge
         is_coming = alias in (self._server.active, self._server.target)
         is_waited_for = self.scheduler.waiting_for(alias) or self._registry.model(alias).parked
@@ -292,19 +300,20 @@ class Dispatcher:
         self._end([lease], timeout)
 
     def left(self, lease: Lease) -> None:
-        """The request is over, whether or not it has had its turn."""
+        """Forget a request that is over, whether or not it has had its turn."""
         assert lease.ticket is not None
         _settle(self._forget(lease.ticket))
         self._leave(lease)
         self.advance()
 
     def _leave(self, lease: Lease) -> None:
-        """A connection may have been open for long, and asked for little: that tells nothing."""
+        """Tell the scheduler that a request has ended."""
         assert lease.ticket is not None
+        # A WebSocket may be open for long and ask for little: its duration says nothing of service.
         self.scheduler.leave(lease.ticket, self._clock(), counts=not lease.is_connection)
 
     def _forget(self, ticket: Ticket) -> asyncio.Future[None] | None:
-        """It does not wait any more; who waits for that."""
+        """Remove a ticket from those that wait; return the future on which its request waits."""
         if (entry := self._leases.pop(ticket, None)) is None:
             return None
         lease, future = entry
@@ -313,7 +322,7 @@ class Dispatcher:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody waits, or is being looked at by a frontend."""
+        """Whether no request waits, is parked, or is being validated by a frontend."""
         return not self._leases and self.scheduler.is_empty
 
     def _end(self, leases: Iterable[Lease], cause: Cut) -> None:
@@ -326,15 +335,16 @@ class Dispatcher:
 
     def _admit(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
-            if ticket in self._leases:  # a parked one has had its turn before
+            if ticket in self._leases:  # parked requests have had their turn before
                 lease, _ = self._leases[ticket]
+                # Granted before its task runs: the next drain must find the lease.
                 self._server.grant(self._registry.model(ticket.alias), lease)
                 _settle(self._forget(ticket))
 
     # --- switches -----------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """See what is to be done now. To be called after every change; never waits."""
+        """Decide what to do now, and do it. Called after every change; never awaits."""
         if self._server.active is None and self.scheduler.active is not None:
             self.scheduler.deactivate()
         if self._is_closed or not self._server.can_switch:
@@ -346,7 +356,7 @@ class Dispatcher:
     def _decide(self) -> Decision:
         try:
             admitted, decision = self.scheduler.advance(self._clock())
-        except Exception as error:  # noqa: BLE001  # somebody else's code
+        except Exception as error:  # noqa: BLE001  # a policy may be third-party code
             self._replace_policy(error)
             admitted, decision = self.scheduler.advance(self._clock())
         self._admit(admitted)
@@ -376,14 +386,14 @@ class Dispatcher:
                     self._leave_alone(target.alias, fails_until_s)
                     self.advance()
                 else:
-                    # Nobody is parked on the way: that might go round in circles.
+                    # Do not park requests for it: the parked models could take turns forever.
                     self._server.begin_switch(detour, until_s, may_park=False)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
 
     def _detour(self, target: Model) -> Model | None:
-        """Who has to be served first: `target` needs the memory of parked requests of others."""
+        """Return the model to serve first, if `target` needs the memory of its parked requests."""
         passed_by = (target.alias, self._server.active)
         busy = [m for m in self._registry if m.parked and m.alias not in passed_by]
         if not busy or self._ladder.can_keep_parked(target, drained=self._server.active):
@@ -396,20 +406,20 @@ class Dispatcher:
             self._timer = None
 
     def parked(self, model: Model) -> None:
-        """Requests of the model have been frozen with its engine."""
+        """Queue again the model's requests that have been frozen with its engine."""
         tickets = [lease.ticket for lease in model.parked if lease.ticket is not None]
         frozen = [ticket for ticket in tickets if not ticket.is_parked]
-        # In good time before they would be ended.
+        # They are due in good time before they would be aborted.
         at_most_s = self._settings.parked_timeout / 2
         self.scheduler.park(reversed(frozen), self._clock(), at_most_s)
 
     def held_until(self, until_s: float | None) -> None:
-        """The active model is held for a job, for ever perhaps, or is not (None)."""
+        """Note until when a job holds the active model: perhaps for ever, or not at all (None)."""
         self.scheduler.leased_until_s = until_s
         self.advance()
 
     def activated(self, alias: str) -> None:
-        """A model is active, verified, and served from now on."""
+        """Admit requests of a model that is now active and verified."""
         if self._is_closed:
             return
         self._failures.pop(alias, None)
@@ -417,29 +427,29 @@ class Dispatcher:
         now_s = self._clock()
         try:
             admitted = self.scheduler.activate(alias, now_s)
-        except Exception as error:  # noqa: BLE001  # somebody else's code
+        except Exception as error:  # noqa: BLE001  # a policy may be third-party code
             self._replace_policy(error)
             admitted = self.scheduler.activate(alias, now_s)
         self._admit(admitted)
         self.advance()
 
     def _refuse_who_may_not_switch(self) -> None:
-        """Requests that came while their model was active would have it switched back."""
+        """Refuse waiting requests that may not cause a switch back to their model."""
         for lease, future in list(self._leases.values()):
             if future is not None and (why := self._not_allowed(lease.alias, lease.terms)):
                 self._end([lease], why)
 
     def switched(self, switch: Switch, cost_s: float) -> None:
-        """A switch has ended well; it took `cost_s` without draining."""
+        """Record the cost of a switch that succeeded: `cost_s`, without draining."""
         source = switch.source.alias if switch.source else None
         if switch.residency is not None and not switch.is_awaited:
             self.costs.add(source, switch.target.alias, switch.residency, cost_s)
 
     def failed(self, switch: Switch, error: SwitchFailed | EngineUnavailable) -> None:
-        """A model could not be brought up: whoever waits for it is told, and it is left for now.
+        """Fail the requests that wait for a model that could not be brought up, and back off.
 
-        Where the host has died, whoever waits can be served when there is another one, unless it
-        is just this model that hosts die of.
+        If the host has died, they keep waiting for the next host, unless it died while it brought
+        up this model.
         """
         is_its_fault = switch.moves and switch.phase in BRINGING_UP
         if not (isinstance(error, SwitchFailed) or is_its_fault):
@@ -449,7 +459,7 @@ class Dispatcher:
         pause_s = min(MAX_BACKOFF_S, 2.0**count)
         until_s = self._clock() + pause_s
         self._failures[alias] = (count, until_s)
-        # Parked requests are tried again then: they cannot begin anew.
+        # Parked requests wait for the next attempt: a client could not start them again.
         self._leave_alone(alias, until_s)
         waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
         self._end(waiting, error)
@@ -459,7 +469,7 @@ class Dispatcher:
         asyncio.get_running_loop().call_later(until_s - self._clock(), self.advance)
 
     def _fails_until_s(self, model: Model) -> float:
-        """Until when a model is not tried again that could not be brought up."""
+        """Return until when a model that could not be brought up is not tried again."""
         return self._failures.get(model.alias, (0, 0.0))[1]
 
     def _refuse_while_it_fails(self, model: Model, now_s: float) -> None:
@@ -474,7 +484,7 @@ class Dispatcher:
             )
 
     def close(self, cause: Cut) -> None:
-        """Decide nothing more, and end whatever has not had its turn."""
+        """Make no further decisions, and abort requests that have not had their turn."""
         self._is_closed = True
         self._cancel_timer()
         self._end([lease for lease, _ in self._leases.values()], cause)

@@ -1,6 +1,6 @@
-"""Waiting for the requests of one model, ending them, and parking them.
+"""Waiting for the requests of one model, aborting them, and parking them.
 
-Whoever decides is the coordinator; nothing here decides anything.
+Nothing here decides anything: the coordinator does.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from vllm_hotswap.errors import ParkedEnded
 from vllm_hotswap.registry import Cut, Lease, Model
 
 CUT_GRACE_S = 5.0
-"""Seconds that a request which was ended gets to notice, and then again to send its error."""
+"""Seconds that an aborted request gets to notice, and then again to send its error."""
 
 
 async def until_empty(model: Model, timeout_s: float | None) -> None:
-    """Return when no request of the model runs any more, or after `timeout_s`, if there is one.
+    """Wait until no request of the model runs, or for `timeout_s` at most, if there is one.
 
-    Parked requests do not run. `look_again` ends the wait, too.
+    Parked requests do not count as running. `look_again` ends the wait, too.
     """
     if not is_running(model) or (timeout_s is not None and timeout_s <= 0):
         return
@@ -31,21 +31,22 @@ async def until_empty(model: Model, timeout_s: float | None) -> None:
 
 
 async def until_ended(model: Model) -> None:
-    """Wait for requests that `end` has ended, whoever asks to look again meanwhile."""
+    """Wait for requests that `end` has aborted, for twice `CUT_GRACE_S` at most."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + 2 * CUT_GRACE_S
+    # A loop: `look_again` may end `until_empty` early, and says nothing about these requests.
     while is_running(model) and (left_s := deadline_s - loop.time()) > 0:
         await until_empty(model, left_s)
 
 
 def look_again(model: Model) -> None:
-    """Have whoever waits in `until_empty` see whether it is to wait for longer."""
+    """Wake the caller that waits in `until_empty`, so that it checks its deadline again."""
     if model.emptied is not None and not model.emptied.done():
         model.emptied.set_result(None)
 
 
 def release(model: Model, lease: Lease) -> None:
-    """The request is over."""
+    """Give a lease back: its request is over."""
     lease.is_over = True
     lease.settle()
     model.leases.pop(lease, None)
@@ -58,9 +59,9 @@ def is_running(model: Model) -> bool:
 
 
 def end(leases: Iterable[Lease], cause: Cut) -> int:
-    """End requests; how many were not answered yet.
+    """Abort requests. Return how many were not completely answered yet.
 
-    Those that go on all the same are cancelled after a grace.
+    The tasks of requests that still run after `CUT_GRACE_S` are cancelled.
     """
     ended = [lease for lease in leases if lease.cut is None]
     for lease in ended:
@@ -77,7 +78,7 @@ def _kill(ended: Iterable[Lease]) -> None:
 
 
 def park(model: Model, timeout_s: float, at_most: int) -> int:
-    """Freeze the model's requests with its engine, the oldest first; how many."""
+    """Freeze the model's requests with its engine, the oldest first. Return how many."""
     cause = ParkedEnded(
         model.alias, f"it was parked for more than {timeout_s:g} s (switching.parked_timeout)"
     )
