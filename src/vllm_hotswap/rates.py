@@ -39,7 +39,7 @@ class Rates:
 
     def take(self, account: Account) -> None:
         """Count a request, whatever the engine makes of it. Raises `RateLimited`."""
-        bucket = self._bucket("tokens", account)
+        bucket = self._bucket("tokens", account)  # checked only: `spend` counts them at the end
         if bucket is not None and (wait_s := bucket.wait_s()):
             raise self._refused("tokens", account, wait_s)
         self._take("requests", account)

@@ -35,7 +35,7 @@ class Recorder:
     """An observer that writes a trace.
 
     The mutable state is the open file (None after a failed write), the number of requests, and
-    whether a warning about a line that could not be recorded was logged.
+    whether it has warned of a line that could not be recorded.
     """
 
     def __init__(self, path: Path, head: Head, clock: Callable[[], float] = time.monotonic) -> None:

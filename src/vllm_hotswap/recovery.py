@@ -159,7 +159,7 @@ class Recovery:
                 why = f"the engine host could not be started: {one_line(error)}"
                 self._host.kill(why)
                 self._observer.notify(HostDied(self._server.epoch, why))
-                self.host_died(why)
+                self.host_died(why)  # starts no second task: this one tries again
                 raise
             self.restarts += 1
             self._server.host_is_back()

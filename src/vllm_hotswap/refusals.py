@@ -163,7 +163,7 @@ class Refusals:
         return self._owed_s(self._keys_paid_s if is_key else self._paid_s, client)
 
     def strangers_owe_s(self, address: Hashable) -> float:
-        """The same for an address, by what was refused there to requests without a known key."""
+        """Return `owed_s` of an address for refusals of requests without a known key alone."""
         return self._owed_s(self._strangers_paid_s, address)
 
     def _owed_s(self, all_paid_s: OrderedDict[Hashable, float], client: Hashable) -> float:

@@ -90,7 +90,7 @@ class Lease:
     work: asyncio.Task[object] | None = None
     client_left: bool = False
     status: int = 200
-    """Of the response, once that has started."""
+    """The response's, once that has started."""
     is_answered: bool = False
     """Whether the last byte of the response was sent, or is set aside with a refusal."""
     is_over: bool = False
@@ -346,7 +346,7 @@ class Model:
     leases: dict[Lease, None] = field(default_factory=dict)
     """Leases of its requests, in the order of their admission."""
     entered: dict[Lease, None] = field(default_factory=dict)
-    """Of requests that its frontend prepares, or that wait for their turn, in the mode `auto`."""
+    """Requests in the mode `auto` that its frontend prepares, or that wait for their turn."""
     further: int = 0
     """Engine requests beyond one for each of its requests."""
     emptied: asyncio.Future[None] | None = None
@@ -360,9 +360,9 @@ class Model:
     up_s: dict[Residency, float] = field(default_factory=dict)
     """Measured seconds of bringing it up, by the residency from which it came."""
     prefetch: Prefetch | None = None
-    """Of its files, until it is loaded or woken, or the prefetch is cancelled."""
+    """Kept until it is loaded or woken, or the prefetch is cancelled."""
     waking: Waking | None = None
-    """While it is asleep, and wakes before it is asked for."""
+    """Set while it is asleep, and wakes before it is asked for."""
 
     def __repr__(self) -> str:
         return f"<Model {self.alias} {self.residency.value} in_flight={len(self.leases)}>"
@@ -379,7 +379,7 @@ class Model:
 
     @property
     def held(self) -> Usage:
-        """The same, plus what it takes to wake before it is asked for."""
+        """What it holds in its residency, plus what it takes to wake before it is asked for."""
         return self.resting + (self.waking.needs if self.waking else Usage())
 
     @property

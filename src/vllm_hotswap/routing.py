@@ -152,7 +152,7 @@ class Router:
                 are_strict = self._coordinator.meant(alias).engine.are_tools_strict
                 asked.check_grammar(fields.members, self._limits, are_strict)
                 terms = replace(terms, charge=partial(self._rates.switch, account))
-                self._rates.take(account)
+                self._rates.take(account)  # last: what is refused above does not count
             fields = replace(fields, members={})  # only the body itself is kept for long
         except HotswapError as error:
             return error
@@ -284,7 +284,7 @@ class Router:
                 uncancel()  # the task missed the cut: it was sending to a client that does not read
                 await answer.cut(cut)
             elif not waiting.client_left or uncancel() > 0:
-                raise
+                raise  # not by `waiting` alone, which cancels the task when its client leaves
         except HotswapError as error:
             await waiting.end()
             if answer.is_ahead and not answer.complete:

@@ -176,8 +176,9 @@ class _Line:
 class Scheduler:
     """The queues of all models, and the policy that decides between them.
 
-    Its mutable state is the line of each model, which model is active and since when, until when
-    it is held for a job, the number of the last arrival, and how many requests are in all lines.
+    Its mutable state is the line of each model, the number of the last arrival, and how many
+    requests are in all lines; also which model is active, since when, and until when it is held
+    for a job.
     """
 
     def __init__(self, models: Iterable[ModelTerms], policy: Policy, cost_s: CostEstimate) -> None:

@@ -1,8 +1,8 @@
 """Start-up, serving and shutdown of the whole server.
 
-Order at start: the configuration is checked as far as possible without vLLM; the engine host is
-started, so that it imports vLLM while this process does; flags, the address among them, and every
-model's configuration are parsed by vLLM; models are loaded; only then are requests accepted.
+Order at start: the configuration is checked as far as possible without vLLM. The engine host is
+started, so that it imports vLLM while this process does. vLLM parses the flags, the address among
+them, and every model's configuration. Models are loaded. Only then are requests accepted.
 """
 
 from __future__ import annotations

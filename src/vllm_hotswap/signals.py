@@ -38,7 +38,7 @@ class EarlyStop:
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal that came; 0 until then."""
+        """The signal's number; 0 until one comes."""
         self._is_held = False
 
     @property

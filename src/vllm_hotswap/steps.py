@@ -45,7 +45,7 @@ class Steps:
             loop.call_soon(self._turn, loop)
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_turning = False
+        self._is_turning = False  # first: `take` below schedules the next turn
         self._left = self.per_turn
         while self._waiting and self._left:
             client, steps = self._waiting.popitem(last=False)

@@ -12,7 +12,7 @@ import sys
 from typing import TextIO
 
 STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
-"""Of a process: the file descriptor, its name in `sys`, and its mode."""
+"""For each stream, the file descriptor, its name in `sys`, and its mode."""
 
 
 def prepare() -> None:

@@ -102,7 +102,7 @@ class TracedSwitch:
     source: str | None
     target: str
     residency: Annotated[Residency | None, Field(strict=False)]
-    """Of the target, before the switch."""
+    """The target's, before the switch."""
     cost_s: Seconds
     """Without draining."""
     drain_s: Seconds = 0.0

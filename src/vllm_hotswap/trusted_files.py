@@ -1,16 +1,18 @@
 """Files that decide what the server does: which other users could have written or may read them.
 
 A file is opened once, and that open file is both checked and read: nothing can be put in its place
-in between. Its owner, its mode and its group are checked, and so are the folders on the way to it:
-a user who may write to one of them may put another file in place. Links are followed, as Kubernetes
+in between. Its owner, its mode and its group are checked. So are the folders on the way to it: a
+user who may write to one of them may put another file in place. Links are followed, as Kubernetes
 mounts secrets through them. The folders of each link count, too, and so does its owner, if he may
 replace it.
 
-The rules are OpenSSH's `StrictModes`, with exceptions: the group that a user has alone, which is
-the default of distributions with a umask of 002; root's group, without other members; folders with
-the sticky bit, in which users cannot replace each other's files (inode(7)); root's folders that a
-group may write to, such as `/var/log`, as only root has made them so; and write permissions on what
-is mounted read-only, where they have no effect.
+The rules are OpenSSH's `StrictModes`. These are allowed as exceptions:
+
+- the group that a user has alone, the default of distributions with a umask of 002;
+- root's group, without other members;
+- folders with the sticky bit, in which users cannot replace each other's files (inode(7));
+- root's folders that a group may write to, such as `/var/log`, as only root has made them so;
+- write permissions on what is mounted read-only, where they have no effect.
 """
 
 from __future__ import annotations

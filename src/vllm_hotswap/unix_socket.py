@@ -1,7 +1,7 @@
 """A Unix domain socket that is bound like a TCP port: once, and gone when its server has stopped.
 
 Unlike a port, the file stays when its process is killed, and others may put another one in its
-place. So a file is replaced only if it is a socket without a listener, and removed only if it is
+place. So a file is replaced only if it is a socket without a listener. It is removed only if it is
 still the one that was made here. https://man7.org/linux/man-pages/man7/unix.7.html
 """
 

@@ -199,7 +199,7 @@ _READERS: Sequence[tuple[re.Pattern[str], Callable[[str], int | float]]] = (
     (_SEXAGESIMAL, _sexagesimal),
     (_UNDERSCORED, _number),
 )
-"""What YAML 1.1 or 1.2 reads as a number, and how, without underscores; the first match counts."""
+"""Texts that YAML 1.1 or 1.2 reads as numbers, and how, without underscores; first match wins."""
 
 
 # --- where it stands ----------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class AdapterShelf:
         adapter = Adapter(files, self._number())
         if door is not None and now:
             await self._load(adapter, door)
-        check()
+        check()  # no await from here on: what it checks must hold when the adapter is served
         if door is not None:
             serve_adapter(door.models, self._request(adapter))
         self._adapters[files.name] = adapter

@@ -74,7 +74,7 @@ class HostLink:
             command += ["--cores", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
         if specification := failpoints.enabled():
             command += ["--failpoints", specification]
-        with theirs:
+        with theirs:  # closed in this process, so that the channel ends with the host
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -206,6 +206,7 @@ class HostLink:
     def _closed(self, why: str | None = None) -> None:
         if self._connection.closed:
             return
+        # First: a closed connection has no descriptor by which to remove the reader.
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
         how = why or self._how_it_ended()

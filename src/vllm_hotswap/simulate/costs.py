@@ -82,7 +82,7 @@ def _default(found: Mapping[Residency, list[float]], default_s: float) -> float:
 
 
 class Prices:
-    """What each switch costs, and what the server expects it to cost.
+    """The cost of each switch, and what the server expects it to cost.
 
     The mutable state is how many switches of each kind there have been, and the server's estimates.
     """

@@ -1,7 +1,7 @@
 """Service times, found from a recording.
 
-A request that gets `o` tokens while, on average, `n` requests run takes `o` steps, and waits for
-prompts of `p` tokens: its own and those of requests that begin before it ends. That makes
+A request that gets `o` tokens while, on average, `n` requests run takes `o` steps. It also waits
+for prompts of `p` tokens: its own and those of requests that begin before it ends. That makes
 `step_s * o + per_request_s * o * n + prefill_s_per_token * p`. The three numbers are found for each
 model by least squares, none of them below zero.
 """

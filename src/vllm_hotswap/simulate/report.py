@@ -23,7 +23,7 @@ class Figures:
     wait_p99_s: float
     wait_max_s: float
     took_mean_s: float
-    """From arrival to end, including the time that a request was parked."""
+    """Mean time from arrival to end, including the time that a request was parked."""
     switches: int
     serving: float
     """Part of the time in which requests were worked on, also while draining."""

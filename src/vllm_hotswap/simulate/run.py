@@ -29,7 +29,7 @@ class World:
     services: Mapping[str, Service] = field(default_factory=dict)
     """By alias."""
     service: Service = field(default_factory=Service)
-    """Of the other models."""
+    """For the other models."""
     drain_timeout_s: float = 60.0
     resident: int | None = None
     """How many models may be parked, the active one included; None: all."""
@@ -59,17 +59,17 @@ class Served:
     arrived_s: float
     due_s: float
     admitted_s: float
-    """For the first time."""
+    """When it was first admitted."""
     ended_s: float
 
     @property
     def waited_s(self) -> float:
-        """Until its first admission."""
+        """Seconds until its first admission."""
         return self.admitted_s - self.arrived_s
 
     @property
     def took_s(self) -> float:
-        """From its arrival to its end, including the time parked."""
+        """Seconds from its arrival to its end, including the time parked."""
         return self.ended_s - self.arrived_s
 
 
