@@ -180,7 +180,7 @@ class Recovery:
         self._server.is_not_back()
 
     def _backoff_s(self) -> float:
-        """0 before the first attempt, then 1, 2, 4 ... seconds while attempts come often."""
+        """Return 0 before the first attempt, then 1, 2, 4 ... seconds while attempts come often."""
         self._forget(self._attempts_s)
         tried = len(self._attempts_s)
         if not tried:

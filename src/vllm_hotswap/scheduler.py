@@ -48,7 +48,7 @@ class RequestTerms:
     may_switch: bool = True
     """Whether it may wait for a model that is not active and is not the target of a switch."""
     rule: str = "rights"
-    """The setting that says so."""
+    """The setting that decides it."""
     charge: Callable[[], None] | None = field(default=None, compare=False, repr=False)
     """Called if it would be the first to wait for a model that no switch is bringing. Raises
     `RateLimited` if it must not wait."""

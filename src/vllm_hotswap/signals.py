@@ -90,7 +90,7 @@ def stop_signal(
     at_once: Callable[[], None] = lambda: None,
     is_told: Callable[[], bool] = lambda: False,
 ) -> Iterator[asyncio.Future[None]]:
-    """Give a future that is done at the first SIGINT or SIGTERM; a second ends the process at once.
+    """Yield a future, done at the first SIGINT or SIGTERM; a second ends the process at once.
 
     The engine host then sees its channel close, and exits, too.
 

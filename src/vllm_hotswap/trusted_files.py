@@ -169,7 +169,7 @@ def _refuse(
 def _of_file(
     found: os.stat_result, place: int | Path, path: Path, is_private: bool
 ) -> Iterator[str]:
-    """Yield what is wrong with a file, and the command that fixes it. `place`: what to check."""
+    """Yield what is wrong with a file, and the fix. `place` is its descriptor or its path."""
     mode, name = found.st_mode, shlex.quote(str(path))
     if not is_trusted(found.st_uid):
         yield _foreign(found.st_uid, name)
