@@ -1,7 +1,7 @@
-"""What each key may do in a minute: calls, tokens, and switches.
+"""Rate limits of each key, per minute: requests, tokens, and switches.
 
-Token buckets of our own: `limits`, the usual package, keeps time by the wall clock and in storages
-that are shared between processes, neither of which is wanted here.
+Token buckets of our own: the usual package, `limits`, uses the wall clock and storages that are
+shared between processes. Neither is wanted here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vllm_hotswap.settings import LimitsConfig
 Kind = Literal["requests", "tokens", "switches"]
 
 ELSEWHERE = PerMinute(requests=30_000, tokens=6_000_000, switches=60)
-"""For each key, where nothing is said and others than programs of this machine may ask."""
+"""For each key, where no limits are configured and other machines can connect."""
 
 
 class Rates:
-    """The buckets of all keys; all callers without one share theirs. Admins have none.
+    """The buckets of all keys. Callers without a key share theirs; admins have none.
 
-    Keys that are valid are few, so no bucket is ever dropped.
+    Valid keys are few, so no bucket is ever dropped.
     """
 
     def __init__(
         self, limits: LimitsConfig, clock: Callable[[], float], is_local: Callable[[], bool]
     ) -> None:
-        """`is_local`: whether programs of this machine alone get here."""
+        """`is_local` says whether only programs on this machine can connect."""
         self._general = PerMinute(
             limits.requests_per_minute, limits.tokens_per_minute, limits.switches_per_minute
         )
@@ -38,23 +38,23 @@ class Rates:
         self._buckets: dict[tuple[Kind, str, int], Rate] = {}
 
     def take(self, account: Account) -> None:
-        """Count a call, whatever it becomes in the engine. Raises `RateLimited`."""
-        bucket = self._bucket("tokens", account)
+        """Count a request, whatever the engine makes of it. Raises `RateLimited`."""
+        bucket = self._bucket("tokens", account)  # checked only: `spend` counts them at the end
         if bucket is not None and (wait_s := bucket.wait_s()):
             raise self._refused("tokens", account, wait_s)
         self._take("requests", account)
 
     def give_back(self, account: Account) -> None:
-        """Count a call no longer that the server did not admit."""
+        """Stop counting a request that the server did not admit."""
         if (bucket := self._bucket("requests", account)) is not None:
             bucket.give_back()
 
     def switch(self, account: Account) -> None:
-        """Count what may move a model. Raises `RateLimited`."""
+        """Count an action that may move a model. Raises `RateLimited`."""
         self._take("switches", account)
 
     def spend(self, account: Account, tokens: int) -> None:
-        """Count what a request has taken; until that is made up for, no other one is let in."""
+        """Count a request's tokens; `take` refuses new ones until an overdraft is made up for."""
         if tokens and (bucket := self._bucket("tokens", account)) is not None:
             bucket.spend(tokens)
 
@@ -75,7 +75,7 @@ class Rates:
         return self._buckets[place]
 
     def _bound(self, kind: Kind, account: Account) -> int:
-        """What counts; 0: nothing does."""
+        """Return the limit that applies; 0 for none."""
         for said in (account.per_minute, self._general):
             if (bound := getattr(said, kind)) is not None:
                 return int(bound)

@@ -1,8 +1,8 @@
-"""`serve --record FILE`: what requests and switches were, line by line, as a trace.
+"""`serve --record FILE`: a trace of requests and switches, one line each.
 
-The file is what `vllm-hotswap simulate` reads. A line is written when a request or a switch has
-ended, and is in the file at once: a server that is killed leaves a trace of what was before.
-Requests that never had their turn are not in it: nobody knows how long their answers would be.
+`vllm-hotswap simulate` reads the file. A line is written, and flushed, when a request or a switch
+has ended: a server that is killed leaves a trace of everything before. Requests that never had
+their turn are left out: the length of their responses is unknown.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ log = logging.getLogger("vllm_hotswap")
 class Recorder:
     """An observer that writes a trace.
 
-    The mutable state is the open file (None after it could not be written to), how many requests
-    there were, and whether it was told that something cannot be written.
+    The mutable state is the open file (None after a failed write), the number of requests, and
+    whether it has warned of a line that could not be recorded.
     """
 
     def __init__(self, path: Path, head: Head, clock: Callable[[], float] = time.monotonic) -> None:
         """Create the file.
 
         Raises:
-            ConfigError: it exists or cannot be written.
+            ConfigError: the file exists or cannot be written.
         """
         self._path = path
         self._clock = clock
@@ -56,7 +56,7 @@ class Recorder:
         return f"<Recorder path={str(self._path)!r} requests={self._requests}>"
 
     def notify(self, event: Event) -> None:
-        """Never raises: the server goes on without the line."""
+        """Write a line for the event. Never raises: the server continues without the line."""
         try:
             self._note(event)
         except ValueError as error:  # pydantic's is one
@@ -122,7 +122,7 @@ class Recorder:
 
 
 def head_of(config: ServerConfig) -> Head:
-    """What the configuration says of models and switching."""
+    """Return what the configuration says about models and switching."""
     switching = config.switching
     return Head(
         models={

@@ -1,7 +1,7 @@
-"""Bringing the server back after the engine host, or the active engine, has died.
+"""Recovery of the server after the engine host, or the active engine, has died.
 
-What is decided here: when the host counts as hung, how long to wait before the next attempt, and
-when to give up. What is done is the coordinator's: a switch back to the last active model.
+This module decides when the host counts as hung, how long to wait before the next attempt, and
+when to give up. The coordinator acts: it switches back to the last active model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger("vllm_hotswap")
 LEAST_BACKOFF_S = 0.1
 
 PING_S = 1.0
-"""How often the engine host is asked for a sign of life."""
+"""Interval at which the engine host is asked for a sign of life."""
 
 
 class Recoverable(Protocol):
@@ -37,30 +37,29 @@ class Recoverable(Protocol):
 
     @property
     def needs_recovery(self) -> bool:
-        """Nothing is active, and nobody has asked for that."""
+        """Whether no model is active although one should be."""
 
     def turn(self) -> AbstractAsyncContextManager[object]:
-        """Entered when nobody does anything with the host any more."""
+        """Exclusive use of the host: entered once no other operation uses it."""
 
     def host_is_back(self) -> None:
-        """There is a host again, with nothing loaded."""
+        """Note that there is a host again, with nothing loaded."""
 
     async def bring_back(self) -> None:
         """Make the last active model the active one. Raises `HotswapError`."""
 
     def is_not_back(self) -> None:
-        """An attempt has failed; until the next one, another model may be tried."""
+        """Note a failed attempt; until the next one, another model may be tried."""
 
     def give_up(self, why: str) -> None:
-        """Nothing will be served any more."""
+        """Stop serving for good."""
 
 
 class Recovery:
-    """One task at a time that recovers, and a watch over the host.
+    """One recovery task at a time, and a watch over the host.
 
-    The mutable state is `_task`, `_attempts_s` (when recovery was tried), `_deaths_s` (when the
-    host died), `restarts`, `failure` and
-    `is_degraded`.
+    The mutable state is `_task`, `_attempts_s` (times of the attempts to recover), `_deaths_s`
+    (times of the host's deaths), `restarts`, `failure` and `is_degraded`.
     """
 
     def __init__(
@@ -81,9 +80,9 @@ class Recovery:
         self._attempts_s: deque[float] = deque()
         self._deaths_s: deque[float] = deque()
         self.restarts = 0
-        """Of the engine host, so far."""
+        """Restarts of the engine host, so far."""
         self.failure: str | None = None
-        """Why it is under way: what has died, or why the last attempt failed."""
+        """Why recovery is under way: what has died, or why the last attempt failed."""
         self.is_degraded = False
         """Whether an attempt has failed."""
 
@@ -95,7 +94,7 @@ class Recovery:
         return self._task is not None and not self._task.done()
 
     def host_died(self, how: str) -> None:
-        """Count it. Recovery begins, or the server is given up."""
+        """Count a death of the host. Recovery begins, or the server is given up."""
         self._remember(self._deaths_s)
         if len(self._deaths_s) > self._settings.max_restarts:
             self._server.give_up(
@@ -106,7 +105,7 @@ class Recovery:
             self.begin(how)
 
     def begin(self, why: str) -> None:
-        """Recover, unless that is under way."""
+        """Start to recover, unless that is under way already."""
         self.failure = why
         if not self.is_under_way:
             self._task = asyncio.create_task(self._run(), name="recovery")
@@ -123,20 +122,20 @@ class Recovery:
         self.failure, self.is_degraded = None, False
 
     async def _pause(self, seconds: float) -> None:
-        """Wait; whoever makes a model active meanwhile ends it."""
+        """Wait for so many seconds, or until a model is active."""
         self._is_well.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._is_well.wait()
 
     def succeeded(self) -> None:
-        """A model is active."""
+        """Note that a model is active, which ends the wait for the next attempt."""
         self.failure, self.is_degraded = None, False
         self._is_well.set()
 
     async def _try(self) -> None:
         if not self._server.needs_recovery:
-            return  # somebody has switched meanwhile
+            return  # a switch has made a model active during the wait
         self._remember(self._attempts_s)
         try:
             await self._attempt()
@@ -160,7 +159,7 @@ class Recovery:
                 why = f"the engine host could not be started: {one_line(error)}"
                 self._host.kill(why)
                 self._observer.notify(HostDied(self._server.epoch, why))
-                self.host_died(why)
+                self.host_died(why)  # starts no second task: this one tries again
                 raise
             self.restarts += 1
             self._server.host_is_back()
@@ -181,7 +180,7 @@ class Recovery:
         self._server.is_not_back()
 
     def _backoff_s(self) -> float:
-        """0 before the first attempt, then 1, 2, 4 ... seconds, as long as attempts come often."""
+        """Return 0 before the first attempt, then 1, 2, 4 ... seconds while attempts come often."""
         self._forget(self._attempts_s)
         tried = len(self._attempts_s)
         if not tried:
@@ -200,10 +199,10 @@ class Recovery:
     # --- watching ---------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Until cancelled, end a host that gives no sign of life, or is stuck in a step.
+        """Until cancelled, kill a host that gives no sign of life or is stuck in a step.
 
-        What counts is how often the host was asked in vain, not the time: while this process was
-        stopped, or its loop blocked, the host could not have been heard.
+        What counts is how many checks went unanswered, not the time: while this process was
+        stopped, or its loop blocked, it could not have heard the host.
         """
         silent_s = 0.0
         asking: asyncio.Task[Pulse] | None = None
@@ -230,7 +229,7 @@ class Recovery:
 
     def _hear(self, asking: asyncio.Task[Pulse]) -> None:
         if asking.exception() is not None:
-            return  # it is dead, which is known already
+            return  # the host is dead, which is known already
         step_s = asking.result().step_s
         if step_s >= self._settings.step_timeout:
             self._host.kill(

@@ -13,27 +13,27 @@ from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
 from vllm_hotswap.written import Keys, Source, Surprising, read_scalar, shown
 
 SECRET_LENGTH = 8
-"""A shorter value is taken for no secret: it may be a word of any message."""
+"""A shorter value does not count as a secret: it may be a word of any message."""
 
 # `$${` stands for a plain `${`.
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
 
 class References:
-    """Fills the references of one document, and remembers what must not be shown."""
+    """Fills the references of one document, and remembers which values must not be shown."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
         self._secrets: dict[str, str] = {}
-        """Values in every form in which a message may show them, and where they came from."""
+        """Values, in every form in which a message may show them, and the reference of each."""
         self.unset: list[Mistake] = []
-        """Variables that were wanted and are not set. Each reference to one is left as it is."""
+        """Variables that are needed but not set. A reference to one is left as it is."""
 
     def fill(self, value: Any, source: Source, *keys: str | int) -> Any:
-        """The value with every `${NAME}` and `${NAME:-default}` in it replaced.
+        """Return the value with every `${NAME}` and `${NAME:-default}` in it replaced.
 
-        A text that is nothing but one reference may become a number, a boolean or null; keys of
-        clients stay what they are. A variable that is not set is added to `unset`.
+        A text that is nothing but one reference may become a number, a boolean or null. Clients'
+        keys stay text. A variable that is not set is added to `unset`.
         """
         if isinstance(value, dict):
             return {key: self.fill(item, source, *keys, str(key)) for key, item in value.items()}
@@ -46,14 +46,14 @@ class References:
         return read_scalar(filled) if is_one and not _is_client_key(keys) else filled
 
     def hide(self, text: str) -> str:
-        """The text with references where the values of their variables were."""
+        """Return the text with references in place of the values of their variables."""
         for value in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(value, self._secrets[value])
         return text
 
     @contextmanager
     def hidden_in_errors(self) -> Iterator[None]:
-        """Let no `ConfigError` out that shows a value from the environment."""
+        """Hide values from the environment in every `ConfigError` that passes."""
         try:
             yield
         except ConfigMistakes as error:
@@ -90,7 +90,7 @@ def _is_client_key(keys: Keys) -> bool:
 
 
 def _forms(value: str) -> tuple[str, ...]:
-    """The value as it is, quoted by Python or JSON, on one line, and read as a number."""
+    """Return the value as it is, quoted by Python and by JSON, on one line, and as a number."""
     quoted, as_json = repr(value)[1:-1], json.dumps(value)[1:-1]
     read = read_scalar(value)
     read = read.value if isinstance(read, Surprising) else read

@@ -1,13 +1,14 @@
-"""How many refusals a client may get, and how long further ones are held back.
+"""Limits on refusals: how many a client may get, and how long additional ones are held back.
 
-A refusal costs the server about as much as any small call, and its client nothing: neither a place
-in an engine nor tokens. Each client's address, and each key that is known, has a token bucket of
-them. Where it is empty, an answer waits until its turn in the bucket comes, `MAX_PAUSE_S` at most.
-That holds for the server's own refusals, and for those of a model's application. Who asks for what
-is let in is never held back for it, and pays for refusals of the same address: many users may share
-one. A key that is nobody's has no bucket: strangers may send the same one.
+A refusal costs the server about as much as any small request. It costs its client nothing: neither
+a place in an engine nor tokens. So each client address, and each known key, has a token bucket of
+refusals. Where it is empty, a refusal waits until the bucket has room, `MAX_PAUSE_S` at most. That
+holds for the server's own refusals and for those of a model's application.
 
-New connections of an address in debt wait, too, by what their first head is going to come to.
+A request that is let in is never held back for this, and makes up for refusals of the same address:
+many users may share one. Unknown keys have no bucket: unrelated clients may send the same one.
+
+New connections of an address in debt wait, too; how long depends on what their first head asks for.
 """
 
 from __future__ import annotations
@@ -23,68 +24,68 @@ from starlette.types import Scope
 from vllm_hotswap.places import network_of
 
 DOOR = "vllm_hotswap.door"
-"""In a scope: gives who holds refusals back, None if the connection is gone."""
+"""Key of a scope: a function that returns the `Holder`, or None if the connection is gone."""
 
 KEY = "vllm_hotswap.key"
-"""In a scope: gives what tells the key of a request from others, None if none that is known."""
+"""Key of a scope: a function that returns the mark of its key, or None without a known key."""
 
 BURST_S = 3.0
-"""An empty bucket is full again after it."""
+"""Time after which an empty bucket is full again."""
 
 MAX_PAUSE_S = 5.0
-"""The longest that an answer is held back. Nothing is owed beyond twice that."""
+"""The longest time that a response is held back. A debt never exceeds twice that."""
 
 SUSPECT_S = 1.0
 """New connections of an address, or with a key, wait while it owes more than so many seconds."""
 
 DOUBT_S = 0.25
-"""The longest that one waits of which nobody can tell whether it is going to be refused."""
+"""The longest wait of a connection of which it is unknown whether it will be refused."""
 
 
 class Outlook(Enum):
-    """What the first head of a connection is going to come to, besides that its key is known."""
+    """The expected outcome of a connection's first head, where it has no known key."""
 
     REFUSED = "refused"
-    """For its route or its key."""
+    """Because of its route or its key."""
     LET_IN = "let in"
     """The route needs no key."""
     IN_DOUBT = "in doubt"
-    """No key is asked for."""
+    """The server requires no key."""
 
 
 MOST_CLIENTS = 10_000
-"""Addresses, and keys, that are remembered. Of more, those refused longest ago are forgotten."""
+"""Addresses, and keys, that are remembered. Beyond that, those refused longest ago are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownKey:
-    """A key that is a user's or an admin's, as a client."""
+    """A known key, a user's or an admin's, as a client."""
 
     mark: str
-    """What tells it from others."""
+    """Identifies it among the known keys."""
 
 
 class Holder(Protocol):
     """Holds refusals back."""
 
     def refused(self, scope: Scope) -> Awaitable[None]:
-        """Note that a request is refused, and wait until its client may be told."""
+        """Note that a request is refused, and wait until its client may get the refusal."""
 
     def note_refusal(self, scope: Scope) -> None:
-        """Note that a request is refused, of which its client has been told."""
+        """Note that a request is refused whose client has got the refusal already."""
 
     def let_in(self, scope: Scope) -> None:
         """Note that a request is served."""
 
 
 async def hold_back(scope: Scope) -> None:
-    """Wait until a refused request may be answered; not at all, where nobody counts."""
+    """Wait until a refused request may be answered; not at all, where refusals do not count."""
     if (holder := _holder(scope)) is not None:
         await holder.refused(scope)
 
 
 def note_refusal(scope: Scope) -> None:
-    """Note that a request is refused, of which its client is told without a wait."""
+    """Note that a request is refused whose client gets the refusal without a wait."""
     if (holder := _holder(scope)) is not None:
         holder.note_refusal(scope)
 
@@ -101,44 +102,44 @@ def _holder(scope: Scope) -> Holder | None:
 
 
 def address_of(scope: Scope) -> Hashable:
-    """What stands for the address of who has sent a request; None without one."""
+    """Return what identifies the address of a request's client; None without an address."""
     client = scope.get("client")
     return network_of(client[0]) if client else None
 
 
 def clients_of(scope: Scope) -> list[Hashable]:
-    """What stands for who has sent a request: the address, then the key, if it is known."""
+    """Return what identifies the client of a request: its address, then its key if it is known."""
     find: Callable[[Scope], str | None] | None = scope.get(KEY)
     mark = None if find is None else find(scope)
     return [address_of(scope), *([] if mark is None else [KnownKey(mark)])]
 
 
 class Refusals:
-    """The buckets. The mutable state is until when each client's refusals are paid for.
+    """The buckets. The mutable state is the time up to which each client has paid for refusals.
 
-    That is the generic cell rate algorithm: a refusal costs `1 / per_second` seconds of the
+    This is the generic cell rate algorithm: a refusal costs `1 / per_second` seconds of the
     bucket's time. Source: ITU-T I.371.
     """
 
     def __init__(self, per_second: float, clock: Callable[[], float]) -> None:
-        """Args: per_second: refusals of one client in the long run; three times that at once."""
+        """Args: per_second: refusals of one client in the long run; three times as many at once."""
         self._cost_s = 1 / per_second
         self._clock = clock
         self._paid_s: OrderedDict[Hashable, float] = OrderedDict()
-        """Of addresses."""
+        """By address."""
         self._keys_paid_s: OrderedDict[Hashable, float] = OrderedDict()
         self._strangers_paid_s: OrderedDict[Hashable, float] = OrderedDict()
-        """Of addresses, by what was refused to who has sent no known key."""
+        """By address, for refusals of requests without a known key."""
 
     def __repr__(self) -> str:
         return f"<Refusals clients={len(self._paid_s)} keys={len(self._keys_paid_s)}>"
 
     def charge(self, clients: Iterable[Hashable], count: int = 1) -> float:
-        """Note refusals of one request, and return for how many seconds to hold its answer back.
+        """Note refusals of one request, and return for how many seconds to hold back its response.
 
         Args:
-            clients: all that stand for who has sent it; the poorest counts.
-            count: what it has cost, in refusals.
+            clients: everything that identifies its client; the one that owes most counts.
+            count: its cost, in refusals.
         """
         clients = list(clients)
         keys = [client for client in clients if isinstance(client, KnownKey)]
@@ -151,7 +152,7 @@ class Refusals:
         return min(MAX_PAUSE_S, max(waits_s, default=0))
 
     def let_in(self, address: Hashable) -> None:
-        """A request from the address is served, which makes up for a refusal."""
+        """Note that a request from the address is served, which makes up for a refusal."""
         for paid_s in (self._paid_s, self._strangers_paid_s):
             if address in paid_s:
                 paid_s[address] -= self._cost_s
@@ -162,7 +163,7 @@ class Refusals:
         return self._owed_s(self._keys_paid_s if is_key else self._paid_s, client)
 
     def strangers_owe_s(self, address: Hashable) -> float:
-        """The same, by what was refused there to who has sent no known key."""
+        """Return `owed_s` of an address for refusals of requests without a known key alone."""
         return self._owed_s(self._strangers_paid_s, address)
 
     def _owed_s(self, all_paid_s: OrderedDict[Hashable, float], client: Hashable) -> float:

@@ -1,4 +1,4 @@
-"""The configured models and what the server knows of each of them."""
+"""The configured models, and what the server knows about each of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Cut = (
 
 
 class Countdown:
-    """Calls back once a time is over, which does not go on while its request is parked."""
+    """Calls back after a time; the clock stops while the request is parked."""
 
     def __init__(self, seconds: float, ring: Callable[[], object]) -> None:
         self._left_s = seconds
@@ -58,12 +58,12 @@ class Countdown:
         self._timer: asyncio.TimerHandle | None = None
 
     def go_on(self) -> None:
-        """Idempotent."""
+        """Start, or continue. Idempotent."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._left_s, self._ring)
 
     def stop(self) -> None:
-        """Until it goes on, with the time that is left. Idempotent."""
+        """Stop until `go_on`, which continues with the time that is left. Idempotent."""
         if self._timer is not None:
             self._left_s = self._timer.when() - asyncio.get_running_loop().time()
             self._timer.cancel()
@@ -74,8 +74,9 @@ class Countdown:
 class Lease:
     """One request's hold on its model, from admission to the last byte of its answer.
 
-    A lease that is ended says why in `cut`, and calls `on_cut`, which whoever answers sets. Where
-    the request has begun work that outlives its answer, the lease does, too, and ends it.
+    A lease that is ended has the cause in `cut`, and calls `on_cut`, which the code that answers
+    sets. If the request has started work that outlives its response, the lease outlives the
+    response, too, and ends that work.
 
     A parked lease's request is frozen with its engine. When its model is active again, its `epoch`
     is that of the new activation; outputs of all epochs from `first_epoch` on are its own.
@@ -89,59 +90,59 @@ class Lease:
     work: asyncio.Task[object] | None = None
     client_left: bool = False
     status: int = 200
-    """Of the answer, once that has begun."""
+    """The response's, once that has started."""
     is_answered: bool = False
-    """Whether the last byte of the answer has been sent, or set aside to be sent in its turn."""
+    """Whether the last byte of the response was sent, or is set aside with a refusal."""
     is_over: bool = False
-    """Whether nobody works on it any more."""
+    """Whether all work on it has ended."""
     was_cut: bool = False
-    """Whether there was something left that is missing now."""
+    """Whether it was still open when it was cut, so that something is missing now."""
     name: str | None = None
-    """What the request calls its model: an alias, an adapter, or nothing."""
+    """The model name in the request: an alias, an adapter, or None."""
     is_parked: bool = False
     on_park: Callable[[], object] | None = None
     gate: asyncio.Future[None] | None = None
-    """Nothing of the answer is sent before it is done: the engine has not been verified yet."""
+    """Holds back the response until it is done: the engine has not been verified yet."""
     requests: set[str] = field(default_factory=set)
-    """What its engine works on for it, by the ids that the engine gave."""
+    """Ids, given by its engine, of the engine requests that it works on for this lease."""
     deadline: asyncio.TimerHandle | None = None
-    """When a parked request is ended."""
+    """Timer that ends a parked request."""
     countdowns: dict[str, Countdown] = field(default_factory=dict)
-    """Of those of `requests` whose first output is waited for."""
+    """By request id, for those of `requests` whose first output is still to come."""
     ask: Callable[[int], Awaitable[None]] | None = None
-    """Called, with the tokens that it asks for, before its engine is given anything of it: in the
+    """Called, with the number of tokens it needs, before its engine gets anything of it: in the
     mode `auto` it waits there for its turn. None: it has had its turn."""
     terms: RequestTerms = NO_WISH
-    """What counts of what the request asks for."""
+    """What the request asks for, limited by its rights."""
     ticket: Ticket | None = None
-    """Its place among those that wait, in the mode `auto`."""
+    """Its place in the queue, in the mode `auto`."""
     calls: int = 1
-    """Requests that its engine is asked for by it."""
+    """Engine requests that it may become."""
     cache_salt: str = ""
-    """What sets its prompts apart from those of others in its engine's prefix cache."""
+    """Separates its prompts from those of other callers in its engine's prefix cache."""
     account: str = ""
-    """With whom it shares its turns at its engine, and where grammars are checked and compiled."""
+    """With which it shares turns at the engine, and in checking and compiling grammars."""
     engine_share: float = 1.0
-    """Of its engine's places, for its account, while others use it, too; 1: it never waits."""
+    """Its account's part of the engine's places while others use it, too; 1: it never waits."""
     held_back: int = 0
-    """Of `requests`, those that wait before its engine because of that."""
+    """How many of `requests` wait in front of the engine because of that."""
     grammar_timeout_s: float | None = None
-    """In which its first output must come once its engine has it, if it has a grammar."""
+    """Seconds in which its first output must come once its engine has it, if it has a grammar."""
     grammar_bounds: Bounds = field(default_factory=Bounds)
-    """What it may take to try its grammar."""
+    """What trying its grammar may take."""
     is_connection: bool = False
-    """Whether it is a WebSocket, which may be open for long and ask for its engine now and then."""
+    """Whether it is a WebSocket, which may stay open for long and need its engine now and then."""
     kept_waiting_s: Callable[[], float] | None = None
-    """Says for how long, so far, its answer has waited for its client to take something in."""
+    """Returns the seconds that its response has waited, so far, for its client to read."""
     on_wait: Callable[[], object] | None = None
     on_admit: Callable[[], object] | None = None
     arrived_s: float = 0.0
     prepared_s: float = 0.0
-    """Seconds from its arrival until it asked for its turn: it was looked at meanwhile."""
+    """Seconds from its arrival until it asked for its turn: it was validated in that time."""
     admitted_s: float | None = None
-    """When it had its turn; None: it has not had it yet."""
+    """When it had its turn; None before that."""
     switched: int = 0
-    """Activations that it waited for."""
+    """Activations during its wait."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     first_epoch: int = field(init=False)
@@ -151,7 +152,7 @@ class Lease:
 
     @property
     def result(self) -> RequestResult:
-        """How the request ended, for whoever counts."""
+        """How the request ended, for statistics."""
         if self.was_cut:
             return "cut"
         if self.client_left:
@@ -167,11 +168,11 @@ class Lease:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether nothing of it goes on before its model is active."""
+        """Whether it makes no progress until its model is active."""
         return self.is_parked or self.admitted_s is None
 
     def admit(self, epoch: int, now_s: float) -> None:
-        """It is its turn."""
+        """Give it its turn."""
         self.switched = epoch - self.epoch
         self.epoch = self.first_epoch = epoch
         self.admitted_s, self.ask = now_s, None
@@ -179,20 +180,20 @@ class Lease:
             self.on_admit()
 
     def owns(self, alias: str, epoch: int) -> bool:
-        """Whether an output with this stamp may be the request's."""
+        """Whether an output with this stamp may belong to the request."""
         return alias == self.alias and self.first_epoch <= epoch <= self.epoch
 
     @property
     def is_open(self) -> bool:
-        """Whether there is something to end: an answer, or work that outlives it."""
+        """Whether there is something to end: a response, or work that outlives it."""
         is_at_work = self.work is not None and not self.work.done()
         return self.cut is None and (is_at_work or not self.is_answered)
 
     def end(self, cause: Cut) -> None:
-        """End the request, and whatever goes on after its answer. Only the first cause counts."""
+        """End the request, and any work that outlives its response. Only the first cause counts."""
         if self.cut is None:
-            self.was_cut = self.is_open
-            self.cut = cause
+            self.was_cut = self.is_open  # read first: it is False once `cut` is set
+            self.cut = cause  # before `settle`, which would start the countdowns again
             if self.work is not None:
                 self.work.cancel()
             self.settle()
@@ -200,12 +201,12 @@ class Lease:
                 self.on_cut()
 
     def kill(self) -> None:
-        """Cancel the task of a request that was ended and goes on all the same."""
+        """Cancel the task of a request that was ended but still runs."""
         if self.task is not None:
             self.task.cancel()
 
     def park(self, timeout_s: float, expire: Callable[[], object]) -> None:
-        """Freeze the request; call `expire` unless it goes on within `timeout_s`."""
+        """Freeze the request; call `expire` unless it continues within `timeout_s`."""
         self.is_parked = True
         self.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
         for countdown in self.countdowns.values():
@@ -214,7 +215,7 @@ class Lease:
             self.on_park()
 
     def count_down(self, request_id: str, seconds: float, ring: Callable[[], object]) -> None:
-        """Call `ring` in so many seconds, without those in which the request is parked."""
+        """Call `ring` in so many seconds, not counting those in which the request is parked."""
         self.countdowns[request_id] = countdown = Countdown(seconds, ring)
         if not self.is_parked:
             countdown.go_on()
@@ -225,24 +226,24 @@ class Lease:
             countdown.stop()
 
     def await_verdict(self, epoch: int) -> None:
-        """Its engine is stepped again, in `epoch`, but nothing is told before it is verified."""
+        """Note that its engine steps again, in `epoch`; hold back output until it is verified."""
         self.epoch = epoch
         self.shut()
 
     def shut(self) -> None:
-        """Tell nothing more until the request is settled."""
+        """Hold back all output until the request is settled."""
         if self.gate is None:
             self.gate = asyncio.get_running_loop().create_future()
 
     def open(self) -> None:
-        """Tell again: undo `shut`."""
+        """Let output pass again: undo `shut`."""
         if self.gate is not None:
             if not self.gate.done():
                 self.gate.set_result(None)
             self.gate = None
 
     def settle(self) -> None:
-        """Go on, or end: no longer parked, and whatever there is to tell is told."""
+        """Continue or end: no longer parked, and output that was held back is sent."""
         self.is_parked = False
         if self.deadline is not None:
             self.deadline.cancel()
@@ -254,12 +255,12 @@ class Lease:
 
 
 current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=None)
-"""The lease of the request that the running task works on."""
+"""The lease of the request that the current task works on."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPolicy:
-    """What the configuration says of one model's residency, and of how it takes its turn.
+    """What the configuration says about one model's residency, and how it takes its turn.
 
     Times are in seconds, None for never.
     """
@@ -275,14 +276,14 @@ class ModelPolicy:
 
 @dataclass(eq=False, slots=True)
 class Prefetch:
-    """A cold model's files that are being read into memory, or have been."""
+    """A cold model's files that are being read, or have been read, into memory."""
 
     limit_bytes: int
-    """What may be read at most."""
+    """The most that may be read."""
     read_bytes: int = 0
     """What has been read so far."""
     is_called_for: bool = False
-    """Whether somebody wants just this, whatever is expected to be next."""
+    """Whether a caller asked for exactly this, whatever is expected to be next."""
     task: asyncio.Task[int] = field(init=False)
 
     @property
@@ -291,26 +292,26 @@ class Prefetch:
 
     @property
     def held_bytes(self) -> int:
-        """What it takes of the host budget."""
+        """Bytes of the host budget that it takes."""
         return self.limit_bytes if self.is_under_way else self.read_bytes
 
     def tell(self, read_bytes: int) -> None:
-        """Take note of how far it has come; on whatever thread reads."""
+        """Record the progress; called on whatever thread reads."""
         self.read_bytes = read_bytes
 
 
 @dataclass(eq=False, slots=True)
 class Waking:
-    """A sleeping model whose memory is taken again, in slices, before it is asked for."""
+    """A sleeping model that takes its memory again, in slices, before it is asked for."""
 
     needs: Usage
-    """What it will hold besides what it holds asleep. It counts from the beginning."""
+    """What it will hold besides what it holds asleep. It counts from the start."""
     progress: WakeProgress | None = None
-    """As it was last told."""
+    """As last reported."""
     given_up: asyncio.Event = field(default_factory=asyncio.Event)
-    """Whether what has been taken is to be given back."""
+    """Set when what has been taken is to be given back."""
     task: asyncio.Task[None] = field(init=False)
-    """Goes on until the model is awake, or has given everything back."""
+    """Runs until the model is awake, or has given everything back."""
 
     @property
     def is_given_up(self) -> bool:
@@ -318,7 +319,7 @@ class Waking:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to be taken."""
+        """Whether nothing is left to take."""
         return self.progress is not None and self.progress.is_done
 
     @property
@@ -331,54 +332,54 @@ class Waking:
 
     @property
     def left(self) -> float:
-        """What part of it is still to be done, from 1 to 0."""
+        """The part that is still to be done, from 1 to 0."""
         return 1 - self.done_bytes / self.total_bytes if self.total_bytes else 1.0
 
 
 @dataclass(eq=False, slots=True)
 class Model:
-    """One configured model. Its residency changes through `step` alone."""
+    """One configured model. Its residency changes only through `step`."""
 
     alias: str
     engine: Engine
     residency: Residency = Residency.COLD
     leases: dict[Lease, None] = field(default_factory=dict)
-    """Of its requests, in the order in which they were admitted."""
+    """Leases of its requests, in the order of their admission."""
     entered: dict[Lease, None] = field(default_factory=dict)
-    """Of requests that its frontend looks at, or that wait for their turn, in the mode `auto`."""
+    """Requests in the mode `auto` that its frontend prepares, or that wait for their turn."""
     further: int = 0
-    """Engine requests of its requests, beyond one for each."""
+    """Engine requests beyond one for each of its requests."""
     emptied: asyncio.Future[None] | None = None
-    """Whoever drains the model waits here for its last lease."""
+    """Done when the last lease has ended; a drain of the model waits for it."""
     last_used_s: float | None = None
     failure: str | None = None
     policy: ModelPolicy = field(default_factory=ModelPolicy)
     pinned: bool = False
     is_verified: bool = False
-    """Whether it has generated what it should since it was loaded or woken."""
+    """Whether it has passed its verification since it was loaded or woken."""
     up_s: dict[Residency, float] = field(default_factory=dict)
-    """Measured seconds that it took to bring it up from there."""
+    """Measured seconds of bringing it up, by the residency from which it came."""
     prefetch: Prefetch | None = None
-    """Of its files, until it is loaded, woken, or somebody does not want it any more."""
+    """Kept until it is loaded or woken, or the prefetch is cancelled."""
     waking: Waking | None = None
-    """While it is asleep, and wakes before it is asked for."""
+    """Set while it is asleep, and wakes before it is asked for."""
 
     def __repr__(self) -> str:
         return f"<Model {self.alias} {self.residency.value} in_flight={len(self.leases)}>"
 
     def step(self, step: Step) -> Residency:
-        """Move on the residency ladder; returns where it was."""
+        """Move on the residency ladder; return the residency before."""
         before, self.residency = self.residency, advance(self.alias, self.residency, step)
         return before
 
     @property
     def resting(self) -> Usage:
-        """What it holds where it is."""
+        """What it holds in its residency."""
         return self.engine.footprint.at(self.residency)
 
     @property
     def held(self) -> Usage:
-        """The same, and what it takes to wake before it is asked for."""
+        """What it holds in its residency, plus what it takes to wake before it is asked for."""
         return self.resting + (self.waking.needs if self.waking else Usage())
 
     @property
@@ -388,23 +389,23 @@ class Model:
 
     @property
     def parked(self) -> list[Lease]:
-        """Requests that are frozen with its engine."""
+        """Leases of requests that are frozen with its engine."""
         return [lease for lease in self.leases if lease.is_parked]
 
     @property
     def in_flight(self) -> int:
-        """Engine requests of those that hold a lease, and of those that will."""
+        """Engine requests of all requests that hold a lease, or will."""
         return len(self.leases) + len(self.entered) + self.further
 
     def in_flight_as(self, name: str) -> int:
-        """Requests that hold a lease, or will, and call the model by this name."""
+        """Requests that hold a lease, or will, and name the model this way."""
         return sum(lease.name == name for lease in (*self.leases, *self.entered))
 
 
 class Registry:
-    """The models by alias, in the order of the configuration, and who else's names are theirs.
+    """The models by alias, in the order of the configuration, and their other names.
 
-    Aliases, further names and adapters of all models are one set of names.
+    Aliases, additional names and adapters of all models are one set of names.
     """
 
     def __init__(
@@ -428,12 +429,12 @@ class Registry:
 
     @property
     def names(self) -> list[str]:
-        """Every name that a request may ask for."""
+        """Every name that a request may use."""
         adapters = [name for model in self for name in model.engine.adapters]
         return [*self._models, *self._further, *adapters]
 
     def resolve(self, name: str) -> Model:
-        """The model that a request for this name goes to; that of an adapter is its base model.
+        """The model that a request for this name goes to; for an adapter, its base model.
 
         Raises:
             UnknownModel: nothing has that name.
@@ -446,7 +447,7 @@ class Registry:
         return model
 
     def owner(self, name: str) -> Model:
-        """The model whose alias, further name or adapter this is. Raises `UnknownModel`."""
+        """The model with this alias, additional name or adapter. Raises `UnknownModel`."""
         model = self._models.get(name) or self._further.get(name)
         if model is None:
             model = next((model for model in self if name in model.engine.adapters), None)
@@ -455,11 +456,11 @@ class Registry:
         return model
 
     def model(self, alias: str) -> Model:
-        """The model of that alias or further name.
+        """The model with that alias or additional name.
 
         Raises:
             UnknownModel: nothing has that name.
-            InvalidRequest: it is an adapter; what happens to its model is not for it alone.
+            InvalidRequest: it is an adapter; an operation would affect more than the adapter.
         """
         model = self.owner(alias)
         if alias in model.engine.adapters:

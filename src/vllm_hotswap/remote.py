@@ -1,4 +1,4 @@
-"""Commands for a running server: one HTTP call each, printed for people or as JSON."""
+"""Commands for a running server: one HTTP request each, printed for people or as JSON."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ ROLES = (
     ("admin", KEY_VARIABLE, KEY_FILE_VARIABLE),
     ("api", USER_KEY_VARIABLE, USER_KEY_FILE_VARIABLE),
 )
-"""Whose keys may be sent, in that order: the begin of the flags, and the variables."""
+"""Roles whose keys may be sent, in that order: the start of the flags, and the variables."""
 
 CONNECT_S = 10.0
 READ_S = 60.0
-"""For calls that only look."""
+"""For requests that change nothing."""
 
 QUIET_S = 2.0
-"""After so many seconds, what the server does is told."""
+"""Time after which a command shows what the server is doing."""
 
 _MIB = 1 << 20
 
@@ -59,7 +59,7 @@ class RemoteError(HotswapError):
 
 
 def _fill_model(run: Run) -> Callable[[argparse.ArgumentParser], None]:
-    """The arguments of a command that is about one model."""
+    """Return what adds the arguments of a command for one model."""
 
     def fill(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("alias", help="the model")
@@ -145,7 +145,7 @@ def _options(parser: argparse.ArgumentParser, run: Run) -> None:
 
 
 def seconds(text: str) -> float:
-    """A time in seconds for a command line. Raises `ArgumentTypeError`."""
+    """Parse a time in seconds from a command line. Raises `ArgumentTypeError`."""
     with contextlib.suppress(ValueError):
         value = float(text)
         if math.isfinite(value) and value >= 0:
@@ -217,20 +217,20 @@ COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = 
     "release": ("end a job lease", _fill_release),
     "status": ("show where each model is", _fill_plain(_status)),
 }
-"""The commands that point at a running server: what each is for, and what gives it arguments."""
+"""The commands for a running server: what each is for, and what adds its arguments."""
 
 LOOKING = ("leases", "plan", "status")
-"""Those for which a user's key is enough."""
+"""Commands for which a user's key is enough."""
 
 
 def _quoted(name: str) -> str:
-    """A name as a part of a path, also where it has parts that would be the way to another one."""
+    """Quote a name as part of a path, also where `.` or `..` in it would lead to another path."""
     parts = quote(_text(name)).split("/")
     return "/".join(part.replace(".", "%2E") if part in (".", "..") else part for part in parts)
 
 
 def _text(word: str) -> str:
-    """A word of the command line. Raises `RemoteError` if it is not UTF-8, which JSON needs."""
+    """Return a word of the command line. Raises `RemoteError` if it is not UTF-8, as JSON needs."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -273,10 +273,10 @@ class Address:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Address:
-        """That of `--url`, else that of the variable, else the default one.
+        """The address from `--url`, else from the variable, else the default.
 
         Raises:
-            RemoteError: it is no address; the message says what one looks like.
+            RemoteError: it is not a valid address; the message says what one looks like.
         """
         given = args.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
@@ -309,7 +309,7 @@ class Address:
         return cls(url, _is_this_machine(host), is_default)
 
     def __str__(self) -> str:
-        """Without a password that may be in it."""
+        """Return it without a password that may be in it."""
         if self.uds:
             return "unix:" + ascii(self.uds)[1:-1]
         return re.sub(r"//[^/]*@", "//", self.url)
@@ -323,7 +323,7 @@ def _is_path(text: str) -> bool:
 
 
 def _path_of_socket(text: str) -> str:
-    """Of `unix:PATH`, or of a URL with an absolute path. Raises `ValueError` if there is none."""
+    """Return the path of `unix:PATH`, or of a URL with an absolute path. Raises `ValueError`."""
     path = text.removeprefix("//") if text.startswith("///") else text
     if not path or path.startswith("//"):
         raise ValueError(text)
@@ -335,7 +335,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _key(args: argparse.Namespace) -> tuple[str, str]:
-    """The key to send, and where it is from; two empty texts if there is none.
+    """Return the key to send, and where it is from; two empty texts if there is none.
 
     Raises:
         ConfigError: a file cannot be used, or the key cannot be sent.
@@ -351,7 +351,7 @@ def _key(args: argparse.Namespace) -> tuple[str, str]:
 def _key_of(
     args: argparse.Namespace, role: str, variable: str, file_variable: str, is_named: bool
 ) -> tuple[str, str] | None:
-    """The key of one role that is named on the command line, or the one of its variables."""
+    """Return one role's key: the one named on the command line, or the one of its variables."""
     key, file = getattr(args, f"{role}_key"), getattr(args, f"{role}_key_file")
     origin = f"--{role}-key"
     if not is_named:
@@ -365,7 +365,7 @@ def _key_of(
 def call(
     args: argparse.Namespace, method: str, path: str, body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The server's answer.
+    """Send a request; return the JSON of the response.
 
     Raises:
         RemoteError: there is no such server, or it answered with an error.
@@ -398,7 +398,7 @@ def call(
 
 
 def _body(body: Mapping[str, Any]) -> bytes:
-    """The JSON of a body. Raises `RemoteError` if the command line had something else than text."""
+    """Return the JSON of a body. Raises `RemoteError` if a text in it is not UTF-8."""
     for value in body.values():
         if isinstance(value, str):
             _text(value)
@@ -406,9 +406,9 @@ def _body(body: Mapping[str, Any]) -> bytes:
 
 
 def _client(address: Address, headers: Mapping[str, str], changes: bool) -> httpx.Client:
-    """A client; for this machine, one without the proxies that the environment names.
+    """Return an HTTP client; for this machine, it ignores the proxies that the environment names.
 
-    A change takes as long as it takes: the server says when it is done.
+    A change has no read timeout: the server says when it is done.
 
     Raises:
         RemoteError: a proxy or a certificate file of the environment cannot be used.
@@ -416,8 +416,8 @@ def _client(address: Address, headers: Mapping[str, str], changes: bool) -> http
     import httpx
 
     try:
-        # A transport of its own keeps httpx from looking at proxies, and at nothing else.
-        verify = address.url.startswith("https")  # to read certificates takes a while
+        # A transport of its own keeps httpx from reading proxies, and from nothing else.
+        verify = address.url.startswith("https")  # reading certificates takes a while
         uds = address.uds or None
         transport = httpx.HTTPTransport(verify=verify, uds=uds) if address.is_loopback else None
         return httpx.Client(
@@ -435,7 +435,7 @@ def _client(address: Address, headers: Mapping[str, str], changes: bool) -> http
 
 @contextlib.contextmanager
 def _followed(client: httpx.Client, address: Address, changes: bool) -> Iterator[None]:
-    """Tell what the server does meanwhile, once the call has taken a while."""
+    """Show what the server is doing, once the request has taken a while."""
     is_over = threading.Event()
     threading.Thread(target=_follow, args=(client, address, changes, is_over), daemon=True).start()
     try:
@@ -447,11 +447,11 @@ def _followed(client: httpx.Client, address: Address, changes: bool) -> Iterator
 def _follow(
     client: httpx.Client, address: Address, changes: bool, is_over: threading.Event
 ) -> None:
-    """On a thread: say that the answer takes its time; and, of a change, how far it is."""
+    """On a thread: print that the command waits; for a change, print its progress, too."""
     began_s = time.monotonic()
     if is_over.wait(QUIET_S):
         return
-    # The connection ends with the process: one that is being read cannot be closed by others.
+    # Left open until the process ends: another thread cannot close a connection that is being read.
     with contextlib.suppress(Exception):
         sys.stderr.write(f"{QUIET_S:6.1f} s  waiting for {address}\n")
         if not changes:
@@ -470,15 +470,15 @@ def _follow(
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An error of the server, in the words of somebody who types commands."""
+    """An error of the server, explained for a user of the command line."""
 
     args: argparse.Namespace
     address: Address
     key_origin: str
-    """Where the key that was sent is from; empty if none was."""
+    """Where the key that was sent is from; empty if none was sent."""
 
     def explain(self, answer: Any, status: int) -> str:
-        """One line with the reason and the next step."""
+        """Return one line with the reason and the next step."""
         try:
             message, code = str(answer["error"]["message"]), answer["error"].get("code")
         except (LookupError, TypeError, AttributeError):
@@ -496,7 +496,7 @@ class Refusal:
         return f"the server asks for a key; {give}"
 
     def _as_commands(self, message: str) -> str:
-        """The message with calls of our own routes as commands."""
+        """Return the message with requests to our own routes as commands."""
         for pattern, template in _CALLS:
             message = re.sub(pattern, partial(self._command, template), message)
         return message
@@ -523,11 +523,11 @@ _CALLS: Sequence[tuple[str, Sequence[str]]] = (
     (r"DELETE /admin/leases/(\S+)", ("release", r"\1")),
     (r"GET /admin/leases\b", ("leases",)),
 )
-"""Calls that errors of the server name, and the commands that make them."""
+"""Requests that the server's errors name, and the commands that send them."""
 
 
 def _plain(text: str) -> str:
-    """Text of a server on one line, without characters that a terminal obeys."""
+    """Return a server's text on one line, without characters that control a terminal."""
     line = " ".join(text.split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
@@ -553,7 +553,7 @@ def leases_text(answer: Mapping[str, Any]) -> str:
 
 
 def told(answer: Mapping[str, Any]) -> str:
-    """One line about what an operation did."""
+    """Describe in one line what an operation did."""
     model = answer["model"]
     if "pinned" in answer:
         return f"{model}: {'pinned' if answer['pinned'] else 'not pinned'}"
@@ -572,7 +572,7 @@ def told(answer: Mapping[str, Any]) -> str:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """A plan, one line for each move."""
+    """Describe a plan, one line for each move."""
     lines = [f"switch from {plan['active']} to {plan['model']}:"]
     lines += [f"  {alias}: wakes no more" for alias in plan["give_up_wake"]]
     moves = [*plan["evict"], *([plan["bring_up"]] if plan["bring_up"] else [])]
@@ -600,7 +600,7 @@ def _waking_text(waking: Mapping[str, int] | None) -> str:
 
 
 def status_text(status: Mapping[str, Any]) -> str:
-    """The server, one line for each model."""
+    """Describe the server, one line for each model."""
     models = status["models"]
     width = max(len(alias) for alias in [*models, "model"])
     device = status["memory"]["device"]

@@ -1,8 +1,8 @@
-"""What outlives its request: responses that a frontend keeps, and those that it still works on.
+"""Responses that outlive their request: kept ones, and those that are still being worked on.
 
-The Responses API names a response by its id alone, so whoever keeps it is asked, active or not. A
-response that was begun in the background is accepted work: its request keeps its lease until the
-work has ended, and where a drain ends it, the response says so from then on.
+The Responses API names a response by its id alone. So the model that keeps it is asked, active or
+not. A response that was started in the background is accepted work: its request keeps its lease
+until the work has ended. If a drain ends the work, the response says so from then on.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from vllm_hotswap.rights import EVERYBODY, Account
 
 PATH = "/v1/responses"
 STREAM_GRACE_S = 1.0
-"""Seconds in which the stream of a response whose work has ended should end by itself."""
+"""Seconds in which the stream of a response should end by itself, once its work has ended."""
 
 _READ = re.compile(r"/v1/responses/([^/]+)/?")
 _CANCEL = re.compile(r"/v1/responses/([^/]+)/cancel/?")
 
 
 def named_response(method: str, path: str) -> str | None:
-    """The id of the response that a request is about, where that is all that it says."""
+    """Return the id of the response that a request names, if it names nothing else."""
     pattern = {"GET": _READ, "POST": _CANCEL}.get(method)
     match = pattern.fullmatch(path) if pattern is not None else None
     return match.group(1) if match else None
 
 
 def owner_of(registry: Registry, response_id: str, alias: str | None, most: int) -> Model:
-    """The model that keeps a response; only `alias` is asked, if it is given.
+    """Return the model that keeps a response; only `alias` is asked, if it is given.
 
-    `most`: responses are kept, for the message.
+    `most` is the number of responses that are kept, for the message.
 
     Raises:
         UnknownModel: there is no such alias.
-        UnknownResponse: nobody keeps it.
+        UnknownResponse: no model keeps it.
     """
     asked = registry if alias is None else [registry.resolve(alias)]
     owner = _keeper(asked, response_id)
@@ -53,7 +53,7 @@ def owner_of(registry: Registry, response_id: str, alias: str | None, most: int)
 
 
 def alias_that_goes_on(registry: Registry, previous: str | None, alias: str | None) -> str | None:
-    """The model of a request that may go on from an earlier response, whose model it must be.
+    """Return the model for a request that may continue an earlier response, which fixes its model.
 
     Args:
         registry: the models.
@@ -61,7 +61,7 @@ def alias_that_goes_on(registry: Registry, previous: str | None, alias: str | No
         alias: the model that it names, if any.
 
     Raises:
-        InvalidRequest: the response is another model's.
+        InvalidRequest: the response belongs to another model.
     """
     owner = _keeper(registry, previous) if previous else None
     if owner is None or (alias is not None and registry.resolve(alias) is owner):
@@ -80,10 +80,10 @@ def _keeper(models: Registry | list[Model], response_id: str) -> Model | None:
 
 
 class Owners:
-    """Whose each kept response is: of a group of keys, of a key in none, or of the admins.
+    """The owner of each kept response: a group of keys, a key without a group, or the admins.
 
-    To everybody else it does not exist. Where no keys are asked for, everybody is one owner.
-    The mutable state is the owner of each response, in the order in which they were begun.
+    For other callers it does not exist. Where no keys are required, all callers are one owner.
+    The mutable state is the owner of each response, in the order in which they were started.
     """
 
     def __init__(self, registry: Registry, most: int) -> None:
@@ -94,15 +94,15 @@ class Owners:
         return len(self._names)
 
     def check(self, response_id: str, account: Account, alias: str | None) -> None:
-        """See that a response may be read, gone on from, or cancelled. Raises `UnknownResponse`."""
+        """Check that a caller may read, continue or cancel a response. Raises `UnknownResponse`."""
         if not self._is_of(response_id, account):
             raise UnknownResponse(response_id, alias, self._most)
 
     def check_new(self, response_id: str, account: Account) -> None:
-        """See that a response may get this id, which its client has chosen.
+        """Check that a response may get this id, which its client has chosen.
 
         Raises:
-            InvalidRequest: somebody else's has it, which would be overwritten.
+            InvalidRequest: another owner's response has it, and would be overwritten.
         """
         if response_id in self._names and not self._is_of(response_id, account):
             raise InvalidRequest(
@@ -110,7 +110,7 @@ class Owners:
             )
 
     def note(self, response_id: str, account: Account) -> None:
-        """A response is the account's from now on; the oldest give way where there are too many."""
+        """Make the account the owner of a response; beyond the limit, the oldest are dropped."""
         self._names.setdefault(response_id, account.name)
         for oldest in list(self._names)[: max(0, len(self._names) - self._most)]:
             keeper = _keeper(self._registry, oldest)
@@ -121,7 +121,7 @@ class Owners:
                     kept.forget(oldest)
 
     def let_go(self, response_id: str, responses: Responses) -> None:
-        """Its request is over: there is nothing to be owned, unless it is kept."""
+        """Forget the owner once the request is over, unless the response is kept."""
         if response_id not in responses and response_id not in responses.running:
             self._names.pop(response_id, None)
 
@@ -130,7 +130,7 @@ class Owners:
 
 
 class Following:
-    """One request of the Responses API that follows the work on a response, and may outlive it."""
+    """A request of the Responses API that follows the work on a response, and may outlive it."""
 
     def __init__(
         self,
@@ -141,21 +141,21 @@ class Following:
     ) -> None:
         self._responses = responses
         self._noted = noted
-        """Told the id of the response that the answer names."""
+        """Called with the id of the response, once the body names it."""
         self._lease = lease
         self._answer = answer
         self.response_id = ""
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
-        """The work, while nobody has been told of its end."""
+        """The work, whose end calls `_has_ended`."""
         self._is_over = False
 
     def begin_with_answer(self) -> None:
-        """Follow the response that the answer will name, if that is worked on in the background."""
+        """Follow the response that the body will name, if it is worked on in the background."""
         self._answer.on_body = self._answered
 
     def begin(self, response_id: str) -> None:
-        """Follow a response that is kept."""
+        """Follow a kept response."""
         self.response_id = response_id
         self._task = self._responses.running.get(response_id)
         if self._task is not None:
@@ -164,12 +164,12 @@ class Following:
             self._has_ended(None)
 
     async def outlast(self) -> None:
-        """Return when the work has ended, or has been ended because the lease was cut."""
+        """Return when the work has ended, by itself or because the lease was cut."""
         if self._lease.work is not None and not self._lease.work.done():
             await asyncio.wait([self._lease.work])
 
     def stop(self) -> None:
-        """The answer has been given. Whoever has begun the work has outlasted it by now."""
+        """Stop following, after the response. Work that this request has started is over then."""
         self._is_over = True
         if self._timer is not None:
             self._timer.cancel()
@@ -197,10 +197,10 @@ class Following:
         self._timer = loop.call_later(STREAM_GRACE_S, self._look_at_stream)
 
     def _look_at_stream(self) -> None:
-        """End a stream that will not end by itself.
+        """End a stream that would not end by itself.
 
-        vLLM's waits for `response.completed`, which a response that has failed, or was cancelled,
-        never gets. A client that is slow still gets all that there is.
+        vLLM's stream waits for `response.completed`, which a failed or cancelled response never
+        gets. A slow client still gets everything that there is.
         """
         if self._answer.is_sending:
             self._look_at_stream_later()
@@ -218,7 +218,7 @@ class Following:
 
 
 def answered_id(body: bytes, is_event_stream: bool) -> str | None:
-    """The id of the response whose answer begins with `body`."""
+    """Return the id of the response whose body begins with `body`."""
     if not is_event_stream:
         return model_field.from_json(body, "id")
     try:

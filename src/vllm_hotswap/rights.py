@@ -1,7 +1,7 @@
-"""What a request may ask of the server, by the key that it was sent with.
+"""What a request may ask of the server, depending on its key.
 
-A request asks with two headers. What counts of them is bounded by the rights of the group that its
-key belongs to; so is whether it may cause a switch. Pure: headers and rights in, terms out.
+A request asks with two headers. The rights of its key's group limit what it gets, and say whether
+it may cause a switch. Pure: headers and rights in, terms out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_hotswap.keys import Keys, KeySource
 from vllm_hotswap.scheduler import NO_WISH, RequestTerms
 
 DEFAULT = "default"
-"""The group of everybody who is in no other one."""
+"""The group of all callers that are in no other one."""
 
 PRIORITY_HEADER = "x-hotswap-priority"
 MAX_WAIT_HEADER = "x-hotswap-max-wait"
@@ -30,7 +30,7 @@ _MAX_SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class PerMinute:
-    """What each key may do in a minute; None: what `limits` says, 0: whatever it wants."""
+    """Limits of each key, per minute; None: as `limits` says, 0: unlimited."""
 
     requests: int | None = None
     tokens: int | None = None
@@ -52,9 +52,9 @@ class Rights:
         return self.switch_to is None or alias in self.switch_to
 
     def bound(self, asked: RequestTerms, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
-        """What counts of what a request for a model asks for.
+        """Return the terms that a request for a model gets.
 
-        `own` is what it has without that, as its model has it: nobody gets less by asking for more.
+        `own` are the terms of its model; asking for more never makes a request worse off.
         """
         priority, wait_s = asked.priority, asked.max_wait_s
         if priority is not None:
@@ -74,25 +74,25 @@ ADMIN = Rights("admin", max_priority=HIGHEST_PRIORITY, min_max_wait_s=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whose bounds a request counts against: a group's, or one key's outside of all groups."""
+    """The account a request counts against: a group, or one key outside of all groups."""
 
     name: str = ""
     key: str = ""
-    """Its fingerprint; empty for whoever has none."""
+    """The key's fingerprint; empty without a key."""
     is_admin: bool = False
     is_bounded: bool = False
-    """Whether there may be others, for whom something has to be left."""
+    """Whether there may be other accounts, for which something has to be left."""
     group: str = ""
     per_minute: PerMinute = PerMinute()
 
 
 EVERYBODY = Account()
-"""Where no keys are asked for."""
+"""All callers, where no keys are required."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rights, who has them, and where that is written."""
+    """Rights, the keys that have them, and where that is written."""
 
     rights: Rights
     place: str
@@ -100,7 +100,7 @@ class Group:
 
 
 def read_members(groups: Iterable[Group]) -> list[tuple[Rights, Keys]]:
-    """The keys of every group, as its file has them now.
+    """Return the keys of every group, as its file has them now.
 
     Raises:
         ConfigError: a file cannot be used, or a key is in two groups; the message has the place.
@@ -111,7 +111,7 @@ def read_members(groups: Iterable[Group]) -> list[tuple[Rights, Keys]]:
 
 
 def refuse_shared(members: Sequence[tuple[Group, Keys]]) -> None:
-    """See that no key is in two groups. Raises `ConfigError`."""
+    """Check that no key is in two groups. Raises `ConfigError`."""
     for (one, ones), (other, others) in combinations(members, 2):
         if ones.shared(others):
             raise ConfigError(
@@ -121,16 +121,16 @@ def refuse_shared(members: Sequence[tuple[Group, Keys]]) -> None:
 
 
 class Headers(Protocol):
-    """Header fields of a request, by lower-case names."""
+    """The header fields of a request, by lower-case name."""
 
     def getlist(self, key: str) -> Sequence[str]: ...
 
 
 def read_terms(headers: Headers) -> RequestTerms:
-    """What a request asks for.
+    """Return what a request asks for.
 
     Raises:
-        InvalidRequest: a header is not what it must be; the message names it.
+        InvalidRequest: a header has an invalid value; the message names it.
     """
     priority, wait = _one(headers, PRIORITY_HEADER), _one(headers, MAX_WAIT_HEADER)
     terms = NO_WISH

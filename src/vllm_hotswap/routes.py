@@ -1,7 +1,7 @@
-"""Every route that is answered, and what it asks of its caller. Whatever is not here is refused.
+"""Every route that is served, and what it requires of its caller. All others are refused.
 
-Our own routes are added by the composition root; vLLM's are listed here, method by method, as its
-applications of version 0.32.0 have them. So a later vLLM, or a plugin, opens nothing by itself.
+The composition root adds our own routes. vLLM's are listed here, method by method, as the
+applications of version 0.32.0 have them. So a later vLLM, or a plugin, opens no route by itself.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What the description of the API says of one of our routes."""
+    """What the API description says about one of our routes."""
 
     summary: str
     answer: Any = None
-    """The type of what it answers; None: text."""
+    """The type of its response; None: text."""
     body: type[BaseModel] | None = None
     needs_body: bool = False
     query: type[BaseModel] | None = None
     errors: tuple[type[HotswapError], ...] = ()
-    """Those that it may answer with, besides those of its role."""
+    """Errors that it may return, besides those of its role."""
     media_type: str = "application/json"
-    """Empty: the answer has no body."""
+    """Empty: the response has no body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,19 @@ class Route:
     """`{name}` stands for one segment, `{name:path}` for any number of them."""
     role: Role
     handler: Handler | None = None
-    """None: the application of the model that the request names answers."""
+    """None: the application of the model that the request names answers it."""
     about: About | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Our own GET routes answer HEAD, too; vLLM's do where they say so."""
+        """Our own GET routes answer HEAD, too; vLLM's do where they are listed with it."""
         return ("GET", "HEAD") if self.method == "GET" and self.handler else (self.method,)
 
     @property
     def is_kept_from_other_sites(self) -> bool:
-        """Whether a web page of another origin may not use it, in any mode.
+        """Whether web pages of other origins are kept from it, in any mode.
 
-        Ours that change state; and WebSockets, which no CORS keeps a page from reading.
+        Ours that change state are, and so are WebSockets, which no CORS keeps a page from reading.
         """
         is_changing = self.handler is not None and self.method not in SAFE_METHODS
         return is_changing or self.method == WEBSOCKET
@@ -85,7 +85,7 @@ class RouteTable:
         return iter(self._routes)
 
     def find(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
-        """The route, and what stands in the place of its parts in braces.
+        """Return the route, and the values of its parts in braces.
 
         Raises:
             UnknownRoute: there is no such path.
@@ -102,7 +102,7 @@ class RouteTable:
         raise MethodNotAllowed(method, path, allowed)
 
     def _matches(self, path: str) -> Iterator[tuple[Mapping[str, Route], Mapping[str, str]]]:
-        """A plain path is one thing; where patterns overlap, whoever has the method counts."""
+        """Yield the routes of a plain path alone, else those of every pattern that matches."""
         if path in self._plain:
             yield self._plain[path], {}
             return
@@ -156,7 +156,7 @@ VLLM_USER_ROUTES = (
     # reading
     "GET /load",
     "GET /tokenizer_info",
-    # the description of a model's application
+    # documentation of a model's application
     "GET /docs",
     "HEAD /docs",
     "GET /docs/oauth2-redirect",
@@ -170,7 +170,7 @@ VLLM_USER_ROUTES = (
 )
 
 VLLM_ADMIN_ROUTES = (
-    "POST /inference/v1/abort_requests",  # of whichever client
+    "POST /inference/v1/abort_requests",  # of any client
     "GET /kv_event_sources",  # addresses inside the machine
     "POST /start_profile",
     "POST /stop_profile",
@@ -178,15 +178,15 @@ VLLM_ADMIN_ROUTES = (
 
 VLLM_REFUSED = frozenset(
     [
-        # for data parallelism, which is not served
+        # for data parallelism, which is not supported
         "POST /fault_tolerance/apply",
         "GET /fault_tolerance/status",
         "POST /is_scaling_elastic_ep",
         "POST /scale_elastic_ep",
-        # of SageMaker; adapters have routes of their own
+        # for SageMaker; adapters have routes of their own
         "POST /adapters",
         "DELETE /adapters/{adapter_name}",
-        # for development, and for training with reinforcement
+        # for development, and for reinforcement learning
         "POST /abort_requests",
         "POST /collective_rpc",
         "POST /finish_weight_update",
@@ -212,7 +212,7 @@ VLLM_REFUSED = frozenset(
         "GET /weight_info",
     ]
 )
-"""Routes of vLLM that are never reached, by decision. A new vLLM's new routes need one, too."""
+"""Routes of vLLM that are refused on purpose. A new vLLM's new routes need a decision, too."""
 
 OWN_IN_PLACE = (
     "GET /health",
@@ -226,7 +226,7 @@ OWN_IN_PLACE = (
     "POST /v1/unload_lora_adapter",
     "GET /version",
 )
-"""Routes of vLLM in whose place our own, or nothing but a 404, answers."""
+"""Routes of vLLM that our own routes, or a 404, replace."""
 
 
 def vllm_routes() -> Iterator[Route]:

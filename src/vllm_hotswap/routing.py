@@ -1,10 +1,10 @@
 """The router: from a request to the application of the model that it names.
 
-Pure ASGI. The body is read whole (vLLM would read it whole, too), `model` is found in it, a lease
-is taken, and the body is replayed to that model's application. The lease ends when the
-application has sent the last byte of its answer and works on nothing more for it, or when the
-client has gone. A model that has no such route is not waited for. Requests that name a kept
-response go to whoever keeps it, without a lease: they need no engine.
+Pure ASGI. The router reads the body whole (vLLM would, too), finds `model` in it, takes a lease,
+and replays the body to that model's application. The lease ends when the application has sent the
+last byte of its response and has no work left for it, or when the client has gone. A request does
+not wait for a model that has no such route. Requests that name a kept response go to the model
+that keeps it, without a lease: they need no engine.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from vllm_hotswap.turns import Turns, at_once
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
 BEGUN_AHEAD = frozenset(["/v1/chat/completions", "/v1/completions"])
-"""Routes whose event streams may begin before their model has a frontend."""
+"""Routes whose event streams may start before their model has a frontend."""
 
 
 class Refused(Exception):
-    """A request is refused with an answer that somebody else has written."""
+    """A request is refused with a response that a model's preview has written."""
 
     def __init__(self, answer: Response) -> None:
         super().__init__(answer.status_code)
@@ -63,14 +63,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What a request asks of its model, beyond its name."""
+    """What a request asks of its model, besides the model's name."""
 
     is_stream: bool
     requests: int
     """How many engine requests it may become."""
     account: Account
     request_id: str | None
-    """The id that it wants for its response."""
+    """The id that the client wants for its response."""
 
 
 class Router:
@@ -103,13 +103,13 @@ class Router:
         try:
             with self.bodies.hold(account) as held:
                 refusal = await self._take(scope, receive, answer, held, account)
-            if refusal is not None:  # which may have to wait, and nothing is held for it meanwhile
+            if refusal is not None:  # after its body was released: it may have to wait
                 await answer.refuse(refusal)
             await answer.give_refusal()
         except ClientGone:
             pass
         except ClientDisconnected:
-            raise  # uvicorn's, of a websocket; it knows
+            raise  # uvicorn's, of a websocket, which uvicorn handles
         except Exception as error:
             if isinstance(error, AnswerCut) or not answer.can_tell:
                 await answer.give_refusal()
@@ -125,7 +125,7 @@ class Router:
     async def _take(
         self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody, account: Account
     ) -> HotswapError | None:
-        """Have the request served; what it is to be refused with, if nothing was answered."""
+        """Serve the request. Return what to refuse it with, if nothing was sent."""
         method, path = request_of(scope)
         requests = 1
         try:
@@ -152,8 +152,8 @@ class Router:
                 are_strict = self._coordinator.meant(alias).engine.are_tools_strict
                 asked.check_grammar(fields.members, self._limits, are_strict)
                 terms = replace(terms, charge=partial(self._rates.switch, account))
-                self._rates.take(account)
-            fields = replace(fields, members={})  # of the body, only itself is kept for long
+                self._rates.take(account)  # last: what is refused above does not count
+            fields = replace(fields, members={})  # only the body itself is kept for long
         except HotswapError as error:
             return error
         if owner is not None and response_id:
@@ -163,16 +163,16 @@ class Router:
         asking = Asking(fields.stream, requests, account, fields.request_id)
         refusal = await self._route(scope, receive, answer, alias, sent, terms, asking)
         if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
-            self._rates.give_back(account)  # the server was full, or its model did not come
+            self._rates.give_back(account)  # the server was full, or the model never became active
         return refusal
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
-        """What the router has to know of a body.
+        """Return what the router has to know of a body.
 
         Raises:
-            UnsupportedMediaType: it is not sent as the route takes it.
-            InvalidRequest: a name in it is beyond all bounds, or a text is no Unicode.
-            TooManyValues: parsing it would keep everybody else waiting.
+            UnsupportedMediaType: the route does not accept its media type.
+            InvalidRequest: a name in it is beyond all bounds, or a text is not Unicode.
+            TooManyValues: parsing it would keep all other requests waiting.
         """
         if not body:
             return NO_FIELDS
@@ -200,7 +200,7 @@ class Router:
             ) from None
 
     async def _weight(self, path: str, body: bytes) -> int:
-        """Bytes of a body and of its texts. Forms become none."""
+        """Return the bytes of a body and of its texts. Forms have no texts."""
         if path in media.FORM_PATHS:
             return len(body)
         if len(body) <= model_field.SMALL_BYTES:
@@ -208,7 +208,7 @@ class Router:
         return await self._turns.run(text_bytes(body))
 
     async def let_go_of_stalled_clients(self) -> None:
-        """Until cancelled, end requests whose clients take in nothing of their answers."""
+        """Until cancelled, end requests whose clients have stopped reading."""
         timeout_s = self._limits.client_timeout
         before: dict[Answer, int] = {}
         while True:
@@ -216,7 +216,7 @@ class Router:
             sending = {answer: answer.sent for answer in self._answers if answer.is_sending}
             for answer, sent in sending.items():
                 if before.get(answer) == sent and answer.lease is not None:
-                    # Nobody may listen who could tell the application, so it is cancelled in time.
+                    # The application may not listen for a disconnect, so it is cancelled later.
                     drain.end([answer.lease], ClientStalled(timeout_s))
             before = sending
 
@@ -229,7 +229,7 @@ class Router:
         body: bytes,
         answer: Answer,
     ) -> None:
-        """Ask a frontend for what it keeps, whether or not its engine is active."""
+        """Serve a kept response from its frontend, whether or not the engine is active."""
         keeper = owner.engine.responses
         assert keeper is not None
         lease = Lease(owner.alias, self._coordinator.epoch, asyncio.current_task())
@@ -253,7 +253,7 @@ class Router:
         terms: RequestTerms,
         asking: Asking,
     ) -> HotswapError | None:
-        """The same, by its model."""
+        """Serve the request with its model. Return what to refuse it with, if nothing was sent."""
         waiting = Waiting(scope, receive)
         try:
             look_at = None
@@ -262,7 +262,7 @@ class Router:
                 look_at = partial(self._look_at, scope, body, answer, asking.is_stream)
             with self._coordinator.reserved(alias, asking.requests):
                 async with self._coordinator.lease(alias, terms, look_at) as lease:
-                    await waiting.end()
+                    await waiting.end()  # first: two tasks must not receive from the client at once
                     lease.calls = asking.requests
                     lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
                     lease.account = asking.account.name
@@ -281,10 +281,10 @@ class Router:
         except asyncio.CancelledError:
             cut = answer.lease.cut if answer.lease is not None else None
             if not waiting.client_left and cut is not None and not answer.complete:
-                uncancel()  # it has not noticed, busy with a client that takes nothing in
+                uncancel()  # the task missed the cut: it was sending to a client that does not read
                 await answer.cut(cut)
             elif not waiting.client_left or uncancel() > 0:
-                raise
+                raise  # not by `waiting` alone, which cancels the task when its client leaves
         except HotswapError as error:
             await waiting.end()
             if answer.is_ahead and not answer.complete:
@@ -300,13 +300,13 @@ class Router:
     async def _look_at(
         self, scope: Scope, body: bytes, answer: Answer, is_stream: bool, lease: Lease
     ) -> None:
-        """Look at a request whose model has to be loaded before there is a frontend for it.
+        """Preview a request whose model has to be loaded before there is a frontend for it.
 
-        An event stream against which nothing is known begins at once: clients and proxies would not
-        wait for so long without a byte.
+        An event stream without a known error starts at once: clients and proxies would not wait
+        for so long without a byte.
 
         Raises:
-            Refused: nothing has to be loaded to see what is wrong with it.
+            Refused: its error shows without loading anything.
         """
         answer.follow(lease)
         engine = self._registry.model(lease.alias).engine
@@ -322,9 +322,9 @@ class Router:
     async def _serve(
         self, lease: Lease, scope: Scope, client: Receive, answer: Answer, asking: Asking
     ) -> None:
-        """Have the model answer, and keep it until all that it has accepted is done."""
+        """Let the model answer, and keep it until all work that it has accepted is done."""
         method, path = request_of(scope)
-        self._check_route(lease.alias, method, path)  # it may have got its first frontend only now
+        self._check_route(lease.alias, method, path)  # again: its frontend may be new
         keeper = self._registry.resolve(lease.alias).engine.responses
         if keeper is None or path != responses.PATH:
             await self._answer(lease, scope, client, answer)
@@ -345,13 +345,13 @@ class Router:
                 self.owners.let_go(name, keeper)
 
     async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: Answer) -> None:
-        """Run the model's application; if it is cut meanwhile, tell the client."""
+        """Run the model's application; if its lease is cut, tell the client."""
         app = self._registry.model(lease.alias).engine.app
         current_lease.set(lease)
         try:
             await app(scope, receive, answer.send)
         except (Exception, asyncio.CancelledError):
-            # Cancelled, an application may raise something else, or nothing.
+            # An application that is cancelled may raise something else, or nothing.
             if lease.cut is None:
                 raise
         if lease.cut is not None:
@@ -360,10 +360,10 @@ class Router:
                 await answer.cut(lease.cut)
 
     def _check_owner(self, fields: Fields, account: Account, alias: str | None) -> None:
-        """See that a new response neither goes on from nor replaces somebody else's.
+        """Check that a new response neither continues nor replaces another owner's.
 
         Raises:
-            UnknownResponse: it goes on from one.
+            UnknownResponse: it continues one.
             InvalidRequest: it has the id of one.
         """
         if fields.previous_response_id:
@@ -372,16 +372,16 @@ class Router:
             self.owners.check_new(fields.request_id, account)
 
     def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
-        """What the request may ask for. Raises `InvalidRequest` for a header that is wrong."""
+        """Return what the request may ask for. Raises `InvalidRequest` for an invalid header."""
         model = self._coordinator.meant(alias)
         own = RequestTerms(model.policy.priority, self._coordinator.max_wait_s(model))
         return self._access.terms(Headers(scope=scope), model.alias, own)
 
     def _check_route(self, alias: str | None, method: str, path: str) -> None:
-        """Refuse a request for which its model is known to have no route, loaded before or not.
+        """Refuse a request if its model is known, loaded or not, to have no route for it.
 
         Raises:
-            WrongTask: it has none.
+            WrongTask: the model has none.
         """
         alias = alias or self._coordinator.target or self._coordinator.active
         if alias is None:
@@ -406,7 +406,7 @@ class Router:
 
 @contextmanager
 def _noting_errors(lease: Lease) -> Iterator[None]:
-    """What is raised is answered when the lease is over, and its status is part of that."""
+    """Note an error's status in the lease: the error is answered only when the lease is over."""
     try:
         yield
     except Exception as error:
@@ -415,7 +415,7 @@ def _noting_errors(lease: Lease) -> Iterator[None]:
 
 
 def _model_of(scope: Scope, fields: Fields) -> str | None:
-    """The alias that a request names, None if it names none."""
+    """Return the alias that a request names, None if it names none."""
     alias = fields.model
     if alias is None:
         alias = model_field.from_query(scope["query_string"])

@@ -1,9 +1,9 @@
-"""What a model's configuration makes of the sampling parameters of a request.
+"""How a model's configuration changes the sampling parameters of a request.
 
-vLLM takes defaults from `generation_config.json` and `override_generation_config`, a few of them,
-and a client may override each. Here every parameter may have a default or be forced, and
-parameters may be dropped that a model has no use for. A model without such settings is served
-without any of this.
+vLLM takes defaults for a few parameters from `generation_config.json` and
+`override_generation_config`; clients may override them. Here every parameter may have a default or
+be forced, and parameters that a model has no use for may be dropped. A model without such settings
+is served without any of this.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIMITS = frozenset(["max_tokens", "max_completion_tokens", "max_output_tokens"])
 """One parameter that has several names; which one counts depends on the route."""
 
 NOT_SAMPLING = frozenset(["model", "messages", "prompt", "input", "stream"])
-"""What a request is about is nobody else's to set."""
+"""What a request is about; the configuration may not set it."""
 
 
 def _only_sampling(names: Any) -> Any:
@@ -80,11 +80,11 @@ class SamplingPolicy:
     def apply(
         self, body: Mapping[str, Any], known: frozenset[str] | None, limit: str = "max_tokens"
     ) -> dict[str, Any]:
-        """The body of a request as the model is to see it.
+        """Return the body of a request as the model gets it.
 
         Args:
             body: what the client sent.
-            known: what the route knows and the model supports; None if that is not known.
+            known: what the route knows and the model supports; None if that is unknown.
             limit: what the route calls `max_tokens`.
         """
         defaults, force = _renamed(self.defaults, limit), _renamed(self.force, limit)
@@ -106,8 +106,8 @@ def _renamed(parameters: Mapping[str, Any], limit: str) -> dict[str, Any]:
 class SamplingFilter:
     """An ASGI application that rewrites the bodies of generating requests for another one.
 
-    `known` gives, for a path, the top-level keys that may stay. A body that is no JSON object
-    passes as it is: whoever parses it refuses it.
+    `known` has, for each path, the top-level keys that may stay. A body that is not a JSON object
+    passes as it is; the application behind refuses it.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class SamplingFilter:
         await self._app(scope, receive, send)
 
     async def _rewritten(self, path: str, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """The router hands a body on in one piece."""
+        """Rewrite the first message; the router passes a body in one piece."""
         first: Message | None = await receive()
         assert first is not None
         if first["type"] == "http.request":

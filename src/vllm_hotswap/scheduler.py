@@ -1,8 +1,7 @@
-"""Who waits for which model, and what the policy makes of it.
+"""Which requests wait for which model, and what the policy decides.
 
 The coordinator and the simulator both drive this one class: arrivals, departures and activations go
-in, admissions and decisions come out. It knows no engine and no clock: whoever calls says what time
-it is.
+in, admissions and decisions come out. It knows no engine and no clock: its callers pass the time.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from vllm_hotswap.policy import (
 )
 
 CostEstimate = Callable[[str | None, str], float]
-"""Seconds of a switch from a model (None: from none) to another one, as it lies now."""
+"""Seconds of a switch from a model (None: from none) to another one, as of now."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTerms:
-    """What the configuration says of how a model takes its turn."""
+    """What the configuration says about how a model takes its turn."""
 
     alias: str
     priority: int = 0
@@ -42,17 +41,17 @@ class ModelTerms:
 
 @dataclass(frozen=True, slots=True)
 class RequestTerms:
-    """What a request asks for of its turn; None: as its model has it."""
+    """What a request asks for its turn; None: as its model has it."""
 
     priority: int | None = None
     max_wait_s: float | None = None
     may_switch: bool = True
-    """Whether it may wait for a model to which nobody switches."""
+    """Whether it may wait for a model that is not active and is not the target of a switch."""
     rule: str = "rights"
-    """The setting that says so."""
+    """The setting that decides it."""
     charge: Callable[[], None] | None = field(default=None, compare=False, repr=False)
-    """Called when it is the first to wait for a model that does not come yet. Raises `RateLimited`:
-    then it does not wait."""
+    """Called if it would be the first to wait for a model that no switch is bringing. Raises
+    `RateLimited` if it must not wait."""
 
 
 NO_WISH = RequestTerms()
@@ -64,10 +63,10 @@ class Ticket:
 
     alias: str
     order: int
-    """Of arrival, among all requests."""
+    """Rank by arrival, among all requests."""
     arrived_s: float
     due_s: float
-    """When it will have waited for as long as it may."""
+    """When it has waited for as long as it may."""
     priority: int = 0
     tokens: int = 0
     is_parked: bool = False
@@ -79,35 +78,35 @@ class Ticket:
 
 
 MOST_OUTDATED = 64
-"""Entries of a heap that may be out of date before it is made anew."""
+"""Entries of a heap that may be out of date before it is rebuilt."""
 
 
 @dataclass(eq=False, slots=True)
 class _Line:
-    """One model's waiting and running requests, with what a snapshot says of them."""
+    """One model's waiting and running requests, with what a snapshot says about them."""
 
     terms: ModelTerms
     position: int
     waiting: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
-    """By their order, and in it."""
+    """By their order, and sorted by it."""
     priorities: Counter[int] = field(default_factory=Counter)
     running: Counter[int] = field(default_factory=Counter)
     """Priorities of the requests that run."""
     in_flight: int = 0
     due: list[tuple[float, int]] = field(default_factory=list)
-    """A heap of when they are due, and their order; what is out of date is left in it until it
-    comes up, or nobody waits."""
+    """A heap of due times and orders. Outdated entries stay in it until they come up, or until no
+    request waits."""
     arrivals_s: float = 0.0
     tokens: int = 0
     parked: int = 0
     service_s: float = 0.0
     paused_until_s: float = 0.0
-    """Nobody switches to it before."""
+    """Until then, there is no switch to it."""
     view: QueueView | None = None
-    """As it was last told; None if that is no longer so."""
+    """As last computed; None if it is out of date."""
 
     def put(self, ticket: Ticket) -> None:
-        """In the order of arrival: who came first may have been longer in coming here."""
+        """Insert in the order of arrival: an earlier request may have taken longer to get here."""
         is_first = bool(self.waiting) and ticket.order < next(iter(self.waiting))
         later = []
         for order in reversed(self.waiting):
@@ -117,7 +116,7 @@ class _Line:
         self.waiting[ticket.order] = ticket
         for order in reversed(later):
             self.waiting.move_to_end(order)
-        if is_first:  # as those are that were parked
+        if is_first:  # as parked requests are
             self.waiting.move_to_end(ticket.order, last=False)
         self.priorities[ticket.priority] += 1
         heapq.heappush(self.due, (ticket.due_s, ticket.order))
@@ -155,13 +154,13 @@ class _Line:
         return next(iter(self.waiting.values()))
 
     def due_s(self) -> float:
-        """When the first of those who wait is due."""
+        """Return when the first waiting request is due."""
         while not self._waits(self.due[0]):
             heapq.heappop(self.due)
         return self.due[0][0]
 
     def last_due(self, now_s: float) -> int:
-        """The order of the last one who is due, all of whom are to be admitted now; or 0."""
+        """Return the order of the last request that is due, or 0; all up to it must be admitted."""
         last = 0
         while self.due and self.due[0][0] <= now_s:
             entry = heapq.heappop(self.due)
@@ -175,10 +174,11 @@ class _Line:
 
 
 class Scheduler:
-    """Queues of all models, and the policy that decides between them.
+    """The queues of all models, and the policy that decides between them.
 
-    Its mutable state is the line of each model, which of them is active and since when, until when
-    that is held for a job, the number of the last arrival, and how many are in all lines.
+    Its mutable state is the line of each model, the number of the last arrival, and how many
+    requests are in all lines; also which model is active, since when, and until when it is held
+    for a job.
     """
 
     def __init__(self, models: Iterable[ModelTerms], policy: Policy, cost_s: CostEstimate) -> None:
@@ -202,12 +202,12 @@ class Scheduler:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody waits, and nobody is parked."""
+        """Whether no request waits or is parked."""
         return not self._queued
 
     @property
     def waiting(self) -> int:
-        """Requests that wait, for whatever model; parked ones are not among them."""
+        """Requests that wait, for any model; parked ones do not count."""
         return self._queued - sum(line.parked for line in self._lines.values())
 
     def waiting_for(self, alias: str) -> int:
@@ -215,17 +215,17 @@ class Scheduler:
         return len(line.waiting) - line.parked
 
     def queue(self, alias: str) -> list[Ticket]:
-        """Whoever waits for the model, in order."""
+        """Return the requests that wait for the model, in order."""
         return list(self._lines[alias].waiting.values())
 
     def service_s(self, alias: str) -> float:
-        """Seconds that a request of the model took lately, from admission to its end."""
+        """Seconds that a request of the model took lately, from its admission to its end."""
         return self._lines[alias].service_s
 
     # --- what happens -------------------------------------------------------------------------
 
     def ticket(self, alias: str, now_s: float, asked: RequestTerms = NO_WISH) -> Ticket:
-        """A place for a request that has arrived; it counts from `enter` on."""
+        """Return a place for a request that has arrived; it counts from `enter` on."""
         terms = self._lines[alias].terms
         self._arrivals += 1
         wait_s = terms.max_wait_s if asked.max_wait_s is None else asked.max_wait_s
@@ -233,9 +233,9 @@ class Scheduler:
         return Ticket(alias, self._arrivals, now_s, now_s + wait_s, priority)
 
     def enter(self, ticket: Ticket, now_s: float, is_open: bool = True) -> bool:
-        """Have a request wait; whether it is admitted at once, because nobody else waits.
+        """Let a request wait. Return True if it is admitted at once, because no other one waits.
 
-        While a switch is under way, which is to be said with `is_open`, nobody is.
+        During a switch none is: pass `is_open=False` then.
         """
         line = self._lines[ticket.alias]
         if is_open and line is self._active and not self._queued:
@@ -245,9 +245,9 @@ class Scheduler:
         return False
 
     def leave(self, ticket: Ticket, now_s: float, counts: bool = True) -> None:
-        """The request has ended, or waits no longer. Idempotent.
+        """Note that a request has ended, or waits no longer. Idempotent.
 
-        `counts`: whether its time tells how long requests of the model take.
+        `counts` says whether its time is typical of how long requests of the model take.
         """
         line = self._lines[ticket.alias]
         if ticket.order in line.waiting:
@@ -259,15 +259,15 @@ class Scheduler:
             ticket.admitted_s = None
 
     def served(self, alias: str, took_s: float) -> None:
-        """A request of the model took that long, from its admission on."""
+        """Note how long a request of the model took, from its admission on."""
         line = self._lines[alias]
         line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
         line.view = None
 
     def park(self, tickets: Iterable[Ticket], now_s: float, at_most_s: float = NEVER) -> None:
-        """Running requests froze with their engine: they wait again, from now on.
+        """Note that running requests froze with their engine: they wait again, from now on.
 
-        They are due when they have waited for as long as they may, and for `at_most_s` at most.
+        Each is due after its longest wait, but after `at_most_s` at the latest.
         """
         for ticket in tickets:
             line = self._lines[ticket.alias]
@@ -278,9 +278,9 @@ class Scheduler:
             self._put(line, ticket)
 
     def activate(self, alias: str, now_s: float) -> list[Ticket]:
-        """The model is active from now on; who is admitted at once, parked requests among them.
+        """Make the model active; return the requests admitted at once, parked ones included.
 
-        That is as many as the policy would let it serve, all who are due, and at least one.
+        These are as many as the policy would let it serve, all that are due, and at least one.
         """
         self._active, self._since_s = self._lines[alias], now_s
         self._active.paused_until_s = 0.0
@@ -288,7 +288,7 @@ class Scheduler:
         return [*self._resume(self._active, now_s), *self._admit_some(self._active, now_s)]
 
     def deactivate(self) -> None:
-        """No model is active."""
+        """Note that no model is active."""
         self._active = None
         self.costs_changed()
 
@@ -297,14 +297,14 @@ class Scheduler:
         self._lines[alias].paused_until_s = until_s
 
     def costs_changed(self) -> None:
-        """What the cost estimate says may be different from now on."""
+        """Note that the cost estimate may have changed."""
         for line in self._lines.values():
             line.view = None
 
     def advance(self, now_s: float) -> tuple[list[Ticket], Decision]:
-        """What is to be done now, and who is admitted.
+        """Return the requests that are admitted now, and the decision for this moment.
 
-        The decision is `ServeOn` where there is no reason to look again. Raises what `decide` does.
+        The decision is `ServeOn` where there is no reason to ask again. Raises what `decide` does.
         """
         decision = decide(self.policy, self.snapshot(now_s))
         match decision:
@@ -314,9 +314,9 @@ class Scheduler:
                 return [], decision
 
     def drain_until_s(self, switch: SwitchTo, began_s: float, drain_timeout_s: float) -> float:
-        """Until when a switch that was decided on at `began_s` waits for what runs.
+        """Return until when a switch decided on at `began_s` waits for running requests.
 
-        To be asked again after every arrival: who comes meanwhile may be due before.
+        Ask again after every arrival: a new request may be due earlier.
         """
         lines = [line for line in self._lines.values() if line.waiting]
         due_s = min((max(line.due_s(), line.paused_until_s) for line in lines), default=NEVER)
@@ -386,7 +386,7 @@ class Scheduler:
         return admitted or self._admit(line, now_s, line.first().order + 1)
 
     def _admit(self, line: _Line, now_s: float, before: int | None) -> list[Ticket]:
-        """Who came before `before` (None: all), who is due, and who came before them."""
+        """Admit requests that came before `before` (None: all), and all up to the last due one."""
         if before is not None:
             before = max(before, line.last_due(now_s) + 1)
         admitted = []

@@ -12,7 +12,7 @@ from vllm_hotswap.config import NOT_SHARED
 from vllm_hotswap.settings import SECTIONS, TOP_LEVEL, GroupConfig, ModelKeys
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
-"""The one that the YAML language server knows best."""
+"""The draft that the YAML language server supports best."""
 
 EDITOR_LINE = "# yaml-language-server: $schema={}"
 """The first line of a YAML file, by which editors find its schema."""
@@ -28,11 +28,11 @@ _TO_REFERENCE = {"$ref": "#/$defs/reference"}
 
 
 def json_schema(flags: Mapping[str, argparse.Action] | None = None) -> dict[str, Any]:
-    """The schema of the whole file.
+    """Return the schema of the whole file.
 
     Args:
-        flags: vLLM's flags by the key that they have in the file; without them, any other key of
-            a model is accepted.
+        flags: vLLM's flags by their key in the file; without them, any other key of a model is
+            accepted.
     """
     described = {name: _flag_schema(action) for name, action in sorted((flags or {}).items())}
     definitions: dict[str, Any] = {"reference": REFERENCE, "flags": described}
@@ -78,14 +78,14 @@ def _object(properties: Mapping[str, Any], is_open: bool = False) -> dict[str, A
 
 
 def _properties(kind: type[Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """The properties of one section; what they refer to is added to `definitions`."""
+    """Return the properties of one section; what they refer to is added to `definitions`."""
     schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
     definitions |= {name: _untitled(value) for name, value in schema.pop("$defs", {}).items()}
     return {name: _or_reference(value) for name, value in schema["properties"].items()}
 
 
 def _or_reference(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, or a reference to the environment where it would not accept one."""
+    """Return the schema, extended by a reference to the environment unless it accepts one."""
     about = {key: schema[key] for key in ("description", "default") if key in schema}
     value = {key: item for key, item in schema.items() if key not in {*about, "title"}}
     if value.get("type") == "string" and "enum" not in value:
@@ -94,7 +94,7 @@ def _or_reference(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _untitled(schema: dict[str, Any]) -> dict[str, Any]:
-    """Without the titles that pydantic makes of names."""
+    """Return the schema without the titles that pydantic makes from names."""
     properties = {
         name: {key: item for key, item in value.items() if key != "title"}
         for name, value in schema["properties"].items()
@@ -106,7 +106,7 @@ _KINDS = {int: ["integer", "string"], float: ["number", "string"]}
 
 
 def _flag_schema(action: argparse.Action) -> dict[str, Any]:
-    """What can be told of one flag's values; most of vLLM's types are functions of a text."""
+    """Describe the values of one flag, as far as known; most of vLLM's types are functions."""
     schema: dict[str, Any] = {}
     if action.help and action.help != argparse.SUPPRESS:
         schema["description"] = _first_sentence(action.help)

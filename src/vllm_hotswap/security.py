@@ -1,8 +1,8 @@
-"""What the configuration may not do unless the operator says so on the command line.
+"""What the configuration may not do unless the operator allows it on the command line.
 
-The YAML file says which code runs: `trust_remote_code` runs what comes with a checkpoint, and
-several arguments of vLLM name classes and files that are imported. Whoever can write the file
-could say so, too; that is why the permission is no key of the file.
+The YAML file decides which code runs: `trust_remote_code` runs code that comes with a checkpoint,
+and several arguments of vLLM name classes and files to import. Whoever can write the file could
+allow it there, too; so the permission is not a key of the file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DANGERS: Mapping[str, str] = {
     "model writes (`tool_server: demo`)",
     "world_writable": "a YAML file that other users of the machine own, may write or may replace",
 }
-"""What may be allowed, by its name in `--allow`, and what that accepts."""
+"""What may be allowed, by its name in `--allow`, and what that permits."""
 
 
 def parse_allowed(words: Iterable[str]) -> frozenset[str]:
-    """The dangers that are accepted, from words that may hold several, separated by commas.
+    """Return the allowed dangers; a word may hold several names, separated by commas.
 
     Raises:
         ConfigError: one of them is not known.
@@ -42,10 +42,10 @@ def parse_allowed(words: Iterable[str]) -> frozenset[str]:
 
 
 def read_models_file(path: Path, allowed: frozenset[str]) -> bytes:
-    """The content of a file that decides which code runs.
+    """Return the content of a file that decides which code runs.
 
     Raises:
-        ConfigError: somebody else may write or replace it, and that is not allowed.
+        ConfigError: another user may write or replace it, and that is not allowed.
         OSError: it cannot be read.
     """
     return read_trusted(
@@ -59,11 +59,11 @@ def read_models_file(path: Path, allowed: frozenset[str]) -> bytes:
 def check_settings(
     settings: Mapping[str, Any], place: Callable[..., Place], allowed: frozenset[str]
 ) -> None:
-    """Refuse settings of one model that run code nobody has allowed.
+    """Refuse settings of one model that run code without permission.
 
     Args:
         settings: the model's flags of vLLM.
-        place: where a key stands, by the way to it.
+        place: where a key is in the file, by its path.
         allowed: what the operator accepts.
 
     Raises:
@@ -78,9 +78,9 @@ def check_settings(
 
 
 def without_dangers(settings: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
-    """The settings but for those that run code nobody has allowed.
+    """Return the settings without those that run code without permission.
 
-    vLLM's parser makes objects of what it parses, and so may run what they name already then.
+    vLLM's parser creates objects from what it parses, and so may run code that they name.
     """
     refused = {keys[0] for keys, _ in _dangers(settings, allowed)}
     return {key: value for key, value in settings.items() if key.replace("-", "_") not in refused}
@@ -89,7 +89,7 @@ def without_dangers(settings: Mapping[str, Any], allowed: frozenset[str]) -> dic
 def _dangers(
     settings: Mapping[str, Any], allowed: frozenset[str]
 ) -> Iterator[tuple[list[str], str]]:
-    """The way to each setting that runs code nobody has allowed, and what to do about it."""
+    """Yield the path of each setting that runs code without permission, and what to do about it."""
     if "trust_remote_code" not in allowed:
         why = "if you have reviewed it, start with --allow trust_remote_code"
         for keys in trusting_keys(settings):

@@ -1,8 +1,8 @@
 """Start-up, serving and shutdown of the whole server.
 
-Order at start: the configuration is checked as far as that needs no vLLM; the engine host is
-started, so that it imports vLLM while this process does; flags, the address among them, and every
-model's configuration go through vLLM; models are loaded; only then are requests accepted.
+Order at start: the configuration is checked as far as possible without vLLM. The engine host is
+started, so that it imports vLLM while this process does. vLLM parses the flags, the address among
+them, and every model's configuration. Models are loaded. Only then are requests accepted.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ log = logging.getLogger("vllm_hotswap")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn without signal handlers of its own: `serve` below decides when to stop.
+    """Uvicorn without its own signal handlers: `serve` below decides when to stop.
 
-    It calls `on_started` when it accepts requests.
+    It calls `on_started` once it accepts requests.
     """
 
     def __init__(self, config: Config, on_started: Callable[[], None]) -> None:
@@ -106,9 +106,9 @@ class Start:
     listen: ListenFlags
     early: EarlyStop
     exits: contextlib.ExitStack
-    """Of the server: whatever ends it, what is in here is closed."""
+    """Callbacks of the server: they run whatever stops it."""
     starting: contextlib.ExitStack
-    """Of the start alone: what is in here is closed if the server never comes to serve."""
+    """Callbacks of the start: they run if the server never gets to serve."""
 
     def bind(
         self,
@@ -116,7 +116,7 @@ class Start:
         log_config: dict[str, Any] | None = None,
         refresher: Refresher | None = None,
     ) -> Listener:
-        """Take the address and the keys of the flags, as vLLM's parser gives them.
+        """Bind the address and use the keys from the flags, as vLLM's parser gives them.
 
         Raises:
             ConfigError: one of them cannot work; the message names it.
@@ -132,7 +132,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What serves the models, with the address bound."""
+    """What serves the models; the address is bound."""
 
     host: EngineHost
     listener: Listener
@@ -142,28 +142,28 @@ class Prepared:
 
 
 class Engines(Protocol):
-    """Where a server's engines come from. The methods are called once, in this order."""
+    """The source of a server's engines. The methods are called once, in this order."""
 
     def check(self, flags: Sequence[str]) -> None:
-        """See, before anything is opened, whether there are such engines.
+        """Check, before anything is opened, that there are such engines.
 
         Raises:
             ConfigError: there are not, or the address cannot be bound.
         """
 
     def look_at_environment(self) -> None:
-        """Note what the engines need of it, before it is cleaned."""
+        """Note what the engines need of the environment, before it is cleaned."""
 
     def prepare(self, start: Start) -> Prepared:
-        """Make the engines' host, and bind the address.
+        """Create the engines' host, and bind the address.
 
         Raises:
-            HotswapError: that cannot be done; the message says why.
+            HotswapError: it failed; the message says why.
         """
 
 
 class VllmEngines:
-    """vLLM's own, in an engine host process."""
+    """vLLM's own engines, in an engine host process."""
 
     def __init__(self) -> None:
         self._link: HostLink | None = None
@@ -179,12 +179,12 @@ class VllmEngines:
         config, link = start.config, self._link
         assert link is not None
         start.starting.callback(link.kill)
-        raised_file_limit()  # the engine host is to have it from its start
+        raised_file_limit()  # the engine host needs it from its start
         with start.early.held():
             link.spawn()
             use_temporary_folder(link.folder)
         with no_collection(), waiting("loading vLLM"):
-            # These import vLLM: seconds, during which the host does the same.
+            # These import vLLM, which takes seconds; the host imports it at the same time.
             from vllm_hotswap import launch
             from vllm_hotswap.compat import frontend, versions
             from vllm_hotswap.engines.vllm import VllmHost
@@ -210,19 +210,19 @@ def run(
     audit: Path | None = None,
     engines: Engines | None = None,
 ) -> int:
-    """Serve until told to stop. Returns the exit status.
+    """Serve until a signal stops it. Return the exit status.
 
     Args:
         config: the checked YAML file.
         flags: flags of `vllm serve`, for the server and as defaults of every model.
-        keys: what the command line says of keys, besides `--api-key`.
+        keys: what the command line says about keys, besides `--api-key`.
         record: a new file for a trace of what happens.
-        listen: what it says of the address, besides vLLM's flags.
-        audit: a file that gets a line for every call that changes state.
+        listen: what the command line says about the address, besides vLLM's flags.
+        audit: a file that gets a line for every request that changes state.
         engines: what generates; vLLM's, if not given.
 
     Raises:
-        HotswapError: it cannot be started; the message says why.
+        HotswapError: it cannot start; the message says why.
     """
     early = EarlyStop()
     early.listen(signal.SIGTERM)
@@ -251,14 +251,14 @@ def _run(
     access = Access.from_environment(os.environ, keys, config.rights)
     _enable_failpoints()
     engines.check(flags)
-    # Whatever ends this, what was opened is closed; what the engine host needs, as the last.
+    # Whatever ends this, everything opened is closed; what the engine host needs, last.
     with contextlib.ExitStack() as exits, early.ended():
         audit_log = _audit_log(audit, exits)
         recorders = () if record is None else (_recorder(record, config, exits, early),)
         shut_out_others()
         engines.look_at_environment()
         _clean_environment()
-        # Until there is a loop to handle it; the engine host never does.
+        # Until an event loop handles the signal; the engine host ignores it for good.
         if _hears_hangups(access, audit_log):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         else:
@@ -299,14 +299,14 @@ def _recorder(
 
 
 def _tell_of_open_key(name: str | None) -> None:
-    """Warn of a TLS key that somebody else may read or replace; uvicorn takes any."""
-    with contextlib.suppress(OSError):  # uvicorn will say
+    """Warn of a TLS key that another user may read or replace; uvicorn accepts any."""
+    with contextlib.suppress(OSError):  # uvicorn reports it
         if name and (cause := doubt(Path(name))):
             log.warning("event=tls_key_open path=%r cause=%r", name, f"it {cause}")
 
 
 def _audit_log(path: Path | None, exits: contextlib.ExitStack) -> AuditLog | None:
-    """That of the flag, or else of the variable."""
+    """Open the audit log that the flag names, or else the variable."""
     path = path or _audit_variable()
     if path is None:
         return None
@@ -321,7 +321,7 @@ def _audit_variable() -> Path | None:
 
 
 def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
-    """What the file says of each model's residency, and of how it takes its turn."""
+    """Return what the file says about each model's residency, and how it takes its turn."""
     return {
         model.alias: ModelPolicy(
             model.pinned,
@@ -336,7 +336,7 @@ def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
 
 
 def cross_site_of(access: Access, listener: Listener, flags: ListenFlags) -> CrossSite:
-    """What web pages may do: a name of this machine is wanted where nothing else guards it."""
+    """Return what web pages may do; on loopback without keys, `Host` must name this machine."""
     return CrossSite.of(
         listener.args.allowed_origins or (),
         flags.allowed_hosts,
@@ -351,16 +351,16 @@ def _enable_failpoints() -> None:
 
 
 def _clean_environment() -> None:
-    """Take out of the environment what has been read already and must not be passed on.
+    """Remove what has been read already and must not be passed on from the environment.
 
-    The first two would open vLLM's development routes and its pickling (the quickstart sets both),
-    keys are checked here for all models in one place, and vLLM warns of variables it does not know.
+    The first two would open vLLM's development routes and its pickling (the quickstart sets both).
+    Keys are checked here, in one place for all models. vLLM warns of variables it does not know.
     """
     if os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_INSECURE_SERIALIZATION reason='not needed'")
     if os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         log.info("event=ignored variable=VLLM_ALLOW_RUNTIME_LORA_UPDATING reason='not needed'")
-    # What is asked for when models' configurations are made, and where none can be.
+    # They are read when models' configurations are made, and where none can be made.
     set_aside([SLEEP_VARIABLE, *CONFIG_VARIABLES])
     ours = {name for name in os.environ if name.startswith("VLLM_HOTSWAP_")}
     forget(["VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", *ours])
@@ -376,15 +376,15 @@ async def serve(
     early: EarlyStop | None = None,
     audit: AuditLog | None = None,
 ) -> int:
-    """Load, serve, stop. Returns the exit status: 0 if it was told to stop.
+    """Load, serve, stop. Return the exit status: 0 if a signal stopped it.
 
     Args:
-        models_file: what SIGHUP is to compare.
-        early: whether it was told to stop before this began.
-        audit: where calls that change state are written down.
+        models_file: what SIGHUP compares with.
+        early: whether a signal came before this began.
+        audit: where requests that change state are written.
 
     Raises:
-        HotswapError: it cannot be started; the message says why.
+        HotswapError: it cannot start; the message says why.
     """
     early = early or EarlyStop()
     with contextlib.ExitStack() as exits:
@@ -408,7 +408,7 @@ async def serve(
 
 
 def _hears_hangups(access: Access, audit: AuditLog | None = None) -> bool:
-    """Whether SIGHUP has files opened again. In a terminal without such it ends the server."""
+    """Whether SIGHUP reopens files. In a terminal, without such files, it stops the server."""
     return access.has_files or audit is not None or not has_terminal()
 
 
@@ -424,7 +424,7 @@ def _read_again(access: Access, models_file: ModelsFile | None, audit: AuditLog 
 async def _start(
     app: HotswapApp, load: Sequence[str], default: str, stop: asyncio.Future[None]
 ) -> bool:
-    """Load the models; False if the server was told to stop before they were loaded."""
+    """Load the models; False if a signal came before they were loaded."""
     if not await _first(app.host, _start_host(app), stop):
         return False
     died = app.host.died
@@ -453,7 +453,7 @@ async def _start_host(app: HotswapApp) -> None:
 async def _first(
     host: EngineHost, work: Coroutine[Any, Any, None], *ends: asyncio.Future[Any]
 ) -> bool:
-    """Do the work; give it up, and return False, if one of `ends` is done before it."""
+    """Run the work; cancel it, and return False, if one of `ends` is done first."""
     task = asyncio.create_task(work)
     await asyncio.wait([task, *ends], return_when="FIRST_COMPLETED")
     if task.done():
@@ -461,7 +461,7 @@ async def _first(
         return True
     task.cancel()
     await asyncio.wait([task], timeout=CUT_GRACE_S)
-    if not task.done():  # it waits for the host, which is busy, or stuck
+    if not task.done():  # it waits for the host, which is busy or stuck
         host.kill("the server is shutting down")
     await asyncio.gather(task, return_exceptions=True)
     return False
@@ -494,7 +494,7 @@ async def _serve(
 async def _shut_down(
     app: HotswapApp, server: Server, serving: asyncio.Task[None], args: argparse.Namespace
 ) -> None:
-    """Accept nothing more, let running requests end in `--shutdown-timeout`, end the rest."""
+    """Stop accepting, let running requests end within `--shutdown-timeout`, then end the rest."""
     timeout_s = getattr(args, "shutdown_timeout", 0) or 0
     log.info("event=shutdown drain_timeout_s=%s", timeout_s)
     await app.coordinator.shut_down(timeout_s)
@@ -506,7 +506,7 @@ async def _shut_down(
 
 
 def _exit_status(app: HotswapApp, serving: asyncio.Task[None], stop: asyncio.Future[None]) -> int:
-    """1 if the server ended by itself, whatever the reason: a supervisor is to restart it."""
+    """Return 1 if the server stopped by itself, for any reason: a supervisor is to restart it."""
     given_up = app.coordinator.given_up
     if given_up.done():
         log.error("event=given_up cause=%r", given_up.result())
@@ -523,7 +523,7 @@ def _audited(app: HotswapApp, audit: AuditLog | None) -> ASGIApp:
 
 
 def _with_origins(app: ASGIApp, args: argparse.Namespace) -> ASGIApp:
-    """The application behind vLLM's flags for web pages of other origins, where any is given."""
+    """Wrap the application in vLLM's flags for web pages of other origins, if any is given."""
     if not args.allowed_origins:
         return app
     return CrossOrigin(
@@ -541,7 +541,7 @@ def _announce(app: HotswapApp, listener: Listener) -> None:
 
 
 def banner(app: HotswapApp, address: str) -> str:
-    """What is served, where, and which model is active."""
+    """Describe what is served, where, and which model is active."""
     coordinator = app.coordinator
     width = max(len(alias) for alias in coordinator.registry.aliases)
     lines = [f"vllm-hotswap {__version__}  {address}  active: {coordinator.active}"]

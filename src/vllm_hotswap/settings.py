@@ -1,7 +1,7 @@
 """Every setting of this project, once: its key, type, default and meaning.
 
 The YAML file, the JSON schema, flags, environment variables and the reference page are all made
-from what stands here. Settings of vLLM are not listed: they are taken from vLLM's own parser.
+from this module. Settings of vLLM are not listed: they are read from vLLM's own parser.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_hotswap.sampling import SamplingPolicy
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 ALL = "all"
-"""In the place of a list of aliases."""
+"""Stands for a list of all aliases."""
 
 LoadWhen = Literal["startup", "on_demand"]
 DrainPolicy = states.DrainPolicy
@@ -30,14 +30,14 @@ SwitchingMode = Literal["manual", "auto"]
 
 @plain_dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a value must be, for the error that refuses another one: `it must be ...`."""
+    """What a value must be, for the error that refuses it: `it must be ...`."""
 
     text: str
 
 
 @plain_dataclass(frozen=True, slots=True)
 class Secret:
-    """Marks a field whose value no message may show."""
+    """Marks a field whose value must not be in any message."""
 
 
 SECRET = Secret()
@@ -671,7 +671,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "memory": MemoryBudget,
     "adapters": AdapterConfig,
 }
-"""Settings of the server as a whole, by section. Each may be given as a flag or a variable, too."""
+"""Settings of the whole server, by section. Each may also be given as a flag or a variable."""
 
 TOP_LEVEL: Mapping[str, str] = {
     "default_model": "the alias that is active after the start; default: the first one",
@@ -706,7 +706,7 @@ class Setting:
 
 
 def server_settings() -> Iterator[Setting]:
-    """The settings that may be given as a flag or as an environment variable, too."""
+    """Yield the settings that may also be given as a flag or an environment variable."""
     yield Setting("", "default_model", TOP_LEVEL["default_model"])
     for section, kind in SECTIONS.items():
         for item in fields(kind):
@@ -714,13 +714,13 @@ def server_settings() -> Iterator[Setting]:
 
 
 def describe(kind: type[Any], name: str) -> str:
-    """What the field of that name means."""
+    """Return what the field means."""
     description: str = kind.__pydantic_fields__[name].description or ""
     return description
 
 
 def wanted(kind: type[Any], name: str) -> str | None:
-    """What the value of a field must be, in words of ours where there are any."""
+    """Return what the value of a field must be, in our own words if there are any."""
     metadata = kind.__pydantic_fields__[name].metadata
     return next((item.text for item in metadata if isinstance(item, Wanted)), None)
 
@@ -737,11 +737,11 @@ class Override:
     key: str
     value: str = field(repr=False)
     origin: str
-    """How it was given, for messages."""
+    """The flag or variable it came from, for messages."""
 
 
 def overrides(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> list[Override]:
-    """What variables and flags say, flags last, so that they count more.
+    """Return what variables and flags set, flags last, so that they win.
 
     Args:
         environment: all variables; an empty one counts as not set.
@@ -760,7 +760,7 @@ def overrides(environment: Mapping[str, str], flags: Mapping[str, str | None]) -
 
 
 CONFIG_VARIABLES = ("VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG")
-"""Environment variables that may name the YAML file, the first one set wins."""
+"""Environment variables that may name the YAML file; the first one set wins."""
 
 FORWARDED_VARIABLE = "FORWARDED_ALLOW_IPS"
 

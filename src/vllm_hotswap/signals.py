@@ -1,4 +1,4 @@
-"""The signals that a server obeys: SIGINT and SIGTERM stop it, SIGHUP has files read again."""
+"""Signals that the server handles: SIGINT and SIGTERM stop it, SIGHUP reopens files."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 INTERRUPT_S = 0.2
-"""A signal ends an interruptible wait after so many seconds at the latest."""
+"""Longest delay until a signal ends an interruptible wait, in seconds."""
 
 T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """The server was told to stop before it had an event loop."""
+    """A signal stopped the server before it had an event loop."""
 
 
 class EarlyStop:
-    """A signal to stop before there is an event loop: it ends the start as an exception.
+    """A stop signal before there is an event loop: it ends the start with an exception.
 
-    Without that, the system would end the process, and leave behind what it has made by then.
+    Without it, the system would end the process, and what it has created so far would be left.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal that told it; 0 until then."""
+        """The signal's number; 0 until one comes."""
         self._is_held = False
 
     @property
@@ -46,14 +46,14 @@ class EarlyStop:
         return self.number != 0
 
     def listen(self, number: signal.Signals) -> None:
-        """Begin; for a process's main thread. An event loop takes the signal over later."""
+        """Start, on the main thread of a process. An event loop takes the signal over later."""
         signal.signal(number, self._told)
 
     def hold(self) -> None:
-        """Raise no more: whoever goes on looks at `is_told` himself.
+        """Raise no longer: from now on the caller checks `is_told` itself.
 
         Raises:
-            Stopped: it was told before, and a library has swallowed the exception.
+            Stopped: the signal came before, and a library has swallowed the exception.
         """
         self._is_held = True
         if self.is_told:
@@ -61,7 +61,7 @@ class EarlyStop:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Raise `Stopped` after what must not be left half done."""
+        """Delay `Stopped` until the end of a block that must not be left half done."""
         self._is_held = True
         try:
             yield
@@ -72,7 +72,7 @@ class EarlyStop:
 
     @contextlib.contextmanager
     def ended(self) -> Iterator[None]:
-        """Raise no more once this is left: what has been begun is cleared away then."""
+        """Raise no longer once this block is left: then everything started is cleaned up."""
         try:
             yield
         finally:
@@ -90,14 +90,14 @@ def stop_signal(
     at_once: Callable[[], None] = lambda: None,
     is_told: Callable[[], bool] = lambda: False,
 ) -> Iterator[asyncio.Future[None]]:
-    """Done at the first SIGINT or SIGTERM; a second one ends the process at once.
+    """Yield a future, done at the first SIGINT or SIGTERM; a second ends the process at once.
 
-    The engine host sees its channel close then, and ends, too.
+    The engine host then sees its channel close, and exits, too.
 
     Args:
         further: signals that do the same.
         at_once: called before the process ends at once.
-        is_told: whether it was told before the event loop took the signals over.
+        is_told: whether a signal came before the event loop took the signals over.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
@@ -124,14 +124,14 @@ def stop_signal(
 
 
 def interruptible(ask: Callable[[], T]) -> T:
-    """What `ask` returns or raises, or what a signal's handler raises meanwhile.
+    """Return or raise what `ask` does, or raise what a signal's handler raises during the wait.
 
-    It is asked in a thread of its own. A handler runs between any two instructions of the main
-    thread: what it raises in the middle of a library could leave a lock of it locked for ever, and
-    whoever closes the client then would wait for that. After an exception, `ask` may still go on.
+    `ask` runs on its own thread. A handler runs between any two instructions of the main thread.
+    What it raises inside a library could leave a lock locked for ever, and closing the client
+    would then wait for that lock. After an exception, `ask` may still be running.
     """
     if threading.current_thread() is not threading.main_thread():
-        return ask()  # no signal comes here
+        return ask()  # signals do not arrive on this thread
     asked: Future[T] = Future()
     done = threading.Event()
 
@@ -150,7 +150,7 @@ def interruptible(ask: Callable[[], T]) -> T:
 
 
 def signal_when_orphaned(number: signal.Signals) -> None:
-    """Have the system send this process a signal when its parent has died; Linux only.
+    """Make the system send this process a signal when its parent has died; Linux only.
 
     https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
     """
@@ -160,7 +160,7 @@ def signal_when_orphaned(number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def on_hangup(callback: Callable[[], None]) -> Iterator[None]:
-    """Call it at every SIGHUP."""
+    """Call `callback` at every SIGHUP."""
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, callback)
     try:
@@ -170,7 +170,7 @@ def on_hangup(callback: Callable[[], None]) -> Iterator[None]:
 
 
 def has_terminal() -> bool:
-    """Whether one of the standard streams is a terminal, whose end SIGHUP tells then."""
+    """Whether one of the standard streams is a terminal: then SIGHUP means that it has closed."""
     return any(_is_terminal(number) for number in range(3))
 
 

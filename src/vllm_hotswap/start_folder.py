@@ -1,7 +1,7 @@
-"""The folder in which a program was started is no place to import from.
+"""Keeps modules from being imported from the folder in which a program was started.
 
-`python -m` looks there first: a `psutil.py` beside a models file, in a folder that others write to
-or that was downloaded, would be run. Imports nothing that is not loaded before any module is.
+`python -m` looks there first: it would run a `psutil.py` beside a models file, in a folder that
+others write to or that was downloaded. Imports only what is loaded before any module is.
 """
 
 import os
@@ -9,16 +9,16 @@ import sys
 
 
 def leave() -> None:
-    """Have no module looked for in the start folder any more, unless `PYTHONPATH` names it.
+    """Stop importing modules from the start folder, unless `PYTHONPATH` names it.
 
-    To be called by a program that `python -m` runs, before its other imports.
+    Call it in a program that `python -m` runs, before its other imports.
     """
     if not sys.flags.safe_path and sys.path[:1] in ([_current()], [""]):
         del sys.path[0]
 
 
 def _current() -> str:
-    """The start folder; the name of none where it has been deleted."""
+    """Return the start folder, or an empty text if it has been deleted."""
     try:
         return os.getcwd()  # noqa: PTH109
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """Residency of a model and phases of a switch, with their transition tables.
 
-Nothing else in the package changes a residency: callers ask `advance`, which refuses
+Nothing else in the package changes a residency: callers use `advance`, which refuses
 what the table does not list. The tables are printed into `docs/design.md`.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 from vllm_hotswap.errors import HotswapError
 
 DrainPolicy = Literal["abort", "park", "refuse"]
-"""What becomes of requests that still run when a drain's time is up."""
+"""What happens to requests that still run when a drain times out."""
 
 
 class Residency(StrEnum):
@@ -33,7 +33,7 @@ class Residency(StrEnum):
     DISCARDED = "discarded"
     """Weights are dropped, too; structure and compiled code stay (vLLM sleep level 2)."""
     FAILED = "failed"
-    """Its engine died after it had been loaded; it is cold again when it is next asked for."""
+    """Its engine died after it had been loaded; the model is cold again when it is next needed."""
 
 
 class Step(StrEnum):
@@ -54,7 +54,7 @@ class Step(StrEnum):
 
 
 TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
-    # An engine without a frontend counts as cold, and can die all the same.
+    # An engine without a frontend counts as cold, and can die, too.
     Residency.COLD: {Step.LOAD: Residency.LOADING, Step.FAIL: Residency.FAILED},
     Residency.LOADING: {
         Step.LOADED: Residency.PARKED,
@@ -87,8 +87,8 @@ TRANSITIONS: Mapping[Residency, Mapping[Step, Residency]] = {
 
 
 LADDER = (Residency.ACTIVE, Residency.PARKED, Residency.ASLEEP, Residency.DISCARDED, Residency.COLD)
-"""The residencies in which a model may stay, from the one that holds most to the one that holds
-nothing."""
+"""The residencies in which a model may stay, from the one that holds the most memory to the one
+that holds none."""
 
 DOWN: Mapping[Residency, Step] = {
     Residency.PARKED: Step.PARK,
@@ -109,7 +109,7 @@ class WakeProgress:
     """How far a wake in slices has come, in bytes of device memory."""
 
     done_bytes: int
-    """What the model has again; the copies of the last slice may be under way."""
+    """What the model has back; the copies of the last slice may still be under way."""
     total_bytes: int
 
     @property
@@ -134,19 +134,18 @@ class ServerState(StrEnum):
     SERVING = "serving"
     SWITCHING = "switching"
     IDLE = "idle"
-    """Nobody has asked for anything for a while, and no model is active: the next request brings
-    one up."""
+    """No model is active, after a while without requests: the next request brings one up."""
     RECOVERING = "recovering"
     """The engine host, or the active engine, died; it is being brought back."""
     DEGRADED = "degraded"
     """No model is active, and bringing one back has failed; it is tried again."""
     STOPPING = "stopping"
     FAILED = "failed"
-    """The engine host has died too often; the server ends."""
+    """The engine host has died too often; the server exits."""
 
 
 class IllegalTransition(HotswapError):
-    """The table has no such step. The model's residency stays as it was."""
+    """The table has no such step. The residency stays as it was."""
 
     def __init__(self, alias: str, residency: Residency, step: Step) -> None:
         super().__init__(
@@ -155,7 +154,7 @@ class IllegalTransition(HotswapError):
 
 
 def advance(alias: str, residency: Residency, step: Step) -> Residency:
-    """The residency after `step`.
+    """Return the residency after `step`.
 
     Raises:
         IllegalTransition: the table does not list `step` for `residency`.

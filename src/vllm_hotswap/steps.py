@@ -1,4 +1,4 @@
-"""Small steps for many clients: a few in each turn of the event loop, and clients go round."""
+"""Small steps for many clients: a few per iteration of the event loop, round robin by client."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable
 
 
 class Steps:
-    """What is done in which turn of the event loop, for whom.
+    """Decides which steps run in which iteration of the event loop, and for which client.
 
-    The mutable state is how many more steps there are in this turn, and which wait, by the client.
-    Work is never put off without need: a step is taken at once where its turn has room.
+    The mutable state is how many more steps fit into this iteration, and the waiting steps of each
+    client. A step is never delayed without need: it runs at once where the iteration has room.
     """
 
     def __init__(self, per_turn: int) -> None:
@@ -24,13 +24,13 @@ class Steps:
         return f"<Steps left={self._left} waiting={self._count} clients={len(self._waiting)}>"
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return how many steps wait."""
         return self._count
 
     def take(
         self, loop: asyncio.AbstractEventLoop, client: Hashable, step: Callable[[], None]
     ) -> None:
-        """Take it at once, if this turn has room for it; when it is its client's turn otherwise."""
+        """Run it at once if this iteration has room, else when it is the client's turn."""
         if self._left:
             self._left -= 1
             self._go_on(loop)
@@ -45,7 +45,7 @@ class Steps:
             loop.call_soon(self._turn, loop)
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_turning = False
+        self._is_turning = False  # first: `take` below schedules the next turn
         self._left = self.per_turn
         while self._waiting and self._left:
             client, steps = self._waiting.popitem(last=False)

@@ -1,6 +1,6 @@
-r"""Half surrogates in a JSON text: an escape such as `\ud83d` without the half that goes with it.
+r"""Half surrogates in a JSON text: an escape such as `\ud83d` without its other half.
 
-Python reads them as texts that are no Unicode, which no tokenizer takes and nobody can encode.
+Python reads them as texts that are not Unicode, which tokenizers refuse and nothing can encode.
 Source: RFC 8259, section 8.2; RFC 3629, section 3.
 """
 
@@ -23,22 +23,22 @@ _WHOLE = re.compile(
 """A piece without halves: a few milliseconds, 128 KiB at most."""
 
 _SIGNS = (b"\\ud", b"\\uD", b"\xed")
-"""Without any of these there is no half: true of most bodies, and fast to see."""
+"""A text without any of these has no half: most bodies, and quick to check."""
 
 _HALF = re.compile(rb"\\u[0-9a-fA-F]{4}|\xed..", re.DOTALL)
 
 
 class HalfSurrogate(ValueError):
-    """A text has half of a surrogate pair. Its argument is that half, as an escape of JSON."""
+    """A text has half of a surrogate pair. Its argument is that half, as a JSON escape."""
 
 
 def as_escape(half: str) -> str:
-    """It may be one already."""
+    """Return a half as a JSON escape; it may be one already."""
     return half.encode("ascii", "backslashreplace").decode()
 
 
 def told(half: str) -> str:
-    """What is wrong, for whoever has sent it."""
+    """Return what is wrong, for the client."""
     return (
         f"a text of the request has {half}, which is half of a surrogate pair and no character; "
         "send whole characters"
@@ -46,7 +46,7 @@ def told(half: str) -> str:
 
 
 def check_texts(body: bytes) -> Work[None]:
-    """Look through a JSON text, in any encoding that `json.loads` knows, in pieces.
+    """Search a JSON text, in any encoding that `json.loads` knows, in pieces.
 
     Raises:
         HalfSurrogate: a text or a key in it has one.
@@ -62,5 +62,5 @@ def check_texts(body: bytes) -> Work[None]:
         if position - rested >= PIECE_BYTES:
             rested = position
             yield
-    if half := _HALF.match(text, position):  # otherwise an escape is cut, and this is no JSON
+    if half := _HALF.match(text, position):  # else an escape is incomplete, and this is not JSON
         raise HalfSurrogate(as_escape(half.group().decode("utf-8", "surrogatepass")))

@@ -1,4 +1,4 @@
-"""A switch: what is known of it while it is under way, and what it has done."""
+"""A switch: what is known about it while it is under way, and its result."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class SwitchResult:
     duration_s: float
     memory_before_bytes: int
     memory_unloaded_bytes: int
-    """Once there was room, before the target took any."""
+    """At the moment when there was room, before the target took any."""
     memory_after_bytes: int
     phases_s: dict[str, float] = field(default_factory=dict)
     requests_cut: int = 0
-    """Ended because they were still running at the deadline of the drain."""
+    """Aborted because they were still running at the deadline of the drain."""
     requests_parked: int = 0
     requests_lost: int = 0
-    """Parked, and ended because their model had to be unloaded."""
+    """Parked, and aborted because their model had to be unloaded."""
     evicted: tuple[Move, ...] = ()
 
     @property
     def reconfigure_s(self) -> float:
-        """Time without the wait for running requests."""
+        """Time, without the wait for running requests."""
         return self.duration_s - self.phases_s.get(SwitchPhase.DRAIN.value, 0.0)
 
 
@@ -51,26 +51,26 @@ class Switch:
     started_s: float
     policy: DrainPolicy = "abort"
     automatic: bool = False
-    """Whether the server decided on it: then nobody is ended for it."""
+    """Whether the server decided on it: then no request is aborted for it."""
     key: str = ""
-    """The fingerprint of the key of whoever has called for it."""
+    """The fingerprint of the key of the caller that requested it."""
     is_awaited: bool = False
-    """Whether the target had begun to wake before: what it took says nothing of the next time."""
+    """Whether the target had started to wake before, so that its time predicts nothing."""
     may_park: bool = True
-    """Whether requests that run may be frozen for it, if the server decided on it."""
+    """Whether running requests may be parked for it, if the server decided on it."""
     drain_until_s: Callable[[], float] | None = None
-    """Until when requests that run are waited for, as it is now; None: for `drain_timeout_s`."""
+    """Until when to wait for running requests, as of now; None: for `drain_timeout_s`."""
     residency: Residency | None = None
-    """Where the target lay."""
+    """The target's, before the switch."""
     turn_s: float | None = None
-    """When nobody else moved models any more."""
+    """When no other operation moved models any longer."""
     phase: SwitchPhase = SwitchPhase.VALIDATE
     phases_s: dict[str, float] = field(default_factory=dict)
     requests_cut: int = 0
     requests_parked: int = 0
     requests_lost: int = 0
     moves: bool = False
-    """Whether memory is moved, rather than a pointer."""
+    """Whether memory moves, rather than only a pointer."""
     memory_before_bytes: int = 0
     memory_unloaded_bytes: int = 0
     evicted: tuple[Move, ...] = ()

@@ -1,6 +1,6 @@
-"""The standard streams, which may be unable to write a name, closed, or read by nobody any more.
+"""The standard streams, which may lack a character, be closed, or have lost their reader.
 
-What is said to people there is never worth a server's life.
+No text written there is ever worth stopping a server.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import sys
 from typing import TextIO
 
 STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
-"""Of a process: the file descriptor, its name in `sys`, and the mode in which it is opened."""
+"""For each stream, the file descriptor, its name in `sys`, and its mode."""
 
 
 def prepare() -> None:
-    """Have the standard streams take every text. Idempotent; call it before anything is written.
+    """Make the standard streams accept every text. Idempotent; call it before writing anything.
 
     A character that the encoding lacks is written as an escape, as standard error does by default.
     A stream that was closed becomes the null device. Otherwise the next file or socket that is
@@ -33,9 +33,9 @@ def prepare() -> None:
 
 
 def say(text: str) -> bool:
-    """Write lines to standard output, at once. False if they cannot be written; never raises.
+    """Write lines to standard output, at once. Return False if that fails; never raise.
 
-    Whatever else is written there after such a failure is dropped, also by logs and at exit.
+    After a failure, everything written there is dropped, also by logs and at exit.
     """
     try:
         stream = sys.stdout
@@ -48,13 +48,13 @@ def say(text: str) -> bool:
 
 
 def encodable(text: str, stream: TextIO) -> str:
-    """The text with an escape for each character that the stream's encoding lacks."""
+    """Return the text with an escape for each character that the stream's encoding lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def mute() -> None:
-    """Drop what standard output still holds, and whatever is written to it from now on.
+    """Drop what standard output still holds, and everything written to it from now on.
 
     https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """

@@ -1,8 +1,8 @@
-"""Traces: which requests came when, and what became of them; one JSON value a line.
+"""Traces: when requests came, and what became of them; one JSON value per line.
 
-The first line says which models there are and how switching was set; then come requests and
-switches, in the order in which they ended. A generated trace has requests only, without what
-became of them; one of them may come `after` another one's end instead of at a fixed time.
+The first line has the models and the settings of switching. Then come requests and switches, in
+the order in which they ended. A generated trace has requests only, without their outcome; a
+request may come `after` another one's end instead of at a fixed time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vllm_hotswap.states import Residency
 log = logging.getLogger("vllm_hotswap")
 
 END_S = 1e9
-"""Every time is below that."""
+"""Every time is below this."""
 
 Moment = Annotated[float, Field(ge=0, lt=END_S, allow_inf_nan=False)]
-"""Seconds since the recording began."""
+"""Seconds since the recording started."""
 
 
 @dataclass(frozen=True, slots=True, config=STRICT)
@@ -41,7 +41,7 @@ class TracedModel:
 
 @dataclass(frozen=True, slots=True, config=STRICT)
 class TracedSwitching:
-    """How switching was set; keys are those of the configuration."""
+    """The settings of switching; keys are those of the configuration."""
 
     policy: Text = "batch"
     min_active: Seconds = 0.0
@@ -62,34 +62,34 @@ class Head:
 
 @dataclass(frozen=True, slots=True, config=STRICT)
 class TracedRequest:
-    """A request, and what became of it if that is known."""
+    """A request, and its outcome if that is known."""
 
     id: Count
     model: str
     arrived_s: Moment | None = None
-    """When it came; None if it comes after another one."""
+    """When it arrived; None if it comes after another one."""
     after: Count | None = None
-    """The request whose end it waits for: somebody goes on with the answer to that one."""
+    """The request whose end it waits for: its client continues with the response to that one."""
     think_s: Seconds = 0.0
-    """How long after that one's end it comes."""
+    """Seconds between that one's end and its arrival."""
     priority: Priority | None = None
     """None: its model's."""
     max_wait_s: Seconds | None = None
-    """The same."""
+    """None: its model's."""
     prompt_tokens: Count = 0
     output_tokens: Count = 0
     prepared_s: Seconds = 0.0
-    """How long it was looked at before it asked for its turn; `waited_s` has it, too."""
+    """Seconds from its arrival until it asked for its turn; they are part of `waited_s`."""
     waited_s: Seconds | None = None
     service_s: Seconds | None = None
     switched: Count | None = None
-    """Switches that it waited for."""
+    """Switches during its wait."""
     result: Text | None = None
     kind: Literal["request"] = "request"
 
     @property
     def was_served(self) -> bool:
-        """Whether it is known how long it waited and took."""
+        """Whether it is known how long it waited and ran."""
         return self.result == "served" and None not in (self.waited_s, self.service_s)
 
 
@@ -98,11 +98,11 @@ class TracedSwitch:
     """A switch of the recorded server."""
 
     at_s: Moment
-    """When it began."""
+    """When it started."""
     source: str | None
     target: str
     residency: Annotated[Residency | None, Field(strict=False)]
-    """Of the target, before."""
+    """The target's, before the switch."""
     cost_s: Seconds
     """Without draining."""
     drain_s: Seconds = 0.0
@@ -128,15 +128,15 @@ class Trace:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether it tells what became of requests."""
+        """Whether it has the outcome of requests."""
         return any(request.was_served for request in self.requests)
 
 
 def read(path: Path) -> Trace:
-    """The trace in a file. A last line that was cut in the middle is left out, with a warning.
+    """Return the trace in a file. An incomplete last line is left out, with a warning.
 
     Raises:
-        ConfigError: it cannot be read, or is no trace; the message names file and line.
+        ConfigError: it cannot be read, or is not a trace; the message names file and line.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -167,7 +167,7 @@ def write(path: Path, trace: Trace) -> None:
 
 
 def create(path: Path) -> TextIO:
-    """The new file of a trace, open for writing.
+    """Create the file of a trace, open for writing.
 
     Raises:
         ConfigError: it exists or cannot be written.
@@ -183,7 +183,7 @@ def create(path: Path) -> TextIO:
 
 
 def as_text(line: Line) -> str:
-    """One line, without its end; what is not known is left out."""
+    """Return one line, without its end; unknown values are left out."""
     values = {name: _plain(value) for name, value in asdict(line).items()}
     kind = values.pop("kind")
     known = {name: value for name, value in values.items() if _is_told(line, name, value)}
@@ -198,7 +198,7 @@ def _is_told(line: Line, name: str, value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Times to the microsecond: more is noise, and makes files twice as long."""
+    """Round times to microseconds: more is noise, and makes files twice as long."""
     if not isinstance(value, float):
         return value
     rounded = round(value, 6)
@@ -210,7 +210,7 @@ def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def _whole(path: Path, texts: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Without the beginning of a line that a killed server or a full disk has left at the end."""
+    """Leave out an incomplete last line, which a killed server or a full disk may leave."""
     if len(texts) < 2 or not _is_cut(texts[-1][1]):
         return texts
     log.warning("event=trace_cut path=%r line=%d: left out", str(path), texts[-1][0])
@@ -238,7 +238,7 @@ def _parse(path: Path, number: int, text: str) -> Line:
 
 
 def _check(path: Path, head: Head, lines: Iterable[tuple[int, Line]]) -> None:
-    """What one line alone cannot show."""
+    """Check what a single line cannot show."""
     if head.active is not None and head.active not in head.models:
         raise _wrong(path, 1, f"active model {head.active!r} is not among the models")
     seen: dict[int, int] = {}

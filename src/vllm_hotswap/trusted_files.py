@@ -1,16 +1,18 @@
-"""Files that decide what the server does: who else could have written them, or may read them.
+"""Files that decide what the server does: which other users could have written or may read them.
 
-A file is opened once, and what is looked at and what is read is that open file: nothing can be put
-in its place in between. Looked at are its owner, its mode and its group, and so are the folders on
-the way to it: who may write to one of them may put another file in place. Links are followed, as
-Kubernetes mounts secrets through them; the folders of each link count, too, and its owner where he
-may replace it.
+A file is opened once, and that open file is both checked and read: nothing can be put in its place
+in between. Its owner, its mode and its group are checked. So are the folders on the way to it: a
+user who may write to one of them may put another file in place. Links are followed, as Kubernetes
+mounts secrets through them. The folders of each link count, too, and so does its owner, if he may
+replace it.
 
-The rules are OpenSSH's `StrictModes`, with exceptions: the group that a user has alone, which is
-the default of distributions with a umask of 002; root's group, where nobody else is in it; folders
-with the sticky bit, in which nobody can replace what is another's (inode(7)); root's folders that a
-group may write to, such as `/var/log`, as only root has made them so; and whoever may write to what
-is mounted read-only, where nobody can.
+The rules are OpenSSH's `StrictModes`. These are allowed as exceptions:
+
+- the group that a user has alone, the default of distributions with a umask of 002;
+- root's group, without other members;
+- folders with the sticky bit, in which users cannot replace each other's files (inode(7));
+- root's folders that a group may write to, such as `/var/log`, as only root has made them so;
+- write permissions on what is mounted read-only, where they have no effect.
 """
 
 from __future__ import annotations
@@ -37,61 +39,61 @@ ACCESS_LIST = "system.posix_acl_access"
 """The attribute of a file that has its access control list, where it has one."""
 
 MAX_LINKS = 40
-"""On one way: path_resolution(7)."""
+"""Links on the way to one file: path_resolution(7)."""
 
 NO_LOGIN = frozenset(["false", "halt", "nologin", "shutdown", "sync"])
-"""Programs in the place of a shell that let nobody in."""
+"""Programs that stand in the place of a shell for accounts that cannot log in."""
 
 _OTHERS = stat.S_IRWXO
 
 
 def read_private(path: Path, what: str) -> bytes:
-    """The content of a file that holds secrets.
+    """Return the content of a file that holds secrets.
 
-    Nobody may read it but its owner and members of groups that this process is in, too; nobody may
-    write it but its owner. Its owner is root, or the user of this process.
+    Only its owner, and members of groups that this process is also in, may read it. Only its
+    owner may write it. Its owner is root, or the user of this process.
 
     Args:
         path: of a regular file, or a link to one.
-        what: it is, for messages.
+        what: what it is, for messages.
 
     Raises:
-        ConfigError: it is not so; the message has the command that makes it so.
+        ConfigError: a rule is broken; the message has the command that fixes it.
         OSError: it cannot be opened or read.
     """
     return _read(path, what, is_private=True, is_checked=True)
 
 
 def read_trusted(path: Path, what: str, hatch: str = "", is_checked: bool = True) -> bytes:
-    """The content of a file that anybody may read, and nobody else may write.
+    """Return the content of a file that any user may read, but no other user may write.
 
     Args:
         path: of the file, a link to it, or a pipe.
-        what: it is, for messages.
-        hatch: what a message says of a way around the rules.
-        is_checked: whether the rules count.
+        what: what it is, for messages.
+        hatch: added to messages: a way around the rules.
+        is_checked: whether the rules apply.
 
     Raises:
-        ConfigError: somebody else may write or replace it; the message has the command to run.
+        ConfigError: another user may write or replace it; the message has the command to run.
         OSError: it cannot be opened or read.
     """
     return _read(path, what, is_private=False, is_checked=is_checked, hatch=hatch)
 
 
 def doubt(path: Path) -> str | None:
-    """For what `read_private` would refuse a file that somebody else reads; None: it would not.
+    """Return why `read_private` would refuse a file that other code reads; None if it would not.
 
     Raises:
-        OSError: it is not there, or cannot be looked at.
+        OSError: it does not exist, or cannot be checked.
     """
     found = path.stat()
     return next(chain(_of_file(found, path, path, is_private=True), _of_way(path)), None)
 
 
 def foreign_link(path: Path) -> str | None:
-    """What is wrong with a link on the way to a file or a folder, which somebody else may replace.
+    """Return what is wrong with a link on the way to a path: another user may replace the link.
 
-    None where there is no such link, or the way cannot be looked at.
+    None where there is no such link, or the way cannot be checked.
     """
     with suppress(OSError):
         for step in _way_to(path):
@@ -101,7 +103,7 @@ def foreign_link(path: Path) -> str | None:
 
 
 def is_trusted(uid: int) -> bool:
-    """Root, this process's user, or whoever has become root with sudo for it."""
+    """Whether it is root, this process's user, or the user who became root with sudo for it."""
     return (
         uid == os.geteuid()
         or _is_root(uid)
@@ -110,7 +112,7 @@ def is_trusted(uid: int) -> bool:
 
 
 def foreign_owner(uid: int) -> str:
-    """What is said of a file or a folder whose owner is not trusted."""
+    """Describe the owner of a file or a folder who is not trusted."""
     return (
         f"belongs to {_user(uid)}, neither to root nor to {_user(os.geteuid())}, as whom this runs"
     )
@@ -119,7 +121,7 @@ def foreign_owner(uid: int) -> str:
 def is_read_only(place: int | Path) -> bool:
     """Whether an open file, or a path, is mounted read-only: statvfs(3).
 
-    So the kubelet mounts a ConfigMap, whose folder everybody may write to by its mode alone.
+    The kubelet mounts a ConfigMap so; by its mode alone, every user may write to its folder.
     """
     with suppress(OSError):
         return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
@@ -127,7 +129,7 @@ def is_read_only(place: int | Path) -> bool:
 
 
 def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str = "") -> bytes:
-    # Whoever reads keys is not to wait for a pipe; a configuration may come through one.
+    # Reading keys must not wait for a pipe; a configuration may come through one.
     flags = os.O_NONBLOCK if is_private else 0
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
@@ -147,7 +149,7 @@ def _read(path: Path, what: str, is_private: bool, is_checked: bool, hatch: str 
 
 
 def refuse_foreign(descriptor: int, path: Path, what: str) -> None:
-    """See that nobody else may write or replace an open file. Raises `ConfigError`, `OSError`."""
+    """Refuse an open file that others may write or replace. Raises `ConfigError`, `OSError`."""
     _refuse(os.fstat(descriptor), descriptor, path, what, is_private=False)
 
 
@@ -167,7 +169,7 @@ def _refuse(
 def _of_file(
     found: os.stat_result, place: int | Path, path: Path, is_private: bool
 ) -> Iterator[str]:
-    """What is wrong with a file, and the command that mends it. `place` is where it is mounted."""
+    """Yield what is wrong with a file, and the fix. `place` is its descriptor or its path."""
     mode, name = found.st_mode, shlex.quote(str(path))
     if not is_trusted(found.st_uid):
         yield _foreign(found.st_uid, name)
@@ -185,7 +187,7 @@ def _of_file(
 
 
 def _of_way(path: Path) -> Iterator[str]:
-    """What is wrong with the folders and the links on the way to a file."""
+    """Yield what is wrong with the folders and the links on the way to a file."""
     for step in dict.fromkeys(_way_to(path)):
         if not step.is_symlink():
             yield from _of_folder(step.stat(), step)
@@ -194,7 +196,7 @@ def _of_way(path: Path) -> Iterator[str]:
 
 
 def _way_to(path: Path) -> Iterator[Path]:
-    """Every folder in which a name is looked up on the way to a file, and every link there.
+    """Yield every folder in which a name is looked up on the way to a file, and every link there.
 
     Raises:
         OSError: there are more links than the system follows.
@@ -233,7 +235,7 @@ def _of_folder(found: os.stat_result, folder: Path) -> Iterator[str]:
 
 
 def _of_link(link: Path) -> str | None:
-    """What is wrong with a link: its owner has it lead elsewhere, if he may write to its folder."""
+    """Return what is wrong with a link: an owner who may write to its folder can redirect it."""
     found, folder = link.lstat(), link.parent.stat()
     is_shared = folder.st_mode & stat.S_IWOTH or (
         folder.st_mode & stat.S_IWGRP and (_has_list(link.parent) or not _is_alone(folder))
@@ -251,10 +253,10 @@ def _foreign(uid: int, name: str, command: str = "chown") -> str:
 
 
 def _is_root(uid: int) -> bool:
-    """Root, or what stands for it in a user namespace in which there is none.
+    """Whether it is root, or what stands for root in a user namespace without root.
 
-    The kernel shows all owners there that the namespace has no number for as one user, `nobody`:
-    user_namespaces(7). Root is among them; who else is cannot be told.
+    There, the kernel shows all owners without a number in the namespace as one user, `nobody`:
+    user_namespaces(7). Root is among them; which others are is unknown.
     """
     return uid == ROOT or (uid == _overflow_uid() and not _has_root())
 
@@ -266,7 +268,7 @@ def _overflow_uid() -> int | None:
 
 
 def _has_root() -> bool:
-    """Whether root has a number in this user namespace; also where there are none."""
+    """Whether root has a number in this user namespace; also true where there are none."""
     with suppress(OSError, ValueError):
         lines = UID_MAP.read_bytes().splitlines()
         return any(int(line.split()[0]) == ROOT for line in lines) or not lines
@@ -274,7 +276,7 @@ def _has_root() -> bool:
 
 
 def _has_list(place: int | Path) -> bool:
-    """Whether the mode's bits for the group bound what a list allows, to whomever: acl(5)."""
+    """Whether there is a list: then the mode's group bits bound what it allows anyone: acl(5)."""
     try:
         return bool(os.getxattr(place, ACCESS_LIST))
     except OSError:  # there is none, or the file system has no lists
@@ -282,12 +284,12 @@ def _has_list(place: int | Path) -> bool:
 
 
 def _is_member(found: os.stat_result) -> bool:
-    """Whether this process is in the group, or nobody else is."""
+    """Whether this process is in the group, or the group has no other member."""
     return found.st_gid in (os.getegid(), *os.getgroups()) or _is_alone(found)
 
 
 def _is_alone(found: os.stat_result) -> bool:
-    """Whether nobody is in the group but its owner, whose name it has then; or none but root."""
+    """Whether the owner is the group's only member, and shares its name; or only root is in it."""
     if found.st_gid == ROOT:
         return _is_roots_alone()
     try:
@@ -300,13 +302,13 @@ def _is_alone(found: os.stat_result) -> bool:
 
 
 def _is_roots_alone() -> bool:
-    """Whether nobody is in root's group but root and this process's user.
+    """Whether root's group has no members except root and this process's user.
 
-    Red Hat's systems, and images made from them, have accounts there with which nobody can log in.
-    OpenShift runs a container as a user of any number, and in root's group: what accounts its image
-    has says nothing of who is on the machine.
+    Red Hat's systems, and images made from them, have accounts there that cannot log in. OpenShift
+    runs a container as a user with any number, and in root's group: the accounts of its image say
+    nothing about the users of the machine.
     """
-    with suppress(KeyError):  # a container need not have the file
+    with suppress(KeyError):  # a container may lack the file
         if not all(map(_is_own_name, grp.getgrgid(ROOT).gr_mem)):
             return False
     others = (each for each in _accounts_of(ROOT) if not is_trusted(each.pw_uid))
@@ -314,7 +316,7 @@ def _is_roots_alone() -> bool:
 
 
 def _is_lent_a_number() -> bool:
-    """Whether this user is in root's group, is not root, and nobody can log in as it."""
+    """Whether this user is in root's group, is not root, and cannot log in."""
     if os.getegid() != ROOT or os.geteuid() == ROOT:
         return False
     try:
@@ -324,12 +326,12 @@ def _is_lent_a_number() -> bool:
 
 
 def _accounts_of(gid: int) -> list[pwd.struct_passwd]:
-    """Accounts that begin in a group, as far as the system lists accounts."""
+    """Return the accounts whose first group this is, as far as the system lists accounts."""
     return [account for account in pwd.getpwall() if account.pw_gid == gid]
 
 
 def _is_own_name(name: str) -> bool:
-    """Whether that is root's name, or that of the user of this process."""
+    """Whether it is the name of root, or of the user of this process."""
     try:
         return is_trusted(pwd.getpwnam(name).pw_uid)
     except KeyError:

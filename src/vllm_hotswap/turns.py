@@ -1,4 +1,4 @@
-"""Long work on the event loop, cut into pieces between which everybody else has a turn."""
+"""Long work on the event loop, cut into pieces between which other tasks run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Work = Generator[None, None, Result]
 
 
 class Turns:
-    """Works that share one event loop: in each of its turns, one of them has a piece.
+    """Shares the event loop between tasks: in each iteration, one of them runs one piece of work.
 
-    They go round: who has had a piece waits for all others that are there, so a short work is not
-    held up by a long one.
+    Round robin: a task that has run a piece waits for all others that are there. So long work does
+    not hold up short work.
     """
 
     def __init__(self) -> None:
-        self._piece = asyncio.Lock()  # lets in whoever came first
+        self._piece = asyncio.Lock()  # first come, first served
 
     async def run(self, work: Work[Result]) -> Result:
-        """Run the work, and let the event loop turn after each piece."""
+        """Run the work, and yield to the event loop after each piece."""
         while True:
             async with self._piece:
                 try:
@@ -32,7 +32,7 @@ class Turns:
                     result: Result = end.value
                     return result
                 finally:
-                    await asyncio.sleep(0)  # before the next one has its piece
+                    await asyncio.sleep(0)  # with the lock: one piece per iteration of the loop
 
 
 def at_once(work: Work[Result]) -> Result:

@@ -1,8 +1,8 @@
-"""A Unix domain socket that is bound like a TCP port: once, and gone when its server has ended.
+"""A Unix domain socket that is bound like a TCP port: once, and gone when its server has stopped.
 
-Unlike a port, the file stays when its process is killed, and anybody may put another one in its
-place. So a file is replaced only if it is a socket to which nobody listens, and removed only if it
-is still the one that was made here. https://man7.org/linux/man-pages/man7/unix.7.html
+Unlike a port, the file stays when its process is killed, and others may put another one in its
+place. So a file is replaced only if it is a socket without a listener. It is removed only if it is
+still the one that was made here. https://man7.org/linux/man-pages/man7/unix.7.html
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vllm_hotswap.claims import claimed, give_back
 from vllm_hotswap.errors import ConfigError
 
 MAX_PATH_BYTES = 107
-"""Of a socket's path, on Linux."""
+"""Longest path of a socket, on Linux."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Which file it is, whatever its name."""
+    """Identifies a file, whatever its name."""
 
     device: int
     inode: int
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity | None:
-        """That of the file with this name, links not followed; None if there is none."""
+        """The identity of the file with this name, links not followed; None if there is none."""
         try:
             status = path.lstat()
         except OSError:
@@ -51,14 +51,14 @@ class UnixSocket:
 
     @classmethod
     def bind(cls, path: Path, mode: int | None = None) -> UnixSocket:
-        """Make the socket; a stale one is replaced. Nobody can connect before `listen`.
+        """Create the socket; a stale one is replaced. No client can connect before `listen`.
 
         Args:
             path: of the socket.
-            mode: of the file; None: what the umask leaves. Who may write to it may connect.
+            mode: of the file; None: what the umask leaves. Users who may write to it may connect.
 
         Raises:
-            ConfigError: it cannot be made, or is in use; the message says why.
+            ConfigError: it cannot be created, or is in use; the message says why.
         """
         _check_place(path)
         try:
@@ -74,11 +74,11 @@ class UnixSocket:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether clients that connect to the path get here."""
+        """Whether clients that connect to the path arrive here."""
         return self.identity is not None and FileIdentity.of(self.path) == self.identity
 
     def _allow(self, mode: int) -> None:
-        """Give back what the umask has taken away."""
+        """Restore the permissions that the umask has removed."""
         try:
             self.path.chmod(mode)
         except OSError as error:
@@ -105,21 +105,21 @@ def _check_place(path: Path) -> None:
 
 
 def _claim_name(path: Path) -> str:
-    """The same through whatever links the path leads."""
+    """Return a name that does not depend on the links through which the path leads."""
     folder = path.absolute().parent.stat()
     name = sha256(os.fsencode(path.name)).hexdigest()[:32]
     return f"{folder.st_dev}/{folder.st_ino}/{name}"
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket to which nobody listens. Raises `ConfigError` for anything else."""
+    """Remove a socket without a listener. Raises `ConfigError` for anything else."""
     before = FileIdentity.of(path)
     if before is None:
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
         raise ConfigError(f"--uds: {str(path)!r} exists and is not a socket; choose another path")
     _check_stale(path)
-    if FileIdentity.of(path) != before:
+    if FileIdentity.of(path) != before:  # another server has replaced it during the check
         raise _in_use(path)
     try:
         path.unlink()
@@ -130,16 +130,16 @@ def _remove_stale(path: Path) -> None:
 
 
 def _check_stale(path: Path) -> None:
-    """Raises `ConfigError` unless a connection is refused, as it is by a socket of nobody."""
+    """Raise `ConfigError` unless a connection is refused, as it is without a listener."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.setblocking(False)  # a full backlog means that somebody listens
+        client.setblocking(False)  # a full backlog means that a server listens
         try:
             client.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return
         except (BlockingIOError, ConnectionError):
             pass
-        except OSError as error:  # no right to connect, or of another kind
+        except OSError as error:  # no right to connect, or a socket of another kind
             if error.errno != errno.EPROTOTYPE:
                 raise _cannot_listen(path, error) from error
     raise _in_use(path)

@@ -1,8 +1,8 @@
-"""Environment variables that models want to be set, each its own.
+"""Environment variables that models need, each with its own values.
 
 `quant_config` is one: Gaudi's quantisation reads `QUANT_CONFIG` when a model is loaded and while
 it runs. What a model gets depends on its own configuration and on the environment in which the
-process started, and never on which models were worked with before.
+process started, never on which models were used before.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 Wishes = Mapping[str, str | None]
-"""Variables by name; None for one that is not to be set at all."""
+"""Variables by name; None for one that must not be set."""
 
 
 class Variables:
-    """The variables of one process. Not for several threads at once.
+    """The variables of one process. Not thread-safe.
 
-    The mutable state is `_wishes` of each model, `_base` (what was there before the first wish for
-    a variable) and `_active`, whose wishes count while nothing else is worked with.
+    The mutable state is `_wishes` of each model, `_base` (the values before the first wish for a
+    variable) and `_active`, whose wishes apply while no other model is used.
     """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -29,19 +29,19 @@ class Variables:
         self._active: str | None = None
 
     def learn(self, alias: str, wishes: Wishes) -> None:
-        """Remember what a model wants."""
+        """Remember which variables a model needs."""
         self._wishes[alias] = wishes
         for name in wishes:
             self._base.setdefault(name, self._environment.get(name))
 
     def activate(self, alias: str) -> None:
-        """Set what this model wants, from now on."""
+        """Set the variables of this model, from now on."""
         self._active = alias
         self._set(alias)
 
     @contextmanager
     def of(self, alias: str) -> Iterator[None]:
-        """What this model wants, for as long as it is worked with; then the active one's again."""
+        """Set the variables of this model inside the block, and the active one's again after it."""
         self._set(alias)
         try:
             yield

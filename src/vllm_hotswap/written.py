@@ -2,8 +2,8 @@
 
 PyYAML reads YAML 1.1 (https://yaml.org/type/), where `0512` is 330, `1:30` is 90, `no` is false and
 `2024-01-01` is a date. YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema) and most people
-disagree. What both read alike is taken. Anything else is kept as a `Surprising` value: a setting
-that wants a text gets the text, and every other one refuses it by name.
+disagree. A value that both read alike is accepted. Any other is kept as a `Surprising` value: a
+setting that needs a text gets the text, and every other setting refuses it by name.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from yaml.reader import Reader
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake
 
 MAX_DEPTH = 50
-"""Levels of lists and mappings in each other, each alias counted as all that it stands for."""
+"""Levels of nested lists and mappings; each alias counts as all that it stands for."""
 
 MAX_VALUES = 100_000
-"""Values of a file, each alias (`*name`) counted as all that it stands for."""
+"""Values of a file; each alias (`*name`) counts as all that it stands for."""
 
 MAX_NUMBER = 100
-"""A longer text is no number."""
+"""A longer text is not a number."""
 
 Keys = tuple[str | int, ...]
-"""The way to a value: keys of mappings, and positions in lists."""
+"""The path to a value: keys of mappings, and positions in lists."""
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = _TAG + "plain"
@@ -61,7 +61,7 @@ _KINDS: Mapping[str, type[Node]] = {
     _TAG + "seq": SequenceNode,
     _TAG + "map": MappingNode,
 }
-"""What may have a tag."""
+"""The kind of node that each tag needs."""
 
 
 class WrittenInt(int):
@@ -94,11 +94,11 @@ class WrittenFloat(float):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Surprising:
-    """Text that YAML 1.1 takes for another value than the reader of the file may expect."""
+    """Text that YAML 1.1 reads as another value than the reader of the file may expect."""
 
     text: str
     value: bool | int | float
-    """What YAML 1.1, or 1.2 where 1.1 reads a text, makes of it."""
+    """The value in YAML 1.1, or in 1.2 where 1.1 reads a text."""
 
     def __str__(self) -> str:
         return self.text
@@ -111,7 +111,7 @@ class Surprising:
 
 
 class OddKey(str):
-    """A key, as it was written, that YAML takes for something else than a text."""
+    """A key, as it was written, that YAML reads as something else than a text."""
 
     __slots__ = ("value",)
 
@@ -128,7 +128,7 @@ class OddKey(str):
 
 
 def read_scalar(text: str) -> Any:
-    """What a text without quotes is: a number, a boolean, null, a `Surprising` value or a text."""
+    """Read an unquoted text: as a number, a boolean, null, a `Surprising` value or a text."""
     if text in _NULLS:
         return None
     if len(text) > MAX_NUMBER:
@@ -146,7 +146,7 @@ def read_scalar(text: str) -> Any:
 
 
 def surprises(value: object, *keys: str | int) -> Iterator[tuple[Keys, Surprising]]:
-    """Every `Surprising` value in a value, with the way to it."""
+    """Yield every `Surprising` value in a value, with the path to it."""
     if isinstance(value, Surprising):
         yield keys, value
     elif isinstance(value, dict):
@@ -158,7 +158,7 @@ def surprises(value: object, *keys: str | int) -> Iterator[tuple[Keys, Surprisin
 
 
 def shown(value: object) -> str:
-    """A value as YAML 1.2 would have it written."""
+    """Return a value as it is written in YAML 1.2."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, int):
@@ -167,14 +167,14 @@ def shown(value: object) -> str:
 
 
 def _surprise(text: str) -> bool | int | float | None:
-    """What a text that looks like a number or a word of YAML 1.1 is there; None for any other."""
+    """Return what YAML 1.1 reads where a text looks like one of its numbers or words; else None."""
     if text.lower() in _OLD_BOOLS and text in (text.lower(), text.upper(), text.capitalize()):
         return _OLD_BOOLS[text.lower()]
     for pattern, read in _READERS:
         if pattern.fullmatch(text):
             try:
                 return read(text.replace("_", ""))
-            except ValueError:  # `0b9`: a text for everybody
+            except ValueError:  # `0b9`: a text in both versions
                 return None
     return None
 
@@ -199,7 +199,7 @@ _READERS: Sequence[tuple[re.Pattern[str], Callable[[str], int | float]]] = (
     (_SEXAGESIMAL, _sexagesimal),
     (_UNDERSCORED, _number),
 )
-"""What YAML 1.1 or 1.2 takes for a number, and how, without underscores; the first that fits."""
+"""Texts that YAML 1.1 or 1.2 reads as numbers, and how, without underscores; first match wins."""
 
 
 # --- where it stands ----------------------------------------------------------------------------
@@ -207,12 +207,12 @@ _READERS: Sequence[tuple[re.Pattern[str], Callable[[str], int | float]]] = (
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands; as a text, `FILE:LINE: KEYS`."""
+    """A place in a file; as a text, `FILE:LINE: KEYS`."""
 
     keys: str
     file: str = ""
     line: int = 0
-    """From 1; 0 where it is not known."""
+    """From 1; 0 if it is unknown."""
 
     def __str__(self) -> str:
         file = f"{self.file}:{self.line}" if self.line else self.file
@@ -228,14 +228,14 @@ class Source:
 
     @cached_property
     def sections(self) -> Mapping[Keys, Mapping[str, int]]:
-        """The lines of the keys of each mapping, by the way to the mapping."""
+        """The lines of the keys of each mapping, by the path to the mapping."""
         sections: dict[Keys, dict[str, int]] = {}
         for keys, line in self.lines.items():
             sections.setdefault(keys[:-1], {})[str(keys[-1])] = line
         return sections
 
     def line(self, *keys: str | int) -> int:
-        """The line of a key, or of the nearest mapping around it; 0 where none is known."""
+        """Return the line of a key, or of the nearest mapping around it; 0 if none is known."""
         return next(
             (self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 0
         )
@@ -248,11 +248,11 @@ class Source:
 
 
 def read_yaml(text: str, path: Path) -> tuple[Any, Source]:
-    """The values of a file, and where they stand.
+    """Return the values of a file, and their places.
 
     Raises:
-        ConfigError: it is no YAML, has an alias inside itself, or is too deep or too large. Nothing
-            of the file's content is shown, which may hold keys.
+        ConfigError: it is not YAML, has an alias inside itself, or is too deep or too large. The
+            message shows nothing of the content, which may hold keys.
     """
     if odd := Reader.NON_PRINTABLE.search(text):
         raise ConfigError(_place_of_character(path, text, odd.start()))
@@ -266,7 +266,7 @@ def read_yaml(text: str, path: Path) -> tuple[Any, Source]:
     except yaml.YAMLError as error:
         found = [*loader.found, error] if error not in loader.found else loader.found
         raise ConfigMistakes([_complaint(path, each) for each in found]) from None
-    except (ValueError, OverflowError):  # PyYAML checks no range of `"\\U..."` and `%YAML`
+    except (ValueError, OverflowError):  # PyYAML does not check the range of `"\\U..."`, `%YAML`
         line = loader.line + 1
         raise ConfigError(
             f"{path}:{line}: is not valid YAML: an escape or a version is out of range"
@@ -304,22 +304,22 @@ def _lines(node: Node, *keys: str | int) -> Iterator[tuple[Keys, int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses what YAML would let pass in silence.
+    """A safe loader that refuses what YAML would accept silently.
 
-    A key given twice, an alias inside of what it stands for, and more values or levels than any
-    configuration has.
+    That is a key given twice, an alias inside of what it stands for, and more values or levels than
+    any configuration has.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.found: list[yaml.YAMLError] = []
-        """What is wrong, and does not keep anything behind it from being read."""
+        """Mistakes that do not keep the rest from being read."""
         self._open: list[str | None] = []
         self._sizes: dict[int, int] = {}
         self._depths: dict[int, int] = {}
 
     def tell(self) -> None:
-        """Raises `YAMLError` if something has been found."""
+        """Raise `YAMLError` if a mistake has been found."""
         if self.found:
             raise self.found[-1]
 
@@ -346,7 +346,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _bound(self, node: Node | None, event: Any) -> None:
-        """Count what is in the node, aliases as all that they stand for, and refuse too much."""
+        """Count what is in the node, each alias as all that it stands for, and refuse too much."""
         items = [id(item) for item in _items(node)]
         self._sizes[id(node)] = size = 1 + sum(self._sizes[item] for item in items)
         self._depths[id(node)] = depth = 1 + max((self._depths[item] for item in items), default=0)
@@ -358,7 +358,7 @@ class _Loader(yaml.SafeLoader):
             )
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        # Here and not where mappings are made: by then `<<` has added what it may replace.
+        # Here, not where mappings are made: by then `<<` has added keys that others replace.
         node: MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -372,9 +372,9 @@ class _Loader(yaml.SafeLoader):
         raise ComposerError(None, None, problem, event.start_mark)
 
     def _check_kind(self, node: Node | None) -> None:
-        """Note a tag of YAML's own on another kind of node, such as `!!int {a: b}`.
+        """Note one of YAML's own tags on another kind of node, such as `!!int {a: b}`.
 
-        Here and not where values are made: what is merged and keys are not made from their tags.
+        Here, not where values are made: keys and merged mappings are not made from their tags.
         """
         kind = _KINDS.get(node.tag) if node is not None else None
         if node is not None and kind is not None and not isinstance(node, kind):
@@ -403,7 +403,7 @@ def _text(_: _Loader, node: ScalarNode) -> str:
 
 
 def _tagged(loader: _Loader, node: ScalarNode) -> Any:
-    """A scalar with a tag such as `!!int`, which has to be right."""
+    """Return a scalar with a tag such as `!!int`; note a tag that is wrong."""
     kinds = {"int": int, "float": int | float, "bool": bool, "null": type(None)}
     value, kind = read_scalar(node.value), node.tag.removeprefix(_TAG)
     if not isinstance(value, kinds[kind]) or (kind != "bool" and isinstance(value, bool)):

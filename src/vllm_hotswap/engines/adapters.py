@@ -1,4 +1,4 @@
-"""The adapters of one vLLM engine: their numbers, which the engine has loaded, which it refused."""
+"""The adapters of one vLLM engine: their numbers, and which of them it has loaded or refused."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ log = logging.getLogger("vllm_hotswap")
 
 @dataclass(frozen=True, slots=True)
 class AdapterDoor:
-    """Where adapters reach vLLM: the client of an engine, and its frontend's list of models."""
+    """How adapters reach vLLM: the client of an engine, and its frontend's list of models."""
 
     client: Any
     models: Any
 
 
 class AdapterShelf:
-    """The adapters that one model is served with.
+    """The adapters with which one model is served.
 
     The mutable state is `_adapters` and `_loaded`, the numbers of those that the engine has loaded
     once: after a reload it loads them again by itself, when a request asks for them.
 
-    vLLM is given a link of its own for each adapter. It takes KV memory of two adapters with one
-    name and one path for the same, so files that were replaced would be answered from the past.
+    Each adapter gets its own link for vLLM. vLLM shares KV memory between adapters with the same
+    name and path, so replaced files would be served with KV memory of the old ones.
     """
 
     def __init__(self, vllm_config: Any, links: Path, number: Callable[[], int]) -> None:
@@ -56,7 +56,7 @@ class AdapterShelf:
         return self._adapters
 
     def check(self, files: AdapterFiles) -> None:
-        """vLLM's own check, without an engine. Raises `ConfigError`."""
+        """Run vLLM's own check, without an engine. Raises `ConfigError`."""
         check_adapter(files.name, files.path, self._vllm_config)
 
     def put(self, files: Iterable[AdapterFiles]) -> None:
@@ -74,12 +74,12 @@ class AdapterShelf:
         """Serve an adapter, loaded at once or later, unless `check` raises just before.
 
         Raises:
-            ConfigError: the engine cannot load it; what was served under its name is served on.
+            ConfigError: the engine cannot load it; the adapter served under its name stays.
         """
         adapter = Adapter(files, self._number())
         if door is not None and now:
             await self._load(adapter, door)
-        check()
+        check()  # no await from here on: what it checks must hold when the adapter is served
         if door is not None:
             serve_adapter(door.models, self._request(adapter))
         self._adapters[files.name] = adapter
@@ -91,15 +91,15 @@ class AdapterShelf:
             stop_serving(door.models, name)
 
     async def load_all(self, door: AdapterDoor) -> None:
-        """Load what has never been loaded; what cannot be is kept with the reason."""
+        """Load adapters that were never loaded; keep those that fail, with the reason."""
         for adapter in list(self._adapters.values()):
             if adapter.id not in self._loaded:
                 failure = await self._failure(adapter, door)
-                if self._adapters.get(adapter.files.name) is adapter:  # not removed meanwhile
+                if self._adapters.get(adapter.files.name) is adapter:  # not removed or replaced
                     self._settle(adapter, failure, door)
 
     async def _failure(self, adapter: Adapter, door: AdapterDoor) -> str | None:
-        """Why the engine cannot load it, None if it has."""
+        """Load an adapter. Return why the engine cannot load it; None if it has."""
         try:
             await self._load(adapter, door)
         except ConfigError as error:

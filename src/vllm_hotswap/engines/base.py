@@ -1,4 +1,4 @@
-"""The protocols that the coordinator knows of an engine and of the process that holds all.
+"""The protocols of an engine, and of the process that holds all engines, for the coordinator.
 
 Two implementations ship: `engines.vllm` (the real one) and `testing.fake_engine` (complete, without
 vLLM, for tests and for working on the server). `tests/contract` runs the same checks on both.
@@ -32,9 +32,9 @@ class Previewed:
     """What is known of a request before there is a frontend for it."""
 
     refusal: Response | None = None
-    """What it would be refused with."""
+    """The refusal that it would get."""
     is_accepted: bool = False
-    """Whether it has been checked as its frontend would, and nothing is wrong with it."""
+    """Whether it was checked as its frontend would check it, and nothing is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Pulse:
     """A sign of life of the engine host."""
 
     step_s: float
-    """Seconds that the step under way has taken so far; 0 where there is none."""
+    """Seconds that the current step has taken so far; 0 if there is none."""
 
 
 class Responses(Protocol):
@@ -68,16 +68,16 @@ class Responses(Protocol):
 
     @property
     def running(self) -> Mapping[str, asyncio.Task[Any]]:
-        """The work on those that outlives its request, by id of the response."""
+        """The work on responses that outlives its request, by response id."""
 
     def settle(self, response_id: str, why: str) -> None:
-        """Have a response that is not worked on any more say that it failed, and why.
+        """Mark a response as failed, with the reason, once its work has ended.
 
-        One that says already how it ended is left as it is, but for a reason that it lacks.
+        A response that already says how it ended is left as it is; only a missing reason is added.
         """
 
     def forget(self, response_id: str) -> None:
-        """Keep a response no longer; nothing, if it is not kept."""
+        """Stop keeping a response; do nothing if it is not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ class Adapter:
 
     files: AdapterFiles
     id: int
-    """Given once: no other adapter of any model ever has it, whatever became of this one."""
+    """Unique for ever: no other adapter of any model gets it, even when this one is gone."""
     failure: str | None = None
-    """Why the engine could not load it; it is not served then."""
+    """Why the engine could not load it; then it is not served."""
 
 
 class Engine(Protocol):
@@ -99,15 +99,15 @@ class Engine(Protocol):
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Further names that clients may send for the model."""
+        """Additional names that clients may send for the model."""
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """What it is served with besides itself, by name; they outlive unloading."""
+        """Its adapters, by name; they outlive unloading."""
 
     @property
     def loads(self) -> int:
-        """Loads that have been begun; what happens to one of them carries its number."""
+        """Number of loads that have started; what happens to one of them carries its number."""
 
     @property
     def app(self) -> ASGIApp:
@@ -115,7 +115,7 @@ class Engine(Protocol):
 
     @property
     def routes(self) -> ModelRoutes | None:
-        """What its application answers; None as long as there has been none."""
+        """The routes of its application; None before there has been one."""
 
     @property
     def foreseen(self) -> ForeseenRoutes | None:
@@ -123,11 +123,11 @@ class Engine(Protocol):
 
     @property
     def are_tools_strict(self) -> bool:
-        """Whether it takes the tools of every request as strict."""
+        """Whether it treats the tools of every request as strict."""
 
     @property
     def responses(self) -> Responses | None:
-        """What its frontend keeps; None if it keeps none, or there has been none."""
+        """The responses that its frontend keeps; None if it keeps none, or does not exist yet."""
 
     @property
     def memory(self) -> EngineMemory:
@@ -142,27 +142,27 @@ class Engine(Protocol):
         """Fields of the OpenAI model card; more of them are known after `load`."""
 
     def validate(self) -> None:
-        """Check, without loading, whatever can be known now (files, configuration).
+        """Check, without loading, what can be known now (files, configuration).
 
         Raises:
             ConfigError: it cannot be loaded; the message says why.
         """
 
     async def rehearse(self) -> None:
-        """Make, without an engine, what its frontend will need, unless it has one already.
+        """Prepare, without an engine, what its frontend will need, unless it has one already.
 
         Raises:
             ConfigError: the frontend could not be built; the message says why.
         """
 
     async def preview(self, path: str, content_type: str, body: bytes) -> Previewed:
-        """What its frontend would say to a POST.
+        """Return what its frontend would answer to a POST.
 
-        For models that have no frontend yet: a bad request is told so without a load.
+        For models that have no frontend yet: a bad request is refused without a load.
         """
 
     async def load(self, progress: Progress) -> None:
-        """Make the engine and, the first time, its frontend; the engine is parked afterwards.
+        """Create the engine and, the first time, its frontend; the engine is parked afterwards.
 
         Raises:
             EngineUnavailable: the host died.
@@ -172,27 +172,27 @@ class Engine(Protocol):
     async def activate(self, epoch: int, canary_first: bool = False) -> None:
         """Step this engine from now on, and no other one. Idempotent.
 
-        With `canary_first`, nothing is stepped before `verify` has asked for the canary, nor beside
-        it.
+        With `canary_first`, nothing is stepped before `verify` has requested the canary, and then
+        nothing else beside it.
 
-        Its outputs are stamped with its alias and `epoch`; one that comes to a request whose lease
-        does not own the stamp ends the request, and is not delivered.
+        Its outputs are stamped with its alias and `epoch`. An output for a request whose lease does
+        not own the stamp ends the request, and is not delivered.
         """
 
     async def verify(self) -> None:
-        """Have the engine, which is stepped, generate its canary.
+        """Generate the canary with the engine, which must be the one that is stepped.
 
         Raises:
-            VerifyFailed: it is not what it was after the first load, or no number at all.
+            VerifyFailed: the canary is not that of the first load, or not a number at all.
         """
 
     def release(self, requests: Collection[str]) -> None:
-        """Have the engine end what it still does for somebody who is gone.
+        """Make the engine stop what it still does for requests that are over.
 
-        A frontend does that by itself, but one whose client takes in nothing may do it late.
+        A frontend does that by itself, but late if its client does not read.
 
         Args:
-            requests: ids of the engine's, from `Lease.requests`.
+            requests: the engine's ids, from `Lease.requests`.
         """
 
     async def sleep(self, level: int) -> None:
@@ -202,7 +202,7 @@ class Engine(Protocol):
 
         Raises:
             NoRoom: there is too little host memory for what is kept; it is parked.
-            HotswapError: it cannot; it is parked, unless its failure has been told.
+            HotswapError: it failed; the engine is parked, unless its failure was reported.
         """
 
     async def wake(self) -> None:
@@ -210,7 +210,7 @@ class Engine(Protocol):
 
         Raises:
             NoRoom: there is too little memory; it is still asleep.
-            HotswapError: it cannot; the engine is unloaded then.
+            HotswapError: it failed; the engine is then unloaded.
         """
 
     @property
@@ -218,52 +218,52 @@ class Engine(Protocol):
         """Whether `wake_some` can wake it from level 1 while another engine is stepped."""
 
     async def wake_some(self) -> WakeProgress:
-        """Take a part of its memory again. It is asleep until `wake`, which does what is left.
+        """Take back a part of its memory. It stays asleep until `wake`, which does the rest.
 
-        A step of another engine waits for no more than that part.
+        A step of another engine waits for that part at most.
 
         Raises:
             NoRoom: there is too little memory.
-            HotswapError: it cannot. In both cases it has given back what it had taken.
+            HotswapError: it failed. In both cases it has given back what it had taken.
         """
 
     async def give_up_wake(self) -> None:
-        """Give back what `wake_some` has taken, in parts as well. Idempotent."""
+        """Give back what `wake_some` has taken, also in parts. Idempotent."""
 
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""
 
     async def bury(self) -> None:
-        """Give back what an engine still holds that has failed, and is of no use. Idempotent.
+        """Give back what a failed engine, which is of no use any longer, still holds. Idempotent.
 
-        Most failures leave nothing; a frontend that has broken leaves its engine.
+        Most failures leave nothing; a broken frontend leaves its engine.
         """
 
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
     ) -> Adapter:
-        """Serve an adapter from a folder, instead of one of the same name if there is one.
+        """Serve an adapter from a folder; it replaces one of the same name.
 
         Args:
             name: what clients send in `model`.
             path: the folder, in PEFT's format.
             is_3d: vLLM's `is_3d_lora_weight`.
-            now: the engine is loaded, and is to load the adapter. Otherwise that is the next
-                load's, or the first request's.
-            check: called just before requests may ask for it; raises if it must not be served.
+            now: the engine is loaded, and loads the adapter at once. Otherwise the next load does,
+                or the first request.
+            check: called just before requests may use it; raises if it must not be served.
 
         Raises:
-            ConfigError: it cannot be used; nothing has changed, and the message tells no path.
+            ConfigError: it cannot be used; nothing has changed, and the message shows no path.
         """
 
     def remove_adapter(self, name: str) -> None:
-        """Serve no further request with it; those that run with it go on."""
+        """Serve no new request with it; requests that run with it continue."""
 
     async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
         """Read weight files, up to `limit_bytes`, so that a load finds them in memory.
 
         `tell` is called with the bytes read so far, on any thread. Returns the bytes read.
-        Cancelling it stops the reading.
+        Cancelling the call stops the reading.
         """
 
 
@@ -272,7 +272,7 @@ class EngineHost(Protocol):
 
     @property
     def is_fake(self) -> bool:
-        """Whether answers are made up, without vLLM."""
+        """Whether responses are made up, without vLLM."""
 
     @property
     def engines(self) -> Mapping[str, Engine]: ...
@@ -287,44 +287,44 @@ class EngineHost(Protocol):
 
     @property
     def is_device_shared(self) -> bool:
-        """Whether other processes may take memory of the device, so that `look` tells of it."""
+        """Whether other processes may take memory of the device, which `look` then measures."""
 
     @property
     def others_bytes(self) -> int:
-        """What others were last seen to hold of a shared device; 0 of one that is not."""
+        """Bytes that other processes were last seen to hold of a shared device; else 0."""
 
     @property
     def died(self) -> asyncio.Future[str]:
         """Done when the host died without being asked to; the result says how.
 
-        A new one after each `restart`.
+        There is a new one after each `restart`.
         """
 
     async def start(self) -> None:
-        """Start the host. Raises `EngineUnavailable` if it does not come up."""
+        """Start the host. Raises `EngineUnavailable` if it does not become ready."""
 
     async def stop(self) -> None:
         """Stop the host and everything in it. Idempotent."""
 
     def kill(self, why: str) -> None:
-        """End the host at once; `died` says `why`. What waits for it fails. Idempotent."""
+        """Kill the host at once; `died` says `why`. What waits for it fails. Idempotent."""
 
     async def restart(self) -> None:
         """Start the host again after its death, with nothing loaded; frontends stay.
 
-        Raises `EngineUnavailable` if it does not come up.
+        Raises `EngineUnavailable` if it does not become ready.
         """
 
     async def look(self, used_bytes: int) -> None:
-        """See what there is of a shared device now: `budget` is no more than that.
+        """Measure what a shared device offers now; `budget` does not exceed that.
 
-        Nothing may move meanwhile; `used_bytes` is what models hold. Raises `EngineUnavailable`.
+        No memory may move during it; `used_bytes` is what models hold. Raises `EngineUnavailable`.
         """
 
     async def ping(self) -> Pulse:
-        """A sign of life, given whatever the engines do. Raises `EngineUnavailable`."""
+        """Return a sign of life, whatever the engines do. Raises `EngineUnavailable`."""
 
     def stats(self) -> HostStats: ...
 
     def on_engine_failed(self, callback: EngineFailure) -> None:
-        """Register who is told when one engine dies and the host goes on."""
+        """Register a callback for the death of one engine while the host stays alive."""

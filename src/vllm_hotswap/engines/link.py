@@ -1,6 +1,6 @@
-"""The API process's end of the control channel: starts the engine host, talks to it, watches it.
+"""The API process's end of the control channel: starts, commands and watches the engine host.
 
-Runs on the event loop; no threads. One command is one awaitable answer, and every wait ends
+Runs on the event loop; no threads. Each command has one awaitable answer, and every wait ends
 when the host dies.
 """
 
@@ -30,42 +30,42 @@ from vllm_hotswap.platforms import host_environment
 
 STOP_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0
-"""Seconds in which a command must go into the channel; it holds 200 KB and more."""
+"""Seconds in which the channel must take a command; it holds 200 KB and more."""
 
 
 class HostLink:
     """A running engine host process.
 
-    The mutable state is `_pending` (answers awaited, by command id), `_ready` and `died`;
-    all of it is changed on the event loop, by `_on_readable` and `_closed` alone. After a death,
-    `spawn` and `watch` begin anew, with another process.
+    The mutable state is `_pending` (awaited answers, by command id), `_ready` and `died`. Only
+    `_on_readable` and `_closed` change it, on the event loop. After a death, `spawn` and `watch`
+    start anew, with another process.
     """
 
     def __init__(self, module: str = "vllm_hotswap.host") -> None:
         """`module` is what the process runs."""
         self._module = module
         self._ids = itertools.count(1)
-        # As it is before vLLM, imported by this process, writes into it.
+        # The environment before vLLM, which this process imports later, writes into it.
         self._environment = host_environment(os.environ)
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._stopping = False
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection[Command, Message] | None = None
         self.folder = Path()
-        """For sockets and whatever else belongs to no other server; 0700. Made by `spawn`."""
+        """For sockets and other files that belong to this server alone; 0700. Made by `spawn`."""
         self._hold: int | None = None
 
     def spawn(self) -> None:
-        """Start the process; it imports while the caller goes on. Needs no running loop."""
+        """Start the process; it imports while the caller continues. Needs no running loop."""
         if self._process is None:
             self.folder = Path(tempfile.mkdtemp(prefix="vllm-hotswap-"))
             self._hold = _held(self.folder)
-            # Where tensor-parallel workers of vLLM meet, and where nobody else can put a file
-            # under a name that a library will use.
+            # Tensor-parallel workers of vLLM meet here, where no other user can put a file under
+            # a name that a library will use.
             self._environment["VLLM_RPC_BASE_PATH"] = str(self.folder)
             self._environment["TMPDIR"] = str(self.folder)
         ours, theirs = socket.socketpair()
-        # A stopped host must not stop this process, too, when there is more to tell than fits.
+        # A stopped host must not block this process when a command does not fit into the channel.
         seconds = struct.pack("ll", int(SEND_TIMEOUT_S), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         command = [sys.executable, "-P", "-m", self._module, "--channel", str(theirs.fileno())]
@@ -74,18 +74,18 @@ class HostLink:
             command += ["--cores", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
         if specification := failpoints.enabled():
             command += ["--failpoints", specification]
-        with theirs:
+        with theirs:  # closed in this process, so that the channel ends with the host
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
-                process_group=0,  # so that the host can be ended with all that it has started
+                process_group=0,  # so that the host can be killed with all that it has started
             )
         self._channel = Connection(ours.detach())
 
     def watch(self, on_message: Callable[[Message], None]) -> None:
-        """Begin to listen; call once for every process, on the event loop."""
+        """Start to listen; call it once for every process, on the event loop."""
         self._on_message = on_message
         loop = asyncio.get_running_loop()
         self.died: asyncio.Future[str] = loop.create_future()
@@ -93,7 +93,7 @@ class HostLink:
         loop.add_reader(self._connection.fileno(), self._on_readable)
 
     async def ready(self) -> None:
-        """Wait until the host obeys commands. Raises `EngineUnavailable` if it dies first."""
+        """Wait until the host accepts commands. Raises `EngineUnavailable` if it dies first."""
         await self._ready
 
     @property
@@ -104,7 +104,7 @@ class HostLink:
         """Send the command that `make` builds from a fresh id; return its answer.
 
         Raises:
-            EngineUnavailable: the host is dead or dies meanwhile.
+            EngineUnavailable: the host is dead, or dies before it answers.
             NoRoom: there was no memory for it, and nothing has changed.
             HotswapError: the host could not do it; the message says why.
         """
@@ -122,13 +122,13 @@ class HostLink:
     def _send(self, command: Command) -> None:
         try:
             self._connection.send(command)
-        except OSError as error:  # half of it may have gone: nothing more can follow
+        except OSError as error:  # a part of it may have been sent: nothing can follow it
             why = f"the engine host accepts no commands: {error}"
             self.end(why)
             raise EngineUnavailable(why) from error
 
     async def stop(self) -> None:
-        """End the process: ask, then kill what has not ended in time. Idempotent."""
+        """Stop the process: ask, then kill it if it has not exited in time. Idempotent."""
         self._stopping = True
         if self._process is not None and self._process.poll() is None:
             with suppress(EngineUnavailable):
@@ -137,7 +137,7 @@ class HostLink:
         self._remove_folder()
 
     async def gone(self) -> None:
-        """Wait for the end of a process that has been told to end, or kill it."""
+        """Wait until a process that was asked to stop has exited, or kill it."""
         try:
             await asyncio.to_thread(self._running.wait, STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -145,14 +145,14 @@ class HostLink:
             await asyncio.to_thread(self._running.wait)
 
     def kill(self) -> None:
-        """End the process at once; for a start-up that failed before there was a loop."""
+        """Kill the process at once; for a start that failed before there was an event loop."""
         if self._process is not None:
             self._kill_group()
             self._process.wait()
         self._remove_folder()
 
     def _kill_group(self) -> None:
-        """The process, and those that it has started and that may hold memory."""
+        """Kill the process, and those that it has started and that may hold memory."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._running.pid, signal.SIGKILL)
 
@@ -164,7 +164,7 @@ class HostLink:
             self._hold = None
 
     def end(self, why: str) -> None:
-        """End a process that does not do what it should; it has died then, and this is why."""
+        """Kill a process that misbehaves; `why` is then the cause of its death."""
         if not self.died.done() and self._process is not None:
             self._kill_group()
             self._closed(why)
@@ -206,10 +206,11 @@ class HostLink:
     def _closed(self, why: str | None = None) -> None:
         if self._connection.closed:
             return
+        # First: a closed connection has no descriptor by which to remove the reader.
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
         how = why or self._how_it_ended()
-        self._kill_group()  # workers may have outlived it
+        self._kill_group()  # workers may have outlived the host
         error = EngineUnavailable(how)
         for future in (self._ready, *self._pending.values()):
             if not future.done():
@@ -228,12 +229,12 @@ class HostLink:
 
 
 def _held(folder: Path) -> int:
-    """A descriptor by which a folder is kept, with all that is in it, as long as it is open.
+    """Return a descriptor that keeps a folder, with all that is in it, as long as it is open.
 
-    systemd-tmpfiles removes what has not been used for days, but nothing in a folder that somebody
-    has locked: tmpfiles.d(5), "Age". Where the file system has no locks, the folder is not kept.
+    systemd-tmpfiles removes what has not been used for days, but nothing in a locked folder:
+    tmpfiles.d(5), "Age". Where the file system has no locks, the folder is not kept.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released with the descriptor
     return descriptor

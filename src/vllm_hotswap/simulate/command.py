@@ -1,4 +1,4 @@
-"""`vllm-hotswap simulate`: what policies would make of a trace."""
+"""`vllm-hotswap simulate`: how policies would handle a trace."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vllm_hotswap.simulate.service import Service
 from vllm_hotswap.trace import Trace, TracedModel, TracedSwitching
 
 QUIET_S = 2.0
-"""After so many seconds, progress is shown."""
+"""Time after which progress is shown."""
 
 MOST = 1e9
-"""No number is as large."""
+"""Every number must be below this."""
 
 DEFAULT_COST_S = 0.005
-"""About that of a switch between parked models."""
+"""About the cost of a switch between parked models."""
 
 SHAPE = {
     "models": (int, 1, "models"),
@@ -42,7 +42,7 @@ SHAPE = {
     "output_tokens": (float, 0, "tokens of an answer, on average"),
     "seed": (int, None, "of the random numbers"),
 }
-"""Type, what a value must be at least (0: above it; None: 0 or more) and meaning."""
+"""Type, minimum of a value (0: above it; None: 0 or more) and meaning."""
 
 SERVICE = {
     "step_s": "seconds of a step of the engine",
@@ -59,7 +59,7 @@ SWITCHING = {
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
-    """Give the command's parser its arguments."""
+    """Add the command's arguments to its parser."""
     parser.description = (
         "Run the scheduler of the server under virtual time on a trace, once with each policy, "
         "and print waits, switches and use of the time."
@@ -109,7 +109,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, _: Sequence[str] = ()) -> int:
-    """Simulate, and print."""
+    """Simulate each policy, and print the figures."""
     trace = _trace(args)
     if args.write is not None:
         traces.write(args.write, trace)
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, _: Sequence[str] = ()) -> int:
 
 
 def _trace(args: argparse.Namespace) -> Trace:
-    """The trace that was asked for, with the settings that were given."""
+    """Return the trace that was asked for, with the settings that were given."""
     if (args.trace is None) == (args.generate is None):
         raise ConfigError("name a trace, or make one with --generate; one of the two")
     given = _checked(args, dict.fromkeys(SWITCHING, (float, None, "")))
@@ -167,7 +167,7 @@ def _refuse(args: argparse.Namespace, flags: Mapping[str, Any]) -> None:
 def _checked(
     args: argparse.Namespace, wanted: Mapping[str, tuple[type, int | None, str]]
 ) -> dict[str, Any]:
-    """What was given of these flags.
+    """Return the values that were given for these flags.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -188,7 +188,7 @@ def _checked(
 
 
 def _world(args: argparse.Namespace, trace: Trace) -> World:
-    """What switches and service take: as given, else as measured, else the defaults."""
+    """Return what switches and service take: as given, else as measured, else the defaults."""
     recorded = traces.read(args.measured) if args.measured else trace
     if args.measured and not recorded.is_recorded:
         raise ConfigError(

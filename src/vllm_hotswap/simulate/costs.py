@@ -1,4 +1,4 @@
-"""What switches cost in a simulation, what the policy is told of it, and where models lie."""
+"""What switches cost in a simulation, what the policy knows of that, and where models lie."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Seconds = Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of switches without draining, by source, target and where the target lies.
+    """Seconds of switches without draining, by source, target and the target's residency.
 
-    What is not in one table is looked up in the next, ruder one. Where there are several figures,
-    switches cost one after the other, and then the first again: their mean counts for how long
-    requests wait, and a few dear ones make more of it than a median has of them.
+    A key that is missing in one table is looked up in the next, coarser one. Where there are
+    several figures, switches cost them one after the other, and then the first again. Waits depend
+    on the mean, to which a few expensive switches add more than a median shows.
     """
 
     default_s: float
@@ -31,12 +31,12 @@ class Costs:
     by_target: Mapping[tuple[str, Residency], Seconds] = field(default_factory=dict)
     by_residency: Mapping[Residency, Seconds] = field(default_factory=dict)
     first: Mapping[str, Residency] = field(default_factory=dict)
-    """Where models lie before they are active for the first time; others are parked."""
+    """Residencies of models before they are first active; others are parked."""
     evicted: Mapping[str, Residency] = field(default_factory=dict)
-    """Where models lie after they had to go; others are cold."""
+    """Residencies of models after they were evicted; others are cold."""
 
     def of(self, source: str | None, target: str, residency: Residency) -> tuple[Hashable, Seconds]:
-        """What such switches have cost, and what it is known of: the key in its table."""
+        """Return the key under which such switches are known, and what they have cost."""
         tables: tuple[tuple[Hashable, Mapping[Any, Seconds]], ...] = (
             ((source, target, residency), self.exact),
             ((target, residency), self.by_target),
@@ -49,7 +49,7 @@ class Costs:
 
 
 def measured(switches: Iterable[TracedSwitch], default_s: float) -> Costs:
-    """What the switches of a recording have cost, in their order."""
+    """Return what the switches of a recording have cost, in their order."""
     exact: dict[Exact, list[float]] = defaultdict(list)
     by_target: dict[tuple[str, Residency], list[float]] = defaultdict(list)
     by_residency: dict[Residency, list[float]] = defaultdict(list)
@@ -82,9 +82,9 @@ def _default(found: Mapping[Residency, list[float]], default_s: float) -> float:
 
 
 class Prices:
-    """What each switch costs, and what the server expects it to.
+    """The cost of each switch, and what the server expects it to cost.
 
-    The mutable state is how many of each kind there have been, and the server's own estimates.
+    The mutable state is how many switches of each kind there have been, and the server's estimates.
     """
 
     def __init__(self, costs: Costs, before: Iterable[TracedSwitch] = ()) -> None:
@@ -98,26 +98,26 @@ class Prices:
         return f"<Prices switches={self._counts.total()}>"
 
     def expected_s(self, source: str | None, target: str, residency: Residency) -> float:
-        """As the server's policy is told; what it has not measured yet, it guesses well."""
+        """Return the policy's estimate; for switches not measured yet, it is a good guess."""
         known_s = self._estimates.estimate(source, target, residency, math.nan)
         return self._costs.of(source, target, residency)[1][0] if math.isnan(known_s) else known_s
 
     def next_s(self, source: str | None, target: str, residency: Residency) -> float:
-        """Of the next such switch."""
+        """Return the cost of the next such switch."""
         key, figures = self._costs.of(source, target, residency)
         self._counts[key] += 1
         return figures[(self._counts[key] - 1) % len(figures)]
 
     def paid(self, source: str | None, target: str, residency: Residency, cost_s: float) -> None:
-        """A switch has ended, and the server has measured it."""
+        """Note that a switch has ended, and that the server has measured it."""
         self._estimates.add(source, target, residency, cost_s)
 
 
 class Whereabouts:
-    """Where each model lies: the last few that were active are parked, the others had to go.
+    """Where each model lies: the last few that were active are parked, the others are evicted.
 
     The mutable state is the models that have been active and are parked, the last one at the end,
-    and those that had to go.
+    and those that were evicted.
     """
 
     def __init__(self, costs: Costs, resident: int | None) -> None:
@@ -147,7 +147,7 @@ class Whereabouts:
             self._evicted.add(evicted)
 
     def before(self, source: str | None, target: str) -> Residency:
-        """Where the target lies when the source, active or not yet, is switched away from."""
+        """Return where the target lies at a switch from the source, which may not be active yet."""
         is_gone = source is not None and self._evicted_for(source) == target
         return self._when_evicted(target) if is_gone else self.of(target)
 
@@ -155,7 +155,7 @@ class Whereabouts:
         return self._costs.evicted.get(alias, Residency.COLD)
 
     def _evicted_for(self, alias: str) -> str | None:
-        """Which model has to go when that one becomes active."""
+        """Return the model that is evicted when this one becomes active."""
         if self._resident is None or alias in self._parked or len(self._parked) < self._resident:
             return None
         return next(iter(self._parked))

@@ -1,7 +1,7 @@
-"""What service takes, found from a recording.
+"""Service times, found from a recording.
 
-A request that gets `o` tokens while, on average, `n` requests run takes `o` steps, and has to wait
-for prompts of `p` tokens, which are its own and those of requests that begin before it ends:
+A request that gets `o` tokens while, on average, `n` requests run takes `o` steps. It also waits
+for prompts of `p` tokens: its own and those of requests that begin before it ends. That makes
 `step_s * o + per_request_s * o * n + prefill_s_per_token * p`. The three numbers are found for each
 model by least squares, none of them below zero.
 """
@@ -22,14 +22,14 @@ from vllm_hotswap.trace import Trace, TracedRequest
 Row = tuple[float, ...]
 
 ROUNDS = 8
-"""Of the fit; the figures hardly change after half as many."""
+"""Iterations of the fit; the figures hardly change after half as many."""
 
 SMALLEST = 1e-9
-"""A pivot below that part of the largest value says that the columns cannot be told apart."""
+"""A pivot below this part of the largest value means that the columns are not independent."""
 
 
 def services(trace: Trace) -> dict[str, Service]:
-    """Of every model that the trace tells enough of."""
+    """Fit every model with enough data in the trace."""
     by_model: dict[str, list[TracedRequest]] = defaultdict(list)
     for request in trace.requests:
         if request.was_served:
@@ -38,7 +38,7 @@ def services(trace: Trace) -> dict[str, Service]:
 
 
 class Clock:
-    """Seconds for which a model has been active: it stands still while its requests are parked.
+    """Seconds for which a model has been active. It stands still while its requests are parked.
 
     Without switches in the trace, it was active all the time.
     """
@@ -66,10 +66,10 @@ class Clock:
 
 
 def service(requests: Sequence[TracedRequest], clock: Clock) -> Service:
-    """The service of one model, from its served requests.
+    """Fit the service of one model to its served requests.
 
-    How many requests ran is a mean over steps, and not over time, so that it takes to know how long
-    a step is to find out how long a step is: the better the one, the better the other.
+    How many requests ran is a mean over steps, not over time. So it depends on the length of a
+    step, which is what is to be found: the better the one is known, the better the other.
     """
     spans = [_span(request, clock) for request in requests]
     prompts = _Prompts(spans, [request.prompt_tokens for request in requests])
@@ -86,7 +86,7 @@ def service(requests: Sequence[TracedRequest], clock: Clock) -> Service:
 
 
 def common(found: Iterable[Service]) -> Service:
-    """The medians, for models of which nothing is known; the defaults where there are none."""
+    """Return the medians, for models without data; the defaults if there are none."""
     known = list(found)
     if not known:
         return Service()
@@ -98,9 +98,9 @@ def common(found: Iterable[Service]) -> Service:
 
 
 def non_negative(rows: Sequence[Row], values: Sequence[float]) -> Row:
-    """The coefficients, none below zero, for which the rows come closest to the values.
+    """Return the coefficients, none below zero, for which the rows come closest to the values.
 
-    Some of them are zero, and the others are those of ordinary least squares without these columns:
+    Some of them are zero. The others are those of ordinary least squares without these columns:
     with three columns, all sets are tried.
     """
     width = len(rows[0])
@@ -118,7 +118,7 @@ def non_negative(rows: Sequence[Row], values: Sequence[float]) -> Row:
 
 
 def least_squares(rows: Sequence[Row], values: Sequence[float]) -> Row | None:
-    """By the normal equations; None if the columns do not determine the coefficients."""
+    """Solve the normal equations; None if the columns do not determine the coefficients."""
     width = len(rows[0])
     scale = [math.sqrt(math.fsum(row[c] ** 2 for row in rows)) for c in range(width)]
     if not all(scale):
@@ -133,7 +133,7 @@ def least_squares(rows: Sequence[Row], values: Sequence[float]) -> Row | None:
 
 
 def _solve(matrix: list[list[float]]) -> list[float] | None:
-    """Gauss and Jordan, with the largest pivot. The last column is the right side."""
+    """Gauss-Jordan elimination with the largest pivot. The last column is the right side."""
     size = len(matrix)
     for place in range(size):
         pivot = max(range(place, size), key=lambda row: abs(matrix[row][place]))
@@ -157,7 +157,7 @@ def _squares(rows: Sequence[Row], values: Sequence[float], coefficients: Sequenc
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """From the admission of a request to its end, by the clock of its model."""
+    """From the admission of a request to its end, on the clock of its model."""
 
     begin_s: float
     end_s: float
@@ -172,7 +172,7 @@ def _span(request: TracedRequest, clock: Clock) -> Span:
 
 
 class _Prompts:
-    """Tokens of prompts of requests that begin within a span."""
+    """Prompt tokens of the requests that begin within a span."""
 
     def __init__(self, spans: Sequence[Span], tokens: Sequence[int]) -> None:
         ordered = sorted((s.begin_s, count) for s, count in zip(spans, tokens, strict=True))
@@ -185,7 +185,7 @@ class _Prompts:
 
 
 class _Crowd:
-    """How many requests ran, and how many steps they got, summed up over time."""
+    """How many requests ran, and how many steps they got, summed over time."""
 
     def __init__(self, spans: Iterable[Span], service: Service) -> None:
         changes = sorted([(s.begin_s, 1) for s in spans] + [(s.end_s, -1) for s in spans])
@@ -205,7 +205,7 @@ class _Crowd:
             self._sums.append(sums)
 
     def mean(self, span: Span) -> float:
-        """How many ran in a step of that span."""
+        """Return how many requests ran, on average, in a step of that span."""
         (crowd, steps), (crowd_before, before) = self._at(span.end_s), self._at(span.begin_s)
         return (crowd - crowd_before) / (steps - before) if steps > before else 1.0
 

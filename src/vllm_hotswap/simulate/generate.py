@@ -1,4 +1,4 @@
-"""Traces that nobody has recorded: seeded, and the same again for the same arguments."""
+"""Generated traces: seeded, and the same again for the same arguments."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ Kind = Literal["poisson", "bursty", "burst", "agents"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 ON_PART = 0.2
-"""The part of its time in which a bursty model gets requests, at as many times its mean rate."""
+"""Part of its time in which a bursty model gets requests, at 1 / `ON_PART` times its mean rate."""
 ON_S = 5.0
-"""How long such a time is, on average."""
+"""Mean length of such a period."""
 
 RAREST = 1e-3
-"""Requests of a bursty model, on average, while the one asked for most gets all that there are:
+"""Mean number of requests of a bursty model while the most popular one gets all that there are:
 below this it gets none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a generated trace is like."""
+    """The properties of a generated trace."""
 
     kind: Kind = "poisson"
     models: int = 3
     requests: int = 300
     rate: float = 1.0
-    """Requests per second of all models together; agents come as fast as they are served."""
+    """Requests per second of all models together; agents send as fast as they are served."""
     zipf: float = 1.0
     """The model of rank k gets a share of 1 / k^zipf; 0: all get the same."""
     agents: int = 4
     think_s: float = 0.05
-    """How long an agent takes, on average, from an answer to its next request."""
+    """Mean seconds from a response to an agent's next request."""
     prompt_tokens: float = 64
     """On average."""
     output_tokens: float = 32
@@ -47,8 +47,8 @@ class Shape:
 
 
 def generate(shape: Shape, model: TracedModel, switching: TracedSwitching) -> Trace:
-    """A trace of that shape; all models take their turn on the same terms."""
-    chance = random.Random(shape.seed)  # noqa: S311  # made-up requests are no secret
+    """Return a trace of that shape; all models take their turn on the same terms."""
+    chance = random.Random(shape.seed)  # noqa: S311  # generated requests are not secret
     aliases = names(shape.models)
     arrivals = itertools.islice(GENERATORS[shape.kind](shape, aliases, chance), shape.requests)
     requests = tuple(
@@ -81,7 +81,7 @@ class Arrival:
 
 
 def poisson(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator[Arrival]:
-    """Independent requests at a constant rate, for models by Zipf's law."""
+    """Yield independent requests at a constant rate, for models by Zipf's law."""
     totals = list(itertools.accumulate(shares(len(aliases), shape.zipf)))
     now_s = 0.0
     while True:
@@ -91,8 +91,8 @@ def poisson(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator
 
 
 def bursty(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator[Arrival]:
-    """The same rates, but each model's requests come in bursts: a Poisson process that is turned on
-    and off at random, independently of other models' (a Markov-modulated one).
+    """The same rates, but each model's requests come in bursts. A Poisson process is turned on and
+    off at random, independently of other models' (a Markov-modulated one).
     """
     parts = shares(len(aliases), shape.zipf)
     sources = [
@@ -116,13 +116,13 @@ def _on_and_off(alias: str, rate: float, chance: random.Random) -> Iterator[Arri
 
 
 def burst(shape: Shape, aliases: list[str], _: random.Random) -> Iterator[Arrival]:
-    """Requests at even distances, one model after the other: the worst order that there is."""
+    """Yield requests at even distances, one model after the other: the worst possible order."""
     for number in itertools.count():
         yield Arrival(aliases[number % len(aliases)], number / shape.rate)
 
 
 def agents(shape: Shape, aliases: list[str], chance: random.Random) -> Iterator[Arrival]:
-    """Each agent goes on when it has its answer, with the other one of its two models."""
+    """Let each agent continue, when it has its response, with the other of its two models."""
     pairs = [(number % len(aliases), (number + 1) % len(aliases)) for number in range(shape.agents)]
     for number in itertools.count():
         turn, agent = divmod(number, shape.agents)
@@ -150,7 +150,7 @@ def shares(count: int, zipf: float) -> list[float]:
 
 
 def _length(chance: random.Random, mean: float) -> int:
-    """A geometric length of at least 1."""
+    """Return a geometrically distributed length of at least 1."""
     if mean <= 1:
         return 1
     return 1 + int(math.log(1.0 - chance.random()) / math.log(1.0 - 1.0 / mean))

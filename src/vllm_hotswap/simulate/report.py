@@ -1,4 +1,4 @@
-"""What a run was like, in figures."""
+"""The figures of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_hotswap.simulate.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one policy. Waits are until a request is admitted for the first time."""
+    """The figures of one policy. A wait ends when its request is first admitted."""
 
     policy: str
     requests: int
@@ -23,18 +23,18 @@ class Figures:
     wait_p99_s: float
     wait_max_s: float
     took_mean_s: float
-    """From arrival to end, which counts the time that a request was parked, too."""
+    """Mean time from arrival to end, including the time that a request was parked."""
     switches: int
     serving: float
-    """The part of the time in which requests were worked on, while draining, too."""
+    """Part of the time in which requests were worked on, also while draining."""
     switching: float
-    """The part that switches cost, without draining."""
+    """Part of the time that switches took, without draining."""
     idle: float
     fairness: float
     """Jain's index of the models' mean waits."""
     late: int
     """Requests for which it took more than two switches after they were due: one that was under way
-    and their own. They had to wait for models whose requests were due before."""
+    and their own. They had to wait for models whose requests were due earlier."""
     end_s: float
 
 
@@ -75,12 +75,12 @@ def mean(values: Sequence[float]) -> float:
 
 
 def at(ordered: Sequence[float], part: float) -> float:
-    """The value that this part of them does not exceed: the nearest rank."""
+    """Return the value that this part of them does not exceed: the nearest rank."""
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else 0.0
 
 
 def jain(values: Sequence[float]) -> float:
-    """From 1, where all are equal, to 1/n, where one has everything.
+    """Return Jain's index: from 1, where all are equal, to 1/n, where one has everything.
 
     R. Jain, D. Chiu, W. Hawe, "A quantitative measure of fairness and discrimination for resource
     allocation in shared computer systems", DEC Research Report TR-301, 1984.
@@ -107,7 +107,7 @@ COLUMNS = {
 
 
 def table(rows: Iterable[Figures]) -> str:
-    """Times in seconds, parts of the time in percent."""
+    """Format figures, times in seconds, parts of the time in percent."""
     lines = [list(COLUMNS.values()), *([_cell(row, name) for name in COLUMNS] for row in rows)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
     return "\n".join(

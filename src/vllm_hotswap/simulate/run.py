@@ -1,9 +1,9 @@
 """The simulation: the server's scheduler and a policy under virtual time.
 
-Four things can happen next: a request comes, a request ends, a switch gets on, and the moment
-until which the policy waits. Whichever is first happens, and time jumps there. As in the server, a
-switch admits nothing more to its source, waits for what runs there, for `drain_timeout` at most,
-parks what is left, takes its cost, and then admits to its target.
+Four things can happen next: a request arrives, a request ends, a switch proceeds, or the time comes
+until which the policy waits. The earliest happens, and time jumps there. As in the server, a switch
+admits nothing more to its source, and waits for its running requests, for `drain_timeout` at most.
+Then it parks what is left, takes its cost, and admits to its target.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class World:
     services: Mapping[str, Service] = field(default_factory=dict)
     """By alias."""
     service: Service = field(default_factory=Service)
-    """Of the other models."""
+    """For the other models."""
     drain_timeout_s: float = 60.0
     resident: int | None = None
-    """How many models are parked at most, the active one among them; None: all."""
+    """How many models may be parked, the active one included; None: all."""
     before: Trace | None = None
-    """A recording of what the server has done before, and knows how long things take from."""
+    """A recording of what the server has done before, which tells it how long things take."""
 
     def service_of(self, alias: str) -> Service:
         return self.services.get(alias, self.service)
@@ -42,7 +42,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """One switch. Times are seconds since the trace began."""
+    """One switch. Times are in seconds since the trace started."""
 
     source: str | None
     target: str
@@ -53,29 +53,29 @@ class Switched:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of one request."""
+    """The outcome of one request."""
 
     request: TracedRequest
     arrived_s: float
     due_s: float
     admitted_s: float
-    """For the first time."""
+    """When it was first admitted."""
     ended_s: float
 
     @property
     def waited_s(self) -> float:
-        """Until it was admitted."""
+        """Seconds until its first admission."""
         return self.admitted_s - self.arrived_s
 
     @property
     def took_s(self) -> float:
-        """From its arrival to its end, parked or not."""
+        """Seconds from its arrival to its end, including the time parked."""
         return self.ended_s - self.arrived_s
 
 
 @dataclass(slots=True)
 class Run:
-    """One policy's way through a trace."""
+    """One policy's run through a trace."""
 
     requests: tuple[TracedRequest, ...]
     arrived: array[float]
@@ -84,11 +84,11 @@ class Run:
     ended: array[float]
     switches: list[Switched] = field(default_factory=list)
     serving_s: float = 0.0
-    """During which at least one request was worked on."""
+    """Time during which at least one request was worked on."""
     end_s: float = 0.0
 
     def __iter__(self) -> Iterator[Served]:
-        """What became of every request, in the order of the trace."""
+        """Yield the outcome of every request, in the order of the trace."""
         times = zip(self.arrived, self.due, self.admitted, self.ended, strict=True)
         return (Served(r, *t) for r, t in zip(self.requests, times, strict=True))
 
@@ -102,13 +102,13 @@ class _Switch:
     decision: SwitchTo
     began_s: float
     next_s: float
-    """When it gets on: when it stops to wait for what runs, or when it is done."""
+    """When it proceeds: when it stops waiting for running requests, or when it is done."""
     drained_s: float | None = None
 
 
 class Simulation:
-    """One run. The mutable state is the time and all that happens next, the engines, the scheduler,
-    the switch under way, and what became of requests so far.
+    """One run. The mutable state is the time and all next events, the engines, the scheduler, the
+    switch under way, and the outcomes of requests so far.
     """
 
     def __init__(self, trace: Trace, policy: Policy, world: World) -> None:
@@ -148,7 +148,7 @@ class Simulation:
         return f"<Simulation now={self._now_s:.3f} left={self.left} {self.scheduler!r}>"
 
     def play(self, progress: Callable[[int], object] = lambda _: None) -> Run:
-        """All of it; `progress` is told of how many requests have ended now."""
+        """Run it all; `progress` gets the number of requests that have just ended."""
         while self.left:
             before = self.left
             self.step()
@@ -158,12 +158,12 @@ class Simulation:
         return self.run
 
     def step(self) -> None:
-        """Whatever is next."""
+        """Make the next thing happen."""
         end_s = self._active.next_end_s() if self._active else NEVER
         switch_s = self._switch.next_s if self._switch else NEVER
         arrival_s = self._arrivals[0][0] if self._arrivals else NEVER
         now_s = min(end_s, switch_s, arrival_s, self._timer_s)
-        assert now_s < NEVER  # whoever waits is due at some time
+        assert now_s < NEVER  # every waiting request is due at some time
         self._pass_to(now_s)
         if now_s == end_s:
             self._end()
@@ -192,7 +192,7 @@ class Simulation:
         heapq.heapify(self._arrivals)
 
     def _arrive(self) -> None:
-        """It comes, or asks for its turn after it was looked at."""
+        """Handle the next arrival: a request comes, or asks for its turn after its preparation."""
         _, place = heapq.heappop(self._arrivals)
         if (ticket := self._prepared.pop(place, None)) is None:
             ticket = self._ticket(place)
@@ -255,7 +255,7 @@ class Simulation:
                 self._begin_switch(decision)
 
     def decide(self) -> tuple[list[Ticket], Decision]:
-        """What the scheduler says now."""
+        """Return what the scheduler decides now."""
         return self.scheduler.advance(self._now_s)
 
     def _expected_s(self, source: str | None, target: str) -> float:
@@ -277,7 +277,7 @@ class Simulation:
         return max(self._now_s, until_s)
 
     def _drained(self) -> None:
-        """Nothing runs any more, or has to be parked."""
+        """End the drain: what still runs is parked, and the cost of the switch begins."""
         assert self._switch is not None
         if self._active is not None:
             self.scheduler.park(self._active.jobs, self._now_s)
@@ -315,5 +315,5 @@ def simulate(
     world: World,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Run:
-    """One policy's way through a trace."""
+    """Run one policy through a trace."""
     return Simulation(trace, policy, world).play(progress)

@@ -1,10 +1,10 @@
-"""How long an engine takes for its requests, when they run together.
+"""How long an engine takes for requests that run together.
 
 While `n` requests decode, each of them gets one token in every step, which takes
-`step_s + per_request_s * n`. A prompt holds everybody up for `prefill_s_per_token` a token. That is
-processor sharing: all that has to be remembered is one clock of tokens for each engine, and at what
-tokens of it which request ends. Nothing has to be changed for those that run when another one
-begins or ends, and when their engine is not stepped, the clock simply stands still.
+`step_s + per_request_s * n`. A prompt holds all of them up for `prefill_s_per_token` per token.
+That is processor sharing: each engine needs one clock of tokens, and the tokens on it at which
+requests end. Nothing changes for running requests when another one begins or ends. When their
+engine is not stepped, the clock simply stands still.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the work of one model takes."""
+    """What the work of one model takes, in seconds."""
 
     step_s: float = 0.008
     per_request_s: float = 0.0005
     prefill_s_per_token: float = 0.0001
 
     def step(self, running: int) -> float:
-        """Seconds of one token for each of that many requests."""
+        """Return the seconds of a step, in which each of that many requests gets one token."""
         return self.step_s + self.per_request_s * running
 
     def alone_s(self, prompt_tokens: int, output_tokens: int) -> float:
-        """Seconds of one request with nothing beside it."""
+        """Return the seconds of one request that runs alone."""
         return prompt_tokens * self.prefill_s_per_token + output_tokens * self.step(1)
 
 
 class Engine(Generic[Job]):
-    """The requests of one model, and when they end as long as the model is active.
+    """The requests of one model, and when they end while the model is active.
 
-    The mutable state is the clock of tokens, seconds of prompts that have to be worked through
-    before it goes on, until when both are known, and a heap of when, by that clock, who ends.
+    The mutable state is the clock of tokens, the seconds of prompts to process before it continues,
+    the time up to which both are known, and a heap of when, on that clock, each request ends.
     """
 
     def __init__(self, service: Service) -> None:
@@ -59,7 +59,7 @@ class Engine(Generic[Job]):
 
     @property
     def jobs(self) -> list[Job]:
-        """Whoever runs, or is frozen with it."""
+        """Requests that run, or are frozen with it."""
         return [job for _, _, job in self._ends]
 
     def begin(self, job: Job, prompt_tokens: int, output_tokens: int, now_s: float) -> None:
@@ -69,23 +69,23 @@ class Engine(Generic[Job]):
         heapq.heappush(self._ends, (self._tokens + output_tokens, self._begun, job))
 
     def start(self, now_s: float) -> None:
-        """It is stepped from now on."""
+        """Step it from now on."""
         self._at_s = now_s
 
     def stop(self, now_s: float) -> None:
-        """It is not stepped any more; whoever runs is frozen."""
+        """Stop stepping it; running requests are frozen."""
         self._run(now_s)
         self._at_s = NEVER
 
     def next_end_s(self) -> float:
-        """When the next request ends if nothing begins before; `NEVER` if none runs."""
+        """Return when the next request ends if none begins before; `NEVER` if none runs."""
         if not self._ends or self._at_s == NEVER:
             return NEVER
         left = max(0.0, self._ends[0][0] - self._tokens)
         return self._at_s + self._prefill_s + left * self._service.step(len(self._ends))
 
     def end_next(self, now_s: float) -> Job:
-        """The next request ends; `now_s` is what `next_end_s` said."""
+        """End the next request; `now_s` is what `next_end_s` returned."""
         end, _, job = self._ends[0]
         self._tokens, self._prefill_s, self._at_s = max(end, self._tokens), 0.0, now_s
         heapq.heappop(self._ends)
@@ -102,7 +102,7 @@ class Engine(Generic[Job]):
         self._at_s = now_s
 
     def _steps(self, passed_s: float) -> float:
-        """How many there are in that time; as many as anybody needs, where they take none."""
+        """Return the steps in that time; if steps take no time, as many as any request needs."""
         step_s = self._service.step(len(self._ends))
         if step_s:
             return passed_s / step_s
