@@ -377,7 +377,7 @@ def test_lines_that_the_disk_does_not_take_are_bounded(
         audit.write(line())
     is_free.set()
 
-    assert 2 == caplog.text.count("it takes lines too slowly")
+    assert 2 == caplog.text.count("the disk is too slow")
 
 
 def link(path: Path) -> None:

@@ -302,7 +302,7 @@ def test_flat_is_told_by_a_ratio_and_a_slope() -> None:
 
     assert ("1.20", "1.20", "1.20", "5") == rows(part)["2"]
     assert ("1.50", "1.50") == rows(part, table=1)["8 models / 2 models"]
-    assert ("+0.100", "+0.100") == rows(part, table=1)["ms per further model (least squares)"]
+    assert ("+0.100", "+0.100") == rows(part, table=1)["ms per additional model (least squares)"]
 
 
 def test_residue_is_told_over_what_was_there_before() -> None:

@@ -1065,8 +1065,8 @@ def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
         ("{team: {keys: [sk-secret, 5]}}", "rights.team.keys.1 cannot be used"),
         ("{team: {keys: ['sk secret']}}", "rights.team.keys: a key may only have printable ASCII"),
         ("{team: {keys: [sk-secret], key: 1}}", "rights.team: a key is unknown; known keys: keys"),
-        ("{default: {keys: [sk-secret]}}", "rights.default applies to all callers in no other"),
-        ("{default: {key_file: sk-secret}}", "rights.default applies to all callers in no other"),
+        ("{default: {keys: [sk-secret]}}", "rights.default applies to callers without a group"),
+        ("{default: {key_file: sk-secret}}", "rights.default applies to callers without a group"),
         ("{team: {}}", "rights.team has no key; give it keys or a key_file"),
         ("{team: {keys: ['']}}", "rights.team has no key; give it keys or a key_file"),
         (

@@ -351,7 +351,7 @@ def test_a_pace_needs_fake_engines(capsys: pytest.CaptureFixture[str]) -> None:
         main(["serve", "models.yaml", "--fake-pace", "1"])
 
     assert 2 == ended.value.code
-    assert "--fake-pace is of use with --fake alone" in capsys.readouterr().err
+    assert "--fake-pace needs --fake" in capsys.readouterr().err
 
 
 def test_flags_are_vllms() -> None:

@@ -308,4 +308,4 @@ def test_a_model_that_wakes_before_it_is_asked_for_is_shown() -> None:
         "memory": dict.fromkeys(["before", "peak", "after", "budget"], size),
         "cost_s": 0,
     }
-    assert "  qwen: wakes no more" in remote.plan_text(plan).splitlines()
+    assert "  qwen: waking is cancelled" in remote.plan_text(plan).splitlines()

@@ -429,8 +429,8 @@ async def test_models_of_which_nothing_is_known_yet_are_named_as_such(silent: Se
 
     assert ("wrong_task", "model") == (error["code"], error["param"])
     assert error["message"] == (
-        "model 'embed' does not support POST /v1/chat/completions: it serves embed; "
-        "ask for llama; not known until first loaded: classify"
+        "model 'embed' does not support POST /v1/chat/completions (it serves embed); "
+        "use llama; not known until first loaded: classify"
     )
 
 
@@ -887,7 +887,7 @@ async def test_half_of_a_surrogate_pair_is_refused(server: Server, body: dict[st
     response = await server.post(CHAT, content=raw, headers={"content-type": JSON})
 
     assert (400, "invalid_request") == (response.status_code, code(response))
-    assert "which is half of a surrogate pair" in response.json()["error"]["message"]
+    assert "half of a surrogate pair, which is not a character" in response.json()["error"]["message"]
 
 
 async def test_a_boundary_that_cannot_be_one_is_left_to_the_application(server: Server) -> None:

@@ -120,8 +120,8 @@ def test_a_recording_of_answers_without_tokens_is_simulated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "name a trace, or make one with --generate"),
-        ("x.jsonl --generate burst", "one of the two"),
+        ("", "give either a trace or --generate"),
+        ("x.jsonl --generate burst", "give either a trace or --generate"),
         ("missing.jsonl", "trace 'missing.jsonl' cannot be read: No such file or directory"),
         ("x.jsonl --rate 3", "--rate shapes a generated trace; x.jsonl is one already"),
         ("--generate burst --rate 0", "--rate must be above 0"),
@@ -153,4 +153,4 @@ def test_a_measurement_must_tell_of_something(tmp_path: Path, capsys: Printed) -
     main(["simulate", "--generate", "burst", "--write", path])
 
     assert 1 == main(["simulate", "--generate", "burst", "--measured", path])
-    assert "tells of no served request" in capsys.readouterr().err
+    assert "has no served requests" in capsys.readouterr().err

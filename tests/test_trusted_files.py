@@ -129,7 +129,7 @@ def test_key_file_of_its_owner_and_his_groups_is_read(
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        (status(0o600, uid=FOREIGN), "belongs to 'eve', neither to root nor to 'ann'.*chown 1000 "),
+        (status(0o600, uid=FOREIGN), "belongs to 'eve'; it must belong to root or to 'ann'.*chown 1000 "),
         (status(0o640, gid=FOREIGN_GROUP), "is open to the group 3000; run: chmod g= "),
         (status(0o660, gid=TEAM), "can be written by the group 'team'; run: chmod g-w "),
         (status(0o620, uid=0, gid=FOREIGN_GROUP), "can be written by the group 3000"),
@@ -285,7 +285,7 @@ def test_file_of_whoever_called_sudo_is_his_own(
     """Root does not trust a user's file, but for the one who has become root to start this."""
     machine(uid=0)
     path = seen_as(status(0o644))
-    with pytest.raises(ConfigError, match="belongs to 'ann', neither to root"):
+    with pytest.raises(ConfigError, match="belongs to 'ann'; it must belong to root"):
         read_trusted(path, "the file")
 
     monkeypatch.setenv("SUDO_UID", str(MINE))

@@ -65,5 +65,5 @@ def _flatness(calls: Calls) -> tuple[tuple[str, str, str], ...]:
         ratios.append(f"{points[-1][1] / points[0][1]:.2f}")
     return (
         (f"{MOST} models / {FEWEST} models", ratios[0], ratios[1]),
-        ("ms per further model (least squares)", slopes[0], slopes[1]),
+        ("ms per additional model (least squares)", slopes[0], slopes[1]),
     )

@@ -125,7 +125,7 @@ class AuditLog:
             is_full = self._pending >= MAX_PENDING
             self._pending += not is_full
         if is_full:
-            self._tell("it takes lines too slowly")
+            self._tell("the disk is too slow")
         else:
             values = {name: getattr(line, name) for name in FIELDS}
             self._lines.put(json.dumps(values, allow_nan=False) + "\n")

@@ -171,7 +171,7 @@ class _Look:
             if launch.vllm_config.load_config.load_format == "auto" and not weight_files(path):
                 raise ConfigError(f"no weight files in {str(path)!r}")
         elif not path.is_absolute():
-            self.report.notes.append("a model hub's name: its files were not looked at")
+            self.report.notes.append("a model hub's name: its files were not checked")
 
     def _check_text(self, launch: ModelLaunch) -> None:
         tokenizer = self._try(

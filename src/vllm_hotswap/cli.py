@@ -264,7 +264,7 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ADDRESS[,ADDRESS]",
         help="proxies, as IP addresses or networks, whose X-Forwarded-For and X-Forwarded-Proto "
-        "count; *: everybody's; default: FORWARDED_ALLOW_IPS, and without it nobody's; repeatable",
+        "count; *: any proxy; default: FORWARDED_ALLOW_IPS, else none; repeatable",
     )
 
 
@@ -294,7 +294,8 @@ def _names(words: Iterable[str]) -> list[str]:
 def _fill_check(check: argparse.ArgumentParser) -> None:
     check.description = (
         "Look at files, configurations, tokenizers, chat templates, parsers and memory of every "
-        "model, print a table, and end with 1 if anything cannot work. Takes the flags of `serve`."
+        "model, print a table, and exit with status 1 if anything cannot work. Takes the flags "
+        "of `serve`."
     )
     check.allow_abbrev = False
     check.add_argument("config", type=Path, metavar="FILE", help="the YAML file")
@@ -352,7 +353,7 @@ def _fill_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--port",
         type=_port,
-        help="port (default: 8000; without --serve, any free one if it is not)",
+        help="port (default: 8000; without --serve, a free port if 8000 is taken)",
     )
     demo.set_defaults(run=_demo)
 
@@ -422,7 +423,7 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.settings import FORWARDED_VARIABLE
 
     if args.fake_pace is not None and not args.fake:
-        args.parser.error("--fake-pace is of use with --fake alone")
+        args.parser.error("--fake-pace needs --fake")
     configure_logging()
     with _nearest_flags(args, flags):
         config = load_with_flags(args.config, *given(args), args.fake)

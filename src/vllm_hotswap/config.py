@@ -377,7 +377,7 @@ class _Reader:
         )
         if name == DEFAULT and (given.keys or given.key_file):
             raise ConfigError(
-                f"{place} applies to all callers in no other group, and has no keys; give the "
+                f"{place} applies to callers without a group, so it cannot have keys; give the "
                 "keys to another group"
             )
         secrets = Keys.of(

@@ -1044,7 +1044,9 @@ class Coordinator:
                 "event=rollback_failed target=%s cause=%r",
                 *(value_text(switch.target.alias), one_line(error)),
             )
-            self._host.kill(f"the engine host was stopped: a switch was not undone: {error}")
+            self._host.kill(
+                f"the engine host was stopped: a failed switch could not be undone: {error}"
+            )
 
     async def _restore(self, source: Model, switch: Switch) -> None:
         try:

@@ -204,7 +204,9 @@ def online_flow(client: httpx.Client) -> None:
     answer = chat(client, "llama")
     _expect("llama" in answer["choices"][0]["message"]["content"], "an answer of llama")
 
-    _title("3. Switch in the running process; the first one to a model checks it with one token")
+    _title(
+        "3. Switch in the running process; the first switch to a model verifies it with one token"
+    )
     switched = call(client, "POST", "/v1/models/switch", {"model": "qwen", "drain_timeout": 60})
     _expect(switched["switched"] and switched["current_model"] == "qwen", "qwen to be active")
 

@@ -54,8 +54,8 @@ def describe(routes: Iterable[Route]) -> Json:
         "info": {
             "title": "vllm-hotswap",
             "version": __version__,
-            "description": "The routes of vllm-hotswap itself; every one that answers GET answers "
-            "HEAD, too. Routes of models are described at /openapi.json.",
+            "description": "The routes of vllm-hotswap itself; every GET route also answers "
+            "HEAD. Routes of models are described at /openapi.json.",
         },
         "paths": dict(paths),
         "components": {"schemas": schemas.definitions, "securitySchemes": SCHEMES},
@@ -95,7 +95,7 @@ def _operation(route: Route, about: About, schemas: _Schemas) -> Json:
         "operationId": _operation_id(route),
         "tags": [route.role.value],
         "parameters": [*_path_parameters(route.path), *_query_parameters(about)],
-        "responses": {"200": _response("It worked.", about.media_type, about.answer, schemas)},
+        "responses": {"200": _response("Success.", about.media_type, about.answer, schemas)},
     }
     if about.body is not None:
         schema = schemas.of(about.body)

@@ -196,8 +196,8 @@ class Dispatcher:
             return None
         now = f"{coming!r} is active, or about to be" if coming else "no model is active"
         return SwitchNotAllowed(
-            f"{now}, and {terms.rule} does not let this caller cause a switch to {alias!r}; "
-            f"ask for another model, or retry when {alias!r} is active"
+            f"this key may not trigger a switch to {alias!r} ({terms.rule}); {now}; use another "
+            f"model, or retry when {alias!r} is active"
         )
 
     def _is_served_now(self, model: Model) -> bool:

@@ -73,7 +73,11 @@ class Recorder:
         if not self._has_warned:
             self._has_warned = True
             path, cause = str(self._path), one_line(error)
-            log.warning("event=line_not_recorded path=%r cause=%r further=silent", path, cause)
+            log.warning(
+                "event=line_not_recorded path=%r cause=%r then='further lines dropped silently'",
+                path,
+                cause,
+            )
 
     def close(self) -> None:
         file, self._file = self._file, None

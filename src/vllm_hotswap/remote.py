@@ -132,13 +132,14 @@ def _options(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"a user's, which may look (default, without an admin's: {USER_KEY_VARIABLE})",
+        help="a user key, for read-only commands (default, without an admin key: "
+        f"{USER_KEY_VARIABLE})",
     )
     parser.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help=f"file with such a key (default: {USER_KEY_FILE_VARIABLE})",
+        help=f"file with a user key (default: {USER_KEY_FILE_VARIABLE})",
     )
     parser.add_argument("--json", action="store_true", help="print the response as JSON")
     parser.set_defaults(run=run)
@@ -383,9 +384,7 @@ def call(
         with _client(address, headers, changes) as client, _followed(client, address, changes):
             answer = interruptible(lambda: client.request(method, path, content=content))
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
-        raise RemoteError(
-            f"no response from {address}: {one_line(error)}; is --url right?"
-        ) from error
+        raise RemoteError(f"no response from {address}: {one_line(error)}; check --url") from error
     try:
         found = answer.json()
     except (ValueError, RecursionError) as error:
@@ -574,7 +573,7 @@ def told(answer: Mapping[str, Any]) -> str:
 def plan_text(plan: Mapping[str, Any]) -> str:
     """Describe a plan, one line for each move."""
     lines = [f"switch from {plan['active']} to {plan['model']}:"]
-    lines += [f"  {alias}: wakes no more" for alias in plan["give_up_wake"]]
+    lines += [f"  {alias}: waking is cancelled" for alias in plan["give_up_wake"]]
     moves = [*plan["evict"], *([plan["bring_up"]] if plan["bring_up"] else [])]
     for move in moves:
         freed = move["frees"]["device_bytes"] / _MIB
@@ -585,8 +584,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     memory = plan["memory"]
     sizes = {name: f"{memory[name]['device_bytes'] / _MIB:.1f} MiB" for name in memory}
     lines.append(
-        f"  models hold {sizes['before']} now, {sizes['peak']} at most, "
-        f"{sizes['after']} afterwards, of {sizes['budget']}"
+        f"  models hold {sizes['before']} now, up to {sizes['peak']} during it, {sizes['after']} "
+        f"after it; the budget is {sizes['budget']}"
     )
     lines.append(f"  about {plan['cost_s']} s to bring {plan['model']} up")
     return "\n".join(lines)

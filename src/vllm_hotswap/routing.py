@@ -196,7 +196,7 @@ class Router:
             raise InvalidRequest(surrogates.told(str(error))) from None
         except TooLong as error:
             raise InvalidRequest(
-                f"{error} is longer than {MAX_TEXT_BYTES} bytes; no name is", str(error)
+                f"{error} is longer than {MAX_TEXT_BYTES} bytes; names must be shorter", str(error)
             ) from None
 
     async def _weight(self, path: str, body: bytes) -> int:

@@ -108,7 +108,7 @@ class SwitchingConfig:
         Seconds,
         AT_LEAST_ZERO,
         Field(
-            description="seconds that a switch waits for running requests, unless the call "
+            description="seconds that a switch waits for running requests, unless the request "
             "gives a value"
         ),
     ] = 60.0
@@ -116,8 +116,9 @@ class SwitchingConfig:
         DrainPolicy,
         Wanted("abort, park or refuse"),
         Field(
-            description="what happens to requests still running then, unless the call gives a "
-            "value: `abort` ends them with an error, `park` freezes them until their model "
+            description="what happens to requests still running then, unless the request gives "
+            "a value: `abort` ends them with an error, `park` freezes them until their "
+            "model "
             "is active again, `refuse` cancels the switch"
         ),
     ] = "abort"
@@ -265,7 +266,7 @@ class LimitsConfig:
         ABOVE_ZERO,
         Field(
             description="engine requests that one generating call may become: vLLM writes all "
-            "of their answers at once, and answers no other request meanwhile"
+            "of their answers at once, and serves no other request while it does"
         ),
     ] = 1024
     grammar_bytes: Annotated[
@@ -603,8 +604,8 @@ class GroupConfig:
         Wanted("a list of texts"),
         Field(
             strict=False,
-            description="its keys, which are user keys; `${NAME}` keeps them out of the file; "
-            "the group `default` has none",
+            description="its user keys; `${NAME}` keeps them out of the file; the group "
+            "`default` has no keys",
         ),
     ] = field(default=(), repr=False)
     key_file: Annotated[

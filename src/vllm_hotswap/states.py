@@ -1,7 +1,7 @@
 """Residency of a model and phases of a switch, with their transition tables.
 
 Nothing else in the package changes a residency: callers use `advance`, which refuses
-what the table does not list. The tables are printed into `docs/design.md`.
+what the table does not list. The tables are printed into `docs/residency.md`.
 """
 
 from __future__ import annotations

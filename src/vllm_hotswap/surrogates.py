@@ -40,8 +40,8 @@ def as_escape(half: str) -> str:
 def told(half: str) -> str:
     """Return what is wrong, for the client."""
     return (
-        f"a text of the request has {half}, which is half of a surrogate pair and no character; "
-        "send whole characters"
+        f"a text in the request contains {half}, half of a surrogate pair, which is not a "
+        "character; send complete characters"
     )
 
 

@@ -252,7 +252,9 @@ def _check(path: Path, head: Head, lines: Iterable[tuple[int, Line]]) -> None:
             case TracedRequest():
                 _check_models(path, number, head.models, line.model)
                 if line.id in seen:
-                    raise _wrong(path, number, f"id {line.id} is that of line {seen[line.id]}")
+                    raise _wrong(
+                        path, number, f"id {line.id} is already used in line {seen[line.id]}"
+                    )
                 seen[line.id] = number
                 if (line.arrived_s is None) == (line.after is None):
                     raise _wrong(path, number, "either arrived_s or after must be given")
@@ -278,7 +280,9 @@ def _check_after(
     for number, request in later:
         assert request.after is not None
         if seen.get(request.after, number) >= number:
-            raise _wrong(path, number, f"after: no request {request.after} stands before this one")
+            raise _wrong(
+                path, number, f"after: there is no request {request.after} before this line"
+            )
 
 
 def _wrong(path: Path, number: int, message: str) -> ConfigError:

@@ -114,7 +114,8 @@ def is_trusted(uid: int) -> bool:
 def foreign_owner(uid: int) -> str:
     """Describe the owner of a file or a folder who is not trusted."""
     return (
-        f"belongs to {_user(uid)}, neither to root nor to {_user(os.geteuid())}, as whom this runs"
+        f"belongs to {_user(uid)}; it must belong to root or to {_user(os.geteuid())}, the user "
+        "of this process"
     )
 
 

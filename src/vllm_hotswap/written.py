@@ -351,11 +351,9 @@ class _Loader(yaml.SafeLoader):
         self._sizes[id(node)] = size = 1 + sum(self._sizes[item] for item in items)
         self._depths[id(node)] = depth = 1 + max((self._depths[item] for item in items), default=0)
         if size > MAX_VALUES:
-            self._refuse(f"its aliases make more than {MAX_VALUES} values of it", event)
+            self._refuse(f"with its aliases it has more than {MAX_VALUES} values", event)
         if depth > MAX_DEPTH:
-            self._refuse(
-                f"its aliases make more than {MAX_DEPTH} levels of lists and mappings of it", event
-            )
+            self._refuse(f"with its aliases it has more than {MAX_DEPTH} nested levels", event)
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         # Here, not where mappings are made: by then `<<` has added keys that others replace.

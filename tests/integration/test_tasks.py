@@ -141,7 +141,7 @@ def test_a_route_of_one_models_flag_is_that_models_alone(server: ServerProcess) 
 
     assert 200 == told.status_code
     assert (404, "wrong_task") == (refused.status_code, error(refused)["code"])
-    assert error(refused)["message"].endswith("ask for llama")
+    assert error(refused)["message"].endswith("use llama")
 
 
 MANY = 200

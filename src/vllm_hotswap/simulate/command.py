@@ -34,27 +34,27 @@ DEFAULT_COST_S = 0.005
 SHAPE = {
     "models": (int, 1, "models"),
     "requests": (int, 1, "requests in all"),
-    "rate": (float, 0, "requests per second of all models together"),
+    "rate": (float, 0, "requests per second, over all models"),
     "zipf": (float, None, "model k is asked for in proportion to 1 / k^S; 0: all alike"),
     "agents": (int, 1, "agents, each of which alternates between two models"),
-    "think_s": (float, None, "seconds from an answer to the agent's next request, on average"),
-    "prompt_tokens": (float, 0, "tokens of a prompt, on average"),
-    "output_tokens": (float, 0, "tokens of an answer, on average"),
+    "think_s": (float, None, "mean seconds from a response to the agent's next request"),
+    "prompt_tokens": (float, 0, "mean prompt tokens"),
+    "output_tokens": (float, 0, "mean output tokens"),
     "seed": (int, None, "of the random numbers"),
 }
 """Type, minimum of a value (0: above it; None: 0 or more) and meaning."""
 
 SERVICE = {
-    "step_s": "seconds of a step of the engine",
-    "per_request_s": "what each running request adds to that",
-    "prefill_s_per_token": "seconds that a token of a prompt takes",
+    "step_s": "seconds per engine step",
+    "per_request_s": "seconds that each running request adds to a step",
+    "prefill_s_per_token": "seconds per prompt token",
 }
 
 SWITCHING = {
-    "max_wait": "seconds after which a request is due, if the trace does not say so",
-    "min_active": "seconds that `batch` keeps a model active at least",
-    "slice": "seconds of a turn of `round_robin`",
-    "drain_timeout": "seconds for which a switch waits; then it parks what still runs",
+    "max_wait": "seconds after which a request is due, if the trace gives none",
+    "min_active": "minimum seconds that `batch` keeps a model active",
+    "slice": "seconds that `round_robin` keeps a model active",
+    "drain_timeout": "seconds that a switch waits for running requests; then it parks them",
 }
 
 
@@ -66,7 +66,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("trace", type=Path, nargs="?", help="a trace, from `serve --record` or `--write`")
-    add("--generate", choices=KINDS, help="make a trace instead")
+    add("--generate", choices=KINDS, help="generate a trace instead")
     add("--write", type=Path, metavar="FILE", help="write the generated trace to a new file")
     for name, (kind, _, meaning) in SHAPE.items():
         default = getattr(Shape(), name)
@@ -81,7 +81,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
         "--measured",
         type=Path,
         metavar="FILE",
-        help="a recorded trace to take times of switches and service from (default: the trace "
+        help="a recorded trace with the times of switches and service (default: the trace "
         "itself, if it was recorded)",
     )
     add(
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, _: Sequence[str] = ()) -> int:
 def _trace(args: argparse.Namespace) -> Trace:
     """Return the trace that was asked for, with the settings that were given."""
     if (args.trace is None) == (args.generate is None):
-        raise ConfigError("name a trace, or make one with --generate; one of the two")
+        raise ConfigError("give either a trace or --generate")
     given = _checked(args, dict.fromkeys(SWITCHING, (float, None, "")))
     if args.generate is None:
         _refuse(args, {"write": args.write, **{name: getattr(args, name) for name in SHAPE}})
@@ -191,9 +191,7 @@ def _world(args: argparse.Namespace, trace: Trace) -> World:
     """Return what switches and service take: as given, else as measured, else the defaults."""
     recorded = traces.read(args.measured) if args.measured else trace
     if args.measured and not recorded.is_recorded:
-        raise ConfigError(
-            f"{str(args.measured)!r} tells of no served request; name a recorded trace"
-        )
+        raise ConfigError(f"{str(args.measured)!r} has no served requests; give a recorded trace")
     given = _checked(args, dict.fromkeys(SERVICE, (float, None, "")))
     numbers = _checked(args, {"switch_cost": (float, None, ""), "resident": (int, 1, "")})
     cost_s = numbers.get("switch_cost")
