@@ -27,7 +27,7 @@ EVERYBODY = "*"
 _WRITTEN = re.compile(
     r"(?a:(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::(?P<port>[1-9]\d{0,4}))?|([0-9A-Fa-f:.]+))"
 )
-"""An address, perhaps with a port: `[::1]:80`, `1.2.3.4:80`, `::1`. A zone may be any text."""
+"""An address, perhaps with a port: `[::1]:80`, `1.2.3.4:80`, `::1`. No zone: it may be text."""
 
 MAX_PORT = 65_535
 
