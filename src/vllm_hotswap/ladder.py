@@ -383,7 +383,7 @@ class Ladder:
         return self._turn
 
     def revive(self, model: Model) -> None:
-        """Make a failed model cold: its engine has died, as if it was never loaded."""
+        """Make a model whose engine has died cold, like one that was never loaded."""
         if model.residency is Residency.FAILED:
             self.step(model, Step.REVIVE)
 
