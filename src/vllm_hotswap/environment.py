@@ -56,6 +56,6 @@ def shut_out_others_for_a_look() -> None:
 def use_temporary_folder(folder: Path) -> None:
     """Make this process, and those that it starts, put temporary files into a folder.
 
-    In the folder that all users share, torch and vLLM use names that other users can foresee.
+    In the folder that all users share, torch and vLLM use names that other users can predict.
     """
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

@@ -181,7 +181,7 @@ class PrefetchSettled:
 
 @dataclass(frozen=True, slots=True)
 class WakeChanged:
-    """The wake of a sleeping model, in slices and before it is asked for, changed."""
+    """An early wake of a sleeping model, in slices, started, was done or ended."""
 
     epoch: int
     model: str

@@ -170,6 +170,7 @@ class FairPool:
         if not self._queues:
             return
         if self._idle:
+            # Counted here, not by the thread: a second job must not count on the same thread.
             self._idle -= 1
             self._lock.notify()
         elif len(self._threads) < self._most + min(len(overdue), self._spare):
@@ -187,6 +188,7 @@ class FairPool:
                 result = job.work()
             except BaseException as raised:  # noqa: BLE001  # handed on to the caller that waits
                 error = raised
+            # Before the result is set: with it, the caller may submit its next job at once.
             with self._lock:
                 self._running.discard(job)
                 self._forget(job.caller)

@@ -59,7 +59,7 @@ class EventFeed:
         queue: asyncio.Queue[str | None] = asyncio.Queue()
         if self._is_closed:
             queue.put_nowait(None)
-        self._queues.add(queue)
+        self._queues.add(queue)  # before the snapshot is sent: no event in between is missed
         try:
             yield as_message("snapshot", self._snapshot())
             while (message := await _next(queue)) is not None:

@@ -158,7 +158,7 @@ def load_with_flags(
 def model_words(
     parser: argparse.ArgumentParser, model: ModelConfig, path: Path
 ) -> dict[argparse.Action, list[str]]:
-    """Return the words of a command line that would make the same settings as a model, by flag.
+    """Return a model's settings as the words of a command line, by flag.
 
     Raises:
         ConfigMistakes: names every key that vLLM does not have, and every value that it refuses.

@@ -40,7 +40,7 @@ class Work:
         self._compiler: Any = None
 
     def do(self, what: str, arguments: list[Any]) -> None:
-        """Do one piece of work. Raises whatever a grammar that is wrong makes a library raise."""
+        """Do one piece of work. Raises what the library raises for a grammar that is wrong."""
         getattr(self, f"_{what}")(*arguments)
 
     def _check(self, maker: str, *arguments: Any) -> None:

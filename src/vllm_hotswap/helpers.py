@@ -179,7 +179,7 @@ class Helper:
         raise HelperFailed(f"signal {-status}" if status < 0 else f"exit status {status}")
 
     def _lower_priority(self) -> None:
-        """Lower it for working threads, and so for those they start; not for the main thread."""
+        """Lower the priority of working threads, and so of those they start; not the main one's."""
         with suppress(OSError):
             for thread in Path(f"/proc/{self.pid}/task").iterdir():
                 if int(thread.name) != self.pid:
@@ -273,7 +273,7 @@ class Errand:
                 helper.kill()
 
     def do(self, what: str, *arguments: Any, tokenizer: tuple[object, str] | None = None) -> None:
-        """Let a helper do it, with a tokenizer where one is given by its key and its text.
+        """Let a helper do one thing, with a tokenizer if its key and its text are given.
 
         Raises:
             RefusedByHelper: what the work raised.

@@ -20,7 +20,7 @@ _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def local_folder(name: str, revision: str | None) -> Path | None:
-    """Return where a model's files are: the folder itself, the hub cache, or None."""
+    """Return where a model's files are: its folder, its place in the hub's cache, or None."""
     from huggingface_hub import snapshot_download
 
     if Path(name).is_absolute():

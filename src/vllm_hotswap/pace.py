@@ -117,7 +117,7 @@ class Pace:
         if not self._is_turning:
             self._is_turning = True
             self._loop.call_soon(self._turn)
-        if self._left and not self._waiting:
+        if self._left and not self._waiting:  # not ahead of those that wait
             self._left -= 1
             place.give()
         else:

@@ -77,7 +77,7 @@ class ModelView:
         return self.footprint.at(self.residency) + self.waking
 
     def needs(self) -> Usage:
-        """Return its most on the way up: only reading weights takes more than having them."""
+        """Return what it holds at most on its way up; only reading weights takes its peak."""
         reads = self.residency is not Residency.ASLEEP
         return self.footprint.peak if reads else self.footprint.at(Residency.PARKED)
 
@@ -92,7 +92,7 @@ class ModelView:
         return residency is Residency.COLD or residency in self.footprint.usage
 
     def _is_quicker_from_cold(self) -> bool:
-        """Whether reading weights into a kept structure takes longer than a load: it is no gain."""
+        """Whether a load is quicker than reading weights into the structure that was kept."""
         from_discarded = self.up_s.get(Residency.DISCARDED, 0.0)
         return from_discarded > self.up_s.get(Residency.COLD, from_discarded)
 

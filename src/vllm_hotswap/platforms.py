@@ -43,7 +43,7 @@ OF_NO_USE = frozenset(
         # These make gloo groups that the constructor of their class does not make and connect.
         "TORCH_GLOO_LAZY_INIT",
         "VLLM_DISTRIBUTED_USE_SPLIT_GROUP",
-        # Doors to other programs of the user who started the server.
+        # Ways to other programs of the user who started the server.
         "DBUS_SESSION_BUS_ADDRESS",
         "GPG_AGENT_INFO",
         "NOTIFY_SOCKET",
@@ -97,8 +97,9 @@ def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Make the host's environment from the server's.
 
     Variables are left out that open vLLM's development routes or its pickle serialisation, or that
-    make gloo connect later than `compat.gloo` expects. So are secrets and session doors that a host
-    has no use for. The host, and processes that it starts, do not import from their start folder.
+    make gloo connect later than `compat.gloo` expects. So are secrets, and ways into the user's
+    session, that a host has no use for. The host, and processes that it starts, do not import from
+    their start folder.
     """
     further = re.split(r"[,\s]+", environment.get(PASS_ON_VARIABLE, ""))
     result = {

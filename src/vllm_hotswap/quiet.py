@@ -40,7 +40,7 @@ ACCESS = '%s - "WebSocket %s"'
 """The start of uvicorn's lines about WebSockets, which do not go to its access log."""
 
 DECIDED = "_is_told"
-"""The attribute of a record that was decided on. JSON formatters leave out names with a `_`."""
+"""The attribute of a decided record. JSON formatters leave out names that begin with `_`."""
 
 Place = tuple[str, int] | None
 Kind = tuple[str, int, object, Place]
