@@ -1,4 +1,4 @@
-"""Bounds on what happens per time, and on the bytes that requests hold until they are answered."""
+"""Bounds on rates, and on the bytes that requests hold until they are answered."""
 
 from __future__ import annotations
 
