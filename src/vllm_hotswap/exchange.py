@@ -52,8 +52,8 @@ class AnswerCut(Exception):
 class Waiting:
     """Listens to a client while its request is held, and cancels the request if the client leaves.
 
-    A request that is admitted at once stops this before its task first yields to the event loop, so
-    no listening task is made for it.
+    A request that is admitted at once stops this before its task first yields to the event loop.
+    So no listening task is made for it.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:

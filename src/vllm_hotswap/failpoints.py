@@ -194,7 +194,7 @@ class FileRules(Rules):
     """Rules of a file, which is read again when it is replaced.
 
     Each rule followed is a line in `PATH.hits`. So a limit holds for all processes that read the
-    file, a restarted host among them, and a test can see that a place was reached.
+    file, a restarted host among them. A test can also see that a place was reached.
     """
 
     def __init__(self, path: Path) -> None:

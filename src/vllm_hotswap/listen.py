@@ -361,8 +361,8 @@ def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
 def most_connections(files: int) -> int:
     """Return how many connections there may be, with so many open files.
 
-    The files kept back are for the models, for the files that a load reads, sockets, the engine
-    host, and for connections that have no place yet.
+    The files kept back are for models, the files that a load reads, sockets, the engine host, and
+    connections that have no place yet.
     """
     return max(files - KEPT_FILES - most_waiting(files), files // 2)
 

@@ -158,9 +158,9 @@ async def give_back() -> None:
 def merged(*iterators: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[int, T], None]:
     """Yield what several generators yield, as it comes, each with the number of its generator.
 
-    This is vLLM's `merge_async_iterators`, except that the work for one item does not grow with the
-    number of generators, and other tasks may run after a few items. For a single generator, the
-    case of most streams, it makes no tasks, as vLLM does not.
+    It works as vLLM's `merge_async_iterators`, with two differences: the work for one item does not
+    grow with the number of generators, and other tasks may run after a few items. Like vLLM, it
+    makes no tasks for a single generator, the case of most streams.
     """
     return _only(iterators[0]) if len(iterators) == 1 else _merge(iterators)
 

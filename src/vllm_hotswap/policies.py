@@ -110,8 +110,8 @@ def _worth_it_s(snapshot: Snapshot, queue: QueueView) -> float:
     """Return when waiting requests will have lost `GAIN` times what a switch costs those served.
 
     That is when to stop renting and buy, if it is unknown for how long one would rent (the ski
-    rental problem). With a gain of 1 it never costs more than twice as much as the best choice in
-    hindsight, with 2 not more than three times as much, and less on average.
+    rental problem). With a gain of 1 it costs at most twice as much as the best choice in
+    hindsight, with 2 at most three times as much. On average it costs less.
     """
     active = snapshot.active
     assert active is not None

@@ -4,8 +4,8 @@ One line of a kind is written. Lines like it are left out for `QUIET_S`, and cou
 one, as `left_out=`. If none follows, a separate line has the count: with the next line of any kind
 after that time, or at the end.
 
-A kind is a place in the code, with the type of the logged exception and the place that raised it,
-or with a name from our own code. So clients cannot choose how many kinds there are.
+A kind is a place in the code, with the type of the logged exception and the place that raised it.
+Our own code may give a name instead of the type. So clients cannot choose how many kinds there are.
 
 Our own such lines have a logger of their own, `log_of_clients`. Those of other code are caught at
 their loggers (uvicorn's, asyncio's and uvloop's, python-multipart's) or at handlers. Handlers get
