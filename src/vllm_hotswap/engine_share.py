@@ -1,21 +1,21 @@
-"""What accounts have in one engine at a time, so that none has it for itself.
+"""Each account's share of one engine, so that no account has the engine for itself.
 
-vLLM's scheduler takes requests in the order of arrival, from all of its clients alike. When one
-sends a thousand, another's single request waits behind them. Here requests wait before the engine,
-each account's in a queue of its own, and the engine gets no more of one account than keeps it busy:
+vLLM's scheduler takes requests of all clients in the order of arrival. When one client sends a
+thousand, another's single request waits behind them. Here requests wait before the engine, in one
+queue per account. The engine gets no more requests of one account than keep it busy:
 
-- places: one account may have its share of those that the engine runs at a time, and all together
-  leave one of `KEPT` free for whoever has none;
-- tokens: of prompts that have had no output yet, an account may have its share of what the engine
-  can take in `STEPS` steps. What waits in the engine beyond those makes nothing faster, and others
-  wait behind it.
+- places: an account may have its share of the requests that the engine runs at a time. All accounts
+  together leave one place in `KEPT` free for an account that has none;
+- tokens: an account's prompts without an output yet may have its share of the tokens that the
+  engine takes in `STEPS` steps. More of them in the engine would make nothing faster, and other
+  accounts would wait behind them.
 
-The share counts while several use the engine, and for `RECENT_S` after it: whoever is alone may
-have everything.
+The share counts while several accounts use the engine, and for `RECENT_S` after that. An account
+that is alone may have everything.
 
-An account that has nothing in the engine never waits here. When something becomes free, it goes to
-the account that has the fewest requests in the engine, and among those to whoever was served
-longest ago. It all runs on one event loop.
+An account that has nothing in the engine never waits here. A place that becomes free goes to the
+account with the fewest requests in the engine. Among several, the one that was served longest ago
+gets it. Everything runs on one event loop.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 RECENT_S = 60.0
-"""An account counts among those that use an engine for so long after its last request."""
+"""Time after its last request for which an account counts as one that uses the engine."""
 
 KEPT = 8
-"""Of so many places, one is kept."""
+"""One place in so many is kept free."""
 
 STEPS = 2
-"""Of an engine, for which one account's prompts may wait in it: while one runs, the next is made
-ready."""
+"""Engine steps for which one account's prompts may wait in the engine: while one step runs, the
+next is made ready."""
 
 
 class _Place(Enum):
     FREE = auto()
     ITS_OWN_ARE_TAKEN = auto()
-    """By the account itself."""
+    """The account has its whole share."""
     ALL_ARE_TAKEN = auto()
 
 
@@ -54,26 +54,29 @@ class _Asked:
     tokens: int
     share: float
     turn: asyncio.Future[None] | None = None
-    """Of one that waits."""
+    """Its result lets the request in; None if the request did not have to wait."""
     has_begun: bool = False
-    """Whether an output of it has come."""
+    """Whether an output of the request has come."""
 
 
 @dataclass(slots=True)
 class EngineShare:
     """The door of one engine.
 
-    The mutable state is `_inside`, the requests that the engine has, by id, with how many they are
-    (`_places`) and how many tokens of prompts without an output (`_tokens`) for each account;
-    `_waiting`, those before the door, and by id alone, `_held`; `_line`, a heap of accounts that
-    may be next, of which some are out of date: `_lined` has how each stands in it now; when each
-    account asked last (`_asked_s`), and had its last turn, as a count (`_served`).
+    The mutable state:
+
+    - `_inside`: the requests that the engine has, by id. Per account, `_places` counts them, and
+      `_tokens` the tokens of prompts without an output;
+    - `_waiting`: the requests before the door, by account and id; `_held`: the same by id alone;
+    - `_line`: a heap of accounts that may be next. Some entries are out of date: `_lined` has the
+      precedence of each account now;
+    - `_asked_s`: when each account asked last; `_served`: its last turn, as a count.
     """
 
     places: int
     """Requests that the engine runs at a time."""
     step_tokens: int
-    """Tokens of prompts that it takes in one step."""
+    """Tokens of prompts that the engine takes in one step."""
     clock: Callable[[], float]
     """Seconds, as `time.monotonic` counts them."""
     _inside: dict[str, _Asked] = field(default_factory=dict)
@@ -95,13 +98,13 @@ class EngineShare:
         """Return when the engine may have the request.
 
         Args:
-            request_id: one that is inside already only says more, and goes through.
-            account: whose it is.
-            tokens: of its prompt.
-            share: what of the engine's places one account may have, above 0 and below 1.
+            request_id: one that is inside already only has more input, and passes at once.
+            account: the account of the request.
+            tokens: tokens of its prompt.
+            share: the part of the engine's places that one account may have, above 0 and below 1.
 
         Raises:
-            asyncio.CancelledError: somebody else has called `leave` meanwhile.
+            asyncio.CancelledError: another task called `leave` for it during the wait.
         """
         if request_id in self._inside:
             return
@@ -117,11 +120,12 @@ class EngineShare:
         try:
             await asked.turn
         except asyncio.CancelledError:
+            # It may be inside by now: it got its turn, and its task was cancelled before it ran.
             self.leave(request_id)
             raise
 
     def begun(self, request_id: str) -> None:
-        """An output of it has come. Idempotent."""
+        """Note that an output of the request has come. Idempotent."""
         asked = self._inside.get(request_id)
         if asked is not None and not asked.has_begun:
             asked.has_begun = True
@@ -129,7 +133,7 @@ class EngineShare:
             self._admit(asked.account)
 
     def leave(self, request_id: str) -> None:
-        """It is over, or is given up before its turn. Idempotent."""
+        """Take out a request that has ended, or is given up before its turn. Idempotent."""
         if (asked := self._inside.pop(request_id, None)) is not None:
             _take(self._places, asked.account, 1)
             if not asked.has_begun:
@@ -160,7 +164,7 @@ class EngineShare:
             oldest = next(iter(self._asked_s))
 
     def _is_alone(self, account: str) -> bool:
-        """Whether no other account has used the engine lately. It is one that does, or waits."""
+        """Whether no other account uses the engine, waits for it, or has asked lately."""
         if len(self._places) > 1 or len(self._waiting) > 1:
             return False
         if any(one != account for one in (*self._places, *self._waiting)):
@@ -177,7 +181,7 @@ class EngineShare:
         waiting = self._tokens.get(asked.account, 0)
         if waiting and waiting + asked.tokens > share * STEPS * self.step_tokens:
             return _Place.ITS_OWN_ARE_TAKEN
-        # Who is alone has one more, which keeps the engine busy.
+        # An account that is alone has one more, which keeps the engine busy.
         most = self.places + 1 if is_alone else math.ceil(share * self.places)
         if has >= most:
             return _Place.ITS_OWN_ARE_TAKEN
@@ -193,7 +197,7 @@ class EngineShare:
         self._tokens[asked.account] += asked.tokens
 
     def _line_up(self, account: str) -> None:
-        """Have an account that waits considered, in its turn."""
+        """Enter an account that waits into the heap, with its precedence now."""
         if account not in self._waiting:
             return
         precedence = self._precedence(account)
@@ -206,7 +210,7 @@ class EngineShare:
             heapq.heapify(self._line)
 
     def _admit(self, changed: str) -> None:
-        """Let in who fits now that something of an account's has ended."""
+        """Let in the requests that fit now that something of the account `changed` has ended."""
         self._line_up(changed)
         while self._line:
             *precedence, account = self._line[0]
@@ -220,13 +224,13 @@ class EngineShare:
             request_id, asked = next(iter(queue.items()))
             place = self._place_for(asked)
             if place is _Place.ALL_ARE_TAKEN:
-                return  # so they are for whoever is behind it
+                return  # accounts behind it would find no place either
             self._pass_over(account)
             if place is _Place.ITS_OWN_ARE_TAKEN:
-                continue  # it is considered again when one of its own has ended
+                continue  # it is considered again when one of its own requests has ended
             self._take_out(request_id, asked)
             assert asked.turn is not None
-            if not asked.turn.done():  # else its task has been cancelled, and does not know yet
+            if not asked.turn.done():  # else its task was cancelled, and has not run since
                 self._let_in(request_id, asked)
                 asked.turn.set_result(None)
             self._line_up(account)

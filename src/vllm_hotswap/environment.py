@@ -1,4 +1,4 @@
-"""What this process hands on to those that it starts: caches, folders, its umask."""
+"""What this process hands on to the processes that it starts: caches, folders, its umask."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ WRITE_BY_OTHERS = 0o022
 
 
 def shut_out_writers() -> int:
-    """Have nobody else write to what this process makes, and what it starts, from now on.
+    """Keep other users from writing to what this process, and those it starts, make from now on.
 
-    Libraries make folders of compiled code with whatever the umask leaves. It only gets stricter.
+    Libraries make folders of compiled code with the rights that the umask leaves. The umask only
+    gets stricter.
 
     Returns: the umask from before.
     """
@@ -28,10 +29,10 @@ def shut_out_writers() -> int:
 
 
 def shut_out_others() -> None:
-    """Have this process, and what it starts, run no code that other users can put in its way.
+    """Keep this process, and those that it starts, from running code that other users provide.
 
-    Compiled code is kept where nobody else can write; modules are not looked for in the start
-    folder by Python processes from now on.
+    Compiled code is kept where other users cannot write. Python processes that start from now on
+    do not look for modules in the folder that they start in.
 
     Raises:
         ConfigError: a folder of compiled code belongs to another user, or others may write to it.
@@ -40,9 +41,9 @@ def shut_out_others() -> None:
 
 
 def shut_out_others_for_a_look() -> None:
-    """The same for a process that keeps no compiled code: it makes no folder.
+    """Do the same for a process that keeps no compiled code: it makes no folder.
 
-    A folder for which a server would not start is told in the log.
+    A folder that would keep a server from starting is logged.
     """
     shut_out_writers()
     try:
@@ -53,8 +54,8 @@ def shut_out_others_for_a_look() -> None:
 
 
 def use_temporary_folder(folder: Path) -> None:
-    """Have this process, and what it starts, put temporary files into a folder.
+    """Make this process, and those that it starts, put temporary files into a folder.
 
-    In the one that all users share, torch and vLLM use names that everybody can foresee.
+    In the folder that all users share, torch and vLLM use names that other users can predict.
     """
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

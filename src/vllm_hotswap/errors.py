@@ -25,22 +25,22 @@
     ├── HostRefused              403  the name of the host is not this machine's; allow it
     ├── Unauthorized             401  send a valid key
     ├── InvalidRequest           400  the body or a parameter is wrong
-    ├── UnknownRoute             404  the path takes no such request; see the list of routes
+    ├── UnknownRoute             404  there is no such route; see the list of routes
     ├── MethodNotAllowed         405  the path takes other methods; they are named
-    ├── WrongTask                404  the model has no such route; ask for one that has
-    ├── UnknownResponse          404  no model keeps a response of that id
+    ├── WrongTask                404  the model has no such route; use a model that has it
+    ├── UnknownResponse          404  no model keeps a response with that id
     ├── ResponseEnded            409  the response has no more events; ask how it ended
     ├── QueueFull                429  too many requests wait or run; retry later
     ├── RateLimited              429  the key has used up what it may do in a minute; retry later
     ├── SwitchRateLimited        429  too many switches in a short time; retry later
-    ├── BodyTooLarge             413  the body is longer than the server takes
-    ├── TooManyValues            413  the body has more values than the server takes
-    ├── CallTooLarge             413  it would be too many engine requests; send several
+    ├── BodyTooLarge             413  the body is longer than the server accepts
+    ├── TooManyValues            413  the body has more values than the server accepts
+    ├── CallTooLarge             413  the call needs too many engine requests; split it
     ├── GrammarTooLarge          413  a schema or a grammar has too much in it; simplify it
-    ├── GrammarTooCostly         413  to compile its grammar takes too much; simplify it
+    ├── GrammarTooCostly         413  compiling the grammar takes too much; simplify it
     ├── UnsupportedMediaType     415  send the body with the header that is named
     ├── BodyTimeout              408  the body did not arrive in time
-    ├── MalformedRequest         400  what arrived is no HTTP request; send one
+    ├── MalformedRequest         400  the data is not an HTTP request; check the client
     ├── ChunksTooSmall           400  a body in many small chunks; send larger ones
     ├── UpgradeWithBody          400  a body and another protocol at once; leave one of them out
     ├── HeadTooLarge             431  send fewer or shorter header fields
@@ -52,9 +52,9 @@
     ├── DrainRefused             409  requests still run; wait for them, or park or abort them
     ├── DrainCut                 503  the request was still running at the drain deadline
     ├── ParkedEnded              503  the request was parked and cannot be resumed; repeat it
-    ├── ClientStalled            503  the client took in nothing of its answer
+    ├── ClientStalled            503  the client stopped reading its response
     ├── WrongStamp               500  an output was not of the request's model and epoch
-    ├── VerifyFailed             503  the canary of a model is not that of its first load
+    ├── VerifyFailed             503  the canary of a model differs from that of its first load
     ├── NotReady                 503  nothing can be served now; the reason is named
     └── EngineUnavailable        503  the engine or its host died
 
@@ -71,7 +71,7 @@ from dataclasses import dataclass
 from vllm_hotswap.hints import did_you_mean
 
 MAX_SHOWN = 100
-"""Characters of what a client sent that a message repeats."""
+"""Characters of a client's text that a message repeats at most."""
 
 
 class HotswapError(Exception):
@@ -97,7 +97,7 @@ class HotswapError(Exception):
 
 
 class Unforeseen(HotswapError):
-    """A mistake of the server itself. Clients are told no more of it; the log has all."""
+    """A mistake of the server itself. Clients get no details; the log has them all."""
 
     def __init__(self) -> None:
         super().__init__("internal server error; see the server log")
@@ -114,12 +114,12 @@ class Mistake:
     """Something in the YAML file that cannot work."""
 
     line: int
-    """Where in the file, from 1; 0 where it is not known."""
+    """Its line in the file, from 1; 0 where that is not known."""
     message: str
 
 
 class ConfigMistakes(ConfigError):
-    """All that is wrong with one file, in the order of its lines; one line of the message each."""
+    """All mistakes of one file, in the order of its lines. The message has one line for each."""
 
     def __init__(self, mistakes: Iterable[Mistake]) -> None:
         found = dict.fromkeys(mistakes)  # one in `defaults` is found again in each model
@@ -129,7 +129,7 @@ class ConfigMistakes(ConfigError):
 
 
 def mistakes_of(error: ConfigError, line: int = 0) -> Sequence[Mistake]:
-    """What an error says; `line` is where, if it does not know itself."""
+    """Return the mistakes of an error; `line` is for an error that has no line of its own."""
     if isinstance(error, ConfigMistakes):
         return error.mistakes
     return [Mistake(line, error.message)]
@@ -176,7 +176,7 @@ class UnknownAdapter(HotswapError):
 
 
 class AdapterRefused(HotswapError):
-    """The adapter cannot be served; nothing has changed. The message has the reason."""
+    """The adapter cannot be served, and nothing has changed. The message has the reason."""
 
     status = 400
     type = "invalid_request_error"
@@ -273,7 +273,7 @@ class NoRoom(HotswapError):
 
 
 class ModelInUse(HotswapError):
-    """The operation would take memory away from a model that is to keep it."""
+    """The operation would take memory from a model that has to keep it."""
 
     status = 409
     type = "conflict_error"
@@ -284,7 +284,7 @@ class ModelInUse(HotswapError):
 
 
 class ModelLeased(HotswapError):
-    """A job holds another model, so this one cannot be switched to, or held."""
+    """A job holds another model, so this one can be neither switched to nor held."""
 
     status = 409
     type = "conflict_error"
@@ -319,7 +319,7 @@ class SwitchNotAllowed(HotswapError):
 
 
 class CrossOriginRefused(HotswapError):
-    """A web page of another origin would change something."""
+    """A web page of another origin tries to change something."""
 
     status = 403
     type = "permission_error"
@@ -387,9 +387,10 @@ class MethodNotAllowed(HotswapError):
 
 
 class WrongTask(HotswapError):
-    """The model is there, but is no model for this: an embedding model is asked to chat, perhaps.
+    """The model is configured, but not for this task: an embedding model is asked to chat, say.
 
-    `others` are the aliases that are known to serve the route; `unknown` have never been loaded.
+    `others` are the aliases of models known to serve the route. The models in `unknown` have never
+    been loaded.
     """
 
     status = 404
@@ -428,7 +429,7 @@ class UnknownResponse(HotswapError):
 
 
 class ResponseEnded(HotswapError):
-    """Ends the event stream of a response that has no more events, and does not end by itself."""
+    """Ends the event stream of a response that has no more events and would not end by itself."""
 
     status = 409
     type = "conflict_error"
@@ -454,14 +455,14 @@ class WaitTimeout(HotswapError):
 
 
 class GrammarTimeout(HotswapError):
-    """A request whose grammar has to be compiled got no first token in time."""
+    """A request whose grammar has to be compiled had no first token in time."""
 
     status = 504
     type = "timeout_error"
     code = "grammar_timeout"
 
     def __init__(self, timeout_s: float, *, is_behind: bool = False) -> None:
-        """`is_behind`: it was not looked at, as an earlier check takes more than `timeout_s`."""
+        """`is_behind`: the grammar was not checked; an earlier check takes over `timeout_s`."""
         fact = (
             "the grammar cannot be checked now: an earlier check has been running for more than "
             f"{timeout_s:g} s"
@@ -501,7 +502,7 @@ class DrainRefused(HotswapError):
 
 
 class ParkedEnded(HotswapError):
-    """A parked request cannot be resumed; `why` says what happened meanwhile."""
+    """A parked request cannot be resumed; `why` says what happened in the meantime."""
 
     status = 503
     type = "service_unavailable_error"
@@ -528,7 +529,7 @@ class ClientStalled(HotswapError):
 
 
 class SlowReader(ClientStalled):
-    """A switch would have to wait for a client, and not for its engine."""
+    """A switch would have to wait for a client, not for the engine."""
 
     def __init__(self, target: str) -> None:
         super(ClientStalled, self).__init__(
@@ -631,7 +632,7 @@ class GrammarTooLarge(HotswapError):
 
 
 class GrammarTooCostly(HotswapError):
-    """The process in which a grammar was tried was ended for what it took, or died of it."""
+    """The process that tried the grammar was stopped for what it used, or died of it."""
 
     status = 413
     type = "invalid_request_error"
@@ -642,9 +643,9 @@ class GrammarTooCostly(HotswapError):
 
 
 class UnsupportedMediaType(HotswapError):
-    """The body is not sent as the route takes it.
+    """The body is not in a form that the route accepts.
 
-    `wanted` is the `Content-Type` to send; None: the body is to come without `Content-Encoding`.
+    `wanted` is the `Content-Type` to send. None: the body must have no `Content-Encoding`.
     """
 
     status = 415
@@ -704,7 +705,7 @@ class UpgradeWithBody(HotswapError):
 
 
 class HeadTooLarge(HotswapError):
-    """`what` the request has too much of, and whose limit that is."""
+    """The request has too much of something: `what` is the limit, with its setting."""
 
     status = 431
     type = "invalid_request_error"
@@ -767,9 +768,9 @@ class EngineUnavailable(HotswapError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception on one line; its type where it has no message.
+    """Return an exception's message on one line, or its type where it has no message.
 
-    Several mistakes of a file stay on a line each.
+    Several mistakes of a file keep one line each.
     """
     if isinstance(error, ConfigMistakes):
         return error.message
@@ -777,8 +778,9 @@ def one_line(error: BaseException) -> str:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Drop where an error was raised, and those that have led to it: the frames keep what was in
-    their hands for as long as somebody has the error.
+    """Remove the tracebacks of an error and of the errors that led to it.
+
+    Their frames would keep all local variables alive for as long as the error is kept.
     """
     left, seen = [error], set()
     while left:

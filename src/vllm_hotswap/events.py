@@ -1,4 +1,4 @@
-"""Values of what happened, and the protocol of whoever wants to know.
+"""Events as values, and the protocol of their observers.
 
 The coordinator emits; logs, metrics and tests observe. Every event carries the epoch in
 which it happened.
@@ -16,15 +16,15 @@ PhaseStatus = Literal["started", "finished", "failed"]
 SwitchStatus = Literal["switched", "refused", "failed"]
 JobLeaseChange = Literal["granted", "renewed", "revoked", "expired"]
 WakeChange = Literal["begun", "done", "used", "given_up", "no_room", "failed"]
-"""`done`: nothing is left for the switch to it; the last four end it. All but `used` have given
-everything back."""
+"""`done`: the switch to the model has nothing left to wake. Each of the last four ends the wake;
+all of them except `used` have given everything back."""
 RequestResult = Literal["served", "refused", "failed", "cut", "left"]
-"""`refused` and `failed`: the answer was an error, with a status below 500 or not."""
+"""`refused`: the answer was an error with a status below 500; `failed`: with another status."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseChanged:
-    """A phase of a switch began or ended."""
+    """A phase of a switch started, finished or failed."""
 
     operation_id: str
     epoch: int
@@ -36,7 +36,7 @@ class PhaseChanged:
 
 @dataclass(frozen=True, slots=True)
 class SwitchEnded:
-    """A switch ended, either way."""
+    """A switch ended, whatever its outcome."""
 
     operation_id: str
     epoch: int
@@ -51,12 +51,12 @@ class SwitchEnded:
     automatic: bool = False
     """Whether the server decided on it."""
     residency: Residency | None = None
-    """Where the target lay before."""
+    """The target's residency before the switch."""
     drain_s: float = 0.0
     queued_s: float = 0.0
-    """For which it waited for another operation that moved models."""
+    """Time that it waited for another operation that moved models."""
     key: str = ""
-    """The fingerprint of the key of whoever has called for it; for logs alone."""
+    """The fingerprint of the key of the caller who asked for the switch; for logs alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """A request gave its lease back: answered, ended by the server, or left by its client.
+    """A request gave its lease back: answered, aborted by the server, or left by its client.
 
-    Times are of the server's clock, in seconds.
+    Times are seconds of the server's clock.
     """
 
     epoch: int
@@ -111,20 +111,20 @@ class RequestEnded:
     result: RequestResult
     arrived_s: float = 0.0
     waited_s: float = 0.0
-    """Until its turn."""
+    """From arrival to its turn."""
     prepared_s: float = 0.0
-    """Until it asked for its turn; `waited_s` has it, too."""
+    """From arrival until it asked for its turn; a part of `waited_s`."""
     service_s: float | None = None
-    """From then on; None if it has never asked for its engine."""
+    """From its turn on; None if it never had one."""
     switched: int = 0
     """Activations that it waited for."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     priority: int | None = None
     max_wait_s: float | None = None
-    """None: its model's, of which nobody took note, as requests do not take turns."""
+    """None where the request had no ticket, as in manual mode: its model's setting, not noted."""
     is_connection: bool = False
-    """Whether it was a WebSocket, which is open for long, and may ask for little."""
+    """Whether it was a WebSocket, which stays open for long and may ask for little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class RequestsParked:
 
 @dataclass(frozen=True, slots=True)
 class RequestsResumed:
-    """Parked requests go on: their model is active again."""
+    """Parked requests continue: their model is active again."""
 
     epoch: int
     model: str
@@ -147,7 +147,7 @@ class RequestsResumed:
 
 @dataclass(frozen=True, slots=True)
 class JobLeaseChanged:
-    """A model is held for a job, or is no longer."""
+    """A model is now held for a job, or is no longer held."""
 
     epoch: int
     lease: str
@@ -156,12 +156,12 @@ class JobLeaseChanged:
     change: JobLeaseChange
     expires_in_s: float
     key: str = ""
-    """The fingerprint of the key of whoever has changed it; for logs alone."""
+    """The fingerprint of the key of the caller who changed it; for logs alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionSettled:
-    """Another model has become active than before, and one had been predicted."""
+    """A different model became active, and a model had been predicted."""
 
     epoch: int
     predicted: str
@@ -171,7 +171,7 @@ class PredictionSettled:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchSettled:
-    """Files that were read ahead for an announcement or a prediction were of use, or were not."""
+    """Files read ahead for an announcement or a prediction turned out useful or useless."""
 
     epoch: int
     model: str
@@ -181,19 +181,19 @@ class PrefetchSettled:
 
 @dataclass(frozen=True, slots=True)
 class WakeChanged:
-    """A sleeping model wakes before it is asked for, in slices, or does so no more."""
+    """An early wake of a sleeping model, in slices, started, was done or ended."""
 
     epoch: int
     model: str
     change: WakeChange
     done_bytes: int
-    """What it had taken of the device."""
+    """The device memory that it had taken."""
     total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class OutputRefused:
-    """An output of another model or epoch was not delivered, and its request was ended."""
+    """An output of another model or epoch was not delivered, and its request was aborted."""
 
     epoch: int
     model: str
@@ -202,7 +202,7 @@ class OutputRefused:
 
 @dataclass(frozen=True, slots=True)
 class ClientEvicted:
-    """A client that took in nothing was let go."""
+    """A client that had stopped reading was disconnected."""
 
     epoch: int
     model: str
@@ -210,7 +210,7 @@ class ClientEvicted:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    """One engine died, and the host goes on."""
+    """One engine died, and the host continues."""
 
     epoch: int
     model: str
@@ -231,13 +231,13 @@ class HostRestarted:
 
     epoch: int
     restarts: int
-    """Of this server so far."""
+    """Restarts of the host since this server started."""
     duration_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceDegraded:
-    """No model is active, and bringing one back has failed; it is tried again."""
+    """No model is active, and bringing one back failed; it is tried again."""
 
     epoch: int
     cause: str
@@ -268,14 +268,14 @@ Event = (
 
 
 class Observer(Protocol):
-    """Somebody who is told of every event, synchronously, in order."""
+    """An object that is notified of every event, synchronously and in order."""
 
     def notify(self, event: Event) -> None:
-        """Take note of `event`. Must not block and must not raise."""
+        """Note `event`. Must not block and must not raise."""
 
 
 class Observers:
-    """Tells several observers, in the order given."""
+    """Notifies several observers, in the order given."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = list(observers)

@@ -1,8 +1,8 @@
-"""One request's exchange of messages with its client, around the application that answers it.
+"""The messages between one request's client and the application that answers it.
 
-`Waiting` listens while the request is held, `Client` is what the application hears, `Answer`
-watches what it says. Together they make sure that an answer which is cut says so, over HTTP and
-over websockets.
+`Waiting` listens to the client while the request is held. `Client` is what the application
+receives from, `Answer` what it sends to. Together they ensure that a response which is cut says
+so, over HTTP and over WebSockets.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ _AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
 """Characters of a header's value that stand for themselves."""
 
 LAST_SEND_S = 3.0
-"""Seconds that a client gets to take in how its answer was cut; then its connection is dropped."""
+"""Seconds that a client gets to read why its response was cut; then its connection is dropped."""
 
 PARKED_COMMENT = b": parked\n\n"
 COMMENT_S = 10.0
-"""How often the event stream of a request that waits or is parked says that it is still there."""
+"""Seconds between comments in the event stream of a request that waits or is parked."""
 
 
 CLIENT_LEFT = 499
-"""The status that a server notes for a client that has not waited. Source: nginx."""
+"""The status that a server notes for a client that left before its response. Source: nginx."""
 
 REFUSAL_BYTES = 8 << 10
-"""Of the body of an application's refusal that is set aside; a longer one is passed on at once."""
+"""The longest body of an application's refusal that is set aside; a longer one is sent at once."""
 
 
 class AnswerCut(Exception):
-    """An answer was cut after its first byte, and there is no way to say so in it.
+    """A response was cut after its first byte, and cannot say so itself.
 
-    It is no event stream, or its client does not read. Raised out of the application, this makes
-    the HTTP server close the connection before the answer is complete, which is the only explicit
-    error that is left to give.
+    It is not an event stream, or its client does not read. When this leaves the application, the
+    HTTP server closes the connection before the response is complete. That is the only explicit
+    error left.
     """
 
 
 class Waiting:
-    """Listens to a client while its request is held, and gives the request up when it leaves.
+    """Listens to a client while its request is held, and cancels the request if the client leaves.
 
-    A request that is admitted at once is over before its task first gives way, and so before
-    anything is begun here: no task is made for it.
+    A request that is admitted at once stops this before its task first yields to the event loop.
+    So no listening task is made for it.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -63,11 +63,14 @@ class Waiting:
         self._listening: asyncio.Task[None] | None = None
         self._begin = asyncio.get_running_loop().call_soon(self._held)
         self.heard: list[Message] = []
-        """What the client said meanwhile; the application is to hear it."""
+        """Messages that came during the wait; the application must get them."""
         self.client_left = False
 
     async def end(self) -> None:
-        """Listen no more: from now on nobody else receives, and the request is not given up."""
+        """Stop listening. From then on nothing receives here, and a leaving client cancels nothing.
+
+        It waits for the listening task: two receivers at once could each take the other's message.
+        """
         self.stop()
         if self._listening is not None:
             await asyncio.gather(self._listening, return_exceptions=True)
@@ -89,10 +92,10 @@ class Waiting:
 
 
 class Client:
-    """What an application hears of its client: what was read already, then its leaving.
+    """The application's `receive`: first what was read already, then the client's disconnect.
 
-    An application whose lease is cut hears that the client has left. vLLM listens for that and ends
-    the request in its engine; cancelling the task instead would leave the request running there.
+    An application whose lease is cut gets a disconnect. vLLM listens for that and aborts the
+    request in its engine. Cancelling the task instead would leave the request running there.
     """
 
     def __init__(
@@ -125,14 +128,17 @@ class Client:
             try:
                 return await self._listen()
             except asyncio.CancelledError:
+                # `_interrupt` cancels this task only to end the wait, so its cancellation is taken
+                # back. Any other one must go through.
                 if not self._interrupted or uncancel() > 0:
                     raise
         return {"type": self._disconnect, "code": 1013}
 
     async def _listen(self) -> Message:
-        """Wait for the client; `_interrupt` ends the wait. No task of its own: a hot path.
+        """Wait for the client; `_interrupt` ends the wait. Makes no task: this is a hot path.
 
-        Who listens next may begin before who listened last has noticed that it is to stop.
+        The next listener may start before the last one has noticed its cancellation. So a listener
+        clears `_listening` only if that is still its own task.
         """
         self._listening = task = asyncio.current_task()
         self._lease.on_cut = self._interrupt
@@ -152,7 +158,7 @@ class Client:
 
 
 def _pieces(scope: Scope, body: bytes) -> Iterator[bytes]:
-    """A form in pieces, as its parser takes it; anything else whole, as it is parsed."""
+    """Yield a form in pieces, for its parser; yield anything else whole, as it is parsed whole."""
     is_form = media_type(Headers(scope=scope)) in FORMS
     size = FORM_PIECE_BYTES if is_form else len(body)
     for start in range(0, len(body) or 1, size or 1):
@@ -160,10 +166,10 @@ def _pieces(scope: Scope, body: bytes) -> Iterator[bytes]:
 
 
 class Answer:
-    """Watches an answer go by, so that a cut can be told to the client in the right form.
+    """Relays a response and tracks its state, so that a cut can be reported in the right form.
 
-    A refusal of the application's is set aside, and told by `give_refusal` when its lease is over:
-    until then the answer may be complete without having started.
+    A refusal by the application is set aside, and sent by `give_refusal` when its lease is over.
+    Until then the response may be complete without having started.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,28 +178,28 @@ class Answer:
         self._send = send
         self.lease: Lease | None = None
         self.on_body: Callable[[bytes], None] | None = None
-        """Called once, with the first piece of the body, before it is sent."""
+        """Called once, with the first piece of the body, before that is sent."""
         self.started = False
         self.complete = False
         self._sending = 0
         self._sending_since_s = self._kept_waiting_s = 0.0
         self.sent = 0
-        """Messages that were sent: what does not grow while one is being sent has stalled."""
+        """Messages sent so far. If it does not grow while one is being sent, the client stalls."""
         self.is_event_stream = False
         self.is_ahead = False
-        """Whether it has begun, and its application has not."""
+        """Whether the response has started before its application started one."""
         self._instead: bytearray | None = None
-        """What the application says instead of the event stream that has begun."""
+        """The body that the application sends instead of the event stream that has started."""
         self._is_between_events = True
         self._refusal: list[Message] = []
-        """The application's refusal, set aside: it may have to wait, and its lease must not."""
+        """The application's refusal, set aside: it may have to wait, but its lease must not."""
         self._refusal_bytes = 0
         self._refused_with: HotswapError | None = None
-        """The server's own, in place of an answer."""
+        """The server's own refusal, in place of a response."""
         self._commenting: asyncio.Task[None] | None = None
 
     def follow(self, lease: Lease) -> None:
-        """Answer for this lease from now on."""
+        """Follow this lease from now on."""
         self.lease = lease
         lease.kept_waiting_s = self.kept_waiting_s
         lease.on_park = self._parked
@@ -201,7 +207,7 @@ class Answer:
         lease.on_admit = self._admitted
 
     async def begin_event_stream(self) -> None:
-        """Begin the answer before its application does.
+        """Start the response before its application does.
 
         If the application answers with something else, an error, that becomes the last event.
         """
@@ -215,7 +221,7 @@ class Answer:
         self.is_ahead = True
 
     async def send(self, message: Message) -> None:
-        """What the application says."""
+        """Relay a message of the application: this is its `send`."""
         if not await self._may_say(message):
             return
         if self._refusal or self._is_refusal(message):
@@ -227,21 +233,22 @@ class Answer:
             await self._tell(rest)
 
     async def _may_say(self, message: Message) -> bool:
-        """Wait until the answer may go on; False if it has been cut."""
+        """Wait until the response may continue; return False if it has been cut."""
         if self.sent % PER_TURN == PER_TURN - 1:
-            await give_back()  # a large call may have many events ready, in one task
+            await give_back()  # a large request may have many events ready, in one task
         if self.lease is not None:
             if self.lease.gate is not None:
                 await asyncio.wait([self.lease.gate])
+            # Checked after the gate: a cut opens the gate, too.
             if self.lease.cut is not None:
-                return False  # what an application says after it was cut is not the answer
+                return False  # what an application sends after a cut is not the response
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 self.lease.status = message["status"]
         self._speak()
         return True
 
     def _note(self, start: Message) -> None:
-        """Note for the client whether it is served, or refused within a stream that has begun."""
+        """Note whether the client is served, or refused within a stream that has started."""
         if start["type"] == "websocket.accept":
             let_in(self._scope)
         elif start["type"] == "http.response.start" and not self._has_left:
@@ -255,7 +262,7 @@ class Answer:
         return self.lease is not None and self.lease.client_left
 
     def _is_refusal(self, message: Message) -> bool:
-        """Whether it begins an answer that tells of a mistake of the client's."""
+        """Whether it starts a response that reports a mistake of the client."""
         if message["type"] != "http.response.start" or self.is_ahead or self.lease is None:
             return False
         return 400 <= message["status"] < CLIENT_LEFT and not self._has_left
@@ -276,9 +283,9 @@ class Answer:
             await self._tell(message)
 
     async def give_refusal(self) -> None:
-        """Tell what the request is refused with, if it is, when it is the client's turn.
+        """Send the refusal, if there is one, after the wait that refused requests have.
 
-        To be called once the lease has ended.
+        Call it once the lease has ended.
         """
         if self._refused_with is not None:
             error, self._refused_with = self._refused_with, None
@@ -306,7 +313,7 @@ class Answer:
             self.lease.is_answered = True
 
     def _go_on_with(self, message: Message) -> Message | None:
-        """What is left to be sent of it, after the answer has begun without the application."""
+        """Return what is left to send of a message, where the response started ahead of it."""
         if message["type"] == "http.response.start":
             if _content_type(message).startswith(b"text/event-stream"):
                 self.is_ahead = False
@@ -320,7 +327,7 @@ class Answer:
         return {"type": "http.response.body", "body": openai.answer_event(bytes(self._instead))}
 
     def _speak(self) -> None:
-        """No comment is needed while the application speaks, unless it is parked."""
+        """Stop comments while the application sends, unless its request is frozen."""
         if self.lease is None or not self.lease.is_frozen:
             self.close()
 
@@ -338,18 +345,18 @@ class Answer:
                 self._kept_waiting_s += now_s() - self._sending_since_s
 
     def kept_waiting_s(self) -> float:
-        """Seconds, so far, in which the client was to take something in, and had not yet."""
+        """Return for how many seconds, so far, something has waited for the client to read it."""
         if not self._sending:
             return self._kept_waiting_s
         return self._kept_waiting_s + asyncio.get_running_loop().time() - self._sending_since_s
 
     @property
     def is_sending(self) -> bool:
-        """Whether the application or a comment waits for the client to take something in."""
+        """Whether the application or a comment waits for the client to read."""
         return self._sending > 0
 
     def _with_headers(self, start: Message) -> Message:
-        """What became of the request so far, for whoever wants to know."""
+        """Return the start with headers that tell what became of the request so far."""
         if self.lease is None:
             return start
         return {**start, "headers": [*start.get("headers", ()), *_headers(self.lease)]}
@@ -362,7 +369,7 @@ class Answer:
         self._begin_to_comment(f": waiting for {self.lease.alias}\n\n".encode())
 
     def _admitted(self) -> None:
-        """If it had to wait, its headers have been sent before there was anything to tell."""
+        """Report its turn in a comment, if it had to wait: its headers were sent before that."""
         if self._commenting is not None and self.lease is not None:
             told = " ".join(f"{name}={value}" for name, value in _turn(self.lease).items())
             self._begin_to_comment(f": served {told}\n\n".encode(), is_last=True)
@@ -372,7 +379,7 @@ class Answer:
         self._commenting = asyncio.create_task(self._comment(comment, is_last))
 
     async def _comment(self, comment: bytes, is_last: bool) -> None:
-        """Keep an event stream open while its request is frozen: proxies and clients time out."""
+        """Comment in the event stream of a frozen request, as proxies and clients time out."""
         message = {"type": "http.response.body", "body": comment, "more_body": True}
         while self.lease is not None and (is_last or self.lease.is_frozen):
             can_comment = self.started and self.is_event_stream and self._is_between_events
@@ -383,7 +390,7 @@ class Answer:
             await asyncio.sleep(COMMENT_S)
 
     def close(self) -> None:
-        """Comment no more."""
+        """Stop comments."""
         if self._commenting is not None:
             self._commenting.cancel()
             self._commenting = None
@@ -398,15 +405,15 @@ class Answer:
 
     @property
     def can_tell(self) -> bool:
-        """Whether there is still a place in the answer where an error can be told."""
+        """Whether the response can still report an error."""
         can_go_on = self.is_event_stream or self._scope["type"] == "websocket"
         return not self.complete and (can_go_on or not self.started)
 
     async def cut(self, cause: HotswapError) -> None:
-        """End the answer with an explicit error, whatever of it has been sent.
+        """End the response with an explicit error, however much of it has been sent.
 
         A client that does not read must not keep its lease, for which a drain waits. Where nothing
-        has been sent, a refusal is told by `give_refusal`.
+        has been sent, `give_refusal` sends a refusal.
         """
         self.close()
         self._refusal.clear()
@@ -431,13 +438,13 @@ class Answer:
             raise AnswerCut(cause.message)
 
     async def refuse(self, error: HotswapError) -> None:
-        """The whole answer."""
+        """Send an error as the whole response."""
         self._refusal.clear()
         await openai.refuse(error, self._scope, self._receive, self._send)
 
 
 def _turn(lease: Lease) -> dict[str, str]:
-    """How the request came to have its turn."""
+    """Return how the request got its turn."""
     return {
         "waited": f"{lease.waited_s:.3f}",
         "switched": str(lease.switched),
@@ -454,9 +461,9 @@ def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
 
 
 def in_header(text: str) -> bytes:
-    """A text as the value of a header: what is no visible ASCII is percent-encoded, as in a URL.
+    """Return a text as a header's value: all but visible ASCII is percent-encoded, as in a URL.
 
-    So are percent signs and spaces, so that `urllib.parse.unquote` gives the text back.
+    Percent signs and spaces are encoded, too, so that `urllib.parse.unquote` gives the text back.
     Source: RFC 9110, section 5.5 (what a value may be); RFC 3986, section 2.1 (percent-encoding).
     """
     return quote(text, safe=_AS_IT_IS).encode()
@@ -470,7 +477,7 @@ def _content_type(start: Message) -> bytes:
 
 
 def uncancel() -> int:
-    """Take back one cancellation of the current task; how many are left."""
+    """Take back one cancellation of the current task; return how many are left."""
     task = asyncio.current_task()
     assert task is not None
     return task.uncancel()

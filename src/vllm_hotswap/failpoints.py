@@ -1,10 +1,10 @@
 """Failpoints: named places in the code at which a test makes this server fail, wait or die.
 
-They do nothing, and cost one comparison, unless the process's `main` calls `enable`. What may be
-asked of them is told in `docs/reliability.md`.
+They do nothing, and cost one comparison, unless the process's `main` calls `enable`. Their rules
+are described in `docs/reliability.md`.
 
-The mutable state is `_armed`, set once per process, and in it the rules, which are read again when
-the file changes that they come from.
+The mutable state is `_armed`, set once per process. It has the rules, which are read again when
+their file changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PLACES = (
     "host.unload",
     "host.step",
 )
-"""Every failpoint. Those of `host` are in the engine host, the others in the API process."""
+"""Every failpoint. The `host` ones are in the engine host, the others in the API process."""
 
 ACTIONS = ("raise", "sleep", "hang", "kill", "segv", "stop", "exit")
 
@@ -63,7 +63,7 @@ FOREVER_S = 1e6
 
 
 class InjectedFault(RuntimeError):
-    """What `raise` raises: nothing that the code expects, as a library's exception would be."""
+    """Raised by the action `raise`: unexpected in our code, like an exception of a library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,10 @@ class Rule:
 
 
 def enable(specification: str) -> None:
-    """Arm the failpoints of this process with rules, or with `@PATH`, a file that has them.
+    """Arm the failpoints of this process with rules, or with `@PATH`, a file that contains rules.
 
     Raises:
-        ConfigError: it cannot be understood; the message names the part.
+        ConfigError: the specification cannot be understood; the message names the part.
     """
     global _armed  # noqa: PLW0603  # one specification per process
     is_file = specification.startswith("@")
@@ -99,18 +99,18 @@ def enable(specification: str) -> None:
 
 
 def disable() -> None:
-    """Disarm them all."""
+    """Disarm all failpoints."""
     global _armed  # noqa: PLW0603
     _armed = None
 
 
 def enabled() -> str | None:
-    """What they were armed with; None if they are not."""
+    """Return the specification that they were armed with; None if they are not armed."""
     return None if _armed is None else _armed.specification
 
 
 def failpoint(place: str, alias: str | None = None) -> None:
-    """Be a place at which plain code can be made to fail. `hang` and `sleep` block the thread."""
+    """Mark a failpoint in synchronous code. `hang` and `sleep` block the thread."""
     if _armed is None or (rule := _armed.take(place, alias)) is None:
         return
     match rule.action:
@@ -124,7 +124,7 @@ def failpoint(place: str, alias: str | None = None) -> None:
 
 
 async def async_failpoint(place: str, alias: str | None = None) -> None:
-    """Be such a place in a coroutine. `hang` and `sleep` hold up this task alone."""
+    """Mark a failpoint in a coroutine. `hang` and `sleep` hold up this task alone."""
     if _armed is None or (rule := _armed.take(place, alias)) is None:
         return
     match rule.action:
@@ -157,7 +157,7 @@ def _exit(status: int) -> NoReturn:
 
 
 class Rules:
-    """Rules that stay as they are. How often each has been followed is counted per process."""
+    """Rules that do not change. Each process counts how often each has been followed."""
 
     def __init__(self, specification: str) -> None:
         self.specification = specification
@@ -168,11 +168,11 @@ class Rules:
         return f"<{type(self).__name__} {self.specification!r}>"
 
     def check(self) -> None:
-        """Read them. Raises `ConfigError` if they cannot be understood."""
+        """Read the rules. Raises `ConfigError` if they cannot be understood."""
         self._rules = list(parse(self.specification))
 
     def take(self, place: str, alias: str | None) -> Rule | None:
-        """The first rule for this place that is left, counted as followed."""
+        """Return the first rule for this place that is not used up, and count it as followed."""
         for rule in self._rules:
             if rule.covers(place, alias) and self._is_left(rule):
                 log.warning("event=failpoint model=%s rule=%r", value_text(alias), rule.text)
@@ -193,8 +193,8 @@ class Rules:
 class FileRules(Rules):
     """Rules of a file, which is read again when it is replaced.
 
-    What was followed is a line in `PATH.hits`: so a limit holds for all processes that read the
-    file, a restarted host among them, and a test can see that a place was reached.
+    Each rule followed is a line in `PATH.hits`. So a limit holds for all processes that read the
+    file, a restarted host among them. A test can also see that a place was reached.
     """
 
     def __init__(self, path: Path) -> None:
@@ -225,7 +225,7 @@ class FileRules(Rules):
             return True
 
     def _read_again(self) -> None:
-        """A server that runs goes on without failpoints where the file cannot be understood."""
+        """Read the file again. If it cannot be understood, continue without failpoints."""
         self._rules = []
         try:
             self.check()
@@ -247,10 +247,10 @@ class FileRules(Rules):
 
 
 def parse(text: str) -> Iterator[Rule]:
-    """The rules of a specification, which are separated by `;` or stand on lines of their own.
+    """Yield the rules of a specification, which are separated by `;` or by line ends.
 
     Raises:
-        ConfigError: one of them cannot be understood; the message names it.
+        ConfigError: a rule cannot be understood; the message names it.
     """
     for part in re.split(r"[;\n]", text):
         if part.strip():

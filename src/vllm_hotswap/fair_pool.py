@@ -1,13 +1,13 @@
-"""Threads that callers share: whoever has had least of them is next, however much others ask for.
+"""Threads that callers share: the caller that has had the least is next, however much others ask.
 
 A thread pool of the standard library works in the order of arrival, so one caller's hundred jobs
 are done before another's first. Here each caller has a queue of its own. A free thread takes a job
-of the caller who has the fewest jobs under way, and among those of whoever was last served longest
-ago. So a caller without a job under way waits until one job ends, and for no more than that.
+of the caller with the fewest jobs under way. Among several, the one that was served longest ago is
+next. So a caller without a job under way waits until one job ends, and no longer.
 
-A job cannot be stopped from here. One that takes longer than `LONG_S` is made up for by a spare
-thread, where there are any; its caller's other jobs are refused until it ends. The threads are
-daemons: no job keeps the process from ending.
+A job cannot be stopped from here. A spare thread, where there is one, makes up for a job that takes
+longer than `LONG_S`. Its caller's other jobs are refused until it ends. The threads are daemons: no
+job keeps the process from ending.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LONG_S = 10.0
 
 
 class Overdue(Exception):
-    """A job was not done, as an earlier one goes on for too long.
+    """A job was not done, because an earlier one is taking too long.
 
-    It is the caller's own, or there are so many that no thread is left.
+    That one is the caller's own, or so many are overdue that no thread is left.
     """
 
     def __init__(self, after_s: float) -> None:
@@ -53,10 +53,12 @@ class Job:
 class FairPool:
     """A few threads, shared between callers by name.
 
-    The mutable state is `_queues`, what each caller has asked for and has not begun; `_running`,
-    the jobs that have; `_served`, when each caller had its last turn, as a count; `_threads`, those
-    that have been started, of which `_idle` have nothing to do; and whether it `_is_shut`. `_lock`
-    guards it: callers and threads are many.
+    The mutable state, which `_lock` guards from many callers and threads:
+
+    - `_queues`: each caller's jobs that have not started; `_running`: the jobs that have;
+    - `_served`: each caller's last turn, as a count;
+    - `_threads`: those that were started, of which `_idle` have nothing to do;
+    - `_is_shut`: whether the pool was shut down.
     """
 
     def __init__(
@@ -68,16 +70,16 @@ class FairPool:
         long_s: float = LONG_S,
         is_last: bool = False,
     ) -> None:
-        """A pool that starts its threads when there is something to do.
+        """Make a pool that starts its threads when there is something to do.
 
         Args:
             threads: how many jobs run at a time.
-            name: of the threads.
-            spare: how many more threads there may be, one for each job that is overdue; 0: none
-                ever is.
+            name: the name of the threads.
+            spare: how many more threads there may be, one for each overdue job; 0: no job ever
+                counts as overdue.
             clock: seconds, as `time.monotonic` counts them.
             long_s: a job that takes longer is overdue.
-            is_last: the threads, and those that they start, have the lowest priority.
+            is_last: whether the threads, and those that they start, have the lowest priority.
         """
         self._long_s, self._is_last = long_s, is_last
         self._most, self._spare = threads, spare
@@ -99,11 +101,11 @@ class FairPool:
         return f"<FairPool running={running} waiting={waiting}>"
 
     def submit_for(self, caller: str, work: Callable[..., T], *args: Any) -> Future[T]:
-        """Have a thread do some work for a caller, in its turn.
+        """Submit work for a caller; a thread does it when it is the caller's turn.
 
         Raises:
             RuntimeError: the pool has been shut down.
-            Overdue: a job of the caller is, or so many are that no thread is left.
+            Overdue: a job of the caller is overdue, or so many are that no thread is left.
         """
         job = Job(caller, lambda: work(*args))
         with self._lock:
@@ -117,9 +119,9 @@ class FairPool:
         return job.future
 
     def look(self) -> None:
-        """Make up for jobs that are overdue by now, and refuse what would wait for one.
+        """Make up for jobs that are overdue by now, and refuse jobs that would wait for them.
 
-        Whoever waits for a job has to call it now and then: the pool has no thread for that.
+        A caller that waits for a job must call this now and then: the pool has no thread for it.
         """
         with self._lock:
             overdue = self._overdue()
@@ -133,11 +135,11 @@ class FairPool:
                 job.future.set_exception(Overdue(self._long_s))
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
-        """Begin nothing new; what `cancel_futures` leaves in its queues is done first.
+        """Accept no new jobs. Jobs that wait are still done, unless `cancel_futures` is set.
 
         Args:
             wait: return when all threads have ended.
-            cancel_futures: cancel what has not begun.
+            cancel_futures: cancel the jobs that have not started.
         """
         with self._lock:
             self._is_shut = True
@@ -164,10 +166,11 @@ class FairPool:
         return len(overdue) >= self._most + self._spare
 
     def _relieve(self, overdue: list[Job]) -> None:
-        """Have a thread for what waits, if there may be one more."""
+        """Wake or start a thread for jobs that wait, if there may be one more."""
         if not self._queues:
             return
         if self._idle:
+            # Counted here, not by the thread: a second job must not count on the same thread.
             self._idle -= 1
             self._lock.notify()
         elif len(self._threads) < self._most + min(len(overdue), self._spare):
@@ -176,15 +179,16 @@ class FairPool:
             thread.start()
 
     def _work(self) -> None:
-        """What each thread does: one job after the other, until there are too many threads."""
+        """Do one job after the other, until this thread has to end. Each thread runs this."""
         if self._is_last:
             _be_last()
         while (job := self._next()) is not None:
             result, error = None, None
             try:
                 result = job.work()
-            except BaseException as raised:  # noqa: BLE001  # handed on to whoever waits
+            except BaseException as raised:  # noqa: BLE001  # handed on to the caller that waits
                 error = raised
+            # Before the result is set: with it, the caller may submit its next job at once.
             with self._lock:
                 self._running.discard(job)
                 self._forget(job.caller)
@@ -195,7 +199,7 @@ class FairPool:
             del job, result, error  # the thread may wait for long now
 
     def _next(self) -> Job | None:
-        """Wait for a job, which is running then; None where this thread is to end."""
+        """Wait for a job and return it as running; return None if this thread has to end."""
         with self._lock:
             while True:
                 if len(self._threads) > self._most + len(self._overdue()):
@@ -210,7 +214,7 @@ class FairPool:
             return None
 
     def _take(self) -> Job | None:
-        """The next job, which is running now; None if all that there are have been cancelled."""
+        """Return the next job, now running; None if there is none that was not cancelled."""
         counts = self._counts()
         while self._queues:
             caller = min(self._queues, key=lambda one: (counts[one], self._served.get(one, 0)))
@@ -230,12 +234,12 @@ class FairPool:
         return Counter(job.caller for job in self._running)
 
     def _forget(self, caller: str) -> None:
-        """Keep nothing of a caller who asks for nothing."""
+        """Forget a caller that has no jobs."""
         if caller not in self._queues and caller not in self._counts():
             self._served.pop(caller, None)
 
 
 def _be_last() -> None:
-    """Give this thread the lowest priority, on Linux, where it is each thread's own."""
+    """Give this thread the lowest priority, on Linux, where each thread has its own."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

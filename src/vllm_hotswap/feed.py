@@ -1,7 +1,7 @@
-"""The event stream: everything that the coordinator tells of, for clients that watch.
+"""The event stream: all events of the coordinator, for clients that watch.
 
 Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html), one per
-event, in order. A client that does not read fast enough is let go rather than remembered for ever.
+event, in order. The stream of a client that reads too slowly is ended, not buffered for ever.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from vllm_hotswap.disclosure import told_if_any
 from vllm_hotswap.events import Event
 
 MAX_BEHIND = 10_000
-"""Events that a client may be behind; then its stream ends."""
+"""Events that a client may lag behind; then its stream ends."""
 KEEP_ALIVE_S = 15.0
 
 
 class EventFeed:
-    """An observer that passes events on to whoever has subscribed.
+    """An observer that passes events on to its subscribers.
 
     The mutable state is `_queues`, one for each subscriber (None in a queue ends its stream), and
     `_is_closed`.
@@ -48,18 +48,18 @@ class EventFeed:
                 queue.put_nowait(message)
 
     def close(self) -> None:
-        """End every stream; one that begins later ends after the snapshot."""
+        """End every stream. A stream that starts later ends after the snapshot."""
         self._is_closed = True
         for queue in self._queues:
             queue.put_nowait(None)
         self._queues.clear()
 
     async def stream(self) -> AsyncIterator[str]:
-        """The state now, as the event `snapshot`, and then every event."""
+        """Yield the state now, as the event `snapshot`, and then every event."""
         queue: asyncio.Queue[str | None] = asyncio.Queue()
         if self._is_closed:
             queue.put_nowait(None)
-        self._queues.add(queue)
+        self._queues.add(queue)  # before the snapshot is sent: no event in between is missed
         try:
             yield as_message("snapshot", self._snapshot())
             while (message := await _next(queue)) is not None:
@@ -69,7 +69,7 @@ class EventFeed:
 
 
 async def _next(queue: asyncio.Queue[str | None]) -> str | None:
-    """The next message, or a comment when there was none for a while."""
+    """Return the next message, or a comment if there was none for a while."""
     try:
         async with asyncio.timeout(KEEP_ALIVE_S):
             return await queue.get()
@@ -78,12 +78,12 @@ async def _next(queue: asyncio.Queue[str | None]) -> str | None:
 
 
 def event_name(event: Event) -> str:
-    """`SwitchEnded` is `switch_ended`."""
+    """Return an event's name: `switch_ended` for `SwitchEnded`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
 
 
 def event_fields(event: Event) -> dict[str, Any]:
-    """The event's fields; times are seconds. Whose key it was is told to admins alone."""
+    """Return the event's fields, with times in seconds, and without its key: that is for admins."""
     names = [field.name for field in dataclasses.fields(event) if field.name != "key"]
     values = {name: getattr(event, name) for name in names}
     return values | {"cause": told_if_any(values["cause"])} if "cause" in values else values

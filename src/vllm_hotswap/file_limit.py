@@ -8,7 +8,7 @@ WANTED_FILES = 65_535
 
 
 def raised_file_limit() -> int:
-    """How many files this process may open, once the soft limit is raised as far as it may be.
+    """Raise the soft limit of open files as far as it may be; return how many there may be.
 
     vLLM does so for its server. Processes that are started later have the limit, too. Idempotent.
     """

@@ -1,6 +1,6 @@
-"""The head of a connection's first request, of what has been looked at and not read.
+"""The head of a connection's first request, from bytes that were peeked at and not read.
 
-The parser is the one that reads it later, so that both see the same.
+The parser is the one that parses the request later, so both see the same.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from starlette.types import Scope
 
 
 class Malformed(Exception):
-    """It is no head, and will be none."""
+    """The bytes are not a request's head, and cannot become one."""
 
 
 class _Whole(Exception):
-    """The end of the head: nothing behind it is parsed."""
+    """Raised at the end of the head: nothing behind it is parsed."""
 
 
 class _Seen:
-    """What the parser tells of it."""
+    """What the parser reports of a head."""
 
     def __init__(self) -> None:
         self.url = b""
@@ -39,10 +39,10 @@ class _Seen:
 
 
 def first_head(said: bytes) -> Scope | None:
-    """The `type`, `method`, `path`, `root_path` and `headers` of a scope; None: it is not whole.
+    """Return `type`, `method`, `path`, `root_path`, `headers` of a scope; None: it is not whole.
 
     Raises:
-        Malformed: the parser would refuse it.
+        Malformed: the parser would refuse the head.
     """
     seen = _Seen()
     parser = httptools.HttpRequestParser(seen)

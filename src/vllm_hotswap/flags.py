@@ -1,8 +1,8 @@
 """From a model's YAML keys to vLLM's flags, through vLLM's own parser.
 
-The keys become flags and are parsed apart from those of the command line, whose values they then
-replace. So names, types and defaults are vLLM's, and the precedence is: the model's YAML, then the
-command line, then vLLM's default.
+The keys become flags. They are parsed apart from the flags of the command line, whose values they
+then replace. So names, types and defaults are vLLM's, and the precedence is: the model's YAML, then
+the command line, then vLLM's default.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _OURS = frozenset(["help", "model", "model_tag", "served_model_name"])
 
 
 def parse_server_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) -> argparse.Namespace:
-    """vLLM's namespace for the command line alone. Raises `ConfigError`."""
+    """Return vLLM's namespace for the command line alone. Raises `ConfigError`."""
     server = parser.parse_args(list(flags))
     if server.model_tag is not None:
         raise ConfigError(
@@ -90,7 +90,7 @@ def parse_server_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) ->
 def model_namespace(
     parser: argparse.ArgumentParser, flags: Sequence[str], model: ModelConfig, path: Path
 ) -> argparse.Namespace:
-    """vLLM's namespace for one model.
+    """Return vLLM's namespace for one model.
 
     Raises:
         ConfigError: names the model; or a `ConfigMistakes` with every key that cannot work.
@@ -98,12 +98,13 @@ def model_namespace(
     words = model_words(parser, model, path)
     extra = [word for given in words.values() for word in given]
     try:
-        # A rank that nobody sets stays None: it is to follow from the adapters.
+        # A rank that is not set stays None: it will follow from the adapters.
         unset = argparse.Namespace(max_lora_rank=None)
         args = parser.parse_args([*flags, "--model", model.model], unset)
         _replace(args, parser.parse_args(extra), [action.dest for action in words])
-        # Defaults of vLLM's parser are objects that it writes to while it makes a configuration,
-        # the reasoning parser for one: without a copy, the last model's would be every model's.
+        # Some defaults of vLLM's parser are objects that vLLM writes to while it makes a
+        # configuration, as with the reasoning parser. Without a copy, every model would get the
+        # last model's.
         args = copy.deepcopy(args)
         args.served_model_name = list(model.names)
         _refuse_unsupported(args)
@@ -119,7 +120,7 @@ def model_namespace(
 def setting_mistakes(
     parser: argparse.ArgumentParser, models: Iterable[ModelConfig], path: Path
 ) -> list[Mistake]:
-    """What vLLM's parser has against the settings of these models, whatever else is wrong."""
+    """Return what vLLM's parser refuses in the settings of these models, whatever else is wrong."""
     found: list[Mistake] = []
     for model in models:
         try:
@@ -132,13 +133,13 @@ def setting_mistakes(
 def load_with_flags(
     path: Path, overrides: Iterable[Override], allowed: frozenset[str], is_fake: bool = False
 ) -> ServerConfig:
-    """As `config.load_config`; where that finds mistakes, with those in vLLM's settings.
+    """Load as `config.load_config` does; if that finds mistakes, add those in vLLM's settings.
 
     Args:
-        is_fake: for fake engines: no vLLM is asked, and no checkpoint needs to be there.
+        is_fake: for fake engines: vLLM is not asked, and no checkpoint needs to exist.
 
     Raises:
-        ConfigError: as `config.load_config`.
+        ConfigError: as `config.load_config` does.
     """
     read = read_config(path, overrides, allowed, needs_files=not is_fake)
     config = read.config
@@ -157,7 +158,7 @@ def load_with_flags(
 def model_words(
     parser: argparse.ArgumentParser, model: ModelConfig, path: Path
 ) -> dict[argparse.Action, list[str]]:
-    """The words of the command line that say the same as a model's settings, by flag.
+    """Return a model's settings as the words of a command line, by flag.
 
     Raises:
         ConfigMistakes: names every key that vLLM does not have, and every value that it refuses.
@@ -181,7 +182,7 @@ def _key_words(
     key: str,
     path: Path,
 ) -> list[str]:
-    """The words for one key, which vLLM's parser takes."""
+    """Return the words for one key, once vLLM's parser has accepted them."""
     place = model.at(path, key)
     value = _resolved(action, model.settings[key], path, place)
     words = list(_flag(action, value, lambda *inner: model.at(path, key, *inner)))
@@ -193,7 +194,7 @@ def _key_words(
 
 
 def _replace(args: argparse.Namespace, own: argparse.Namespace, names: Iterable[str]) -> None:
-    """Give `args` the values that `own` has under these names; vLLM's defaults among them."""
+    """Give `args` the values that `own` has under these names, vLLM's defaults included."""
     for name in names:
         if hasattr(own, name):
             setattr(args, name, getattr(own, name))
@@ -204,7 +205,7 @@ def _replace(args: argparse.Namespace, own: argparse.Namespace, names: Iterable[
 def _by_action(
     parser: argparse.ArgumentParser, model: ModelConfig, path: Path, found: list[Mistake]
 ) -> dict[str, argparse.Action]:
-    """The flag that each of the model's keys sets. What is wrong with keys is added to `found`."""
+    """Return the flag that each of the model's keys sets; add mistakes in the keys to `found`."""
     actions = model_flags(parser)
     keys: dict[argparse.Action, str] = {}
     for key in model.settings:
@@ -221,9 +222,9 @@ def _by_action(
 
 
 def model_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """vLLM's flags that may be keys of a model, by every long name of theirs.
+    """Return vLLM's flags that may be keys of a model, by each of their long names.
 
-    With underscores, and without the form that turns a switch off.
+    The names have underscores. The form that turns a switch off is left out.
     """
     names = {
         name.removeprefix("--").replace("-", "_"): action
@@ -249,14 +250,14 @@ def _find_action(key: str, actions: Mapping[str, argparse.Action], place: Place)
 
 
 def _resolved(action: argparse.Action, value: Any, path: Path, place: Place) -> Any:
-    """The value, a path in it made absolute if it is written as one relative to the YAML file."""
+    """Return the value; a path in it that is written relative to the YAML file becomes absolute."""
     if action.dest == "chat_template" and value is not None:
         return _resolve_template(str(value), path, place)
     return _absolute(value, path, place)
 
 
 def _absolute(value: Any, path: Path, place: Place) -> Any:
-    """The value with texts in it that begin with `./` or `../` as absolute paths."""
+    """Return the value; texts in it that begin with `./` or `../` become absolute paths."""
     if isinstance(value, list):
         return [_absolute(item, path, place) for item in value]
     if isinstance(value, dict):
@@ -267,7 +268,7 @@ def _absolute(value: Any, path: Path, place: Place) -> Any:
 
 
 def _resolve_template(template: str, path: Path, place: Place) -> str:
-    """A template file next to the YAML file as an absolute path; anything else as it is."""
+    """Return a template file beside the YAML file as an absolute path; anything else unchanged."""
     if "\n" in template or "{" in template:
         return template
     file = beside(path, template, place)
@@ -275,7 +276,7 @@ def _resolve_template(template: str, path: Path, place: Place) -> str:
 
 
 def _flag(action: argparse.Action, value: Any, place: Callable[..., Place]) -> Iterator[str]:
-    """The command line's form of one YAML value; nothing for null, which is vLLM's default."""
+    """Yield the command line's form of one YAML value; nothing for null, vLLM's default."""
     name = action.option_strings[0] if len(action.option_strings) == 1 else _longest(action)
     if value is None or (value == [] and action.nargs == "+"):
         return
@@ -293,7 +294,7 @@ def _flag(action: argparse.Action, value: Any, place: Callable[..., Place]) -> I
 
 
 def _takes_text(action: argparse.Action, text: str) -> bool:
-    """Whether a flag takes a text as one, rather than to make a number of it."""
+    """Whether a flag keeps a text as a text, instead of making a number of it."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return False
     try:
@@ -303,7 +304,7 @@ def _takes_text(action: argparse.Action, text: str) -> bool:
 
 
 def _plain_switch(action: argparse.Action, value: Surprising, place: Callable[..., Place]) -> bool:
-    """`yes`, `no`, `on` and `off` where a flag is a switch. Anything else is refused."""
+    """Return `yes`, `no`, `on` or `off` as a bool if a flag is a switch; refuse anything else."""
     is_switch = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
     if not is_switch or not isinstance(value.value, bool):
         refuse_surprises(value, place)
@@ -328,7 +329,7 @@ def _longest(action: argparse.Action) -> str:
 
 
 def _word(action: argparse.Action, value: Any, place: Callable[..., Place], n: int) -> str:
-    """One of several values of a flag, which must not be taken for another flag."""
+    """Return one of several values of a flag; refuse one that would be taken for a flag."""
     text = _text(action, value, place, n)
     if text.startswith("-"):
         raise ConfigError(
@@ -340,7 +341,7 @@ def _word(action: argparse.Action, value: Any, place: Callable[..., Place], n: i
 def _text(
     action: argparse.Action, value: Any, place: Callable[..., Place], *inner: str | int
 ) -> str:
-    """A value in one word: a number as it was written, if the flag takes a text."""
+    """Return a value as one word: a number as it was written, if the flag takes a text."""
     if isinstance(value, Surprising) and _takes_text(action, value.text):
         return value.text
     refuse_surprises(value, lambda *further: place(*inner, *further))

@@ -1,8 +1,8 @@
-"""What is done for the model that is next, announced or predicted, before it is asked for.
+"""Work done ahead for the next model, announced or predicted, before a request asks for it.
 
-The files of a cold one are read. One that sleeps wakes in slices, where its device can do that.
-Nothing is given up for it: it takes memory that the budget has to spare, is done for one
-prediction at a time, and stops when a switch goes elsewhere. What it was good for is counted.
+The files of a cold model are read. A sleeping model wakes in slices, where its device can do that.
+Nothing is given up for this: it uses memory that the budget has to spare. It is done for one
+prediction at a time, and stops when a switch goes elsewhere. How useful it was is counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_hotswap.registry import Model, Prefetch, Registry, Waking
 from vllm_hotswap.states import Residency
 
 Begun = Literal["begun", "under_way", "done", "not_needed", "no_room"]
-"""What became of a wish to read a model's files, or to wake it."""
+"""The outcome of starting to read a model's files, or to wake it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +29,24 @@ class Announcement:
     model: Model
     prefetch: Begun
     limit_bytes: int
-    """What is read at most."""
+    """Bytes that are read at most."""
     wake: Begun
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is done for a model because it may be next."""
+    """The work under way for a model that may be next."""
 
     model: Model
     prefetch: Prefetch | None
-    """Of its files. None: they need not be read, or there is no room."""
+    """The reading of its files. None: they need not be read, or there is no room."""
     waking: Waking | None = None
-    """None: it does not sleep, cannot wake in slices, or there is no room."""
+    """Its wake. None: it does not sleep, cannot wake in slices, or there is no room."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What predictions and announcements were good for so far."""
+    """How useful predictions and announcements have been so far."""
 
     hits: int = 0
     misses: int = 0
@@ -85,11 +85,11 @@ class Foresight:
 
     @property
     def predicted(self) -> Prediction | None:
-        """What is expected to follow the active model."""
+        """The model that is expected to follow the active one."""
         return self._predicted
 
     def announce(self, model: Model) -> Announcement:
-        """Somebody says that a model is next: it has precedence over what was predicted."""
+        """Work ahead for the model that a caller announces, instead of a predicted one."""
         if self._reading is not None and self._reading.model is not model:
             self._settle(self._reading, is_used=False)
         self._reading = None
@@ -101,13 +101,13 @@ class Foresight:
         return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0, wake)
 
     def switch_begins(self, target: Model) -> None:
-        """Whatever is read for another model would only be in the way."""
+        """Cancel the work for a predicted model that is not the target: it would be in the way."""
         reading = self._reading
         if reading is not None and reading.model is not target:
             self._cancel(reading)
 
     def switched(self, target: Model) -> None:
-        """A model is active: see who was right, and look ahead."""
+        """Judge prediction and announcement by the model that is active now, and look ahead."""
         if self._announced is not None and self._announced.model is target:
             self._settle(self._announced, is_used=True)
             self._announced = None
@@ -161,9 +161,9 @@ class Foresight:
         return ("begun" if waking else "no_room"), waking
 
     def _settle(self, reading: Reading, is_used: bool) -> None:
-        """Count what was read; what is of no use gives its place in the budget back.
+        """Count what was read; if it is of no use, give back its place in the budget.
 
-        A prefetch that was called for by itself is neither counted nor given up.
+        A prefetch that a caller asked for explicitly is neither counted nor given up.
         """
         if not is_used:
             self._give_up_wake(reading)

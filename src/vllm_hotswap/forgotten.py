@@ -1,8 +1,8 @@
-"""Variables that this process is to forget, or to keep for itself.
+"""Environment variables that this process forgets, or keeps for itself.
 
-Linux shows the variables with which a process was started to its user and to root, in
-`/proc/PID/environ`, whatever becomes of them afterwards. What is shown is the process's own
-memory, so that it can be overwritten.
+Linux shows the variables that a process was started with to its user and to root, in
+`/proc/PID/environ`, whatever becomes of them later. That file shows the process's own memory, so
+they can be overwritten.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ENV_START, _ENV_END = 50, 51
 
 
 def forget(names: Iterable[str]) -> None:
-    """Remove variables, and overwrite the values with which this process was started.
+    """Remove variables, and overwrite the values that this process was started with.
 
-    Whatever reads them by other means than `os.environ` must have done so. Elsewhere than on Linux
-    they are removed only.
+    Code that reads them other than through `os.environ` must have done so before. On systems other
+    than Linux they are only removed.
     """
     found = {name for name in names if os.environ.pop(name, None) is not None}
     if found:
@@ -34,13 +34,13 @@ _aside: dict[str, str] = {}
 
 
 def set_aside(names: Iterable[str]) -> None:
-    """Remove variables that are asked for later on, by `said`; nothing else finds them."""
+    """Remove variables, but keep their values for `said`; nothing else finds them."""
     _aside.update({name: os.environ[name] for name in names if name in os.environ})
     forget(_aside)
 
 
 def said(name: str) -> str | None:
-    """What a variable says or has said before it was set aside; None without one."""
+    """Return a variable's value, or the one that was set aside; None if there is neither."""
     return os.environ.get(name, _aside.get(name))
 
 
@@ -55,7 +55,7 @@ def _overwrite(names: Iterable[str]) -> None:
 
 
 def _block() -> tuple[int, bytes] | None:
-    """Address and content of the variables as the kernel shows them; None if that is unknown."""
+    """Return address and content of the variables as the kernel shows them; None if unknown."""
     with suppress(OSError, ValueError, IndexError):
         # The second field is the program's name, in parentheses; it may hold anything.
         fields = STAT.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

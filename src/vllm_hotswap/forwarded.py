@@ -1,7 +1,7 @@
-"""Where a request comes from, by the word of a proxy. Without one that is trusted, nobody's counts.
+"""Where a request comes from, as a trusted proxy reports it. Reports of others do not count.
 
-`X-Forwarded-For` and `X-Forwarded-Proto` are read by uvicorn, for proxies that the operator names.
-What is no address is not passed to it: it would stand in every line of the log about the request.
+uvicorn reads `X-Forwarded-For` and `X-Forwarded-Proto`, for proxies that the operator names.
+It does not get a value that is not an address: each log line about the request would show that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVERYBODY = "*"
 _WRITTEN = re.compile(
     r"(?a:(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::(?P<port>[1-9]\d{0,4}))?|([0-9A-Fa-f:.]+))"
 )
-"""An address, perhaps with a port: `[::1]:80`, `1.2.3.4:80`, `::1`. No zone, which may be text."""
+"""An address, perhaps with a port: `[::1]:80`, `1.2.3.4:80`, `::1`. No zone: it may be text."""
 
 MAX_PORT = 65_535
 
@@ -36,14 +36,14 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """The proxies whose word counts, as uvicorn's `--forwarded-allow-ips` names them."""
+    """The trusted proxies, as uvicorn's `--forwarded-allow-ips` names them."""
 
     names: tuple[str, ...] = ()
     networks: tuple[_Network, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Proxies:
-        """Raises `ConfigError`: one is neither an address, nor a network, nor `*`."""
+        """Read the names. Raises `ConfigError` for one that is not an address, network or `*`."""
         given = tuple(names)
         return cls(given, tuple(_network(name) for name in given if name != EVERYBODY))
 
@@ -51,7 +51,7 @@ class Proxies:
         return bool(self.names)
 
     def has(self, address: str) -> bool:
-        """Whether that is the address of one."""
+        """Whether this is the address of a trusted proxy."""
         if EVERYBODY in self.names:
             return True
         try:
@@ -62,10 +62,10 @@ class Proxies:
 
 
 class ForwardedClients:
-    """Has an application see the client that a trusted proxy tells of, in place of the proxy.
+    """Shows an application the client that a trusted proxy reports, instead of the proxy.
 
-    A proxy of this machine that is not trusted is told of in the log, once: uvicorn alone would
-    trust it. That it has been is the mutable state.
+    A proxy on this machine that is not trusted is logged once: uvicorn by itself would trust it.
+    The mutable state is whether that line was logged.
     """
 
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
@@ -95,7 +95,7 @@ class ForwardedClients:
 
 
 def are_addresses(value: bytes) -> bool:
-    """Whether a value of `X-Forwarded-For` has nothing but IP addresses in it, some with ports."""
+    """Whether a value of `X-Forwarded-For` has only IP addresses in it, some with ports."""
     return all(_is_address(item.strip()) for item in value.decode("latin-1").split(","))
 
 

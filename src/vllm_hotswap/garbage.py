@@ -1,8 +1,8 @@
-"""Keeping Python's garbage collector away from a start.
+"""Keeps Python's garbage collector out of the start.
 
 Importing vLLM makes hundreds of thousands of objects that live as long as the process. While they
-are made, the collector looks at all of them again and again and finds nothing: a quarter of
-the processor time of the imports. Later, every full collection (vLLM makes three for each model
+are made, the collector looks at all of them again and again and finds nothing. That takes a quarter
+of the processor time of the imports. Later, every full collection (vLLM makes three for each model
 that it loads) would look at them once more.
 """
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Collect nothing inside; afterwards, leave what was made there out of all collections."""
+    """Disable collection inside; afterwards, exclude what was made there from all collections."""
     gc.disable()
     try:
         yield

@@ -1,10 +1,10 @@
-"""The program of a helper: a process that reads grammars for another one, and can be ended.
+"""The program of a helper: a process that reads grammars for another one, and can be killed.
 
 It is started by its path, with `-I`, and imports nothing of this package: only xgrammar's and
-llguidance's native code, without torch. It gets messages over an inherited socket, each a
-length (four bytes, big-endian) and JSON: `[bytes, what, arguments]`, of which the first is by how
-much its memory may grow. It answers each with `[true, null]` or `[false, kind, text]`, and says the
-former once it has started. It ends when its parent closes the other end.
+llguidance's native code, without torch. It gets messages over an inherited socket. Each is a
+length (four bytes, big-endian) and JSON: `[bytes, what, arguments]`, where `bytes` is by how much
+its memory may grow. It answers each with `[true, null]` or `[false, kind, text]`. It also sends
+`[true, null]` once it has started. It ends when its parent closes the other end.
 
 Relies on, in xgrammar 0.2.8: `xgrammar.base._core` with `Grammar.from_*`, `TokenizerInfo` and
 `GrammarCompiler`, and their loading without the rest of the package; in llguidance 1.7.6:
@@ -27,20 +27,20 @@ from pathlib import Path
 from typing import Any
 
 BEGIN_ABORTED = 3
-"""Exit status where there is no xgrammar that can be loaded in this way."""
+"""Exit status if there is no xgrammar that can be loaded in this way."""
 
 COMPILER_THREADS = 2
 
 
 class Work:
-    """What a helper does. Its state is the compiler of the last tokenizer that it was given."""
+    """The work of a helper. Its state is the compiler of the last tokenizer that it got."""
 
     def __init__(self) -> None:
         self._core = _native()
         self._compiler: Any = None
 
     def do(self, what: str, arguments: list[Any]) -> None:
-        """Raises whatever is wrong with a grammar."""
+        """Do one piece of work. Raises what the library raises for a grammar that is wrong."""
         getattr(self, f"_{what}")(*arguments)
 
     def _check(self, maker: str, *arguments: Any) -> None:
@@ -61,7 +61,7 @@ class Work:
 
 
 def _native() -> Any:
-    """xgrammar's native code: 0.3 s, in place of 4 s and 300 MB with torch and transformers."""
+    """Load xgrammar's native code: 0.3 s, instead of 4 s and 300 MB with torch, transformers."""
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if there were none
     found = importlib.util.find_spec("xgrammar")
     if found is None or found.submodule_search_locations is None:
@@ -74,7 +74,7 @@ def _native() -> Any:
 
 
 def _prepare() -> None:
-    """Be the first to go where memory runs out; leave no core file; do not heed the terminal."""
+    """Be the first to be killed if memory runs out; leave no core file; ignore the terminal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -83,7 +83,7 @@ def _prepare() -> None:
 
 
 def _bound_memory(more_bytes: int) -> None:
-    """Let the memory for data grow by so much from now on: the parent looks only now and then."""
+    """Bound how much the memory for data may grow: the parent looks only now and then."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmData:"):
@@ -92,13 +92,13 @@ def _bound_memory(more_bytes: int) -> None:
 
 
 def send(channel: socket.socket, message: list[Any]) -> None:
-    """Both ends use it. Raises `OSError`."""
+    """Send a message; both ends use this. Raises `OSError`."""
     text = json.dumps(message).encode()
     channel.sendall(len(text).to_bytes(4, "big") + text)
 
 
 def receive(channel: socket.socket) -> Any:
-    """Both ends use it. Raises `OSError`; EOFError: the other end has been closed."""
+    """Receive a message; both ends use this. Raises `OSError`; `EOFError`: the other end closed."""
     return json.loads(_exactly(channel, int.from_bytes(_exactly(channel, 4), "big")))
 
 
@@ -115,7 +115,7 @@ def _receive(channel: socket.socket) -> Any:
     try:
         return receive(channel)
     except EOFError:
-        os._exit(0)  # the parent is gone, or wants no more
+        os._exit(0)  # the parent has ended, or has closed its end
 
 
 def _answer(channel: socket.socket, answer: list[Any]) -> None:
@@ -144,7 +144,7 @@ def main() -> None:
             else:
                 answer += [True, None]
 
-        # On a thread of its own, whose priority the parent lowers where it goes on for long.
+        # On a thread of its own, whose priority the parent lowers if the work takes long.
         doing = threading.Thread(target=do)
         doing.start()
         _wait(doing, channel)
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def _wait(doing: threading.Thread, channel: socket.socket) -> None:
-    """Wait for it, and end at once where the parent closes its end meanwhile."""
+    """Wait for the work, and exit at once if the parent closes its end before that."""
     channel.settimeout(0.0)
     pause_s = 0.001
     while doing.is_alive():

@@ -1,10 +1,9 @@
-"""Helpers: processes that do what may take long or grow large for a request, and can be ended.
+"""Helpers: processes for a request's work that may take long or grow large, and can be killed.
 
-A helper is a process of its own, started by `exec` from nothing, without this process's
-environment. It listens nowhere and ends with this process. It is killed when whoever waits for it
-gives up, when it has taken too much time of a processor, or when it outgrows its memory. Its work
-has the usual priority for `QUICK_S`, so that what is small is not held up, and the lowest from then
-on.
+A helper is a process of its own, started afresh by `exec`, without this process's environment. It
+listens nowhere and ends with this process. It is killed when the caller that waits for it gives up,
+when it has used too much processor time, or when it outgrows its memory. Its work has the usual
+priority for `QUICK_S`, so that small work is not held up, and the lowest from then on.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from vllm_hotswap import helper_process
 log = logging.getLogger("vllm_hotswap")
 
 QUICK_S = 0.05
-"""Work that takes longer goes on with the lowest priority."""
+"""Work that takes longer continues with the lowest priority."""
 
 LOOK_S = 0.02
-"""So often are memory and time of a helper looked at while it works."""
+"""Seconds between checks of a helper's memory and time while it works."""
 
 WARM = 1
-"""So many helpers that have nothing to do are kept."""
+"""How many helpers that have nothing to do are kept."""
 
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -42,11 +41,11 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class HelperEnd(BaseException):
-    """A helper did not do its work. Not an `Exception`: nobody is to take it for the work's own."""
+    """A helper did not do its work. Not an `Exception`, so no code takes it for the work's own."""
 
 
 class HelperStopped(HelperEnd):
-    """Whoever had asked for the work has given up."""
+    """The caller that asked for the work has given up."""
 
 
 class HelperFailed(HelperEnd):
@@ -58,7 +57,7 @@ class NoHelper(HelperEnd):
 
 
 class OutOfBounds(HelperEnd):
-    """The work takes more than it may: of `memory`, or of a processor's `time`."""
+    """The work takes more than it may of `memory`, or of processor `time`."""
 
     def __init__(self, of: str) -> None:
         super().__init__(of)
@@ -66,7 +65,7 @@ class OutOfBounds(HelperEnd):
 
 
 class RefusedByHelper(Exception):
-    """What the work has raised in the helper: the name of the exception, and its text."""
+    """The work raised an exception in the helper: its name is `kind`, with its text."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -75,24 +74,24 @@ class RefusedByHelper(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one piece of work may take: bytes of memory, and seconds of processors."""
+    """What one piece of work may take: bytes of memory, and seconds of processor time."""
 
     memory_bytes: int = 512 << 20
     cpu_s: float = 60.0
 
 
 STARTING = Bounds(1 << 30, 120.0)
-"""What a helper may take to start, or to learn of a vocabulary."""
+"""What a helper may take to start, or to read a tokenizer's vocabulary."""
 
 
 class Helper:
-    """One process. Not for several threads at once, but for `kill`."""
+    """One process. Only `kill` may be called while another thread uses it."""
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            command: another program than a helper's own, with the number of its socket to follow.
+            command: a program to run instead of a helper's own; its socket's number is appended.
         """
         ours, its = socket.socketpair()
         with its, ExitStack() as unless_started:
@@ -111,9 +110,9 @@ class Helper:
         self._lock = threading.Lock()
         self._is_killed = self._has_started = False
         self.tokenizer: object = None
-        """For which it has a compiler."""
+        """The key of the tokenizer that it has a compiler for."""
         self.took_s = 0.0
-        """Seconds of what it has done last, its start not among them."""
+        """Seconds that its last work took, without its start."""
 
     def __repr__(self) -> str:
         return f"<Helper pid={self.pid}>"
@@ -123,23 +122,23 @@ class Helper:
         return self._process.pid
 
     def kill(self) -> None:
-        """From any thread; whoever waits for it gets `HelperStopped`. Idempotent."""
+        """Kill it, from any thread; a caller that waits gets `HelperStopped`. Idempotent."""
         with self._lock:
             self._is_killed = True
             if self._process.returncode is None:
                 self._process.kill()
 
     def close(self) -> None:
-        """End it, and wait for its end."""
+        """Kill it, and wait for its end."""
         self.kill()
         self._process.wait()
         self._channel.close()
 
     def do(self, bounds: Bounds, what: str, *arguments: Any) -> None:
-        """Have it work, and wait. After any error but `RefusedByHelper` it is of no more use.
+        """Let it work, and wait. After any error except `RefusedByHelper` it is of no more use.
 
         Raises:
-            RefusedByHelper: by the work itself.
+            RefusedByHelper: the work itself raised an exception.
             OutOfBounds, HelperStopped, HelperFailed
         """
         try:
@@ -160,7 +159,7 @@ class Helper:
             raise RefusedByHelper(kind, message)
 
     def _watch(self, bounds: Bounds) -> None:
-        """Wait for the answer; end it where it goes beyond its bounds."""
+        """Wait for the answer; raise `OutOfBounds` if the work goes beyond its bounds."""
         began_s = time.monotonic()
         memory, cpu_s = self._resident(), self._cpu_s()
         while not select.select([self._channel], [], [], LOOK_S)[0]:
@@ -180,7 +179,7 @@ class Helper:
         raise HelperFailed(f"signal {-status}" if status < 0 else f"exit status {status}")
 
     def _lower_priority(self) -> None:
-        """Of its working threads, and so of those that they start; not of the one that listens."""
+        """Lower the priority of working threads, and so of those they start; not the main one's."""
         with suppress(OSError):
             for thread in Path(f"/proc/{self.pid}/task").iterdir():
                 if int(thread.name) != self.pid:
@@ -200,7 +199,7 @@ class Helper:
 
 
 class Helpers:
-    """Helpers that are kept warm, for whoever needs one next.
+    """Helpers that are kept warm for the next caller that needs one.
 
     The mutable state is `_idle`, those with nothing to do, and `_busy`; `_lock` guards both.
     """
@@ -220,10 +219,10 @@ class Helpers:
             return [helper.pid for helper in (*self._idle, *self._busy)]
 
     def take(self) -> Helper:
-        """One that has nothing to do, or a new one. Give it back.
+        """Return one that has nothing to do, or a new one. The caller must give it back.
 
         Raises:
-            NoHelper: it cannot be started.
+            NoHelper: a new one cannot be started.
         """
         with self._lock:
             helper = self._idle.pop() if self._idle else None
@@ -244,7 +243,7 @@ class Helpers:
         helper.close()
 
     def close(self) -> None:
-        """End all of them. Others may be started later."""
+        """Kill all of them. Others may be started later."""
         with self._lock:
             idle, self._idle = self._idle, []
             busy = [*self._busy]
@@ -255,7 +254,7 @@ class Helpers:
 
 
 class Errand:
-    """What one request has helpers do, one thing after the other, until it is stopped."""
+    """The work of helpers for one request, one thing after the other, until it is stopped."""
 
     def __init__(self, helpers: Helpers, bounds: Bounds) -> None:
         self._helpers = helpers
@@ -264,17 +263,17 @@ class Errand:
         self._at_work: set[Helper] = set()  # several where a library has given one up
         self._is_stopped = False
         self.took_s = 0.0
-        """Seconds of all that was done for it, without the start of helpers."""
+        """Seconds of all work done for it, without the start of helpers."""
 
     def stop(self) -> None:
-        """Nobody waits for it any more: kill what works for it. From any thread."""
+        """Kill what works for it: the request no longer waits. From any thread."""
         with self._lock:
             self._is_stopped = True
             for helper in self._at_work:
                 helper.kill()
 
     def do(self, what: str, *arguments: Any, tokenizer: tuple[object, str] | None = None) -> None:
-        """Have a helper do it; where a tokenizer is given, by its key and its text, with that.
+        """Let a helper do one thing, with a tokenizer if its key and its text are given.
 
         Raises:
             RefusedByHelper: what the work raised.
@@ -286,6 +285,7 @@ class Errand:
         is_good = False
         try:
             with self._lock:
+                # Checked again: a `stop` since then has not killed this helper.
                 if self._is_stopped:
                     raise HelperStopped
                 self._at_work.add(helper)
@@ -311,6 +311,6 @@ def _command() -> list[str]:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a helper is told: where programs and libraries are, and nothing of anybody's secrets."""
+    """Return a helper's environment: where programs and libraries are, and no secrets."""
     passed = {name: environment[name] for name in _PASSED_ON if name in environment}
     return {**passed, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}

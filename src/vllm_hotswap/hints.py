@@ -12,11 +12,11 @@ from pathlib import Path
 NAME = "vllm-hotswap"
 
 LONGEST = 200
-"""Characters of a word for which a near one is looked for: a client's may be of any length."""
+"""The longest word for which a near one is looked for: a client's may be of any length."""
 
 
 def program() -> str:
-    """What a shell takes to run this program again: its name, or else its path."""
+    """Return what runs this program again in a shell: its name, or else its path."""
     if shutil.which(NAME):
         return NAME
     if Path(sys.argv[0]).name == NAME:
@@ -25,7 +25,7 @@ def program() -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the nearest known word, or nothing where none is near."""
+    """Return `; did you mean 'x'?` with the nearest known word, or nothing if none is near."""
     if len(word) > LONGEST:
         return ""
     matches = difflib.get_close_matches(word, list(known), n=1)

@@ -1,4 +1,4 @@
-"""Files of models that are named by their place on the Hugging Face hub."""
+"""Files of models that are named as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ log = logging.getLogger("vllm_hotswap")
 TIMEOUT_S = 10
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""Of a model on the hub; names with a colon or a scheme are of other places, which vLLM knows."""
+"""A model's name on the hub. A colon or a scheme names other places, which vLLM knows."""
 
 
 def local_folder(name: str, revision: str | None) -> Path | None:
-    """Where a model's files are: the folder itself, or its place in the hub's cache, or None."""
+    """Return where a model's files are: its folder, its place in the hub's cache, or None."""
     from huggingface_hub import snapshot_download
 
     if Path(name).is_absolute():
         return Path(name)
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception as error:  # noqa: BLE001  # whatever it raises, there is a way on
+    except Exception as error:  # noqa: BLE001  # whatever it raises, the callers have a way on
         log.debug("event=not_in_cache model=%s cause=%r", value_text(name), error)
         return None
 
 
 def require_known(name: str, revision: str | None) -> None:
-    """See that a hub's name can be found, in its cache or on the hub, with one question.
+    """Check with one request that a hub name can be found, in the hub's cache or on the hub.
 
-    vLLM asks for each of several files, and again for each that it cannot get: half a minute where
-    there is no network.
+    vLLM asks for each of several files, and again for each that it cannot get. Without a network
+    that takes half a minute.
 
     Raises:
         ConfigError: the hub cannot be reached, or does not know the name or the revision.
@@ -84,7 +84,7 @@ def hub_weights_bytes(name: str, revision: str | None) -> int:
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=10)
         return weight_files_bytes({f.rfilename: f.size or 0 for f in info.siblings or ()})
-    except Exception as error:  # noqa: BLE001  # a size that is not known must not end the start
+    except Exception as error:  # noqa: BLE001  # an unknown size must not end the start
         log.warning(
             "event=weights_size_unknown model=%s cause=%r", value_text(name), one_line(error)
         )

@@ -1,7 +1,7 @@
-"""Job leases: a model that is held for somebody's job until a time is over.
+"""Job leases: a model is held for a job for some time.
 
-Pure: whoever calls says what time it is. All that live are for one model, the one that is active or
-about to be; a lease that waits for its model to become active has no end yet.
+Pure: the caller says what time it is. All leases that live are for one model, which is active or
+about to be. A lease that waits for its model to become active has no end yet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_hotswap.errors import ModelLeased, UnknownLease
 
 @dataclass(frozen=True, slots=True)
 class JobLease:
-    """A hold on a model. Times are seconds of the caller's clock, but for `created`."""
+    """A hold on a model. Times are seconds of the caller's clock, except `created`."""
 
     id: str
     model: str
@@ -27,7 +27,7 @@ class JobLease:
     expires_s: float | None = None
     """None: its model is not active yet."""
     key: str = ""
-    """The fingerprint of the key of whoever has taken it."""
+    """The fingerprint of the key of the caller who took it."""
 
     @property
     def is_pending(self) -> bool:
@@ -38,12 +38,12 @@ class JobLease:
         return math.inf if self.expires_s is None else self.expires_s
 
     def expires_in_s(self, now_s: float) -> float:
-        """What is left of it; all of it while it is pending."""
+        """Return the seconds that are left; all of them while it is pending."""
         return self.ttl_s if self.expires_s is None else max(0.0, self.expires_s - now_s)
 
 
 class JobLeases:
-    """Those that live, by their id. That is its mutable state."""
+    """The leases that live, by their id. That is its mutable state."""
 
     def __init__(self) -> None:
         self._leases: dict[str, JobLease] = {}
@@ -59,7 +59,7 @@ class JobLeases:
 
     @property
     def last(self) -> JobLease | None:
-        """The one that ends last."""
+        """The lease that ends last."""
         return max(self, key=lambda lease: lease.end_s, default=None)
 
     @property
@@ -69,47 +69,47 @@ class JobLeases:
 
     @property
     def until_s(self) -> float | None:
-        """Until when it is held, infinity included; None: no model is."""
+        """Until when the model is held, perhaps infinity; None: no model is held."""
         return self.last.end_s if self.last else None
 
     @property
     def next_end_s(self) -> float:
-        """When the first of them ends; infinity if none does."""
+        """When the first lease ends; infinity if none does."""
         return min((lease.end_s for lease in self), default=math.inf)
 
     def refuse_other(self, model: str, now_s: float) -> None:
-        """See that no other model than this is held. Raises `ModelLeased`."""
+        """Check that no other model is held. Raises `ModelLeased`."""
         if (last := self.last) is not None and last.model != model:
             raise ModelLeased(model, last.model, last.owner, last.id, last.expires_in_s(now_s))
 
     def add(self, lease: JobLease, now_s: float) -> None:
-        """Hold a model. Raises `ModelLeased` if another one is held."""
+        """Hold a model. Raises `ModelLeased` if another model is held."""
         self.refuse_other(lease.model, now_s)
         self._leases[lease.id] = lease
 
     def begin(self, lease_id: str, now_s: float) -> JobLease:
-        """Its model is active: its time runs from now on. Raises `UnknownLease`."""
+        """Start a lease's time, now that its model is active. Raises `UnknownLease`."""
         lease = self.find(lease_id)
         return self._put(replace(lease, expires_s=now_s + lease.ttl_s))
 
     def renew(self, lease_id: str, ttl_s: float, now_s: float) -> JobLease:
-        """Have it end after `ttl_s` from now. Raises `UnknownLease`."""
+        """Set a lease to end `ttl_s` from now. Raises `UnknownLease`."""
         lease = self.find(lease_id)
         expires_s = None if lease.is_pending else now_s + ttl_s
         return self._put(replace(lease, ttl_s=ttl_s, expires_s=expires_s))
 
     def remove(self, lease_id: str) -> JobLease:
-        """End it. Raises `UnknownLease`."""
+        """End a lease. Raises `UnknownLease`."""
         lease = self.find(lease_id)
         del self._leases[lease_id]
         return lease
 
     def discard(self, lease_id: str) -> None:
-        """End it, if it lives."""
+        """End a lease, if it lives."""
         self._leases.pop(lease_id, None)
 
     def expire(self, now_s: float) -> list[JobLease]:
-        """End those whose time is over; which those were."""
+        """End the leases whose time is over, and return them."""
         over = [lease for lease in self if lease.end_s <= now_s]
         for lease in over:
             del self._leases[lease.id]

@@ -66,7 +66,7 @@ def leases_body(jobs: Jobs, tells_keys: bool = False) -> list[JobLeaseAnswer]:
 
 
 def lease_body(lease: JobLease, jobs: Jobs, tells_key: bool) -> JobLeaseAnswer:
-    """A job lease, as JSON. Whose key has taken it is for admins alone."""
+    """Return a job lease as JSON. The key that took it is for admins alone (`tells_key`)."""
     body: JobLeaseAnswer = {
         "id": lease.id,
         "model": lease.model,

@@ -1,7 +1,7 @@
 """Models that are held for jobs: leases are granted, renewed, revoked, and expire.
 
-What a lease means for switches is the coordinator's to keep. A lease counts from when it is asked
-for, so that nobody switches away in the moment in which its model becomes active.
+The coordinator enforces what a lease means for switches. A lease counts from when it is asked for,
+so that no other switch can start in the moment in which its model becomes active.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from vllm_hotswap.events import JobLeaseChange, JobLeaseChanged, Observer
 from vllm_hotswap.job_leases import JobLease, JobLeases
 
 LEAST_DELAY_S = 0.001
-"""Before leases are looked at again: timers may be a little early."""
+"""The shortest delay of the timer: timers may fire a little early."""
 
 
 class Holding(Protocol):
-    """The coordinator, as far as it is known here."""
+    """The part of the coordinator that is known here."""
 
     @property
     def epoch(self) -> int: ...
 
     async def switch(self, alias: str, *, key: str) -> object:
-        """Make a model active, for whoever has this key. Raises `HotswapError`."""
+        """Make a model active, for the caller with this key. Raises `HotswapError`."""
 
     def leases_changed(self) -> None:
-        """Another model is held than before, or until another time."""
+        """React to a change of the model that is held, or of the time until which it is."""
 
 
 class Jobs:
@@ -70,23 +70,24 @@ class Jobs:
         return lease.expires_in_s(self._clock())
 
     def refuse_other(self, model: str) -> None:
-        """See that no other model than this is held. Raises `ModelLeased`."""
+        """Check that no other model is held. Raises `ModelLeased`."""
         self._leases.refuse_other(model, self._clock())
 
     async def hold(
         self, model: str, owner: str, ttl_s: float, note: str = "", key: str = ""
     ) -> JobLease:
-        """Hold a model, once it is active: it is switched to if it is not.
+        """Hold a model, and switch to it first if it is not active.
 
         Raises:
             InvalidRequest: `ttl_s` is longer than a lease may be.
             ModelLeased: another model is held.
-            HotswapError: whatever a switch may raise; the model is not held then.
+            HotswapError: whatever a switch may raise; then the model is not held.
             UnknownLease: it was revoked before its model was active.
         """
         self._check(ttl_s)
         lease_id = f"lease-{uuid.uuid4().hex[:12]}"
         lease = JobLease(lease_id, model, owner, ttl_s, note, int(time.time()), key=key)
+        # Before the switch: from now on it keeps other switches away.
         self._leases.add(lease, self._clock())
         try:
             await self._server.switch(model, key=key)
@@ -94,11 +95,11 @@ class Jobs:
             self._leases.discard(lease_id)
             self._server.leases_changed()
             raise
-        # It may have been revoked meanwhile.
+        # It may have been revoked during the switch.
         return self._changed(self._leases.begin(lease_id, self._clock()), "granted", key)
 
     def renew(self, lease_id: str, ttl_s: float, key: str = "") -> JobLease:
-        """Have a lease end after `ttl_s` from now. Raises `InvalidRequest`, `UnknownLease`."""
+        """Set a lease to end `ttl_s` from now. Raises `InvalidRequest`, `UnknownLease`."""
         self._check(ttl_s)
         lease = self._leases.renew(lease_id, ttl_s, self._clock())
         return self._changed(lease, "renewed", key)
@@ -108,7 +109,7 @@ class Jobs:
         return self._changed(self._leases.remove(lease_id), "revoked", key)
 
     def close(self) -> None:
-        """Nothing expires any more."""
+        """Cancel the timer: nothing expires from now on."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

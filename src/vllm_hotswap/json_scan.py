@@ -1,10 +1,10 @@
 """Find top-level keys of a JSON object of any size, in pieces, without building its values.
 
 The body is looked at as an array of bytes, a piece at a time, with numpy: which bytes are inside
-strings (the parity of quotes), how deep each is nested (the running sum of brackets), and so where
-strings begin at the top level. Those are compared with the keys that are looked for, all at once.
-A piece costs a few milliseconds whatever is in it, which is why this is no loop over tokens, and no
-call of a C parser: those hold the interpreter for as long as they parse.
+strings (the parity of quotes), and how deep each is nested (the running sum of brackets). That
+gives the strings at the top level, which are compared with the keys, all at once. A piece costs a
+few milliseconds whatever is in it. That is why this is not a loop over tokens, and not a call of a
+C parser: those hold the interpreter for as long as they parse.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vllm_hotswap.turns import Work, at_once
 
 PIECE_BYTES = 128 << 10
 MAX_TEXT_BYTES = 16 << 10
-"""Of a value that is looked for, as it is written. Names of models and ids are far shorter."""
+"""The longest value of a key, as it is written. Names of models and ids are far shorter."""
 
 _QUOTE, _OPEN, _CLOSE, _COMMA, _COLON, _BACKSLASH = b'"{},:\\'
 _TO_CURLY = 0x20
-"""The bit that makes `{` and `}` of `[` and `]`."""
+"""The bit that turns `[` and `]` into `{` and `}`."""
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _IS_SPACE = np.isin(np.arange(256), tuple(b" \t\r\n"))
@@ -42,16 +42,16 @@ class TooLong(ValueError):
 
 
 class TooManyValues(ValueError):
-    """The body has more values than whoever parses it may be given."""
+    """The body has more values than its parser may get."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """The value of a top-level key as it is written, and how much is in it."""
+    """The value of a top-level key as it is written, and how many items are in it."""
 
     text: memoryview = field(repr=False)
     items: int
-    """What a list or an object has in it directly; 0 for any other value."""
+    """How many values a list or an object contains directly; 0 for any other value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Scanned:
     found: Mapping[str, Any]
     members: Mapping[str, Member]
     values: int
-    """At whatever depth: those that begin a list or an object, and those that follow a comma."""
+    """Values at any depth: those that begin a list or an object, and those that follow a comma."""
 
 
 def scan(
@@ -71,22 +71,22 @@ def scan(
     most_values: int = sys.maxsize,
     members: Collection[str] = (),
 ) -> Work[Scanned]:
-    """Values of top-level keys, as `json.loads` would read them, the last one of each key.
+    """Find values of top-level keys, as `json.loads` would read them, the last one of each key.
 
     Args:
         body: JSON in any encoding that `json.loads` knows.
-        keys: what to look for, of letters, digits and underscores of ASCII.
+        keys: the keys to look for, of ASCII letters, digits and underscores.
         piece_bytes: how much is looked at between two yields.
         most_values: how many values there may be.
-        members: further keys, of which the whole value is wanted.
+        members: additional keys, whose whole value is wanted.
 
     Returns:
-        For each of `keys` that is there: its text, True, or None for any other value. What is no
-        JSON gives any of these, and never more than `json.loads` would: whoever parses it refuses
-        it.
+        For each of `keys` that is there: its text, True, or None for any other value. A body that
+        is not JSON gives any of these, and never more than `json.loads` would: its parser refuses
+        it later.
 
     Raises:
-        TooLong: a text is beyond all bounds.
+        TooLong: a text is longer than `MAX_TEXT_BYTES`.
         TooManyValues: there are more than `most_values`.
     """
     text = yield from _as_utf8(body, piece_bytes)
@@ -94,7 +94,7 @@ def scan(
     match text[begin : begin + 1]:
         case b"{":
             scanner = _Scanner(text, keys, members)
-        case b"[":  # which is parsed, too, before it is refused
+        case b"[":  # it is parsed, too, before it is refused; so its values count
             scanner = _Scanner(text, (), ())
         case _:
             return Scanned({}, {}, 0)
@@ -109,7 +109,7 @@ def scan(
 
 
 def _as_utf8(body: bytes, piece_bytes: int) -> Work[bytes]:
-    """The same text in UTF-8, without a byte order mark. Raises `UnicodeDecodeError`."""
+    """Return the text in UTF-8, without a byte order mark. Raises `UnicodeDecodeError`."""
     encoding = json.detect_encoding(body)
     if encoding == "utf-8":
         return body
@@ -125,7 +125,7 @@ def _as_utf8(body: bytes, piece_bytes: int) -> Work[bytes]:
 
 
 def utf8_of(body: bytes) -> Work[bytes]:
-    """A JSON text in UTF-8, without a byte order mark; as it is, if it cannot be read."""
+    """Return a JSON text in UTF-8, without a byte order mark; unchanged if it cannot be read."""
     try:
         return (yield from _as_utf8(body, PIECE_BYTES))
     except UnicodeDecodeError:
@@ -133,12 +133,12 @@ def utf8_of(body: bytes) -> Work[bytes]:
 
 
 def as_utf8(body: bytes) -> bytes:
-    """The same without a pause."""
+    """Do as `utf8_of` does, without a pause."""
     return at_once(utf8_of(body))
 
 
 def _end_of_space(body: bytes, position: int, piece_bytes: int) -> Work[int]:
-    """Where what comes after white space begins."""
+    """Return the position after any white space that begins at `position`."""
     while match := _SPACE.match(body, position, position + piece_bytes):
         position = match.end()
         if match.end() - match.start() < piece_bytes:
@@ -149,7 +149,7 @@ def _end_of_space(body: bytes, position: int, piece_bytes: int) -> Work[int]:
 
 @dataclass(slots=True)
 class _Span:
-    """Where a member is, as far as it has been looked at."""
+    """The position of a member, as far as the body has been looked at."""
 
     begin: int | None = None
     end: int | None = None
@@ -162,7 +162,7 @@ class _Span:
 
 
 class _Scanner:
-    """Reads a body piece by piece, and keeps what it needs to know from one to the next."""
+    """Reads a body piece by piece, and keeps the state that it needs between two pieces."""
 
     def __init__(self, body: bytes, keys: Collection[str], members: Collection[str]) -> None:
         self._body = body
@@ -198,7 +198,7 @@ class _Scanner:
             self._measure(commas == 2, (commas == 1) | (depth <= 0), start)
 
     def members(self) -> dict[str, Member]:
-        """Of those keys that were looked for and are there."""
+        """Return the members that were looked for and are there."""
         spans = self._spans.items()
         return {key: span.member(self._body) for key, span in spans if span.begin is not None}
 
@@ -211,11 +211,11 @@ class _Scanner:
                 span.begin, span.end, span.commas = begin, None, 0
 
     def _measure(self, commas: NDArray[np.bool_], ends: NDArray[np.bool_], start: int) -> None:
-        """Go on with the members that have begun, in a piece that begins at `start`.
+        """Continue the members that have begun, with the piece that begins at `start`.
 
         Args:
-            commas: which bytes part what is in a member.
-            ends: which bytes end one.
+            commas: which bytes separate the items of a member.
+            ends: which bytes end a member.
         """
         for span in self._spans.values():
             if span.begin is None or span.end is not None:
@@ -227,7 +227,7 @@ class _Scanner:
             span.commas += _count(commas[first:last])
 
     def _without_escapes(self, piece: bytes) -> bytes:
-        """The piece with spaces in place of escaped quotes; positions stay."""
+        """Return the piece with spaces in place of escaped quotes; positions stay."""
         if self._is_escaped:
             piece = b" " + piece[1:]
         backslashes = len(piece) - len(piece.rstrip(b"\\"))
@@ -239,7 +239,7 @@ class _Scanner:
         )  # in this order: \\" ends a text
 
     def _steps(self, piece: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.int8]:
-        """1 where a bracket opens, -1 where one closes."""
+        """Return 1 where a bracket opens, -1 where one closes, 0 elsewhere."""
         curly = piece | _TO_CURLY
         opens, closes = (curly == _OPEN).astype(np.int8), (curly == _CLOSE).astype(np.int8)
         steps: NDArray[np.int8] = opens - closes
@@ -247,11 +247,11 @@ class _Scanner:
         return steps
 
     def _look_at_keys(self, strings: NDArray[np.intp], end: int) -> Work[None]:
-        """Read what the last one of each key has, among strings at the top level of a piece.
+        """Read the value of the last occurrence of each key among a piece's top-level strings.
 
         Args:
             strings: where they begin; they may end in a later piece.
-            end: of the piece.
+            end: the end of the piece.
         """
         for key in self._keys:
             ends = self._ends_of(key, strings)
@@ -261,7 +261,7 @@ class _Scanner:
                 self.found[key] = self._value(key, begin)
 
     def _ends_of(self, key: str, strings: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Where those of the strings that are `key` end, behind their closing quotes."""
+        """Return the ends, behind the closing quotes, of the strings that are `key`."""
         at = strings + 1
         for letter in key.encode():
             at = self._after(letter, at)
@@ -269,7 +269,7 @@ class _Scanner:
         return ends
 
     def _after(self, letter: int, at: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Where those go on that have this letter, plain or as an escape (`\\u006d`)."""
+        """Return the positions behind this letter, plain or as an escape (`\\u006d`)."""
         found = self._at(at)
         plain: NDArray[np.intp] = at[found == letter] + 1
         escaped = at[found == _BACKSLASH]
@@ -281,15 +281,15 @@ class _Scanner:
         return np.sort(np.concatenate((plain, escaped)))
 
     def _at(self, positions: NDArray[np.intp]) -> NDArray[np.uint8]:
-        """The bytes there; beyond the end, the last one, which ends no key but its own."""
+        """Return the bytes there; beyond the end, the last byte, which ends only its own key."""
         return self._bytes.take(positions, mode="clip")
 
     def _last_colon(self, ends: NDArray[np.intp], piece_end: int) -> Work[int | None]:
-        """The colon after the last of these strings that is a key; the others are values."""
+        """Return the colon after the last of these strings that is a key and not a value."""
         first = int(ends[0])
         solid = np.flatnonzero(~_IS_SPACE[self._bytes[first:piece_end]]) + first
         index = np.searchsorted(solid, ends)
-        if index[-1] == len(solid):  # what follows is in a later piece: true of the last one only
+        if index[-1] == len(solid):  # what follows is in a later piece: only for the last string
             after = yield from _end_of_space(self._body, int(ends[-1]), PIECE_BYTES)
             if self._body[after : after + 1] == b":":
                 return after

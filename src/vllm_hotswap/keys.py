@@ -1,6 +1,6 @@
-"""Keys: where they come from, and how one is known without being kept.
+"""Keys: where they come from, and how a key is recognized without being kept.
 
-Of a key only its digest is held: what is not there can reach no log, answer, error or metric.
+Only a key's digest is held: the key itself can reach no log, response, error or metric.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Key:
     place: str
     """Where it was given."""
     name: str = ""
-    """What its file calls it: the comment behind it."""
+    """The comment behind it in its file."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells keys apart in records, and does not change: part of the digest of the digest."""
+        """A text that tells keys apart in records, and is stable: part of the digest's digest."""
         return hashlib.sha256(self.digest).hexdigest()[:FINGERPRINT_DIGITS]
 
 
@@ -47,10 +47,10 @@ class Keys:
 
     @classmethod
     def of(cls, keys: Iterable[str], place: str) -> Keys:
-        """Empty ones count as none.
+        """Make keys from texts; empty texts are left out.
 
         Raises:
-            ConfigError: no HTTP header can carry one of them; the message names the place alone.
+            ConfigError: no HTTP header can carry one of them; the message names only the place.
         """
         given = [key for key in keys if key]
         for key in given:
@@ -64,30 +64,31 @@ class Keys:
         return Keys(self._keys + other._keys)
 
     def shared(self, other: Keys) -> tuple[Key, Key] | None:
-        """A key that is one of both, as it was given here and there; None if there is none."""
+        """Return a key that both have, as each was given it; None if there is none."""
         theirs = {key.digest: key for key in other._keys}
         return next(((key, theirs[key.digest]) for key in self._keys if key.digest in theirs), None)
 
     def find(self, key: bytes) -> Key | None:
-        """The one that it is. Every one is compared, each in constant time."""
+        """Return the known key that equals `key`. All are compared, each in constant time."""
         digest = _digest(key)
+        # A list: to stop at the first match would tell its position by the time.
         matches = [known for known in self._keys if secrets.compare_digest(digest, known.digest)]
         return matches[0] if matches else None
 
     def know(self, key: bytes) -> bool:
-        """Whether it is one of them."""
+        """Whether `key` is one of them."""
         return self.find(key) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class KeySource:
-    """Where the keys of one role come from: those that were given, and files, read at any time."""
+    """The keys of one role that were given, and the files of others, which may be read again."""
 
     given: Keys = Keys()
     files: Sequence[Path] = ()
 
     def read(self) -> Keys:
-        """All keys, as the files have them now. Raises `ConfigError`, which names the file."""
+        """Return all keys, with the files as they are now. Raises `ConfigError`, with the file."""
         keys = self.given
         for path in self.files:
             keys += read_key_file(path)
@@ -95,14 +96,15 @@ class KeySource:
 
 
 def split_keys(text: str) -> list[str]:
-    """The keys of an environment variable, separated by commas or white space."""
+    """Split the keys of an environment variable, separated by commas or white space."""
     return re.split(r"[,\s]+", text.strip(", \t\r\n"))
 
 
 def parse_key_file(text: str) -> Iterator[tuple[str, str]]:
-    """Key and name of each line; `#` at its begin, or behind white space, begins a comment.
+    """Yield key and name of each line.
 
-    The comment behind a key is its name.
+    A `#` at the start of a line, or behind white space, starts a comment. The comment behind a key
+    is its name.
     """
     for line in text.splitlines():
         match = _LINE.fullmatch(line)
@@ -115,10 +117,10 @@ def _name(comment: str) -> str:
 
 
 def read_key_file(path: Path) -> Keys:
-    """The keys of a file that nobody else of the machine may read or write.
+    """Read the keys of a file that no other user of the machine may read or write.
 
     Raises:
-        ConfigError: it cannot be used; the message names the file and the next step.
+        ConfigError: the file cannot be used; the message names it and the next step.
     """
     place = _place(path)
     keys = []
@@ -129,23 +131,23 @@ def read_key_file(path: Path) -> Keys:
 
 
 def plain_keys(path: Path) -> list[str]:
-    """The keys of such a file as they are, to be sent; at least one.
+    """Read the keys of such a file as they are, to send them; at least one.
 
     Raises:
-        ConfigError: it cannot be used; the message names the file and the next step.
+        ConfigError: the file cannot be used; the message names it and the next step.
     """
     return [key for _, key, _ in _key_lines(path)]
 
 
 def _key_lines(path: Path) -> list[tuple[int, str, str]]:
-    """Number, key and name of each line that has a key; at least one. Raises `ConfigError`."""
+    """Return number, key and name of each line with a key; at least one. Raises `ConfigError`."""
     place = _place(path)
     try:
         lines = enumerate(parse_key_file(read_private(path, place).decode()), start=1)
         found = [(number, key, name) for number, (key, name) in lines if key]
     except OSError as error:
         raise ConfigError(f"{place} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:  # which would show what it could not decode
+    except UnicodeDecodeError:  # its text would show what could not be decoded
         raise ConfigError(f"{place} is not UTF-8 text; write one key a line") from None
     if not found:
         raise ConfigError(f"{place} contains no key; write one per line")
@@ -153,7 +155,7 @@ def _key_lines(path: Path) -> list[tuple[int, str, str]]:
 
 
 def check_sendable(key: str, place: str) -> None:
-    """Raises `ConfigError`, which names the place alone, if no HTTP header can carry the key."""
+    """Raise `ConfigError`, which names only the place, if no HTTP header can carry the key."""
     if not _is_sendable(key):
         raise ConfigError(f"{place}: a key may only have printable ASCII characters, and no spaces")
 

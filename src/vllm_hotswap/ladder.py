@@ -1,8 +1,8 @@
 """Moving models on the residency ladder, one at a time, under the memory budget.
 
-`planner` decides who moves; this module moves them: it steps a model's residency, has the engine
-do the work, measures the time, and tells observers. The coordinator's switches go through it, too.
-Everything that an engine is told to do has a deadline: `within`.
+`planner` decides which models move. This module moves them: it steps a model's residency, lets the
+engine do the work, measures the time, and notifies observers. The coordinator's switches go through
+it, too. All work of an engine has a deadline: `within`.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ T = TypeVar("T")
 log = logging.getLogger("vllm_hotswap")
 
 RESTING = {1: Residency.ASLEEP, 2: Residency.DISCARDED}
-"""Where a sleep level leads."""
+"""The residency that each sleep level leads to."""
 
 ENDS: Mapping[Step, WakeChange] = {Step.WAKE: "used", Step.FAIL: "failed"}
-"""What becomes of a wake that nobody had asked for, by the step that ends it."""
+"""The outcome of an early wake, by the step that ends it."""
 
 READ_BYTES_PER_S = 500e6
-"""How fast weights are read, for the cost of a load that has not been measured yet."""
+"""Assumed speed of reading weights, for the cost of a load that has not been measured yet."""
 
 LOOK_S = 2.0
-"""In which a look that nobody needs has to be answered; it waits for the step under way."""
+"""Seconds in which a routine look must be answered; the look waits for the step under way."""
 
 LINK_BYTES_PER_S = 20e9
-"""How fast weights come from host memory to an accelerator, for a wake that was not measured yet;
+"""Assumed speed from host memory to an accelerator, for a wake that has not been measured yet:
 about that of PCI Express 4.0 with 16 lanes."""
 
 
@@ -80,12 +80,12 @@ class Room:
 
     evicted: tuple[Move, ...] = ()
     requests_lost: int = 0
-    """Parked requests that were ended, because their model had to be unloaded."""
+    """Parked requests that were aborted, because their model had to be unloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """What an operation on one model did. Times in seconds, memory in bytes."""
+    """The result of an operation on one model. Times in seconds, memory in bytes."""
 
     operation: str
     model: str
@@ -103,11 +103,13 @@ class OperationResult:
 class Ladder:
     """All models' residencies below `active`.
 
-    Its mutable state is the residency, pin, costs and prefetch of each model in the registry, and
-    `_turn`, the lock that whoever moves models holds: the host has one compute thread, and the
-    sum of what models hold is only known between moves; `_wakes`, of models that nobody has asked
-    for yet; and `_told_lack`, what was last logged of
-    memory that others have taken.
+    The mutable state:
+
+    - the residency, pin, costs and prefetch of each model in the registry;
+    - `_turn`, the lock that is held while models move. The host has one compute thread, and the sum
+      of what models hold is only known between moves;
+    - `_wakes`, the early wakes, of models that no request has asked for yet;
+    - `_told_lack`, the last log line about memory that other processes have taken.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Ladder:
             self._deadlines,
         )
         self._told_lack: object = None
-        """What was last logged of memory that others have taken."""
+        """The last log line about memory that other processes have taken."""
         self.on_step: Callable[[], object] | None = None
         """Called when a model has moved."""
 
@@ -155,11 +157,11 @@ class Ladder:
         return self.snapshot().used
 
     def snapshot(self, drained: Model | None = None, without_parked: bool = False) -> Snapshot:
-        """What the planner is told.
+        """Return what the planner decides from.
 
         Args:
             drained: a model whose requests will have ended before anything moves.
-            without_parked: parked requests need not be kept.
+            without_parked: whether parked requests may be lost.
         """
         views = [
             self._view(model, model is drained or (without_parked and bool(model.parked)))
@@ -168,11 +170,11 @@ class Ladder:
         return Snapshot(tuple(views), self.budget)
 
     def plan(self, target: Model, active: Model | None) -> Plan:
-        """What a switch to `target` would do. Raises `NoRoom`."""
+        """Return what a switch to `target` would do. Raises `NoRoom`."""
         return self._plan(target, drained=active)
 
     def _plan(self, target: Model, keep: Iterable[str] = (), drained: Model | None = None) -> Plan:
-        """Parked requests are only given up if there is no other way."""
+        """Make a plan that gives up parked requests only if there is no other way."""
         try:
             return make_plan(self.snapshot(drained), target.alias, keep)
         except NoRoom:
@@ -195,7 +197,7 @@ class Ladder:
         return True
 
     def left_at(self, active: Model, target: Model) -> Residency:
-        """Where the active model will be after a switch to `target`."""
+        """Return the residency that the active model will have after a switch to `target`."""
         if target.is_loaded:
             return Residency.PARKED
         try:
@@ -206,10 +208,10 @@ class Ladder:
         return moves[-1] if moves else Residency.PARKED
 
     def check(self) -> None:
-        """See that every model can be loaded beside the pinned ones.
+        """Check that every model can be loaded beside the pinned ones.
 
         Raises:
-            ConfigError: one never can; the message has the arithmetic.
+            ConfigError: a model never can; the message has the arithmetic.
         """
         for target in self._registry:
             views = tuple(
@@ -237,16 +239,16 @@ class Ladder:
             footprint=model.engine.footprint,
             pinned=model.pinned,
             in_flight=0 if drained else len(model.leases),
-            # Who is waited for would have to come up again soon.
+            # A model that requests wait for would have to come up again soon.
             last_used_s=math.inf if model.entered else model.last_used_s or 0.0,
             up_s={where: up_cost_s(model, where) for where in Residency},
             waking=model.waking.needs if model.waking and is_where_it_is else Usage(),
         )
 
-    # --- operations that people ask for -------------------------------------------------------
+    # --- operations that callers ask for ------------------------------------------------------
 
     async def load(self, model: Model) -> OperationResult:
-        """Load a model, up to `parked` from wherever it is; the active one stays where it is."""
+        """Load a model to `parked` from any residency; the active model stays active."""
         return await self._raise("load", model)
 
     async def wake(self, model: Model) -> OperationResult:
@@ -261,7 +263,7 @@ class Ladder:
         """Put a model to sleep.
 
         Raises:
-            InvalidRequest: its device does not know the level.
+            InvalidRequest: its device does not have the level.
             ModelInUse: it is active, pinned, or has requests that would not survive.
         """
         if level not in RESTING or RESTING[level] not in model.engine.footprint.usage:
@@ -274,20 +276,21 @@ class Ladder:
         return await self._lower("sleep", model, RESTING[level])
 
     async def prefetch(self, model: Model) -> OperationResult:
-        """Read a model's files ahead, as far as the host budget goes; join a reading under way."""
+        """Read a model's files ahead, within the host budget; join a reading that is under way."""
         started_s, residency = self._clock(), model.residency
         done = 0
         if residency in (Residency.COLD, Residency.DISCARDED):
             reading = self.begin_prefetch(model)
             reading.is_called_for = True
-            await asyncio.wait([reading.task])  # and let it go on if whoever waits has left
+            # Not `await reading.task`: a caller that leaves must not cancel the reading.
+            await asyncio.wait([reading.task])
             done = 0 if reading.task.cancelled() else reading.task.result()
         return OperationResult(
             "prefetch", model.alias, residency, model.residency, self._clock() - started_s, (), done
         )
 
     def begin_prefetch(self, model: Model) -> Prefetch:
-        """Begin to read a model's files, or go on with it."""
+        """Start to read a model's files, or join the reading that is under way."""
         if model.prefetch is None or not model.prefetch.is_under_way:
             limit_bytes = self.spare_host_bytes(model)
             if weights_bytes := model.engine.memory.weights_bytes:  # 0 where it is not known
@@ -295,28 +298,28 @@ class Ladder:
             model.prefetch = prefetch = Prefetch(limit_bytes)
             reading = model.engine.prefetch(limit_bytes, prefetch.tell)
             prefetch.task = asyncio.create_task(reading)
-            # Nobody may be waiting: a file that cannot be read is the load's to report.
+            # Perhaps no caller waits for it: the load will report a file that cannot be read.
             prefetch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return model.prefetch
 
     def spare_host_bytes(self, model: Model) -> int:
-        """Host memory for files of a model, beside weights asleep and files of other models."""
+        """Return host memory for files of a model, beside sleeping weights and others' files."""
         others = self.prefetched_bytes - (model.prefetch.held_bytes if model.prefetch else 0)
         return max(0, self.budget.host - self.used.host - others)
 
     @property
     def prefetched_bytes(self) -> int:
-        """Host memory for files that were read ahead, and not yet needed."""
+        """Host memory for files that were read ahead and have not been needed yet."""
         return sum(model.prefetch.held_bytes for model in self._registry if model.prefetch)
 
     def cancel_prefetch(self, model: Model) -> None:
-        """Stop the reading, and give back its place in the host budget."""
+        """Cancel the reading of a model's files, and free its place in the host budget."""
         if model.prefetch is not None:
             model.prefetch.task.cancel()
             model.prefetch = None
 
     def _give_up_files_for(self, model: Model, to: Residency) -> None:
-        """Stop counting on files that were read ahead, where weights asleep need their place."""
+        """Give up files that were read ahead, if sleeping weights need their place."""
         takes = model.engine.footprint.at(to).host - model.engine.footprint.at(model.residency).host
         for other in self._registry:
             if self.used.host + takes + self.prefetched_bytes <= self.budget.host or takes <= 0:
@@ -324,15 +327,15 @@ class Ladder:
             self.cancel_prefetch(other)
 
     def begin_wake(self, model: Model) -> Waking | None:
-        """Begin to wake a sleeping model before it is asked for, if there is room as things are."""
+        """Start to wake a sleeping model before it is asked for, if there is room right now."""
         return self._wakes.begin(model, self.budget)
 
     def give_up_wake(self, model: Model) -> None:
-        """Have it give back what it has taken for that. Idempotent."""
+        """Make a model give back what its early wake has taken. Idempotent."""
         self._wakes.give_up(model)
 
     def close(self) -> None:
-        """The server ends: nothing is begun any more that nobody has asked for."""
+        """Start no early wakes from now on, and stop those under way: the server ends."""
         self._wakes.close()
 
     def give_up_wakes(self) -> None:
@@ -340,7 +343,7 @@ class Ladder:
             self._wakes.give_up(model)
 
     def pin(self, model: Model, pinned: bool) -> None:
-        """Keep a model from being evicted, or allow it again. It may be anywhere."""
+        """Keep a model from being evicted, or allow it again, whatever its residency."""
         if model.pinned != pinned:
             model.pinned = pinned
             self._observer.notify(PinChanged(self._epoch(), model.alias, pinned))
@@ -357,7 +360,7 @@ class Ladder:
                 )
             if not model.is_loaded:
                 model.engine.validate()
-                # Whoever is active now, not when this was asked for.
+                # The model that is active now, not when this was asked for: the lock was awaited.
                 evicted = (await self.make_room(model, keep=self._active())).evicted
                 await self.bring_up(model)
             took_s = self._clock() - started_s
@@ -376,22 +379,22 @@ class Ladder:
     # --- moves --------------------------------------------------------------------------------
 
     def turn(self) -> asyncio.Lock:
-        """Held by whoever moves models: `async with ladder.turn()`."""
+        """Return the lock that is held while models move: `async with ladder.turn()`."""
         return self._turn
 
     def revive(self, model: Model) -> None:
-        """A model whose engine has died is as cold as one that was never loaded."""
+        """Make a model whose engine has died cold, like one that was never loaded."""
         if model.residency is Residency.FAILED:
             self.step(model, Step.REVIVE)
 
     async def within(self, work: Awaitable[T], timeout_s: float, what: str) -> T:
-        """The result of what an engine was told to do.
+        """Await the work of an engine, with a deadline.
 
-        The engine host's one compute thread cannot be stopped: if the work is not done by its
-        deadline, the host is ended, and recovery starts another one.
+        The engine host's one compute thread cannot be stopped. If the work is not done by its
+        deadline, the host is killed, and recovery starts another one.
 
         Raises:
-            EngineUnavailable: it was not done in time.
+            EngineUnavailable: the work was not done in time.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -402,22 +405,22 @@ class Ladder:
             raise EngineUnavailable(why) from None
 
     async def told(self, model: Model, what: str, work: Awaitable[T]) -> T:
-        """`within` the deadline of everything but loads."""
+        """Await work `within` the deadline of all commands except loads."""
         timeout_s = self._deadlines.command_timeout
         try:
             return await self.within(work, timeout_s, f"{what} of model {model.alias!r}")
         except HotswapError:
-            refuse_failed(model)  # which is why it could not be done
+            refuse_failed(model)  # if its engine has died, that is the reason
             raise
 
     async def make_room(self, target: Model, keep: Iterable[Model] = ()) -> Room:
-        """Move models down until `target` can come up. The caller holds the turn.
+        """Move models down until `target` can come up. The caller holds the lock `turn`.
 
         Raises:
             NoRoom: it cannot; nothing has been moved.
         """
         if target.is_loaded:
-            return Room()  # needs nothing, and is what most switches are to
+            return Room()  # the usual case: it needs no memory
         await self.bury()
         await self.look()
         plan = self._plan(target, [model.alias for model in keep])
@@ -429,9 +432,9 @@ class Ladder:
         return Room(plan.evictions, lost)
 
     async def bury(self) -> None:
-        """Have engines that have failed give back what they still hold. The caller holds the turn.
+        """Free what failed engines still hold. The caller holds the lock `turn`.
 
-        They count as cold, and others are planned in their place.
+        Failed models count as cold, so plans use their memory for others.
         """
         timeout_s = self._deadlines.command_timeout
         for model in self._registry:
@@ -442,9 +445,9 @@ class Ladder:
         return [model for model in self._registry if model.residency is Residency.ACTIVE]
 
     async def look(self) -> None:
-        """See what other processes use of the device: the budget follows. Nothing moves meanwhile.
+        """Measure what other processes use of the device, and adapt the budget to that.
 
-        The caller holds the turn.
+        The caller holds the lock `turn`: nothing may move during the look.
         """
         if self._host.is_device_shared:
             timeout_s = self._deadlines.command_timeout
@@ -452,20 +455,20 @@ class Ladder:
 
     @property
     def _taken(self) -> int:
-        """Device memory that models hold by now: who wakes in slices has not taken all yet.
+        """Device memory that models hold now: a model that wakes in slices has not taken all yet.
 
-        Who gives back what it has taken counts as having done so.
+        A wake that is given up counts as if it had given everything back.
         """
         wakes = [model.waking for model in self._registry if model.waking]
-        # By its part: progress is that of all workers, and this is one device.
+        # Its part counts, not its bytes: those are of all workers, and this is one device.
         missing = (w.needs.device * (1.0 if w.is_given_up else w.left) for w in wakes)
         return self.used.device - round(sum(missing))
 
     async def relieve(self) -> tuple[Move, ...]:
-        """Move models down if others have taken memory of the device that the budget counts on.
+        """Move models down if other processes have taken device memory that the budget counts on.
 
-        So that an allocation does not fail later. The active model stays. Where the host does not
-        answer soon, because a step takes long, nothing is done: there is a next time.
+        Otherwise an allocation could fail later. The active model stays. If the host does not
+        answer soon, because a step takes long, nothing is done until the next time.
         """
         async with self.turn():
             if not await self._has_looked():
@@ -473,8 +476,8 @@ class Ladder:
             if not self._lacks_memory():
                 self._told_lack = None
                 return ()
-            for model in self._registry:  # nobody has asked for them yet
-                with suppress(NoRoom):  # which is told
+            for model in self._registry:  # early wakes go first: no request needs them yet
+                with suppress(NoRoom):  # it is logged
                     await self._wakes.gave_up(model)
             if not self._lacks_memory():
                 return ()
@@ -498,7 +501,7 @@ class Ladder:
         return True
 
     def _tell_lack(self, moves: tuple[Move, ...]) -> None:
-        """Once, as long as nothing can be done about it."""
+        """Log a lack of memory; once, as long as nothing about it changes."""
         lack = (self._host.others_bytes, self.used.device, moves)
         if lack == self._told_lack:
             return
@@ -512,7 +515,7 @@ class Ladder:
         )
 
     async def _relieve_by(self, model: Model, to: Residency) -> None:
-        """A model for whose weights the host has no room is unloaded, unless requests need it."""
+        """Move a model down; unload it if the host has no room for it and no request needs it."""
         try:
             await self.move_down(model, to)
         except NoRoom as error:
@@ -522,14 +525,14 @@ class Ladder:
                 await self.move_down(model, Residency.COLD)
 
     async def make_all_room(self, target: Model, even: Model | None = None) -> int:
-        """Unload every model but pinned ones and `target`, whatever a plan says.
+        """Unload every model except pinned ones and `target`, whatever a plan says.
 
-        `even` is one that is unloaded although it is pinned.
+        `even` is a model that is unloaded even if it is pinned. Returns the requests lost.
         """
         lost = 0
         for model in self._registry:
             if model is not target:
-                with suppress(NoRoom):  # which is told; an unload gives it back, too
+                with suppress(NoRoom):  # it is logged; an unload gives the memory back, too
                     await self._wakes.gave_up(model)
             is_held = model.residency not in (Residency.COLD, Residency.FAILED)
             if model is not target and is_held and (model is even or not model.pinned):
@@ -537,9 +540,9 @@ class Ladder:
         return lost
 
     async def move_down(self, model: Model, to: Residency) -> int:
-        """Have one model give memory back. The caller holds the turn.
+        """Move one model down, so that it gives memory back. The caller holds the lock `turn`.
 
-        Returns how many of its requests could not be kept, and were ended.
+        Returns how many of its requests could not be kept, and were aborted.
         """
         if model.residency is Residency.ACTIVE:
             self.step(model, Step.PARK)
@@ -559,7 +562,7 @@ class Ladder:
         return lost
 
     async def bring_up(self, model: Model) -> None:
-        """Load or wake one model, for which there is room. The caller holds the turn."""
+        """Load or wake one model, for which there is room. The caller holds the lock `turn`."""
         if model.residency is Residency.COLD:
             await self._load(model)
         elif not model.is_loaded:
@@ -569,10 +572,10 @@ class Ladder:
     async def _wake(self, model: Model) -> None:
         open_ones = [lease for lease in model.parked if lease.gate is None]
         for lease in model.parked:
-            lease.shut()  # an engine that cannot be woken is unloaded, and aborts them
+            lease.shut()  # a failed wake unloads the engine, which aborts them: hold that back
         try:
             await self._timed(model, Step.WAKE, model.engine.wake())
-        except NoRoom:  # it is still asleep, with its requests, and holds nothing more
+        except NoRoom:  # it is still asleep, with its requests, and holds no more than before
             self._wakes.end(model, "no_room")
             for lease in open_ones:
                 lease.open()
@@ -598,7 +601,7 @@ class Ladder:
             await self.within(
                 model.engine.load(progress), timeout_s, f"the load of {model.alias!r}"
             )
-            refuse_failed(model)  # it may have died meanwhile
+            refuse_failed(model)  # it may have died during the load
         except BaseException:
             if model.residency is not Residency.FAILED:
                 self.step(model, Step.LOAD_FAILED)
@@ -612,7 +615,7 @@ class Ladder:
         is_begun = model.waking is not None and model.waking.done_bytes > 0
         model.is_verified = False
         await self.told(model, step.value, work)
-        refuse_failed(model)  # it may have died meanwhile
+        refuse_failed(model)  # it may have died during the work
         self.step(model, step)
         took_s = self._clock() - started_s
         if step is Step.WAKE and not is_begun:
@@ -624,7 +627,7 @@ class Ladder:
     def step(self, model: Model, step: Step) -> None:
         before = model.step(step)
         if step in (Step.LOAD, Step.WAKE):
-            self.cancel_prefetch(model)  # the engine has its weights, or reads on
+            self.cancel_prefetch(model)  # the engine has its weights, or reads them itself
         if model.residency is not Residency.ASLEEP:
             self._wakes.end(model, ENDS.get(step, "given_up"))
         if step in (Step.LOADED, Step.WAKE, Step.PARK):
@@ -634,7 +637,7 @@ class Ladder:
         self._observer.notify(ResidencyChanged(self._epoch(), model.alias, before, model.residency))
 
     def _remember(self, model: Model, before: Residency, took_s: float) -> None:
-        """Average with what was measured before: the first load pays for more than later ones."""
+        """Average a time with earlier ones: the first load pays for more than later ones."""
         known = model.up_s.get(before)
         model.up_s[before] = took_s if known is None else (known + took_s) / 2
 
@@ -645,7 +648,7 @@ class Ladder:
         return any(_idle_policy(model) for model in self._registry)
 
     async def rest_idle(self) -> None:
-        """Move models down that nobody has used for as long as their policy says."""
+        """Move down the models that have been unused for as long as their policy says."""
         for model in self._registry:
             for after_s, to in _idle_policy(model):
                 if self._is_due(model, after_s) and _may_rest(model, to):
@@ -654,6 +657,7 @@ class Ladder:
     async def _rest(self, model: Model, after_s: float, to: Residency) -> None:
         try:
             async with self.turn():
+                # Checked again: it may have been used while the lock was awaited.
                 if self._is_due(model, after_s) and _may_rest(model, to):
                     await self.move_down(model, to)
         except Exception as error:  # noqa: BLE001  # one model's trouble is not the others'
@@ -661,7 +665,7 @@ class Ladder:
             log.warning("event=rest_failed model=%s cause=%r", alias, one_line(error))
 
     def resting_place(self, model: Model, idle_s: float) -> Residency | None:
-        """Where the active model goes that nobody has used for so long; None: it stays."""
+        """Return where the active model goes after so much idle time; None: it stays."""
         if model.pinned:
             return None
         due = [to for after_s, to in _idle_policy(model) if idle_s >= after_s]
@@ -673,7 +677,7 @@ class Ladder:
 
 @asynccontextmanager
 async def _named_failure(model: Model, operation: str) -> AsyncIterator[None]:
-    """Say which operation on which model failed, where the error itself does not."""
+    """Name the operation and the model that failed, where the error itself does not."""
     try:
         yield
     except HotswapError as error:
@@ -689,7 +693,7 @@ def refuse_failed(model: Model) -> None:
 
 
 def up_cost_s(model: Model, where: Residency) -> float:
-    """Seconds from a residency to `parked`: measured, or estimated from the bytes to be read."""
+    """Return seconds from a residency to `parked`, measured or estimated from bytes to read."""
     if where in (Residency.PARKED, Residency.ACTIVE):
         return 0.0
     if where is Residency.ASLEEP and model.waking is not None:
@@ -697,7 +701,7 @@ def up_cost_s(model: Model, where: Residency) -> float:
     if where in model.up_s:
         return model.up_s[where]
     if where is Residency.DISCARDED and Residency.COLD in model.up_s:
-        return model.up_s[Residency.COLD]  # which reads the same bytes
+        return model.up_s[Residency.COLD]  # a load reads the same bytes
     if where is Residency.ASLEEP:
         return _wake_cost_s(model)
     return 1.0 + model.engine.memory.weights_bytes / READ_BYTES_PER_S
@@ -710,7 +714,7 @@ def _wake_cost_s(model: Model) -> float:
 
 
 def _at_least(model: Model, target: Model) -> Residency:
-    """The least that a model ever holds while another one comes up."""
+    """Return the lowest residency that a model can have while `target` comes up."""
     return Residency.PARKED if model.pinned and model is not target else Residency.COLD
 
 
@@ -730,7 +734,7 @@ def _refuse_use(model: Model, operation: str, to: Residency) -> None:
 
 
 def _idle_policy(model: Model) -> list[tuple[float, Residency]]:
-    """Times and where they lead, the lowest last."""
+    """Return idle times and the residencies they lead to, the lowest last."""
     policy = model.policy
     times = [(policy.idle_sleep_s, Residency.ASLEEP), (policy.idle_unload_s, Residency.COLD)]
     return [(time_s, to) for time_s, to in times if time_s is not None]

@@ -1,4 +1,4 @@
-"""Bounds: of calls per time, and of the bytes that requests hold until they are answered."""
+"""Bounds on rates, and on the bytes that requests hold until they are answered."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from vllm_hotswap.turns import Work
 _BACKSLASH = ord("\\")
 
 LARGE_BYTES = 2 << 20
-"""Bodies from here on are put together beside the event loop."""
+"""Bodies of at least this size are joined in a thread, not on the event loop."""
 
 PIECE_BYTES = 256 << 10
-"""Of a body, that are read without a turn; callers take turns in reading further ones."""
+"""Bytes of a body that are read in one go; then callers alternate in reading more."""
 
 OWN_BODY_BYTES = 1 << 20
-"""Of the body of a request to one of our own routes, which parse it in one go."""
+"""The longest body of a request to one of our own routes, which parse it in one go."""
 
 OWN_POT_BYTES = 64 << 20
-"""Of all those together, but for those of admins."""
+"""Bytes of all such bodies together, except those of admins."""
 
 PACE_S = 20.0
-"""Seconds in which a body has to come as fast as `limits.body_rate` wants it, each time anew."""
+"""The period in which a body must come as fast as `limits.body_rate` says; it starts anew."""
 
 PACED_BYTES = 64 << 10
-"""From so many on. What is less costs nothing, and a client may stall for a while."""
+"""Bytes from which on the pace counts. Fewer cost nothing, and a client may stall for a while."""
 
 SECOND_LOOK_S = 1.0
-"""Seconds in which what has come is read, where the server itself was busy for long."""
+"""Seconds in which data that has come is read, if the server itself was busy for long."""
 
 BYTES_PER_BYTE = 4
-"""What a byte of a JSON body becomes at most: its text is kept with four bytes for each character,
-if one of them is no usual one. Measured with `json.loads` of Python 3.11."""
+"""What a byte of a JSON body becomes at most: a text with an unusual character takes four bytes for
+each of its characters. Measured with `json.loads` of Python 3.11."""
 
 PLAIN_BYTES_PER_BYTE = 2
-"""The same for one of a text of ASCII: the body, and the text. Measured alike."""
+"""The same for a byte of ASCII text: once in the body, once in the text. Measured likewise."""
 
 WINDOW_BYTES = 64 << 10
-"""What is looked at of a body between two yields. A text may be plain by itself if it is longer."""
+"""Bytes of a body looked at between two yields. Only a longer text can be plain by itself."""
 
 BYTES_PER_VALUE = 160
-"""What a JSON value takes at most, besides its bytes: an object with one key. Measured alike."""
+"""What a JSON value takes at most, besides its bytes: an object with one key, measured likewise."""
 
 
 def text_bytes(body: bytes) -> Work[int]:
-    """What a JSON body and the texts in it take at most, once they are parsed.
+    """Return the bytes that a JSON body and its texts take at most, once they are parsed.
 
-    One unusual character makes all of its text wide, but no other one: an image beside it, in
+    One unusual character makes all of its text wide, but not other texts: an image beside it, in
     base64, stays as it is.
     """
     plain = yield from _plain_bytes(body)
@@ -65,7 +65,7 @@ def text_bytes(body: bytes) -> Work[int]:
 
 
 def _plain_bytes(body: bytes) -> Work[int]:
-    """How much is sure to stay narrow: all of it, or whole texts that are long."""
+    """Return how many bytes surely stay narrow: all of them, or whole texts that are long."""
     windows = range(0, len(body), WINDOW_BYTES)
     is_plain = True
     for start in windows:
@@ -73,7 +73,7 @@ def _plain_bytes(body: bytes) -> Work[int]:
         yield
     if is_plain:
         return len(body)
-    plain, begin, is_text = 0, 0, False  # one in which the last window was
+    plain, begin, is_text = 0, 0, False  # the last two: of the text that the last window ended in
     for start in windows:
         end = start + WINDOW_BYTES
         if (first := body.find(b'"', start, end)) < 0:
@@ -88,8 +88,8 @@ def _plain_bytes(body: bytes) -> Work[int]:
 
 
 def _is_plain(body: bytes, start: int, end: int) -> bool:
-    """Whether there are characters of ASCII alone, and none written as `\\u`."""
-    piece = body[start : end + 1]  # an escape may begin in it
+    """Whether all characters are ASCII, and none is written as `\\u`."""
+    piece = body[start : end + 1]  # one byte more: an escape may begin at the end
     return piece.isascii() and b"\\u" not in piece
 
 
@@ -107,14 +107,14 @@ class Rate:
         return f"<Rate tokens={self._tokens:.1f} of {self._burst}>"
 
     def take(self) -> int | None:
-        """Take a token; where there is none, how many whole seconds to wait for it."""
+        """Take a token. If there is none, return the whole seconds until there is one."""
         if wait_s := self.wait_s():
             return wait_s
         self._tokens -= 1
         return None
 
     def wait_s(self) -> int | None:
-        """Whole seconds until there is a token; None: there is one."""
+        """Return the whole seconds until there is a token; None: there is one."""
         now_s = self._clock()
         filled = self._tokens + (now_s - self._filled_s) * self._per_second
         self._tokens, self._filled_s = min(filled, self._burst), now_s
@@ -122,11 +122,11 @@ class Rate:
         return max(1, math.ceil(missing / self._per_second)) if missing > 0 else None
 
     def spend(self, count: int) -> None:
-        """Take tokens for what has been done already; there may be a debt then."""
+        """Take tokens for what has been done already; this may leave a debt."""
         self._tokens -= count
 
     def give_back(self) -> None:
-        """Put a token back that was taken for nothing."""
+        """Put back a token that was taken for nothing."""
         self._tokens = min(self._tokens + 1, self._burst)
 
 
@@ -135,11 +135,11 @@ class ClientGone(Exception):
 
 
 class Ledger:
-    """What accounts hold of one pot, in bytes.
+    """The bytes that each account holds of one pot.
 
-    No account can empty the pot: it may hold so much that what it leaves free is still as large as
-    the share says, compared with what it holds. With a share of a half, one alone may hold half
-    of the pot, two a third each, and whoever comes then finds the last third. Source: Choudhury and
+    No account can empty the pot: the share bounds what it holds in proportion to what is left free.
+    With a share of a half, that is as much as is free. So one account alone may hold half of the
+    pot, two a third each, and the next one finds the last third. Source: Choudhury and
     Hahne, Dynamic queue length thresholds for shared-memory packet switches, 1998.
     """
 
@@ -153,7 +153,7 @@ class Ledger:
         return f"<Ledger held={self.held} of {self._size} bytes>"
 
     def fits(self, account: Account, more: int) -> bool:
-        """Whether the account may hold so many more."""
+        """Whether the account may hold so many more bytes."""
         free = self._size - self.held - more
         if free < 0:
             return False
@@ -162,7 +162,7 @@ class Ledger:
         return self._of[account.name] + more <= self._per_free * free
 
     def add(self, account: Account, more: int) -> None:
-        """Note that it holds so many more, or fewer."""
+        """Note that the account holds so many more bytes, or fewer."""
         self.held += more
         self._of[account.name] += more
         if not self._of[account.name]:
@@ -170,10 +170,10 @@ class Ledger:
 
 
 class Bodies:
-    """What requests hold, from the first byte of a body until their answers have ended."""
+    """The bytes that requests hold, from the first byte of a body until their responses end."""
 
     def __init__(self, limits: LimitsConfig, *, are_own: bool = False) -> None:
-        """`are_own`: those of our own routes, which are small, and which users cannot fill."""
+        """`are_own`: for our own routes, whose bodies are small; users cannot fill their pot."""
         self.limits = limits
         self.are_own = are_own
         size = OWN_POT_BYTES if are_own else limits.held_bytes
@@ -185,11 +185,11 @@ class Bodies:
 
     @property
     def held_bytes(self) -> int:
-        """What they hold together."""
+        """Bytes that all requests hold together."""
         return self.ledger.held
 
     async def turn(self, account: Account) -> None:
-        """Return when a piece more of a body may be read: there is one in a turn of the loop."""
+        """Wait until one more piece of a body may be read: one per iteration of the event loop."""
         pause = Pause()
         self._pieces.take(asyncio.get_running_loop(), account.name, pause.end)
         await pause.over()
@@ -199,7 +199,7 @@ class Bodies:
 
 
 class HeldBody:
-    """What one request holds. As a context manager it counts until the end."""
+    """The bytes that one request holds. As a context manager, it gives them back at the end."""
 
     def __init__(self, bodies: Bodies, account: Account) -> None:
         self._bodies = bodies
@@ -218,11 +218,11 @@ class HeldBody:
         self._counted = 0
 
     async def read(self, receive: Receive, headers: Headers | None = None) -> bytes:
-        """The whole body.
+        """Read the whole body.
 
         Raises:
-            BodyTooLarge, QueueFull: it is beyond a limit, as its length is announced, or as it is.
-            BodyTimeout: it does not come, or too slowly.
+            BodyTooLarge, QueueFull: its announced or real length is beyond a limit.
+            BodyTimeout: it does not come, or comes too slowly.
             ClientGone: the client left.
         """
         if headers is not None:
@@ -244,17 +244,17 @@ class HeldBody:
         last = self._take(message)
         if self._size < LARGE_BYTES:
             return b"".join((*chunks, last)) if chunks else last
-        # For large ones, joining lets go of the interpreter while it copies.
+        # For large bodies, `join` releases the interpreter's lock while it copies.
         return await asyncio.to_thread(b"".join, (*chunks, last))
 
     def _watch(self, deadline: asyncio.Timeout) -> None:
-        """See, after a while, how much has come since, and again."""
+        """Check after `PACE_S` how much has come since now."""
         loop = asyncio.get_running_loop()
         self._pace = loop.call_later(PACE_S, self._look_at_pace, deadline, self._size)
 
     def _look_at_pace(self, deadline: asyncio.Timeout, size_before: int) -> None:
         if self._is_slow(size_before):
-            # Perhaps it waits to be read: this timer comes first after a pause of the server's.
+            # Its data may wait to be read: after a pause of the server, this timer runs first.
             loop = asyncio.get_running_loop()
             self._pace = loop.call_later(SECOND_LOOK_S, self._look_again, deadline, size_before)
         else:
@@ -271,7 +271,7 @@ class HeldBody:
         return self._size >= PACED_BYTES and came < self._limits.body_rate * PACE_S
 
     def weigh(self, text_bytes: int, values: int) -> None:
-        """Count what the body becomes when it is parsed: bytes of all, and JSON values.
+        """Count what the body becomes when it is parsed: all its bytes, and its JSON values.
 
         Raises `QueueFull`.
         """

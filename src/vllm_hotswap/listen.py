@@ -1,4 +1,4 @@
-"""Where the server listens, and what uvicorn is told: address, TLS, log, limits.
+"""Where the server listens, and how uvicorn is configured: address, TLS, log, limits.
 
 All of it comes from flags, and is checked before anything slow is done.
 """
@@ -37,12 +37,12 @@ from vllm_hotswap.unix_socket import UnixSocket
 log = logging.getLogger("vllm_hotswap")
 
 DEFAULT_PORT = 8000
-"""vLLM's."""
+"""vLLM's default."""
 
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = 5
 LAST_ANSWERS_S = 3
-"""Seconds that open connections get, at shutdown, to take in their last answer."""
+"""Seconds that clients get, at shutdown, to read the last response of open connections."""
 
 KEPT_FILES = 256
 """Open files that connections may not take."""
@@ -51,34 +51,34 @@ TCP_PROBES = MappingProxyType({"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEE
 """Seconds of silence before a client is probed, seconds between probes, and how many."""
 
 HOST_ERRORS = frozenset([errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL])
-"""Another machine's address, no IPv6 here, a link-local address without its interface."""
+"""For another machine's address, no IPv6 here, a link-local address without its interface."""
 
 Refresher = Callable[[uvicorn.Config], Any]
-"""Begins to watch the TLS files; what it returns ends that with `stop`."""
+"""Starts to watch the TLS files; the object that it returns has `stop` to end that."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListenFlags:
-    """What the command line says of the address, besides vLLM's flags."""
+    """The address on the command line, as far as vLLM has no flags for it."""
 
     uds_mode: int | None = None
-    """Of the socket's file; None: what the umask leaves."""
+    """Mode of the socket's file; None: what the umask leaves."""
     port_file: Path | None = None
     allowed_hosts: Sequence[str] = ()
     forwarded_allow_ips: Sequence[str] = ()
-    """Proxies whose word counts for where a request comes from; `*`: whoever connects."""
+    """Proxies trusted to say where a request comes from; `*`: every client that connects."""
     umask: int | None = None
-    """The one that counts for the socket's file; None: this process's."""
+    """The umask for the socket's file; None: this process's."""
 
     @property
     def mode(self) -> int | None:
-        """Of the socket's file; None: what this process's umask leaves."""
+        """Mode of the socket's file; None: what this process's umask leaves."""
         if self.uds_mode is None and self.umask is not None:
             return 0o777 & ~self.umask
         return self.uds_mode
 
     def check(self, args: argparse.Namespace) -> None:
-        """Raises `ConfigError` where one does not go with vLLM's flags, or cannot work."""
+        """Raise `ConfigError` if a flag cannot work, or not together with vLLM's flags."""
         for host in self.allowed_hosts:
             allowed_host(host)
         Proxies.of(self.forwarded_allow_ips)
@@ -93,10 +93,10 @@ class ListenFlags:
 
 
 class Listener:
-    """The address, bound already, and everything else that uvicorn is told.
+    """The address, bound already, and the rest of uvicorn's configuration.
 
-    The mutable state is the file that tells the port, once that can be used, what of the log has
-    been left out, and whether the address has been given back.
+    The mutable state is the port file, once the port can be used; which log lines were left out;
+    and whether the address has been given back.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Listener:
         """Check the flags and bind the address; `close` gives it back.
 
         Raises:
-            ConfigError: one of them cannot work; the message names it.
+            ConfigError: a flag cannot work; the message names it.
         """
         flags = flags or ListenFlags()
         flags.check(args)
@@ -147,12 +147,12 @@ class Listener:
 
     @property
     def sock(self) -> socket.socket:
-        """Bound; clients can connect once the server listens to it."""
+        """The bound socket; clients can connect once the server listens on it."""
         return self._bound.sock if isinstance(self._bound, UnixSocket) else self._bound
 
     @property
     def port(self) -> int | None:
-        """The one that the system has chosen for port 0; None for a Unix domain socket."""
+        """The port, for port 0 the one that the system chose; None for a Unix domain socket."""
         if isinstance(self._bound, UnixSocket):
             return None
         port: int = self._bound.getsockname()[1]
@@ -169,16 +169,16 @@ class Listener:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether programs of this machine alone get here, browsers among them."""
+        """Whether only programs of this machine can connect, browsers among them."""
         if isinstance(self._bound, UnixSocket):
             return False
         return is_loopback(self._bound.getsockname()[0])
 
     def announce(self) -> None:
-        """Tell where clients get in, now that they do.
+        """Announce where clients can connect, now that they can.
 
         Raises:
-            OSError: they do not: the socket is another program's, or the port cannot be told.
+            OSError: they cannot: the socket was replaced, or the port file cannot be written.
         """
         if isinstance(self._bound, UnixSocket) and not self._bound.is_in_place:
             raise FileNotFoundError(f"the socket {self.args.uds} was removed, or replaced")
@@ -204,15 +204,15 @@ class Listener:
         may_use_kept: Callable[[Scope], bool] = nobody,
         outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt,
     ) -> Config:
-        """A loaded configuration, whose connections are bounded, and their lines of the log.
+        """Return a loaded configuration that bounds connections, and the log lines they cause.
 
         Args:
             limits: bounds of heads and connections.
-            may_use_kept: whether a request may use a place that is kept when all others are taken.
-            outlook: what a request is going to come to, as far as its head tells.
+            may_use_kept: whether a request may use a kept place when all others are taken.
+            outlook: foresees a request's outcome, as far as its head tells.
 
         Raises:
-            ConfigError: it cannot be loaded.
+            ConfigError: the configuration cannot be loaded.
         """
         limits = _with_flags(limits or LimitsConfig(), self.args)
         files = raised_file_limit()
@@ -224,7 +224,7 @@ class Listener:
         )
         served = ForwardedClients(app, self._proxies)
         config = make_config(self.args, self._log_config, served)
-        self._quiet.begin()  # only now are vLLM's handlers there, and stay
+        self._quiet.begin()  # not before: only now vLLM's handlers exist, and stay
         shared = Connections(places, limits, may_use_kept)
         shared.door.outlook = outlook
         shared.door.most_waiting = most_waiting(files)
@@ -234,7 +234,7 @@ class Listener:
 def make_config(
     args: argparse.Namespace, log_config: dict[str, Any] | None, app: ASGIApp
 ) -> Config:
-    """Uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
+    """Return uvicorn's configuration, loaded. Raises `ConfigError` if it cannot be loaded."""
     _check_tls(args)
     config = _uvicorn_config(args, log_config, app)
     try:
@@ -273,9 +273,9 @@ def _uvicorn_config(
 
 
 def check_address(flags: Sequence[str]) -> None:
-    """See that the port is free, before vLLM is there to read the flags.
+    """Check that the port is free, before vLLM has been imported to read the flags.
 
-    Nothing is kept of it. What cannot be read yet is passed over: `Listener.open` will say.
+    The port is given back. Flags that cannot be read yet are ignored: `Listener.open` reports them.
 
     Raises:
         ConfigError: the address cannot be bound; the message names it.
@@ -296,7 +296,7 @@ def check_address(flags: Sequence[str]) -> None:
 
 
 def bind(host: str | None, port: int) -> socket.socket:
-    """The listening socket, bound before anything slow is done.
+    """Bind the socket to listen on, before anything slow is done.
 
     Raises:
         ConfigError: the address cannot be bound; the message names it.
@@ -318,7 +318,7 @@ def bind(host: str | None, port: int) -> socket.socket:
 
 
 def _claim(sock: socket.socket, host: str | None) -> socket.socket | None:
-    """Keep other servers off the port while models are loaded: nobody listens to it yet."""
+    """Keep other servers off the port while models load: this one does not listen on it yet."""
     address, port = sock.getsockname()[:2]
     try:
         with claimed_port(address, port) as claim:
@@ -329,7 +329,7 @@ def _claim(sock: socket.socket, host: str | None) -> socket.socket | None:
 
 
 def _notice_vanished_clients(sock: socket.socket) -> None:
-    """Have connections end whose clients are gone without a word; they take this over."""
+    """Enable TCP keep-alive, to end vanished clients' connections; accepted sockets inherit it."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in TCP_PROBES.items():
         if hasattr(socket, name):
@@ -350,7 +350,7 @@ def _cannot_bind(host: str | None, port: int, error: Exception) -> ConfigError:
 
 
 def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
-    """The bounds of heads, as vLLM's flags for them make them smaller."""
+    """Return the limits, with the bounds of heads lowered to vLLM's flags for them."""
     return replace(
         limits,
         head_bytes=min(limits.head_bytes, args.h11_max_incomplete_event_size),
@@ -359,16 +359,16 @@ def _with_flags(limits: LimitsConfig, args: argparse.Namespace) -> LimitsConfig:
 
 
 def most_connections(files: int) -> int:
-    """How many connections there may be, with so many open files.
+    """Return how many connections there may be, with so many open files.
 
-    What is kept back is for the models, for the files that a load reads, sockets, the engine host,
-    and for connections that have no place yet.
+    The files kept back are for models, the files that a load reads, sockets, the engine host, and
+    connections that have no place yet.
     """
     return max(files - KEPT_FILES - most_waiting(files), files // 2)
 
 
 def most_waiting(files: int) -> int:
-    """How many connections without a place there may be, with so many open files."""
+    """Return how many connections without a place there may be, with so many open files."""
     return min(MOST_WAITING, files // 8)
 
 
@@ -399,11 +399,11 @@ def _keep_alive_s() -> int:
 
 
 def _chain(error: BaseException) -> str:
-    """An error with its cause, which is where `logging.config` has the reason."""
+    """Return an error's text with that of its cause: there `logging.config` has the reason."""
     return (
         f"{one_line(error)} ({one_line(error.__cause__)})" if error.__cause__ else one_line(error)
     )
 
 
 async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    """The application of a configuration that is only tried."""
+    """The application of a configuration that is only checked."""

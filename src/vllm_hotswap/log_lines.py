@@ -1,8 +1,8 @@
 """One event is one line of the log, whatever a client has sent.
 
-What is put into a message, and the text of an exception, may be a client's. Line breaks and control
-characters in it are escaped when the record is made, so that every logger, handler and formatter of
-the process has the same, vLLM's and uvicorn's among them. A stack trace keeps its lines, indented:
+The values in a message, and the text of an exception, may come from a client. Their line breaks and
+control characters are escaped when the record is made. So every logger, handler and formatter of
+the process gets the same, vLLM's and uvicorn's included. A stack trace keeps its lines, indented:
 none of them can be taken for a line of the log.
 """
 
@@ -16,30 +16,30 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-"""C0, DEL and C1; line and paragraph separators; what turns the direction of text; halves of
-surrogate pairs, for which the line would be lost."""
+"""C0, DEL and C1; line and paragraph separators; characters that turn the direction of text; halves
+of surrogate pairs, with which the line would be lost."""
 
 _UNSAFE = re.compile(f"[{_CONTROLS}\t\n]")
 _UNSAFE_IN_LINES = re.compile(f"[{_CONTROLS}]")
 
 _MARKS_LINES = "NewLineFormatter"
-"""The class of vLLM's formatters that put a prefix before each line of a message. Only where all
-handlers have such a one are line breaks kept: vLLM sets up none in the engine host, and other
+"""The class of vLLM's formatters that put a prefix before each line of a message. Line breaks are
+kept only if all handlers have such a formatter. vLLM sets up none in the engine host, and other
 formatters write lines as they are."""
 
 INDENT = "    "
 
 
 def escaped(text: str, *, keep_lines: bool = False) -> str:
-    """The text with control characters as Python escapes them; lines may be kept."""
+    """Return the text with control characters as Python escapes them; lines may be kept."""
     unsafe = _UNSAFE_IN_LINES if keep_lines else _UNSAFE
     return unsafe.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def value_text(value: object) -> str:
-    """A value of a `key=value` line: as it is, or quoted where it would not be one word of ASCII.
+    """Return a value for a `key=value` line, quoted if it is not one word of ASCII.
 
-    Aliases are the operator's to choose, and may have spaces, quotes and any letters.
+    Operators choose aliases, which may have spaces, quotes and any letters.
     """
     text = str(value)
     is_word = text.isascii() and text.isprintable() and not re.search("[\\s\"'=]", text)
@@ -47,13 +47,13 @@ def value_text(value: object) -> str:
 
 
 def escape_records() -> None:
-    """From now on, in this process. Idempotent."""
+    """Escape all records from now on, in this process. Idempotent."""
     if not isinstance(logging.getLogRecordFactory(), _Factory):
         logging.setLogRecordFactory(_Factory(logging.getLogRecordFactory()))
 
 
 class _Factory:
-    """Makes records as `make` does, and escapes what is in them."""
+    """Makes records as `make` does, and escapes the texts in them."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
@@ -68,13 +68,13 @@ class _Factory:
         elif isinstance(record.msg, str | BaseException):
             record.msg = _safe(record.msg, keep_lines)
         if record.exc_info and record.exc_info[1] is not None:
-            # Formatters take what is there already.
+            # Formatters use a text that is there already.
             record.exc_text = _indented(record.exc_info[1])
         return record
 
 
 def _are_lines_marked(name: str) -> bool:
-    """Whether all that writes the lines of a logger marks each of them."""
+    """Whether all formatters of a logger mark each line."""
     found = logging.Logger.manager.loggerDict.get(name)
     logger = found if isinstance(found, logging.Logger) else None
     formatters: list[logging.Formatter | None] = []
@@ -97,7 +97,7 @@ def _safe(value: object, keep_lines: bool) -> object:
 
 
 class _Escaped(str):
-    """A text whose `repr`, for `%r`, is that of the text as it was: it is not escaped twice."""
+    """A text whose `repr`, for `%r`, is that of the original text: it is not escaped twice."""
 
     __slots__ = ("_shown",)
     _shown: str

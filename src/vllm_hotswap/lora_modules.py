@@ -1,7 +1,7 @@
-"""A model's `lora_modules`: the adapters that its YAML names, and what they ask of its engine.
+"""A model's `lora_modules`: the adapters that its YAML names, and what they need of its engine.
 
-vLLM's parser has read the values. Adapters are loaded by `engines.adapters`, not by vLLM's
-frontend, whose numbers for them would begin anew with every model.
+vLLM's parser has read the values. `engines.adapters` loads adapters, not vLLM's frontend, whose
+numbers for them would start again with every model.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from vllm_hotswap.paths import beside
 def take_adapters(
     args: argparse.Namespace, model: ModelConfig, path: Path
 ) -> tuple[AdapterFiles, ...]:
-    """The adapters of one model; `args` are changed so that its engine can hold them.
+    """Read the adapters of one model, and change `args` so that its engine can hold them.
 
     Args:
-        args: vLLM's namespace; a `max_lora_rank` of None is one that nobody has set.
+        args: vLLM's namespace; a `max_lora_rank` of None was not set.
         model: the model.
         path: the YAML file, where relative paths start.
 
     Raises:
-        ConfigError: an adapter is missing, not whole, or made for another model.
+        ConfigError: an adapter is missing, incomplete, or made for another model.
     """
     modules, args.lora_modules = args.lora_modules or [], None
     place = str(model.at(path, "lora_modules"))
@@ -48,7 +48,7 @@ def take_adapters(
 
 
 def check_support(adapters: Iterable[AdapterFiles], vllm_config: Any, place: str) -> None:
-    """See that vLLM takes the adapters' configurations. Raises `ConfigError`."""
+    """Check that vLLM accepts the adapters' configurations. Raises `ConfigError`."""
     for adapter in adapters:
         try:
             check_adapter(adapter.name, adapter.path, vllm_config)
@@ -57,10 +57,10 @@ def check_support(adapters: Iterable[AdapterFiles], vllm_config: Any, place: str
 
 
 def check_names(config: ServerConfig, adapters: Mapping[str, Iterable[AdapterFiles]]) -> None:
-    """See that no adapter has the name of a model or of another adapter.
+    """Check that no adapter has the name of a model or of another adapter.
 
     Raises:
-        ConfigError: a name is given twice; the message says where.
+        ConfigError: a name is used twice; the message says where.
     """
     places = {name: f"models.{model.alias}" for model in config.models for name in model.names}
     for model in config.models:
@@ -93,7 +93,7 @@ def _read(
 
 
 def _folder(name: str, path: Path, place: str) -> Path:
-    """Beside the YAML file, or in the hub's cache."""
+    """Return an adapter's folder, beside the YAML file or in the hub's cache."""
     local = beside(path, name, place)
     looks_like_path = name.startswith((".", "/", "~"))
     return local if looks_like_path or local.exists() else hub.local_folder(name, None) or local

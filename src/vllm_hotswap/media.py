@@ -1,7 +1,7 @@
-"""What the body of a request may be sent as.
+"""The media types in which the body of a request may be sent.
 
-vLLM reads a body as JSON only where the request says that it is JSON. So `model` counts only then,
-and a request that forgets to say so is told, in place of being taken for one that names no model.
+vLLM reads a body as JSON only if the request says that it is JSON. So `model` counts only then. A
+request that does not say so is refused with that reason, not taken for one that names no model.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ URLENCODED = "application/x-www-form-urlencoded"
 FORMS = frozenset([MULTIPART, URLENCODED])
 
 FORM_PIECE_BYTES = 16 << 10
-"""Of a form, parsed at once; some milliseconds whatever is in it."""
+"""Bytes of a form that are parsed at once: some milliseconds, whatever is in them."""
 
 FORM_PATHS = frozenset(["/v1/audio/transcriptions", "/v1/audio/translations"])
 """Routes of vLLM that take forms. All others take JSON."""
 
 
 def media_type(headers: Headers) -> str:
-    """What `Content-Type` names, without its parameters; empty if there is none."""
+    """Return the type that `Content-Type` names, without parameters; empty if there is none."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def check_model_body(headers: Headers, path: str) -> None:
-    """See that a body is sent as a route of vLLM takes it. Raises `UnsupportedMediaType`.
+    """Check that a body has the type that a route of vLLM takes. Raises `UnsupportedMediaType`.
 
     `path` is that of the route, as `model_routes.request_of` has it.
     """
@@ -43,10 +43,10 @@ def check_model_body(headers: Headers, path: str) -> None:
 
 
 def check_own_body(headers: Headers) -> None:
-    """See that a body is sent as our own routes take it. Raises `UnsupportedMediaType`.
+    """Check that a body has the type that our own routes take. Raises `UnsupportedMediaType`.
 
-    They take JSON, and read what comes without a `Content-Type`, or with the one that `curl -d`
-    sends by itself, as JSON, too.
+    They take JSON. A body without a `Content-Type`, or with the one that `curl -d` sends by itself,
+    is read as JSON, too.
     """
     _check_encoding(headers)
     sent = media_type(headers)

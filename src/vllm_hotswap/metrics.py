@@ -1,9 +1,9 @@
-"""`/metrics`: vLLM's metrics of every model, and the ones of switching.
+"""`/metrics`: vLLM's metrics of every model, and the metrics of switching.
 
-A new `AsyncLLM` takes the metrics of the ones before it out of prometheus_client's global
-registry, so that vLLM itself would report the last model only. Here every model's logger makes
-its metrics through `_Shared`, which keeps one collector per name in a registry of our own;
-every metric of vLLM has a `model_name` label already. HTTP metrics, which have none, get it.
+A new `AsyncLLM` takes the metrics of earlier ones out of prometheus_client's global registry, so
+vLLM alone would report only the last model. Here every model's logger makes its metrics through
+`_Shared`, which keeps one collector per name in a registry of our own. Every metric of vLLM has a
+`model_name` label already. HTTP metrics, which have none, get it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SWITCH_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 1
 
 
 def exposition(registries: Iterable[CollectorRegistry]) -> bytes:
-    """Everything in Prometheus' text format: `registries`, vLLM's metrics, the process's."""
+    """Return all in Prometheus' text format: `registries`, vLLM's metrics, the process's."""
     parts = (*registries, _vllm_registry, _http_registry, REGISTRY)
     return b"".join(generate_latest(registry) for registry in parts)
 
@@ -51,7 +51,7 @@ def exposition(registries: Iterable[CollectorRegistry]) -> bytes:
 
 
 class _Shared:
-    """Makes a metric, or finds the one of that name that another model's logger made."""
+    """Makes a metric, or finds the one with that name that another model's logger made."""
 
     def __init__(self, kind: type[Any]) -> None:
         self._kind = kind
@@ -76,7 +76,7 @@ _HOOKS = {
 
 
 def shared_stat_logger() -> type[Any]:
-    """vLLM's Prometheus logger, with metrics that several models of a process share."""
+    """Return vLLM's Prometheus logger, with metrics that several models of a process share."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class SharedPrometheusStatLogger(PrometheusStatLogger):  # type: ignore[misc]
@@ -104,7 +104,7 @@ def _hook(logger: type[Any]) -> None:
 
 @contextmanager
 def _keeping_registered(prefix: str) -> Iterator[None]:
-    """Put back whatever vLLM takes out of the global registry inside this context."""
+    """Put back the collectors that vLLM takes out of the global registry inside this context."""
     before = _registered(prefix)
     try:
         yield
@@ -160,8 +160,7 @@ _http_registry.register(_by_model)
 def adopting_frontend_metrics(alias: str) -> Iterator[None]:
     """Move the HTTP metrics that an application registers globally inside here to its alias.
 
-    Left in the global registry, they would be the first application's alone: the ones of the
-    next would collide with them and be given up.
+    In the global registry, the next application's would collide with them and be dropped.
     """
     yield
     for collector in _registered("http_"):
@@ -170,13 +169,13 @@ def adopting_frontend_metrics(alias: str) -> Iterator[None]:
 
 
 def forget_frontend_metrics(alias: str) -> None:
-    """Give up the HTTP metrics of an application that is to be made anew: they begin at 0."""
+    """Drop the HTTP metrics of an application that will be made again: they start again at 0."""
     _by_model.forget(alias)
 
 
 @contextmanager
 def without_frontend_metrics() -> Iterator[None]:
-    """Forget the HTTP metrics that an application registers globally inside here."""
+    """Drop the HTTP metrics that an application registers globally inside here."""
     yield
     for collector in _registered("http_"):
         REGISTRY.unregister(collector)
@@ -186,7 +185,7 @@ def without_frontend_metrics() -> Iterator[None]:
 
 
 class SwitchMetrics:
-    """An observer that counts switches, phases and requests; one registry each."""
+    """An observer that counts switches, phases and requests, in a registry of its own."""
 
     def __init__(
         self,
@@ -396,7 +395,7 @@ class SwitchMetrics:
 
     def _request_ended(self, event: RequestEnded) -> None:
         if event.service_s is not None or event.result not in ("cut", "left"):
-            # Its model has answered it, perhaps without its engine.
+            # Its model has answered, perhaps without its engine.
             self._requests.labels(event.model, event.result).inc()
         if event.service_s is not None:  # it has had its turn
             self._wait_seconds.labels(event.model).observe(event.waited_s)

@@ -1,6 +1,6 @@
 """Misspelt flags of `vllm serve`, found without the seconds that importing vLLM takes.
 
-What is certain is said at once. Whatever else may be wrong is left to vLLM's own parser.
+Certain mistakes are reported at once. All others are left to vLLM's own parser.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from vllm_hotswap.flags import SERVER_FLAGS
 from vllm_hotswap.hints import did_you_mean
 
 SCHEMA = Path(__file__).parent / "models.schema.json"
-"""Has every flag that may be a key of a model, as the newest vLLM of `RUN_ON` knows them."""
+"""Contains every flag that may be a key of a model, as the newest vLLM of `RUN_ON` has them."""
 
 NO_KEYS = frozenset(["help", "model", "model_tag", "served_model_name"])
-"""Flags that are neither in the schema nor of the server as a whole."""
+"""Flags that are neither in the schema nor flags of the server as a whole."""
 
 PLUGINS = "vllm.platform_plugins"
 """Entry points of packages that may add flags to vLLM's parser."""
 
 
 def known_flags() -> frozenset[str]:
-    """Long flags of `vllm serve`, with underscores."""
+    """Return the long flags of `vllm serve`, with underscores."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     return frozenset(schema["$defs"]["flags"]) | SERVER_FLAGS | NO_KEYS
 
 
 def refuse_misspelt(words: Sequence[str], own: Iterable[str] = ()) -> None:
-    """Refuse a flag that the installed vLLM certainly does not have, and that is near to one.
+    """Refuse a flag that the installed vLLM certainly lacks, if it has one with a similar name.
 
     Args:
-        words: what is left for vLLM's parser.
+        words: the words that are left for vLLM's parser.
         own: flags of this command that are not vLLM's, such as `--admin-key`.
 
     Raises:
@@ -52,10 +52,10 @@ def refuse_misspelt(words: Sequence[str], own: Iterable[str] = ()) -> None:
 
 
 def refuse_unknown(words: Sequence[str]) -> None:
-    """Refuse what is not a flag of the newest vLLM that is supported, where no vLLM is asked.
+    """Refuse flags that the newest supported vLLM does not have; for use without vLLM.
 
     Args:
-        words: flags with their values, which are not looked at.
+        words: flags with their values; the values are not checked.
 
     Raises:
         ConfigError: names the first such word, and the nearest flag.
@@ -68,12 +68,12 @@ def refuse_unknown(words: Sequence[str]) -> None:
 
 
 def nearest_flag(flag: str, known: Iterable[str]) -> str:
-    """`; did you mean '--x'?`, or nothing where none is near."""
+    """Return `; did you mean '--x'?`, or nothing if no flag is near."""
     return did_you_mean(flag, [f"--{name.lstrip('-').replace('_', '-')}" for name in known])
 
 
 def explained(message: str) -> str:
-    """A message of vLLM's parser, with the nearest flag where it does not know one."""
+    """Return a message of vLLM's parser, with the nearest flag if it does not know one."""
     found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
     if found is None or "did you mean" in message:
         return message
@@ -81,7 +81,7 @@ def explained(message: str) -> str:
 
 
 def _unknown(words: Iterable[str], known: Iterable[str]) -> Iterator[str]:
-    """Flags of which no known one is the beginning's rest: argparse takes abbreviations, too."""
+    """Yield flags that no known flag begins with: argparse accepts abbreviations, too."""
     for word in words:
         if match := re.match(r"--(?:no-)?([\w-]+)", word):
             name = match.group(1).replace("-", "_")
@@ -90,7 +90,7 @@ def _unknown(words: Iterable[str], known: Iterable[str]) -> Iterator[str]:
 
 
 def _is_known_vllm() -> bool:
-    """Whether its flags are those of the schema: that release, and no package that adds some."""
+    """Whether vLLM's flags are those of the schema: that release, no package that adds flags."""
     spec = find_spec("vllm")
     if spec is None or spec.origin is None or entry_points(group=PLUGINS):
         return False

@@ -1,8 +1,8 @@
-"""Find `model`, and what else the router has to know, in the body of a request.
+"""Find `model`, and other fields that the router needs, in the body of a request.
 
-The body is read as whoever answers will read it: `json.loads` for JSON, so in UTF-8, UTF-16 or
-UTF-32, with a byte order mark or without, and of a key that is there twice the last one counts;
-python-multipart for forms, as starlette does. A small JSON body is simply parsed. A larger one is
+The body is read as the application will read it. For JSON that is `json.loads`: UTF-8, UTF-16 or
+UTF-32, with or without a byte order mark, and the last one of a repeated key counts. For forms it
+is python-multipart, as in starlette. A small JSON body is simply parsed. A larger one is
 scanned in pieces, because a parser holds up the event loop for as long as it parses.
 """
 
@@ -24,19 +24,19 @@ from vllm_hotswap.surrogates import check_texts
 from vllm_hotswap.turns import Work, at_once
 
 SMALL_BYTES = 16 << 10
-"""JSON bodies up to here are parsed: that takes two milliseconds at most."""
+"""JSON bodies up to this size are parsed: that takes two milliseconds at most."""
 
 _OBJECTS = re.compile(rb"\[[ \t\r\n]{0,1000}+\{")
 _NUMBERS = re.compile(rb"\[[ \t\r\n]{0,1000}+[-0-9]")
 
 MAX_NAME_BYTES = 256
 MAX_VALUE_BYTES = 64 << 10
-"""What is kept at least of a form's field; no name is as long."""
+"""Bytes of a form's field that are kept at least; no model's name is as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What the router looks for at the top level of a body; None where there is no such text."""
+    """The fields that the router needs from a body's top level; None if there is no such text."""
 
     model: str | None = None
     previous_response_id: str | None = None
@@ -46,7 +46,7 @@ class Fields:
     values: int = 0
     """JSON values in the body, counted by commas and opening brackets; 0 for a form."""
     members: Mapping[str, Any] = field(default_factory=dict)
-    """Values of further keys, as `json.loads` has them; `Unread` where they are large."""
+    """Values of additional keys, as `json.loads` reads them; `Unread` if they are large."""
 
 
 NO_FIELDS = Fields()
@@ -60,7 +60,7 @@ class Unread:
 
     text: memoryview = field(repr=False)
     items: int
-    """What a list or an object has in it directly."""
+    """How many values a list or an object contains directly."""
 
     @property
     def is_of_numbers(self) -> bool:
@@ -83,18 +83,18 @@ class _Found:
 def json_fields(
     body: bytes, most_values: int = sys.maxsize, members: Collection[str] = ()
 ) -> Work[Fields]:
-    """The fields of a JSON body; none of one that is no JSON object.
+    """Return the fields of a JSON body, without any text if it is not a JSON object.
 
     Args:
         body: in any encoding that `json.loads` knows.
         most_values: how many values a body that is not small may have.
-        members: further keys, whose values are wanted: at the top level, or, as `outer.inner`, one
-            level below it.
+        members: additional keys whose values are wanted: at the top level, or, as `outer.inner`,
+            one level below it.
 
     Raises:
         TooLong: a text is longer than any name.
         TooManyValues: a body that is not small has more than `most_values`.
-        HalfSurrogate: a text has one, wherever it is.
+        HalfSurrogate: a text anywhere in it has one.
     """
     found = yield from _find(body, JSON_KEYS, most_values, members)
     yield from check_texts(body)
@@ -114,7 +114,7 @@ def _text(value: object) -> str | None:
 
 
 def from_json(body: bytes, key: str = "model") -> str | None:
-    """The text under a top-level key; None if there is none. Does not pause."""
+    """Return the text under a top-level key; None if there is none. Does not pause."""
     return _text(at_once(_find(body, (key,))).content.get(key))
 
 
@@ -143,7 +143,7 @@ def _find(
 
 
 def _members(content: Mapping[str, Any], keys: Collection[str]) -> Work[dict[str, Any]]:
-    """Of these keys, those that are there."""
+    """Return the values of those of these keys that are there."""
     found = {key: content[key] for key in keys if key in content}
     for key in keys:
         outer, dot, inner = key.partition(".")
@@ -159,7 +159,7 @@ def _members(content: Mapping[str, Any], keys: Collection[str]) -> Work[dict[str
 
 
 def _read(member: Member) -> Any:
-    """The value, if it is small; None for one that cannot be parsed."""
+    """Return the value; `Unread` if it is large, None if it cannot be parsed."""
     if len(member.text) > SMALL_BYTES:
         return Unread(member.text, member.items)
     try:
@@ -169,7 +169,7 @@ def _read(member: Member) -> Any:
 
 
 def form_fields(body: bytes, content_type: str) -> Work[Fields]:
-    """The text field `model` of a multipart or urlencoded form."""
+    """Return the text field `model` of a multipart or urlencoded form."""
     try:
         field = _form_field(content_type)
         return Fields((yield from field.find(body)) if field else None)
@@ -178,7 +178,7 @@ def form_fields(body: bytes, content_type: str) -> Work[Fields]:
 
 
 def _form_field(content_type: str) -> _Field | None:
-    """What finds the field `model`. Raises `FormParserError` for a boundary that cannot be one."""
+    """Return a finder of the field `model`. Raises `FormParserError` for an invalid boundary."""
     kind, options = parse_options_header(content_type)
     if kind == media.URLENCODED.encode():
         return _UrlencodedField()
@@ -187,7 +187,7 @@ def _form_field(content_type: str) -> _Field | None:
 
 
 def from_query(query: bytes) -> str | None:
-    """The parameter `model` of a query string; None if there is none."""
+    """Return the parameter `model` of a query string; None if there is none."""
     if b"model=" not in query:
         return None
     return parse_qs(query.decode("latin-1")).get("model", [None])[0]
@@ -203,10 +203,10 @@ class _Field:
         raise NotImplementedError
 
     def _finish(self) -> None:
-        """The form is over."""
+        """End the parse: the form is over."""
 
     def find(self, body: bytes) -> Work[str | None]:
-        """The field's text. Raises `FormParserError` if the body is no such form."""
+        """Return the field's text. Raises `FormParserError` if the body is not such a form."""
         for start in range(0, len(body), media.FORM_PIECE_BYTES):
             self._parse(body[start : start + media.FORM_PIECE_BYTES])
             yield
@@ -236,7 +236,7 @@ class _UrlencodedField(_Field):
     def _field_starts(self) -> None:
         self._name = self._value = b""
 
-    # A piece may end inside a name or a value. No name that is of interest is long.
+    # A piece may end inside a name or a value. The name that is looked for is short.
 
     def _field_name(self, data: bytes, start: int, end: int) -> None:
         self._name = (self._name + data[start:end])[:MAX_NAME_BYTES]

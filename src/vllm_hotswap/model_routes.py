@@ -1,7 +1,7 @@
-"""Which requests a model's application has routes for, read from it once, when it is built.
+"""Which routes a model's application has, read from it once, when it is built.
 
-A model that generates has other routes than one that embeds. Whether a request goes to a model that
-can answer it is looked up here, before the request waits for anything.
+A model that generates has other routes than one that embeds. The lookup here tells whether a model
+can answer a request, before the request waits for anything.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.types import Scope
 
 WEBSOCKET = "WEBSOCKET"
-"""Stands for the method of a websocket's request."""
+"""Stands for the method of a WebSocket's request."""
 
 MODEL_HEADER = "x-hotswap-model"
-"""Of an answer: the alias of the model that has answered, or changed; see `exchange.in_header`."""
+"""Response header: the alias of the model that answered, or changed; see `exchange.in_header`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ class ModelRoutes:
     literal: frozenset[tuple[str, str]] = frozenset()
     """Methods with paths."""
     patterns: tuple[tuple[frozenset[str] | None, re.Pattern[str]], ...] = ()
-    """The same of routes with parameters; None stands for every method."""
+    """Methods with patterns, of routes with parameters; None stands for every method."""
 
     @classmethod
     def of(
         cls, tasks: Iterable[str], routes: Iterable[BaseRoute], without: Container[str] = ()
     ) -> ModelRoutes:
-        """Those of an application, but for the paths of `without`."""
+        """Read the routes of an application, except the paths in `without`."""
         literal: set[tuple[str, str]] = set()
         patterns: list[tuple[frozenset[str] | None, re.Pattern[str]]] = []
         for route in routes:
@@ -48,7 +48,7 @@ class ModelRoutes:
         return cls(tuple(tasks), frozenset(literal), tuple(patterns))
 
     def serve(self, method: str, path: str) -> bool:
-        """Whether there is a route; `method` is `WEBSOCKET` for a websocket. On every request."""
+        """Whether there is a route; `method` is `WEBSOCKET` for a WebSocket. A hot path."""
         if (method, path) in self.literal:
             return True
         if len(path) > 1 and path.endswith("/"):  # applications redirect to the path without it
@@ -61,14 +61,14 @@ class ModelRoutes:
 
 @dataclass(frozen=True, slots=True)
 class ForeseenRoutes:
-    """What is known of a model's routes before it has an application."""
+    """What is known about a model's routes before it has an application."""
 
     tasks: tuple[str, ...]
-    """What it is for, as far as that is known."""
+    """Its tasks, as far as they are known."""
     absent: frozenset[str]
     """Paths that it will not have."""
     present: frozenset[str] = frozenset()
-    """Paths that it will have; of all others nothing is known."""
+    """Paths that it will have; about all others nothing is known."""
 
     def serve(self, _method: str, path: str) -> bool:
         """Whether it may have the route."""
@@ -76,7 +76,7 @@ class ForeseenRoutes:
 
 
 def request_of(scope: Scope) -> tuple[str, str]:
-    """Method and path of a request, as routes are written.
+    """Return method and path of a request, as routes are written.
 
     The path is the one below the prefix of a proxy, and without slashes at its end.
     """
@@ -90,7 +90,7 @@ def request_of(scope: Scope) -> tuple[str, str]:
 def _described(
     route: BaseRoute,
 ) -> tuple[frozenset[str] | None, str | None, re.Pattern[str]]:
-    """Methods, path, and a pattern of the path; the first two are None where any will do."""
+    """Return methods, path, and a pattern of the path; the first two are None if any will do."""
     match route:
         case Route():
             methods = None if route.methods is None else frozenset(route.methods)
@@ -99,5 +99,5 @@ def _described(
             return frozenset([WEBSOCKET]), route.path, route.path_regex
         case Mount():
             return None, None, route.path_regex
-        case _:  # of a kind that cannot be looked into: the application will say
+        case _:  # of a kind that cannot be inspected: the application will decide
             return None, None, re.compile("")

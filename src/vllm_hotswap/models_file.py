@@ -1,4 +1,4 @@
-"""The models file as it was when the server started, and whether it still is that."""
+"""The models file as it was when the server started, and whether it has changed since."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("vllm_hotswap")
 
 @dataclass(frozen=True, slots=True)
 class ModelsFile:
-    """Its path, and the digest of what it held."""
+    """The file's path, and the digest of its content."""
 
     path: Path
     digest: bytes | None
@@ -28,7 +28,7 @@ class ModelsFile:
             return cls(path, None)
 
     def tell_if_changed(self) -> None:
-        """Log that a restart is needed, if it holds something else now, or cannot be read."""
+        """Log that the file has changed and a restart would apply it, or that it is unreadable."""
         try:
             is_changed = _digest(self.path) != self.digest
         except OSError as error:

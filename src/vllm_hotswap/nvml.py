@@ -1,8 +1,7 @@
-"""What is free on a GPU, and what processes use, asked without a context of one's own.
+"""Free memory of a GPU, and memory that processes use, without a CUDA context of our own.
 
-NVIDIA's management library (NVML) tells, where there is one, and where the GPU is a whole one: an
-instance of a divided GPU (MIG) is another matter. Protocol: the NVML API reference, "Device
-Queries"; and `cuDeviceGetPCIBusId` of the driver API.
+NVIDIA's management library (NVML) reports it, if it is installed and the GPU is not divided (MIG).
+Protocol: the NVML API reference, "Device Queries"; and `cuDeviceGetPCIBusId` of the driver API.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ UNKNOWN = (1 << 64) - 1
 """NVML_VALUE_NOT_AVAILABLE."""
 
 MOST_PROCESSES = 256
-"""Of which a device is asked. Where there are more, nothing is known."""
+"""Processes that a device is asked about at most. If it has more, nothing is known."""
 
 
 class _Memory(ctypes.Structure):
@@ -49,18 +48,18 @@ class _Process(ctypes.Structure):
 
 
 def device_free_bytes(driver: Any, library: Any = None, device: int = 0) -> int | None:
-    """Bytes that nobody uses on a device; None where that cannot be told.
+    """Return the free bytes of a device; None if they are not known.
 
     Args:
         driver: libcuda, initialised.
         library: libnvidia-ml; the installed one by default.
-        device: numbered as torch does.
+        device: its number, as torch counts.
     """
     return asked(lambda nvml: _free(driver, nvml, device), library)
 
 
 def asked(ask: Callable[[Any], T], library: Any = None) -> T | None:
-    """What the library says; None where there is none, or one without what is asked."""
+    """Return what the library reports; None if there is none, or it lacks the function."""
     with suppress(OSError, AttributeError):
         nvml = ctypes.CDLL(LIBRARY) if library is None else library
         if nvml.nvmlInit_v2() == 0:
@@ -74,13 +73,13 @@ def asked(ask: Callable[[Any], T], library: Any = None) -> T | None:
 def used_bytes_of(
     pids: Collection[int], driver: Any, library: Any = None, device: int = 0
 ) -> int | None:
-    """Bytes of a device that processes use; None where that cannot be told, or none is there.
+    """Return the bytes of a device that processes use; None if unknown, or if none is found.
 
-    In a container, NVML may tell the numbers that processes have outside of it: then none is found.
+    In a container, NVML may report the process numbers from outside it. Then none is found.
 
     Args:
-        pids: of the processes, all together.
-        driver, library, device: as of `device_free_bytes`.
+        pids: the processes, counted together.
+        driver, library, device: as for `device_free_bytes`.
     """
     with suppress(AttributeError):  # an old library
         nvml = _kept_open() if library is None else library
@@ -91,7 +90,7 @@ def used_bytes_of(
 
 @functools.cache
 def _kept_open() -> Any | None:
-    """The library, for as long as the process lasts: to open it takes longer than to ask it."""
+    """Open the library once per process: opening it takes longer than asking it."""
     with suppress(OSError, AttributeError):
         nvml = ctypes.CDLL(LIBRARY)
         if nvml.nvmlInit_v2() == 0:
@@ -117,13 +116,13 @@ def _free(driver: Any, nvml: Any, device: int) -> int | None:
 
 
 def _whole_device(driver: Any, nvml: Any, device: int) -> Any:
-    """NVML's handle of it; None if there is none, or if the GPU is divided."""
+    """Return NVML's handle of a device; None if there is none, or if the GPU is divided."""
     handle = handle_of(driver, nvml, device)
     return None if handle is None or is_divided(nvml, handle) else handle
 
 
 def handle_of(driver: Any, nvml: Any, device: int) -> Any:
-    """NVML's handle of a device; None if it knows none."""
+    """Return NVML's handle of a device; None if it has none."""
     bus_id, handle = ctypes.create_string_buffer(BUS_ID_BYTES), ctypes.c_void_p()
     if driver.cuDeviceGetPCIBusId(bus_id, ctypes.c_int(BUS_ID_BYTES), ctypes.c_int(device)):
         return None
@@ -133,7 +132,7 @@ def handle_of(driver: Any, nvml: Any, device: int) -> Any:
 
 
 def is_divided(nvml: Any, handle: Any) -> bool:
-    """Whether a GPU has instances (MIG). One that cannot have any has none."""
+    """Whether a GPU has instances (MIG); False for a GPU that cannot have any."""
     current, pending = ctypes.c_uint(), ctypes.c_uint()
     refused = nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending))
     return refused == 0 and current.value == INSTANCES_ON

@@ -13,14 +13,14 @@ from vllm_hotswap.errors import HotswapError, forget_frames
 from vllm_hotswap.refusals import hold_back
 
 _POLICY, _TRY_AGAIN_LATER = 1008, 1013
-"""Close codes of a websocket. https://www.iana.org/assignments/websocket"""
+"""Close codes of a WebSocket. https://www.iana.org/assignments/websocket"""
 
 _MAX_REASON_BYTES = 123
-"""Of the reason in a websocket's close frame."""
+"""The longest reason in a WebSocket's close frame."""
 
 
 def error_body(error: HotswapError) -> ErrorAnswer:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     return {
         "error": {
             "message": told(error.message),
@@ -32,7 +32,7 @@ def error_body(error: HotswapError) -> ErrorAnswer:
 
 
 def error_response(error: HotswapError) -> JSONResponse:
-    """The one place where an error of ours becomes HTTP."""
+    """Turn an error of ours into an HTTP response. No other place does."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
@@ -46,7 +46,7 @@ def error_response(error: HotswapError) -> JSONResponse:
 async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or a WebSocket's handshake, with an error.
 
-    Where it is the client's, that may have to wait: a client is not refused without end.
+    An error of the client may have to wait: that bounds how fast a client can be refused.
     """
     if error.status < 500:
         forget_frames(error)  # the body may be in them
@@ -55,24 +55,24 @@ async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send
 
 
 async def tell(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
-    """The same, at once."""
+    """Answer as `refuse` does, but at once."""
     can_deny = "websocket.http.response" in (scope.get("extensions") or ())
     if scope["type"] == "websocket" and not can_deny:
-        # All that this HTTP server can tell then: it answers with 403.
+        # All that this HTTP server can report then: it answers with 403.
         await send(close_message(error))
     else:
         await error_response(error)(scope, receive, send)
 
 
 def close_message(error: HotswapError) -> Message:
-    """The end of a websocket, with as much of the message as a close frame holds."""
+    """Return a WebSocket's close, with as much of the error's message as its frame holds."""
     reason = told(error.message).encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
     code = _TRY_AGAIN_LATER if error.status >= 500 else _POLICY
     return {"type": "websocket.close", "code": code, "reason": reason}
 
 
 def error_event(error: HotswapError, path: str) -> bytes:
-    """The last event of a stream that was cut, in the dialect of the route."""
+    """Return the last event of a stream that was cut, in the dialect of the route."""
     body = error_body(error)
     if path.endswith("/messages"):  # Anthropic's
         details = {"type": error.type, "message": told(error.message)}
@@ -83,7 +83,7 @@ def error_event(error: HotswapError, path: str) -> bytes:
 
 
 def answer_event(body: bytes) -> bytes:
-    """An application's answer, an error object, as the last event of a stream."""
+    """Return an application's answer, an error object, as the last event of a stream."""
     try:
         content = json.loads(body)
     except ValueError:

@@ -131,13 +131,13 @@ class Operations:
         return JSONResponse(answer)
 
     async def _read(self, request: Request, kind: type[Options]) -> tuple[str, Options]:
-        """The alias of the model that the path names, and the checked body."""
+        """Return the alias of the model that the path names, and the checked body."""
         options = parse_body(kind, await request.body())
         return self._coordinator.registry.model(request.path_params["alias"]).alias, options
 
 
 def operation_body(result: OperationResult) -> OperationAnswer:
-    """What an operation did, as JSON."""
+    """Return the result of an operation as JSON."""
     body: OperationAnswer = {
         "operation": result.operation,
         "model": result.model,
@@ -153,7 +153,7 @@ def operation_body(result: OperationResult) -> OperationAnswer:
 
 
 def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
-    """A plan, as JSON."""
+    """Return a plan as JSON."""
     return {
         "model": plan.target,
         "active": active,
@@ -171,7 +171,7 @@ def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
 
 
 def predictions_body(foresight: Foresight) -> PredictionStatus:
-    """What predictions were good for, as JSON."""
+    """Return how useful predictions were, as JSON."""
     predicted, tally = foresight.predicted, foresight.tally
     return {
         "next": None
@@ -199,17 +199,17 @@ def usage_body(usage: Usage) -> UsageAnswer:
 
 
 CALLER = "vllm_hotswap.caller"
-"""Where the scope of a request to our own routes says who has sent it."""
+"""The key in a request's scope under which our own routes find its caller."""
 
 
 def caller_of(request: Request) -> Caller:
-    """Who has sent a request to one of our own routes."""
+    """Return the caller of one of our own routes."""
     caller: Caller = request.scope.get(CALLER, Caller())
     return caller
 
 
 def parse_body(kind: type[Options], body: bytes) -> Options:
-    """The checked body; nothing at all is `{}`. Raises `InvalidRequest`."""
+    """Return the checked body; an empty one counts as `{}`. Raises `InvalidRequest`."""
     try:
         return kind.model_validate_json(as_utf8(body) or b"{}")
     except ValidationError as error:

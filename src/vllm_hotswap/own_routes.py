@@ -1,4 +1,4 @@
-"""The table of our own routes: who may call them, who answers, and what the description says."""
+"""The table of our own routes: the role that may call each, its handler, and its description."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ MODELS = About("All aliases, with the status of their models", ModelList)
 
 
 OBSERVING = frozenset({"/metrics", "/admin/status", "/admin/events", "/admin/leases"})
-"""What tells of everybody's requests."""
+"""Routes that tell about the requests of all callers."""
 
 
 def for_admins(route: Route) -> Route:
-    """The route, for admins alone if it tells of everybody's requests."""
+    """Return the route, for admins alone if it tells about the requests of all callers."""
     if route.method == "GET" and route.path in OBSERVING:
         return replace(route, role=Role.ADMIN_KEY)
     return route
@@ -111,7 +111,7 @@ def own_routes(
     events: Handler,
     description: Handler,
 ) -> Iterator[Route]:
-    """One line of what it does for each; their order is that of the description."""
+    """Yield our own routes, in the order of the description, each with a line on what it does."""
     yield Route("GET", "/health", PUBLIC, admin.health, HEALTH)
     yield Route("GET", "/ping", PUBLIC, admin.health, HEALTH)
     yield Route("POST", "/ping", PUBLIC, admin.health, HEALTH)

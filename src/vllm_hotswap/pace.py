@@ -1,10 +1,10 @@
-"""The tasks of large calls take their steps a few in a turn of the event loop.
+"""The tasks of large requests take their steps a few per iteration of the event loop.
 
-vLLM makes a task of each prompt, item and input of a call, and more for each step that it takes on
-the way. When a thousand of them can go on, asyncio runs all of them before it looks at a socket
-again. Here a task that is made for a call of many engine requests takes a place before each of its
-steps; there are few of them in a turn, and all large calls share them in the order of arrival.
-Other tasks are as they were.
+vLLM makes a task for each prompt, item and input of a request, and more for each step on the way.
+When a thousand of them can continue, asyncio runs all of them before it looks at a socket again.
+Here a request is large if it makes several engine requests. A task that is made for one takes a
+place before each of its steps. There are few places per iteration, and all large requests share
+them in the order of arrival. Other tasks are unchanged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vllm_hotswap.registry import Lease, current_lease
 T = TypeVar("T")
 
 PER_TURN = 8
-"""Steps of large calls between two turns of the loop: some milliseconds of work."""
+"""Steps of large requests per iteration of the loop: some milliseconds of work."""
 
 OUTPUTS = 32
-"""Of engines, of whomever, that are looked at between two turns of the loop."""
+"""Outputs of engines, for all requests, that are handled per iteration of the loop."""
 
 
 class Place:
-    """One step of a task in one turn, which it has or waits for."""
+    """A place for one step of a task, which the task has or waits for."""
 
     __slots__ = ("future", "is_there")
 
@@ -43,7 +43,7 @@ class Place:
 
 
 class Pace:
-    """The places of one event loop. The mutable state is how many are left, and who waits."""
+    """The places of one event loop. The mutable state is how many are left, and which wait."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -55,23 +55,23 @@ class Pace:
         return f"<Pace left={self._left} waiting={len(self._waiting)}>"
 
     async def wait(self) -> None:
-        """Return when there is a place for the running task; at once if its call is not large."""
+        """Wait for a place for the running task; return at once if its request is not large."""
         if _is_large(current_lease.get()) and (thrown := await self._place()):
             raise thrown
 
     def make_task(
         self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any
     ) -> asyncio.Task[Any]:
-        """A task, as `loop.create_task` makes it; one of a large call takes places.
+        """Make a task as `loop.create_task` does; a task of a large request takes places.
 
-        It is a task factory, which gets the same arguments.
+        This is a task factory, which gets the same arguments.
         """
         context = options.get("context")
         lease = current_lease.get() if context is None else context.get(current_lease)
         if not _is_large(lease):
             return asyncio.Task(coro, loop=loop, **options)
         task = asyncio.Task(self._run(coro), loop=loop, **options)
-        task.add_done_callback(lambda _: coro.close())  # cancelled before its first step
+        task.add_done_callback(lambda _: coro.close())  # if cancelled before its first step
         return task
 
     async def _run(self, coro: Coroutine[Any, Any, Any]) -> Any:
@@ -79,9 +79,9 @@ class Pace:
 
     @types.coroutine
     def _steps(self, coro: Coroutine[Any, Any, Any]) -> Generator[Any, None, Any]:
-        """What a task does with its coroutine, and a place before each step.
+        """Drive a coroutine as a task does, but take a place before each step.
 
-        A cancellation is a step, too: when a client leaves, all tasks of its call are cancelled.
+        A cancellation is a step, too: when a client leaves, all tasks of its request are cancelled.
         """
         error: BaseException | None = None
         while True:
@@ -100,7 +100,7 @@ class Pace:
 
     @types.coroutine
     def _place(self) -> Generator[Any, None, BaseException | None]:
-        """Wait for a place, and keep it in the queue whatever is thrown, which is returned."""
+        """Wait for a place, and stay in the queue if something is thrown; return that."""
         place, thrown = self._take(), None
         while not place.is_there:
             place.future = self._loop.create_future()
@@ -108,7 +108,7 @@ class Pace:
                 yield from place.future
             except GeneratorExit:
                 raise
-            except BaseException as raised:  # noqa: BLE001  # as a cancellation, of which one counts
+            except BaseException as raised:  # noqa: BLE001  # like a cancellation; the last counts
                 thrown = raised
         return thrown
 
@@ -117,7 +117,7 @@ class Pace:
         if not self._is_turning:
             self._is_turning = True
             self._loop.call_soon(self._turn)
-        if self._left and not self._waiting:
+        if self._left and not self._waiting:  # not ahead of those that wait
             self._left -= 1
             place.give()
         else:
@@ -139,7 +139,7 @@ def _is_large(lease: Lease | None) -> bool:
 
 
 def pace_tasks() -> Pace:
-    """The pace of the running event loop, whose tasks take places from the first call on."""
+    """Return the pace of the running event loop; from the first call on, its tasks take places."""
     loop = asyncio.get_running_loop()
     factory = loop.get_task_factory()
     pace = getattr(factory, "__self__", None)
@@ -150,17 +150,17 @@ def pace_tasks() -> Pace:
 
 
 async def give_back() -> None:
-    """Let the event loop turn, if the running task's call is large."""
+    """Let other tasks run, if the running task's request is large."""
     if _is_large(current_lease.get()):
         await asyncio.sleep(0)
 
 
 def merged(*iterators: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[int, T], None]:
-    """What several generators yield, as it comes, each with the number of its generator.
+    """Yield what several generators yield, as it comes, each with the number of its generator.
 
-    It is vLLM's `merge_async_iterators`, but what it does for one item does not grow with how many
-    generators there are, and the event loop turns after a few of them. Of a single one, which most
-    streams are, it makes no tasks, as vLLM does not.
+    It works as vLLM's `merge_async_iterators`, with two differences: the work for one item does not
+    grow with the number of generators, and other tasks may run after a few items. Like vLLM, it
+    makes no tasks for a single generator, the case of most streams.
     """
     return _only(iterators[0]) if len(iterators) == 1 else _merge(iterators)
 

@@ -11,35 +11,35 @@ from vllm_hotswap.errors import ConfigError
 
 
 def beside(file: Path, name: str, place: object) -> Path:
-    """The absolute path of `name`, which may be relative to the folder of `file` or begin with `~`.
+    """Return `name` as an absolute path. It may be relative to `file`'s folder or begin with `~`.
 
     A link stays a link: its own name and its neighbours count, as in the hub's cache, where
     `snapshots/…/model.gguf` is a link to `blobs/0123abcd`. Only the folders above it are followed.
 
     Raises:
-        ConfigError: it can be no path (an unknown user, a null byte, too long a name).
+        ConfigError: it cannot be a path (an unknown user, a null byte, too long a name).
     """
     try:
         path = file.parent / Path(name).expanduser()
         path = path.parent.resolve() / path.name if path.name != ".." else path.resolve()
         with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()  # raises what a name too long for the file system raises
+            path.lstat()  # raises if the name is too long for the file system
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{place}: {name!r} is not a valid path: {error}") from error
     return path
 
 
 def replace_text(path: Path, text: str) -> os.stat_result:
-    """Write an ASCII file; whoever reads it finds all of it, or what was there before.
+    """Write an ASCII file; a reader finds all of it, or what was there before.
 
-    It is written beside its place under a name that nobody can foresee, and only as a new file: no
-    link is followed to somebody else's.
+    The text is first written beside it, under a name that no other user can foresee, and only as a
+    new file: no link to another user's file is followed.
 
     Returns:
-        What the system knows of the new file.
+        The status of the new file.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the file cannot be written; nothing is left of it.
     """
     new = _new_name(path.parent)
     with new.open("x", encoding="ascii") as file:

@@ -1,9 +1,8 @@
-"""Who has a connection to the server, and who gives way when there are no more.
+"""Places for connections, and which connection gives way when there are no more.
 
-A connection waits while no request of its is under way: nothing has arrived yet, a head is not
-whole, an answer was the last word, or a refusal is held back. Where places run out, the one that
-has waited longest is closed. Where none waits, a few places are left that only some requests may
-use.
+A connection waits while it has no request under way: nothing has arrived yet, a head is not whole,
+the last response is complete, or a refusal is held back. When places run out, the connection that
+has waited longest is closed. If none waits, a few places are left that only some requests may use.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from typing import Protocol
 from vllm_hotswap.addresses import ip_address
 
 KEPT = 64
-"""Places beyond all others, for health checks and admins; an eighth of all where there are few."""
+"""Places kept for health checks and admins; an eighth of all places if there are few."""
 
 KEPT_SHARE = 4
-"""One address may have a quarter of them."""
+"""One address may have a quarter of the kept places."""
 
 NETWORK_BITS = 64
-"""Of an IPv6 address: what one client is usually given. Source: RFC 6177."""
+"""First bits of an IPv6 address: the network that one client usually gets. Source: RFC 6177."""
 
 
 class Holder(Protocol):
-    """Has a place."""
+    """An object that has a place."""
 
     def give_way(self) -> None:
-        """Close the connection, on which nothing but a refusal is under way, if anything."""
+        """Close the connection. At most a refusal is under way on it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -42,7 +41,7 @@ class _Group:
 
 
 class Place:
-    """One connection's place in a pool. It waits until it is told otherwise."""
+    """One connection's place in a pool. It counts as waiting until `is_busy` is called."""
 
     __slots__ = ("_group", "_pool", "holder", "is_kept")
 
@@ -53,19 +52,19 @@ class Place:
         self._group = group
 
     def waits(self) -> None:
-        """No request is under way, from now on."""
+        """Note that no request is under way from now on."""
         if self._pool is not None:
             self._pool.waiting[self] = None
             self._group.waiting[self] = None
 
     def is_busy(self) -> None:
-        """A request is under way, from now on."""
+        """Note that a request is under way from now on."""
         if self._pool is not None:
             self._pool.waiting.pop(self, None)
             self._group.waiting.pop(self, None)
 
     def leave(self) -> None:
-        """The place is free. Idempotent."""
+        """Free the place. Idempotent."""
         if self._pool is not None:
             self.is_busy()
             self._pool.free(self._group)
@@ -73,17 +72,17 @@ class Place:
 
 
 class _Pool:
-    """So many places, of which one address may have `share`."""
+    """At most `most` places, of which one address may have `share`."""
 
     def __init__(self, most: int, share: int, is_kept: bool) -> None:
         self.most, self.share, self._is_kept = most, share, is_kept
         self.count = 0
         self.waiting: dict[Place, None] = {}
-        """In the order in which they began to wait, as every group's."""
+        """In the order in which they began to wait, as in each group."""
         self.groups: dict[Hashable, _Group] = {}
 
     def take(self, holder: Holder, key: Hashable) -> Place | None:
-        """A place; None if there is none. `key` is the address, None for one without a bound."""
+        """Return a place; None if there is none. `key` is the address; None: without a bound."""
         group = self.groups.get(key) or _Group(key)
         if key is not None and group.count >= self.share:
             if not _made_room(group.waiting):
@@ -105,7 +104,7 @@ class _Pool:
 
 
 def _made_room(waiting: dict[Place, None]) -> bool:
-    """Have the one that has waited longest give way; False if none waits."""
+    """Make the place that has waited longest give way; return False if none waits."""
     longest = next(iter(waiting), None)
     if longest is None:
         return False
@@ -115,11 +114,11 @@ def _made_room(waiting: dict[Place, None]) -> bool:
 
 
 class Places:
-    """All places of a server: `most` for everybody, and some that are kept.
+    """All places of a server: those for all requests, and some that are kept.
 
     Args:
-        most: of all connections together, those included that are kept.
-        per_address: of one client's address; None: half of what is for everybody.
+        most: places of all connections together, the kept ones included.
+        per_address: places of one client's address; None: half of those for all requests.
         is_proxy: whether an address stands for many clients, and has no bound of its own.
     """
 
@@ -143,7 +142,7 @@ class Places:
         )
 
     def take(self, holder: Holder, address: str | None) -> Place | None:
-        """A place for a connection, which waits for now; None if there is none.
+        """Return a place for a connection, which waits for now; None if there is none.
 
         Args:
             address: the client's IP address; None for a Unix domain socket.
@@ -152,12 +151,12 @@ class Places:
         return self._all.take(holder, key) or self._kept.take(holder, key)
 
     def client_of(self, address: str | None) -> Hashable:
-        """What counts as one client; None where that cannot be told: all of them share it."""
+        """Return what counts as one client; None where clients cannot be told apart."""
         return None if address is None or self._is_proxy(address) else network_of(address)
 
 
 def network_of(address: str) -> Hashable:
-    """What counts as one client: an IPv4 address, or a network of IPv6."""
+    """Return what counts as one client: an IPv4 address, or a network of IPv6."""
     if ":" not in address:
         return address
     try:

@@ -1,7 +1,7 @@
-"""Which grammars are plain: so small, and of such parts, that their cost is known beforehand.
+"""Which grammars are plain: so small, and of such parts, that their cost is known in advance.
 
-They are checked and compiled in place. Others are tried in a process that can be ended. It is a
-list of what is known to be cheap, not of what is known to be costly: whatever is new is tried.
+They are checked and compiled in place. Others are tried in a process that can be killed. This is a
+list of what is known to be cheap, not of what is known to be costly: anything new is tried.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 MOST_BYTES = 8 << 10
 MOST_VALUES = 32
-"""Properties, members of lists and schemas. 20 optional properties take xgrammar 9 ms of a
-processor with a small vocabulary, and 0.1 s with 150,000 tokens."""
+"""Properties, members of lists and schemas. 20 optional properties take xgrammar 9 ms of processor
+time with a small vocabulary, and 0.1 s with 150,000 tokens."""
 
 _NOTES = frozenset(["$schema", "default", "description", "examples", "title"])
 _PLAIN = _NOTES | frozenset(
@@ -21,8 +21,9 @@ _PLAIN = _NOTES | frozenset(
 
 
 def is_plain(outputs: Any) -> bool:
-    """Whether `StructuredOutputsParams` are: JSON without a schema, a few choices, or a small
-    schema of the usual parts.
+    """Whether `StructuredOutputsParams` are plain.
+
+    That is JSON without a schema, a few choices, or a small schema of the usual parts.
     """
     if outputs.choice is not None:
         return _values(outputs.choice) <= MOST_VALUES and _is_short(outputs.choice)
@@ -38,7 +39,7 @@ def _is_plain_schema(schema: Any) -> bool:
         read = json.loads(schema) if isinstance(schema, str) else schema
         return _weight(read) <= MOST_VALUES
     except (ValueError, RecursionError):
-        return False  # whoever tries it says what is wrong with it
+        return False  # the trial of it says what is wrong with it
 
 
 def _is_short(value: Any) -> bool:
@@ -46,7 +47,7 @@ def _is_short(value: Any) -> bool:
 
 
 def _weight(schema: Any) -> int:
-    """Values in a schema; `ValueError` for one that has other parts."""
+    """Return how many values are in a schema. Raises `ValueError` if it has other parts."""
     if isinstance(schema, bool):
         return 1
     if not isinstance(schema, dict) or not schema.keys() <= _PLAIN:
@@ -65,7 +66,7 @@ def _as(kind: type, value: Any) -> Any:
 
 
 def _values(value: Any) -> int:
-    """In a list or mapping, however deep; nothing where it is neither."""
+    """Return how many values are in a list or mapping, however deep; 0 for anything else."""
     if isinstance(value, dict):
         value = [*value.values()]
     return len(value) + sum(map(_values, value)) if isinstance(value, list) else 0

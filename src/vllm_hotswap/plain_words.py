@@ -1,4 +1,4 @@
-"""What is wrong with a value, in plain words, where pydantic has found it."""
+"""Plain words for the mistakes that pydantic finds in values."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _WITH: Mapping[str, Callable[[Mapping[str, Any]], str]] = MappingProxyType(
         "value_error": lambda about: str(about["error"]),
     }
 )
-"""By pydantic's names of errors, with what it tells beside them.
+"""Words by pydantic's names of errors, for those that use the context that it gives.
 https://docs.pydantic.dev/latest/errors/validation_errors/"""
 
 
 def first_mistake(error: ValidationError) -> tuple[str | None, str]:
-    """The field with the first mistake, None for the body itself, and a sentence about it."""
+    """Return the field with the first mistake (None: the body itself), and a sentence about it."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"])) or None
     return field, f"{field or 'the body'} {_words(first)}"

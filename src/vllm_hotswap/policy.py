@@ -1,10 +1,10 @@
 """When to switch, and to which model: values in, a decision out.
 
 A policy is a function of a `Snapshot`. It knows no clock, no engine and no request: time is a field
-of the snapshot, and so is whatever else it may look at. `decide` asks it, and keeps the promises
-that hold whatever it says: a job's lease is kept, and who has waited too long is next.
+of the snapshot, and so is all else that it may look at. `decide` asks it, and keeps the promises
+that hold whatever it says. A job's lease is kept, and a request that has waited too long is next.
 
-The theory of what is decided here is that of polling systems with switch-over times: H. Takagi,
+The theory behind these decisions is that of polling systems with switch-over times: H. Takagi,
 "Queuing analysis of polling models", ACM Computing Surveys 20(1), 1988.
 """
 
@@ -17,43 +17,43 @@ from dataclasses import dataclass, replace
 NEVER = math.inf
 
 WORKED_S = 0.05
-"""A model is active for at least as long before what it began is parked: some steps of an engine.
-Without it, switches that cost nothing could park everything before it gets anywhere."""
+"""The least time that a model is active before its requests are parked: some steps of an engine.
+Without it, switches that cost nothing could park all requests before they make progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """Who waits for one model. Times are seconds of the snapshot's clock."""
+    """The requests that wait for one model. Times are seconds of the snapshot's clock."""
 
     alias: str
     position: int
-    """Of the model among the configured ones, from 0."""
+    """The model's position among the configured ones, from 0."""
     requests: int
-    """How many there are."""
+    """How many requests wait."""
     parked: int
-    """Those of them that are frozen with its engine, and would go on; the others would begin."""
+    """How many of them are frozen with its engine, and would continue; the others would start."""
     first: int
-    """The order of arrival, among all requests, of its first one."""
+    """The number of its first request in the order of arrival of all requests."""
     oldest_s: float
-    """Since when that one waits."""
+    """The time since when that request waits."""
     mean_arrival_s: float
-    """The mean of since when they wait."""
+    """The mean of the times since when its requests wait."""
     due_s: float
     """When the first of them will have waited as long as it may (`max_wait`)."""
     priority: int
-    """The highest of its requests'."""
+    """The highest priority of its requests."""
     weight: float
     tokens: int
-    """Prompt and output tokens that they ask for at most."""
+    """Prompt and output tokens that its requests ask for at most."""
     service_s: float
     """Seconds that one of its requests took lately, from admission to its end; 0 if not known."""
     switch_cost_s: float
-    """Seconds from the active model to it without draining, as both lie now."""
+    """Seconds from the active model to it without draining, at the residencies that both have."""
     back_cost_s: float
-    """Seconds from it to the model that is active now."""
+    """Seconds from it back to the model that is active now."""
 
     def waited_s(self, now_s: float) -> float:
-        """Seconds that all of them have waited together."""
+        """Return the seconds that all its requests have waited together."""
         return self.requests * (now_s - self.mean_arrival_s)
 
 
@@ -66,11 +66,11 @@ class ActiveView:
     since_s: float
     in_flight: int
     priority: int
-    """The highest of the requests that it works on."""
+    """The highest priority of the requests that it works on."""
     weight: float
     service_s: float
     leased_until_s: float | None = None
-    """Until when it is held for a job; None if it is not."""
+    """Until when it is held for a job; None: it is not held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class Snapshot:
     now_s: float
     active: ActiveView | None
     own: QueueView | None
-    """Who waits for the active model, if anybody does."""
+    """The requests that wait for the active model; None: there are none."""
     others: tuple[QueueView, ...]
-    """Every other model that somebody waits for, in the order of the configuration."""
+    """The queues of all other models that requests wait for, in the order of the configuration."""
 
     @property
     def is_idle(self) -> bool:
@@ -91,7 +91,7 @@ class Snapshot:
 
     @property
     def is_own_due(self) -> bool:
-        """Whether one who waits for the active model is due, and nobody else was so before."""
+        """Whether a request for the active model is due, and no other request was due before."""
         own = self.own
         return (
             own is not None
@@ -102,10 +102,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class ServeOn:
-    """Go on with the active model until something changes.
+    """Continue with the active model until something changes.
 
-    Its requests that came before `before` (an order of arrival) are admitted; None: all. Whoever
-    is due is admitted with them, and all who came before those.
+    Its requests that came before `before` (in the order of arrival) are admitted; None: all are.
+    Its requests that are due are admitted with them, and so are all that came before those.
     """
 
     before: int | None = None
@@ -113,7 +113,7 @@ class ServeOn:
 
 @dataclass(frozen=True, slots=True)
 class WaitUntil:
-    """The same, but look again at `time_s`."""
+    """Continue as with `ServeOn`, but decide again at `time_s`."""
 
     time_s: float
     before: int | None = None
@@ -123,21 +123,21 @@ class WaitUntil:
 class SwitchTo:
     """Admit nothing more to the active model, and make `alias` active.
 
-    Requests that run are waited for until somebody is due; with `park` they are frozen at once.
+    Running requests are waited for until a request is due; with `park` they are frozen at once.
     """
 
     alias: str
     park: bool = False
     park_from_s: float = 0.0
-    """When requests may be frozen; until then they are waited for. `decide` says it."""
+    """When requests may be frozen; until then they are waited for. `decide` sets it."""
 
     def drain_until_s(self, began_s: float, drain_timeout_s: float, due_s: float) -> float:
-        """Until when to wait for requests that run.
+        """Return until when to wait for running requests.
 
         Args:
             began_s: when this was decided.
             drain_timeout_s: seconds that they get at most.
-            due_s: when the first of all who wait, for whatever model, is due.
+            due_s: when the first waiting request, for any model, is due.
         """
         until_s = began_s if self.park else min(began_s + drain_timeout_s, due_s)
         return max(began_s, until_s, self.park_from_s)
@@ -146,36 +146,36 @@ class SwitchTo:
 Decision = ServeOn | WaitUntil | SwitchTo
 
 Policy = Callable[[Snapshot], Decision]
-"""Decides. It is only asked while no switch is under way, and `others` is not empty.
+"""A function that decides. Called only while no switch is under way and `others` is not empty.
 
-It must not keep anything from one call to the next, block, or raise.
+It must not keep state between calls, block, or raise.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
-    """What a policy is made with."""
+    """The settings that a policy is made with."""
 
     min_active_s: float = 0.0
     slice_s: float = 2.0
 
 
 PolicyFactory = Callable[[PolicySettings], Policy]
-"""What an entry point of the group `vllm_hotswap.policies` names."""
+"""A function that makes a policy; entry points of the group `vllm_hotswap.policies` name one."""
 
 
 def decide(policy: Policy, snapshot: Snapshot) -> Decision:
-    """What is to be done now: what the policy says, within what every request is promised.
+    """Return what to do now: what the policy says, within what every request is promised.
 
-    - Where nobody waits for another model, the active one is served.
+    - If no request waits for another model, the active one is served.
     - While the active model is held for a job, it is served.
-    - Who has waited for as long as it may is next, whoever was due first: if that is a request for
-      the active model, it is admitted, and then everybody is looked at again. What runs is parked
-      for who is due, rather than waited for.
-    - Who runs is not parked before its model was active for as long as the way there and back
-      takes (`SwitchTo.park_from_s`).
+    - A request that has waited for as long as it may is next; of several, the one that was due
+      first. If it is for the active model, it is admitted, and then all queues are looked at again.
+      Running requests are parked for a due request, not waited for.
+    - Running requests are not parked before their model was active for as long as a switch there
+      and back takes (`SwitchTo.park_from_s`).
 
-    Raises whatever the policy raises, and `ValueError` for a model that nobody waits for.
+    Raises whatever the policy raises, and `ValueError` for a model that no request waits for.
     """
     if not snapshot.others:
         return ServeOn()
@@ -184,7 +184,7 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
         assert active.leased_until_s is not None
         return WaitUntil(active.leased_until_s)
     if snapshot.is_own_due:
-        return WaitUntil(snapshot.now_s, before=0)  # whoever is due is admitted nevertheless
+        return WaitUntil(snapshot.now_s, before=0)  # requests that are due are admitted anyway
     first_due = min(snapshot.others, key=_due)
     if first_due.due_s <= snapshot.now_s:
         return _switch(snapshot, SwitchTo(first_due.alias, park=True), first_due)
@@ -206,7 +206,7 @@ def _switch(snapshot: Snapshot, decision: SwitchTo, target: QueueView) -> Switch
 
 
 def _in_time(snapshot: Snapshot, decision: ServeOn | WaitUntil, due_s: float) -> WaitUntil:
-    """The same, but look again when somebody is due who waits by then."""
+    """Return the decision, but decide again when a request that still waits then is due."""
     if snapshot.own is not None and decision.before is not None:
         due_s = min(due_s, snapshot.own.due_s)
     match decision:

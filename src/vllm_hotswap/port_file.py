@@ -1,4 +1,4 @@
-"""A file that tells the server's TCP port to whoever started it with `--port 0`."""
+"""A file with the server's TCP port, for the program that started it with `--port 0`."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from vllm_hotswap.unix_socket import FileIdentity
 
 @dataclass(frozen=True, slots=True)
 class PortFile:
-    """The file, as this server has written it."""
+    """The file as this server has written it."""
 
     path: Path
     identity: FileIdentity
 
     @classmethod
     def write(cls, path: Path, port: int) -> PortFile:
-        """Write the number and a line end. Whoever reads the file finds all of it, or no file.
+        """Write the number and a line end. A reader of the file finds all of it, or no file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         path = path.absolute()
         status = replace_text(path, f"{port}\n")
         return cls(path, FileIdentity(status.st_dev, status.st_ino))
 
     def remove(self) -> None:
-        """Unless another server has written its own meanwhile. Call it once."""
+        """Remove the file, unless another server has written its own since. Call it once."""
         if FileIdentity.of(self.path) == self.identity:
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
 
 def check_port_file(path: Path) -> None:
-    """Raises `ConfigError` if it cannot be written, or would replace something else."""
+    """Raise `ConfigError` if the file cannot be written, or would replace something else."""
     folder = path.absolute().parent
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise ConfigError(f"--port-file: {str(folder)!r} is not a folder")
         with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # raises what a name too long for the file system raises
+            path.lstat()  # raises if the name is too long for the file system
         try_to_write(folder)
     except FileNotFoundError:
         raise ConfigError(f"--port-file: the folder {str(folder)!r} does not exist") from None

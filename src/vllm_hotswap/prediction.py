@@ -1,10 +1,9 @@
-"""Which model is likely to be active next: counts of which one followed which.
+"""Which model is likely to be active next, from counts of which model followed which.
 
-A first-order Markov chain, estimated from what has been seen. At each observation, what has
-followed the same model before counts less by `DECAY`, so that the estimate follows a workload that
-changes: what happened six times in a row lately is expected, whatever was the rule before. One
-observation's worth of "something else" is always counted in, so that nothing is certain, and one
-time is no habit.
+A first-order Markov chain, estimated from what has been seen. At each observation, earlier ones
+after the same model count less, by `DECAY`. So the estimate follows a workload that changes: what
+happened six times in a row is expected, whatever was usual before. One observation of "something
+else" is always counted in, so that nothing is certain, and one time is not a habit.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 DECAY = 0.8
-"""What is left of earlier counts at each new one of the same row; so they add up to 5 at most."""
+"""The part of earlier counts that is left at a new one in the row; so they sum to 5 at most."""
 
 PRIOR = 1.0
 """Count of "something else" in every row."""
 
 LIKELY = 0.6
-"""The least probability that is a prediction. A habit has it from the second time on."""
+"""The least probability of a prediction. A habit has it from the second time on."""
 
 NEGLIGIBLE = 0.01
 """A count below it is forgotten."""
@@ -34,10 +33,10 @@ class Prediction:
 
 
 class Successions:
-    """What has followed what.
+    """Counts of which model has followed which.
 
     The mutable state is `current`, the model that is active, and a row of counts for each model
-    that was.
+    that was active.
     """
 
     def __init__(self) -> None:
@@ -48,7 +47,7 @@ class Successions:
         return f"<Successions current={self.current} rows={len(self._counts)}>"
 
     def observe(self, alias: str) -> None:
-        """A model has become active. One that is active already follows nothing."""
+        """Count a model that has become active. One that was active already follows nothing."""
         before, self.current = self.current, alias
         if before is None or before == alias:
             return
@@ -57,7 +56,7 @@ class Successions:
         self._counts[before] = {model: n for model, n in row.items() if n >= NEGLIGIBLE}
 
     def predict(self) -> Prediction | None:
-        """What is likely to follow the active model; None if nothing is."""
+        """Return the model that is likely to follow the active one; None if none is."""
         row = self._counts.get(self.current or "", {})
         if not row:
             return None

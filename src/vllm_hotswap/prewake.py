@@ -1,9 +1,9 @@
-"""Waking a model before it is asked for, in slices, while another one is served.
+"""Early wakes: a model wakes in slices, before a request asks for it, while another is served.
 
-Nothing is given up for it. A slice is begun when nobody moves models, and whoever moves them waits
-for none but the one that is under way. The switch to the model does what is left. A wake that is
-not wanted any more gives back what it has taken; whatever fails of it, the model is asleep, as it
-was, and who is served has not noticed.
+Nothing is given up for it. A slice starts only while no models move, and a move waits at most for
+the slice that is under way. The switch to the model does what is left. A wake that is no longer
+wanted gives back what it has taken. Whatever fails, the model is asleep as before, and the requests
+that are served are not affected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("vllm_hotswap")
 
 
 class Within(Protocol):
-    """Has a deadline for what an engine is told: `Ladder.within`."""
+    """Awaits the work of an engine, with a deadline: `Ladder.within`."""
 
     def __call__(self, work: Awaitable[T], timeout_s: float, what: str) -> Awaitable[T]: ...
 
@@ -37,8 +37,9 @@ class Within(Protocol):
 class Prewakes:
     """The wakes under way.
 
-    The mutable state is `waking` of each model in the registry; `_one_at_a_time`, the lock of who
-    takes a slice: a step waits for one of them at most; and `_is_closed`: none begins any more.
+    The mutable state is `waking` of each model in the registry; `_one_at_a_time`, the lock that is
+    held during a slice, so that a step waits for one slice at most; and `_is_closed`, after which
+    none starts.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Prewakes:
     ) -> None:
         """
         Args:
-            turn: held by whoever moves models.
-            lacks_memory: says whether models count on more of the device than they may have.
+            turn: the lock that is held while models move.
+            lacks_memory: whether models count on more device memory than they may have.
         """
         self._lacks_memory = lacks_memory
         self._registry = registry
@@ -63,9 +64,9 @@ class Prewakes:
         self._turn = turn
         self._within = within
         self._command_s = deadlines.command_timeout
-        # A slice may wait for a step, for as long as that may take: nobody has asked for it.
+        # A slice may wait for a step, for as long as that may take: no request waits for it.
         self._slice_s = deadlines.step_timeout + deadlines.command_timeout
-        # Parts are given back while others move models: a load may come between two of them.
+        # Parts are given back while models move: a load may come between two of them.
         self._give_back_s = self._slice_s + deadlines.load_timeout
         self._one_at_a_time = asyncio.Lock()
         self._is_closed = False
@@ -74,7 +75,7 @@ class Prewakes:
         return f"<Prewakes {[model.alias for model in self._registry if model.waking]}>"
 
     def begin(self, model: Model, budget: Usage) -> Waking | None:
-        """Begin to wake a model, if it sleeps and there is room for it as things are."""
+        """Start to wake a model, if it sleeps and there is room for it right now."""
         needs = _needs(model)
         if self._is_closed:
             return None
@@ -87,7 +88,7 @@ class Prewakes:
         return waking
 
     def _held_beside(self, model: Model) -> Usage:
-        """What all hold but by wakes: that of `model`, and those that give it back already."""
+        """Return what all models hold, without the wakes of `model` and those given up already."""
         held = Usage()
         for other in self._registry:
             is_leaving = other.waking is not None and other.waking.is_given_up
@@ -95,23 +96,23 @@ class Prewakes:
         return held
 
     def give_up(self, model: Model) -> None:
-        """Have a wake give back what it has taken. Idempotent."""
+        """Make a wake give back what it has taken. Idempotent."""
         if (waking := model.waking) is None:
             return
         before = waking.task
         if waking.is_given_up and not before.done() and not before.cancelling():
             return
         waking.given_up.set()
-        # Its task may wait for the turn, which whoever gives it up may hold: so it is told nothing,
-        # but ended. The host does the slice that is under way before it gives anything back.
+        # Its task may wait for the lock `turn`, which the caller here may hold. So it is cancelled,
+        # not notified. The host finishes the slice under way before it gives anything back.
         before.cancel()
         waking.task = self._begun(model, waking, [before])
 
     async def gave_up(self, model: Model) -> None:
-        """The same, and wait for it. The caller holds the turn.
+        """Do as `give_up`, and wait until all is given back. The caller holds the lock `turn`.
 
         Raises:
-            NoRoom: it could not be given back; another time it may.
+            NoRoom: it could not be given back; a later attempt may succeed.
         """
         if (waking := model.waking) is not None:
             self.give_up(model)
@@ -122,9 +123,9 @@ class Prewakes:
 
     @asynccontextmanager
     async def taken_over(self, model: Model) -> AsyncIterator[None]:
-        """No more slices are taken inside: whoever holds the turn does what is left, or ends it.
+        """Take no more slices inside: the holder of the lock `turn` does what is left, or ends it.
 
-        What is there afterwards all the same is given up.
+        A wake that is still there afterwards is given up.
         """
         try:
             if (waking := model.waking) is not None:
@@ -135,16 +136,17 @@ class Prewakes:
             self.give_up(model)
 
     def close(self) -> None:
-        """The server ends: nothing is taken any more, and the host gives all back."""
+        """Stop all wakes: the server ends, and the host gives everything back."""
         self._is_closed = True
         for model in self._registry:
             if model.waking is not None:
                 model.waking.task.cancel()
 
     def end(self, model: Model, change: WakeChange) -> None:
-        """The model has woken, or holds nothing any more of what slices have taken."""
+        """Drop a wake: the model is awake, or holds nothing of what slices have taken."""
         if (waking := model.waking) is not None:
             model.waking = None
+            # Not the current task: `_run` calls this for its own wake.
             if waking.task is not asyncio.current_task():
                 waking.task.cancel()
             self._tell(model, waking, change)
@@ -152,7 +154,7 @@ class Prewakes:
     def _begun(
         self, model: Model, waking: Waking, leaving: list[asyncio.Task[None]]
     ) -> asyncio.Task[None]:
-        # In a context of its own: it is no part of whichever request has led to it.
+        # In a context of its own: it is not a part of the request that has led to it.
         work, name = self._run(model, waking, leaving), f"wake-{model.alias}"
         return asyncio.create_task(work, name=name, context=Context())
 
@@ -163,7 +165,7 @@ class Prewakes:
         try:
             await self._take_slices(model, waking)
             await waking.given_up.wait()
-        except HotswapError as error:  # nothing is held any more
+        except HotswapError as error:  # it holds nothing now
             change = "no_room" if isinstance(error, NoRoom) else "failed"
             _log("wake_failed", model, error)
         else:
@@ -173,7 +175,7 @@ class Prewakes:
             self.end(model, change)
 
     async def _has_given_back(self, model: Model) -> bool:
-        """What could not be given back stays in the books, and is tried again with a next end."""
+        """Whether all was given back. If not, it still counts, and the next `give_up` retries."""
         what = f"giving back what the wake of {model.alias!r} had taken"
         try:
             await self._within(model.engine.give_up_wake(), self._give_back_s, what)
@@ -186,8 +188,8 @@ class Prewakes:
         while not (waking.is_given_up or waking.is_done):
             async with self._one_at_a_time:
                 async with self._turn:
-                    pass  # whoever moves models goes first
-                # Who has moved in the meantime may have planned before this one had begun.
+                    pass  # a move goes first
+                # A move in the meantime may have been planned before this wake started.
                 if self._lacks_memory():
                     waking.given_up.set()
                 if not waking.is_given_up:
@@ -214,7 +216,7 @@ def can_wake_beside(model: Model) -> bool:
 
 
 def _needs(model: Model) -> Usage:
-    """What a sleeping model takes besides what it holds, until it is awake."""
+    """Return what a sleeping model takes besides what it holds, until it is awake."""
     footprint = model.engine.footprint
     more = footprint.at(Residency.PARKED) - footprint.at(Residency.ASLEEP)
     return Usage(max(0, more.device), max(0, more.host))

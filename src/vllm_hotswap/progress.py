@@ -37,15 +37,15 @@ STAGES = ("weights", "kv_cache", "warm_up", "frontend", "ready")
 
 
 LINE_S = 10.0
-"""Where there is no terminal, something that takes long is told of as often."""
+"""Without a terminal: seconds between two lines about something that takes long."""
 
 TICK_S = 0.5
 
 
 class Waiting:
-    """Says that something is under way, and for how long: at once, and until it is closed.
+    """Shows that something is under way, and for how long: at once, and until it is closed.
 
-    In a terminal one line counts the time; elsewhere `tell` gets a line now and then.
+    In a terminal one line counts the time; elsewhere `tell` is called now and then.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Waiting:
             tell(what, 0)
 
     def tick(self) -> None:
-        """Show the time, where it is due; to be called now and then, by one thread at a time."""
+        """Show the time, if it is due. Call it now and then, from one thread at a time."""
         if self._bar is not None:
             self._bar.refresh()
             return
@@ -74,14 +74,14 @@ class Waiting:
             self._tell(self._what, after_s)
 
     def close(self) -> None:
-        """Take the line of a terminal away."""
+        """Remove the line from the terminal."""
         if self._bar is not None:
             self._bar.close()
 
 
 @contextlib.contextmanager
 def waiting(step: str) -> Iterator[None]:
-    """Say on standard error that a step of the start is under way, while it blocks its thread."""
+    """Show on standard error that a step of the start is under way, while it blocks its thread."""
     shown = Waiting(step, lambda what, s: log.info("event=start step=%r elapsed_s=%.0f", what, s))
     is_over = threading.Event()
 
@@ -100,7 +100,7 @@ def waiting(step: str) -> Iterator[None]:
 
 
 class StartupProgress:
-    """An observer that shows how far the loads of the start-up have come."""
+    """An observer that shows how far the loads at start-up have come."""
 
     def __init__(self, aliases: Sequence[str]) -> None:
         self._aliases = list(aliases)
@@ -115,7 +115,7 @@ class StartupProgress:
             self._show(event)
 
     def close(self) -> None:
-        """Take the bar away; later loads are shown by the log alone."""
+        """Remove the bar; only the log shows later loads."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -152,10 +152,10 @@ LINES: Mapping[type[Event], tuple[int, str, tuple[str, ...]]] = {
         ("model", "stage", "elapsed_s"),
     ),
 }
-"""Level, text, and the fields that stand in it, of events that are always told in the same way."""
+"""Level, text and its fields, for events whose line always has the same form."""
 
 WORDS = frozenset(["model", "stamp"])
-"""Fields of them that hold an alias, which may need quotes."""
+"""Fields that hold an alias, which may need quotes."""
 
 
 def _value(event: Event, name: str) -> object:
@@ -205,7 +205,7 @@ class EventLog:
 
 
 class CheckProgress:
-    """Shows which model is looked at: a bar in a terminal, a line for each elsewhere."""
+    """Shows which model is checked: a bar in a terminal, a line for each model elsewhere."""
 
     def __init__(self, aliases: Sequence[str]) -> None:
         self._count = len(aliases)
@@ -223,7 +223,7 @@ class CheckProgress:
             self._bar.close()
 
     def begin(self, alias: str) -> None:
-        """Say that a model is next; the one before is done."""
+        """Show that a model is next; the one before is done."""
         if self._bar is not None:
             self._bar.update(min(1, self._begun))
         self._begun += 1
@@ -242,9 +242,9 @@ class CheckProgress:
 def configure_logging(level: str = "INFO") -> None:
     """Send this package's log to standard error, one `key=value` line per event.
 
-    What clients send stays within its line, in the logs of vLLM and uvicorn, too.
-    A log that cannot be written is given up in silence, vLLM's and uvicorn's, too: where the reader
-    of a pipe has left, every line would otherwise leave a stack trace.
+    Text from clients stays within its line, in the logs of vLLM and uvicorn, too. A line that
+    cannot be written is dropped silently, vLLM's and uvicorn's, too. If the reader of a pipe has
+    left, every line would otherwise cause a stack trace.
     """
     terminal.prepare()
     escape_records()

@@ -1,14 +1,17 @@
-"""Lines of the log that any client may cause: so few that nobody can fill a disk with them.
+"""Bounds the log lines that any client may cause, so that no client can fill a disk with them.
 
-One line of a kind is written. What is like it is left out for `QUIET_S`, and counted in the next
-one, as `left_out=`. Where none follows, a line of its own has the count: with the next line of any
-kind after that time, or at the end. A kind is a place in the code, with the type of the exception
-that is told and the place that raised it, or with what our own code calls it: how many there are is
-no client's to say. Our own such lines have a logger of their own, `log_of_clients`. Those of others
-are caught at their loggers (uvicorn's, asyncio's and uvloop's, python-multipart's) or at handlers:
-every warning and error of vLLM's in this process, and of libraries whose loggers nobody has set
-up, of which vLLM is one in the engine host. What is no warning there is told on demand. Lines about
-requests are the access log's, which is there on demand, too.
+One line of a kind is written. Lines like it are left out for `QUIET_S`, and counted in the next
+one, as `left_out=`. If none follows, a separate line has the count: with the next line of any kind
+after that time, or at the end.
+
+A kind is a place in the code, with the type of the logged exception and the place that raised it.
+Our own code may give a name instead of the type. So clients cannot choose how many kinds there are.
+
+Our own such lines have a logger of their own, `log_of_clients`. Those of other code are caught at
+their loggers (uvicorn's, asyncio's and uvloop's, python-multipart's) or at handlers. Handlers get
+every warning and error of vLLM in this process, and of libraries whose loggers are not configured;
+in the engine host, vLLM is one of those. Lines below a warning there are logged on demand only.
+Lines about requests belong to the access log, which is on demand, too.
 """
 
 from __future__ import annotations
@@ -21,23 +24,23 @@ from dataclasses import dataclass
 from types import TracebackType
 
 QUIET_S = 10.0
-"""Between two lines of a kind."""
+"""Seconds between two lines of a kind."""
 
 log_of_clients = logging.getLogger("vllm_hotswap.clients")
-"""For lines of which a client may cause one with each request; `extra` may have the `kind`."""
+"""For lines that a client may cause with each request; `extra` may have the `kind`."""
 
 LOGGERS = (log_of_clients.name, "uvicorn.error", "asyncio", "python_multipart.multipart")
 
 VLLM = "vllm"
 
 NOT_CLIENTS = ("vllm_hotswap", "uvicorn")
-"""Whose lines are not bounded at handlers: what clients cause of them is at `LOGGERS`."""
+"""Loggers whose lines are not bounded at handlers: those that clients cause are at `LOGGERS`."""
 
 ACCESS = '%s - "WebSocket %s"'
-"""How uvicorn's lines about websockets begin: they do not go to its access log."""
+"""The start of uvicorn's lines about WebSockets, which do not go to its access log."""
 
 DECIDED = "_is_told"
-"""Of a record that has been decided on. JSON formatters leave out what begins like that."""
+"""The attribute of a decided record. JSON formatters leave out names that begin with `_`."""
 
 Place = tuple[str, int] | None
 Kind = tuple[str, int, object, Place]
@@ -45,15 +48,18 @@ Kind = tuple[str, int, object, Place]
 
 @dataclass(slots=True)
 class _Told:
-    """When a line of a kind was written last, and how many were left out since."""
+    """When a line of a kind was last written, and how many were left out since."""
 
     at_s: float
     left_out: int = 0
 
 
 class Quiet(logging.Filter):
-    """Leaves lines out. Its mutable state is what has been told of each kind, and when counts were
-    looked at that no line has told."""
+    """Leaves lines out.
+
+    The mutable state is `_told`, the last line of each kind, and `_looked_s`, when the counts that
+    no line has reported were last looked at.
+    """
 
     def __init__(
         self, has_access_log: bool = True, clock: Callable[[], float] = time.monotonic
@@ -69,14 +75,14 @@ class Quiet(logging.Filter):
         return f"<Quiet kinds={len(self._told)}>"
 
     def begin(self) -> None:
-        """From now on, in this process."""
+        """Leave lines out from now on, in this process."""
         for name in LOGGERS:
             logging.getLogger(name).addFilter(self)
         for handler in _handlers():
             handler.addFilter(self._of_others)
 
     def end(self) -> None:
-        """Tell what no line has told yet, and leave nothing out from now on. Idempotent."""
+        """Log counts that no line has reported, and leave nothing out from now on. Idempotent."""
         self._tell_counts(0.0)
         for name in LOGGERS:
             logging.getLogger(name).removeFilter(self)
@@ -89,9 +95,9 @@ class Quiet(logging.Filter):
         return record.levelno < logging.INFO or self.may_tell(record)
 
     def may_tell(self, record: logging.LogRecord) -> bool:
-        """Whether a line is the first of its kind for some time; it may have its count then.
+        """Whether a line is the first of its kind for some time; then it may get a count.
 
-        A record is decided on once: it may come by at its logger, and for each handler.
+        A record is decided on once: it may pass the filter of its logger and of each handler.
         """
         decided: bool | None = getattr(record, DECIDED, None)
         if decided is None:
@@ -101,7 +107,7 @@ class Quiet(logging.Filter):
         return decided
 
     def look(self) -> None:
-        """Tell the counts of kinds of which no line has come for some time."""
+        """Log the counts of kinds that have had no line for some time."""
         if self._clock() - self._looked_s >= QUIET_S:
             self._tell_counts(QUIET_S)
 
@@ -131,7 +137,7 @@ class Quiet(logging.Filter):
 
 
 class _OfOthers(logging.Filter):
-    """The same for handlers: loggers of vLLM and of libraries are many, and made at any time."""
+    """The filter for handlers: loggers of vLLM and libraries are many, and made at any time."""
 
     def __init__(self, quiet: Quiet) -> None:
         super().__init__()
@@ -145,7 +151,7 @@ class _OfOthers(logging.Filter):
 
 
 def _handlers() -> list[logging.Handler]:
-    """vLLM's, and that of loggers that have none."""
+    """Return vLLM's handlers, and the one of loggers that have none."""
     last = [logging.lastResort] if logging.lastResort is not None else []
     return [*logging.getLogger(VLLM).handlers, *last]
 
@@ -157,9 +163,9 @@ def _kind_of(record: logging.LogRecord) -> Kind:
 
 
 def _raised_at(trace: TracebackType | None) -> Place:
-    """File and line of the innermost frame that is in a file.
+    """Return file and line of the innermost frame that is in a file.
 
-    Code that is made from text, such as a chat template's, has as many lines as a client likes.
+    Code made from text, such as a chat template's, has as many lines as a client likes.
     """
     found = None
     while trace is not None:
@@ -171,7 +177,7 @@ def _raised_at(trace: TracebackType | None) -> Place:
 
 
 def _add(record: logging.LogRecord, left_out: int) -> None:
-    """Append a count. Nothing is put together here, where an error would be whoever logs's."""
+    """Append a count. The message is not formatted here: an error would hit the code that logs."""
     if isinstance(record.msg, str):
         record.msg += f" left_out={left_out}"
     elif not record.args:
