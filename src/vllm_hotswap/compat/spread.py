@@ -179,7 +179,7 @@ def read_in_turns(core: Any) -> None:
     socket = resources.output_socket
     resources.output_socket = OutputSocket(socket)
     try:
-        Context().run(core._ensure_output_queue_task)  # it is no request's task
+        Context().run(core._ensure_output_queue_task)  # the task belongs to no request
     finally:
         resources.output_socket = socket  # the code that closes it looks at its type
 

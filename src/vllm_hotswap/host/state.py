@@ -85,7 +85,7 @@ class Item:
         return self.owner.get(self.name, MISSING)
 
     def set(self, value: Any) -> None:
-        """Write only a value that differs: no other thread may read the environment meanwhile."""
+        """Write only a value that differs: no other thread may read the environment then."""
         if value is self.get() or value == self.get():
             return
         if value is MISSING:
