@@ -61,7 +61,7 @@ class Bench:
     finished: list[report.Part] = field(default_factory=list)
 
     async def run(self) -> None:
-        """Measure every part that was asked for, in the order of `PARTS`."""
+        """Measure the requested parts, in the order of `PARTS`."""
         options, started_any = self.options, False
         if options.only & {"switch", "steady"}:
             await self._switch_and_steady()
@@ -102,7 +102,7 @@ class Bench:
 
     async def _steady_medium(self) -> None:
         model = medium_model(self.models, self.options.out)
-        # Beside a tiny model that is loaded, too: several models are what the server is for.
+        # A tiny model is loaded beside it: the server is made for several models.
         beside = next(m for m in self.models if m.alias != model.alias)
         log.info("starting hotswap with the medium model")
         async with self.launcher.hotswap(model, beside) as hotswap:
@@ -124,7 +124,7 @@ class Bench:
         return ()
 
     def _finish(self, part: report.Part) -> None:
-        """Show a part, and write all that is finished, so that a later failure loses nothing."""
+        """Print a part, and write all finished parts, so that a later failure loses nothing."""
         self.finished.append(part)
         print(f"\n{report.render(part)}\n", flush=True)
         settings = {
@@ -139,7 +139,7 @@ class Bench:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. Returns the exit status; a missed bar is no failure."""
+    """Run the benchmark. Returns the exit status; a missed bar is not a failure."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -212,7 +212,7 @@ def prepare(options: Options, arguments: Sequence[str], folder: Path) -> Bench:
 
 
 def choose(config: ServerConfig, aliases: tuple[str, str] | None) -> tuple[Model, Model]:
-    """The two models to measure with, each with the same KV memory on both servers.
+    """Return the two models to measure with, each with the same KV memory on both servers.
 
     Raises:
         ConfigError: an alias is not configured, or there is only one model.
@@ -233,7 +233,7 @@ def choose(config: ServerConfig, aliases: tuple[str, str] | None) -> tuple[Model
 
 
 def medium_model(models: Sequence[Model], out: Path) -> Model:
-    """The medium model, made from the first Qwen3 checkpoint, with its settings.
+    """Make the medium model from the first Qwen3 checkpoint, and return it with its settings.
 
     Raises:
         ConfigError: none of the models is a Qwen3 checkpoint.
@@ -248,14 +248,14 @@ def medium_model(models: Sequence[Model], out: Path) -> Model:
 
 
 def warn_if_busy(values: Mapping[str, Any]) -> None:
-    """Say so where the figures will be worth little."""
+    """Warn if the machine is so busy that the figures will be worth little."""
     load = values["load_average_before"]
     if load > BUSY_LOAD:
         log.warning("load average %.2f: other programs run, expect noise", load)
 
 
 def environment_table(values: Mapping[str, Any]) -> report.Table:
-    """The environment as rows of texts."""
+    """Return the environment as rows of texts."""
     rows = []
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -267,7 +267,7 @@ def environment_table(values: Mapping[str, Any]) -> report.Table:
 
 
 def _public(arguments: Sequence[str]) -> list[str]:
-    """The arguments, absolute paths cut to their last part."""
+    """Return the arguments, with absolute paths cut to their last part."""
     return [Path(word).name if word.startswith(("/", "~")) else word for word in arguments]
 
 
@@ -276,11 +276,11 @@ def _sizes(size: str) -> tuple[str, ...]:
 
 
 def status_of(name: str, measure: Callable[[], object], *failures: type[Exception]) -> int:
-    """Measure. Returns the exit status: 1 where that failed, 130 where it was told to stop.
+    """Measure. Returns the exit status: 1 if that failed, 130 if it was stopped.
 
     Args:
-        name: of the benchmark, for the line that says so.
-        failures: what fails besides servers.
+        name: the benchmark's name, for the line about a failure.
+        failures: exceptions that count as failures, besides those of servers.
     """
     told: tuple[type[Exception], ...] = (HotswapError, ServerFailed, BadAnswer, *failures)
     try:
@@ -295,7 +295,7 @@ def status_of(name: str, measure: Callable[[], object], *failures: type[Exceptio
 
 
 def run_until_told(work: Coroutine[Any, Any, None]) -> None:
-    """Do the work; SIGTERM ends it in the way of SIGINT, and with it all servers."""
+    """Do the work; SIGTERM ends it as SIGINT does, and with it all servers."""
 
     async def until_told() -> None:
         task = asyncio.current_task()

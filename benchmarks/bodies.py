@@ -1,10 +1,10 @@
-"""`python -m benchmarks.bodies`: how long others wait while a large body is looked at.
+"""`python -m benchmarks.bodies`: how long other requests wait while a large body is processed.
 
 A server on fake engines runs in a process of its own. For each shape and size of body, the worst
-`GET /health` and the worst chat of 20 KB are noted while one such body is sent: to a model that
-does not exist, which is all that the server does by itself, and to the active one, whose
-application parses the body with `json.loads` on the event loop, as vLLM's does (vLLM checks it
-afterwards, which takes longer).
+`GET /health` and the worst chat of 20 KB are recorded while one such body is sent. It goes to a
+model that does not exist, which shows what the server does by itself. Then it goes to the active
+one, whose application parses the body with `json.loads` on the event loop, as vLLM's does (vLLM
+checks it afterwards, which takes longer).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = ((8, "nobody"), (63, "nobody"), (8, "llama"))
 
 PROBES = 200
 CHAT_BYTES = 20 << 10
-"""Of a chat as agents send it: too large to be parsed at once, and far smaller than the others."""
+"""The size of a chat as agents send it: too large to be parsed at once, far below the others."""
 START_S = 60.0
 """How long the server may take to start."""
 SHAPES = {
@@ -54,7 +54,7 @@ SHAPES = {
     "keys": b'"m":1,',
     "same keys": b'"model":"a",',
 }
-"""What a body is filled with."""
+"""Shape -> what a body is filled with."""
 TEXTS = frozenset(["one text", "escapes"])
 KEYS = frozenset(["keys", "same keys"])
 FIGURES = {"/health": "worst_health_ms", "a chat of 20 KB": "worst_chat_ms"}
@@ -62,7 +62,7 @@ HEADERS = {"Content-Type": "application/json"}
 
 
 def body_of(shape: str, size: int, model: str) -> bytes:
-    """A body of about `size` bytes whose `model` is the last thing in it, as clients send it."""
+    """Return a body of about `size` bytes with `model` as its last key, as clients send it."""
     unit = SHAPES[shape]
     filling = unit * (size // len(unit))
     tail = f'"model": "{model}"}}'.encode()
@@ -83,12 +83,12 @@ async def _serve(port: int) -> None:
 
 
 def serve(port: int) -> None:
-    """Run a server on fake engines until the process is ended."""
+    """Run a server on fake engines until the process is stopped."""
     event_loop.run(_serve(port))
 
 
 def send(port: int, body: bytes) -> tuple[int, float]:
-    """The status of the answer, and the seconds that it took."""
+    """Send a body; return the status of the answer, and the seconds that it took."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     began_s = time.perf_counter()
     connection.request("POST", "/v1/chat/completions", body, HEADERS)
@@ -99,7 +99,7 @@ def send(port: int, body: bytes) -> tuple[int, float]:
 
 
 def health_s(port: int) -> float:
-    """Seconds that one `GET /health` takes."""
+    """Return the seconds that one `GET /health` takes."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     began_s = time.perf_counter()
     connection.request("GET", "/health")
@@ -109,7 +109,7 @@ def health_s(port: int) -> float:
 
 
 def chat_s(port: int) -> float:
-    """Seconds that one chat of `CHAT_BYTES` with the active model takes. Raises `OSError`."""
+    """Return the seconds that a chat of `CHAT_BYTES` with the active model takes; or `OSError`."""
     messages = [{"role": "user", "content": "x" * CHAT_BYTES}]
     body = json.dumps({"messages": messages, "max_tokens": 1, "model": "llama"}).encode()
     status, took_s = send(port, body)
@@ -119,7 +119,7 @@ def chat_s(port: int) -> float:
 
 
 def measure(port: int, shape: str, size_mib: int, model: str) -> dict[str, Any]:
-    """Send one body; until it is answered, ask for `/health`, and chat, one after the other.
+    """Send one body; until it is answered, request `/health` and a chat by turns.
 
     Raises whatever sending it raises.
     """
@@ -145,7 +145,7 @@ def measure(port: int, shape: str, size_mib: int, model: str) -> dict[str, Any]:
 
 
 def without_body(port: int) -> dict[str, Any]:
-    """The worst of as many probes as there are during a large body, while there is none."""
+    """Return the worst of as many probes as during a large body, while there is none."""
     return {
         "shape": "none",
         "worst_health_ms": _worst_ms([health_s(port) for _ in range(PROBES)]),
@@ -161,7 +161,7 @@ def _worst_ms(waits_s: Sequence[float]) -> float:
 def table(
     title: str, figure: str, rows: Sequence[dict[str, Any]], cases: Sequence[tuple[int, str]]
 ) -> Table:
-    """One figure of the rows, by shape."""
+    """Return a table of one figure of the rows, by shape."""
     columns = [f"{mib} MiB, {'refused' if to == 'nobody' else 'parsed'}" for mib, to in cases]
     lines = [
         (shape, *(f"{row[figure]:.0f}" for row in rows if row["shape"] == shape))

@@ -1,13 +1,13 @@
-"""How long `vllm-hotswap check` takes, beside importing vLLM alone.
+"""How long `vllm-hotswap check` takes, compared with importing vLLM alone.
 
 ::
 
     python -m benchmarks.check FILE [--before SRC] [--rounds N] [--output JSON]
 
 The sides take turns: importing what vLLM's flags need, `check` of this package, and `check` of the
-source tree that `--before` names. Each runs without what vLLM keeps of architectures (cold), and
-with it (warm). Times are of processors, in seconds, of all processes of a command: other work on
-the machine changes them less than the clock's.
+source tree that `--before` names. Each runs without vLLM's cache of architectures (cold), and with
+it (warm). Times are processor seconds of all processes of a command: other work on the machine
+changes them less than elapsed time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OURS = Path(vllm_hotswap.__file__).parent.parent
 
 
 def cpu_s(arguments: Sequence[str], source: Path, cache: Path) -> float:
-    """Seconds of processors that Python takes with these arguments."""
+    """Return the processor seconds that Python takes with these arguments."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(source),
@@ -52,7 +52,7 @@ def cpu_s(arguments: Sequence[str], source: Path, cache: Path) -> float:
 
 
 def rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every sample, side by side, as it is taken."""
+    """Yield every sample as it is taken; the sides alternate."""
     check = ["-m", "vllm_hotswap", "check", str(options.file)]
     sides = {"import": (IMPORT, OURS), "check": (check, OURS)}
     if options.before:

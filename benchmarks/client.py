@@ -1,9 +1,9 @@
 """The HTTP client: one keep-alive connection, read as plainly as HTTP/1.1 allows.
 
-The client shares its cores with the servers, so it must cost little, and the same for both
-sides. A streamed answer is one event per token, thousands a second. A general client resumes a
-coroutine for each, and a stream reader for each line of each; this protocol looks at the bytes
-as they arrive, notes the time of the first event, and parses when the answer is complete.
+The client shares its cores with the servers, so it must cost little, and the same for both sides.
+A streamed answer is one event per token, thousands per second. A general client resumes a coroutine
+for each event, and a stream reader does for each of its lines. This protocol notes the time of the
+first event as its bytes arrive, and parses when the answer is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Body = Mapping[str, Any]
 
 
 class BadAnswer(Exception):
-    """A server answered something else than what the measurement is about."""
+    """A server answered something other than what is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """An answer as it came, with the clock at its first event and at its last byte."""
+    """An answer as received, with the times of its first event and its last byte."""
 
     status: int
     body: bytes
@@ -76,7 +76,7 @@ class _Exchange(asyncio.Protocol):
         self._first_event_s = 0.0
 
     def expect(self) -> asyncio.Future[_Raw]:
-        """The answer to the request that is about to be sent."""
+        """Return a future of the answer to the request that is about to be sent."""
         self._reset()
         self._answer = asyncio.get_running_loop().create_future()
         return self._answer
@@ -153,7 +153,7 @@ class Connection:
         """Send a completion request and read its events until the last one.
 
         Raises:
-            BadAnswer: no success, or a stream without a token or without its usage.
+            BadAnswer: an error, or a stream without a token or without its usage.
         """
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         started_s, raw = await self._ask("POST", "/v1/completions", json.dumps(body).encode())
@@ -171,7 +171,7 @@ class Connection:
         return Answer(raw.body, raw.ended_s - started_s)
 
     async def _ask(self, method: str, path: str, body: bytes) -> tuple[float, _Raw]:
-        """Send a request; return the clock before it and the answer."""
+        """Send a request; return the time before it, and the answer."""
         request = _request(method, path, body)
         expected = self._exchange.expect()
         started_s = time.perf_counter()
@@ -187,7 +187,7 @@ class Connection:
 
 
 def dechunk(body: bytes) -> bytes:
-    """The content of a complete chunked body."""
+    """Return the content of a complete chunked body."""
     parts: list[bytes] = []
     at = 0
     while True:
@@ -200,7 +200,7 @@ def dechunk(body: bytes) -> bytes:
 
 
 def last_event(events: bytes) -> dict[str, Any]:
-    """The event before `[DONE]`, which has the usage.
+    """Return the event before `[DONE]`, which has the usage.
 
     Raises:
         BadAnswer: the stream has no `[DONE]`, or fewer than two events before it.

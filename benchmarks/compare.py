@@ -1,10 +1,10 @@
 """`python -m benchmarks.compare --before SRC`: two versions of this server, in turn.
 
 `SRC` is the `src` folder of another checkout, of the commit before, for example. A server of each
-runs on the same models with the same flags. They take turns, who begins in turn, too, and the one
-whose turn it is not is stopped. In each turn: clients that stream completions, 32 at a time; one
-that does so alone; and switches to and fro. Ratios are of the two turns of one round, so that
-slow drifts of the machine cancel out.
+runs on the same models with the same flags. They take turns, with a different one first in each
+round, and the idle one is stopped (SIGSTOP). In each turn: 32 clients that stream completions; one
+client that does so alone; and switches back and forth. Ratios are of the two turns of one round, so
+that slow drifts of the machine cancel out.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ NOW, BEFORE = "now", "before"
 SIDES = (NOW, BEFORE)
 OURS = Path(vllm_hotswap.__file__).parent.parent
 BAR = 0.99
-"""What is now has to be so good at least, compared with what was before."""
+"""The least ratio of this version to the one before."""
 
 CONFIDENCE = 1.96
-"""Of 95 %, in standard deviations of the normal distribution."""
+"""95 %, in standard deviations of the normal distribution."""
 
 Models = tuple[Model, Model]
 
@@ -79,34 +79,34 @@ class Turn:
 
     side: str
     tokens_per_s: float
-    """Of many clients."""
+    """With many clients."""
     many_ms: list[float]
-    """To the first token, with many clients."""
+    """Times to the first token, with many clients."""
     one_ms: list[float]
-    """The same with one."""
+    """The same with one client."""
     switch_ms: list[float]
-    """Calls that switch."""
+    """Times of calls that switch."""
     many_cpu_ms: float
-    """Of all processes of the server, for one token, with many clients."""
+    """CPU time of all processes of the server, for one token, with many clients."""
     one_cpu_ms: float
     """The same for one request, with one client."""
 
 
 Round = Mapping[str, Turn]
-"""By side."""
+"""The two turns of a round, by side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What is told of a turn."""
+    """A figure that is reported of each turn."""
 
     name: str
     of: Callable[[Turn], float]
     is_time: bool = True
-    """Less is better."""
+    """Whether less is better."""
 
     def ratio(self, now: Turn, before: Turn) -> float:
-        """Above 1: better now; `nan` where the clock has seen nothing."""
+        """Return the ratio, above 1 if it is better now; `nan` if the clock has seen nothing."""
         value, other = self.of(now), self.of(before)
         if not (value and other):
             return math.nan
@@ -128,7 +128,7 @@ FIGURES = (
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Where the two versions are, and how a server of either is started."""
+    """The two versions, and how a server of either is started."""
 
     trees: Mapping[str, Path]
     is_fake: bool
@@ -139,7 +139,7 @@ class Sides:
 
     @asynccontextmanager
     async def server(self, side: str, models: Models) -> AsyncIterator[Server]:
-        """Raises `ServerFailed`."""
+        """Run a server of one version. Raises `ServerFailed`."""
         config = self.folder / "models.yaml"
         config.write_text(json.dumps(hotswap_config(models), indent=1), encoding="utf-8")
         port = free_port()
@@ -153,7 +153,7 @@ class Sides:
 
 
 def checked(tree: Path) -> Path:
-    """A `src` folder, absolute. Raises `ConfigError` if it does not have this package."""
+    """Return a `src` folder as absolute. Raises `ConfigError` if it does not have this package."""
     tree = tree.resolve()
     code = "import vllm_hotswap; print(vllm_hotswap.__file__)"
     variables = {**os.environ, "PYTHONPATH": str(tree)}
@@ -165,7 +165,7 @@ def checked(tree: Path) -> Path:
 
 
 async def turn(server: Server, side: str, models: Models, plan: Plan, seed: str) -> Turn:
-    """Ask one server. Raises `BadAnswer` if it does not answer as it should."""
+    """Measure one server for one turn. Raises `BadAnswer` if it does not answer as it should."""
     alias, other = (model.alias for model in models)
     warm_up = Load(plan.many.clients, 1, 8)
     await run_load(server.port, alias, warm_up, f"warm-up {seed}")
@@ -190,10 +190,10 @@ async def turn(server: Server, side: str, models: Models, plan: Plan, seed: str)
 
 
 async def measure(sides: Sides, models: Models, plan: Plan, rounds: list[Round]) -> None:
-    """All rounds, a turn of each side in each; a first one does not count.
+    """Run all rounds, with a turn of each side in each; the first round does not count.
 
     Args:
-        rounds: gets each one that is over.
+        rounds: gets each round when it is over.
     """
     async with AsyncExitStack() as stack:
         servers = {}
@@ -214,10 +214,10 @@ def _brief(found: Round) -> str:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Between what the median lies with 95 % confidence, whatever the values' distribution.
+    """Return the 95 % confidence interval of the median, for any distribution of the values.
 
-    By order statistics, with the normal approximation of the binomial distribution: of few values,
-    the least and the greatest.
+    By order statistics, with the normal approximation of the binomial distribution. With few
+    values, it is the least and the greatest.
     """
     ordered, count = sorted(values), len(values)
     below = max(0, math.floor((count - CONFIDENCE * math.sqrt(count)) / 2))
@@ -225,7 +225,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def part(rounds: Sequence[Round]) -> Part:
-    """Medians of the turns with their ranges, ratios of the rounds, and the bars."""
+    """Return medians of the turns with their ranges, ratios of the rounds, and the bars."""
     rows, bars = [], []
     for figure in FIGURES:
         cells = []
@@ -243,7 +243,7 @@ def part(rounds: Sequence[Round]) -> Part:
 
 
 async def run(args: argparse.Namespace, plan: Plan, described: dict[str, Any]) -> None:
-    """Measure, print tables, write JSON, of what is over where it is stopped."""
+    """Measure, print tables, write JSON; if it is stopped, of the rounds that are over."""
     trees = {NOW: OURS, BEFORE: checked(args.before)}
     revisions = {side: environment.git_revision(tree) for side, tree in trees.items()}
     log.info("now: %s, before: %s", *revisions.values())
@@ -262,7 +262,7 @@ async def run(args: argparse.Namespace, plan: Plan, described: dict[str, Any]) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status; a missed bar is no failure."""
+    """Run the comparison. Returns the exit status; a missed bar is not a failure."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",

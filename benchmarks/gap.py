@@ -1,9 +1,9 @@
-"""Part `gap`: how long nobody is served when a model takes over that has work for another one.
+"""Part `gap`: how long no request is served when one busy model takes over from another.
 
-From the last token of model A to the first one of model B, while requests are queued for both:
-more streams of A than it runs at a time, and as many requests for B that were sent when the switch
-began. The alternative is to restart plain vLLM under the same load. What becomes of A's streams is
-looked at, too: each is compared with what A says to the same prompt alone.
+The gap is from the last token of model A to the first one of model B, while requests are queued for
+both: more streams of A than it runs at a time, and as many requests for B, sent when the switch
+starts. The alternative is to restart plain vLLM under the same load. The end of A's streams is
+checked, too: each is compared with what A answers to the same prompt alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("benchmarks")
 RUNNING = 8
 """Requests that a model runs at a time (`max_num_seqs`)."""
 CLIENTS = 12
-"""Streams of A, and requests for B."""
+"""How many streams of A, and how many requests for B."""
 TOKENS_OF_A, TOKENS_OF_B = 128, 16
 RETRY_S = 0.002
 POLL_S = 0.001
@@ -43,7 +43,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "abort": {"drain_timeout": 0, "on_drain_timeout": "abort"},
     "drain": {"drain_timeout": 300, "on_drain_timeout": "abort"},
 }
-"""What the switch call says besides its target; `drain` waits until A's streams are complete."""
+"""Fields of the switch call besides its target; `drain` waits until A's streams are complete."""
 
 BEFORE = ("validate", "drain")
 """Phases in which A may still give tokens."""
@@ -51,12 +51,12 @@ BEFORE = ("validate", "drain")
 
 @dataclass(frozen=True, slots=True)
 class Fates:
-    """What became of A's streams."""
+    """How A's streams ended."""
 
     identical: int = 0
-    """Complete, and what A says alone."""
+    """Complete, and equal to A's answer alone."""
     resumed: int = 0
-    """Of these, those that had been parked meanwhile."""
+    """Those among them that had been parked."""
     failed: int = 0
     """Ended with an explicit error."""
     lost: int = 0
@@ -66,11 +66,11 @@ class Fates:
 
 @dataclass(slots=True)
 class Gaps:
-    """Samples of one way to get from A to B, in milliseconds, and the fates of all its rounds."""
+    """Samples of one way to get from A to B, in milliseconds, and the ends of all its streams."""
 
     gap_ms: list[float] = field(default_factory=list)
     parts_ms: dict[str, list[float]] = field(default_factory=dict)
-    """The gap, split; for a restart there is nothing to split."""
+    """The gap, split into parts; a restart has none."""
     before_ms: dict[str, list[float]] = field(default_factory=dict)
     """Phases that end before the gap begins, or at about that time."""
     fates: list[Fates] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Gaps:
 
 
 async def gap(launcher: Launcher, models: tuple[Model, Model], rounds: int, restarts: int) -> Part:
-    """Each way in turn, again and again; then the restarts."""
+    """Measure each way in each round; then the restarts."""
     first, second = (
         replace(model, settings={**model.settings, "max_num_seqs": RUNNING}) for model in models
     )
@@ -96,7 +96,7 @@ async def gap(launcher: Launcher, models: tuple[Model, Model], rounds: int, rest
 
 
 async def _goldens(server: Server, alias: str) -> dict[str, str]:
-    """What A says to each prompt when there is nothing else to do."""
+    """Return A's answer to each prompt when it has no other work."""
     chosen = itertools.islice(prompts("gap", words=8), CLIENTS)
     replies = {
         text: await ask(server.port, COMPLETIONS, completion(alias, text, TOKENS_OF_A))
@@ -123,7 +123,7 @@ async def _switch_round(
     async with _streams(server, source, goldens) as streams:
         asked = [_insist(server, target, text) for text in goldens]
         (sent_s, told), *of_b = await asyncio.gather(_switch(server, target, WAYS[way]), *asked)
-        await _switch(server, source, WAYS["drain"])  # parked streams go on
+        await _switch(server, source, WAYS["drain"])  # parked streams continue
     if not told["switched"] or told["current_model"] != target:
         raise BadAnswer(f"the switch to {target!r} did not happen: {told}")
     _enter(gaps, streams, of_b, goldens)
@@ -133,7 +133,7 @@ async def _switch_round(
 async def _switch(
     server: Server, alias: str, options: Mapping[str, Any]
 ) -> tuple[float, dict[str, Any]]:
-    """Returns the clock before the call, and its answer."""
+    """Switch. Returns the time before the call, and its answer."""
     reply = await ask(server.port, "/v1/models/switch", {"model": alias, **options})
     if reply.status != 200:
         raise BadAnswer(f"the switch to {alias!r} failed: {bytes(reply.body[:300])!r}")
@@ -145,7 +145,7 @@ async def _switch(
 async def _streams(
     server: Server, alias: str, goldens: Mapping[str, str]
 ) -> AsyncIterator[list[Reply]]:
-    """Streams of A, of which as many run as can when the body begins; all ended after it."""
+    """Keep streams of A; when the body starts, as many run as can, and after it all have ended."""
     replies = [Reply() for _ in goldens]
     bodies = [{**completion(alias, text, TOKENS_OF_A), "stream": True} for text in goldens]
     tasks = [
@@ -165,7 +165,7 @@ async def _streams(
 
 
 async def _insist(server: Server, alias: str, text: str) -> Reply:
-    """A stream of B, asked for until it is accepted."""
+    """Request a stream of B until it is accepted, and return its reply."""
     body = {**completion(alias, text, TOKENS_OF_B), "stream": True}
     async with asyncio.timeout(ACCEPTED_S):
         reply = await ask(server.port, COMPLETIONS, body)
@@ -183,7 +183,7 @@ def split(
     sent_s: float,
     told: Mapping[str, Any],
 ) -> None:
-    """Enter where the time between the last token of A and the first one of B went."""
+    """Split the time between A's last token and B's first one, and add it to the samples."""
     last_s, first_s = ends(streams, of_b)
     phases: Mapping[str, float] = told["phases"]
     before_ms = sum(phases[phase] for phase in BEFORE)
@@ -229,14 +229,14 @@ def _enter(
 
 
 def ends(streams: Sequence[Reply], of_b: Sequence[Reply]) -> tuple[float, float]:
-    """A's last token before B's first one, and that one."""
+    """Return the times of A's last token before B's first one, and of B's first one."""
     first_s = min(token_times(reply)[0] for reply in of_b)
     times = (at_s for reply in streams for at_s in token_times(reply))
     return max(at_s for at_s in times if at_s < first_s), first_s
 
 
 def fates(streams: Sequence[Reply], goldens: Sequence[str]) -> Fates:
-    """What became of each stream, held against what it should have said."""
+    """Count how the streams ended, by comparison with what each should have said."""
     counts = {"identical": 0, "resumed": 0, "failed": 0, "lost": 0, "wrong": 0}
     for reply, golden in zip(streams, goldens, strict=True):
         said = read(reply)

@@ -1,10 +1,10 @@
 """`python -m benchmarks.heads`: what the bounds of heads and connections cost.
 
 Two servers on fake engines run in processes of their own: one with our protocol class, one with
-uvicorn's for httptools, and nothing else is different. They take turns in being asked for `/health`
-over a few connections, each of which asks again when it has its answer; in a second case each
-request has a connection of its own. Besides requests per second, which are the client's, too, the
-time of the server's process on a CPU is noted.
+uvicorn's for httptools; nothing else differs. In turn, each gets requests for `/health` over a few
+connections, each of which sends again when it has its answer. In a second case, each request has a
+connection of its own. Requests per second also depend on the client. So the CPU time of the
+server's process is recorded, too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FIELDS = (
     "X-Stainless-Runtime: CPython",
     "Authorization: Bearer a-key-of-thirty-two-characters-x",
 )
-"""As many as clients of OpenAI's API send."""
+"""As many header fields as clients of OpenAI's API send."""
 
 KEPT, CLOSED = (
     "\r\n".join(["GET /health HTTP/1.1", *FIELDS, *more, "", ""]).encode()
@@ -84,12 +84,12 @@ async def _serve(port: int, side: str) -> None:
 
 
 def serve(port: int, side: str) -> None:
-    """Run one of the servers until the process is ended."""
+    """Run one of the servers until the process is stopped."""
     event_loop.run(_serve(port, side))
 
 
 class Client(asyncio.Protocol):
-    """Asks again as soon as it has its answer, which comes in one piece; `count` is how often."""
+    """Sends again as soon as it has its answer, which comes in one piece; `count` is how often."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -162,7 +162,7 @@ class Sample:
     requests: int
     seconds: float
     cpu_s: float
-    """Of the server's process."""
+    """CPU time of the server's process."""
 
     @property
     def per_second(self) -> float:
@@ -170,12 +170,12 @@ class Sample:
 
     @property
     def cpu_us(self) -> float:
-        """Microseconds for one request."""
+        """CPU time for one request, in microseconds."""
         return self.cpu_s / self.requests * 1e6
 
 
 async def turn(case: str, side: str, port: int, pid: int, seconds: float) -> Sample:
-    """Ask one server for so long. Raises `OSError` where it does not answer 200."""
+    """Load one server for so long. Raises `OSError` if it does not answer 200."""
     process = psutil.Process(pid)
     before, began_s = process.cpu_times(), time.perf_counter()
     requests = await (_kept if case == "kept alive" else _new)(port, seconds)
@@ -185,7 +185,7 @@ async def turn(case: str, side: str, port: int, pid: int, seconds: float) -> Sam
 
 
 async def measure(servers: dict[str, tuple[int, int]], rounds: int, seconds: float) -> list[Sample]:
-    """Each case, the servers in turn, who begins in turn, too; a first round does not count.
+    """Measure each case; the servers alternate, also in who is first. The first round is dropped.
 
     Args:
         servers: port and process of each side.
@@ -200,7 +200,7 @@ async def measure(servers: dict[str, tuple[int, int]], rounds: int, seconds: flo
 
 
 def table(samples: Sequence[Sample]) -> Table:
-    """Medians, the range from the least to the most, and the median of the rounds' ratios."""
+    """Return a table of medians, ranges, and the median of the rounds' ratios."""
     rows = []
     for case in CASES:
         found = {side: [s for s in samples if (s.case, s.side) == (case, side)] for side in SIDES}

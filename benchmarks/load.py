@@ -17,7 +17,7 @@ WORDS = ("apple", "bridge", "castle", "dream", "engine", "forest", "garden", "is
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many clients send how many requests each, and of what size."""
+    """The number of clients, of requests for each, and the size of the requests."""
 
     clients: int
     requests: int
@@ -40,7 +40,7 @@ class LoadResult:
 
 
 def prompts(seed: str, words: int) -> Iterator[str]:
-    """Prompts that begin with different numbers, so that the prefix cache never helps."""
+    """Yield prompts that begin with different numbers, so that the prefix cache never helps."""
     numbers = random.Random(seed)  # noqa: S311  # data, not secrets
     while True:
         chosen = " ".join(numbers.choices(WORDS, k=words))
@@ -48,7 +48,7 @@ def prompts(seed: str, words: int) -> Iterator[str]:
 
 
 def completion(alias: str, prompt: str, output_tokens: int) -> dict[str, Any]:
-    """A request for exactly that many tokens, chosen greedily."""
+    """Return a request for exactly that many tokens, chosen greedily."""
     return {
         "model": alias,
         "prompt": prompt,
@@ -62,7 +62,7 @@ async def run_load(port: int, alias: str, load: Load, seed: str) -> LoadResult:
     """Run all clients to their end.
 
     Raises:
-        BadAnswer: a request failed or did not give the number of tokens that it asked for.
+        BadAnswer: a request failed, or did not return the number of tokens that it asked for.
     """
     texts = prompts(seed, load.prompt_words)
     async with AsyncExitStack() as stack:

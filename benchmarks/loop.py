@@ -1,9 +1,9 @@
-"""`python -m benchmarks.loop --side NAME=URL`: how long others wait for one large call.
+"""`python -m benchmarks.loop --side NAME=URL`: how long others wait for one large request.
 
-Each call asks a running server for many things at once: items, prompts, answers, conversations,
-documents or inputs. While it is answered, `GET /health` is asked for again and again over another
-connection, and the longest wait for an answer is noted. Several servers take turns, so that
-whatever else the machine does is shared out between them. A large grammar is one of the cases, too.
+Each large request asks a running server for many things at once: items, prompts, answers,
+conversations, documents or inputs. While it is answered, `GET /health` is sent repeatedly over
+another connection, and the longest wait for an answer is recorded. Several servers take turns, so
+that other work of the machine affects all of them alike. A large grammar is one of the cases, too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from benchmarks.stats import median
 
 THINGS = 2048
 ANSWERS = 1024
-"""At most where a model generates, as one call may ask for, and as prompts in vLLM's list."""
+"""The most answers of a generating model that one request may ask for, and prompts in a list."""
 PROPERTIES = 1990
-"""Of a schema, which has not many more values than that; the default bound is 2,000."""
+"""Properties of a schema, which has few other values; the default bound is 2,000 values."""
 PAUSE_S = 0.002
-"""Between two probes."""
+"""The pause between two probes."""
 TIMEOUT_S = 600.0
 
 Body = dict[str, Any]
@@ -112,11 +112,11 @@ CASES: Mapping[str, tuple[str, str, Callable[[int], Body]]] = {
         lambda n: {"query": "hello", "documents": [f"word {i}" for i in range(n)]},
     ),
 }
-"""What is called: what its model does, its path, and its body for a number of things."""
+"""Case -> what its model does, its path, and its body for a number of things."""
 
 
 class Server:
-    """A running server, asked by its URL."""
+    """A running server, by its URL."""
 
     def __init__(self, url: str) -> None:
         self._host = urlsplit(url).netloc
@@ -125,7 +125,7 @@ class Server:
         return http.client.HTTPConnection(self._host, timeout=TIMEOUT_S)
 
     def call(self, path: str, body: Body) -> tuple[int, int]:
-        """The status of the answer, and its size in bytes."""
+        """Send a request; return the status of the answer, and its size in bytes."""
         connection = self.connect()
         connection.request(
             "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -137,7 +137,7 @@ class Server:
 
 
 def health_ms(connection: http.client.HTTPConnection) -> float:
-    """Milliseconds that one `GET /health` takes."""
+    """Return the milliseconds that one `GET /health` takes."""
     began_s = time.perf_counter()
     connection.request("GET", "/health")
     connection.getresponse().read()
@@ -145,7 +145,7 @@ def health_ms(connection: http.client.HTTPConnection) -> float:
 
 
 def measure(server: Server, case: str, model: str, things: int) -> dict[str, Any]:
-    """Make one call; until it is answered, ask for `/health`. Raises `OSError` if it fails."""
+    """Send a large request; until its answer, probe `/health`. Raises `OSError` if it fails."""
     does, path, body_of = CASES[case]
     if does == "generates" and not case.endswith("schema"):
         things = min(things, ANSWERS)
@@ -177,7 +177,7 @@ def measure(server: Server, case: str, model: str, things: int) -> dict[str, Any
 
 
 def table(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> Table:
-    """The longest wait in each call: its median over the calls, and the longest of all."""
+    """Return a table of the longest wait of each request: median and maximum over the requests."""
     columns = [f"{side}, {what}" for side in sides for what in ("median", "max")]
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):

@@ -1,4 +1,4 @@
-"""A model of realistic size with random weights, for throughput where compute counts.
+"""A model of realistic size with random weights, to measure throughput where compute counts.
 
 It takes the configuration and the tokenizer of a small Qwen3 checkpoint and makes it larger. The
 output rows of tokens that the tokenizer does not know are zero: such a token has the score 0 and
@@ -38,8 +38,8 @@ def make(small: Path, folder: Path, sizes: Mapping[str, Any] = SIZES) -> Path:
 
     Args:
         small: a Qwen3 checkpoint whose tokenizer has at most `vocab_size` tokens.
-        folder: where the model goes.
-        sizes: what of the configuration is other than in `small`; by default 0.22 B weights.
+        folder: where to write the model.
+        sizes: what differs from the configuration of `small`; by default 0.22 B weights.
     """
     config = _config(small, sizes)
     if (folder / "config.json").is_file() and _read(folder / "config.json") == config:
@@ -66,12 +66,12 @@ def is_source(folder: Path) -> bool:
 
 
 def parameters(sizes: Mapping[str, Any] = SIZES) -> int:
-    """How many weights the model has."""
+    """Return how many weights the model has."""
     return sum(int(np.prod(shape)) for _, shape in tensors({**sizes}))
 
 
 def known_tokens(folder: Path) -> int:
-    """One more than the highest token id of a `tokenizer.json`."""
+    """Return one more than the highest token id of a `tokenizer.json`."""
     tokenizer = _read(folder / "tokenizer.json")
     added = [token["id"] for token in tokenizer.get("added_tokens", ())]
     ids: list[int] = [*tokenizer["model"]["vocab"].values(), *added]
@@ -79,7 +79,7 @@ def known_tokens(folder: Path) -> int:
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of every tensor of a Qwen3 checkpoint."""
+    """Yield name and shape of every tensor of a Qwen3 checkpoint."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for number in range(config["num_hidden_layers"]):
@@ -117,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write_weights(path: Path, config: dict[str, Any], known: int) -> None:
-    """A safetensors file: the header's length, a JSON header, the tensors' bytes in its order."""
+    """Write a safetensors file: the header's length, a JSON header, tensor bytes in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in tensors(config):
@@ -145,5 +145,5 @@ def _values(
 
 
 def _bfloat16(values: npt.NDArray[np.float32]) -> bytes:
-    """The upper half of each value's bits: bfloat16, rounded towards zero."""
+    """Return the upper half of each value's bits: bfloat16, rounded towards zero."""
     return (values.view(np.uint32) >> 16).astype("<u2").tobytes()

@@ -37,13 +37,13 @@ BySide = Mapping[Side, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """What the steady-state part does with one pair of servers."""
+    """The plan of the steady-state part for one pair of servers."""
 
     size: str
     loads: tuple[Load, ...]
     runs: int
     latency_blocks: int = 0
-    """Blocks of calls per side for the router's latency; 0 to leave that out."""
+    """Blocks of calls per side for the router's latency; 0 to skip it."""
     requests_per_block: int = 50
     tokenize_calls_per_block: int = 250
 
@@ -63,7 +63,7 @@ class _Switches:
 
 
 async def switch(server: Server, aliases: tuple[str, str], count: int) -> Part:
-    """Switch to and fro on one connection; after each switch, one short streamed request."""
+    """Switch back and forth on one connection; after each switch, one short streamed request."""
     log.info("switch: %d switches", count)
     samples = _Switches()
     texts = prompts("switch", words=16)
@@ -117,7 +117,7 @@ def _switch_part(samples: _Switches) -> Part:
 async def restart(
     launcher: Launcher, models: tuple[Model, Model], runs: int, switch_ms: Sequence[float]
 ) -> Part:
-    """The same job with plain vLLM: end it, start it with the other model, first token.
+    """Do the same with plain vLLM: stop it, start it with the other model, get the first token.
 
     Args:
         switch_ms: samples of "switch and first token" to compare with; may be empty.
@@ -162,7 +162,7 @@ async def _first_token(server: Server, model: Model) -> None:
 
 
 async def steady(servers: Mapping[Side, Server], alias: str, plan: Steady) -> Part:
-    """Throughput, time to first token and the router's latency, the sides taking turns."""
+    """Measure throughput, time to first token and the router's latency; the sides take turns."""
     runs: dict[int, dict[Side, list[LoadResult]]] = {}
     for load in plan.loads:
         runs[load.clients] = await _throughput(servers, alias, plan, load)
@@ -206,7 +206,7 @@ async def _throughput(
 async def _router_latency(
     servers: Mapping[Side, Server], alias: str, plan: Steady
 ) -> dict[str, BySide]:
-    """Small calls in alternating blocks: one generated token, and no engine at all."""
+    """Time small calls in alternating blocks: one generated token, and no engine at all."""
     generate: dict[Side, list[float]] = {side: [] for side in SIDES}
     tokenize: dict[Side, list[float]] = {side: [] for side in SIDES}
     for side in alternate(plan.latency_blocks):
@@ -321,7 +321,7 @@ def _speeds(by_side: Mapping[Side, list[LoadResult]]) -> dict[Side, list[float]]
 async def startup(
     launcher: Launcher, models: tuple[Model, Model], runs: int, *, discard: bool
 ) -> Part:
-    """From the start of the process to `/health` and to the first token.
+    """Time from the start of the process to `/health` and to the first token.
 
     Args:
         discard: start each once before, so that caches on disk are warm.

@@ -1,4 +1,4 @@
-"""What a part of the benchmark found, as tables on the screen and as one JSON file."""
+"""The results of benchmark parts, as tables on the screen and as one JSON file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SUMMARY_COLUMNS = ("p50", "p95", "p99", "min", "max", "n")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A titled table of texts; the first column is what a row is about."""
+    """A titled table of texts; the first column names the row."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     is_text: bool = False
-    """All columns are aligned to the left, not only the first."""
+    """Whether all columns are aligned to the left, not only the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Part:
 
 
 def render(part: Part) -> str:
-    """A part's tables and bars in Markdown."""
+    """Return a part's tables and bars in Markdown."""
     blocks = [render_table(table) for table in part.tables]
     if part.bars:
         blocks.append(render_table(_bar_table(part)))
@@ -44,7 +44,7 @@ def render(part: Part) -> str:
 
 
 def render_table(table: Table) -> str:
-    """A Markdown table whose columns are aligned for reading as text."""
+    """Return a Markdown table whose columns are aligned for reading as text."""
     lines = [table.columns, *table.rows]
     widths = [max(2, *(len(line[i]) for line in lines)) for i in range(len(table.columns))]
     end = "-" if table.is_text else ":"
@@ -55,7 +55,7 @@ def render_table(table: Table) -> str:
 
 
 def summary_row(name: str, summary: Summary, digits: int = 2) -> tuple[str, ...]:
-    """A row for `SUMMARY_COLUMNS`."""
+    """Return a row for `SUMMARY_COLUMNS`."""
     values = (summary.p50, summary.p95, summary.p99, summary.minimum, summary.maximum)
     return (name, *(f"{value:.{digits}f}" for value in values), str(summary.count))
 
@@ -63,7 +63,7 @@ def summary_row(name: str, summary: Summary, digits: int = 2) -> tuple[str, ...]
 def document(
     environment: Mapping[str, Any], options: Mapping[str, Any], parts: Sequence[Part]
 ) -> dict[str, Any]:
-    """The JSON file's content."""
+    """Return the JSON file's content."""
     return {
         "format": FORMAT_VERSION,
         "environment": dict(environment),
@@ -73,7 +73,7 @@ def document(
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace the file by the content, rounded to what the clock can tell."""
+    """Replace the file by the content, rounded to the precision of the clock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(content), indent=1) + "\n", encoding="utf-8")
 

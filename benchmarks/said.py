@@ -1,4 +1,4 @@
-"""What an answer of a model says, whole or as far as it came."""
+"""Reads what an answer of a model says, complete or cut off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Vector = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a reply says, as far as it came."""
+    """What a reply says, as far as it was received."""
 
     text: str = ""
     vector: Vector = ()
@@ -23,15 +23,15 @@ class Said:
     error: str | None = None
     """The code of the error that it ends with."""
     is_done: bool = False
-    """It says itself that it is whole."""
+    """Whether the reply itself says that it is complete."""
     was_parked: bool = False
 
 
 def read(reply: Reply) -> Said:
-    """Understand a reply, whole or not.
+    """Parse a reply, complete or not.
 
     Raises:
-        ValueError, KeyError, TypeError: it is complete, and no answer of a server of this kind.
+        ValueError, KeyError, TypeError: it is complete, but not an answer of such a server.
     """
     if reply.is_stream:
         return read_events(event for _, event in reply.events())
@@ -49,7 +49,7 @@ def read(reply: Reply) -> Said:
 
 
 def read_events(events: Iterable[str]) -> Said:
-    """Understand a stream, as far as it came."""
+    """Parse a stream, as far as it was received."""
     texts: list[str] = []
     models: set[str] = set()
     finish = error = None
@@ -79,7 +79,7 @@ def is_error(reply: Reply) -> bool:
 
 
 def error_code(content: Mapping[str, Any]) -> str:
-    """Of OpenAI's error object, which has to be complete."""
+    """Return the code of OpenAI's error object, which must be complete."""
     error = content["error"]
     if not error["message"] or not error["type"]:
         raise ValueError("an error without a message or a type")
@@ -87,5 +87,5 @@ def error_code(content: Mapping[str, Any]) -> str:
 
 
 def token_times(reply: Reply) -> list[float]:
-    """When each event came that had text."""
+    """Return when each event with text was received."""
     return [at_s for at_s, event in reply.events() if read_events([event]).text]

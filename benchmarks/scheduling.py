@@ -1,8 +1,8 @@
-"""`python -m benchmarks.scheduling`: how policies scale, and their waits over the load.
+"""`python -m benchmarks.scheduling`: how policies scale, and their waits as the load grows.
 
 Nothing is served: the scheduler and its policies run under virtual time, as in `vllm-hotswap
-simulate`. Two parts: the time of decisions and the memory of a run with many models and requests;
-and, for a cheap and a dear switch, the waits of each policy over the rate of requests.
+simulate`. There are two parts: the time of decisions and the memory of a run with many models and
+requests; and the waits of each policy by the rate of requests, for a cheap and a costly switch.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ COSTS_S = {"parked": 0.005, "cold": 5.0}
 RATES: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 14.0, 20.0, 28.0)
 CURVE = Shape(models=5, requests=5000)
 SAMPLES = 20
-"""How often the memory is looked at."""
+"""How often the memory is read."""
 COLORS = {"fifo": "#d55e00", "batch": "#0072b2", "round_robin": "#009e73"}
 
 
 class Timed(Simulation):
-    """Notes how long the scheduler takes to decide, where there is something to decide."""
+    """Records how long the scheduler takes to decide, when there is something to decide."""
 
     decisions_us: array[float]
 
@@ -57,7 +57,7 @@ class Timed(Simulation):
 
 
 def scale(policy: str, shape: Shape) -> dict[str, Any]:
-    """One long run: microseconds of decisions, and MiB of the process along the way."""
+    """Do one long run; return microseconds of decisions, and MiB of the process during the run."""
     trace = generate(shape, TracedModel(), TracedSwitching())
     simulation = Timed(trace, make_policy(policy, PolicySettings()), World(Costs(0.005)))
     simulation.decisions_us = array("d")
@@ -86,14 +86,14 @@ def scale(policy: str, shape: Shape) -> dict[str, Any]:
 
 
 def _forget(switches: list[Switched]) -> int:
-    """Results are not what the memory is looked at for."""
+    """Clear results, so that they do not count as memory; return how many there were."""
     count = len(switches)
     switches.clear()
     return count
 
 
 def curves(shape: Shape, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Every policy at every rate and cost."""
+    """Yield the result of every policy at every rate and cost."""
     for kind, cost_s in COSTS_S.items():
         for rate in rates:
             made = Shape(models=shape.models, requests=shape.requests, rate=rate, seed=1)
@@ -104,7 +104,7 @@ def curves(shape: Shape, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Mean and p95 of the waits over the rate; one picture for each cost."""
+    """Draw mean and p95 of the waits by rate; one plot for each cost."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -144,7 +144,7 @@ def scale_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def curve_table(points: Sequence[dict[str, Any]], kind: str) -> Table:
-    """Mean wait / p95 / mean total, and switches, of every policy."""
+    """Return a table of mean wait / p95 / mean total, and switches, of every policy."""
     rows = []
     for rate in sorted({point["rate"] for point in points}):
         cells = [f"{rate:g}"]

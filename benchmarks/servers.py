@@ -1,8 +1,8 @@
-"""The two servers that are compared: started, watched, frozen, ended.
+"""The two servers that are compared: started, watched, frozen, stopped.
 
 Both get the same model, the same flags and the same environment, thread binding included. While
-one is measured the other is frozen (SIGSTOP), because an idle vLLM server is not idle: its
-worker polls shared memory, and that time would be missing for the server under test.
+one is measured, the other is frozen (SIGSTOP), because an idle vLLM server is not idle: its
+worker polls shared memory, and would take that time from the server under test.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ STOP_TIMEOUT_S = 60.0
 POLL_S = 0.02
 LOG_TAIL_LINES = 15
 EXIT_NOISE = re.compile(r"nanobind: | - leaked | - \.\.\. skipped|See https://nanobind|\s*$")
-"""What a library that vLLM uses prints when a process ends, after the line that matters."""
+"""Lines that a library of vLLM prints when a process ends, after the line that matters."""
 COMMON_FLAGS = ("--disable-uvicorn-access-log",)
-"""Given to both: a line per request is no part of what is compared."""
+"""Given to both: a log line per request is not part of the comparison."""
 FAKE_FLAGS = ("--fake", "--fake-pace", "0.001")
-"""For a server on fake engines. Its words come fast: what is measured is the server around them."""
+"""For a server on fake engines, which are fast, so that the server around them is measured."""
 
 
 class ServerFailed(Exception):
-    """A server did not come up or did not stay up; the message has the tail of its log."""
+    """A server did not start, or did not keep running; the message has the tail of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,11 @@ class Server:
 
     @property
     def exit_status(self) -> int | None:
-        """None as long as it runs."""
+        """Return the exit status; None while the server runs."""
         return self._process.poll()
 
     async def stop(self) -> None:
-        """SIGTERM, wait for the exit, then kill whatever of it is left."""
+        """Send SIGTERM, wait for the exit, then kill all processes that are left."""
         family = self.family()
         self.thaw()
         try:
@@ -126,7 +126,7 @@ class Server:
             self._process.wait()
 
     async def terminate(self) -> int | None:
-        """SIGTERM. Returns the exit status, None if it runs on for `STOP_TIMEOUT_S`."""
+        """Send SIGTERM. Returns the exit status; None if it still runs after `STOP_TIMEOUT_S`."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGTERM)
         try:
@@ -135,7 +135,7 @@ class Server:
             return None
 
     def _kill(self, family: Iterable[psutil.Process]) -> None:
-        """Kill what is left of it, also the children of a process that has died."""
+        """Kill all processes that are left, also the children of a process that has died."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for process in family:
@@ -143,7 +143,7 @@ class Server:
                 process.kill()
 
     def freeze(self) -> None:
-        """Stop every process of it, so that it takes no time from the other server."""
+        """Stop all its processes, so that it takes no time from the other server."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -155,7 +155,7 @@ class Server:
                 process.send_signal(number)
 
     def family(self) -> list[psutil.Process]:
-        """It and all that it has started, directly or not."""
+        """Return the process and all that it has started, directly or not."""
         try:
             parent = psutil.Process(self._process.pid)
             return [parent, *parent.children(recursive=True)]
@@ -163,7 +163,7 @@ class Server:
             return []
 
     def cpu_s(self) -> float:
-        """CPU time that all its processes have taken."""
+        """Return the CPU time that all its processes have taken."""
         total = 0.0
         for process in self.family():
             with contextlib.suppress(psutil.Error):
@@ -172,14 +172,14 @@ class Server:
         return total
 
     def failure(self, what: str) -> ServerFailed:
-        """The error to raise, with the tail of its log."""
+        """Return the error to raise, with the tail of the server's log."""
         tail = log_tail(self.log.read_text(errors="replace"))
         return ServerFailed(f"the {self.name} server {what}; the end of {self.log.name}:\n{tail}")
 
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """Starts servers whose logs and files go below one folder."""
+    """Starts servers; their logs and files are below one folder."""
 
     folder: Path
 
@@ -190,12 +190,12 @@ class Launcher:
         sections: Mapping[str, Any] | None = None,
         arguments: Sequence[str] = (),
     ) -> AsyncIterator[Server]:
-        """This project's server with all the models loaded, the first one active.
+        """Run this project's server with all the models loaded, the first one active.
 
         Args:
-            models: what it serves.
-            sections: of its configuration, besides the models.
-            arguments: more of its command line.
+            models: the models to serve.
+            sections: sections of its configuration, besides the models.
+            arguments: additional arguments of its command line.
         """
         config = self.folder / f"models-{models[0].alias}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
@@ -214,12 +214,12 @@ class Launcher:
         arguments: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Server]:
-        """vLLM's own server with one model.
+        """Run vLLM's own server with one model.
 
         Args:
-            model: what it serves.
-            arguments: more of its command line.
-            variables: more of its environment.
+            model: the model to serve.
+            arguments: additional arguments of its command line.
+            variables: additional variables of its environment.
         """
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder)]
         command += ["--served-model-name", model.alias, *flags(model.settings), *arguments]
@@ -240,7 +240,7 @@ class Launcher:
 
 @contextlib.asynccontextmanager
 async def running(server: Server) -> AsyncIterator[Server]:
-    """A started server, stopped at the end. Raises `ServerFailed`, with its log, if it fails."""
+    """Keep a started server; stop it at the end. Raises `ServerFailed`, with its log."""
     try:
         await server.ready()
         yield server
@@ -264,7 +264,7 @@ def alone(server: Server, servers: Iterable[Server]) -> Iterator[Server]:
 
 
 async def idle_cpu(server: Server, settle_s: float, window_s: float) -> float:
-    """CPU time per second that a server takes which has had nothing to do for `settle_s`."""
+    """Return the CPU time per second of a server that has been idle for `settle_s`."""
     await asyncio.sleep(settle_s)
     before_s, started_s = server.cpu_s(), time.perf_counter()
     await asyncio.sleep(window_s)
@@ -272,19 +272,19 @@ async def idle_cpu(server: Server, settle_s: float, window_s: float) -> float:
 
 
 def log_tail(text: str) -> str:
-    """The last lines that say something, indented."""
+    """Return the last lines that matter, indented."""
     lines = [line for line in text.splitlines() if not EXIT_NOISE.match(line)]
     return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
 
 
 def hotswap_config(models: Sequence[Model]) -> dict[str, Any]:
-    """The server's configuration for models that are all loaded at the start."""
+    """Return the server's configuration for models that are all loaded at the start."""
     entries = {m.alias: {"model": str(m.folder), **m.settings} for m in models}
     return {"default_model": models[0].alias, "models": entries}
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """Flags of `vllm serve` for a model's settings."""
+    """Return the flags of `vllm serve` for a model's settings."""
     result = []
     for key, value in settings.items():
         name = key.replace("_", "-")
@@ -298,12 +298,12 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def allowed_cores() -> str:
-    """The cores that this process may run on, as both servers' list to bind threads to."""
+    """Return the cores that this process may use, as the list to which both bind threads."""
     return ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 
 def server_variables() -> dict[str, str]:
-    """What both servers find in their environment, beside what they inherit."""
+    """Return the variables that both servers get besides those that they inherit."""
     return {
         "VLLM_CPU_OMP_THREADS_BIND": allowed_cores(),
         "VLLM_NO_USAGE_STATS": "1",
@@ -316,7 +316,7 @@ def _environment(name: str) -> dict[str, str]:
     environment.pop("VLLM_SERVER_DEV_MODE", None)
     if name == "hotswap":
         environment["VLLM_SERVER_DEV_MODE"] = "1"  # allows to switch without a key
-    # Without compiled modules on disk every start would compile all sources again.
+    # Without compiled modules on disk, every start would compile all sources again.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 

@@ -19,7 +19,7 @@ MIN_FREEDOM = 3
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What is told of one list of samples, in the samples' unit."""
+    """The reported figures of one list of samples, in the samples' unit."""
 
     count: int
     minimum: float
@@ -30,19 +30,19 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """Width of the range as a part of the median."""
+        """The width of the range, as a fraction of the median."""
         return (self.maximum - self.minimum) / self.p50 if self.p50 else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A target, the figure that was measured, and whether it meets the target."""
+    """A target, the measured figure, and whether it meets the target."""
 
     name: str
     value: float
     limit: float
     at_least: bool = False
-    """The figure must be at least the limit; otherwise at most."""
+    """Whether the figure must be at least the limit; otherwise at most."""
 
     @property
     def met(self) -> bool:
@@ -50,7 +50,7 @@ class Bar:
 
 
 def summarize(samples: Sequence[float]) -> Summary:
-    """Raises ValueError if there are no samples."""
+    """Return the figures of samples. Raises ValueError if there are none."""
     return Summary(
         count=len(samples),
         minimum=min(samples),
@@ -62,7 +62,7 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The percentile with linear interpolation between the two nearest samples."""
+    """Return the percentile, with linear interpolation between the two nearest samples."""
     if not samples:
         raise ValueError("no samples")
     ordered = sorted(samples)
@@ -77,17 +77,17 @@ def median(samples: Sequence[float]) -> float:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Ratio of the medians."""
+    """Return the ratio of the medians."""
     return median(numerator) / median(denominator)
 
 
 def pair_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """Ratio of each run to the run of the other side next to it: slow drifts cancel out."""
+    """Return the ratio of each run to the other side's adjacent run: slow drifts cancel out."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
 
 def alternate(runs: int) -> Iterator[Side]:
-    """The sides in the order A B, B A, A B, ...: `runs` turns of each, neither always first."""
+    """Yield the sides as A B, B A, A B, ...: `runs` turns of each, neither always first."""
     for run in range(runs):
         yield from SIDES if run % 2 == 0 else SIDES[::-1]
 
@@ -98,18 +98,18 @@ class Slope:
 
     value: float
     upper: float
-    """With 95 % confidence, it is not more."""
+    """The upper bound, with 95 % confidence."""
     points: int
 
 
 def pooled_slope(segments: Sequence[Sequence[Point]]) -> Slope | None:
-    """The one slope that fits all segments best, each of which has a level of its own.
+    """Return the one slope that fits all segments best, each with a level of its own.
 
-    By least squares. Neighbouring samples of one process resemble each other, so they tell less
+    By least squares. Neighbouring samples of one process resemble each other, so they say less
     than as many independent ones: the bound allows for the correlation of neighbours' residuals.
 
     Returns:
-        None if there is too little to tell: fewer than three points beyond what a line with these
+        None if there is too little data: fewer than three points beyond what a line with these
         levels needs, or no two places in any segment.
     """
     segments = [segment for segment in segments if len(segment) > 1]
@@ -133,7 +133,7 @@ def _centred(points: Sequence[Point]) -> list[Point]:
 
 
 def _widened(residuals: Sequence[Sequence[float]], squares: float) -> float:
-    """What the standard error grows by because neighbours resemble each other."""
+    """Return the factor by which the standard error grows because neighbours are correlated."""
     if not squares:
         return 1.0
     products = sum(a * b for segment in residuals for a, b in itertools.pairwise(segment))
@@ -142,9 +142,9 @@ def _widened(residuals: Sequence[Sequence[float]], squares: float) -> float:
 
 
 def student_t(probability: float, freedom: int) -> float:
-    """Student's quantile above the median; 1 % off at most, from 3 degrees of freedom.
+    """Return Student's quantile above the median; at most 1 % off, from 3 degrees of freedom.
 
-    By the expansion of Cornish and Fisher around the normal one.
+    By the expansion of Cornish and Fisher around the normal quantile.
     """
     z = NormalDist().inv_cdf(probability)
     first = (z**3 + z) / 4

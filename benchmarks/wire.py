@@ -1,8 +1,8 @@
 """One request on a connection of its own, and how it ended.
 
-`client.Connection` measures answers that come as they should. This is for tests of what becomes of
-requests otherwise: whoever asks tells how the client behaves, and gets to know whether the answer
-was complete, whether the connection ended before it, or nothing came at all.
+`client.Connection` measures answers that arrive as they should. This is for tests of all other
+cases: the caller says how the client behaves, and learns whether the answer was complete, whether
+the connection ended before it, or whether nothing arrived at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any
 
 SLOW_BUFFER_BYTES = 4096
-"""What the kernel and the reader of a slow client take in ahead of it."""
+"""How much the kernel and the reader of a slow client buffer for it."""
 
 
 class End(Enum):
@@ -25,11 +25,11 @@ class End(Enum):
 
     COMPLETE = "complete"
     LOST = "lost"
-    """The server ended the connection, or never accepted it, before the answer was complete."""
+    """The server closed the connection, or never accepted it, before the answer was complete."""
     LEFT = "left"
-    """The client closed the connection, as it was told to."""
+    """The client closed the connection, as its `Manner` says."""
     HUNG = "hung"
-    """Neither, until the deadline."""
+    """None of these happened before the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Manner:
     leave_after_s: float | None = None
     leave_after_events: int | None = None
     pause_s: float = 0.0
-    """It rests so long after each piece that it has taken in."""
+    """How long it pauses after each piece that it has read."""
 
     @property
     def is_slow(self) -> bool:
@@ -52,18 +52,18 @@ PATIENT = Manner()
 
 @dataclass(slots=True)
 class Reply:
-    """What came back. All times are of `time.perf_counter`."""
+    """What was received. All times are of `time.perf_counter`."""
 
     end: End = End.LOST
     status: int = 0
-    """0 if not even the head of an answer came."""
+    """0 if not even the head of an answer was received."""
     is_stream: bool = False
-    """It is a stream of events."""
+    """Whether it is a stream of events."""
     headers: dict[str, str] = field(default_factory=dict)
-    """By name, in lower case."""
+    """Header fields by name, in lower case."""
     body: bytearray = field(default_factory=bytearray)
     arrivals: list[tuple[int, float]] = field(default_factory=list)
-    """How long the body was after each piece, and when that was."""
+    """The length of the body after each piece, and the time."""
     sent_s: float = 0.0
     ended_s: float = 0.0
     detail: str = ""
@@ -74,7 +74,7 @@ class Reply:
         return self.ended_s - self.sent_s
 
     def events(self) -> list[tuple[float, str]]:
-        """When each complete event or comment of a stream came, and its text."""
+        """Return the time and text of each complete event or comment of a stream."""
         found, start = [], 0
         arrivals = iter(self.arrivals)
         length, at_s = next(arrivals, (0, 0.0))
@@ -97,8 +97,8 @@ async def ask(
     """Send a request (a POST if it has a body) to this machine, and read its answer to its end.
 
     Args:
-        key: is sent, if there is one.
-        reply: is filled while the answer comes, for those who cannot wait for its end.
+        key: the API key to send, if any.
+        reply: filled while the answer arrives, for callers that cannot wait for its end.
     """
     reply = Reply() if reply is None else reply
     reply.sent_s = time.perf_counter()
@@ -117,7 +117,7 @@ async def ask(
 
 
 async def _talk(port: int, request: bytes, manner: Manner, reply: Reply) -> End:
-    """Returns `COMPLETE`, or `LEFT` if the client has had as many events as it wanted."""
+    """Exchange one request. Returns `COMPLETE`, or `LEFT` if the client has had enough events."""
     reader, writer = await _connect(port, manner)
     try:
         writer.write(request)
@@ -128,7 +128,7 @@ async def _talk(port: int, request: bytes, manner: Manner, reply: Reply) -> End:
             return End.COMPLETE
         return await _read_chunks(reader, manner, reply)
     finally:
-        writer.transport.abort()  # at once, and rudely: whatever is still to come is not wanted
+        writer.transport.abort()  # at once: the rest is not wanted
 
 
 async def _connect(port: int, manner: Manner) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -1,4 +1,4 @@
-"""vLLM's LoRA: what it takes of adapters, and how a frontend serves them. Checked on vLLM 0.32.0.
+"""vLLM's LoRA: which adapters it accepts, how a frontend serves them. Checked on vLLM 0.32.0.
 
 Relies on: `MaxLoRARanks`, `LoRAConfig.max_lora_rank`, `PEFTHelper.validate_legal`, `LoRARequest`,
 `AsyncLLM.add_lora`, `OpenAIServingModels.lora_requests`, in which a frontend looks names up.
@@ -13,7 +13,7 @@ from vllm_hotswap.errors import ConfigError, one_line
 
 
 def allowed_ranks() -> tuple[int, ...]:
-    """What `max_lora_rank` may be."""
+    """Return the values that `max_lora_rank` may have."""
     from vllm.config.lora import MaxLoRARanks
 
     return tuple(int(rank) for rank in get_args(MaxLoRARanks))
@@ -26,16 +26,16 @@ def default_rank() -> int:
 
 
 def ids_of_vllm(vllm_config: Any) -> int:
-    """How many adapters vLLM's frontend numbers by itself, from 1: those of `default_mm_loras`."""
+    """Return how many adapters vLLM's frontend numbers by itself, from 1: `default_mm_loras`."""
     lora = vllm_config.lora_config
     return 0 if lora is None else len(lora.default_mm_loras or {})
 
 
 def check_adapter(name: str, path: Path, vllm_config: Any) -> None:
-    """vLLM's own check of an adapter's configuration: its rank, and what it does not support.
+    """Run vLLM's own check of an adapter's configuration: its rank, and unsupported features.
 
     Raises:
-        ConfigError: vLLM would not load it; the message tells no path.
+        ConfigError: vLLM would not load it; the message contains no path.
     """
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -47,40 +47,40 @@ def check_adapter(name: str, path: Path, vllm_config: Any) -> None:
     try:
         PEFTHelper.from_local_dir(str(path), None).validate_legal(vllm_config.lora_config)
     except Exception as error:
-        # It raises whatever the file's values lead to.
+        # The type depends on the values in the file.
         reason = one_line(error).replace(str(path), "its folder")
         raise ConfigError(f"adapter {name!r} cannot be used: {reason}") from error
 
 
 def adapter_request(name: str, number: int, path: Path, is_3d: bool) -> Any:
-    """What vLLM wants to know of an adapter with every request."""
+    """Return the `LoRARequest` that vLLM needs with every request for an adapter."""
     from vllm.lora.request import LoRARequest
 
-    # Not every version knows the last one.
+    # Not every version knows the last argument.
     extra = {"is_3d_lora_weight": True} if is_3d else {}
     return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path), **extra)
 
 
 async def load_adapter(client: Any, request: Any) -> None:
-    """Have the engine load an adapter now. It may be parked.
+    """Load an adapter into an engine now, which may be parked.
 
     Raises:
-        ConfigError: it cannot; nothing of the adapter is left, and the engine goes on.
+        ConfigError: it cannot be loaded; nothing of it is left, and the engine continues.
     """
     try:
         await client.add_lora(request)
     except Exception as error:
-        # The engine's reason comes as the message of whatever its client raises.
+        # The engine's reason is the message of what its client raises.
         reason = one_line(error).removeprefix("Call to add_lora method failed: ")
         reason = reason.replace(request.lora_path, "its folder")
         raise ConfigError(f"adapter {request.lora_name!r} cannot be loaded: {reason}") from error
 
 
 def serve_adapter(models: Any, request: Any) -> None:
-    """Have a frontend, by its list of models, answer requests that name the adapter."""
+    """Make a frontend, by its list of models, answer requests that name the adapter."""
     models.lora_requests[request.lora_name] = request
 
 
 def stop_serving(models: Any, name: str) -> None:
-    """Have a frontend forget an adapter; requests that run with it go on."""
+    """Remove an adapter from a frontend; requests that run with it continue."""
     models.lora_requests.pop(name, None)

@@ -1,4 +1,4 @@
-"""How a canary is asked for, through vLLM's own client of the engine. Checked on vLLM 0.32.0.
+"""Requests a canary through vLLM's own client of the engine. Checked on vLLM 0.32.0.
 
 Relies on: `AsyncLLM.generate` and `encode` with token ids, `SamplingParams`, `PoolingParams.task`.
 """
@@ -15,23 +15,23 @@ LENGTH = 4
 """Tokens of the prompt."""
 
 POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
-"""In the order in which they are preferred, for models that do not generate."""
+"""For models that do not generate, in order of preference."""
 
 POOLED_VALUES = 32
 
 
 def can_be_asked(tasks: Collection[str]) -> bool:
-    """Whether a model can be asked with token ids alone: one for speech, say, cannot."""
+    """Whether a model can answer token ids alone; a speech model, for example, cannot."""
     return "generate" in tasks or any(task in tasks for task in POOLING_TASKS)
 
 
 def is_overflow(error: Exception) -> bool:
-    """Whether vLLM has refused one more request, whatever the model: its own queue limits."""
+    """Whether vLLM's own queue limits refused the request, which says nothing of the model."""
     return type(error).__name__ in ("QueueOverflowError", "MaxQueuedTokensError")
 
 
 async def ask_for_canary(client: Any, config: Any, tasks: Collection[str]) -> Canary:
-    """What the engine generates now."""
+    """Return the canary that the engine generates now."""
     model_config = config.model_config
     prompt = {"type": "token", "prompt_token_ids": prompt_ids(model_config)}
     number = f"{CANARY_ID}{uuid.uuid4().hex[:12]}"
@@ -41,13 +41,13 @@ async def ask_for_canary(client: Any, config: Any, tasks: Collection[str]) -> Ca
 
 
 def _logprobs(config: Any) -> int | None:
-    """How many log-probabilities to ask for."""
+    """Return how many log-probabilities to ask for."""
     allowed: int = config.model_config.max_logprobs
     return 2 if allowed < 0 else min(2, allowed) or None
 
 
 def prompt_ids(model_config: Any) -> list[int]:
-    """Ids from the middle of the vocabulary: at its ends are the special tokens."""
+    """Return ids from the middle of the vocabulary: special tokens are at its ends."""
     size = model_config.get_vocab_size()
     length = max(1, min(LENGTH, model_config.max_model_len - 1))
     return [size * number // (2 * LENGTH) for number in range(1, length + 1)]

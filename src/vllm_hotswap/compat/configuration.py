@@ -1,7 +1,7 @@
 """vLLM's flags and its configuration of one model. Checked on vLLM 0.32.0.
 
 Relies on: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs.from_cli_args`,
-`create_engine_config`, the two managers of parsers, what is said of an unknown architecture.
+`create_engine_config`, the two managers of parsers, the message about an unknown architecture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_hotswap.errors import ConfigError, one_line
 
 
 def serve_parser(prog: str) -> argparse.ArgumentParser:
-    """vLLM's own parser of `vllm serve` flags; errors raise `ConfigError` instead of exiting."""
+    """Return vLLM's own parser of `vllm serve` flags; it raises `ConfigError`, and never exits."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's types stop here
@@ -37,11 +37,11 @@ _KINDS = {
     "int": "a whole number",
     "float": "a number",
 }
-"""What vLLM's parser wants, by the name of the function that reads it."""
+"""What vLLM's parser expects, by the name of the function that reads the value."""
 
 
 def plain_value(message: str) -> str:
-    """A message of vLLM's parser about a value, without the function that could not read it."""
+    """Return a message of vLLM's parser about a value, without the name of its function."""
     return re.sub(
         r"Value (.*) cannot be converted to <(?:function|class) '?(\w+)'?(?: at \w+)?>\.?",
         lambda found: f"{found[1]!r} is not {_KINDS.get(found[2], f'a valid {found[2]}')}",
@@ -50,9 +50,9 @@ def plain_value(message: str) -> str:
 
 
 def describing_parser(prog: str) -> argparse.ArgumentParser:
-    """The same parser with a help text for every flag, which vLLM leaves out unless it is asked.
+    """Return the same parser with a help text for every flag, which vLLM omits by default.
 
-    It looks for `--help` among the process's arguments when its module is imported; call this
+    vLLM looks for `--help` among the process's arguments when its module is imported; call this
     before anything of vLLM is imported.
     """
     sys.argv.append("--help=all")
@@ -63,7 +63,7 @@ def describing_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def nearest_architectures(message: str) -> str:
-    """A message of vLLM's with the architectures near to the unknown one, rather than with all."""
+    """Return vLLM's message with the architectures nearest to the unknown one, not with all."""
     found = re.search(r"\[(.*)\] are not supported for now\. Supported architectures: .*", message)
     if found is None:
         return message
@@ -81,7 +81,7 @@ def _nearest(word: str, known: list[str]) -> list[str]:
 
 
 def engine_config(args: argparse.Namespace) -> Any:
-    """The `VllmConfig` of one model, with the engine to be hosted, not launched.
+    """Return the `VllmConfig` of one model, whose engine is to be hosted, not launched.
 
     May start a process that inspects an architecture for the first time on this machine
     (seconds, then cached on disk), so it is called at start-up, never in a switch.
@@ -103,7 +103,7 @@ def engine_config(args: argparse.Namespace) -> Any:
 
 
 def validate_serve_args(args: argparse.Namespace) -> None:
-    """vLLM's own checks of one model's flags. Raises `ConfigError`."""
+    """Run vLLM's own checks of one model's flags. Raises `ConfigError`."""
     from vllm.tool_parsers import ToolParserManager
 
     if args.tool_parser_plugin and len(args.tool_parser_plugin) > 3:
@@ -126,7 +126,7 @@ def validate_serve_args(args: argparse.Namespace) -> None:
 
 
 def reasoning_parser(args: argparse.Namespace) -> str | None:
-    """Its name, wherever it was given."""
+    """Return the name of the reasoning parser, from whichever flag gives it."""
     return args.reasoning_parser or args.structured_outputs_config.reasoning_parser or None
 
 

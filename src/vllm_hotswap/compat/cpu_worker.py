@@ -1,4 +1,4 @@
-"""vLLM's CPU worker as it is from 0.30 on: it asks before it warms a model up.
+"""vLLM's CPU worker as it is from 0.30 on: it asks whether to warm a model up.
 
 Relies on, before 0.30: both methods here warming up through `model_runner.warming_up_model`.
 """
@@ -14,10 +14,10 @@ from vllm.v1.worker import cpu_worker
 
 
 class AskingCPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]  # vLLM's types stop here
-    """The worker of 0.26 to 0.29, which warms up without asking, with the question of 0.30."""
+    """The worker of 0.26 to 0.29, which warms up without asking; here it asks as in 0.30."""
 
     def _should_warm_up_model(self) -> bool:
-        """Whether there is something to compile, or KV memory whose size is to be found out."""
+        """Whether there is something to compile, or the size of the KV memory must be measured."""
         return (
             self.compilation_config.mode != CompilationMode.NONE
             or self.cache_config.kv_cache_memory_bytes is None
@@ -33,7 +33,7 @@ class AskingCPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]  # vLLM's typ
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Have vLLM's call of the warm-up ask first."""
+        """Inside, make vLLM's call of the warm-up ask first."""
         warm_up = self.model_runner.warming_up_model
 
         def warm_up_if_wanted() -> None:

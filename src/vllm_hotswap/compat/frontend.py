@@ -1,11 +1,10 @@
-"""vLLM's frontend of one model, and what its server would be made of. Checked on vLLM 0.32.0.
+"""vLLM's frontend of one model, and parts of vLLM's server. Checked on vLLM 0.32.0.
 
-Relies on: `AsyncLLM(client_addresses=...)` and its `engine_core.input_socket`, to which an engine
-says first that it is ready; its `_run_output_handler` and `output_handler`; `build_app`,
+Relies on: `AsyncLLM(client_addresses=...)` and its `engine_core.input_socket`, on which an engine
+first reports that it is ready; its `_run_output_handler` and `output_handler`; `build_app`,
 `init_app_state`, `vllm.parser.metrics`, `get_uvicorn_log_config`, `SSLCertRefresher`,
-`EngineGenerateError`, which vLLM raises for whatever goes wrong in a generation;
-`app.state.server`, which its handlers of that read; the names of `HANDLERS` in the application's
-state.
+`EngineGenerateError`, which vLLM raises for every failure of a generation; `app.state.server`,
+which the handlers of that error read; the names of `HANDLERS` in the application's state.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ HANDLERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "/v2/rerank": ("serving_scores",),
     }
 )
-"""Path -> the names in the state of vLLM's application that are None where a model cannot answer.
+"""Path -> the names in the state of vLLM's application that are None if a model cannot answer.
 
-Which of several is set is a matter of the model's task; a version may know only some of them.
+Which of several names is set depends on the model's task; a version may know only some of them.
 """
 
 TOOL_KEYS = frozenset(["tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"])
@@ -59,7 +58,7 @@ TOOL_KEYS = frozenset(["tools", "tool_choice", "parallel_tool_calls", "functions
 def prepare_frontends() -> None:
     """Import what `make_client` and `make_frontend` need, and compile nothing in this process.
 
-    Some processors of vLLM for images and speech would have all models wait for a compiler.
+    Some of vLLM's processors for images and speech would make all models wait for a compiler.
     """
     import torch
 
@@ -70,7 +69,7 @@ def prepare_frontends() -> None:
 
 
 def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> Any:
-    """An `AsyncLLM` for an engine that the host has loaded. Blocks until the engine answers."""
+    """Return an `AsyncLLM` for a loaded engine of the host. Blocks until the engine answers."""
     import zmq
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -84,17 +83,17 @@ def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> 
         stat_loggers=[] if args.disable_log_stats else [shared_stat_logger()],
         client_addresses={"input_address": sockets.input, "output_address": sockets.output},
     )
-    # After a death of the host its next engine connects under the same identity. ZeroMQ would
-    # refuse it as long as the socket has not read that the one before is gone.
+    # After the host has died, its next engine connects under the same identity. Without handover,
+    # ZeroMQ would refuse it until the socket has noticed that the previous one is gone.
     client.engine_core.input_socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     return client
 
 
 def watch_outputs(client: Any, ended: Callable[[], None]) -> None:
-    """Have `ended` called once a client takes in no more outputs. Needs a running loop.
+    """Call `ended` once a client reads no more outputs. Needs a running loop.
 
-    An error while it takes one in, as of a detokenizer, ends that for good: it starts the task that
-    does it once, and never again.
+    An error while it reads one, such as a detokenizer's, ends the reading for good: the client
+    starts the task that reads once, and never again.
     """
     client._run_output_handler()
 
@@ -106,14 +105,14 @@ def watch_outputs(client: Any, ended: Callable[[], None]) -> None:
 
 
 async def forget_engine(client: Any) -> None:
-    """Take in whatever an engine has said that has died since."""
+    """Read, and drop, what an engine has sent that has died since."""
     socket = client.engine_core.input_socket
     while await socket.poll(0):
         await socket.recv_multipart()
 
 
 async def await_engine(client: Any) -> None:
-    """Wait until a new engine has said that it is ready: what is sent to it before that is lost."""
+    """Wait until a new engine reports that it is ready: what is sent to it before is lost."""
     await client.engine_core.input_socket.recv_multipart()
 
 
@@ -138,7 +137,7 @@ async def make_frontend(client: Any, args: argparse.Namespace) -> Frontend:
 
 
 class NoServer:
-    """Stands for the HTTP server of one model, which there is not.
+    """Stands in for the HTTP server of one model, which does not exist.
 
     vLLM asks it to exit when an engine has died. Here recovery decides what becomes of the server.
     """
@@ -147,11 +146,11 @@ class NoServer:
 
 
 def complete(app: Any) -> None:
-    """Give an application what vLLM's launcher gives it, and have all its errors answered alike.
+    """Give an application what vLLM's launcher gives it, and make it answer all errors alike.
 
     vLLM answers fastapi's HTTP errors with an error object, but not those that starlette raises
-    itself: a body that cannot be parsed is one. And what goes wrong in a generation is raised again
-    without a message, so that nobody learns the cause.
+    itself, for example for a body that cannot be parsed. And it raises the failure of a generation
+    again without a message, which hides the cause.
     """
     from fastapi import HTTPException as FastApiError
     from starlette.exceptions import HTTPException
@@ -164,13 +163,13 @@ def complete(app: Any) -> None:
     known = next((kind for kind in EngineGenerateError.__mro__ if kind in handlers), None)
     if known is not None:
         _set_handler(app, EngineGenerateError, _naming_cause(handlers[known]))
-    for kind in (TypeError, ValueError):  # what a tokenizer raises, before there is a generation
+    for kind in (TypeError, ValueError):  # from a tokenizer, before there is a generation
         if kind in handlers:
             _set_handler(app, kind, _naming_cause(handlers[kind]))
 
 
 def _set_handler(app: Any, kind: type[Exception], handler: Callable[..., Any]) -> None:
-    """Also where the layers of the application are built already: vLLM's SageMaker part does so."""
+    """Set a handler, even if vLLM's SageMaker part has built the application's layers already."""
     app.exception_handlers[kind] = handler
     layer = app.middleware_stack
     while layer is not None and not isinstance(layer, ExceptionMiddleware):
@@ -191,10 +190,10 @@ def _naming_cause(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaita
 
 
 def _unwanted_paths(state: Any) -> set[str]:
-    """Paths that are mounted although the model is not to answer them.
+    """Return the paths that are mounted although the model must not answer them.
 
-    Where it has no handler, vLLM would say 501. And what one model's flag adds to vLLM's router of
-    tokenizers, which is the process's, is there for every model that is made later.
+    Without a handler, vLLM would answer 501. And vLLM's router of tokenizers belongs to the
+    process: what one model's flag adds to it is there for every model that is made later.
     """
     unwanted = {path for path, names in HANDLERS.items() if _is_unanswered(state, names)}
     if not getattr(state.args, "enable_tokenizer_info_endpoint", False):
@@ -209,9 +208,9 @@ def _is_unanswered(state: Any, names: tuple[str, ...]) -> bool:
 
 
 def request_keys(app: Any, args: argparse.Namespace) -> dict[str, frozenset[str]]:
-    """What the bodies of a model's routes may have at their top level, by path.
+    """Return the keys that bodies of a model's routes may have at their top level, by path.
 
-    Tools are left out where the model has no tool parser.
+    Tools are left out if the model has no tool parser.
     """
     without = frozenset() if args.tool_call_parser else TOOL_KEYS
     return {
@@ -222,7 +221,7 @@ def request_keys(app: Any, args: argparse.Namespace) -> dict[str, frozenset[str]
 
 
 def _body_keys(route: Any) -> frozenset[str]:
-    """Fields of the pydantic models that a FastAPI route takes as its body, by all their names."""
+    """Return all names of the fields of pydantic models that a FastAPI route takes as its body."""
     body = getattr(route, "body_field", None)
     kinds = [body.field_info.annotation] if body is not None else []
     kinds += typing.get_args(kinds[0]) if kinds else ()
@@ -236,7 +235,7 @@ def _body_keys(route: Any) -> frozenset[str]:
 
 
 def name_in_parser_metrics(alias: str) -> None:
-    """Have vLLM's tool parser counter, which keeps one label per process, count for `alias`."""
+    """Make vLLM's tool parser counter, which keeps one label per process, count for `alias`."""
     from vllm.parser import metrics
 
     if metrics._model_name is not None:
@@ -244,10 +243,10 @@ def name_in_parser_metrics(alias: str) -> None:
 
 
 def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What vLLM's logging flags make of uvicorn's log; None for uvicorn's own configuration.
+    """Return uvicorn's log configuration by vLLM's flags; None for uvicorn's own.
 
     Raises:
-        ConfigError: `--log-config-file` cannot be used, which vLLM itself would only warn of.
+        ConfigError: `--log-config-file` cannot be used, of which vLLM itself would only warn.
     """
     given = getattr(args, "logging_config", None)
     path = given.pylogging_config_file if given else getattr(args, "log_config_file", None)
@@ -269,7 +268,7 @@ def _check_log_config(path: Path) -> None:
 
 
 def certificate_refresher(config: uvicorn.Config) -> Any:
-    """vLLM's watcher of the TLS files for `--enable-ssl-refresh`; it ends with its `stop`."""
+    """Return vLLM's watcher of the TLS files for `--enable-ssl-refresh`; its `stop` ends it."""
     return find("SSLCertRefresher")(
         ssl_context=config.ssl,
         key_path=config.ssl_keyfile,

@@ -1,13 +1,13 @@
-"""Importing this has gloo's process groups listen no longer than it takes to make them.
+"""Importing this makes gloo's process groups listen no longer than it takes to make them.
 
-vLLM makes a gloo group for every kind of parallelism, also where a process is alone in it. torch
-looks the class up by name each time, vLLM does, too; there it finds `SealedGloo`. To be imported
-in the engine host and in each worker process before a model is loaded.
+vLLM makes a gloo group for every kind of parallelism, even if a process is alone in it. torch and
+vLLM look the class up by name each time, and find `SealedGloo`. Import this in the engine host and
+in each worker process before a model is loaded.
 
 Relies on: `ProcessGroupGloo` being looked up in `torch.distributed.distributed_c10d`; on its
 constructor having connected all members when it returns, which holds where `TORCH_GLOO_LAZY_INIT`
 is not set; on groups being made rather than split off (`VLLM_DISTRIBUTED_USE_SPLIT_GROUP`).
-`platforms.host_environment` sees to both variables. Checked on torch 2.13, vLLM 0.32.0.
+`platforms.host_environment` removes both variables. Checked on torch 2.13, vLLM 0.32.0.
 """
 
 from __future__ import annotations

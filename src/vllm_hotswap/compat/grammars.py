@@ -1,11 +1,11 @@
-"""Grammars: checked beside the event loop, compiled in fair turns, and not at all for nobody.
+"""Checks grammars beside the event loop, compiles them fairly, drops what no request needs.
 
 vLLM checks the grammar of a request on the event loop of the API process, and compiles it on
 threads of its engine, first come, first served. Here both are done on threads that accounts share
-in turns. A grammar that is not plain is rehearsed in a process before its engine gets it, and that
-process is killed when nobody waits for it any more. One that is slow to compile has threads of the
-lowest priority in its engine, beside those of the others. Account and slowness go to the engine in
-`extra_args` of the sampling parameters, and are taken out there before vLLM, its connectors or its
+fairly. A grammar that is not plain is rehearsed in a process before its engine gets it. That
+process is killed when its request no longer waits. A grammar that is slow to compile has threads of
+the lowest priority in its engine, beside those of the others. Account and slowness go to the engine
+in `extra_args` of the sampling parameters, and are removed there before vLLM, its connectors or its
 processors see them.
 
 Relies on: `AsyncLLM.add_request` and its first parameters, `AsyncLLM.get_supported_tasks`,
@@ -44,19 +44,19 @@ from vllm_hotswap.plain_grammars import is_plain
 from vllm_hotswap.registry import current_lease
 
 ACCOUNT = "hotswap_account"
-"""The key of the account among the `extra_args`; what a client sends under it does not count."""
+"""The key of the account among the `extra_args`; a client's own value under it is replaced."""
 
 SLOW = "hotswap_slow_grammar"
-"""The key, among them, of a grammar that takes long to compile."""
+"""The key among the `extra_args` that marks a grammar that takes long to compile."""
 
 LONG_REHEARSAL_S = 120.0
-"""A rehearsal that takes longer is overdue: it has parts that no helper does."""
+"""A rehearsal that takes longer is overdue: some of its parts do not run in a helper."""
 
 LOOK_S = 1.0
-"""So often does whoever waits for a check see to it that none holds up the others."""
+"""How often a request that waits for a check makes sure that no check holds up the others."""
 
 _checked: ContextVar[Any] = ContextVar("checked", default=None)
-"""The sampling parameters whose grammar has been checked, in the task that has waited for that."""
+"""The sampling parameters whose grammar has been checked, in the task that waited for the check."""
 
 
 def has_grammar(request: Any) -> bool:
@@ -66,20 +66,18 @@ def has_grammar(request: Any) -> bool:
 
 
 _is_slow: ContextVar[bool] = ContextVar("is_slow", default=False)
-"""Whether its grammar takes long to compile."""
+"""Whether the grammar of these parameters takes long to compile."""
 
 
 def sign(request: Any, account: str) -> None:
-    """Say, in an `EngineCoreRequest` with a grammar, for whom that is compiled, and whether that
-    takes long.
-    """
+    """Note in an `EngineCoreRequest` the account of its grammar, and whether it compiles slowly."""
     params = request.sampling_params
     own = {key: value for key, value in (params.extra_args or {}).items() if key != SLOW}
     params.extra_args = own | {ACCOUNT: account} | ({SLOW: True} if _is_slow.get() else {})
 
 
 class Checks:
-    """Where the grammars of one model are checked: plain ones in place, others in processes.
+    """Checks the grammars of one model: plain ones in place, others in processes.
 
     It has no state of its own: that is in the pools and the rehearsals.
     """
@@ -87,12 +85,12 @@ class Checks:
     def __init__(
         self, pool: FairPool, rehearsing: FairPool | None = None, helpers: Helpers | None = None
     ) -> None:
-        """With `pool` alone, all are checked in place."""
+        """With `pool` alone, check all grammars in place."""
         self._pool, self._rehearsing, self._helpers = pool, rehearsing, helpers or Helpers()
         self._rehearsals: Rehearsals | None = None
 
     def begin(self, client: Any) -> None:
-        """Learn of an `AsyncLLM`, whose grammars are to be checked."""
+        """Prepare rehearsals for the grammars of an `AsyncLLM`."""
         if self._rehearsing is not None:
             self._rehearsals = Rehearsals(
                 client.vllm_config, lambda: client.input_processor.tokenizer
@@ -104,13 +102,13 @@ class Checks:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, check: Callable[..., Any], params: Any, tasks: Any) -> bool:
-        """Wait for a check, for as long as the request may, and as its client does.
+        """Wait for a check, as long as the request may, and as its client waits.
 
-        Returns: whether to compile the grammar takes long.
+        Returns: whether the grammar takes long to compile.
 
-        The request is ended with an error of its own where it may wait no longer, where its
-        grammar takes more than it may, or where an earlier check has taken so long that this one
-        is not begun. Whatever is done for it in a helper is killed then.
+        The request is aborted with an error of its own if it may wait no longer, if its grammar
+        goes beyond its bounds, or if an earlier check takes so long that this one does not start.
+        Work for it in a helper is killed then.
         """
         lease = current_lease.get()
         account = lease.account if lease else ""
@@ -152,7 +150,7 @@ class Checks:
             try:
                 return rehearsals.run(lambda: check(params, tasks), params, digest, errand)
             except HelperEnd as end:
-                return end  # the future of an event loop takes no other `BaseException` well
+                return end  # a future cannot carry every other `BaseException`
             finally:
                 errand.stop()
 
@@ -175,10 +173,10 @@ def _costly(error: HelperEnd, bounds: Bounds) -> GrammarTooCostly:
 
 
 def check_aside(client: Any, checks: Checks) -> None:
-    """Have the grammars of an `AsyncLLM`'s requests checked beside the event loop.
+    """Check the grammars of an `AsyncLLM`'s requests beside the event loop.
 
     vLLM's whole check of the parameters runs there, so the same errors are raised, in the same
-    order; then it runs once more on the event loop, where it leaves the grammar out.
+    order. Then it runs once more on the event loop, without the grammar.
     """
     checks.begin(client)
     processor = client.input_processor
@@ -208,13 +206,13 @@ def check_aside(client: Any, checks: Checks) -> None:
 
 
 class _TooLate(Exception):
-    """A check was not done in time."""
+    """A check did not finish in time."""
 
 
 async def _result(
     pool: FairPool, account: str, timeout_s: float | None, errand: Errand | None, *check: Any
 ) -> Any:
-    """Wait for it, and stop its errand, if it has one, when nobody does any more.
+    """Wait for the result of a check. When the wait ends, stop its errand, if it has one.
 
     Raises `_TooLate`, `Overdue`, and what the check raises.
     """
@@ -230,17 +228,17 @@ async def _result(
             pool.look()
         return checking.result()
     finally:
-        job.cancel()  # unless it has begun
+        job.cancel()  # unless it has started
         if errand is not None:
             errand.stop()
-        checking.cancel()  # nobody wants its result any more
+        checking.cancel()  # its result is no longer needed
 
 
 class Compilations:
-    """In the place of an engine's thread pool for compilations: accounts take turns.
+    """Replaces an engine's thread pool for compilations; accounts share it fairly.
 
-    Grammars that take long have threads of their own, with the lowest priority: nothing waits for
-    them, and steps of the engine have the processors when they need them.
+    Slow grammars have threads of their own, with the lowest priority: other grammars do not wait
+    for them, and steps of the engine have the processors when they need them.
     """
 
     def __init__(self, threads: int) -> None:
@@ -248,7 +246,7 @@ class Compilations:
         self._slow = FairPool(threads, "slow grammars", is_last=True)
 
     def submit(self, compile_for: Callable[[Any], Any], request: Any) -> Future[Any]:
-        """As vLLM submits them: a function, and the `Request` whose grammar it is to compile."""
+        """Submit as vLLM does: a function, and the `Request` whose grammar it is to compile."""
         said = request.sampling_params.extra_args or {}
         account, is_slow = said.pop(ACCOUNT, ""), said.pop(SLOW, False)
         pool = self._slow if is_slow else self._quick
@@ -260,7 +258,7 @@ class Compilations:
 
 
 def take_turns(manager: Any) -> None:
-    """Give a `StructuredOutputManager`, before its first request, threads that are shared."""
+    """Make a `StructuredOutputManager`, before its first request, use `Compilations`."""
     executor = getattr(manager, "executor", None)  # without a tokenizer there are no grammars
     if executor is not None:
         manager.executor = Compilations(executor._max_workers)
@@ -268,7 +266,7 @@ def take_turns(manager: Any) -> None:
 
 
 def forget_compiled(manager: Any) -> None:
-    """Give back what a `StructuredOutputManager` keeps of compiled grammars.
+    """Drop the compiled grammars that a `StructuredOutputManager` keeps.
 
     Requests keep their own.
     """
@@ -278,7 +276,7 @@ def forget_compiled(manager: Any) -> None:
 
 
 def give_up(scheduler: Any, request_ids: Iterable[str]) -> int:
-    """Take compilations off their queue; how many. One that runs goes on."""
+    """Remove compilations from their queue; return how many. One that runs continues."""
     found = (scheduler.requests.get(request_id) for request_id in request_ids)
     asked = (getattr(request, "structured_output_request", None) for request in found)
     grammars = [getattr(one, "_grammar", None) for one in asked]

@@ -1,4 +1,4 @@
-"""The hashes of an engine's prefix cache, computed on whatever thread.
+"""Computes the hashes of an engine's prefix cache on any thread.
 
 vLLM hashes the first block of a request together with a root, which it reads from a global of
 `vllm.v1.core.kv_cache_utils` (`NONE_HASH`). With several engines in a process, that global is the
@@ -16,9 +16,9 @@ from typing import Any
 
 
 def with_own_globals(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the globals of its module as they are now, whatever they become.
+    """Return the function with the globals of its module as they are now, whatever they become.
 
-    So have the functions of that module that it calls. What is no plain function stays as it is.
+    So do the functions of that module that it calls. What is not a plain function stays as it is.
     """
     if not isinstance(function, FunctionType):
         return function

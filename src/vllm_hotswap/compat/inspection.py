@@ -1,9 +1,9 @@
-"""How vLLM looks at a model's class: in this process, or in one other for all models.
+"""Inspects the classes of models in this process, or in one other process for all.
 
 vLLM starts a process for each architecture that it has not seen on this machine, which imports all
 of vLLM, "to avoid initializing CUDA". Relies on: `_run_in_subprocess` of its registry of models,
-called with a function that returns what was found. Checked on vLLM 0.32.0; where there is no such
-function, vLLM goes its own way.
+called with a function that returns what was found. Checked on vLLM 0.32.0; without such a function,
+vLLM inspects as it does by itself.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Look = Callable[[], Any]
 
 @contextmanager
 def inspected_here() -> Iterator[None]:
-    """Import the classes into this process. For one that makes no engine and ends soon."""
+    """Import the classes into this process, which must make no engine and end soon."""
     with _run_by(lambda look, _: look()):
         yield
 
 
 @contextmanager
 def inspected_together() -> Iterator[None]:
-    """Import the classes into one process for all of them, which is started if one is needed."""
+    """Import the classes into one other process for all of them, which is started if needed."""
     with ExitStack() as stack:
         pool: list[ProcessPoolExecutor] = []
 
@@ -71,7 +71,7 @@ def _one_process() -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
-    """Prepare the other process: it ends with this one, whatever ends this one."""
+    """Prepare the other process: it ends when its parent ends, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,6 +1,6 @@
-"""Where vLLM keeps what it has moved between the versions that this package runs on.
+"""Where vLLM keeps names that it has moved between the versions that this package runs on.
 
-Only names that have moved are here. They are looked up when they are first asked for, so that
+Only names that have moved are here. They are looked up when they are asked for, so that
 importing this module imports nothing of vLLM.
 """
 
@@ -60,14 +60,14 @@ PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """Name -> the first version that has it in a module -> that module; newest first."""
 
 OPTIONAL = frozenset(["get_global_kv_cache_groups", "init_render_app_state"])
-"""Names that some versions do not have at all; whoever asks for one can do without."""
+"""Names that some versions do not have at all; code that asks for one can do without it."""
 
 
 def find(name: str, places: Mapping[str, Mapping[str, str]] = PLACES) -> Any:
-    """What the installed vLLM calls `name`, wherever it keeps it.
+    """Return what the installed vLLM calls `name`, wherever it keeps it.
 
     Raises:
-        ConfigError: it is in none of the places that are known.
+        ConfigError: it is in none of the known places.
     """
     modules = places[name].values()
     for module_name in modules:
@@ -81,7 +81,7 @@ def find(name: str, places: Mapping[str, Mapping[str, str]] = PLACES) -> Any:
 
 
 def _module(name: str) -> ModuleType | None:
-    """The module, or None where there is none; one that is there but cannot be imported raises."""
+    """Return the module; None if it does not exist. Raises if it exists but cannot be imported."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

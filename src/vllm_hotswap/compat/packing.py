@@ -5,10 +5,10 @@ layer then drops its own weight. An embedding and an output layer keep it, becau
 up in it (`UnquantizedEmbeddingMethod.process_weights_after_loading`, `remove_weight=False`): both
 are in memory twice. Which CPU packs which type depends on its instructions, on how torch and
 oneDNN were built, and on environment variables such as `ONEDNN_MAX_CPU_ISA`. bfloat16 is packed
-only with AVX-512 or AMX, float32 by AVX2, too. So vLLM is asked: it packs a small layer.
+only with AVX-512 or AMX, float32 also with AVX2. So vLLM packs a small layer as a test.
 
 Relies on: `dispatch_cpu_unquantized_gemm`, which leaves what it multiplies by in the closure of the
-layer's `cpu_linear`; `pad_vocab_size`; `UnquantizedEmbeddingMethod.tie_weights`, which has
+layer's `cpu_linear`; `pad_vocab_size`; `UnquantizedEmbeddingMethod.tie_weights`, which makes
 two layers share a weight, and leaves them two.
 """
 
@@ -37,16 +37,16 @@ one copy, until its first load.
 """
 
 PROBE_BYTES = 4 << 20
-"""A layer of that size is packed as any larger one: vLLM takes other ways below 1 MiB."""
+"""A layer of that size is packed like any larger one; below 1 MiB, vLLM packs in other ways."""
 
 ROW_STEP = 16
-"""Some ways need multiples of so many rows, which any padded vocabulary has."""
+"""Some ways of packing need a multiple of so many rows, which any padded vocabulary has."""
 
 
 def packed_copies_bytes(config: Any) -> int:
-    """Bytes of second copies that stay beside a model's embedding and output layer; 0 elsewhere.
+    """Return the bytes of second copies beside a model's embedding and output layer; else 0.
 
-    Tied embeddings are one weight of two layers, each of which is packed: two copies all the same.
+    Tied embeddings are one weight of two layers, each of which is packed: still two copies.
     Only the models of `ONE_LAYER` have no output layer. The first load measures what there is.
     """
     if not _is_cpu(config):
@@ -58,14 +58,14 @@ def packed_copies_bytes(config: Any) -> int:
 
 
 def packing_bytes(config: Any) -> int:
-    """What packing a model's largest linear layer takes for a while: both forms are there then."""
+    """Return the bytes that packing a model's largest linear layer takes for a while."""
     if not _is_cpu(config) or config.quant_config is not None:
         return 0
     model = config.model_config
     hidden = model.get_hidden_size()
     inner = getattr(model.hf_text_config, "intermediate_size", None) or 4 * hidden
     shards = config.parallel_config.tensor_parallel_size
-    # Gate and up projection are one layer.
+    # Gate and up projection are one layer. While it is packed, both forms are in memory.
     rows = max(2 * inner // shards, ROW_STEP)
     return rows * hidden * _itemsize(model) if _is_packed(rows, hidden, model.dtype) else 0
 
@@ -134,7 +134,7 @@ def _is_copy(value: Any, weight: Any) -> bool:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """So that OpenMP starts no threads, which would stay, in a process that has no use for them."""
+    """Keep OpenMP from starting threads, which would stay in a process that does not use them."""
     import torch
 
     before = torch.get_num_threads()
@@ -147,7 +147,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quietly(name: str) -> Iterator[None]:
-    """Without the warning that the CPU cannot pack, which is what was asked."""
+    """Suppress the warning that the CPU cannot pack: the test is there to find that out."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

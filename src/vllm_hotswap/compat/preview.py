@@ -1,10 +1,10 @@
-"""What a model's frontend would refuse a request with, as long as there is none.
+"""Checks requests for a model that has no frontend yet, as its frontend would.
 
 A frontend needs an engine to be built. vLLM's server that only renders (`vllm launch render`) needs
-none, and checks requests with the same code: every one is sent there first.
+none, and checks requests with the same code: every request is sent there first.
 
 Relies on: `build_app` for the task `render`, `init_render_app_state`, and routes `<path>/render`.
-Checked on vLLM 0.32.0; where there is no such server, nothing is known against any request.
+Checked on vLLM 0.32.0; without such a server, no request is refused in advance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.metrics import without_frontend_metrics
 
 REFUSALS = (400, 422)
-"""Others say something of this server: it knows no adapters, for one thing."""
+"""Other statuses are about this server: for example, it knows no adapters."""
 
 
 class Preview:
@@ -41,7 +41,7 @@ class Preview:
         return f"<Preview paths={sorted(path for path in self._paths if 'render' in path)}>"
 
     async def look_at(self, path: str, content_type: str, body: bytes) -> Previewed:
-        """Have a request checked."""
+        """Check a request."""
         if f"{path}/render" not in self._paths:
             return Previewed()
         answer = await self._client.post(
@@ -54,9 +54,9 @@ class Preview:
 
 
 def make_preview(args: argparse.Namespace, config: Any) -> Preview | None:
-    """None where the installed vLLM has no such server, or it is none for this model.
+    """Make a model's preview; None if the installed vLLM has none, or none for this model.
 
-    Raises whatever vLLM raises for files that cannot be read. To be called on a thread of its own.
+    Raises whatever vLLM raises for files that cannot be read. Call it on a thread of its own.
     """
     if not generates(config):
         return None

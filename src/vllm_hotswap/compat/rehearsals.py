@@ -1,15 +1,15 @@
-"""Grammars are rehearsed: read and compiled in a process that can be ended, before vLLM does it.
+"""Rehearses grammars: reads and compiles them in a process that can be killed, before vLLM does.
 
 vLLM's check of a request runs here as it is; the calls into the native code of xgrammar and
 llguidance are made in a helper. Then xgrammar's compilation is rehearsed there, too, with the
-vocabulary of the model. What it makes stays there: to read it back takes longer than to compile it
+vocabulary of the model. The result stays there: to read it back takes longer than to compile it
 (decision 0026). The engine host compiles what has passed, in the known time and memory.
 
 Relies on, in vLLM 0.32.0: `backend_xgrammar.XgrammarBackend`, whose `compile_grammar` uses
 `self.compiler` alone until it makes a matcher; `backend_xgrammar.compile_regex_with_timeout`;
 `backend_guidance.llguidance`; `get_structured_output_key`; `StructuredOutputsParams._backend`. In
 xgrammar 0.2.8: `grammar._core`, `GrammarCompiler._init_handle`, and that its methods use the handle
-alone. Where one of these is missing, the work is done in place, which is logged.
+alone. If one of these is missing, the work is done in place, which is logged.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from vllm_hotswap.helpers import QUICK_S, Errand, NoHelper, RefusedByHelper
 from vllm_hotswap.quiet import log_of_clients
 
 MOST_KNOWN = 4096
-"""Grammars of a model that are remembered to have passed."""
+"""How many grammars of a model are remembered that have passed."""
 
 _errand: ContextVar[Errand | None] = ContextVar("errand", default=None)
-"""For whom this thread checks a grammar, where helpers are to do it."""
+"""The errand for which this thread checks a grammar; None if helpers do not take part."""
 
 
 class _Compiled(BaseException):
-    """The rehearsal is over. Not an error; vLLM's code is left by it."""
+    """The rehearsal is over. Not an error, but a way out of vLLM's code."""
 
 
 class Rehearsals:
-    """Those of one model.
+    """The rehearsals of one model.
 
     The mutable state is `_known`, whether a grammar that has passed is slow, by its digest; and
     what is made once: the `_backend` without a compiler, and the `_vocabulary`, for helpers.
@@ -52,7 +52,7 @@ class Rehearsals:
         self._known: OrderedDict[bytes, bool] = OrderedDict()
         self._backend: Any = None
         self._vocabulary = ""
-        self._key = object()  # of the vocabulary; helpers hold it, so that no other one is equal
+        self._key = object()  # of the vocabulary; helpers hold it, so that it stays unique
 
     def __repr__(self) -> str:
         return f"<Rehearsals known={len(self._known)}>"
@@ -64,11 +64,11 @@ class Rehearsals:
     def run(self, check: Callable[[], Any], params: Any, digest: bytes, errand: Errand) -> bool:
         """Check the parameters of a request as vLLM does, and compile their grammar, in helpers.
 
-        Returns: whether to compile it takes long.
+        Returns: whether it takes long to compile.
 
         Raises:
-            What the check raises; ValueError: it cannot be compiled.
-            HelperEnd: it was stopped, or takes too much.
+            ValueError: it cannot be compiled; or whatever the check raises.
+            HelperEnd: it was stopped, or goes beyond its bounds.
         """
         try:
             _prepared()
@@ -122,7 +122,7 @@ class Rehearsals:
 
 
 def digest_of(outputs: Any) -> bytes:
-    """Of what `StructuredOutputsParams` ask for; empty where they ask for nothing."""
+    """Return the digest of what `StructuredOutputsParams` ask for; empty if it is nothing."""
     from vllm.v1.structured_output.request import get_structured_output_key
 
     try:
@@ -133,7 +133,7 @@ def digest_of(outputs: Any) -> bytes:
 
 
 def _compiler_elsewhere(errand: Errand, tokenizer: tuple[object, str]) -> Any:
-    """xgrammar's `GrammarCompiler`, whose native part is in a helper."""
+    """Return xgrammar's `GrammarCompiler`, with its native part in a helper."""
     from xgrammar import GrammarCompiler
 
     compiler = GrammarCompiler.__new__(GrammarCompiler)
@@ -157,7 +157,7 @@ class _CompilerHandle:
 
 
 def _prepared() -> None:
-    """Raises `NoHelper` where vLLM or xgrammar are not as this module knows them."""
+    """Redirect native calls. Raises `NoHelper` if vLLM or xgrammar is not as expected here."""
     try:
         _send_native_calls_away()
     except (ImportError, AttributeError) as error:
@@ -166,7 +166,7 @@ def _prepared() -> None:
 
 @cache
 def _send_native_calls_away() -> None:
-    """Have native calls of vLLM's check made in helpers, wherever an errand is under way."""
+    """Make native calls of vLLM's check in helpers, wherever an errand is under way."""
     from vllm.v1.structured_output import backend_guidance, backend_xgrammar
     from xgrammar import grammar
 
@@ -176,14 +176,14 @@ def _send_native_calls_away() -> None:
     in_time = backend_xgrammar.compile_regex_with_timeout
 
     def compile_in_time(compile_regex: Any, pattern: str) -> Any:
-        """On another thread, to which the errand is handed on."""
+        """Compile on another thread, which gets the errand of this one."""
         return in_time(partial(copy_context().run, compile_regex), pattern)
 
     backend_xgrammar.compile_regex_with_timeout = compile_in_time
 
 
 class _Stead:
-    """In the place of a module or a class, with some attributes of its own."""
+    """Replaces a module or a class, with some attributes of its own."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -220,7 +220,7 @@ class _Matcher(_Stead):
         self._errand = errand
 
     def validate_grammar(self, grammar: str, tokenizer: Any = None) -> str:
-        """What is wrong with it, or nothing."""
+        """Return what is wrong with a grammar; empty if nothing is."""
         if tokenizer is not None:
             return str(self._real.validate_grammar(grammar, tokenizer))
         try:

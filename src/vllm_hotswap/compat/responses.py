@@ -15,7 +15,7 @@ STORES = ("response_store", "msg_store", "event_store")
 
 
 class KeptResponses:
-    """One model's."""
+    """The responses that one model's frontend keeps."""
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
@@ -29,7 +29,10 @@ class KeptResponses:
         return running
 
     def settle(self, response_id: str, why: str) -> None:
-        """vLLM sets `failed` where a response in one piece is cancelled, and nothing elsewhere."""
+        """Mark an unfinished response as failed.
+
+        vLLM sets `failed` itself when a response in one piece is cancelled, and nothing otherwise.
+        """
         response = self._serving.response_store.get(response_id)
         if response is None or response.status not in ("queued", "in_progress", "failed"):
             return

@@ -1,8 +1,8 @@
-"""Whether a request can be sent to an engine at all, known before it waits for anything.
+"""Checks whether a request can be sent to an engine at all, before it waits for anything.
 
-vLLM's frontend checks what a request means, and finds out only while it encodes the request for the
-engine that a text has half of a surrogate pair in it (as JSON may), or that a number is too large.
-It takes that for a failure of the engine.
+vLLM's frontend checks what a request means. Only when it encodes the request for the engine does it
+find half of a surrogate pair in a text (as JSON allows), or a number that is too large. It treats
+that as a failure of the engine.
 
 Relies on: `VLLMValidationError`, which `AsyncLLM.generate` passes on and vLLM's routes answer with
 400; the names of the fields of `EngineCoreRequest`, of which a version may know only some.
@@ -23,7 +23,7 @@ TEXTS = (
 
 
 def check_sendable(request: Any) -> None:
-    """Encode what is not tokens in an `EngineCoreRequest`, for a trial.
+    """Encode an `EngineCoreRequest`, except its tokens, as a trial.
 
     Raises:
         VLLMValidationError: it cannot be encoded; the message says what is wrong.
@@ -37,7 +37,7 @@ def check_sendable(request: Any) -> None:
 
 
 def refusal_of(error: BaseException) -> Any:
-    """A `VLLMValidationError`, if a tokenizer or an encoder met half of a surrogate pair."""
+    """Return a `VLLMValidationError` if a tokenizer or an encoder met half of a surrogate pair."""
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return _refusal(error)
     if isinstance(error, TypeError) and "TextEncodeInput" in str(error):  # of `tokenizers`
@@ -51,12 +51,12 @@ def refusal_of(error: BaseException) -> Any:
 
 
 def _without_tokens(request: Any) -> list[Any]:
-    """What texts of a client may be in; tokens and features are many, and come from vLLM."""
+    """Return what may hold texts of a client; tokens and features are many, and come from vLLM."""
     return [getattr(request, name, None) for name in TEXTS]
 
 
 def _left_out(_: object) -> None:
-    """vLLM's encoder knows what msgspec does not."""
+    """Leave out what msgspec cannot encode: vLLM's own encoder can."""
 
 
 def _refusal(error: UnicodeEncodeError | OverflowError) -> Any:

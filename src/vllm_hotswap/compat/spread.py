@@ -1,10 +1,12 @@
-"""One call's many engine requests, spread so that everybody else has a turn between two of them.
+"""Spreads the many engine requests of one large request, so that others run between two of them.
 
-The tasks that vLLM makes for a large call are paced (`vllm_hotswap.pace`). What is left is done
-here: long loops in one task, which give the loop back where they await something anyway, or after
-which they do; the waiting for many answers at once, for which vLLM looks at all of them each time;
-the items of `/generative_scoring`, which it tokenises on the event loop; and the outputs of
-steps, of which some are looked at before others have a turn.
+The tasks that vLLM makes for a large request are paced (`vllm_hotswap.pace`). This module does the
+rest:
+
+- long loops in one task yield to the event loop where they await something anyway, or afterwards;
+- the wait for many answers at once, for which vLLM looks at all of them each time;
+- the items of `/generative_scoring`, which vLLM tokenises on the event loop;
+- the outputs of steps, of which some are processed before other tasks run.
 
 Relies on:
 
@@ -15,17 +17,17 @@ Relies on:
   answer on a thread;
 - `merge_async_iterators`, which modules of vLLM's entrypoints have as a global;
 - `OutputProcessor.add_request` and its `parent_requests`, for the answers of `n`, all of which
-  `AsyncLLM` registers before it sends the first one; `AsyncLLM.abort`, which gives up those of
-  `ParentRequest.child_requests`, too;
+  `AsyncLLM` registers before it sends the first one; `AsyncLLM.abort`, which also aborts those of
+  `ParentRequest.child_requests`;
 - `output_socket` of the core client's `resources`, from which the task that
-  `_ensure_output_queue_task` begins reads;
+  `_ensure_output_queue_task` starts reads;
 - `serving_generative_scoring` in the application's state: its `_build_prompts`, a coroutine that
   waits for nothing, whose first argument has `items`, and a `query` that it takes as tokens, or
   tokenises with the second argument's `encode` and `add_special_tokens`; it returns two lists with
   a member for each item; its `renderer._executor`, on whose threads vLLM tokenises everything else;
-- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM._run_output_handler` reads: that begins the task
-  that looks at all outputs, uses the `engine_core` and `output_processor` of then, and does nothing
-  when it is called again, as `AsyncLLM` does with each request.
+- `VLLM_V1_OUTPUT_PROC_CHUNK_SIZE`, which `AsyncLLM._run_output_handler` reads. That function starts
+  the task that processes all outputs, with the `engine_core` and `output_processor` of that moment.
+  It does nothing when it is called again, as `AsyncLLM` does with each request.
 
 Checked on vLLM 0.32.0.
 """
@@ -49,16 +51,16 @@ from vllm_hotswap.pace import OUTPUTS, Pace, give_back, merged
 from vllm_hotswap.registry import Lease, current_lease
 
 READ_BYTES = 16 << 10
-"""Of outputs, that are read before the event loop has another turn."""
+"""Bytes of outputs that are read before the event loop runs other tasks."""
 
 ITEMS = 16
-"""Of a call, that are tokenised before somebody else's text can be."""
+"""Items of a request that are tokenised before another request's text can be."""
 
 
 _unregistered: ContextVar[dict[str, Callable[[], None]] | None] = ContextVar(
     "unregistered", default=None
 )
-"""The answers of the running task's call that are not registered yet, by the ids of requests."""
+"""The answers of the running task's request that are not registered yet, by engine request id."""
 
 
 def spread(client: Any, app: Any, pace: Pace) -> None:
@@ -84,23 +86,23 @@ def spread(client: Any, app: Any, pace: Pace) -> None:
 
 
 def _look_at_outputs(client: Any) -> None:
-    """Begin the task that looks at the outputs for everybody, as nobody's.
+    """Start the task that processes the outputs of all requests, in the context of none.
 
-    vLLM begins it with the first request. If that were one of a large call, the task would take
-    places for its whole life, and all other answers would wait behind large calls.
+    vLLM starts it with the first request. If that belonged to a large request, the task would take
+    places for its whole life, and all other answers would wait behind large requests.
     """
     Context().run(client._run_output_handler)
 
 
 def _merge_evenly() -> None:
-    """Put our way of waiting for many answers in the place of vLLM's."""
+    """Replace vLLM's way of waiting for many answers by ours."""
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.entrypoints.") and "merge_async_iterators" in vars(module):
             vars(module)["merge_async_iterators"] = merged
 
 
 def _register_when_sent(client: Any) -> None:
-    """Have each of the answers of `n` registered just before it is sent, which is paced."""
+    """Register each of the answers of `n` just before it is sent, which is paced."""
     add, core, processor = client.add_request, client.engine_core, client.output_processor
     send, register = core.add_request_async, processor.add_request
 
@@ -117,7 +119,7 @@ def _register_when_sent(client: Any) -> None:
         if parent is None or (later := _unregistered.get()) is None:
             register(request, prompt, parent, *args, **kwargs)
         else:
-            processor.parent_requests[parent.request_id] = parent  # whoever aborts looks there
+            processor.parent_requests[parent.request_id] = parent  # an abort looks there
             later[request.request_id] = partial(register, request, prompt, parent, *args, **kwargs)
 
     async def send_registered(request: Any) -> None:
@@ -131,7 +133,7 @@ def _register_when_sent(client: Any) -> None:
 
 
 class JsonInPieces(JSONResponse):
-    """The same bytes; but a long list is not written in one call, for which all threads wait."""
+    """Writes the same bytes, but a long list not in one call, for which all threads would wait."""
 
     def render(self, content: Any) -> bytes:
         if not isinstance(content, dict):
@@ -141,7 +143,7 @@ class JsonInPieces(JSONResponse):
 
 
 _json = partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-"""As starlette's response writes it."""
+"""JSON as starlette's response writes it."""
 
 
 def _listed(value: Any) -> str:
@@ -149,9 +151,10 @@ def _listed(value: Any) -> str:
 
 
 class OutputSocket:
-    """An engine's outputs, between two of which the event loop turns when they are many bytes.
+    """An engine's outputs; after many bytes of them, the event loop runs other tasks.
 
-    What has come already is read without a turn, and reading it takes its time.
+    Outputs that have arrived already are read without letting other tasks run, and reading takes
+    time.
     """
 
     def __init__(self, socket: Any) -> None:
@@ -171,27 +174,28 @@ class OutputSocket:
 
 
 def read_in_turns(core: Any) -> None:
-    """Begin to read what an engine core says; before vLLM's client of it does so by itself."""
+    """Start to read what an engine core sends, before vLLM's client of it does so by itself."""
     resources = core.resources
     socket = resources.output_socket
     resources.output_socket = OutputSocket(socket)
     try:
-        Context().run(core._ensure_output_queue_task)  # it is nobody's
+        Context().run(core._ensure_output_queue_task)  # the task belongs to no request
     finally:
-        resources.output_socket = socket  # whoever ends it looks at its type
+        resources.output_socket = socket  # the code that closes it looks at its type
 
 
 def _input_processors(serving: Any) -> Iterator[Any]:
-    """What prepares the inputs of pooling models: one of a handler, or one of each task."""
+    """Yield what prepares the inputs of pooling models: one of a handler, or one of each task."""
     found = [getattr(serving, "io_processor", None)]
     found += (getattr(serving, "io_processors", None) or {}).values()
     yield from (inputs for inputs in found if hasattr(inputs, "render_async"))
 
 
 class Feeder:
-    """Gives work to threads; that of a large call a few at a time, and promises it at once.
+    """Gives work to threads.
 
-    The mutable state is what each large call has still to give.
+    Work of a large request is promised at once, but given a few pieces at a time. The mutable state
+    is what each large request has still to give.
     """
 
     def __init__(self, submit: Callable[..., asyncio.Future[Any]], pace: Pace) -> None:
@@ -217,11 +221,11 @@ class Feeder:
         try:
             while left:
                 promise, args = left[0]
-                if not promise.done():  # else nobody waits for it any more
+                if not promise.done():  # else nothing waits for it
                     await self._pace.wait()
                     _keep(promise, self._submit(*args))
                 left.popleft()
-        except Exception as error:  # noqa: BLE001  # of whoever waits: the threads are gone
+        except Exception as error:  # noqa: BLE001  # for those that wait: the threads are gone
             for promise, _ in left:
                 if not promise.done():
                     promise.set_exception(error)
@@ -232,12 +236,12 @@ class Feeder:
 
 
 def _keep(promise: asyncio.Future[Any], work: asyncio.Future[Any]) -> None:
-    """Have a promise end as the work does, and the work be given up with the promise."""
+    """Make a promise end as the work does, and cancel the work with the promise."""
 
     def done(_: asyncio.Future[Any]) -> None:
         if promise.done():
             if not work.cancelled():
-                work.exception()  # nobody else looks at it
+                work.exception()  # else asyncio logs it as never retrieved
         elif work.cancelled():
             promise.cancel()
         elif (error := work.exception()) is not None:
@@ -252,10 +256,10 @@ def _keep(promise: asyncio.Future[Any], work: asyncio.Future[Any]) -> None:
 def _few_at_once(
     abort: Callable[..., Awaitable[None]], parents: Mapping[str, Any]
 ) -> Callable[..., Awaitable[None]]:
-    """vLLM's way of giving requests up, a few in a turn; so with the answers of one of them.
+    """Return vLLM's `abort`, for a few requests at a time; the answers of `n` count as requests.
 
-    More than a few are given up in a task of their own: who gives them up is often cancelled, and
-    starlette's streams, which are answered within anyio's scopes, are cancelled in every turn.
+    More than a few are aborted in a task of their own: the caller is often cancelled, and anyio's
+    scopes, in which starlette streams, cancel it again whenever the loop runs.
     """
     aborting: set[asyncio.Task[None]] = set()
 
@@ -307,7 +311,7 @@ def _paced(work: Callable[..., Awaitable[Any]], pace: Pace) -> Callable[..., Awa
 def _in_pieces(
     build: Callable[..., Coroutine[Any, Any, Any]], executor: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """A coroutine that waits for nothing, run beside the event loop, for some items at a time.
+    """Run a coroutine that waits for nothing beside the event loop, for some items at a time.
 
     The query, which may be long, is tokenised once, as vLLM does it.
     """

@@ -1,7 +1,7 @@
-"""The stamp on every output, checked against the lease of its request. Checked on vLLM 0.32.0.
+"""Compares the stamp on every output with the lease of its request. Checked on vLLM 0.32.0.
 
 Relies on: `AsyncLLM.engine_core`, whose `add_request_async` and `get_output_async` are called once
-per request and per step; `EngineCoreRequest.cache_salt`, which parts the prefix cache;
+per request and per step; `EngineCoreRequest.cache_salt`, which partitions the prefix cache;
 `EngineCoreOutputs.weight_version`, which is new in 0.32: outputs of older versions have no stamp,
 and are delivered unchecked.
 """
@@ -27,7 +27,7 @@ def make_stamp(alias: str, epoch: int) -> str:
 
 
 def read_stamp(stamp: str) -> tuple[str, int]:
-    """Alias and epoch; what is no stamp of ours is of no epoch."""
+    """Return alias and epoch; the epoch is -1 if the stamp is not one of ours."""
     alias, _, epoch = stamp.rpartition("#")
     return (alias, int(epoch)) if epoch.isdecimal() else (stamp, -1)
 
@@ -35,9 +35,9 @@ def read_stamp(stamp: str) -> tuple[str, int]:
 class StampedCore:
     """vLLM's client of one engine core, between it and the `AsyncLLM` that uses it.
 
-    The mutable state is `_leases`, by the id that vLLM gives a request, from its beginning to its
-    last output; `_held`, those that wait for their turn, or were given up before it; `_told`, the
-    outputs since the event loop was last given back; and the last stamp, read.
+    The mutable state is `_leases`, by the id that vLLM gives a request, from its start to its last
+    output; `_held`, ids of requests that wait for their turn, or left while they waited; `_told`,
+    the outputs since the event loop last ran other tasks; and the last stamp, parsed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StampedCore:
         pace: Pace | None = None,
         share: EngineShare | None = None,
     ) -> None:
-        """One that holds large calls to a pace, and accounts to their share, if it is told to."""
+        """With `pace`, slow large requests down; with `share`, hold accounts to their share."""
         self._alias = alias
         self._core = core
         self._pace = pace
@@ -90,13 +90,13 @@ class StampedCore:
             raise
 
     def _await_first_output(self, request_id: str, lease: Lease) -> None:
-        """End the request unless an output of it comes in time; while it is parked, none can."""
+        """Abort the request unless an output of it comes in time; while it is parked, none can."""
         if (timeout_s := lease.grammar_timeout_s) is not None:
             late = GrammarTimeout(timeout_s)
             lease.count_down(request_id, timeout_s, lambda: drain.end([lease], late))
 
     async def _until_its_turn(self, lease: Lease, request: Any) -> None:
-        """Hold the request here, where it is known to be a good one, and is in no engine yet."""
+        """Hold the request here, where it has been checked, and before an engine has it."""
         self._held.add(request.request_id)
         if self._pace is not None:
             await self._pace.wait()
@@ -111,7 +111,9 @@ class StampedCore:
                 )
             finally:
                 lease.held_back -= 1
-        if not self._is_held(request):  # it was aborted meanwhile
+        # An abort need not cancel this task, and sends the engine nothing for a held request. Sent
+        # to the engine after that, the request would run with no client to read it.
+        if not self._is_held(request):
             self._leave(request.request_id)
             raise asyncio.CancelledError
         self._held.discard(request.request_id)
@@ -131,7 +133,8 @@ class StampedCore:
             await self._core.abort_requests_async(sent)
 
     async def get_output_async(self) -> Any:
-        if self._told >= OUTPUTS:  # of several steps, perhaps, which have come already
+        # Outputs that have arrived already are read without letting other tasks run.
+        if self._told >= OUTPUTS:
             self._told = 0
             await asyncio.sleep(0)
         outputs = await self._core.get_output_async()
@@ -141,7 +144,7 @@ class StampedCore:
         return outputs
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Whoever asked for them is gone."""
+        """Forget requests whose clients are gone."""
         for request_id in list(request_ids):
             self._forget(request_id)
 
@@ -153,9 +156,9 @@ class StampedCore:
             lease.requests.discard(request_id)
 
     def _check(self, outputs: Any, stamp: str | None) -> None:
-        """Take out what does not belong to its request, and end the request.
+        """Remove outputs that do not belong to their request, and abort the request.
 
-        What has no stamp tells of requests that never ran, or comes from an older version.
+        Outputs without a stamp are about requests that never ran, or come from an older version.
         """
         if stamp is not None and stamp != self._stamp:
             self._stamp, self._owner = stamp, read_stamp(stamp)
@@ -181,16 +184,16 @@ class StampedCore:
 
 
 def _salted(salt: str, own: str | None) -> str:
-    """The salt of the caller, and within it the one that the request has asked for."""
+    """Return the caller's salt, combined with the one that the request asks for, if any."""
     return salt if own is None else json.dumps([salt, own])
 
 
 def _prompt_tokens(request: Any) -> int:
-    """Embeddings given instead of tokens are not counted."""
+    """Return the number of prompt tokens; embeddings given instead are not counted."""
     return len(request.prompt_token_ids or ())
 
 
 def _most_tokens(request: Any) -> int:
-    """Tokens of the prompt, and of the longest answer that is asked for."""
+    """Return the tokens of the prompt, plus those of the longest answer that is asked for."""
     sampling = request.sampling_params
     return _prompt_tokens(request) + ((sampling.max_tokens or 0) if sampling else 0)

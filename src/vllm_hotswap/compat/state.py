@@ -1,17 +1,17 @@
-"""What vLLM keeps for a whole process, and to whom it belongs here. Checked on vLLM 0.32.0.
+"""What vLLM keeps for a whole process, and which engines share it here. Checked on vLLM 0.32.0.
 
 vLLM is written for one engine per process, so a load sets module globals, class attributes and
 environment variables. `STATE` lists those that a load, a step or an unload changes, with what is
 done about each; `host.state` does it. `docs/vllm-state.md` is made from this list, and a test
 compares it with what the installed vLLM really changes.
 
-`PLUGINS` are packages that are not vLLM's: their state is looked for where they have been imported
-already, which a platform's plugin has been before anything is loaded.
+`PLUGINS` are packages that are not vLLM's. Their state is only looked for if they have been
+imported already. A platform's plugin has been, before anything is loaded.
 
-Input threads take requests in for any engine at any time, and so read some of it while another
-engine's values may be in place. The root of prefix hashes (`NONE_HASH`) they do not read: each
-engine has a hasher with its own (`compat.hashing`). Of the variables' cache (`vllm.envs`) they may
-read another engine's: the same values, but for variables of one model.
+Input threads read requests for any engine at any time, and so read some of this state while another
+engine's values may be in place. They do not read the root of prefix hashes (`NONE_HASH`): each
+engine has a hasher with its own (`compat.hashing`). They may read another engine's cache of
+variables (`vllm.envs`), which has the same values, except for variables of one model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLUGINS = frozenset(["vllm_gaudi"])
 
 
 class Owner(Enum):
-    """To whom a piece of state belongs."""
+    """Which engines share a piece of state."""
 
     ENGINE = "engine"
     """Each engine has its own, as in a process of its own: put in place when it is worked with."""
@@ -50,9 +50,9 @@ class State:
     Attributes:
         place: `module:attribute.path`, or `os:environ[NAME]`. A `*` in a path stands for every
             value of a dictionary, or, where the state is shared, for any text.
-        owner: to whom it belongs.
+        owner: which engines share it.
         reason: what it is, and why it belongs there.
-        since: the first version of vLLM, of those that were looked at, that has it.
+        since: the first version of vLLM that has it, of those that were examined.
     """
 
     place: str
@@ -67,11 +67,11 @@ class State:
 
     @property
     def is_moved_attribute(self) -> bool:
-        """Whether it is moved with engines, and is no variable, which need not be set."""
+        """Whether it is moved with engines, and is not a variable, which need not be set."""
         return self.owner is not Owner.PROCESS and not self.place.startswith("os:")
 
     def is_in(self, version: str) -> bool:
-        """Whether a version of vLLM, such as `0.32.0`, is to have it."""
+        """Whether a version of vLLM, such as `0.32.0`, should have it."""
         return numbers(version) >= numbers(self.since)
 
 
@@ -444,7 +444,7 @@ def _pattern(place: str) -> str:
 
 
 def table() -> str:
-    """The list as a table in Markdown, by owner."""
+    """Return the list as a table in Markdown, by owner."""
     rows = ["| state | belongs to | what it is, and why |", "|---|---|---|"]
     for owner in Owner:
         rows += [f"| `{s.place}` | {OWNER_NAMES[owner]} | {s.reason} |" for s in of_owner(owner)]

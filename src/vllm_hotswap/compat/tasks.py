@@ -1,9 +1,9 @@
 """Which tasks a model may have, read from its configuration, before there is an engine to ask.
 
-An engine tells its tasks from the model that it has built. Without one, vLLM's configuration says
+An engine reports the tasks of the model that it has built. Without one, vLLM's configuration says
 which runner the model is for, and the registry what its class can do. That settles it for most
-models; where it does not, every task is counted in that the model may turn out to have, so that
-nothing is refused that it would answer.
+models. For the others, every task is included that the model may turn out to have, so that no
+request is refused that it would answer.
 
 Relies on `runner_type`, `convert_type`, `score_type`, `architectures`, `is_multimodal_model` and
 `_model_info` of vLLM's `ModelConfig`, and on which routes vLLM mounts for which task
@@ -60,11 +60,11 @@ TASKS_OF_PATH: Mapping[str, frozenset[str]] = MappingProxyType(
         "/v1/realtime": frozenset(["realtime"]),
     }
 )
-"""Path -> the tasks of which a model needs one to answer it. Others are answered by any model."""
+"""Path -> tasks, one of which a model needs to answer it. Any model answers other paths."""
 
 
 def foresee(config: Any) -> ForeseenRoutes | None:
-    """What a model's application will not answer; None where nothing is known of its runner.
+    """Return what a model's application will answer, and what not; None if its runner is unknown.
 
     Args:
         config: its `VllmConfig`.
@@ -87,13 +87,16 @@ def foresee(config: Any) -> ForeseenRoutes | None:
 
 
 def _optional_paths(tasks: frozenset[str]) -> frozenset[str]:
-    """What a variable, a newer version, or the number of a classifier's classes adds."""
+    """Return paths that depend on a variable, the version, or a classifier's number of classes."""
     pairs = SCORING if "classify" in tasks else ()
     return frozenset(["/cohere/v2/chat", "/cohere/v2/chat/render", "/v1/decisions", *pairs])
 
 
 def _generation(model: Any) -> tuple[frozenset[str], bool]:
-    """Whether a model takes part in real-time sessions is known of its class alone."""
+    """Return the tasks of a model that generates, and whether they are certain.
+
+    Only the model's class says whether it takes part in real-time sessions.
+    """
     info = getattr(model, "_model_info", None)
     if getattr(info, "supports_transcription_only", False):
         return SPEECH, False
@@ -104,7 +107,10 @@ def _generation(model: Any) -> tuple[frozenset[str], bool]:
 
 
 def _pooling(model: Any) -> tuple[frozenset[str], bool]:
-    """Models that are made for pooling choose their tasks; the others get them from vLLM."""
+    """Return the tasks of a pooling model, and whether they are certain.
+
+    Models that are made for pooling choose their tasks; the others get them from vLLM.
+    """
     info = getattr(model, "_model_info", None)
     if info is not None and not info.is_pooling_model:
         tasks = {"embed": EMBEDDING, "classify": CLASSIFYING}.get(str(model.convert_type))

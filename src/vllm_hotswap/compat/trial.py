@@ -1,4 +1,4 @@
-"""What a model's frontend will do at its first request, tried without an engine.
+"""Tries, without an engine, what a model's frontend does at its first request.
 
 Relies on: `cached_tokenizer_from_config` and its cache, `safe_apply_chat_template`,
 `load_chat_template`, the managers of parsers. Checked on vLLM 0.32.0.
@@ -31,7 +31,7 @@ VOCABULARIES = (
     "spiece.model",
     "tokenization_*.py",
 )
-"""Files that hold a tokenizer's vocabulary, by the names that the field uses; or its own code."""
+"""Files that hold a tokenizer's vocabulary, by their usual names; or its own code."""
 
 DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files of a tokenizer that are JSON objects."""
@@ -47,15 +47,15 @@ TOOL = {
 
 
 def generates(config: Any) -> bool:
-    """Whether the model generates text, rather than to embed, classify or score it."""
+    """Whether the model generates text, rather than embedding, classifying or scoring it."""
     return str(config.model_config.runner_type) == "generate"
 
 
 def make_tokenizer(config: Any) -> Any:
-    """The model's tokenizer; None if it is configured to have none.
+    """Return the model's tokenizer; None if it is configured to have none.
 
-    Raises whatever vLLM and transformers raise; a `ConfigError` if there are no files of one, of
-    which transformers says that a package is missing.
+    Raises whatever vLLM and transformers raise; a `ConfigError` if it has no files, where
+    transformers would say that a package is missing.
     """
     from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -74,14 +74,14 @@ def make_tokenizer(config: Any) -> Any:
 
 
 def _check_json(folder: Path) -> None:
-    """Raises `ConfigError` for a tokenizer's file that is not even a JSON object."""
+    """Raise `ConfigError` for a tokenizer's file that is not even a JSON object."""
     for name in DESCRIPTIONS:
         if (folder / name).is_file():
             json_object(folder / name)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the vocabulary of a tokenizer, of whatever kind."""
+    """Whether a folder has the vocabulary of a tokenizer of any kind."""
     return any(file for pattern in VOCABULARIES for file in folder.glob(pattern))
 
 
@@ -97,10 +97,10 @@ def make_parsers(args: argparse.Namespace, tokenizer: Any) -> None:
 
 
 def rehearse(args: argparse.Namespace, config: Any) -> None:
-    """Make what a frontend needs of the model's files, and give it up again.
+    """Make what a frontend needs of the model's files, and drop it again.
 
-    That a template cannot render this conversation is no reason to refuse a model: it may be meant
-    for others. One that cannot be compiled renders none.
+    A template that cannot render this conversation is not a reason to refuse a model: it may be
+    meant for others. A template that cannot be compiled renders none.
 
     Raises:
         ConfigError: something cannot be made; the message names it.
@@ -111,7 +111,7 @@ def rehearse(args: argparse.Namespace, config: Any) -> None:
             _made("parsers", lambda: make_parsers(args, tokenizer))
             _made("chat template", lambda: _compile_template(args, config, tokenizer))
     except ConfigError:
-        _forget_tokenizers()  # so that files which are mended are read again
+        _forget_tokenizers()  # so that files are read again once they are repaired
         raise
 
 
@@ -142,9 +142,9 @@ def _compile_template(args: argparse.Namespace, config: Any, tokenizer: Any) -> 
 
 
 def render_once(args: argparse.Namespace, config: Any, tokenizer: Any) -> str | None:
-    """A short conversation as the chat template renders it, with a tool if the model has a parser.
+    """Render a short conversation by the chat template, with a tool if the model has a parser.
 
-    The empty text where there is no template; None where the tokenizer renders by other means.
+    Returns the empty text without a template; None if the tokenizer renders by other means.
     """
     from vllm.renderers.hf import ChatTemplateResolutionError, safe_apply_chat_template
 

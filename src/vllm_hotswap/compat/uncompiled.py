@@ -1,8 +1,8 @@
-"""Importing this has vLLM run its small functions as they are written, on CPU.
+"""Importing this makes vLLM run its small functions as they are written, on CPU.
 
-It decorates some (counting ranks for log-probabilities is one) so that they are compiled at their
-first call, also beside compiled models: all models would wait for the C++ compiler for 10 s to
-20 s, and once more for another number of requests. To be imported before the modules with such
+vLLM decorates some (counting ranks for log-probabilities is one) so that they are compiled at their
+first call, also beside compiled models. All models would wait for the C++ compiler for 10 s to
+20 s, and once more for another number of requests. Import this before the modules with such
 functions, in the engine host and in each worker process.
 
 Relies on: `simple_compile_backend` being read when such a module is imported. Checked on vLLM

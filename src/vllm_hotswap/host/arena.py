@@ -12,7 +12,7 @@ import weakref
 
 
 class Arena:
-    """The mappings made for one owner. A mapping lives as long as somebody uses it."""
+    """The mappings made for one owner. A mapping lives as long as something refers to it."""
 
     def __init__(self) -> None:
         self._mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -25,11 +25,11 @@ class Arena:
         return sum(len(mapping) for mapping in self._mappings)
 
     def allocate(self, nbytes: int) -> mmap.mmap:
-        """Zeroed memory, which is unmapped as soon as nothing refers to it any more.
+        """Return zeroed memory, which is unmapped as soon as nothing refers to it.
 
-        Huge pages make random reads of the KV cache up to four times as fast, second use after
-        `give_back` three times, and `give_back` itself thirty times. Their price is that
-        memory comes in steps of 2 MiB, which counts little beside a KV cache.
+        Huge pages make random reads of the KV cache up to four times as fast, reuse after
+        `give_back` three times, and `give_back` itself thirty times. In return, memory comes in
+        steps of 2 MiB, which is little beside a KV cache.
         """
         # Python's default is shared memory, whose pages MADV_DONTNEED would not free.
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,8 +1,8 @@
-"""A canary is generated before whatever else waits in its engine, and apart from it.
+"""Runs a canary before all other requests of its engine, and apart from them.
 
-After a wake, requests that were parked wait in the scheduler. Were they scheduled first, the canary
-would wait for them, who wait for its verdict; were they scheduled with it, another batch could
-round its numbers differently. So they are set aside until it is done.
+After a wake, parked requests wait in the scheduler. Scheduled first, they would hold up the canary,
+whose verdict they wait for. Scheduled with it, they would make another batch, which could round its
+numbers differently. So they are set aside until the canary is done.
 
 Relies on vLLM's `Scheduler.requests` and `Scheduler.waiting` with its `remove_requests` and
 `prepend_request`. Checked on vLLM 0.32.0.
@@ -26,7 +26,7 @@ class Canaries:
         self.forget()
 
     def forget(self) -> None:
-        """The engine's requests are gone."""
+        """Forget the canary and the requests set aside: the engine's requests are gone."""
         self.is_expected = False
         self._id: str | None = None
         self._aside: list[Any] = []
@@ -36,7 +36,7 @@ class Canaries:
         return self._id is not None
 
     def expect(self, scheduler: Any, is_expected: bool) -> None:
-        """Nothing is stepped until a canary has come; or nobody waits for one any more."""
+        """Expect a canary, so that nothing is stepped before it arrives; or stop expecting one."""
         self._put_back(scheduler)
         self.is_expected = is_expected
         if is_expected:
@@ -44,18 +44,18 @@ class Canaries:
             scheduler.waiting.remove_requests(self._aside)
 
     def look_at(self, request: Any) -> None:
-        """A request has come."""
+        """Note a new request that is the canary."""
         if request.request_id.startswith(CANARY_ID):
             self._id, self.is_expected = request.request_id, False
 
     def has_stepped(self, scheduler: Any) -> None:
-        """If the canary is done, what was set aside may go on."""
+        """Put back the requests that were set aside, if the canary is done."""
         if self._id is not None and self._id not in scheduler.requests:
             self._put_back(scheduler)
 
     def _put_back(self, scheduler: Any) -> None:
         self._id = None
         for request in reversed(self._aside):
-            if request.request_id in scheduler.requests:  # it may have been aborted meanwhile
+            if request.request_id in scheduler.requests:  # it may have been aborted since
                 scheduler.waiting.prepend_request(request)
         self._aside = []

@@ -1,20 +1,20 @@
-"""Compiled code outlives the model that it was made for, and serves the next load of that model.
+"""Keeps a model's compiled code when the model is unloaded, for its next load.
 
-Compiling takes vLLM ten seconds and more even for a small model and with warm caches, and leaves
+Compiling takes vLLM ten seconds or more, even for a small model with warm caches, and leaves
 something in the process each time. The code itself holds neither weights nor layers: it finds both
-on the model that it is called with, at every call. So an engine keeps it when its model is
-unloaded and gives it to the next one; and it reads code that an earlier process has saved.
+on the model that it is called with, at every call. So an engine keeps the code when its model is
+unloaded, and gives it to the next one. It also reads code that an earlier process has saved.
 
-The latter vLLM tries, too, but on CPU in vain ("'function' object has no attribute
+vLLM tries to read saved code, too, but fails on CPU ("'function' object has no attribute
 'finalize_loading'"): it saves code of every kind, and loads only what its own backend has compiled.
 
-Only code that vLLM traces once and hands to torch's Inductor as a whole is kept, which is what the
-CPU platform does. Code of vLLM's own backend holds its CUDA graphs and with these device memory;
-code made with `max_autotune` or frozen parameters holds copies of the weights.
+Only code that vLLM traces once and hands to torch's Inductor as a whole is kept, as on the CPU
+platform. Code of vLLM's own backend holds its CUDA graphs and, with these, device memory. Code made
+with `max_autotune` or frozen parameters holds copies of the weights.
 
 Relies on, in vLLM 0.32.0: `TorchCompileWithNoGuardsWrapper` being a base class of what is compiled,
 with `aot_compiled_fn`, `do_not_compile`, `_is_encoder` and `vllm_config` on the object, and
-`__call__` preferring `aot_compiled_fn`; the folder that its `__call__` makes of
+`__call__` preferring `aot_compiled_fn`; the folder that its `__call__` derives from
 `aot_compile_hash_factors` and `_model_hash_key`; `_verify_source_unchanged`. In torch 2.13:
 `_bytecode_hooks`, and code from `aot_compile` taking the module as its first argument.
 """
@@ -47,8 +47,8 @@ log = logging.getLogger("vllm_hotswap.host")
 class CompiledCode:
     """The compiled code of one engine, by the name of the module that it computes.
 
-    `_kept` is what the last model left; `_places` says where vLLM saves the code of the present
-    one. The place is named after everything that the code depends on, except its sources.
+    `_kept` is the code that the last model left; `_places` says where vLLM saves the present
+    model's code. A place is named after everything that the code depends on, except its sources.
     """
 
     def __init__(self) -> None:
@@ -61,9 +61,9 @@ class CompiledCode:
             worker.compiled_code = self
 
     def give_to(self, runner: Any) -> None:
-        """Have a loaded model run the code that there is, unless it has been compiled already.
+        """Give a loaded model the available code, unless it is compiled already.
 
-        To be called between the choice of the KV cache layout, on which code depends, and vLLM's
+        Call it between the choice of the KV cache layout, on which the code depends, and vLLM's
         first run of the model, which would compile it.
         """
         before = time.monotonic()
@@ -80,7 +80,7 @@ class CompiledCode:
         )
 
     def take_from(self, executor: Any) -> None:
-        """Keep the code of a model that is about to be taken apart, and let Dynamo forget it."""
+        """Keep the code of a model about to be taken apart, and remove its hooks from Dynamo."""
         modules = dict(_compilable(getattr(_worker(executor), "model_runner", None)))
         if self._places:
             self._kept = {
@@ -101,7 +101,7 @@ class CompiledCode:
 
 @contextmanager
 def forgetting_failed_load() -> Iterator[None]:
-    """If the load inside fails, have Dynamo forget the hooks of the model that was being made."""
+    """If the load inside fails, remove Dynamo's hooks of the model that was being made."""
     before = set(_bytecode_hooks)
     try:
         yield
@@ -112,13 +112,13 @@ def forgetting_failed_load() -> Iterator[None]:
 
 
 def is_compiled(runner: Any) -> bool:
-    """Whether vLLM's decorator compiles some of the runner's model, and has nothing left to do."""
+    """Whether vLLM compiles some of the runner's model, and has nothing left to compile."""
     codes = [_code(module) for _, module in _compilable(runner)]
     return bool(codes) and None not in codes
 
 
 def can_outlive(vllm_config: Any) -> bool:
-    """Whether the code of such a model holds nothing of the model itself."""
+    """Whether the compiled code of a model holds nothing of the model itself."""
     config = vllm_config.compilation_config
     return (
         envs.VLLM_USE_AOT_COMPILE
@@ -135,7 +135,7 @@ def _worker(executor: Any) -> Any:
 
 
 def _compilable(runner: Any) -> Iterator[tuple[str, Any]]:
-    """What vLLM compiles of a runner's model and of its draft model."""
+    """Yield the modules, with names, that vLLM compiles of a runner's model and draft model."""
     drafter = getattr(runner, "drafter", None)
     for root, model in (("", runner), ("drafter.", drafter)):
         for name, module in _modules(getattr(model, "model", None)):
@@ -150,10 +150,10 @@ def _modules(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _unhook(modules: Iterable[Any]) -> None:
-    """Have Dynamo forget the hooks of these modules, which would keep the modules for ever.
+    """Remove Dynamo's hooks of these modules, which would keep the modules for ever.
 
-    The module's own `cleanup` knows only the last one. A class that inherits from a class that is
-    compiled, too, such as that of Qwen3, registers two.
+    The module's own `cleanup` knows only the last hook. A class that inherits from another compiled
+    class, such as that of Qwen3, registers two.
     """
     ids = {id(module) for module in modules}
     for key, hook in list(_bytecode_hooks.items()):
@@ -166,7 +166,7 @@ def _code(module: Any) -> Any:
 
 
 def _places(modules: dict[str, Any]) -> dict[str, Path]:
-    """Where vLLM saves the code of each module whose code can outlive it."""
+    """Return where vLLM saves the code of each module whose code can outlive it."""
     factors: dict[int, list[str]] = {}
     places = {}
     for name, module in modules.items():
@@ -186,15 +186,15 @@ def _place(module: Any, factors: list[str]) -> Path:
 
 
 def _saved_code(module: Any, place: Path) -> Any | None:
-    """Code that vLLM has saved, unless it does not fit or a source has changed since then."""
-    # vLLM saves the blocks of an encoder, whose shapes may differ, all in one place.
+    """Return code that vLLM has saved; None if it does not fit, or a source has changed since."""
+    # vLLM saves all blocks of an encoder in one place, although their shapes may differ.
     if envs.VLLM_DISABLE_COMPILE_CACHE or module._is_encoder or not place.is_file():
         return None
-    # vLLM does the same: it is where Inductor unpacks what the file contains.
+    # vLLM does the same: Inductor unpacks the contents of the file there.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place.parent.parent / "inductor_cache")
     try:
         return _read(module, place)
-    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM compiles the model anew
+    except Exception as error:  # noqa: BLE001  # after any error, vLLM compiles the model anew
         log.warning("event=saved_code_unusable file=%s cause=%r", place, one_line(error))
         return None
 

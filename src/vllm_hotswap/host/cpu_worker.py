@@ -2,8 +2,8 @@
 
 Named by its qualified name in `parallel_config.worker_cls`. On CPU, device memory is host memory,
 so vLLM's own worker ignores `sleep`; here level 1 gives the KV memory back to the operating
-system, and level 2 the weights, too. Pausing the scheduler and resetting the prefix cache are the
-caller's part: a request must not go on with KV memory that has become zero.
+system, and level 2 also the weights. The caller pauses the scheduler and resets the prefix cache: a
+request must not continue with KV memory that has become zero.
 
 Relies on, in vLLM 0.32.0: `Worker._maybe_get_memory_pool_context`, whose context surrounds the
 allocation of the KV tensors; `allocate_kv_cache` making them with `torch.zeros(size, dtype=int8)`;
@@ -44,7 +44,7 @@ log = logging.getLogger("vllm_hotswap.host")
 
 
 class LazyZeros(TorchFunctionMode):  # type: ignore[misc]  # torch's types stop here
-    """Within it, `torch.zeros` of many bytes takes them from an arena, untouched."""
+    """A mode in which a large `torch.zeros` takes its memory from an arena, untouched."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
@@ -134,11 +134,11 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         log.info("event=weights_read_again seconds=%.2f", time.monotonic() - before)
 
     def supports_discard(self) -> bool:
-        """Whether `sleep(2)` is possible. Made to be called through `collective_rpc`."""
+        """Whether `sleep(2)` is possible. Callable through `collective_rpc`."""
         return self._obstacle_to_discard() is None
 
     def weights_bytes(self) -> int:
-        """Bytes that `sleep(2)` gives back besides KV memory. For `collective_rpc`, too."""
+        """Return the bytes that `sleep(2)` gives back besides KV memory. For `collective_rpc`."""
         return Weights.of(self.get_model()).nbytes
 
     def _obstacle_to_discard(self) -> str | None:
@@ -160,19 +160,19 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
         return is_compiled and bool(config.inductor_compile_config.get("max_autotune"))
 
     def _load_again(self) -> Any:
-        """A second model with the same configuration, not compiled, as it will never be run."""
+        """Load a second model of the same configuration, not compiled, as it will never be run."""
         config = copy.deepcopy(self._loading_config)
         config.compilation_config.mode = CompilationMode.NONE
         if gc.get_freeze_count() == 0:
-            # The loader collects twice. In the host vLLM's engine has frozen what is there, in
-            # the worker processes of a tensor-parallel model nobody has: that takes a second.
+            # The loader collects garbage twice. In the host, vLLM's engine has frozen the objects
+            # that exist. In the workers of a tensor-parallel model nothing has: it takes a second.
             gc.freeze()
         with set_current_vllm_config(config):
             return get_model(vllm_config=config)
 
 
 def _raw_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Bytes of the tensor that `torch.zeros` is asked for; 0 if it is not raw memory on CPU."""
+    """Return the bytes that `torch.zeros` is asked for; 0 if it is not raw memory on CPU."""
     if kwargs.get("dtype") is not torch.int8 or len(args) != 1:
         return 0
     if torch.device(kwargs.get("device") or "cpu").type != "cpu":

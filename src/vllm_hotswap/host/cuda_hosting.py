@@ -1,15 +1,15 @@
-"""What a GPU worker does otherwise because it is one of several in a process.
+"""What a GPU worker does differently because it is one of several in a process.
 
-Mixed in before vLLM's `Worker`; knows of vLLM only by the methods and attributes that it overrides
-and reads. vLLM's own sleep mode (`enable_sleep_mode`) is not used, and must be off.
+Mixed in before vLLM's `Worker`. It knows vLLM only by the methods that it overrides and the
+attributes that it reads. vLLM's own sleep mode (`enable_sleep_mode`) is not used, and must be off.
 
 Relies on, in vLLM 0.26.0 to 0.32.0:
 
 - `Worker.init_device` being the only reader of `cache_config.gpu_memory_utilization` where
-  `kv_cache_memory_bytes` is given: it refuses a device of which less than that is free;
+  `kv_cache_memory_bytes` is given: it refuses a device with less than that free;
 - `_maybe_get_memory_pool_context(tag)` around the load of the weights ("weights") and the
-  allocation of the KV memory ("kv_cache"; in 0.26 of more of the runner). 0.32 asks for "runtime"
-  and "workspace", too;
+  allocation of the KV memory ("kv_cache"; in 0.26 of more of the runner). 0.32 also asks for
+  "runtime" and "workspace";
 - `model_runner.kv_caches`: tensors, or lists of them;
 - `model_runner.cudagraph_manager.graphs`, where there is such a manager;
 - `CUDAGraphWrapper.clear_all_graphs` and `BreakableCUDAGraphWrapper.clear_all_graphs`, which drop
@@ -32,30 +32,30 @@ from vllm_hotswap.host.cuda_memory import ModelMemory, Range
 from vllm_hotswap.host.cuda_pools import ModelPools, NoPools, Torch, TorchCuda
 
 SLEEPING = ("weights", "kv_cache")
-"""What gives its memory back. Workspaces and whatever else a runner keeps stay on the device."""
+"""Tags whose memory a sleep gives back. Workspaces and the rest of a runner stay on the device."""
 
 LITTLE = 0.001
-"""Of the device, which vLLM is to find free. How much there really is, the budget has seen to."""
+"""The share of the device that vLLM must find free. The budget has checked the real room."""
 
 WRAPPERS = (
     ("vllm.compilation.cuda_graph", "CUDAGraphWrapper"),
     ("vllm.compilation.breakable_cudagraph", "BreakableCUDAGraphWrapper"),
 )
-"""Classes that know all their instances: those of one engine, as `compat.state` has it."""
+"""Classes that list all their instances; `compat.state` keeps one such list for each engine."""
 
 BLOCK = 512
-"""Torch gives whole blocks of so many bytes: what is behind a tensor up to there is nobody's."""
+"""Torch allocates whole blocks of so many bytes: what follows a tensor in its last is unused."""
 
 log = logging.getLogger("vllm_hotswap.host")
 
 
 class HostedOnCuda:
-    """A GPU worker beside others.
+    """A GPU worker that shares its process with others.
 
     Its own state is `_pools`, made with the device, and `_is_ready_to_sleep`.
     """
 
-    # vLLM's `Worker` has them:
+    # Attributes of vLLM's `Worker`:
     cache_config: Any
     lora_config: Any
     model_config: Any
@@ -64,18 +64,21 @@ class HostedOnCuda:
     vllm_config: Any
 
     has_pools = True
-    """Whether it has memory of its own, by which it sleeps."""
+    """Whether it has its own memory pools, which it needs in order to sleep."""
 
     _pools: ModelPools | NoPools | None = None
     _torch: Torch = TorchCuda()
     _is_ready_to_sleep = False
-    """Whether weights that may change have been copied for the sleep that comes next."""
+    """Whether weights that may change have been copied for the next sleep."""
 
     # --- a load -------------------------------------------------------------------------------
 
     def init_device(self) -> None:
-        """Raises `HotswapError` if the KV memory has no given size: vLLM would measure then, and
-        that clears the graphs of all models and counts on nobody else on the device.
+        """Initialise the device, and make the memory pools.
+
+        Raises:
+            HotswapError: the size of the KV memory is not given. vLLM would measure it, which
+                clears the graphs of all models, and assumes that no other model uses the device.
         """
         if self.cache_config.kv_cache_memory_bytes is None:
             raise HotswapError(
@@ -94,7 +97,7 @@ class HostedOnCuda:
 
     @contextmanager
     def _content_with_little(self) -> Iterator[None]:
-        """vLLM refuses a device on which others hold more than it leaves them."""
+        """Keep vLLM from refusing a device because other models hold most of its memory."""
         asked = self.cache_config.gpu_memory_utilization
         self.cache_config.gpu_memory_utilization = LITTLE
         try:
@@ -120,10 +123,10 @@ class HostedOnCuda:
         return self._pools
 
     def sleep(self, level: int = 1) -> None:
-        """Give the device memory of weights and KV cache back; weights stay in host memory.
+        """Give back the device memory of weights and KV cache; weights stay in host memory.
 
         Raises:
-            NotImplementedError: the level is not 1, or it has no memory of its own.
+            NotImplementedError: the level is not 1, or the worker has no memory pools.
             NoRoom: there is too little host memory. In both cases nothing has changed.
         """
         if not self.has_pools:
@@ -136,7 +139,7 @@ class HostedOnCuda:
         _log("asleep", before - memory.device_bytes, before_s)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take it again, at the same addresses; KV memory is zero.
+        """Take the device memory again, at the same addresses; KV memory is zero.
 
         Raises:
             NoRoom: there is too little device memory; it is still asleep.
@@ -148,12 +151,12 @@ class HostedOnCuda:
     # --- the same in parts, for `host.together` ------------------------------------------------
 
     def wake_some(self, at_most: int) -> tuple[int, int] | str:
-        """Take a part of the memory again, beside a model that is served.
+        """Take a part of the memory again, while another model is served.
 
-        Half of what the device has in reserve is left to that one, and so is what torch keeps.
+        Leaves half of the device's reserve to that model, and also what torch keeps.
 
-        Returns: bytes that it has, and that it will have; or why there is too little memory. It has
-        given back what it had taken then.
+        Returns: the bytes taken so far, and the bytes in total; or why there is too little memory.
+        In that case it has given back what it had taken.
         """
         memory = self.pools.memory
         try:
@@ -163,11 +166,11 @@ class HostedOnCuda:
         return progress.done_bytes, progress.total_bytes
 
     def give_up_wake(self, at_most: int | None = None) -> int:
-        """Give back `at_most` so many bytes of what `wake_some` has taken; how many are left."""
+        """Give back what `wake_some` has taken, or `at_most` bytes of it; return what is left."""
         return self.pools.memory.give_up_wake(at_most)
 
     def get_ready_to_wake(self) -> str | None:
-        """Do all of `wake_up` that may fail; why there is too little memory."""
+        """Do all of `wake_up` that may fail; return why there is too little memory, or None."""
         memory = self.pools.memory
         try:
             self._with_what_torch_keeps(lambda: memory.wake_some(memory.address_bytes))
@@ -176,7 +179,7 @@ class HostedOnCuda:
         return None
 
     def get_ready_to_sleep(self) -> str | None:
-        """Do all of `sleep` that may fail; why there is too little host memory."""
+        """Do all of `sleep` that may fail; return why there is too little host memory, or None."""
         try:
             self.pools.memory.get_ready_to_sleep(*self._kept_and_not())
         except NoRoom as error:
@@ -185,7 +188,7 @@ class HostedOnCuda:
         return None
 
     def stay_awake(self) -> None:
-        """Undo it."""
+        """Undo `get_ready_to_sleep`."""
         self._is_ready_to_sleep = False
         self.pools.memory.stay_awake()
 
@@ -196,28 +199,28 @@ class HostedOnCuda:
             self._torch.empty_cache()  # what other engines' steps have left
             take()
 
-    # --- what it tells --------------------------------------------------------------------------
+    # --- what it reports ------------------------------------------------------------------------
 
     def supports_discard(self) -> bool:
-        """Whether `sleep(2)` is possible. Made to be called through `collective_rpc`."""
+        """Whether `sleep(2)` is possible. Callable through `collective_rpc`."""
         return False
 
     def sleep_bytes(self) -> tuple[int, int]:
-        """Device memory that a sleep gives back, and host memory that it takes. In bytes."""
+        """Return the bytes that a sleep gives back on the device, and that it takes on the host."""
         memory = self.pools.memory
         return memory.device_bytes, memory.copy_bytes(self._kv_ranges())
 
     def _kept_and_not(self) -> tuple[list[Range], list[Range]]:
-        """What is not kept, and of the rest what no step writes to."""
+        """Return the ranges that a sleep does not keep, and those that no step writes to."""
         if self._writes_weights() and not self._is_ready_to_sleep:
             self.pools.memory.weights_changed()
         self._is_ready_to_sleep = False
         return self._kv_ranges(), self._constant_ranges()
 
     def _writes_weights(self) -> bool:
-        """Whether something may have been written to parameters since the last sleep.
+        """Whether parameters may have been written to since the last sleep.
 
-        Slots of adapters are among them; experts are moved; a trainer sends new ones.
+        Slots of adapters are parameters; experts are moved; a trainer sends new weights.
         """
         return (
             self.lora_config is not None
@@ -242,7 +245,7 @@ class HostedOnCuda:
         return list(_ranges(_tensors(caches)))
 
     def _constant_ranges(self) -> list[Range]:
-        """Parameters: what else is in the memory of the weights, a step may write to."""
+        """Return the ranges of parameters; a step may write to the rest of the weights' memory."""
         models = [self.model_runner.model]
         if drafter := getattr(getattr(self.model_runner, "drafter", None), "model", None):
             models.append(drafter)
@@ -255,7 +258,7 @@ class HostedOnCuda:
     # --- the end ------------------------------------------------------------------------------
 
     def let_go_of_graphs(self) -> None:
-        """Their memory is to go now, and not with a garbage collection."""
+        """Release the memory of CUDA graphs now, rather than with a garbage collection."""
         self._torch.synchronize()
         manager = getattr(getattr(self, "model_runner", None), "cudagraph_manager", None)
         if graphs := getattr(manager, "graphs", None):
@@ -265,7 +268,7 @@ class HostedOnCuda:
                 wrapper.clear_all_graphs()
 
     def shutdown(self) -> None:
-        """The end of a worker process: torch is not to call back while the interpreter ends."""
+        """End a worker process; close its pools, so that torch calls nothing while Python exits."""
         pools = self.take_pools()
         super().shutdown()  # type: ignore[misc]
         if pools is not None:
@@ -274,13 +277,13 @@ class HostedOnCuda:
             pools.close()
 
     def take_pools(self) -> ModelPools | NoPools | None:
-        """What is to be closed once the model has been taken apart."""
+        """Return the pools, which the caller closes once the model has been taken apart."""
         pools, self._pools = self._pools, None
         return pools
 
 
 def _tensors(found: Any) -> Iterator[Any]:
-    """Tensors, of lists in lists; what is None is gone."""
+    """Yield the tensors in nested lists, without None."""
     if isinstance(found, list | tuple):
         for each in found:
             yield from _tensors(each)
@@ -289,7 +292,7 @@ def _tensors(found: Any) -> Iterator[Any]:
 
 
 def _ranges(tensors: Iterable[Any]) -> Iterator[Range]:
-    """Where their storages are, each once."""
+    """Yield the range of each of their storages once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     found = {storage.data_ptr(): storage.nbytes() for storage in storages}
     yield from found.items()

@@ -1,12 +1,11 @@
 """Device memory of one model that can be given back and taken again at the same addresses.
 
 CUDA graphs, views and compiled code know addresses, so addresses stay: what comes and goes is the
-physical memory behind them. Each model has a `ModelMemory` of its own, unlike vLLM's allocator,
-of which there is one for a process. It knows the driver and nothing of torch, which
-`host.cuda_pools` brings together with it.
+physical memory behind them. Each model has its own `ModelMemory`; vLLM has one allocator for a
+process. It knows the driver and nothing of torch: `host.cuda_pools` connects the two.
 
 Physical memory comes in chunks, so that a wake can be divided: while another model is served,
-`wake_some` takes a few of them at a time, and nobody else waits for more than that.
+`wake_some` takes a few of them at a time, and steps of that model wait for no more than these.
 
 Everything happens on the thread that loads and steps.
 """
@@ -26,30 +25,30 @@ from vllm_hotswap.host.cuda_driver import OUT_OF_MEMORY, Driver, DriverError
 from vllm_hotswap.states import WakeProgress
 
 Range = tuple[int, int]
-"""An address on the device, and bytes from there on."""
+"""An address on the device, and the number of bytes from there on."""
 
 WEIGHTS = "weights"
 
 MIB = 1 << 20
 
 SLICE_BYTES = 64 * MIB
-"""What a step of another model waits for at most, while a model wakes beside it. Copies of so much
-take 3 ms over PCI Express 4.0 with 16 lanes (20 GB/s), and mapping it less than one: a fraction of
-a step. By arithmetic, not yet measured."""
+"""The most that a step of another model waits for, while a model wakes beside it. To copy it takes
+3 ms over PCI Express 4.0 with 16 lanes (20 GB/s), to map it less than 1 ms: a fraction of a step.
+Computed, not yet measured."""
 
 GIVE_UP_BYTES = 16 * SLICE_BYTES
-"""What of a wake is given back at once: unmapping is quicker than mapping, and copies nothing.
+"""How much of a wake is given back at once: unmapping is quicker than mapping, and copies nothing.
 About 1 ms for each GiB, by published figures."""
 
 log = logging.getLogger("vllm_hotswap.host")
 
 
 class HostCopy:
-    """Host memory that the device copies from and to at the speed of its link, of exact size.
+    """Host memory of exact size, which the device copies from and to at the speed of its link.
 
     Torch's own pinned memory is rounded up to powers of two, and kept when it is freed. Pinning
-    takes about as long as writing does, so it is done once. Where it is refused (a limit of locked
-    memory), copies take longer, and that is all.
+    takes about as long as writing does, so it is done once. If it is refused (a limit of locked
+    memory), copies take longer; nothing else changes.
     """
 
     def __init__(self, driver: Driver, nbytes: int) -> None:
@@ -69,7 +68,7 @@ class HostCopy:
             self.refusal = one_line(error)
 
     def close(self) -> None:
-        """Give it back. Raises `DriverError` if it cannot be unpinned: it is still there then."""
+        """Free the memory. Raises `DriverError` if it cannot be unpinned, and is still there."""
         if self.refusal is None:
             self._driver.unpin(self.address)
             self.refusal = "it is closed"
@@ -79,12 +78,12 @@ class HostCopy:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes of a segment whose content outlasts a sleep. The rest is zero afterwards."""
+    """Bytes of a segment whose content survives a sleep. The rest is zero afterwards."""
 
     offset: int
     nbytes: int
     is_constant: bool
-    """Whether the model never writes to it: it is copied once."""
+    """Whether the model never writes to it, so that it is copied only once."""
 
 
 @dataclass(eq=False, slots=True)
@@ -94,29 +93,28 @@ class Chunk:
     address: int
     nbytes: int
     handle: int | None = None
-    """Of its physical memory; None where there is none."""
+    """The handle of its physical memory; None if it has none."""
     is_mapped: bool = False
     is_filled: bool = False
-    """Whether a wake has begun to copy its content to it."""
+    """Whether a wake has started to copy its content to it."""
 
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """A range of addresses that torch has asked for, and what lies behind it."""
+    """A range of addresses that torch has asked for, and the memory behind it."""
 
     address: int
     nbytes: int
     tag: str
     chunks: tuple[Chunk, ...]
     is_asleep: bool = False
-    """Its content is what `copy` has, and zeros, whatever memory it may have."""
+    """Whether its content is that of `copy`, and zeros, whatever memory it has already."""
     parts: tuple[Part, ...] = ()
     kept: tuple[Range, ...] = ()
-    """The addresses of all parts, in as few ranges as possible; `copy` has them one after another.
-    """
+    """The addresses of all parts, in as few ranges as possible; `copy` holds them in this order."""
     copy: HostCopy | None = None
     has_constants: bool = False
-    """Whether `copy` has the constant parts as they are."""
+    """Whether the constant parts in `copy` are up to date."""
 
     @property
     def device_bytes(self) -> int:
@@ -138,11 +136,11 @@ class ModelMemory:
     The mutable state is `_segments`, by address; `_stuck`, segments that torch has given back and
     the driver has not taken yet; `_stream`, for copies; `_new_copies`, segments for which the last
     sleep has taken host memory; and the tag of what is being allocated.
-    A segment says at any time what the driver has really done, whichever call has failed.
+    A segment always records what the driver has really done, whichever call has failed.
     """
 
     def __init__(self, driver: Driver, chunk_bytes: int = SLICE_BYTES) -> None:
-        """`chunk_bytes` of physical memory come and go at once, in whole steps of the driver."""
+        """Move physical memory in chunks of `chunk_bytes`, rounded to whole steps of the driver."""
         self._driver = driver
         self._chunk_bytes = max(driver.step, chunk_bytes // driver.step * driver.step)
         self._segments: dict[int, Segment] = {}
@@ -151,7 +149,7 @@ class ModelMemory:
         self._new_copies: list[Segment] = []
         self._has_told_refusal = False
         self.tag = WEIGHTS
-        """Of what is allocated from now on."""
+        """The tag of what is allocated from now on."""
 
     def __repr__(self) -> str:
         state = "asleep" if self.is_asleep else "awake"
@@ -168,7 +166,7 @@ class ModelMemory:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether torch has not given all of it back: somebody has a tensor there."""
+        """Whether torch has not given all of it back, because tensors are still there."""
         return bool(self._segments)
 
     @property
@@ -178,7 +176,7 @@ class ModelMemory:
 
     @property
     def address_bytes(self) -> int:
-        """Addresses that are reserved, with memory or without."""
+        """Bytes of reserved addresses, with or without memory."""
         return sum(s.nbytes for s in self._all())
 
     @property
@@ -188,16 +186,16 @@ class ModelMemory:
 
     @property
     def whole_bytes(self) -> int:
-        """What the device has. Raises `DriverError`."""
+        """Bytes of memory that the whole device has. Raises `DriverError`."""
         self._driver.ensure_context()
         return self._driver.memory_info()[1]
 
     def has(self, address: int) -> bool:
-        """Whether an address is one of its."""
+        """Whether an address lies in this memory."""
         return any(s.address <= address < s.address + s.nbytes for s in self._all())
 
     def copy_bytes(self, dropped: Iterable[Range]) -> int:
-        """Host memory that its copies take once it has slept, if so much is not kept."""
+        """Return the host memory that its copies take after a sleep that drops these ranges."""
         holes = merged(dropped)
         return sum(
             _in_pages(sum(nbytes for _, nbytes in outside((s.address, s.nbytes), holes)))
@@ -209,17 +207,17 @@ class ModelMemory:
         yield from self._stuck
 
     def _live(self) -> list[Segment]:
-        """Those with content, weights first: their copies take longest, and run meanwhile."""
+        """Return the segments with content, weights first: their copies run beside the rest."""
         live = [s for s in self._segments.values() if s.is_whole and not s.is_asleep]
         return sorted(live, key=lambda segment: segment.tag != WEIGHTS)
 
     # --- what torch asks for ------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
-        """Memory; returns its address.
+        """Allocate memory; return its address.
 
         Raises:
-            DriverError: there is none, or not enough; nothing is left of the attempt.
+            DriverError: there is none, or not enough; nothing of the attempt is left.
         """
         self._driver.ensure_context()
         nbytes = -(-nbytes // self._driver.step) * self._driver.step
@@ -241,19 +239,19 @@ class ModelMemory:
         return Segment(address, nbytes, self.tag, chunks)
 
     def free(self, address: int) -> None:
-        """Give back memory and addresses. An address that is not its own is nobody's any more."""
+        """Give back memory and addresses. Ignore an address that is not, or no longer, its own."""
         segment = self._segments.pop(address, None)
         if segment is None:
             return
-        with suppress(DriverError):  # what cannot be done then either stays in the books
+        with suppress(DriverError):  # a later call that fails, too, stays recorded
             self._driver.ensure_context()
             if segment.device_bytes:
-                self._driver.synchronize()  # steps that have been begun may read it
+                self._driver.synchronize()  # steps under way may read it
         self._retry_stuck()
         self._discard(segment)
 
     def empty(self, address: int) -> None:
-        """Give back the memory behind addresses in which nothing is, nor will be."""
+        """Give back the memory of a segment that holds nothing, and never will."""
         segment = self._segments.get(address)
         if segment is not None:
             self._give_back(segment)
@@ -261,7 +259,7 @@ class ModelMemory:
     # --- residency ----------------------------------------------------------------------------
 
     def weights_changed(self) -> None:
-        """Something may have been written to constant parts: the next sleep copies them again."""
+        """Note that constant parts may have changed: the next sleep copies them again."""
         for segment in self._segments.values():
             segment.has_constants = False
 
@@ -269,8 +267,8 @@ class ModelMemory:
         """Give all device memory back.
 
         Args:
-            dropped: whose content is not needed; it is zero after a wake.
-            constant: whose content never changes, unless `weights_changed` says so.
+            dropped: ranges whose content is not needed; it is zero after a wake.
+            constant: ranges whose content never changes, unless `weights_changed` says so.
 
         Raises:
             NoRoom: there is too little host memory.
@@ -285,7 +283,7 @@ class ModelMemory:
     def get_ready_to_sleep(
         self, dropped: Iterable[Range] = (), constant: Iterable[Range] = ()
     ) -> list[Segment]:
-        """Do all of `sleep` that may fail, but give nothing back; returns what would be.
+        """Do all of `sleep` that may fail, but give nothing back; return the segments to sleep.
 
         `stay_awake` undoes it. Raises as `sleep` does.
         """
@@ -308,7 +306,7 @@ class ModelMemory:
         return live
 
     def stay_awake(self) -> None:
-        """Give back host memory that was taken for a sleep that is not to be."""
+        """Give back host memory that was taken for a sleep that does not follow."""
         for segment in self._new_copies:
             if not segment.is_asleep:
                 self._drop_copy(segment)
@@ -336,12 +334,12 @@ class ModelMemory:
     def wake_some(self, at_most: int, spare_bytes: int = 0) -> WakeProgress:
         """Take a part of the memory again. It is asleep until `wake`, which does what is left.
 
-        The copies that it begins run beside whatever the device does. It waits for those of the
-        call before, so that no more than `at_most` bytes are ever under way.
+        The copies that it starts run beside other work of the device. It waits for those of the
+        previous call, so that no more than `at_most` bytes are ever under way.
 
         Args:
             at_most: bytes to take, but a chunk at least.
-            spare_bytes: what must stay free on the device, for who is served meanwhile.
+            spare_bytes: what must stay free on the device, for the model that is served.
 
         Raises:
             NoRoom: there is too little device memory.
@@ -364,13 +362,13 @@ class ModelMemory:
 
     @property
     def progress(self) -> WakeProgress:
-        """Of a wake; it is done where nothing is asleep."""
+        """The progress of a wake; it is done if nothing is asleep."""
         chunks = [chunk for segment in self._asleep() for chunk in segment.chunks]
         done = sum(chunk.nbytes for chunk in chunks if chunk.is_filled)
         return WakeProgress(done, sum(chunk.nbytes for chunk in chunks))
 
     def give_up_wake(self, at_most: int | None = None) -> int:
-        """Give back what `wake_some` has taken, `at_most` so many bytes of it, or a chunk.
+        """Give back what `wake_some` has taken, or `at_most` bytes of it, in whole chunks.
 
         Returns the bytes that are left to be given back. Idempotent.
 
@@ -380,7 +378,7 @@ class ModelMemory:
         self._driver.ensure_context()
         self._driver.wait(self._copying())
         taken = [c for s in self._asleep() for c in s.chunks if c.handle is not None]
-        for chunk in reversed(taken):  # so that what goes on with it begins where this has ended
+        for chunk in reversed(taken):  # the last first, so that a wake continues from there
             if at_most is not None and at_most <= 0:
                 break
             self._give_chunk_back(chunk)
@@ -388,7 +386,7 @@ class ModelMemory:
         return sum(chunk.nbytes for chunk in taken if chunk.is_filled)
 
     def close(self) -> None:
-        """Give everything back, whether it is asleep or not. Nobody may use it any more."""
+        """Give everything back, whether it is asleep or not. It must not be used afterwards."""
         with suppress(DriverError):
             self._driver.ensure_context()
             self._driver.synchronize()
@@ -404,14 +402,14 @@ class ModelMemory:
                 self._stream = None
 
     def drop_copies(self) -> None:
-        """Give host memory back, though addresses are still in use: the content is lost."""
+        """Give host memory back although addresses are still in use: the content is lost."""
         for segment in self._segments.values():
             self._drop_copy(segment)
 
     # --- one segment --------------------------------------------------------------------------
 
     def _take(self, chunk: Chunk) -> None:
-        """Have memory behind its addresses. If that fails, there is none."""
+        """Put memory behind the addresses of a chunk. If that fails, there is none."""
         try:
             if chunk.handle is None:
                 chunk.handle = self._driver.create(chunk.nbytes)
@@ -424,7 +422,7 @@ class ModelMemory:
             raise
 
     def _give_back(self, segment: Segment) -> None:
-        """Have no memory behind its addresses; what the driver does not take back is kept."""
+        """Remove the memory behind a segment; what the driver does not take back is recorded."""
         for chunk in segment.chunks:
             self._give_chunk_back(chunk)
 
@@ -441,7 +439,7 @@ class ModelMemory:
             log.error("event=memory_kept bytes=%d cause=%r", chunk.nbytes, one_line(error))
 
     def _discard(self, segment: Segment) -> None:
-        """Give back all that a segment has, or keep it in mind for the next time."""
+        """Give back all that a segment has; if that fails, remember it for a later attempt."""
         self._give_back(segment)
         try:
             if segment.copy is not None:
@@ -479,9 +477,9 @@ class ModelMemory:
     def _make_copies(
         self, live: list[Segment], holes: list[Range], fixed: list[Range]
     ) -> list[Segment]:
-        """Host memory for what is kept of each, where it has none of that size yet.
+        """Make host memory for what is kept of each segment, unless it has some of that size.
 
-        Returns those for which it was made.
+        Returns the segments for which it was made.
         """
         made: list[Segment] = []
         try:
@@ -525,7 +523,7 @@ class ModelMemory:
                     self._driver.to_host(host, segment.address + offset, nbytes, stream)
 
     def _by_chunks(self, offset: int, nbytes: int) -> Iterator[Range]:
-        """Bytes of a segment, so that none of the ranges goes beyond a chunk."""
+        """Split bytes of a segment into ranges, none of which crosses the end of a chunk."""
         end = offset + nbytes
         while offset < end:
             size = min(end - offset, self._chunk_bytes - offset % self._chunk_bytes)
@@ -533,21 +531,22 @@ class ModelMemory:
             offset += size
 
     def _asleep(self) -> list[Segment]:
-        """Those that a wake is for, weights first."""
+        """Return the segments that are asleep, weights first."""
         asleep = [segment for segment in self._segments.values() if segment.is_asleep]
         return sorted(asleep, key=lambda segment: segment.tag != WEIGHTS)
 
     def _missing(self) -> Iterator[tuple[Segment, Chunk]]:
-        """What a wake has still to do."""
+        """Yield the chunks that a wake has still to fill."""
         for segment in self._asleep():
             for chunk in segment.chunks:
                 if not chunk.is_filled:
                     yield segment, chunk
 
     def _fill(self, segment: Segment, chunk: Chunk) -> None:
-        """Have memory there, and begin to copy its content to it."""
+        """Take the memory of a chunk, and start to copy its content to it."""
         self._take(chunk)
-        chunk.is_filled = True  # also if only a part of it is told: it is waited for, or given back
+        # Set before the copies: if only some of them start, a wake waits for it, or gives it back.
+        chunk.is_filled = True
         self._restore(segment, chunk, self._copying())
 
     def _restore(self, segment: Segment, chunk: Chunk, stream: int) -> None:
@@ -562,18 +561,18 @@ class ModelMemory:
 
     @contextmanager
     def _falling_back(self, spare_bytes: int = 0) -> Iterator[None]:
-        """A wake inside that fails gives back all that it has taken, in whatever calls."""
+        """If the wake inside fails, give back all that it has taken, also in earlier calls."""
         try:
             yield
         except DriverError as error:
-            with suppress(DriverError):  # what is not given back then stays in the books
+            with suppress(DriverError):  # what is not given back stays recorded
                 self.give_up_wake()
             if error.is_out_of_memory:
                 raise NoRoom(self._lack(spare_bytes)) from error
             raise
 
     def _room(self, spare_bytes: int) -> float:
-        """Bytes that may be taken so that `spare_bytes` stay free."""
+        """Return the bytes that may be taken so that `spare_bytes` stay free."""
         return self._driver.memory_info()[0] - spare_bytes if spare_bytes else math.inf
 
     def _lack(self, spare_bytes: int) -> str:
@@ -588,7 +587,7 @@ class ModelMemory:
 
 
 def _placed(segment: Segment) -> Iterator[tuple[int, Part]]:
-    """The parts, each with the address of its copy."""
+    """Yield the parts, each with the address of its copy."""
     if segment.copy is not None:
         place = segment.copy.address
         for part in segment.parts:
@@ -608,7 +607,7 @@ def _in_pages(nbytes: int) -> int:
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:
-    """The same bytes in as few ranges as possible, by address."""
+    """Return the same bytes in as few ranges as possible, by address."""
     result: list[Range] = []
     for start, nbytes in sorted(ranges):
         end = start + nbytes
@@ -621,7 +620,7 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
 
 
 def inside(whole: Range, ranges: Sequence[Range]) -> Iterator[Range]:
-    """What of `whole` is in one of the ranges, which are merged."""
+    """Yield the parts of `whole` that are in one of the ranges, which are merged."""
     first, end = whole[0], sum(whole)
     for start, nbytes in ranges:
         low, high = max(first, start), min(end, start + nbytes)
@@ -630,7 +629,7 @@ def inside(whole: Range, ranges: Sequence[Range]) -> Iterator[Range]:
 
 
 def outside(whole: Range, ranges: Sequence[Range]) -> Iterator[Range]:
-    """What of `whole` is in none of the ranges, which are merged."""
+    """Yield the parts of `whole` that are in none of the ranges, which are merged."""
     place, end = whole[0], sum(whole)
     for low, nbytes in inside(whole, ranges):
         if low > place:
@@ -641,7 +640,7 @@ def outside(whole: Range, ranges: Sequence[Range]) -> Iterator[Range]:
 
 
 def parts_of(segment: Segment, holes: list[Range], fixed: list[Range]) -> Iterator[Part]:
-    """What is kept of a segment, in the order of its addresses."""
+    """Yield the parts of a segment that are kept, in the order of their addresses."""
     for kept in outside((segment.address, segment.nbytes), holes):
         found = [(low, size, True) for low, size in inside(kept, fixed)]
         found += [(low, size, False) for low, size in outside(kept, fixed)]

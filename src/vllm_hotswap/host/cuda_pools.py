@@ -1,23 +1,23 @@
 """Torch's memory pools over the device memory of one model.
 
-Torch takes an allocator as the addresses of two C functions. Ours are made by ctypes, so what torch
-asks for comes to `host.cuda_memory.ModelMemory` without a compiled extension.
+Torch takes an allocator as the addresses of two C functions. Ours are made by ctypes, so that
+torch's calls reach `host.cuda_memory.ModelMemory` without a compiled extension.
 
-Torch holds its allocator's lock while it calls them, and they need the interpreter's: a thread that
-has the interpreter's, and frees a tensor of the device, would wait for the other for ever. So only
-the thread that loads and steps has such tensors (vLLM's `UniProcExecutor` fetches outputs on it,
-from 0.26 to 0.33), and garbage, which any thread may collect, is not collected meanwhile.
+Torch holds its allocator's lock while it calls them, and they need the interpreter's lock. A second
+thread that holds the interpreter's lock, and frees a device tensor, would deadlock with the first.
+So only the thread that loads and steps has such tensors (vLLM's `UniProcExecutor` fetches outputs
+on it, from 0.26 to 0.33). Garbage, which any thread may collect, is not collected in that time.
 
-Workspaces of cuBLAS are torch's, one for each stream, made at its first matrix multiplication in
-whatever memory is being allocated from then, and kept for ever. A captured graph knows the address
-of the one of its stream. So they are dropped before every capture, which makes a new one in the
-memory of the graph itself, and that memory stays as long as the graph does, whatever is dropped
-later. They are also dropped when tensors have been allocated that sleep, and when a model goes.
+Torch keeps a workspace of cuBLAS for each stream for ever. It is made at the stream's first matrix
+multiplication, in the pool that is in use then. A captured graph knows the address of its stream's
+workspace. So workspaces are dropped before every capture, which makes a new one in the memory of
+the graph itself. That memory stays as long as the graph does, whatever is dropped later. They are
+also dropped after tensors that sleep have been allocated, and when a model is unloaded.
 
 Relies on torch 2.11 to 2.14: `torch._C._cuda_customAllocator`, which is behind
 `torch.cuda.memory.CUDAPluggableAllocator`; `torch.cuda.MemPool` and its `id`;
 `torch.cuda.memory_snapshot`; `torch.cuda.use_mem_pool`;
-`torch._C._cuda_clearCublasWorkspaces`; all captures beginning with
+`torch._C._cuda_clearCublasWorkspaces`; all captures starting with
 `torch.cuda.CUDAGraph.capture_begin`.
 """
 
@@ -43,7 +43,7 @@ log = logging.getLogger("vllm_hotswap.host")
 
 
 class _Functions:
-    """What torch calls for the memory of one model. Torch itself does not keep it alive."""
+    """The functions that torch calls for one model's memory. Torch does not keep them alive."""
 
     def __init__(self, memory: ModelMemory) -> None:
         self.memory = memory
@@ -58,60 +58,60 @@ class _Functions:
 
     @property
     def is_of_use(self) -> bool:
-        """Whether torch may still call it."""
+        """Whether torch may still call them."""
         has_owner = self.owner is not None and self.owner() is not None
         return has_owner or self.memory.address_bytes > 0
 
     def _allocate(self, nbytes: int, _device: int, _stream: int | None) -> int | None:
         try:
             return self.memory.allocate(nbytes)
-        except BaseException as error:  # noqa: BLE001  # torch sees None, and raises by itself
+        except BaseException as error:  # noqa: BLE001  # torch gets None, and raises
             log.info("event=allocation_failed bytes=%d cause=%r", nbytes, one_line(error))
             return None
 
     def _free(self, address: int, _nbytes: int, _device: int, _stream: int | None) -> None:
         try:
             self.memory.free(address)
-        except BaseException as error:  # noqa: BLE001  # it has nowhere to go
+        except BaseException as error:  # noqa: BLE001  # torch cannot handle it
             log.error("event=free_failed address=%x cause=%r", address, one_line(error))
 
 
 _functions: list[_Functions] = []
-"""Those that torch may call: also for tensors that have outlived their model, or a failed load."""
+"""Functions that torch may call, also for tensors that outlive their model or a failed load."""
 
 
 class Torch(Protocol):
-    """What is needed of torch."""
+    """What this module needs of torch."""
 
     def allocator(self, allocate: int, free: int) -> Any:
-        """An allocator from the addresses of its two functions."""
+        """Return an allocator made from the addresses of its two functions."""
 
     def pool(self, allocator: Any) -> Any:
-        """A pool of memory that goes when it is dropped."""
+        """Return a memory pool, which is given back when it is dropped."""
 
     def using(self, pool: Any) -> Any:
-        """A context in which this thread's tensors on the device lie in the pool."""
+        """Return a context in which this thread's tensors on the device lie in the pool."""
 
     def unused(self, pool: Any) -> list[int]:
-        """Addresses of its segments in which nothing is."""
+        """Return the addresses of the pool's segments that hold nothing."""
 
     def synchronize(self) -> None:
         """Wait for the device."""
 
     def empty_cache(self) -> None:
-        """Give back memory that is free, but kept by torch."""
+        """Give back free memory that torch keeps."""
 
     def clear_workspaces(self) -> None:
         """Give back the scratch memory of matrix multiplications on all streams.
 
-        That which graphs know stays theirs, if it was made during their capture.
+        Memory that was made during the capture of a graph stays with that graph.
         """
 
     def move_out(self, is_inside: Callable[[int], bool]) -> list[str]:
-        """Have nothing that is kept for the whole process begin at such an address."""
+        """Replace process-wide tensors that begin at such an address; return their names."""
 
     def clear_before_captures(self) -> None:
-        """From now on, clear it before each capture of a graph in this process."""
+        """From now on, clear workspaces before each capture of a graph in this process."""
 
 
 class TorchCuda:
@@ -135,8 +135,8 @@ class TorchCuda:
     def unused(self, pool: Any) -> list[int]:
         import torch
 
-        # Not pool.snapshot(): torch gives back a reference to the pool's number that it does not
-        # own. Above 256, where Python keeps no number for ever, that corrupts the process.
+        # Not pool.snapshot(): there torch releases a reference to the pool's number that it does
+        # not own. Above 256, where Python keeps no number for ever, that corrupts the process.
         return [
             segment["address"]
             for segment in torch.cuda.memory_snapshot()
@@ -181,10 +181,10 @@ class TorchCuda:
 
 
 class ModelPools:
-    """Where tensors of one model lie that sleep with it.
+    """The memory of one model's tensors that sleep with it.
 
-    The mutable state is `_pools`, one for each time that something was allocated; torch gives their
-    segments back once a pool is dropped and no tensor is left in it.
+    The mutable state is `_pools`, one for each use of `allocating`. Torch gives the segments of a
+    pool back once the pool is dropped and no tensor is left in it.
     """
 
     def __init__(self, memory: ModelMemory, torch: Torch | None = None) -> None:
@@ -202,7 +202,7 @@ class ModelPools:
 
     @contextmanager
     def allocating(self, tag: str) -> Iterator[None]:
-        """What this thread allocates on the device inside sleeps with the model."""
+        """Put what this thread allocates on the device inside into memory that sleeps."""
         pool, before = self._torch.pool(self._allocator), self.memory.tag
         self._pools.append(pool)
         self.memory.tag = tag
@@ -212,10 +212,10 @@ class ModelPools:
         finally:
             self.memory.tag = before
         self._torch.synchronize()
-        self._torch.clear_workspaces()  # one that was made meanwhile would sleep, too
+        self._torch.clear_workspaces()  # one that was made inside would sleep, too
         if moved := self._torch.move_out(self.memory.has):
             log.info("event=moved_out what=%s", moved)
-        # Nothing is allocated in this pool any more, and torch would keep what is free there.
+        # Nothing more is allocated in this pool, and torch would keep its free memory.
         for address in self._torch.unused(pool):
             self.memory.empty(address)
         self.memory.weights_changed()
@@ -223,15 +223,15 @@ class ModelPools:
     def close(self) -> None:
         """Give back all memory of a model of which no tensor is left.
 
-        Memory of a tensor that somebody has kept goes with that tensor: to take it away would be
-        the end of a process that touches it.
+        Memory of a tensor that is still referenced goes with that tensor: without it, the process
+        would crash when it touches the tensor.
         """
         with _garbage_kept():
             self._torch.synchronize()
             self._torch.clear_workspaces()  # one of them is in the memory of its graphs
             self._pools.clear()
             self._torch.empty_cache()
-        if self.memory.is_in_use:  # in objects that know each other, such as those of adapters
+        if self.memory.is_in_use:  # in reference cycles, such as those of adapters
             collect_shells()
             self._torch.empty_cache()
         if self.memory.is_in_use:
@@ -242,14 +242,14 @@ class ModelPools:
 
 
 class NoPools:
-    """Instead of them, for a model that lies in torch's own memory, and never sleeps."""
+    """Stands in for `ModelPools`, for a model in torch's own memory, which never sleeps."""
 
     def __init__(self, torch: Torch) -> None:
         self._torch = torch
 
     @contextmanager
     def allocating(self, tag: str) -> Iterator[None]:
-        """Where torch has it."""
+        """Allocate inside as torch does by itself."""
         yield
 
     def close(self) -> None:
@@ -261,7 +261,7 @@ class NoPools:
 
 @contextmanager
 def _garbage_kept() -> Iterator[None]:
-    """Inside, no thread collects garbage by itself."""
+    """Inside, keep all threads from collecting garbage automatically."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

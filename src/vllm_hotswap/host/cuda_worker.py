@@ -1,6 +1,6 @@
 """vLLM's GPU worker, one of several in a process, and able to sleep by itself.
 
-Named by its qualified name in `parallel_config.worker_cls`. What it does otherwise is in
+Named by its qualified name in `parallel_config.worker_cls`. What it does differently is in
 `host.cuda_hosting`.
 """
 
@@ -12,10 +12,10 @@ from vllm_hotswap.host.cuda_hosting import HostedOnCuda
 
 
 class HostedCudaWorker(HostedOnCuda, Worker):  # type: ignore[misc]  # vLLM's types stop here
-    """A GPU worker beside others."""
+    """A GPU worker that shares its process with others."""
 
 
 class WakefulCudaWorker(HostedCudaWorker):
-    """One without memory of its own, which cannot sleep: for where that does not work."""
+    """A worker without memory pools, which cannot sleep; used where pools do not work."""
 
     has_pools = False

@@ -3,10 +3,10 @@
 Loading, stepping and everything else that touches torch happens on the thread that calls
 `EngineLoop.run`: torch's default dtype, its OpenMP pools and vLLM's module globals are process
 wide, so loading one model while another steps could give wrong numbers. Engines that are not
-active are *serviced*: their messages (new requests, aborts, utility calls) are taken in, so that
-nobody who talks to them hangs, but they are not stepped.
+active are *serviced*: their messages (new requests, aborts, utility calls) are read, so that
+their clients do not hang, but they are not stepped.
 
-This module knows no vLLM: engines are whatever has the methods of `SteppedEngine`.
+This module does not know vLLM: an engine is any object with the methods of `SteppedEngine`.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from vllm_hotswap.errors import forget_frames
 from vllm_hotswap.failpoints import failpoint
 
 IDLE_S = 1.0
-"""After so many seconds without anything to do, there is time for what may wait."""
+"""After so many idle seconds, the loop calls `when_idle`, for work that may wait."""
 
 
 class SteppedEngine(Protocol):
     """What the loop needs of an engine."""
 
     def has_input(self) -> bool:
-        """Messages wait to be taken in. May be called from the compute thread only."""
+        """Whether messages wait to be read. May be called from the compute thread only."""
 
     def take_input(self) -> None:
-        """Take in every waiting message, without blocking and without stepping."""
+        """Read every waiting message, without blocking and without stepping."""
 
     def has_work(self) -> bool:
-        """A step would do something."""
+        """Whether a step would do something."""
 
     def run_step(self) -> None:
         """Run one step and send its outputs."""
 
     def die(self) -> None:
-        """Give up everything of the model, which has failed; take in messages as before."""
+        """Give up everything of the model, which has failed; read messages as before."""
 
 
 class EngineLoop:
-    """Steps the active engine, services the others, obeys commands between two steps.
+    """Steps the active engine, services the others, runs commands between two steps.
 
     The mutable state is `_engines`, `_active` (both touched by the compute thread only),
     `_commands` (a thread-safe deque that other threads append to), when the step under way began,
-    and the doorbell, which whoever leaves something to do rings *after* leaving it. `when_idle` is
-    called on the compute thread once per pause.
+    and the doorbell. A thread that leaves work for the loop rings it *after* leaving the work.
+    `when_idle` is called on the compute thread once per pause.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EngineLoop:
 
     @property
     def step_s(self) -> float:
-        """Seconds that taking in messages and stepping have taken by now. For any thread."""
+        """Seconds since the loop began to read messages and step; 0 in between. For any thread."""
         began_s = self._step_began_s
         return 0.0 if began_s is None else time.monotonic() - began_s
 
@@ -84,7 +84,7 @@ class EngineLoop:
         self._doorbell.set()
 
     def submit(self, command: Callable[[], None]) -> None:
-        """Have `command` run on the compute thread between two steps, from any thread."""
+        """Run `command` on the compute thread between two steps. May be called from any thread."""
         self._commands.append(command)
         self.ring()
 
@@ -99,7 +99,7 @@ class EngineLoop:
         self._engines.pop(alias, None)
 
     def park(self, alias: str) -> None:
-        """Step `alias` no more, if it is the one that is stepped."""
+        """Stop stepping `alias`, if it is the engine that is stepped."""
         if self._active == alias:
             self._active = None
 
@@ -110,13 +110,14 @@ class EngineLoop:
         self._active = alias
 
     def run(self) -> NoReturn:
-        """Step and obey; the process ends it."""
+        """Step and run commands until the process ends."""
         while True:
             self.turn()
 
     def turn(self) -> None:
-        """Obey, service and step once; where there was nothing to step, wait for the bell."""
-        # Cleared first: whatever is left after this line rings again.
+        """Run commands, service and step once; if nothing was stepped, wait for the doorbell."""
+        # Cleared before looking for work: work left after this line rings again. Cleared later,
+        # the ring for work that was just missed would be lost, and the work would wait.
         self._doorbell.clear()
         self._obey()
         self._step_began_s = time.monotonic()
@@ -144,18 +145,18 @@ class EngineLoop:
         return self._guarded(self._active, partial(_step, self._active, engine))
 
     def _guarded(self, alias: str, act: Callable[[], bool]) -> bool:
-        """The result of `act`; its failure ends this engine only."""
+        """Return the result of `act`; its failure ends this engine only."""
         try:
             return act()
-        except Exception as error:  # noqa: BLE001  # whatever a model raises, the others go on
+        except Exception as error:  # noqa: BLE001  # whatever a model raises, the others run on
             self.bury(alias, error)
             return False
 
     def bury(self, alias: str, error: Exception) -> None:
-        """Tell of it, and give up the engine's model. If that fails, the process is to end."""
+        """Report the failure, and give up the engine's model. If that raises, the process ends."""
         self.park(alias)
         self._on_engine_failed(alias, error)
-        forget_frames(error)  # which have tensors of the model in their hands
+        forget_frames(error)  # they hold tensors of the model
         self._engines[alias].die()
 
 
@@ -169,7 +170,7 @@ def _step(alias: str, engine: SteppedEngine) -> bool:
 
 
 def _take_input(engine: SteppedEngine) -> bool:
-    """Take in what waits. Returns whether there was anything."""
+    """Read the messages that wait. Returns whether there were any."""
     if not engine.has_input():
         return False
     engine.take_input()

@@ -1,9 +1,9 @@
 """LoRA on CPUs, for batches in which not every request has an adapter.
 
-vLLM marks a token without one by the index -1. Its kernels for accelerators know that; its
-operations for CPUs take -1 for the last slot, as Python does. So a request to a model itself would
-be answered with the adapter of whoever is in the same batch, or, where an adapter changes the last
-layer, of whoever was served before (https://github.com/vllm-project/vllm/pull/48421). Here such
+vLLM marks a token without an adapter by the index -1. Its kernels for accelerators know that; its
+operations for CPUs take -1 for the last slot, as Python does. So a request to the model itself
+would be answered with the adapter of another request in its batch, or, where an adapter changes the
+last layer, of an earlier request (https://github.com/vllm-project/vllm/pull/48421). Here such
 tokens go into these operations as zeros.
 
 Relies on, in vLLM 0.32.0: `PunicaWrapperCPU`, its three methods below, `token_lora_indices` and
@@ -22,7 +22,7 @@ QUALIFIED_NAME = "vllm_hotswap.host.lora.MaskingPunica"
 
 
 def use_masking() -> None:
-    """Have models that are loaded in this process from now on use `MaskingPunica`."""
+    """Make models that are loaded in this process from now on use `MaskingPunica`."""
     current_platform.get_punica_wrapper = lambda: QUALIFIED_NAME
 
 
@@ -40,6 +40,6 @@ class MaskingPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM's types sto
 
 
 def masked(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The rows of `x`, one for each index, with zeros where the index says that there is none."""
+    """Return the rows of `x`, one for each index, with zeros where the index is negative."""
     rows = x.view(-1, x.shape[-1])
     return torch.where((indices >= 0).unsqueeze(1), rows, torch.zeros_like(rows))

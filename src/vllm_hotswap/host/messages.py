@@ -1,7 +1,7 @@
-"""What the API process and the engine host say to each other.
+"""The messages between the API process and the engine host.
 
-They travel as pickles over one anonymous socket pair that the host inherits from its parent:
-nobody else has an end of it, so no client can reach it (decision record 0007). Requests and
+They travel as pickles over one anonymous socket pair that the host inherits from its parent: no
+other process has an end of it, so no client can reach it (decision record 0007). Requests and
 their outputs never come this way: they use vLLM's own sockets, one pair per model.
 """
 
@@ -23,13 +23,13 @@ class SocketPaths:
 
     @property
     def folder(self) -> str:
-        """Where their files are."""
+        """The folder of their files."""
         return str(Path(self.input.removeprefix("ipc://")).parent)
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Say what memory there is, before the first load. Answer: `devices.DeviceMemory`."""
+    """Report the memory before the first load. Answer: `devices.DeviceMemory`."""
 
     id: int
     device: Any
@@ -37,9 +37,9 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Say what memory there is now, when nothing is under way. Answer: `devices.DeviceMemory`.
+    """Report the memory now, while nothing is under way. Answer: `devices.DeviceMemory`.
 
-    If less than `enough_bytes` are free, what allocators keep is given back first.
+    If less than `enough_bytes` are free, free memory that allocators keep is given back first.
     """
 
     id: int
@@ -49,7 +49,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Give a sign of life, whatever the compute thread does. Answer: seconds that its step took."""
+    """Show that the host is alive, whatever its compute thread does. Answer: its `step_s`."""
 
     id: int
 
@@ -64,14 +64,14 @@ class Load:
     id: int
     alias: str
     number: int
-    """Which load of this model it is; tells of its engine carry it."""
+    """Which load of this model it is; messages about its engine carry the number."""
     vllm_config: Any
     log_stats: bool
     sockets: SocketPaths
     variables: Wishes = field(default_factory=dict)
-    """Environment variables that the model wants while it is worked with."""
+    """Environment variables to set while this model is worked with."""
     limits_kv: bool = False
-    """Whether it shall have no more KV memory than all its sequences can use."""
+    """Whether to give it no more KV memory than all its sequences can use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +82,15 @@ class Activate:
     alias: str
     stamp: str
     canary_first: bool = False
-    """Nothing is stepped before a canary, and nothing beside it."""
+    """Whether to step nothing before a canary, and nothing beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Give memory of a model that is not active back; its requests are kept. Answer: None.
+    """Give back memory of a model that is not active; its requests are kept. Answer: None.
 
-    If it fails, nothing has changed; if that cannot be, the engine is given up, and `EngineFailed`
-    is told before the answer.
+    If it fails, nothing has changed. If that is impossible, the engine is given up, and
+    `EngineFailed` is sent before the answer.
     """
 
     id: int
@@ -102,7 +102,8 @@ class Sleep:
 class Wake:
     """Undo `Sleep`. Answer: None.
 
-    If it fails, the model is unloaded; without room it is still asleep, and the answer says so.
+    If it fails, the model is unloaded. If there is no room, it is still asleep, and the answer says
+    so.
     """
 
     id: int
@@ -113,8 +114,8 @@ class Wake:
 class WakeSlice:
     """Take a part of a sleeping model's memory again, while another model is served.
 
-    Answer: `states.WakeProgress`. It is asleep until `Wake`, which does what is left. If it fails,
-    it is as asleep as before, and holds nothing more.
+    Answer: `states.WakeProgress`. The model is asleep until `Wake`, which does what is left. If a
+    slice fails, the model is asleep, and holds nothing of what slices have taken.
     """
 
     id: int
@@ -159,20 +160,20 @@ class Loaded:
 
     kv_bytes: int
     held_bytes: int
-    """What the host grew by, without KV memory; 0 where that cannot be told."""
+    """What the host grew by, without KV memory; 0 if that is unknown."""
     can_discard: bool
     """Whether sleep level 2 can be undone for this model."""
     weights_bytes: int = 0
-    """What sleep level 2 gives back besides KV memory; 0 where that cannot be told."""
+    """What sleep level 2 gives back besides KV memory; 0 if that is unknown."""
     sleep_bytes: int = 0
-    """What sleep level 1 gives back on the device, KV memory included; 0 where that is unknown."""
+    """What sleep level 1 gives back on the device, KV memory included; 0 if that is unknown."""
     copy_bytes: int = 0
-    """What sleep level 1 takes of the host's memory; 0 where that is unknown."""
+    """What sleep level 1 takes of the host's memory; 0 if that is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The host has imported vLLM and obeys commands."""
+    """The host has imported vLLM and accepts commands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +186,11 @@ class LoadStage:
 
 @dataclass(frozen=True, slots=True)
 class EngineFailed:
-    """One engine died; the host and the other engines go on."""
+    """One engine died; the host and the other engines continue."""
 
     alias: str
     load: int
-    """The number of the load that has died."""
+    """The number of the load whose engine died."""
     cause: str
 
 
@@ -201,7 +202,7 @@ class Answer:
     result: Any = None
     error: str | None = None
     lacks_room: bool = False
-    """Whether it failed for want of memory, and has changed nothing."""
+    """Whether it failed for lack of memory, and has changed nothing."""
 
 
 Message = Ready | LoadStage | EngineFailed | Answer

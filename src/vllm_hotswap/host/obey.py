@@ -45,15 +45,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm_hotswap.host")
 
 MAX_SHELLS = 8
-"""Unloads after which what they left is collected, if there was no pause before."""
+"""How many unloads may leave shells before these are collected, if no pause comes first."""
 
 
 class Obedience:
     """Turns commands into work on the compute thread and sends the answers.
 
     The mutable state is `_shells` (unloads whose shells wait for a collection), the number of each
-    model's last load, the environment variables of models, and the
-    engines, which are the loop's.
+    model's last load, the environment variables of models, and the engines, which are the loop's.
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
@@ -65,11 +64,11 @@ class Obedience:
         self.loop = EngineLoop(self._engine_failed, self._tidy_up)
 
     def prepare(self) -> None:
-        """Do once what every load would otherwise wait for: the imports."""
+        """Import once what every load would otherwise wait for."""
         loading.prepare_host()
 
     def take(self, command: Command) -> None:
-        """Have `command` obeyed on the compute thread. Called by the channel's thread."""
+        """Run `command` on the compute thread. Called by the channel's thread."""
         if isinstance(command, Ping):
             self._send(Answer(command.id, result=self.loop.step_s))
             return
@@ -85,7 +84,8 @@ class Obedience:
         except Exception as error:
             log.exception("event=command_failed command=%s", type(command).__name__)
             answer = Answer(command.id, error=one_line(error))
-        # Only now has the exception, whose traceback may hold a half-loaded model, gone.
+        # Not in a handler above: there the exception's traceback may still hold a half-loaded
+        # model, and nothing of it could be collected.
         if answer.error is not None and isinstance(command, Load | Wake):
             collect_shells()
             give_back_free_memory()
@@ -129,7 +129,7 @@ class Obedience:
         from vllm_hotswap.host.progress import reporting_to
 
         device = device_of(command.vllm_config)
-        give_back_free_memory()  # so that nothing that was free before is taken for the model's
+        give_back_free_memory()  # so that memory that was free is not counted as the model's
         before_s, before_bytes = time.monotonic(), device.held_bytes()
         if (engine := self._find(command.alias)) is not None and engine.is_loaded:
             raise HotswapError(f"engine {command.alias!r} is loaded already")
@@ -159,7 +159,7 @@ class Obedience:
         failpoint(f"host.load.{stage}", alias)
 
     def _make(self, command: Load) -> HostedEngine:
-        """A new engine at the first load, the same one at every later load."""
+        """Return a new engine at the first load, the same one at every later load."""
         from vllm_hotswap.host.compiled import forgetting_failed_load
         from vllm_hotswap.host.engine import HostedEngine
         from vllm_hotswap.host.executor import LoadTerms, loading_on
@@ -216,7 +216,7 @@ class Obedience:
             give_back_free_memory()
 
     def _tidy_up(self) -> None:
-        """Collect what unloads have left; half a second, so best when there is nothing to do."""
+        """Collect what unloads have left. It takes half a second, so best when idle."""
         if self._shells:
             self._shells = 0
             collect_shells()
@@ -232,7 +232,7 @@ class Obedience:
         return engine
 
     def _inactive(self, alias: str) -> HostedEngine:
-        """The engine, which is not stepped from now on."""
+        """Return the engine, which is not stepped from now on."""
         engine = self._loaded(alias)
         self.loop.park(alias)
         return engine

@@ -1,6 +1,6 @@
 """The process of an engine host: its two threads, its channel, and how it ends.
 
-The thread that runs `serve` is the compute thread. A second one reads commands from the parent
+The thread that calls `run` is the compute thread. A second one reads commands from the parent
 and passes them on; when the parent is gone, it ends the process at once.
 """
 
@@ -37,7 +37,7 @@ _quiet = Quiet()
 
 
 class Obeying(Protocol):
-    """Who does what the parent commands."""
+    """Carries out the parent's commands."""
 
     loop: EngineLoop
 
@@ -45,15 +45,15 @@ class Obeying(Protocol):
         """Do once what every command would otherwise wait for."""
 
     def take(self, command: Any) -> None:
-        """Have `command` obeyed on the compute thread. Called by the channel's thread."""
+        """Run `command` on the compute thread. Called by the channel's thread."""
 
 
 def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoReturn:
-    """Be the engine host that `HostLink` has started as `python -m MODULE`.
+    """Run as the engine host that `HostLink` has started as `python -m MODULE`.
 
     Args:
-        module: what the process is called in its help.
-        make: makes what obeys, from what sends a message to the parent.
+        module: the name of the process in its help.
+        make: makes what carries out commands, from the function that sends to the parent.
     """
     args = _arguments(module)
     if args.cores:
@@ -62,13 +62,13 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     set_up_log()
     if args.failpoints:
         failpoints.enable(args.failpoints)
-    # The parent decides when the host ends; a Ctrl-C in the terminal reaches both, and so may a
-    # SIGHUP, at which the parent reads its key files again.
+    # The parent decides when the host ends. A Ctrl-C in the terminal reaches both processes, and so
+    # may a SIGHUP, on which the parent reads its key files again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _be_the_first_to_go()
     shut_out_writers()
-    raised_file_limit()  # whoever has started it, and with whatever limit
+    raised_file_limit()  # its parent's limit may be lower
     obedience = make(channel.send)
     _wake_when_orphaned()
     reading = (channel, obedience, args.folder)
@@ -84,7 +84,7 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
 
 
 def set_up_log() -> None:
-    """Write this package's log, and of vLLM's warnings and errors as many as no client decides on.
+    """Write this package's log; limit vLLM's warnings and errors, which clients may cause.
 
     vLLM sets up no log of its own here: its loggers have no handler, and their lines no prefix.
     """
@@ -93,8 +93,8 @@ def set_up_log() -> None:
 
 
 def _be_the_first_to_go() -> None:
-    """Where memory runs out, the kernel is to end the host, which can be restarted."""
-    with suppress(OSError):  # not on Linux, or lowered already by whoever started the server
+    """Make the kernel kill the host first if memory runs out: it can be restarted."""
+    with suppress(OSError):  # not on Linux, or the server was started with a higher value
         Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
 
 
@@ -108,15 +108,15 @@ def _arguments(module: str) -> argparse.Namespace:
 
 
 def _wake_when_orphaned() -> None:
-    """Have a process that was stopped go on when its parent has died, so that it sees that."""
+    """Resume this process, if it is stopped, when its parent dies, so that it notices."""
     signal_when_orphaned(signal.SIGCONT)
 
 
 def _read(channel: Connection[object, Any], obedience: Obeying, folder: str) -> NoReturn:
     """Pass commands on until there are no more, then end the process.
 
-    `os._exit` skips interpreter finalisation, where native threads of torch and ZeroMQ may hang: a
-    host that is to end has nothing left to save.
+    `os._exit` skips interpreter finalisation, where native threads of torch and ZeroMQ may hang. A
+    host that ends has nothing left to save.
     """
     use_all_cores()
     try:

@@ -14,7 +14,7 @@ _report: Callable[[str], None] | None = None
 
 @contextmanager
 def reporting_to(report: Callable[[str], None]) -> Iterator[None]:
-    """Have `reached` call `report` inside this context."""
+    """Make `reached` call `report` inside this context."""
     global _report  # noqa: PLW0603  # one load at a time; see the module's docstring
     _report = report
     try:
@@ -24,6 +24,6 @@ def reporting_to(report: Callable[[str], None]) -> Iterator[None]:
 
 
 def reached(stage: str) -> None:
-    """Say that the current load has begun `stage`. Without a listener: nothing."""
+    """Report that the current load has started `stage`; do nothing without a listener."""
     if _report is not None:
         _report(stage)

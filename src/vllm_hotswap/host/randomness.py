@@ -26,7 +26,7 @@ class Randomness:
     numpy: Any
     torch: Any
     accelerator: Any
-    """Of the current device; None where there is none."""
+    """The state for the current device; None if there is none."""
 
     @classmethod
     def now(cls) -> Randomness:
@@ -39,7 +39,7 @@ class Randomness:
         )
 
     def restore(self) -> None:
-        """Have the generators go on from here."""
+        """Make the generators continue from this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -50,7 +50,7 @@ class Randomness:
 
 @contextmanager
 def drawing_nothing() -> Iterator[None]:
-    """Whatever is drawn inside, the next random numbers are those that would have come anyway."""
+    """Undo what is drawn inside: the next random numbers are those that would have come anyway."""
     before = Randomness.now()
     try:
         yield

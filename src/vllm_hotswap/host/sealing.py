@@ -1,13 +1,13 @@
-"""Closes the doors that gloo leaves open: the sockets on which its groups have been set up.
+"""Closes the sockets that gloo leaves open: those on which its groups have been set up.
 
-Each group of gloo listens on a TCP port from its making to its end, although nobody has to connect
-once all members have met. It asks nobody who connects who they are, never gives the descriptor of
-a connection back, and ends the process when it has no more of them.
+Each gloo group listens on a TCP port for as long as it exists, although no member needs to connect
+once all have met. It does not authenticate connections, never gives back their descriptors, and
+ends the process when descriptors run out.
 
 gloo itself must not notice. It holds the number of the descriptor, watches it with epoll, and will
-take it out of there and close it. So the number stays: behind it comes, by `dup2`, a listening
-Unix domain socket whose name has been removed. To accept from it says that nobody is there, as
-gloo's thread expects that is at work meanwhile, and nobody ever will be.
+remove it there and close it. So the number stays. `dup2` puts a listening Unix domain socket behind
+it, whose name has been removed, so that no process can ever connect. gloo's thread may accept from
+it at the same time: it learns that no connection waits, which it expects.
 
 Where there is no `/proc`, nothing is done. Depends on Linux alone, not on torch.
 """
@@ -32,7 +32,7 @@ log = logging.getLogger("vllm_hotswap.host")
 PROCESS = Path("/proc/self")
 ESTABLISHED = "01"
 READINGS = 5
-"""Of the table of connections, before an end that is not in it counts as unknown."""
+"""How often the table of connections is read before an end that is missing counts as unknown."""
 
 BETWEEN_S = 0.02
 INTERNET = (socket.AF_INET, socket.AF_INET6)
@@ -40,36 +40,36 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 @dataclass(frozen=True, slots=True, order=True)
 class OpenFile:
-    """A descriptor with what is behind it: a number alone is soon another file's."""
+    """A descriptor with its inode: the number alone may soon be another file's."""
 
     fd: int
     inode: int
 
 
 def open_files() -> frozenset[OpenFile]:
-    """The files that this process has open; none where there is no `/proc`."""
+    """Return the files that this process has open; none where there is no `/proc`."""
     found = []
     with suppress(OSError):
         for fd in [int(path.name) for path in (PROCESS / "fd").iterdir()]:
-            with suppress(OSError):  # the one by which they were listed is closed
+            with suppress(OSError):  # the one for this listing is closed
                 found.append(OpenFile(fd, os.fstat(fd).st_ino))
     return frozenset(found)
 
 
 def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
-    """Close what a group that has just been made listens on; returns how many sockets that were.
+    """Close the listening sockets of a group that has just been made; return how many.
 
-    Only TCP sockets are closed that were opened since `before`, and that are watched by an epoll
-    instance of the same age: what else this process listens on, a connector's port for example,
-    stays as it is.
+    Closes only TCP sockets that were opened since `before`, and that are watched by an epoll
+    instance opened since then. Other listening sockets, such as a connector's port, stay as they
+    are.
 
     Args:
         before: `open_files()`, as it was before the group was made.
-        is_alone: the group has no other member. Whoever is connected to it is disconnected.
+        is_alone: the group has no other member. All connections to it are closed.
 
     Raises:
-        ConnectionRefusedError: the group has other members, and somebody may be among them who is
-            not of this user. Whoever is not seen at all may be.
+        ConnectionRefusedError: the group has other members, and a process of another user may be
+            connected to it. A process whose user cannot be found may be one.
     """
     ports = set()
     for fd, watchers in _watched(open_files() - before).items():
@@ -94,7 +94,7 @@ def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
 
 
 def _watched(new: Iterable[OpenFile]) -> dict[int, list[int]]:
-    """New descriptors that new epoll instances watch, with those instances."""
+    """Return the new descriptors that new epoll instances watch, with those instances."""
     found: dict[int, list[int]] = {}
     numbers = {file.fd for file in new}
     for fd in numbers:
@@ -107,7 +107,7 @@ def _watched(new: Iterable[OpenFile]) -> dict[int, list[int]]:
 
 
 def _listening_port(fd: int) -> int | None:
-    """The TCP port on which a descriptor listens, None if it does not."""
+    """Return the TCP port on which a descriptor listens; None if it does not."""
     with suppress(OSError), closing(_socket(fd)) as sock:
         if sock.family in INTERNET and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return int(sock.getsockname()[1])
@@ -115,11 +115,11 @@ def _listening_port(fd: int) -> int | None:
 
 
 def _replace(fd: int, watchers: Iterable[int]) -> None:
-    """Put the closed door behind a descriptor; its watchers go on to watch it, for nothing."""
+    """Put the unreachable socket behind a descriptor; its watchers keep watching it."""
     door = _closed_door().fileno()
     polls = [select.epoll.fromfd(os.dup(watcher)) for watcher in watchers]  # before any change
     try:
-        os.dup2(door, fd, inheritable=False)  # the old one leaves its watchers by itself
+        os.dup2(door, fd, inheritable=False)  # its watchers drop the old one
         for poll in polls:
             poll.register(fd, 0)
     finally:
@@ -129,12 +129,12 @@ def _replace(fd: int, watchers: Iterable[int]) -> None:
 
 @cache
 def _closed_door() -> socket.socket:
-    """A socket that listens, and to which nobody can connect."""
+    """Return a listening socket to which no process can connect."""
     with tempfile.TemporaryDirectory(prefix="vllm-hotswap-door-") as folder:
         directory = os.open(folder, os.O_RDONLY)
         try:
             door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            door.bind(f"/proc/self/fd/{directory}/door")  # a path may only have 107 bytes
+            door.bind(f"/proc/self/fd/{directory}/door")  # a path has at most 107 bytes
             door.listen(1)
         finally:
             os.close(directory)
@@ -149,13 +149,13 @@ def _connected_to(ports: set[int], new: Iterable[OpenFile]) -> Iterator[OpenFile
 
 
 def _hang_up(guest: OpenFile) -> None:
-    """End the connection. Its descriptor is gloo's, and stays."""
+    """Shut the connection down. Its descriptor is gloo's, and stays."""
     with suppress(OSError), closing(_socket(guest.fd)) as sock:
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def _socket(fd: int) -> socket.socket:
-    """A socket object of its own for a descriptor. Raises OSError if it is no socket."""
+    """Return a socket object for a copy of a descriptor. Raises OSError if it is not a socket."""
     copy = os.dup(fd)
     try:
         return socket.socket(fileno=copy)
@@ -169,7 +169,7 @@ def _socket(fd: int) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One end of a TCP connection, as `/proc/self/net/tcp` has it."""
+    """One end of a TCP connection, as `/proc/self/net/tcp` lists it."""
 
     local: str
     remote: str
@@ -179,7 +179,7 @@ class Connection:
 
 
 def connections() -> list[Connection]:
-    """The ends of all TCP connections of this network namespace."""
+    """Return the ends of all TCP connections of this network namespace."""
     found = []
     for name in ("tcp", "tcp6"):
         with suppress(OSError):
@@ -193,7 +193,7 @@ def connections() -> list[Connection]:
 def is_from(uid: int, inode: int, ends: Iterable[Connection]) -> bool | None:
     """Whether the other end of the connection with this inode is a living socket of that user.
 
-    None if either end is not among those that can be seen.
+    None if either end is not among `ends`.
     """
     ends = list(ends)
     mine = next((end for end in ends if end.inode == inode), None)
@@ -208,10 +208,10 @@ def is_from(uid: int, inode: int, ends: Iterable[Connection]) -> bool | None:
 
 
 def _is_from_us(guest: OpenFile) -> bool | None:
-    """`is_from` for this process's user, read until both ends are seen.
+    """Return `is_from` for this process's user; read the table until both ends are in it.
 
-    The kernel writes the table piece by piece, and leaves ends out where others come and go
-    meanwhile. None if an end is never seen, or there is no table.
+    The kernel writes the table piece by piece, and leaves ends out while others come and go.
+    None if an end is never in it, or there is no table.
     """
     for attempt in range(READINGS):
         if attempt:

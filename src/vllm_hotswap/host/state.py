@@ -1,12 +1,12 @@
-"""vLLM's process-wide state, put in place for whichever engine is worked with.
+"""Moves vLLM's process-wide state in and out, for the engine that is worked with.
 
-Which state that is, and why, says `compat.state`. While the same engine is worked with, nothing is
-moved: steps cost nothing. When another one is, what the last one has left is kept for it, and what
-the other one had is put back, as if each had a process of its own. So an engine that cannot be
-loaded leaves nothing behind.
+`compat.state` lists that state, with reasons. While the same engine is worked with, nothing is
+moved: steps cost nothing. When another engine follows, the state of the last one is kept for it,
+and the other's is put back, as if each had a process of its own. So an engine that cannot be loaded
+leaves nothing behind.
 
-Only the compute thread works with engines. What IO threads read of this state at other times is
-said in `compat.state`.
+Only the compute thread works with engines. `compat.state` says what IO threads read of this state
+at other times.
 
 Worker processes of a tensor-parallel model serve that model alone: nothing is moved in them.
 """
@@ -34,7 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MISSING = object()
-"""The value of what is not set."""
+"""The value of a cell that is not set."""
 
 CONTAINERS = (
     dict,
@@ -52,7 +52,7 @@ class Cell(Protocol):
     """One place of a process that holds a value."""
 
     def get(self) -> Any:
-        """The value, or MISSING."""
+        """Return the value, or MISSING."""
 
     def set(self, value: Any) -> None:
         """Change the value."""
@@ -60,7 +60,7 @@ class Cell(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """Of a module, a class or an object."""
+    """An attribute of a module, a class or an object."""
 
     owner: Any
     name: str
@@ -69,14 +69,14 @@ class Attribute:
         return getattr(self.owner, self.name, MISSING)
 
     def set(self, value: Any) -> None:
-        """Nothing is made or removed: an IO thread may read what another engine has set."""
+        """Change the value, but never add or remove the attribute: an IO thread may read it."""
         if value is not MISSING and hasattr(self.owner, self.name):
             setattr(self.owner, self.name, value)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Of the environment."""
+    """A variable of the environment."""
 
     owner: MutableMapping[str, str]
     name: str
@@ -85,7 +85,7 @@ class Item:
         return self.owner.get(self.name, MISSING)
 
     def set(self, value: Any) -> None:
-        """Only where it differs: another thread must not read the environment meanwhile."""
+        """Write only a value that differs: no other thread may read the environment then."""
         if value is self.get() or value == self.get():
             return
         if value is MISSING:
@@ -95,9 +95,9 @@ class Item:
 
 
 def cells(place: str) -> Iterator[Cell]:
-    """The cells at a place of `compat.state`; none where this vLLM has no such thing.
+    """Yield the cells at a place of `compat.state`.
 
-    Nor where it would be a plugin's that is not in use.
+    None if this vLLM has no such place, or if it belongs to a plugin that is not in use.
     """
     module, _, path = place.partition(":")
     if not _is_in_use(module.partition(".")[0]):
@@ -114,9 +114,9 @@ def cells(place: str) -> Iterator[Cell]:
 
 
 def absent(states: Iterable[State] = STATE) -> list[str]:
-    """Places of attributes that would be moved, and that the installed vLLM does not have.
+    """Return the places of attributes that are moved, but that the installed vLLM does not have.
 
-    To be asked after a load: some names are there only then.
+    Call it after a load: some names exist only then.
     """
     version = vllm_version()
     return [
@@ -141,7 +141,7 @@ def _steps(owner: Any, part: str) -> Iterable[Any]:
 
 
 class EngineState:
-    """What one engine has: the values of cells, its random numbers, and whether it may compile."""
+    """One engine's values of cells, its random numbers, and whether it may compile."""
 
     def __init__(self, values: list[Any], kind: Any, stance: str) -> None:
         self.values = values
@@ -154,7 +154,7 @@ class ProcessState:
     """Moves the state of engines in and out of their process. There is one for each process.
 
     The mutable state is `_current`, whose values are in place, and `_kinds`, the parallel groups
-    by the kind of model that needs them, which stay for as long as the process.
+    by the kind of model that needs them, which last as long as the process.
     """
 
     def __init__(self, cells: list[Cell], groups: list[Cell]) -> None:
@@ -165,7 +165,7 @@ class ProcessState:
         self._current: EngineState | None = None
 
     def begin(self, vllm_config: Any) -> EngineState:
-        """The state for an engine that is about to be loaded: that of a process without any."""
+        """Return the state for an engine about to be loaded: that of a process without engines."""
         kind = _kind(vllm_config)
         groups = self._kinds.get(kind, [None for _ in self._groups])
         values = [*map(_fresh, self._outset), *groups]
@@ -174,30 +174,30 @@ class ProcessState:
         )
 
     def put_in_place(self, state: EngineState) -> None:
-        """Have this state be that of the process, and keep what was there for its engine."""
+        """Make this the state of the process, and keep the values there for their engine."""
         if self._current is state:
             return
         if self._current is not None:
             self._current.values = _values([*self._cells, *self._groups])
             self._current.randomness = Randomness.now()
-            self._current = None  # if the following fails, what is there then is nobody's
+            self._current = None  # if the rest fails, no engine owns what is in place
         self._put(state.values, state.stance)
         if state.randomness is not None:
             state.randomness.restore()
         self._current = state
 
     def loaded(self, state: EngineState) -> None:
-        """An engine has been loaded: what it has made for its kind serves the next one, too."""
+        """Keep the groups that a loaded engine has made for its kind: the next one uses them."""
         if _has_any(self._groups):
             self._kinds.setdefault(state.kind, _values(self._groups))
 
     def end(self, state: EngineState) -> Randomness:
-        """An engine is gone, or could not be loaded. Returns what it would have drawn next."""
+        """Remove an engine that is gone, or was not loaded. Returns what it would draw next."""
         self.put_in_place(state)
         randomness = Randomness.now()
         try:
             if state.kind not in self._kinds and _has_any(self._groups):
-                _destroy_groups()  # a load that failed has made them
+                _destroy_groups()  # made by a load that failed
         finally:
             self._current = None
             self._put([*map(_fresh, self._outset), *(None for _ in self._groups)], "default")
@@ -212,7 +212,7 @@ class ProcessState:
 
 @cache
 def process_state() -> ProcessState:
-    """That of this process, as it is before the first load."""
+    """Return the `ProcessState` of this process; first called before the first load."""
     return ProcessState(_cells_of(Owner.ENGINE), _cells_of(Owner.KIND))
 
 
@@ -221,7 +221,7 @@ def _cells_of(owner: Owner) -> list[Cell]:
 
 
 class Stateful(Protocol):
-    """An engine with a state of its own, once it has begun to be loaded."""
+    """An engine with a state of its own, once its load has started."""
 
     state: EngineState | None
 
@@ -232,7 +232,7 @@ E = TypeVar("E", bound=Stateful)
 def in_own_state(
     method: Callable[Concatenate[E, P], R],
 ) -> Callable[Concatenate[E, P], R]:
-    """Have a method of an engine find the engine's own state in place."""
+    """Put the engine's own state in place before each call of a method."""
 
     @wraps(method)
     def inside(engine: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -244,12 +244,12 @@ def in_own_state(
 
 
 def compiles_nothing(vllm_config: Any) -> bool:
-    """Whether a model is to run as it is written."""
+    """Whether a model runs as it is written, without compilation."""
     return bool(vllm_config.model_config.enforce_eager)
 
 
 def _kind(vllm_config: Any) -> Any:
-    """What the groups of a model in one process depend on."""
+    """Return what the groups of a model in one process depend on."""
     is_moe = getattr(vllm_config.model_config, "is_moe", False)
     return bool(is_moe), bool(vllm_config.parallel_config.enable_eplb)
 
@@ -263,7 +263,7 @@ def _has_any(groups: list[Cell]) -> bool:
 
 
 def _fresh(value: Any) -> Any:
-    """The value for one more engine, which may change it."""
+    """Return the value for one more engine, which may change it."""
     # `copy.copy` of a weak set is the same set by another name.
     return value.copy() if isinstance(value, CONTAINERS) else value
 

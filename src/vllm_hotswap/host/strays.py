@@ -1,12 +1,13 @@
-"""Tensors that vLLM keeps for the whole process, and that lie in one model's memory.
+"""Moves tensors that vLLM keeps for the whole process out of one model's memory.
 
-Whatever is allocated while a model's weights are lies in memory that sleeps and goes with that
-model. Some of it is no part of the model: scratch memory and constants in globals of modules, made
-by whoever needs them first. Others would use them while that model sleeps, which ends the process.
-So they are replaced by copies that lie elsewhere. The model's own references stay as they are.
+Tensors allocated together with a model's weights lie in memory that sleeps and goes with that
+model. Some are not part of the model: scratch memory and constants in globals of modules, made by
+the first model that needs them. Other models would use them while that model sleeps, which ends the
+process. So they are replaced by copies that lie elsewhere. The model's own references stay as they
+are.
 
-Found are tensors in globals of vLLM's and FlashInfer's modules, in their dictionaries and lists,
-and in attributes of their functions, classes and objects; not what is hidden deeper, such as in
+The search covers globals of vLLM's and FlashInfer's modules, their dictionaries and lists, and
+attributes of their functions, classes and objects; not what is hidden deeper, such as in
 `functools.cache`.
 """
 
@@ -23,13 +24,13 @@ import torch
 PACKAGES = ("vllm", "flashinfer")
 
 Place = tuple[str, torch.Tensor, Callable[[torch.Tensor], object]]
-"""A name, what is there, and how to put something else there."""
+"""A name, the tensor there, and a function that puts another one there."""
 
 
 def move_out(is_inside: Callable[[int], bool]) -> list[str]:
     """Replace tensors whose memory begins at an address that `is_inside`; returns their names.
 
-    The caller has it that new tensors lie elsewhere.
+    The caller makes sure that new tensors lie elsewhere.
     """
     moved: dict[int, torch.Tensor] = {}
     names = []

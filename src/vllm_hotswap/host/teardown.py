@@ -1,10 +1,10 @@
-"""Taking one engine apart, while others in the same process go on.
+"""Takes one engine apart, while others in the same process continue.
 
 vLLM's own shutdown ends with process-wide cleanup (distributed groups, workspaces, caches), so it
-is only for the last engine of a process. What it leaves would wait for a full collection
-of a heap with a million objects (half a second), because vLLM freezes a model's objects once it is
-loaded. Here the objects that hold memory are emptied one by one, so that reference counting gives
-it back at once; the empty shells are left to a collection at a quieter time.
+is only for the last engine of a process. What it leaves would wait for a full collection of a heap
+with a million objects (half a second), because vLLM freezes a model's objects once it is loaded.
+Here the objects that hold memory are emptied one by one, so that reference counting gives it back
+at once. The empty shells are left to a collection at a quieter time.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def dismantle(parts: Mapping[str, Any]) -> None:
 
 
 def pools_of(parts: Mapping[str, Any]) -> Any:
-    """The memory pools of an engine's worker, to be closed once it is dismantled; None without any.
+    """Take the memory pools of an engine's worker, to be closed once it is dismantled.
 
-    Only a worker in this process has any here.
+    None if it has none, or if the worker is another process.
     """
     take = getattr(_worker(parts), "take_pools", None)
     return None if take is None else take()
 
 
 def collect_shells() -> None:
-    """Collect what `dismantle` or a failed load has left, wherever vLLM has frozen it."""
+    """Collect what `dismantle` or a failed load has left, even if vLLM has frozen it."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()

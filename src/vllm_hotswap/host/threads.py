@@ -1,8 +1,8 @@
 """Threads that do not compute, and the binding that they must not inherit.
 
 OpenMP binds the first thread of the process to one core when its library is loaded, before Python
-runs, and threads inherit the binding of whoever starts them. An IO thread on the compute thread's
-core would wait for it, so the parent says which cores there are, and IO threads go back to them.
+runs. Threads inherit the binding of the thread that starts them. An IO thread on the compute
+thread's core would wait for it. So the parent passes the list of cores, and IO threads use all.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _cores: frozenset[int] = frozenset()
 
 
 def remember_cores(cores: Iterable[int]) -> None:
-    """Note the cores that `use_all_cores` is to give back; none: change nothing."""
-    global _cores  # noqa: PLW0603  # said once, when the process starts
+    """Note the cores that `use_all_cores` restores; with none, it changes nothing."""
+    global _cores  # noqa: PLW0603  # set once, when the process starts
     _cores = frozenset(cores)
 
 

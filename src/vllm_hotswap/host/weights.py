@@ -1,10 +1,10 @@
-"""Dropping a model's weights on CPU, and putting them back where they were.
+"""Drops a model's weights on CPU, and puts them back where they were.
 
 Compiled code, tied layers and views hold on to tensors, so the objects stay, and only the memory
 behind them goes: a tensor's storage is emptied, and a oneDNN matrix multiplication (which keeps
 its own packed copy of a weight) is freed. New memory comes from a second model, loaded
-the ordinary way: whatever quantisation or packing does to weights is done again by vLLM itself.
-Both models are searched for weights in the same way, so each weight finds its fellow by name.
+the ordinary way: vLLM itself repeats what quantisation or packing does to weights.
+Both models are searched for weights in the same way, so their weights match by name.
 
 What is not a parameter stays: buffers (rotary caches, masks), the KV cache, LoRA adapters.
 
@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vllm._custom_ops import CPUDNNLGEMMHandler
 
 LORA_WRAPPING = ".base_layer"
-"""What LoRA puts into the names of layers that it wraps, after they have been loaded."""
+"""What LoRA adds to the names of layers that it wraps, after they have been loaded."""
 
 PACKED_BY_LAYER = ".cpu_linear."
-"""In the names of what a layer that is not quantised multiplies by; it has its own copy of all."""
+"""Marks the names of what an unquantised layer multiplies by, which is a copy of its own."""
 
 DEEPEST_HANDLER = 3
 """Attributes from a layer to its handler: quantisation scheme, kernel, handler."""
@@ -37,15 +37,15 @@ DEEPEST_HANDLER = 3
 class Weights:
     """Every place of one model that holds memory of its weights, by name.
 
-    A quantised handler reads the scales of its layer through a pointer, so with each one goes
-    what it may read: those tensors must live as long as it does.
+    A quantised handler reads the scales of its layer through a pointer. So `read_by` has, for each
+    handler, the tensors that it may read: they must live as long as it does.
     """
 
     tensors: Mapping[str, torch.Tensor]
     handlers: Mapping[str, Any]
     read_by: Mapping[str, Mapping[str, torch.Tensor]]
     packed: Mapping[str, int]
-    """Bytes of each handler's copy, 0 once it is freed. oneDNN tells no size, so no padding."""
+    """Bytes of each handler's copy, 0 once it is freed; without padding, which oneDNN hides."""
 
     @classmethod
     def of(cls, model: Any) -> Weights:
@@ -71,14 +71,14 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """What dropping them gives back. Weights that layers share count once."""
+        """The bytes that dropping them gives back. Weights that layers share count once."""
         storages = [tensor.untyped_storage() for tensor in self.tensors.values()]
         shared = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return int(sum(shared.values()) + sum(self.packed.values()))
 
 
 def strange_weights(model: Any) -> str | None:
-    """The name and type of a weight that cannot be dropped; None if there is none."""
+    """Return the name and type of a weight that cannot be dropped; None if there is none."""
     for name, tensor in Weights.of(model).tensors.items():
         if is_traceable_wrapper_subclass(tensor) or not tensor.untyped_storage().resizable():
             return f"{name} ({type(tensor).__name__})"
@@ -140,7 +140,7 @@ class DroppedWeights:
 
 
 def _holders(layer: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters of a layer, what its `cpu_linear` has captured, and oneDNN handlers."""
+    """Yield a layer's parameters, what its `cpu_linear` has captured, and oneDNN handlers."""
     yield from layer._parameters.items()
     closure = getattr(vars(layer).get("cpu_linear"), "__closure__", None) or ()
     for number, cell in enumerate(closure):
@@ -149,7 +149,7 @@ def _holders(layer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _handlers(owner: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Handlers among the attributes of vLLM's objects, modules aside: they are searched anyway."""
+    """Yield handlers among attributes of vLLM's objects; modules are searched anyway."""
     for name, value in vars(owner).items():
         if isinstance(value, CPUDNNLGEMMHandler):
             yield f"{prefix}{name}", value
@@ -187,9 +187,9 @@ def _fill(target: Any, source: Any) -> None:
 
 
 def _free(handler: Any) -> torch.Tensor:
-    """Free a handler's memory; returns the tensor that holds, and will hold, its pointer.
+    """Free a handler's memory; return the tensor that holds, and will hold, its pointer.
 
-    Without a tensor the handler frees nothing more when it goes itself.
+    Without that tensor, the handler frees nothing when it is deleted.
     """
     pointer: torch.Tensor = handler.handler_tensor
     handler.dtor(pointer.item())
@@ -199,7 +199,7 @@ def _free(handler: Any) -> torch.Tensor:
 
 
 def _adopt(source: Any, target: Any, pointer: torch.Tensor) -> None:
-    """Have `target` own the memory of `source`, in the very tensor that compiled code knows."""
+    """Give `target` the memory of `source`, in the very tensor that compiled code knows."""
     pointer.untyped_storage().copy_(source.handler_tensor.untyped_storage())
     source.handler_tensor = None
     target.handler_tensor = pointer
