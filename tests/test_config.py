@@ -774,7 +774,7 @@ rights:
         "20: adapters must be a mapping with the key folders, not list",
         "22: rights.team: a key is unknown",
         "22: rights.team has no key",
-        "23: rights: a group's name must be a text",
+        "23: rights: a group's name must be a string",
     ]
 
     lines = [line.partition("models.yaml:")[2] for line in refusal(text).splitlines()]
@@ -1059,7 +1059,7 @@ def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
         ("[sk-secret]", "rights must be a mapping of a group's name to its rights, not list"),
         ("{team: sk-secret}", "rights.team must be a mapping with the keys"),
         ("{team: [sk-secret]}", "rights.team must be a mapping with the keys"),
-        ("{7: {keys: [sk-secret]}}", "rights: a group's name must be a text"),
+        ("{7: {keys: [sk-secret]}}", "rights: a group's name must be a string"),
         ("{team: {keys: sk-secret}}", "rights.team.keys cannot be used; it must be a list of"),
         ("{team: {keys: {sk-secret: 1}}}", "rights.team.keys cannot be used"),
         ("{team: {keys: [sk-secret, 5]}}", "rights.team.keys.1 cannot be used"),

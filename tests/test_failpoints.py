@@ -202,7 +202,7 @@ def test_a_file_that_becomes_wrong_disarms(file: Path, caplog: pytest.LogCapture
         ("host.load=raise;host.lode=kill", "there is no failpoint 'host.lode'"),
         ("host.load=burn", "there is no action 'burn'"),
         ("host.load=sleep(soon)", "sleep takes a number of seconds"),
-        ("host.load=exit(now)", "exit takes a status"),
+        ("host.load=exit(now)", "exit takes a status of one or two digits"),
         ("host.load=kill(9)", "kill takes nothing"),
         ("@/nowhere/at/all", "the file '/nowhere/at/all' cannot be read"),
     ],

@@ -118,7 +118,7 @@ def test_a_mapping_is_json(parser: Parser, tmp_path: Path) -> None:
         ("hf_overrides: {a: {lang: no}}", "hf_overrides.a.lang is no, which YAML reads as false;"),
         ("hf_overrides: {a: [010]}", "hf_overrides.a.0 is 010, which YAML reads as 8; write 8"),
         ("hf_overrides: no", "hf_overrides is no, which YAML reads as false; write false"),
-        ("revision: true", "revision is true; vLLM wants a value for --revision"),
+        ("revision: true", "revision is true; vLLM needs a value for --revision"),
     ],
 )
 def test_a_surprising_value_is_refused_by_name(

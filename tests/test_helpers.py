@@ -205,7 +205,7 @@ def test_it_is_told_where_no_helper_can_be_started(command: list[str]) -> None:
 def native() -> Iterator[Helpers]:
     """The real program, with xgrammar's and llguidance's native code."""
     if find_spec("xgrammar") is None:
-        pytest.skip("there is no xgrammar")
+        pytest.skip("xgrammar is not installed")
     helpers = Helpers()
     yield helpers
     helpers.close()

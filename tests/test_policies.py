@@ -275,7 +275,7 @@ def test_what_runs_is_waited_for_until_somebody_is_due() -> None:
 
 def test_a_switch_to_a_model_for_which_nobody_waits_is_an_error() -> None:
     """Of the policy, which is named."""
-    with pytest.raises(ValueError, match="'x', for which nobody waits"):
+    with pytest.raises(ValueError, match="'x', for which no request waits"):
         decide(always(SwitchTo("x")), snapshot(queue("b")))
 
 

@@ -887,7 +887,9 @@ async def test_half_of_a_surrogate_pair_is_refused(server: Server, body: dict[st
     response = await server.post(CHAT, content=raw, headers={"content-type": JSON})
 
     assert (400, "invalid_request") == (response.status_code, code(response))
-    assert "half of a surrogate pair, which is not a character" in response.json()["error"]["message"]
+    assert (
+        "half of a surrogate pair, which is not a character" in response.json()["error"]["message"]
+    )
 
 
 async def test_a_boundary_that_cannot_be_one_is_left_to_the_application(server: Server) -> None:

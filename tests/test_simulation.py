@@ -236,7 +236,7 @@ def test_a_policy_that_never_switches_is_overruled_when_a_request_is_due() -> No
 
 def test_a_policy_that_asks_for_nonsense_is_told() -> None:
     """Rather than simulated."""
-    with pytest.raises(ValueError, match="for which nobody waits"):
+    with pytest.raises(ValueError, match="for which no request waits"):
         simulate(trace_of(ask(0, "b", 0.0)), lambda _: SwitchTo("c"), World(Costs(1.0)))
 
 

@@ -73,7 +73,10 @@ def test_empty_lines_do_not_matter(tmp_path: Path) -> None:
         ([HEAD, FIRST.replace("arrived_s", "arrived")], "line 2: arrived: "),
         ([HEAD, FIRST.replace('"arrived_s": 0.5', '"think_s": 1')], "line 2: either arrived_s"),
         ([HEAD, FIRST.replace("0.5", '0.5, "after": 0')], "line 2: either arrived_s"),
-        ([HEAD, FIRST.replace('"arrived_s": 0.5', '"after": 1')], "line 2: after: there is no request 1"),
+        (
+            [HEAD, FIRST.replace('"arrived_s": 0.5', '"after": 1')],
+            "line 2: after: there is no request 1",
+        ),
         ([HEAD.replace('"active": "a"', '"active": "c"')], "line 1: active model 'c'"),
         ([HEAD.replace('{"a": {}, "b": {}}', "{}")], "line 1: models: "),
         ([HEAD.replace("1", "2")], "line 1: version: "),

@@ -129,7 +129,10 @@ def test_key_file_of_its_owner_and_his_groups_is_read(
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        (status(0o600, uid=FOREIGN), "belongs to 'eve'; it must belong to root or to 'ann'.*chown 1000 "),
+        (
+            status(0o600, uid=FOREIGN),
+            "belongs to 'eve'; it must belong to root or to 'ann'.*chown 1000 ",
+        ),
         (status(0o640, gid=FOREIGN_GROUP), "is open to the group 3000; run: chmod g= "),
         (status(0o660, gid=TEAM), "can be written by the group 'team'; run: chmod g-w "),
         (status(0o620, uid=0, gid=FOREIGN_GROUP), "can be written by the group 3000"),

@@ -360,7 +360,7 @@ class _Reader:
             with self._noting("rights", str(name)):
                 if not _is_name(name):
                     raise ConfigError(
-                        f"{self._beside('rights', name)}: a group's name must be a text; "
+                        f"{self._beside('rights', name)}: a group's name must be a string; "
                         "put it in quotes"
                     )
                 _refuse_odd("the group's name", name, self._beside("rights", name))

@@ -370,10 +370,7 @@ class UnknownRoute(HotswapError):
     code = "unknown_route"
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(
-            f"{method} {path} is not among the routes that this server answers; "
-            "see docs/http-api.md"
-        )
+        super().__init__(f"unknown route: {method} {path}; see docs/http-api.md")
 
 
 class MethodNotAllowed(HotswapError):
@@ -438,7 +435,7 @@ class ResponseEnded(HotswapError):
     def __init__(self, response_id: str) -> None:
         super().__init__(
             f"response {response_id!r} has ended; no further events will follow; "
-            f"GET /v1/responses/{response_id} tells how it ended"
+            f"GET /v1/responses/{response_id} shows how it ended"
         )
 
 

@@ -263,9 +263,9 @@ def _rule(text: str) -> Rule:
         raise _refused(text, f"it must be {FORM}")
     place, action, argument = found["place"], found["action"], found["argument"] or ""
     if place not in PLACES:
-        raise _refused(text, f"there is no failpoint {place!r}; there are: {', '.join(PLACES)}")
+        raise _refused(text, f"unknown failpoint {place!r}; known: {', '.join(PLACES)}")
     if action not in ACTIONS:
-        raise _refused(text, f"there is no action {action!r}; there are: {', '.join(ACTIONS)}")
+        raise _refused(text, f"unknown action {action!r}; known: {', '.join(ACTIONS)}")
     limit = int(found["limit"]) if found["limit"] else None
     _check_argument(text, action, argument)
     return Rule(text, place, found["alias"], limit, action, argument)
@@ -277,9 +277,9 @@ def _check_argument(text: str, action: str, argument: str) -> None:
     if action == "sleep" and not re.fullmatch(r"\d+(\.\d*)?", argument):
         raise _refused(text, "sleep takes a number of seconds")
     if action == "exit" and not re.fullmatch(r"\d{1,2}", argument):
-        raise _refused(text, "exit takes a status")
+        raise _refused(text, "exit takes a status of one or two digits")
     if action not in ("sleep", "exit"):
-        raise _refused(text, f"{action} takes nothing")
+        raise _refused(text, f"{action} takes no argument")
 
 
 def _refused(text: str, why: str) -> ConfigError:

@@ -81,8 +81,7 @@ def parse_server_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) ->
     _refuse_unsupported(server)
     if server.lora_modules:
         raise ConfigError(
-            "--lora-modules does not say of which model; put lora_modules below a model in the "
-            "YAML file"
+            "--lora-modules does not name a model; put lora_modules below a model in the YAML file"
         )
     return server
 
@@ -147,7 +146,9 @@ def load_with_flags(
         return read.whole()
     found = list(read.mistakes)
     if any(model.settings for model in config.models):
-        log.info("event=looking_at_flags reason='the file has mistakes, and may have more'")
+        log.info(
+            "event=looking_at_flags reason='the file has mistakes; checking its vLLM settings, too'"
+        )
         with config.references.hidden_in_errors(), no_collection():
             parser = serve_parser("vllm-hotswap serve")
             more = setting_mistakes(parser, config.models, path)
@@ -241,7 +242,7 @@ def _find_action(key: str, actions: Mapping[str, argparse.Action], place: Place)
     if key == "served_model_name":
         raise ConfigError(
             f"{place}: {key!r} cannot be set: the alias is the served name; "
-            "put others into 'aliases'"
+            "put additional names into 'aliases'"
         )
     if key not in actions:
         known = sorted({*actions, *(item.name for item in fields(ModelKeys))})
@@ -320,7 +321,7 @@ def _switch_flag(action: argparse.Action, name: str, value: bool, place: Place) 
     elif action.nargs == "?" and value:
         yield name
     else:
-        raise ConfigError(f"{place} is {str(value).lower()}; vLLM wants a value for {name}")
+        raise ConfigError(f"{place} is {str(value).lower()}; vLLM needs a value for {name}")
 
 
 def _longest(action: argparse.Action) -> str:

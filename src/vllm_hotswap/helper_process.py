@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN_ABORTED = 3
-"""Exit status if there is no xgrammar that can be loaded in this way."""
+"""Exit status if xgrammar is not installed that can be loaded in this way."""
 
 COMPILER_THREADS = 2
 
@@ -65,7 +65,7 @@ def _native() -> Any:
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if there were none
     found = importlib.util.find_spec("xgrammar")
     if found is None or found.submodule_search_locations is None:
-        raise ImportError("there is no xgrammar")
+        raise ImportError("xgrammar is not installed")
     package = types.ModuleType("xgrammar")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["xgrammar"] = package

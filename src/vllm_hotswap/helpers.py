@@ -175,7 +175,7 @@ class Helper:
         if self._is_killed:
             raise HelperStopped
         if status == helper_process.BEGIN_ABORTED:
-            raise NoHelper("xgrammar cannot be loaded by itself")
+            raise NoHelper("xgrammar cannot be loaded without the rest of its package")
         raise HelperFailed(f"signal {-status}" if status < 0 else f"exit status {status}")
 
     def _lower_priority(self) -> None:

@@ -148,7 +148,7 @@ def _key_lines(path: Path) -> list[tuple[int, str, str]]:
     except OSError as error:
         raise ConfigError(f"{place} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:  # its text would show what could not be decoded
-        raise ConfigError(f"{place} is not UTF-8 text; write one key a line") from None
+        raise ConfigError(f"{place} is not UTF-8 text; write one key per line") from None
     if not found:
         raise ConfigError(f"{place} contains no key; write one per line")
     return found

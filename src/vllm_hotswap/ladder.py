@@ -438,7 +438,7 @@ class Ladder:
         """
         timeout_s = self._deadlines.command_timeout
         for model in self._registry:
-            what = f"the end of the failed engine of {model.alias!r}"
+            what = f"cleaning up the failed engine of {model.alias!r}"
             await self.within(model.engine.bury(), timeout_s, what)
 
     def _active(self) -> list[Model]:
@@ -451,7 +451,9 @@ class Ladder:
         """
         if self._host.is_device_shared:
             timeout_s = self._deadlines.command_timeout
-            await self.within(self._host.look(self._taken), timeout_s, "a look at the device")
+            await self.within(
+                self._host.look(self._taken), timeout_s, "measuring the device's memory"
+            )
 
     @property
     def _taken(self) -> int:

@@ -287,7 +287,7 @@ class HeldBody:
         if size > self._limits.body_bytes:
             raise BodyTooLarge(self._limits.body_bytes)
         if self._bodies.are_own and size > OWN_BODY_BYTES:
-            raise BodyTooLarge(OWN_BODY_BYTES, "the most that this route takes")
+            raise BodyTooLarge(OWN_BODY_BYTES, "the limit of this route")
 
     def _take(self, message: Message) -> bytes:
         if message["type"] == "http.disconnect":
@@ -314,8 +314,8 @@ class HeldBody:
                 retry_after_s=1,
             )
         return QueueFull(
-            f"there is no room for this body: requests hold {self._bodies.held_bytes} of "
-            f"{self._limits.held_bytes} bytes (limits.held_bytes), of which one caller may have "
+            f"no room for this body: requests hold {self._bodies.held_bytes} of "
+            f"{self._limits.held_bytes} bytes (limits.held_bytes), and one caller may hold only "
             "its share (limits.held_share); retry later",
             retry_after_s=1,
         )

@@ -104,5 +104,5 @@ def _check_ranks(adapters: Iterable[AdapterFiles], most: int, place: str) -> Non
         if adapter.rank > most:
             raise ConfigError(
                 f"{place}: adapter {adapter.name!r} has rank {adapter.rank}, and max_lora_rank is "
-                f"{most}; raise it, or remove it to have it set from the adapters"
+                f"{most}; raise it, or remove it so that the adapters set it"
             )

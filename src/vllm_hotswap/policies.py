@@ -155,8 +155,8 @@ def make_policy(name: str, settings: PolicySettings) -> Policy:
     if name not in POLICIES and name not in found:
         known = ", ".join([*POLICIES, *sorted(found)])
         raise ConfigError(
-            f"switching.policy {name!r} is not known; known: {known}; a package adds one with an "
-            f"entry point of the group {GROUP}"
+            f"switching.policy {name!r} is not known; known: {known}; packages add policies as "
+            f"entry points of the group {GROUP}"
         )
     if name in POLICIES:
         return POLICIES[name](settings)

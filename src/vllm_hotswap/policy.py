@@ -193,7 +193,7 @@ def decide(policy: Policy, snapshot: Snapshot) -> Decision:
         for queue in snapshot.others:
             if queue.alias == decision.alias:
                 return _switch(snapshot, decision, queue)
-        raise ValueError(f"the policy switches to {decision.alias!r}, for which nobody waits")
+        raise ValueError(f"the policy switches to {decision.alias!r}, for which no request waits")
     return _in_time(snapshot, decision, first_due.due_s)
 
 

@@ -115,7 +115,10 @@ class Core:
 @pytest.mark.parametrize(
     ("sampling", "why"),
     [
-        (SamplingParams(stop=[HALF]), r"has \\ud83d, half of a surrogate pair, which is not a character"),
+        (
+            SamplingParams(stop=[HALF]),
+            r"has \\ud83d, half of a surrogate pair, which is not a character",
+        ),
         (SamplingParams(stop_token_ids=[1 << 64]), "does not fit into 64 bits"),
     ],
 )

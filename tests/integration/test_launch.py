@@ -268,7 +268,7 @@ MISTAKES = {
     "max_model_len: many": "max-model-len",
     "max_model_len: 999999": "max_model_len",
     "port: 80": "'port' is a setting of the server",
-    "served_model_name: other": "put others into 'aliases'",
+    "served_model_name: other": "put additional names into 'aliases'",
     "enable_auto_tool_choice: true": "requires --tool-call-parser",
     "tool_call_parser: hermse": "tool_call_parser 'hermse' is not known",
     "chat_template: /no/such/file.jinja": "/no/such/file.jinja",
