@@ -116,7 +116,7 @@ class Prewakes:
         """
         if (waking := model.waking) is not None:
             self.give_up(model)
-            what = f"giving back the early wake of {model.alias!r} had taken"
+            what = f"giving back the early wake of {model.alias!r}"
             await self._within(asyncio.wait([waking.task]), self._command_s, what)
             if model.waking is waking:
                 raise NoRoom(f"no room: {what} has failed; try again")
@@ -176,7 +176,7 @@ class Prewakes:
 
     async def _has_given_back(self, model: Model) -> bool:
         """Whether all was given back. If not, it still counts, and the next `give_up` retries."""
-        what = f"giving back the early wake of {model.alias!r} had taken"
+        what = f"giving back the early wake of {model.alias!r}"
         try:
             await self._within(model.engine.give_up_wake(), self._give_back_s, what)
         except HotswapError as error:
