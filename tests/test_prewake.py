@@ -477,7 +477,7 @@ async def test_what_cannot_be_given_back_stays_in_the_books(
 
     response = await server.switch("mistral")
     assert 503 == response.status_code
-    assert "no room: giving back the early wake of 'qwen' had taken has failed" in response.text
+    assert "no room: giving back the early wake of 'qwen' has failed" in response.text
     assert "event=wake_kept model=qwen" in caplog.text
     assert ((5, 5), "llama") == (await waking(server), server.coordinator.active)
 
