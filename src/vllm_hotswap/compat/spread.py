@@ -224,6 +224,7 @@ class Feeder:
                 if not promise.done():  # else nothing waits for it
                     await self._pace.wait()
                     _keep(promise, self._submit(*args))
+                # Not before the wait: a promise that has left the queue is not cancelled below.
                 left.popleft()
         except Exception as error:  # noqa: BLE001  # for those that wait: the threads are gone
             for promise, _ in left:
