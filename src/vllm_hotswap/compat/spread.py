@@ -312,7 +312,7 @@ def _paced(work: Callable[..., Awaitable[Any]], pace: Pace) -> Callable[..., Awa
 def _in_pieces(
     build: Callable[..., Coroutine[Any, Any, Any]], executor: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """Run a coroutine that waits for nothing beside the event loop, for some items at a time.
+    """Return `build`, which must wait for nothing, run off the event loop, some items at a time.
 
     The query, which may be long, is tokenised once, as vLLM does it.
     """
