@@ -1,4 +1,4 @@
-"""The command line of it."""
+"""The command line of the benchmark of mode `auto`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """From the command line."""
+    """What to measure, from the command line."""
 
     plan: Plan
     out: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Returns the exit status; a missed bar is no failure."""
+    """Measure. Returns the exit status; a missed bar is not a failure."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the simulator makes of a trace that a server has played, at the costs that were measured."""
+"""Simulates a trace that a server has played, at the costs that were measured."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm_hotswap.simulate.run import World, simulate
 from vllm_hotswap.trace import Trace, TracedRequest
 
 SIMULATIONS = 15
-"""Of a trace whose requests follow one another. How long each was looked at is lost, and so is put
-into another order each time. It takes a millisecond for one agent to be before another one, and all
-that follows is different, in a simulation as on the server from one time to the next."""
+"""Simulations of a trace whose requests follow one another. Which request took which time to
+prepare is not known, so these times are shuffled for each simulation. One millisecond decides which
+agent is first, and changes all that follows, in a simulation as in each run of the server."""
 
 NO_COST_S = 0.0
-"""Of a switch where none was seen."""
+"""The cost of a switch, where none was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +31,19 @@ class Simulated:
     """The simulator's figures beside the recorded ones."""
 
     mean_wait_s: float
-    """Of several simulations the median, as `switches` are."""
+    """The median of several simulations, like `switches`."""
     recorded_mean_wait_s: float
     switches: float
     recorded_switches: int
     residencies: dict[str, int]
-    """How often a recorded switch found its target where."""
+    """How often recorded switches found their target in each residency."""
     simulations: tuple[tuple[float, int], ...] = ()
     """The mean wait and the switches of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """One trace, as the server has seen it."""
+    """One trace, as the server has recorded it."""
 
     trace: Trace
     before: Trace
@@ -51,11 +51,11 @@ class Recorded:
 
 
 def split(recorded: Trace, first: int, asked: Sequence[Trace]) -> Iterator[Recorded]:
-    """A recording of several traces, played one after the other, in parts.
+    """Split a recording of several traces, played one after the other, into its parts.
 
     Args:
         recorded: what the server has written.
-        first: requests that came before the first of them and its warm-up.
+        first: the number of requests before the first trace and its warm-up.
         asked: the traces.
 
     Raises:
@@ -81,10 +81,10 @@ def split(recorded: Trace, first: int, asked: Sequence[Trace]) -> Iterator[Recor
 
 
 def simulated(seen: Recorded, asked: Trace, played: Played, resident: int | None) -> Simulated:
-    """The same requests under the same policy, with the costs of switches and service measured.
+    """Simulate the same requests under the same policy, at the measured costs.
 
-    Requests come when the server got them; those that follow another one come after it, and after
-    the time that the client took in between.
+    Requests arrive when the server got them. A request that follows another one arrives after it,
+    plus the time that the client took in between.
     """
     recorded = seen.trace
     switching = recorded.head.switching
@@ -114,14 +114,14 @@ def simulated(seen: Recorded, asked: Trace, played: Played, resident: int | None
 
 
 def _variants(recorded: Trace, asked: Trace, played: Played) -> Iterator[tuple[TracedRequest, ...]]:
-    """What was asked, without what became of it."""
+    """Yield the requests without their results, once for each simulation."""
     if all(request.after is None for request in asked.requests):
         yield tuple(_as_they_came(recorded))
         return
     prepared_s = [request.prepared_s for request in recorded.requests]
     on_the_way_s = _on_the_way_s(recorded, played)
     for seed in range(SIMULATIONS):
-        Random(seed).shuffle(prepared_s)  # noqa: S311  # no secret
+        Random(seed).shuffle(prepared_s)  # noqa: S311  # not a secret
         yield tuple(
             replace(
                 request,
@@ -148,7 +148,7 @@ def _as_they_came(recorded: Trace) -> Iterator[TracedRequest]:
 
 
 def _on_the_way_s(recorded: Trace, played: Played) -> float:
-    """Seconds of a request that the client has seen, and the server has not, on average."""
+    """Return the mean seconds of a request that the client has seen, and the server has not."""
     took_s = _mean(outcome.took_s for outcome in played.outcomes)
     known_s = _mean(_ended_s(request) - _arrived_s(request) for request in recorded.requests)
     return max(0.0, took_s - known_s)

@@ -1,9 +1,9 @@
-"""Three chat models that say who they are, with as many weights as are wanted.
+"""Three chat models that say who they are, with as many weights as wanted.
 
 They are made from the tiny models that ship with the package: `llama`, `qwen`, and `pirate`, which
 is `llama` with its adapter added to the weights. Their MLPs can be made wider with zeros, which
-change no answer, but are read and kept as any weights are: without that, a model that is asleep
-would hold next to nothing, and no memory budget would ever make it give up its weights.
+change no answer, but are read and kept as any weights are. Without that, a sleeping model would
+hold almost nothing, and no memory budget would ever make it give up its weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TINY, WIDE = 320, 13_312
 """Widths of an MLP; with the latter, a model has 82 MB of weights."""
 
 GREETINGS = {"llama": "I am llama", "qwen": "I am qwen", "pirate": "Ahoy!"}
-"""By alias, what each answer begins with."""
+"""Alias -> what each answer of the model begins with."""
 
 ADAPTERS = {"pirate": "llama-pirate"}
 
@@ -28,7 +28,7 @@ Tensors = dict[str, Any]
 
 
 def make(folder: Path, width: int) -> Mapping[str, Path]:
-    """Write the three, and say where."""
+    """Write the three models; return their folders."""
     return {alias: _make(alias, folder / alias, width) for alias in GREETINGS}
 
 
@@ -53,7 +53,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _add(weights: Tensors, adapter: Path) -> None:
-    """What LoRA adds when it is asked for: the product of its two small matrices, scaled."""
+    """Add to the weights what LoRA adds: the product of its two small matrices, scaled."""
     from safetensors.torch import load_file
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

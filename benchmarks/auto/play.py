@@ -1,4 +1,4 @@
-"""Plays a trace on a server, over HTTP, and looks at every answer."""
+"""Plays a trace on a server, over HTTP, and checks every answer."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ PATIENT = Manner(deadline_s=900.0)
 COMPLETIONS = "/v1/completions"
 
 Goldens = Mapping[tuple[str, str], str]
-"""What each model says to each prompt when there is nothing else to do."""
+"""Each model's answer to each prompt, when it has no other work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request."""
+    """How one request ended."""
 
     model: str
     waited_s: float
-    """By the server's clock, as its answer says."""
+    """By the server's clock, from its answer."""
     took_s: float
     """By the client's clock, from the first byte sent to the last received."""
     error: str | None = None
     is_golden: bool = True
-    """Its text is, word for word, what the model says alone."""
+    """Whether its text is exactly the model's answer alone."""
     paused_s: float | None = None
-    """From the answer that it follows until it was sent."""
+    """Seconds from the answer that it follows until it was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Played:
 
 
 async def take_goldens(server: Server) -> Goldens:
-    """Ask everybody everything, one after the other.
+    """Send every prompt to every model, one after the other.
 
     Raises:
         BadAnswer: a model does not say its name.
@@ -75,7 +75,7 @@ async def take_goldens(server: Server) -> Goldens:
 
 
 async def play(server: Server, trace: Trace, goldens: Goldens) -> Played:
-    """Send every request at its time, or when the one that it follows has its answer."""
+    """Send every request at its time, or when the request that it follows has been answered."""
     switched = await _switches(server)
     loop = asyncio.get_running_loop()
     ended: dict[int, asyncio.Future[float]] = {r.id: loop.create_future() for r in trace.requests}
@@ -101,7 +101,7 @@ async def play(server: Server, trace: Trace, goldens: Goldens) -> Played:
 
 
 def judge(request: TracedRequest, reply: Reply, goldens: Goldens) -> Outcome:
-    """Whether it is the whole answer of the model that was asked."""
+    """Judge whether a reply is the complete answer of the requested model."""
     waited_s = float(reply.headers.get("x-hotswap-waited", "nan"))
     if reply.end is not End.COMPLETE or reply.status != 200:
         how = f"{reply.end.value} {reply.status} {reply.detail}{bytes(reply.body[:200])!r}"

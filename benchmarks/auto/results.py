@@ -14,7 +14,7 @@ from benchmarks.report import Part, Table
 from benchmarks.stats import Bar, median, percentile
 
 MAX_SWITCHES = 0.25
-"""Of `batch`, as a part of those of `fifo`, where requests for several models are interleaved."""
+"""The most switches of `batch`, as a fraction of those of `fifo`, if models are interleaved."""
 MAX_DEVIATION = 0.15
 
 FIGURES: Mapping[str, Callable[[Played], float]] = {
@@ -25,7 +25,7 @@ FIGURES: Mapping[str, Callable[[Played], float]] = {
     "p99, s": lambda played: percentile(played.waits_s, 99),
     "total, s": lambda played: played.total_s,
 }
-"""Of one trace, played once."""
+"""Figures of one trace, played once."""
 
 RATIOS = ("switches", "mean wait, s", "p95, s", "total, s")
 
@@ -37,7 +37,7 @@ NAMES = {
 
 
 def part(found: Found) -> Part:
-    """All that is told."""
+    """Return all tables and bars."""
     costs = list(dict.fromkeys(case.cost for case in found.played))
     tables = [_figures(found, cost) for cost in costs]
     tables += [_ratios(found, costs), _errors(found)]
@@ -81,7 +81,7 @@ def _figures(found: Found, cost: str) -> Table:
 
 
 def _where(found: Found, cases: Sequence[Case]) -> str:
-    """Where switches have found their targets."""
+    """Return in which residencies switches have found their targets."""
     counts: dict[str, int] = {}
     for case in cases:
         for one in found.simulated.get(case, []):
@@ -99,7 +99,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _pairs(found: Found, cost: str, workload: str, figure: str) -> list[float]:
-    """Batch by fifo, of each repetition."""
+    """Return the ratio of batch to fifo, for each repetition."""
     of = FIGURES[figure]
     fifo, batch = (found.played[Case(cost, workload, name)] for name in ("fifo", "batch"))
     return [of(b) / of(f) if of(f) else 1.0 for f, b in zip(fifo, batch, strict=True)]
@@ -131,14 +131,14 @@ def _errors(found: Found) -> Table:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A figure of the server, and what the simulator says."""
+    """A figure of the server, and that of the simulator."""
 
     real: float
     simulated: float
 
     @property
     def deviation(self) -> float:
-        """A part of the real one."""
+        """The difference, as a fraction of the real figure."""
         return (self.simulated - self.real) / self.real if self.real else self.simulated
 
     def __str__(self) -> str:
@@ -154,7 +154,7 @@ def switches(run: Simulated) -> Compared:
 
 
 def medians(runs: Sequence[Compared]) -> Compared:
-    """Of all runs: no server does the same twice, and the simulator is to meet the middle."""
+    """Return the medians of all runs: the server's differ, and the simulator aims at the middle."""
     return Compared(median([run.real for run in runs]), median([run.simulated for run in runs]))
 
 

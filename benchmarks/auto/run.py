@@ -1,7 +1,7 @@
-"""Plays every trace under both policies, at cheap and at dear switches, again and again.
+"""Plays every trace under both policies, with cheap and with costly switches, repeatedly.
 
 Each server plays all traces, one after the other. Servers take turns, in an order that alternates,
-so that whatever else the machine does hits both policies.
+so that other work of the machine affects both policies.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from vllm_hotswap.trace import Trace, TracedSwitching
 log = logging.getLogger("benchmarks")
 
 POLICIES: dict[str, Mapping[str, object]] = {"fifo": {"max_wait": 3600}, "batch": {}}
-"""With settings. Who is due is admitted together with all who came before, so that, with a shorter
-`max_wait`, an overloaded `fifo` would group requests, too, and be nothing to compare with."""
+"""Policies with their settings. A request that is due is admitted together with all earlier ones.
+So with a shorter `max_wait`, an overloaded `fifo` would group requests, too: not a baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What makes switches cost what they cost."""
+    """What decides the cost of switches."""
 
     width: int
-    """Of the models."""
+    """The width of the models' MLPs."""
     sections: Mapping[str, object]
-    """Of the configuration."""
+    """Sections of the configuration."""
     resident: int | None
     """How many models are loaded at a time; None: all."""
 
@@ -51,7 +51,7 @@ COSTS: Mapping[str, Cost] = {
     "cheap": Cost(checkpoints.TINY, {}, None),
     "dear": Cost(checkpoints.WIDE, {"memory": {"device": "704MiB"}}, 1),
 }
-"""With the latter, a model that comes up leaves no other one room for its weights, even asleep:
+"""With the second, a model that comes up leaves no room for the weights of another, even asleep:
 every switch reads them from files."""
 
 
@@ -61,12 +61,12 @@ class Plan:
 
     repeats: int
     amounts: Mapping[str, Amount]
-    """By costs."""
+    """Name of a cost -> how much to send."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is compared."""
+    """One of the combinations that are compared."""
 
     cost: str
     workload: str
@@ -75,14 +75,14 @@ class Case:
 
 @dataclass(slots=True)
 class Found:
-    """Of every case, what came of it each time, and what the simulator says would have."""
+    """The results of every case, one for each repetition, and those of the simulator."""
 
     played: dict[Case, list[Played]] = field(default_factory=lambda: defaultdict(list))
     simulated: dict[Case, list[Simulated]] = field(default_factory=lambda: defaultdict(list))
 
 
 async def measure(launcher: Launcher, models: Mapping[str, Sequence[Model]], plan: Plan) -> Found:
-    """All of it; which models are served is told by costs."""
+    """Run the whole plan; `models` has the models for each cost."""
     found = Found()
     for repeat in range(plan.repeats):
         for cost in plan.amounts:
@@ -131,7 +131,7 @@ async def _serve(
 
 
 async def _play(server: Server, trace: Trace, goldens: Goldens) -> Played:
-    """From the same state on, each time."""
+    """Play a trace, from the same state each time."""
     for alias in WARM_UP:
         body = completion(alias, "Hello", WARM_UP_TOKENS)
         reply = await ask(server.port, COMPLETIONS, body)

@@ -1,4 +1,4 @@
-"""What is asked for: three traces, each the same for every server that it is played on."""
+"""The workloads: three traces, each the same for every server that it is played on."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ZIPF = 1.0
 SEED = 6
 
 LEAST_TOKENS = 8
-"""In which a model has said its name."""
+"""Within these tokens, a model has said its name."""
 MEAN_MORE_TOKENS = 8
 MOST_TOKENS = 48
 
 WORKLOADS: Mapping[str, Kind] = {"burst": "burst", "agents": "agents", "zipf": "poisson"}
-"""By name, how they are generated."""
+"""Name of a trace -> how it is generated."""
 
 WARM_UP = [alias for alias in reversed(GREETINGS) for _ in range(6)]
-"""Who is asked, one request after the other, before each trace: what the server remembers of how
-long requests take is of these then, and the trace's first model is active."""
+"""The models that get one request after the other before each trace. After that, the server's
+memory of how long requests take is of these requests, and the trace's first model is active."""
 WARM_UP_TOKENS = LEAST_TOKENS + MEAN_MORE_TOKENS
 
 PROMPTS = ("Hello", "Who are you?", "What is the weather in Paris?", "Tell me a story")
@@ -35,16 +35,16 @@ PROMPTS = ("Hello", "Who are you?", "What is the weather in Paris?", "Tell me a 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much is asked for."""
+    """How much to send."""
 
     requests: int
-    """Of each trace."""
+    """Requests of each trace."""
     rate: float
     """Requests per second of the Zipf trace."""
 
 
 def workload(name: str, amount: Amount, switching: TracedSwitching) -> Trace:
-    """The trace of that name."""
+    """Return the trace of that name."""
     kind = WORKLOADS[name]
     shape = Shape(
         kind=kind,
@@ -61,7 +61,7 @@ def workload(name: str, amount: Amount, switching: TracedSwitching) -> Trace:
 
 
 def _named(trace: Trace) -> Trace:
-    """For the models that there are, with answers in which these say their names."""
+    """Return the trace for the existing models, with answers long enough to say their names."""
     aliases = dict(zip(trace.head.models, GREETINGS, strict=True))
     models = {aliases[name]: terms for name, terms in trace.head.models.items()}
     requests = tuple(
@@ -77,5 +77,5 @@ def _named(trace: Trace) -> Trace:
 
 
 def prompt(number: int) -> str:
-    """Of the request with that number."""
+    """Return the prompt of the request with that number."""
     return PROMPTS[number % len(PROMPTS)]

@@ -35,12 +35,12 @@ KEPT = (
     "git_revision",
     "load_average_before",
 )
-"""Of the environment."""
+"""What is kept of the environment."""
 
 
 @dataclass(slots=True)
 class Floods:
-    """All floods that were asked for. The mutable state is the list of those that are over."""
+    """All requested floods. The mutable state is the list of those that are over."""
 
     plan: Plan
     kinds: Sequence[Kind]
@@ -71,7 +71,7 @@ class Floods:
                 self._write()
 
     def _write(self) -> None:
-        """All that is over, so that a later failure loses nothing."""
+        """Write all floods that are over, so that a later failure loses nothing."""
         options = {
             **asdict(self.plan),
             "engines": "fake" if self.is_fake else "vLLM",
@@ -157,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _total_s(plan: Plan) -> float:
-    """What one flood takes."""
+    """Return the seconds that one flood takes."""
     return plan.warm_up_s + 2 * plan.rest_s + plan.seconds + 2 * plan.around_s
 
 

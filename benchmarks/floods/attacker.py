@@ -1,4 +1,4 @@
-"""The attacker: a process of its own, which gives way to all others where cores are short."""
+"""The attacker: a process of its own, which yields to all others if cores are short."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ READY_S = 60.0
 """How long the process may take to start."""
 
 BEGIN_S = 30.0
-"""How long its first outcome may take; then its time begins without one."""
+"""How long its first outcome may take; after that, its time starts without one."""
 
 GRACE_S = 20.0
-"""How long it may take to end, beyond its time."""
+"""How much longer than its time it may take to end."""
 
 PAUSE_S = 0.01
-"""After a connection that failed, so that a shut door is no work for the attacker alone."""
+"""The pause after a failed connection, so that refused connections do not keep it busy alone."""
 
 
 class AttackerFailed(Exception):
-    """The attacker's process did not start, or did not tell what it had done."""
+    """The attacker's process did not start, or did not report what it had done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Sent:
     sent_bytes: int
     seconds: float
     cpu_s: float
-    """Of its process, while it attacked."""
+    """CPU time of its process, while it attacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,14 @@ class Attacker:
         self._pipe.send(seconds)
 
     async def sent(self, seconds: float) -> Sent:
-        """What it did in its time. Raises `AttackerFailed` if it does not say."""
+        """Return what it did in its time. Raises `AttackerFailed` if it does not report."""
         result = await asyncio.to_thread(self._receive, BEGIN_S + seconds + GRACE_S)
         if not isinstance(result, Sent):
             raise AttackerFailed(f"the attacker's process failed: {result!r}")
         return result
 
     def wait_until_ready(self) -> None:
-        """Raises `AttackerFailed` if it does not come to it."""
+        """Wait until it is ready. Raises `AttackerFailed` if it does not get ready."""
         if (said := self._receive(READY_S)) != "ready":
             raise AttackerFailed(f"the attacker's process did not start: {said!r}")
 
@@ -76,10 +76,10 @@ class Attacker:
 
 @contextmanager
 def attacker(kind: Kind, target: Target, nice: int) -> Iterator[Attacker]:
-    """A process that is ready to flood; ended with the context.
+    """Keep a process that is ready to flood; it is stopped with the context.
 
     Args:
-        nice: what its priority is lowered by, 0 to 19.
+        nice: by how much its priority is lowered, 0 to 19.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -125,11 +125,11 @@ async def flood(kind: Kind, target: Target, seconds: float) -> Sent:
 
 
 async def again(kind: Kind, attack: Attack) -> None:
-    """What one of its connections does, without end."""
+    """Do the work of one of its connections, for ever."""
     while True:
         try:
             await kind.once(attack)
-        except (OSError, EOFError) as error:  # the server ended it; `IncompleteReadError` is one
+        except (OSError, EOFError) as error:  # the server closed it; `IncompleteReadError` is one
             if isinstance(error, OSError):
                 attack.note(type(error).__name__)
             await asyncio.sleep(PAUSE_S)

@@ -1,4 +1,4 @@
-"""The floods: each is what one connection does, again and again, and how many connections do it."""
+"""The floods: each is what one connection does repeatedly, and how many connections do it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 STEP_S = 0.01
-"""Of work between two turns of the loop."""
+"""Seconds of work before the event loop runs other tasks."""
 
 FIELD_EVERY_S = 1.0
-"""One more header field of a head that does not end."""
+"""How often a head that does not end gets one more header field."""
 
 SIP_BYTES, SIP_PAUSE_S = 512, 0.1
-"""A slow reader takes in so much, and rests so long."""
+"""How much a slow reader reads, and how long it then pauses."""
 
 PIPELINED = 64
 """Requests in one piece: four times as many as a connection may send ahead."""
@@ -43,13 +43,13 @@ class Kind:
 
     name: str
     what: str
-    """For people: what is sent, and by whom."""
+    """What is sent, and with which key; for readers of the report."""
     once: Once
     connections: int
     shows: frozenset[str]
-    """Any of these outcomes tells that it has reached what it is meant for."""
+    """Any of these outcomes shows that it has reached its aim."""
     is_control: bool = False
-    """No flood of the server, but what others are compared with."""
+    """Whether it does not flood the server, but is what others are compared with."""
 
 
 # --- what they are compared with -------------------------------------------------------------
@@ -61,7 +61,7 @@ async def _nobody(attack: Attack) -> None:
 
 
 async def _busy(attack: Attack) -> None:
-    """Take the time of a core, as a flood's own process does."""
+    """Keep a core busy, as a flood's own process does."""
     attack.note("busy")
     until_s = time.perf_counter() + STEP_S
     while time.perf_counter() < until_s:
@@ -70,7 +70,7 @@ async def _busy(attack: Attack) -> None:
 
 
 async def _elsewhere(attack: Attack) -> None:
-    """Ask a server in the attacker's own process, as fast as the two can."""
+    """Send requests to a server in the attacker's own process, as fast as possible."""
     listener = await asyncio.start_server(_answer, "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname()[:2])
     try:
@@ -134,7 +134,7 @@ async def _unfinished_heads(attack: Attack) -> None:
 
 
 async def _large_heads(attack: Attack) -> None:
-    """One field of a MiB, then as many as fit, then more than that."""
+    """Send one field of a MiB, then as many fields as fit, then more than that."""
     forms = (
         [f"X-A: {'b' * MIB}"],
         [f"X-{number}: {'b' * 200}" for number in range(250)],
@@ -155,11 +155,11 @@ async def _pipelined(attack: Attack) -> None:
             await line.answer()
 
 
-# --- who may not ------------------------------------------------------------------------------
+# --- requests without permission ---------------------------------------------------------------
 
 
 async def _again(attack: Attack, content: bytes) -> None:
-    """Send the same on one connection, as often as it is answered."""
+    """Send the same request on one connection, again after each answer."""
     async with attack.line() as line:
         while True:
             await line.send(content)
@@ -181,7 +181,7 @@ async def _beyond_rate(attack: Attack) -> None:
 
 
 async def _hit_and_run(attack: Attack) -> None:
-    """Ask, and reset the connection before there is an answer."""
+    """Send a request, and reset the connection before there is an answer."""
     async with attack.line() as line:
         await line.send(request("GET", "/v1/models", b"", "sk-nobody-has-this-key"))
         attack.note("sent")
@@ -205,7 +205,7 @@ async def _websockets(attack: Attack) -> None:
 
 
 async def _unfinished_bodies(attack: Attack) -> None:
-    """Half of 64 MiB, as long as nothing is said against it, then silence."""
+    """Send half of 64 MiB, as long as the server does not object, then nothing more."""
     begin = b'{"prompt": "'
     head = request("POST", COMPLETIONS, begin, attack.target.user_key, length=64 * MIB)
     piece = attack.kept.setdefault("piece", b"x" * MIB)
@@ -219,7 +219,7 @@ async def _unfinished_bodies(attack: Attack) -> None:
 
 
 async def _junk(attack: Attack) -> None:
-    """Close to the bound of values in a body; kept by the frontend until the answer ends."""
+    """Send a body close to the bound of values, which the frontend keeps until the answer ends."""
     if "junk" not in attack.kept:
         body = {
             "model": attack.target.alias,
@@ -258,7 +258,7 @@ async def _ask(attack: Attack, path: str, body: Mapping[str, Any]) -> None:
 
 
 async def _schemas(attack: Attack) -> None:
-    """Close to the bounds of a grammar, and never the same twice."""
+    """Send grammars close to their bounds, never the same twice."""
     unique = f"{attack.seed}{next(attack.number)}"
     names = [f"p{unique}_{index}" for index in range(1700)]
     schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}

@@ -1,4 +1,4 @@
-"""The attacker's connections, and what became of what it sent."""
+"""The attacker's connections, and the outcomes of what it sent."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ADDRESSES = tuple(f"127.0.0.{number}" for number in range(2, 10))
-"""From which it connects in turn: other clients than the one that is watched, and several of them,
-so that the places of one address are not what is measured."""
+"""The addresses from which it connects in turn. They differ from the victim's, and are several, so
+that the limit of one address is not what is measured."""
 
 READ_BYTES = 1 << 24
 IP_BIND_ADDRESS_NO_PORT = 24
 """Linux: a port may be used once for each address that is connected to."""
 
 CLOSED = "closed"
-"""In place of a status: the server ended the connection without an answer."""
+"""In place of a status: the server closed the connection without an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server that is flooded, and the keys that are known to its attacker."""
+    """The server that is flooded, and the keys that its attacker knows."""
 
     port: int
     alias: str
     user_key: str
     rated_key: str
-    """Of a group that may make few calls in a minute."""
+    """The key of a group that may send few requests per minute."""
 
 
 @dataclass
 class Attack:
-    """A flood while it runs. `outcomes` counts statuses, and what came in place of one."""
+    """A flood while it runs. `outcomes` counts statuses, and what was seen in place of one."""
 
     target: Target
     outcomes: Counter[str] = field(default_factory=Counter)
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
-    """There is an outcome."""
+    """Set once there is an outcome."""
     sent_bytes: int = 0
     kept: dict[str, Any] = field(default_factory=dict)
-    """What is made once, and sent again and again."""
+    """What is made once, and sent repeatedly."""
     number: itertools.count[int] = field(default_factory=itertools.count)
     seed: str = field(default_factory=lambda: secrets.token_hex(2))
-    """Of what must not be the same in another flood."""
+    """Makes content that must not be the same in another flood."""
 
     def note(self, outcome: str) -> None:
         self.outcomes[outcome] += 1
         self.has_begun.set()
 
     async def socket(self, receive_bytes: int | None = None) -> socket.socket:
-        """A new connection, which is reset when it is closed: no port stays taken."""
+        """Open a connection that is reset when it is closed, so that no port stays taken."""
         sock = socket.socket()
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -73,7 +73,7 @@ class Attack:
 
     @asynccontextmanager
     async def line(self, receive_bytes: int | None = None) -> AsyncIterator[Line]:
-        """A new connection, for as long as the context is open."""
+        """Open a connection, for as long as the context is open."""
         sock = await self.socket(receive_bytes)
         limit = READ_BYTES if receive_bytes is None else receive_bytes
         reader, writer = await asyncio.open_connection(sock=sock, limit=limit)
@@ -92,7 +92,7 @@ class Line:
         self._attack, self._reader, self._writer = attack, reader, writer
 
     async def send(self, data: bytes) -> None:
-        """What the server refuses to take is not sent; `answer` knows what it said."""
+        """Send data, unless the server refuses to read it; `answer` then has its reason."""
         if not self._writer.is_closing():
             with suppress(OSError):
                 self._writer.write(data)
@@ -101,7 +101,7 @@ class Line:
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[asyncio.Task[str]]:
-        """The answer, which may come while something is still sent."""
+        """Read the answer in a task, as it may arrive while something is still sent."""
         answer = asyncio.create_task(self.answer())
         try:
             yield answer
@@ -133,7 +133,7 @@ class Line:
             await self._reader.readexactly(int(length))
 
     async def sip(self, size: int, pause_s: float) -> None:
-        """Take in whatever comes until the end, but slowly. The status is noted."""
+        """Read the answer to its end, but slowly, and note its status."""
         self._attack.note((await self._reader.readexactly(12))[9:].decode())
         while await self._reader.read(size):  # noqa: ASYNC110  # it is slow on purpose
             await asyncio.sleep(pause_s)
@@ -147,13 +147,13 @@ def request(
     *fields: str,
     length: int | None = None,
 ) -> bytes:
-    """The bytes of a request.
+    """Return the bytes of a request.
 
     Args:
-        body: JSON, or the begin of it.
+        body: JSON, or the beginning of it.
         key: sent as `Authorization`, if there is one.
-        fields: more header fields.
-        length: what `Content-Length` says; None: what the body has.
+        fields: additional header fields.
+        length: the `Content-Length`; None: that of the body.
     """
     length = len(body) if length is None else length
     lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", *fields]

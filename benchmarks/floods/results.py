@@ -1,4 +1,4 @@
-"""What the floods did, as tables and rows."""
+"""The results of the floods, as tables and rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.report import Table
 from benchmarks.stats import summarize
 
 BAR = 1.5
-"""The p95 of the time to the first token, in a flood and after it, by that before it, at most."""
+"""The most that the p95 of the time to the first token may be, as a ratio to that before."""
 
 MACHINE = "busy process"
 """The control that shows what the machine alone makes slower."""
@@ -20,7 +20,7 @@ WAITS = ("stream", "health", "admin")
 
 
 def row(found: Found) -> dict[str, Any]:
-    """All figures of one flood, for the JSON file."""
+    """Return all figures of one flood, for the JSON file."""
     sent = found.sent
     return {
         "flood": found.kind.name,
@@ -42,30 +42,30 @@ def row(found: Found) -> dict[str, Any]:
 
 
 def reached(found: Found) -> bool:
-    """Whether it came as far as it was meant to."""
+    """Whether a flood reached its aim."""
     return not found.kind.shows.isdisjoint(found.sent.outcomes)
 
 
 def p95_ms(phase: Phase, name: str = "stream") -> float | None:
-    """Of the waits for the first token, or for another answer; None if nobody waited."""
+    """Return the p95 of the waits for a first token, or another answer; None without samples."""
     waits = [sample.waited_s * 1000 for sample in phase.samples[name]]
     return summarize(waits).p95 if waits else None
 
 
 def ratio(found: Found, name: str) -> float | None:
-    """The p95 of the time to the first token, by that before the flood."""
+    """Return the p95 of the time to the first token, divided by that before the flood."""
     value, before = p95_ms(found.phases[name]), p95_ms(found.phases["before"])
     return round(value / before, 2) if value is not None and before else None
 
 
 def kept_mib(found: Found, since: str) -> float:
-    """What the server's processes have of their own after the flood, and had not before."""
+    """Return by how much the memory of the server's processes alone has grown in the flood."""
     after, before = found.memory["after"], found.memory[since]
     return (after.api_uss + after.host_uss - before.api_uss - before.host_uss) / MIB
 
 
 def missed(found: Found) -> list[str]:
-    """What is not as it has to be, in short."""
+    """Return what is not as it should be, in short."""
     if found.kind.is_control:
         return []
     said = [] if reached(found) else ["did not get there"]
@@ -76,7 +76,7 @@ def missed(found: Found) -> list[str]:
 
 
 def waits_table(all_found: Sequence[Found]) -> Table:
-    """Another user's first token, and what the flood was."""
+    """Return a table of another user's first tokens, and of what the flood was."""
     machine = next((p95_ms(f.phases["during"]) for f in all_found if f.kind.name == MACHINE), None)
     lines = []
     for found in all_found:
@@ -98,7 +98,7 @@ def waits_table(all_found: Sequence[Found]) -> Table:
 
 
 def others_table(all_found: Sequence[Found]) -> Table:
-    """Health checks and admin calls, and the load of the machine, during each flood."""
+    """Return a table of health checks, admin calls, and the machine's load during each flood."""
     lines = []
     for found in all_found:
         during = found.phases["during"]
@@ -119,10 +119,10 @@ def others_table(all_found: Sequence[Found]) -> Table:
 
 
 def memory_table(all_found: Sequence[Found]) -> Table:
-    """RSS of both processes before, at most, and after.
+    """Return a table of the RSS of both processes before, at most, and after.
 
-    Kept is by how much what they have alone (USS) has grown since before the first flood of this
-    kind, kept again is since before the one that counts: what is allocated once is not in it.
+    Kept is how much their own memory (USS) has grown since before the first flood of this kind.
+    Kept again is the growth since before the flood that counts, without what is allocated once.
     """
     lines = []
     for found in all_found:
@@ -145,7 +145,7 @@ def _name(found: Found) -> str:
 
 
 def _errors(found: Found) -> list[Any]:
-    """Of everybody but the attacker, in all three times."""
+    """Return the failures of all clients except the attacker, in all three phases."""
     return [
         sample
         for phase in found.phases.values()

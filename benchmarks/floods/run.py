@@ -1,4 +1,4 @@
-"""One flood after the other: a while without it, the flood, and a while after it."""
+"""Runs one flood after the other: a while without it, the flood, and a while after it."""
 
 from __future__ import annotations
 
@@ -27,56 +27,56 @@ log = logging.getLogger("benchmarks")
 ALIAS = "llama"
 PHASES = ("before", "during", "after")
 CONNECTIONS = 2048
-"""Of the server, so that one attacker can take them all."""
+"""The server's limit of connections, so that one attacker can take them all."""
 
 RATED_CALLS = 60
-"""Calls in a minute of the key that has a rate; the others have none."""
+"""Requests per minute of the key that has a rate; the others have none."""
 
 FIRST = "first"
-"""Before any flood of a kind, the one that does not count included."""
+"""The memory before any flood of a kind, even the one that does not count."""
 
 LOOK_EVERY_S = 0.5
-"""At the memory, while there is a flood."""
+"""How often the memory is read during a flood."""
 
 CALM_S = 120.0
-"""How long the server may have to do with what a flood has left."""
+"""How long the server may be busy with what a flood has left."""
 
 IDLE_CORES = 0.1
-"""What it takes then; idle, it takes 0.02."""
+"""Below this, the server counts as idle; really idle, it takes 0.02 cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long, and how often."""
+    """How long the phases take, and how often requests are sent."""
 
     seconds: float
-    """Of a flood."""
+    """Length of a flood."""
     around_s: float
-    """Before it, and after it."""
+    """Length of the phase before it, and of the one after it."""
     warm_up_s: float
-    """Of a first flood that does not count: what is slow only once is not measured."""
+    """Length of a first flood that does not count, so that what is slow only once is left out."""
     rest_s: float
-    """Before the server is looked at, whether it is calm."""
+    """Pause before each check whether the server is calm."""
     per_second: float
-    """Streams of the other user."""
+    """Streams per second of the other user."""
     nice: int
-    """What the attacker's priority is lowered by."""
+    """By how much the attacker's priority is lowered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of the server's processes, in bytes."""
+    """Memory of the server's processes, in bytes."""
 
     api_rss: int
     host_rss: int
-    """Of all its processes but the one that answers."""
+    """RSS of all its processes except the one that answers."""
     api_uss: int
     host_uss: int
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The server at one moment."""
+    """The server's memory and CPU time at one moment."""
 
     at_s: float
     memory: Memory
@@ -92,7 +92,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What came of everybody else's requests in one of the three times."""
+    """The results of all other requests in one of the three phases."""
 
     seconds: float
     samples: Mapping[str, Sequence[Sample]]
@@ -102,7 +102,7 @@ class Phase:
 
     @classmethod
     def of(cls, watched: Sequence[Pace], begin: Mark, end: Mark) -> Phase:
-        """Of what was due between two marks, whenever it was answered."""
+        """Return the phase of requests due between two marks, whenever they were answered."""
         return cls(
             end.at_s - begin.at_s,
             {pace.name: pace.between(begin.at_s, end.at_s) for pace in watched},
@@ -113,13 +113,13 @@ class Phase:
 
 @dataclass(slots=True)
 class Peak:
-    """The most memory that was seen, in bytes."""
+    """The highest memory readings, in bytes."""
 
     api_rss: int = 0
     host_rss: int = 0
 
     async def watch(self, server: Server) -> None:
-        """Look again and again, until cancelled."""
+        """Read the memory repeatedly, until cancelled."""
         while True:
             api, hosts = _families(server)
             self.api_rss = max(self.api_rss, _rss(api))
@@ -127,26 +127,26 @@ class Peak:
             await asyncio.sleep(LOOK_EVERY_S)
 
     def raised(self, memory: Memory) -> Memory:
-        """The memory of one moment, with the most that was seen of what was looked at."""
+        """Return the memory of one moment, with its RSS raised to the highest readings."""
         api_rss, host_rss = max(self.api_rss, memory.api_rss), max(self.host_rss, memory.host_rss)
         return replace(memory, api_rss=api_rss, host_rss=host_rss)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One flood."""
+    """The results of one flood."""
 
     kind: Kind
     phases: Mapping[str, Phase]
     """By `PHASES`."""
     memory: Mapping[str, Memory]
-    """`FIRST`, and at the end of each of `PHASES`; during: of RSS the most that was seen."""
+    """At `FIRST`, and at the end of each of `PHASES`; "during" has the highest RSS."""
     sent: Sent
 
 
 @dataclass(frozen=True, slots=True)
 class Flooded:
-    """A server, and the keys of those who call it."""
+    """A server, and the keys of its callers."""
 
     server: Server
     target: Target
@@ -160,7 +160,7 @@ class Flooded:
 
 @asynccontextmanager
 async def flooded(folder: Path, out: Path, is_fake: bool) -> AsyncIterator[Flooded]:
-    """A server that has keys, and no rates but for one of them. Raises `ServerFailed`."""
+    """Run a server with keys, one of which has a rate. Raises `ServerFailed`."""
     attacker_key, victim_key, rated_key, admin_key = (secrets.token_hex(16) for _ in range(4))
     config = folder / "floods.yaml"
     config.write_text(_configuration(demo.write(folder / "models").parent), encoding="utf-8")
@@ -205,7 +205,7 @@ async def flood(at: Flooded, kind: Kind, plan: Plan) -> Found:
 
     Raises:
         ServerFailed: the server has ended.
-        AttackerFailed: the attacker has not attacked.
+        AttackerFailed: the attacker did not attack.
     """
     with attacker(kind, at.target, plan.nice) as process:
         await _calm(at.server, plan)
@@ -224,7 +224,7 @@ async def flood(at: Flooded, kind: Kind, plan: Plan) -> Found:
 
 
 async def _calm(server: Server, plan: Plan) -> None:
-    """Wait until the server has nothing to do any more, or for `CALM_S`."""
+    """Wait until the server is idle, but at most `CALM_S`."""
     until_s = time.perf_counter() + CALM_S
     while time.perf_counter() < until_s:
         if await idle_cpu(server, plan.rest_s, LOOK_EVERY_S) < IDLE_CORES:
@@ -260,7 +260,7 @@ async def _watched(at: Flooded, kind: Kind, plan: Plan, process: Attacker, first
 
 
 def _families(server: Server) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The process that answers, and all others."""
+    """Return the process that answers, and all others."""
     family = server.family()
     return family[:1], family[1:]
 

@@ -1,7 +1,7 @@
-"""Who is not to notice: another user's streams, health checks, and an admin's calls.
+"""The requests that a flood must not affect: another user's streams, health checks, admin calls.
 
-All keep their pace, whatever they meet: a request is sent when its time has come, on a connection
-of its own, and its wait counts from then. So what waits in a queue before the server counts, too.
+All keep their pace, whatever happens: a request is sent when it is due, on a connection of its own,
+and its wait counts from then. So waits in a queue before the server count, too.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Call = Callable[[], Awaitable[Reply]]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request. Seconds of `time.perf_counter`."""
+    """One request. Times are seconds of `time.perf_counter`."""
 
     due_s: float
     waited_s: float
-    """From `due_s` to the first token, or the answer's end; of a failure, until it was known."""
+    """From `due_s` to the first token, or the answer's end, or until a failure was known."""
     error: str = ""
-    """Why it is a failure; empty if it was answered as it should be."""
+    """Why it is a failure; empty if the answer is as expected."""
 
 
 @dataclass
 class Pace:
-    """One kind of request, sent so often. `samples` has those that have ended."""
+    """One kind of request, sent at a fixed rate. `samples` has the requests that have ended."""
 
     name: str
     per_second: float
@@ -43,10 +43,10 @@ class Pace:
     judge: Callable[[Reply, float], Sample]
     samples: list[Sample] = field(default_factory=list)
     until_s: float = math.inf
-    """When to end; may be set while it runs."""
+    """When to stop; may be set while it runs."""
 
     async def run(self) -> None:
-        """Send until the end, and wait for what has been sent."""
+        """Send until `until_s`, and wait for the answers to what was sent."""
         began_s = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for number in itertools.count():
@@ -60,12 +60,12 @@ class Pace:
         self.samples.append(self.judge(await self.call(), due_s))
 
     def between(self, from_s: float, to_s: float) -> list[Sample]:
-        """Those that were due then, whenever they were answered."""
+        """Return the samples that were due then, whenever they were answered."""
         return [sample for sample in self.samples if from_s <= sample.due_s < to_s]
 
 
 def first_token(reply: Reply, due_s: float) -> Sample:
-    """Of a stream, which must be whole."""
+    """Return the sample of a stream, which must be complete."""
     events = [at_s for at_s, text in reply.events() if text.startswith("data: ")]
     if _is_good(reply) and len(events) > 1 and reply.body.endswith(b"data: [DONE]\n\n"):
         return Sample(due_s, events[0] - due_s)
@@ -73,7 +73,7 @@ def first_token(reply: Reply, due_s: float) -> Sample:
 
 
 def whole_answer(reply: Reply, due_s: float) -> Sample:
-    """Of an answer that has to be 200."""
+    """Return the sample of an answer whose status must be 200."""
     error = "" if _is_good(reply) else _what_is_wrong(reply)
     return Sample(due_s, reply.ended_s - due_s, error)
 
@@ -91,7 +91,7 @@ def _what_is_wrong(reply: Reply) -> str:
 def paces(
     port: int, alias: str, user_key: str, admin_key: str, seed: str, per_second: float
 ) -> list[Pace]:
-    """The three kinds of requests: streams, health checks, and calls that only admins may make."""
+    """Return the three kinds of requests: streams, health checks, and admin calls."""
     texts = prompts(seed, words=8)
     manner = Manner(deadline_s=DEADLINE_S)
     switch = {"model": alias}  # it is active: nothing moves

@@ -41,7 +41,7 @@ PARTS = ("switch", "restart", "transformers", "number", "residue", "drift", "com
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How often everything is done."""
+    """How often each measurement is done."""
 
     rounds: int = 12
     restarts: int = 2
@@ -69,7 +69,7 @@ class Options:
 
 @dataclass(slots=True)
 class Bench:
-    """One run. The mutable state is what has been finished."""
+    """One run. The mutable state is the list of finished parts."""
 
     options: Options
     environment: dict[str, Any]
@@ -80,7 +80,7 @@ class Bench:
     measured: switches.Measured | None = None
 
     async def run(self) -> None:
-        """Measure every part that was asked for, in the order of `PARTS`."""
+        """Measure the requested parts, in the order of `PARTS`."""
         parts = {
             "switch": self._switch,
             "restart": self._restart,
@@ -136,7 +136,7 @@ class Bench:
         return next(c for c in self.checkpoints if c.alias == alias)
 
     def _finish(self, part: report.Part) -> None:
-        """Show a part, and write all that is finished, so that a later failure loses nothing."""
+        """Print a part, and write all finished parts, so that a later failure loses nothing."""
         self.finished.append(part)
         print(f"\n{report.render(part)}\n", flush=True)
         self.environment["load_average_after"] = round(os.getloadavg()[0], 2)
@@ -158,13 +158,13 @@ class Bench:
 
 
 def markdown(values: Mapping[str, Any], finished: Sequence[report.Part]) -> str:
-    """All tables of a run."""
+    """Return all tables of a run in Markdown."""
     tables = [report.render_table(environment_table(values)), *map(report.render, finished)]
     return "\n\n".join(["# Residency benchmark", *tables]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. Returns the exit status; a missed bar is no failure."""
+    """Run the benchmark. Returns the exit status; a missed bar is not a failure."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

@@ -1,7 +1,7 @@
-"""Part `transformers`: the same models brought up by `transformers`, in a process that is warm.
+"""Part `transformers`: the same models brought up by `transformers`, in a warm process.
 
-`transformers serve` where it can run (it needs the package `accelerate`, which vLLM does not),
-and always its stand-in, which loads and drops models without a server.
+With `transformers serve` where it can run (it needs the package `accelerate`, which vLLM does not),
+and always with its stand-in, which loads and drops models without a server.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def can_serve(extra: Path | None) -> bool:
 async def measure(
     launcher: Launcher, checkpoints: Sequence[Checkpoint], runs: int, extra: Path | None
 ) -> list[Load]:
-    """Bring each model up and drop it again, `runs` times after those that are discarded."""
+    """Bring each model up and drop it again, `runs` times after the discarded runs."""
     found = await asyncio.to_thread(_stand_in, checkpoints, runs)
     if can_serve(extra):
         async with _serving(launcher, extra) as server:
@@ -91,7 +91,7 @@ async def _load(server: Server, checkpoint: Checkpoint) -> Load:
         loaded = await connection.post("/load_model", {"model": model})
         if b'"ready"' not in loaded.body or b'"cached": true' in loaded.body:
             raise BadAnswer(f"{checkpoint.alias!r} was not loaded: {loaded.body[-300:]!r}")
-        # Whole, because its event streams have neither a usage nor an end that could be checked.
+        # Not streamed: its event streams have neither a usage nor an end that could be checked.
         body = {"model": model, "prompt": next(prompts("residency", words=1)), "max_tokens": 1}
         token = await connection.post("/v1/completions", body)
         dropped = await connection.post("/reset", {})
@@ -123,7 +123,7 @@ def _stand_in(checkpoints: Sequence[Checkpoint], runs: int) -> list[Load]:
 
 
 def part(aliases: Sequence[str], found: Sequence[Load], measured: Measured | None) -> Part:
-    """All ways beside each other; ours where part `switch` has been measured."""
+    """Return all ways side by side; ours if part `switch` has been measured."""
     loads = [*found, *(_ours(aliases, measured) if measured else [])]
     rows = []
     for alias in aliases:

@@ -30,7 +30,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 LARGEST = "large"
 TINY = "tiny"
 HOME = "home"
-"""The tiny model that is switched from."""
+"""The tiny model from which switches start."""
 
 KV_BYTES = 256 << 20
 TINY_KV_BYTES = 64 << 20
@@ -54,7 +54,7 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.files)
 
     def model(self, *, on_demand: bool = True, kv_bytes: int = KV_BYTES) -> Model:
-        """It as an entry of a server's configuration."""
+        """Return it as an entry of a server's configuration."""
         return Model(self.alias, self.folder, settings(kv_bytes, on_demand=on_demand))
 
 
@@ -67,7 +67,7 @@ def tiny(alias: str = TINY) -> Checkpoint:
 
 
 def make_all(cache: Path, names: Sequence[str] = tuple(SIZES)) -> list[Checkpoint]:
-    """The tiny model, and those of `SIZES`, made in `cache` unless they are there."""
+    """Return the tiny model and those of `SIZES`, made in `cache` unless they are there."""
     made = [tiny()]
     for name in names:
         sizes = SIZES[name]
@@ -80,7 +80,7 @@ def make_all(cache: Path, names: Sequence[str] = tuple(SIZES)) -> list[Checkpoin
 def settings(
     kv_bytes: int = KV_BYTES, *, on_demand: bool = True, compiled: bool = False
 ) -> dict[str, Any]:
-    """Keys of a model in the YAML file; without `load`, they are flags of vLLM, too."""
+    """Return a model's keys for the YAML file; all except `load` are also flags of vLLM."""
     keys: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "kv_cache_memory_bytes": kv_bytes}
     if not compiled:
         keys["enforce_eager"] = True

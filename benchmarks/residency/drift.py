@@ -29,7 +29,7 @@ WORDS = {
 
 @dataclass(slots=True)
 class Drift:
-    """Readings before and after the cycles, and the host's memory after each of them."""
+    """Readings before and after all cycles, and the host's memory after each cycle."""
 
     before: Reading
     after: Reading
@@ -39,7 +39,7 @@ class Drift:
 
 
 async def measure(launcher: Launcher, cycles: int, warm_up: int, *, compiled: bool) -> Drift:
-    """Unload, switch to it (which loads it), one request, switch home; again and again."""
+    """Repeat: unload a model, switch to it (which loads it), send one request, switch home."""
     model = replace(tiny().model(), settings=settings(KV_BYTES, compiled=compiled))
     async with launcher.hotswap(home().model(on_demand=False), model) as server:
         remote = Remote(server.port)
@@ -57,7 +57,7 @@ async def measure(launcher: Launcher, cycles: int, warm_up: int, *, compiled: bo
 
 
 async def _cycle(remote: Remote) -> float:
-    """Returns milliseconds of the switch from cold."""
+    """Run one cycle. Returns the milliseconds of the switch from cold."""
     switch = await remote.switch_from("cold", TINY, HOME)
     await remote.switch(HOME)
     return switch.call_ms
@@ -83,7 +83,7 @@ def part(name: str, drift: Drift) -> Part:
 
 
 def slope(values: Sequence[float]) -> float:
-    """Growth per step, by least squares; 0 of fewer than two values."""
+    """Return the growth per step, by least squares; 0 for fewer than two values."""
     points = [(float(number), value) for number, value in enumerate(values)]
     return least_squares(points).slope if len(points) > 1 else 0.0
 

@@ -21,12 +21,12 @@ class Line:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second, of a line of seconds over bytes; infinite if it does not rise."""
+        """Bytes per second, if the line is seconds by bytes; infinite if it does not rise."""
         return 1 / self.slope if self.slope > 0 else math.inf
 
 
 def least_squares(points: Sequence[Point]) -> Line:
-    """The line with the smallest sum of squared vertical distances.
+    """Return the line with the smallest sum of squared vertical distances.
 
     Raises:
         ValueError: fewer than two different places.
@@ -41,5 +41,5 @@ def least_squares(points: Sequence[Point]) -> Line:
 
 
 def residual(line: Line, points: Sequence[Point]) -> float:
-    """The largest vertical distance of a point from the line."""
+    """Return the largest vertical distance of a point from the line."""
     return max(abs(y - line.at(x)) for x, y in points)

@@ -1,7 +1,7 @@
 """What the machine itself can do with a model's bytes: read its files, copy them once.
 
 Both into memory that has been touched before, on one thread: the shortest time in which any
-server could bring the bytes up. Files are read before, so that they come from the page cache.
+server could bring the bytes up. Files have been read before, so they come from the page cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Limit:
 
     @property
     def seconds(self) -> float:
-        """Reading and copying, medians."""
+        """The median time to read, plus the median time to copy."""
         return median(self.read_s) + median(self.copy_s)
 
     @property
@@ -40,7 +40,7 @@ class Limit:
 
 
 class LimitMeter:
-    """Measures the limits of several models, a sample of each at a time.
+    """Measures the limits of several models, one sample of each at a time.
 
     Its mutable state is the samples, and two buffers as large as the largest model's files.
     """
@@ -49,12 +49,12 @@ class LimitMeter:
         self._files = {c.alias: c.files for c in checkpoints}
         self.limits: Mapping[str, Limit] = {c.alias: Limit(c.file_bytes) for c in checkpoints}
         largest = max(c.file_bytes for c in checkpoints)
-        # Written to, not only allocated: the first touch of a page is the kernel's time.
+        # Written to, not only allocated: the first touch of a page takes the kernel time.
         self._read = np.full(largest, 1, np.uint8)
         self._copied = np.full(largest, 1, np.uint8)
 
     def warm_up(self) -> None:
-        """Have all files in the page cache."""
+        """Bring all files into the page cache."""
         for files in self._files.values():
             self._read_all(files)
 

@@ -1,4 +1,4 @@
-"""Part `number`: switches between loaded models, over how many are loaded."""
+"""Part `number`: switches between loaded models, by how many are loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Calls = Mapping[int, list[float]]
 
 
 async def measure(launcher: Launcher, switches: int) -> Calls:
-    """Half of the switches while models are added, the other half while they are taken away."""
+    """Do half of the switches while models are added, the other half while they are removed."""
     aliases = [f"m{number}" for number in range(1, MOST + 1)]
     models = [
         tiny(alias).model(on_demand=alias != aliases[0], kv_bytes=TINY_KV_BYTES)

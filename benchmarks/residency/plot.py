@@ -1,4 +1,4 @@
-"""The plot: switch times by residency, and bring-up times over bytes with their fit."""
+"""The plot: switch times by residency, and bring-up times by bytes with their fit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vllm_hotswap.errors import ConfigError
 GB = 1e9
 LOWEST_MS = 0.5
 COLORS = {"parked": "#009e73", "asleep": "#56b4e9", "discarded": "#e69f00", "cold": "#0072b2"}
-"""Told apart by colour-blind people, too."""
+"""Colours that colour-blind readers can tell apart, too."""
 
 Samples = Mapping[str, Any]
 
 
 def check_installed() -> None:
-    """Raises ConfigError, before anything is measured."""
+    """Raise ConfigError before anything is measured, if the plot could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "the plot needs matplotlib, which is not installed: "
@@ -42,7 +42,7 @@ def draw(samples: Samples, path: Path) -> None:
 
 
 def call_ms(samples: Samples, alias: str, state: str) -> list[float]:
-    """Samples of one model from one residency."""
+    """Return the samples of one model from one residency."""
     return [
         switch["call_ms"]
         for switch in samples["switches"]
@@ -51,7 +51,7 @@ def call_ms(samples: Samples, alias: str, state: str) -> list[float]:
 
 
 def size_text(size: int) -> str:
-    """Bytes for people: 1.4 MB, 52 MB, 0.89 GB."""
+    """Return a size in readable form: 1.4 MB, 52 MB, 0.89 GB."""
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / GB * 1000:.2g} MB"
 
 

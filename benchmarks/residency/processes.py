@@ -1,4 +1,4 @@
-"""What processes hold, read from /proc: memory, threads, open files, children."""
+"""What processes hold, from /proc: memory, threads, open files, children."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Held:
     anonymous_bytes: int
     """Resident memory that no file backs, shared memory included."""
     file_bytes: int
-    """Resident pages of files: libraries, and weights that are mapped."""
+    """Resident pages of files: libraries, and mapped weights."""
     threads: int
     fds: int
     sockets: int
     processes: int
     shm_mapped: int
-    """Files of /dev/shm that they map."""
+    """Mapped files of /dev/shm."""
     shm_files: int
-    """Files in /dev/shm, whoever made them."""
+    """Files in /dev/shm, of all processes."""
 
 
 COUNTS = ("threads", "fds", "sockets", "processes", "shm_mapped")
-"""What a process may leak beside memory."""
+"""What a process may leak besides memory."""
 
 
 def held(pid: int, without: int | None = None) -> Held:
-    """What a process and its descendants hold, leaving out `without` and its descendants."""
+    """Return what a process and its descendants hold, except `without` and its descendants."""
     left_out = set(_family(without)) if without is not None else set()
     family = [member for member in _family(pid) if member not in left_out]
     status = [fields((PROC / str(member) / "status").read_text()) for member in family]
@@ -55,7 +55,7 @@ def held(pid: int, without: int | None = None) -> Held:
 
 
 def fields(text: str) -> dict[str, str]:
-    """The fields of a `/proc/PID/status`."""
+    """Return the fields of a `/proc/PID/status`."""
     pairs = (line.partition(":") for line in text.splitlines())
     return {name: value.strip() for name, _, value in pairs}
 
@@ -71,7 +71,7 @@ def _kib(status: Sequence[dict[str, str]], names: Sequence[str]) -> int:
 def _links(pid: int) -> list[str]:
     links = []
     for entry in (PROC / str(pid) / "fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed since
             links.append(str(entry.readlink()))
     return links
 

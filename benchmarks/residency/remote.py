@@ -15,7 +15,7 @@ DOWN: Mapping[str, tuple[str, Mapping[str, Any]] | None] = {
     "discarded": ("sleep", {"level": 2}),
     "cold": ("unload", {}),
 }
-"""The operation that brings a parked model to a residency."""
+"""Residency -> the operation that brings a parked model there."""
 
 STATES = tuple(DOWN)
 PHASES = ("validate", "drain", "make_room", "bring_up", "activate")
@@ -27,20 +27,20 @@ class Switch:
 
     model: str
     state: str
-    """Where the model was before."""
+    """The residency of the model before."""
     call_ms: float
     """By the client's clock."""
     server_ms: float
     """By the server's clock."""
     phases_ms: Mapping[str, float]
     first_token_ms: float
-    """Of the request after the switch, from its own start."""
+    """Of the request after the switch, from the start of that request."""
     down_ms: float
-    """What moving the model down to `state` had taken."""
+    """How long it took to move the model down to `state`."""
 
 
 class Remote:
-    """A running server. A connection per call: servers close those that rest for seconds."""
+    """A running server. One connection per call: servers close those that idle for seconds."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -56,7 +56,7 @@ class Remote:
         return answer.duration_s * 1000, told
 
     async def operate(self, alias: str, operation: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """`load`, `unload`, `sleep` or `wake`."""
+        """Do `load`, `unload`, `sleep` or `wake`; return the answer."""
         async with Connection(self._port) as connection:
             answer = await connection.post(f"/admin/models/{alias}/{operation}", body)
         told: dict[str, Any] = answer.json()
@@ -68,7 +68,7 @@ class Remote:
         return told
 
     async def first_token(self, alias: str) -> float:
-        """Milliseconds to the first token of a short streamed request."""
+        """Return the milliseconds to the first token of a short streamed request."""
         async with Connection(self._port) as connection:
             stream = await connection.stream(completion(alias, next(self._prompts), 2))
         if stream.model != alias:
@@ -85,7 +85,7 @@ class Remote:
         return float(told["duration_ms"]) if told else 0.0
 
     async def switch_from(self, state: str, alias: str, home: str) -> Switch:
-        """Have a model rest in `state` while `home` is active, then switch to it."""
+        """Bring a model to `state` while `home` is active, then switch to the model."""
         await self.switch(home)
         await self.operate(alias, "load", {})
         down_ms = await self.lower(alias, state)

@@ -1,4 +1,4 @@
-"""Part `residue`: what a model takes of the host's memory in each residency."""
+"""Part `residue`: how much of the host's memory a model takes in each residency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.servers import Launcher, Server
 from benchmarks.stats import median
 
 SETTLE_S = 2.5
-"""The host does what may wait after a second without work."""
+"""Longer than the second without work after which the host does what may wait."""
 
 MB = 1e6
 
@@ -27,11 +27,11 @@ class Reading:
 
     model: str
     state: str
-    """Or "without": before the model was first loaded."""
+    """A residency, or "without": before the model was first loaded."""
     used_bytes: int
-    """The host, as /admin/status tells it."""
+    """Memory of the host, from /admin/status."""
     planned_bytes: int
-    """What the server accounts the model with."""
+    """What the server counts for the model."""
     host: Held
     server: Held
     """The API process, without the host."""
@@ -40,13 +40,13 @@ class Reading:
 async def measure(
     launcher: Launcher, checkpoints: Sequence[Checkpoint], rounds: int
 ) -> list[Reading]:
-    """One model after the other, in the same server: before it, then in each residency."""
+    """Read memory for one model after the other, in one server: before it, in each residency."""
     first = tiny("first")
     models = [home().model(on_demand=False), first.model(), *(c.model() for c in checkpoints)]
     readings: list[Reading] = []
     async with launcher.hotswap(*models) as server:
         remote = Remote(server.port)
-        # What the start has left is given back after a load and an unload.
+        # What the start has left is only given back after a load and an unload.
         await remote.switch_from("cold", first.alias, HOME)
         await remote.switch(HOME)
         await remote.operate(first.alias, "unload", {})
@@ -65,7 +65,7 @@ async def measure(
 async def read(
     remote: Remote, server: Server, alias: str, state: str, settle_s: float = SETTLE_S
 ) -> Reading:
-    """What is held now, after a pause."""
+    """Read what is held now, after a pause."""
     await asyncio.sleep(settle_s)
     status = await remote.status()
     planned = status["models"][alias]["held"]

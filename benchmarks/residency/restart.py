@@ -22,7 +22,7 @@ log = logging.getLogger("benchmarks")
 async def measure(
     launcher: Launcher, checkpoint: Checkpoint, runs: int
 ) -> list[tuple[float, float]]:
-    """Seconds from each start to the first good `/health`, and to the first token."""
+    """Return the seconds from each start to the first good `/health`, and to the first token."""
     model = replace(checkpoint.model(), settings=settings(KV_BYTES, on_demand=False))
     found = []
     for number in range(runs):
@@ -34,7 +34,7 @@ async def measure(
 
 
 def part(alias: str, found: Sequence[tuple[float, float]], cold_call_s: float | None) -> Part:
-    """Args: cold_call_s: the median cold switch to the same model, if it was measured."""
+    """Return the part; `cold_call_s` is the median cold switch to that model, if measured."""
     ready, first_token = [one for one, _ in found], [one for _, one in found]
     rows = [
         ("start to ready", f"{median(ready):.1f}", _each(ready)),

@@ -1,7 +1,7 @@
 """A process that loads models with transformers and drops them again: `standin.py RUNS FOLDER...`.
 
-What `transformers serve` does at its heart, without a server; for where that cannot run. Prints
-one JSON object per load.
+It does the essential work of `transformers serve` without a server, for where that cannot run. It
+prints one JSON object per load.
 """
 
 from __future__ import annotations

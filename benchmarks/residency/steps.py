@@ -1,4 +1,4 @@
-"""Progress for people: a bar in a terminal, log lines elsewhere."""
+"""Shows progress: a bar in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 LINES = 5
-"""How many log lines tell of one piece of work."""
+"""How many log lines report one piece of work."""
 
 log = logging.getLogger("benchmarks")
 
 
 def steps(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, one after the other, telling how many of them are done."""
+    """Yield the items, and show how many of them are done."""
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, leave=False)
         return

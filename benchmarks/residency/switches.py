@@ -19,10 +19,10 @@ from benchmarks.stats import Bar, median, percentile
 
 DISCARDED = 2
 SETTLE_S = 0.5
-"""Before the machine is measured: the server's compute threads spin for a while after a request."""
+"""Pause before the machine is measured: the server's threads spin for a while after a request."""
 
 FITTED = ("cold", "discarded")
-"""The residencies from which bytes have to be read."""
+"""The residencies from which bytes must be read."""
 
 LIMIT_FACTOR, LIMIT_CONSTANT_S = 2.5, 1.0
 PARKED_P95_MS = 50.0
@@ -44,7 +44,7 @@ class Measured:
         return median([s.call_ms for s in self.of(alias, "cold")]) / 1000
 
     def bring_up(self, state: str) -> list[Point]:
-        """Bytes and median seconds of the phase `bring_up`, a point for each model."""
+        """Return bytes and median seconds of the phase `bring_up`, a point for each model."""
         return [
             (c.file_bytes, median([s.phases_ms["bring_up"] for s in self.of(c.alias, state)]) / 1e3)
             for c in self.checkpoints
@@ -55,7 +55,7 @@ class Measured:
 
 
 async def measure(launcher: Launcher, checkpoints: Sequence[Checkpoint], rounds: int) -> Measured:
-    """Every model from every residency, once per round, so that a slow minute hits all alike."""
+    """Measure each model from each residency once per round, so that a slow minute hits all."""
     meter = LimitMeter(checkpoints)
     await asyncio.to_thread(meter.warm_up)
     measured = Measured(checkpoints, meter.limits)

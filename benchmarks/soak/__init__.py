@@ -1,1 +1,1 @@
-"""A server under mixed load, switched and killed for minutes, and every request accounted for."""
+"""The soak: a server under mixed load, switched and killed for minutes; each request counted."""

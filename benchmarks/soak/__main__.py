@@ -26,7 +26,7 @@ MIN_CLIENTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """From the command line."""
+    """What to do, from the command line."""
 
     plan: Plan
     out: Path
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(slots=True)
 class Soak:
-    """One soak and where its results go. The mutable state is whether all was well."""
+    """One soak, and where its results go. The mutable state is whether all checks passed."""
 
     options: Options
     stamp: str
@@ -52,7 +52,7 @@ class Soak:
         self._finish(found)
 
     def _finish(self, found: Found) -> None:
-        """Show what was found and write it down."""
+        """Print the results, and write them to files."""
         part = results.part(found)
         self.environment["load_average_after"] = round(os.getloadavg()[0], 2)
         tables = (
@@ -68,7 +68,7 @@ class Soak:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the soak. Returns 1 if any count is not 0 that has to be."""
+    """Run the soak. Returns 1 if any count that must be 0 is not."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""Who works on the server during a soak: clients, who switches, who kills, who watches."""
+"""The actors of a soak: clients, a switcher, a killer and a sampler."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from benchmarks.soak.run import RECOVERY_S, Kill, Run, Switched
 from benchmarks.wire import PATIENT, Manner
 
 REQUEST_DEADLINE_S = 240.0
-"""Above all that a request may wait for: held, parked some times, and a recovery in between."""
+"""Longer than all waits of a request: held, parked several times, a recovery in between."""
 ACTIVE_SHARE = 0.8
-"""Of requests that go to the model that is active as far as is known."""
+"""The share of requests that go to the model that was last known to be active."""
 THINK_S = 0.15
 BACK_OFF_S = 0.05
 
@@ -31,9 +31,9 @@ DRAIN_WEIGHTS = (30, 25, 30, 10, 5)
 DWELL_S = (0.02, 0.5)
 """How long a model stays active."""
 RIVAL_SHARE = 0.15
-"""Of switches with further calls beside them, which join them or compete with them."""
+"""The share of switches with other calls beside them, which join them or compete with them."""
 OPERATION_SHARE = 0.05
-"""Of switches before which an inactive model is put to sleep or unloaded."""
+"""The share of switches before which an inactive model is put to sleep or unloaded."""
 OPERATIONS: Sequence[tuple[str, dict[str, int]]] = (
     ("sleep", {"level": 1}),
     ("sleep", {"level": 2}),
@@ -42,7 +42,7 @@ OPERATIONS: Sequence[tuple[str, dict[str, int]]] = (
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV)
 TROUBLED = frozenset({"recovering", "degraded", "failed"})
-"""States of a server that knows that its host, or the active model's engine, is gone."""
+"""States of a server that has noticed the loss of its host, or of the active model's engine."""
 POLL_S = 0.05
 SAMPLE_S = 3.0
 
@@ -51,7 +51,7 @@ SAMPLE_S = 3.0
 
 
 async def client(run: Run, numbers: random.Random) -> None:
-    """Send requests, one after the other, each in a manner of its own."""
+    """Send requests, one after the other, each with its own manner."""
     by_alias = {alias: [c for c in run.goldens if c.alias == alias] for alias in ALIASES}
     try:
         while not run.is_over:
@@ -73,7 +73,7 @@ def choose_case(numbers: random.Random, by_alias: dict[str, list[Case]], active:
 
 
 def choose_manner(numbers: random.Random, *, stream: bool) -> Manner:
-    """Most are patient; some leave while they wait, or in the middle; some read slowly."""
+    """Choose a manner: most are patient; some leave early or midway; some read slowly."""
     chance = numbers.random()
     if chance < 0.10:
         return Manner(REQUEST_DEADLINE_S, leave_after_s=numbers.uniform(0.0, 0.8))
@@ -84,11 +84,11 @@ def choose_manner(numbers: random.Random, *, stream: bool) -> Manner:
     return Manner(REQUEST_DEADLINE_S)
 
 
-# --- who switches -----------------------------------------------------------------------
+# --- the switcher -----------------------------------------------------------------------
 
 
 async def switcher(run: Run, numbers: random.Random) -> None:
-    """Switch on and on, also while the last clients wait for their parked requests."""
+    """Switch continually, also while the last clients wait for their parked requests."""
     while run.clients_left and run.server.exit_status is None:
         if numbers.random() < OPERATION_SHARE:
             await _operate(run, numbers)
@@ -107,7 +107,7 @@ async def _operate(run: Run, numbers: random.Random) -> None:
 
 
 async def _rival(run: Run, numbers: random.Random, target: str) -> None:
-    """Another call, which joins the switch or competes with it; its caller may leave."""
+    """Make another call, which joins the switch or competes with it; its caller may leave."""
     await asyncio.sleep(numbers.uniform(0.0, 0.05))
     leaves = numbers.random() < 0.3
     manner = Manner(leave_after_s=numbers.uniform(0.0, 0.1)) if leaves else PATIENT
@@ -143,11 +143,11 @@ async def _switch(run: Run, numbers: random.Random, target: str, manner: Manner)
         )
 
 
-# --- who kills --------------------------------------------------------------------------
+# --- the killer -------------------------------------------------------------------------
 
 
 async def killer(run: Run, numbers: random.Random) -> None:
-    """End the engine host every so often, and watch it come back."""
+    """Kill the engine host at intervals, and watch it come back."""
     every_s = run.plan.kill_every_s
     for number in itertools.cycle(SIGNALS):
         await asyncio.sleep(every_s * numbers.uniform(0.8, 1.2))
@@ -179,7 +179,7 @@ async def _kill(run: Run, number: signal.Signals) -> None:
 
 
 async def _is_back(run: Run, kill: Kill, pid: int) -> bool:
-    """Whether the server is ready with another host; what is seen on the way is noted."""
+    """Whether the server is ready with another host; records what is seen before that."""
     ready, _ = await run.get("/ready")
     _, status = await run.get("/admin/status")
     since_s = time.perf_counter() - kill.at_s
@@ -197,11 +197,11 @@ def _runs(pid: int) -> bool:
     return False
 
 
-# --- who watches ------------------------------------------------------------------------
+# --- the sampler ------------------------------------------------------------------------
 
 
 async def sampler(run: Run) -> None:
-    """Note what the processes hold, and which model is active."""
+    """Record what the processes hold, and which model is active."""
     while True:
         await asyncio.sleep(SAMPLE_S)
         _, status = await run.get("/admin/status")
@@ -222,5 +222,5 @@ async def sampler(run: Run) -> None:
 
 
 def seeded(seed: int, names: Sequence[str]) -> dict[str, random.Random]:
-    """Random numbers for each actor, the same whenever the seed is."""
+    """Return random numbers for each actor, the same for the same seed."""
     return {name: random.Random(f"{seed} {name}") for name in names}  # noqa: S311

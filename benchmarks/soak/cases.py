@@ -1,8 +1,8 @@
-"""What is asked, and what the right answer is.
+"""The requests of a soak, and their right answers.
 
 Every request is one of a few cases, all greedy. Its answer is taken once, at the start, from the
-model alone. Any answer of the soak that is not this text, or a beginning of it where the answer
-was cut, is wrong, whoever gave it.
+model without other work. An answer in the soak must be this text, or a beginning of it if the
+answer was cut. Any other answer is wrong, whichever model gave it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUESTIONS = (
 )
 SHORT_TOKENS, LONG_TOKENS = 12, 160
 SIMILAR = 0.9999
-"""Cosine that two embeddings of one text have at least: batches change the last digits."""
+"""The least cosine of two embeddings of one text: batches change the last digits."""
 
 Golden = str | Vector
 
@@ -59,7 +59,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Chats and completions, short and long, of both chat models; texts to embed."""
+    """Return chats and completions, short and long, of both chat models; and texts to embed."""
     generated = [
         Case(alias, path, question, tokens)
         for alias in CHAT_MODELS
@@ -71,10 +71,10 @@ def all_cases() -> list[Case]:
 
 
 def refuse_alike(goldens: Mapping[Case, Golden]) -> None:
-    """See that the answers tell the models apart, without which nothing can be concluded.
+    """Check that the answers distinguish the models; otherwise, nothing can be concluded.
 
     Raises:
-        BadAnswer: an answer is empty, or two models give the same.
+        BadAnswer: an answer is empty, or two models give the same answer.
     """
     for case, golden in goldens.items():
         if not golden:
@@ -85,7 +85,7 @@ def refuse_alike(goldens: Mapping[Case, Golden]) -> None:
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """0 for vectors of different lengths, which are of different models."""
+    """Return the cosine; 0 for vectors of different lengths, which are of different models."""
     if len(a) != len(b):
         return 0.0
     return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))

@@ -1,4 +1,4 @@
-"""The course of a soak: start a server, take the goldens, let the actors work, look around."""
+"""Runs a soak: starts a server, takes the goldens, lets the actors work, checks what is left."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ log = logging.getLogger("benchmarks")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A run, and what was left when it was over."""
+    """A run, and what was left after it."""
 
     run: Run
     counters: Mapping[str, float]
-    """The server's own, summed up over their labels."""
+    """The server's own counters, summed over their labels."""
     exit_status: int | None
-    """After SIGTERM; None if it had to be killed."""
+    """The status after SIGTERM; None if it had to be killed."""
     processes_left: int
     temp_left: tuple[str, ...]
     shm_left: int
-    """Files in /dev/shm that were not there at the start, whoever made them."""
+    """Files in /dev/shm, of any process, that were not there at the start."""
 
 
 def configuration(models: Path, plan: Plan) -> dict[str, Any]:
-    """The three tiny models, with deadlines that are short enough to be met with."""
+    """Return a configuration of the three tiny models, with deadlines short enough to expire."""
     entries = {
         alias: {
             "model": str(models / alias),
@@ -68,11 +68,11 @@ def configuration(models: Path, plan: Plan) -> dict[str, Any]:
 
 
 async def conduct(plan: Plan, folder: Path, log_file: Path) -> Found:
-    """Soak a server whose files lie below `folder`.
+    """Soak a server whose files are below `folder`.
 
     Raises:
-        ServerFailed: it did not come up.
-        BadAnswer: it did not answer as it has to before anything is done to it.
+        ServerFailed: it did not start.
+        BadAnswer: it did not answer as it should before the soak.
     """
     shm_before = set(files_in(SHARED_MEMORY))
     async with _server(plan, folder, log_file) as server:
@@ -101,7 +101,7 @@ async def conduct(plan: Plan, folder: Path, log_file: Path) -> Found:
 
 @asynccontextmanager
 async def _server(plan: Plan, folder: Path, log_file: Path) -> AsyncIterator[Server]:
-    """The server, with a folder for temporary files of its own."""
+    """Run the server, with its own folder for temporary files."""
     config = folder / "soak.yaml"
     models = demo.write(folder / "models").parent
     config.write_text(json.dumps(configuration(models, plan), indent=1), encoding="utf-8")
@@ -109,7 +109,7 @@ async def _server(plan: Plan, folder: Path, log_file: Path) -> AsyncIterator[Ser
     port = free_port()
     command = [sys.executable, "-m", "vllm_hotswap", "serve", str(config), *COMMON_FLAGS]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    # What torch compiles stays for the next start, so it is no temporary file.
+    # What torch compiles stays for the next start, so it is not a temporary file.
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
     variables = {"TMPDIR": str(folder / "tmp"), **caches}
     log.info("starting the server")
@@ -122,7 +122,7 @@ async def _server(plan: Plan, folder: Path, log_file: Path) -> AsyncIterator[Ser
 
 
 async def _work(run: Run) -> None:
-    """All actors, until the time is over and every client has its last answer."""
+    """Run all actors, until the time is over and every client has its last answer."""
     plan = run.plan
     numbers = seeded(plan.seed, ["switcher", "killer", *map(str, range(plan.clients))])
     async with asyncio.TaskGroup() as actors:
@@ -137,7 +137,7 @@ async def _work(run: Run) -> None:
 
 
 async def _tell(run: Run) -> None:
-    """Progress for people: a bar in a terminal, log lines elsewhere."""
+    """Show progress: a bar in a terminal, log lines elsewhere."""
     if not sys.stderr.isatty():
         while True:
             await asyncio.sleep(LOG_EVERY_S)
@@ -150,7 +150,7 @@ async def _tell(run: Run) -> None:
 
 
 def summary(run: Run) -> str:
-    """Where a run stands, in few words."""
+    """Return the state of a run in a few words."""
     faults = run.ledger.total(*FAULTS) + len(run.problems)
     return (
         f"{len(run.switched)} switches, {sum(run.ledger.counts.values())} requests, "
@@ -159,7 +159,7 @@ def summary(run: Run) -> str:
 
 
 async def _counters(server: Server) -> dict[str, float]:
-    """The server's own counters; none if it is gone."""
+    """Return the server's own counters; none if it is gone."""
     reply = await ask(server.port, "/metrics", manner=QUIET_CALL)
     totals: dict[str, float] = {}
     if reply.status != 200:

@@ -1,4 +1,4 @@
-"""What the server's processes hold while it is switched, and whether it grows."""
+"""What the server's processes hold during switches, and whether it grows."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Sample:
 
     at_s: float
     switches: int
-    """That have ended before."""
+    """Switches that have ended before."""
     host_pid: int
     all_loaded: bool
-    """Every model is loaded: what one takes that is not, is no growth."""
+    """Whether every model is loaded: if not, a later load would look like growth."""
     server: Use
     host: Use
     children: int
     """Processes below the server."""
     temp_files: int
     shm_files: int
-    """In /dev/shm, whoever made them."""
+    """Files in /dev/shm, of all processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Growth:
 
 
 def use(pid: int) -> Use:
-    """Raises `psutil.Error` if the process is gone."""
+    """Return what a process holds. Raises `psutil.Error` if it is gone."""
     process = psutil.Process(pid)
     memory = process.memory_full_info()
     return Use(memory.rss, memory.uss, process.num_threads(), process.num_fds())
@@ -67,7 +67,7 @@ def use(pid: int) -> Use:
 def sample(
     at_s: float, switches: int, pids: tuple[int, int], temp: Path, *, all_loaded: bool
 ) -> Sample | None:
-    """Both processes now, the server's first; None if one of them is gone."""
+    """Sample both processes now, the server's first; None if one of them is gone."""
     server_pid, host_pid = pids
     try:
         return Sample(
@@ -86,15 +86,15 @@ def sample(
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Whatever lies below, sockets too; folders do not count."""
+    """Return all files below a folder, sockets too, but not folders."""
     found: list[Path] = []
-    with contextlib.suppress(FileNotFoundError):  # somebody else's, removed meanwhile
+    with contextlib.suppress(FileNotFoundError):  # removed by another process since
         found += (path for path in folder.rglob("*") if not path.is_dir())
     return found
 
 
 def settled(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """The samples of each host that was warm, without those in which a model was not loaded."""
+    """Return the samples of each warm host, without those in which a model was not loaded."""
     segments = []
     for _, group in groupby(samples, key=lambda one: one.host_pid):
         loaded = [one for one in group if one.all_loaded]
@@ -122,7 +122,7 @@ FIGURES: Sequence[tuple[str, str, Read]] = (
 
 
 def growths(samples: Sequence[Sample]) -> list[Growth]:
-    """Each figure's growth per switch, between kills; first and last are of all warm samples."""
+    """Return each figure's growth per switch, between kills; first and last of warm samples."""
     segments = settled(samples)
     if not segments:
         return []
@@ -140,9 +140,9 @@ def growths(samples: Sequence[Sample]) -> list[Growth]:
 
 
 def growth_per_restart(samples: Sequence[Sample]) -> list[float]:
-    """MiB by which the API process's USS is more with each host than with the one before.
+    """Return how many MiB the API process's USS grows from each host to the next.
 
-    Between the medians of their warm samples, so that growth per switch is in it, too.
+    Between the medians of their warm samples, so that growth per switch is included.
     """
     levels = [_middle([one.server.uss_bytes / MIB for one in s]) for s in settled(samples)]
     return [after - before for before, after in pairwise(levels)]

@@ -1,4 +1,4 @@
-"""What became of each request. Pure: what came back, held against what had to come."""
+"""The outcome of each request. Pure: compares what was received with what was expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.soak.cases import SIMILAR, Case, Golden, cosine
 from benchmarks.wire import PATIENT, End, Manner, Reply
 
 MAX_FAULTS = 50
-"""How many faults are kept with their details; all are counted."""
+"""How many faults are kept with details; all are counted."""
 
 REFUSED = frozenset(
     {
@@ -28,7 +28,7 @@ REFUSED = frozenset(
         "switch_rate_limited",
     }
 )
-"""Codes of errors that come before a request is accepted."""
+"""Codes of errors before a request is accepted."""
 
 FAILED = frozenset(
     {
@@ -44,7 +44,7 @@ FAILED = frozenset(
 
 
 class Outcome(Enum):
-    """What became of a request: exactly one of these."""
+    """How a request ended: exactly one of these."""
 
     ANSWERED = "answered"
     FAILED = "failed explicitly"
@@ -66,16 +66,16 @@ FAULTS = (Outcome.LOST, Outcome.HUNG, Outcome.WRONG, Outcome.UNEXPECTED)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome, with the error's code or what is wrong."""
+    """An outcome, with the error's code, or with what is wrong."""
 
     outcome: Outcome
     detail: str = ""
     was_parked: bool = False
-    """The stream said that it was parked."""
+    """Whether the stream said that it was parked."""
 
 
 def judge(case: Case, golden: Golden, reply: Reply, manner: Manner = PATIENT) -> Verdict:
-    """What became of a request for a case."""
+    """Judge how a request for a case ended."""
     try:
         said = read(reply)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -86,7 +86,7 @@ def judge(case: Case, golden: Golden, reply: Reply, manner: Manner = PATIENT) ->
 
 
 def judge_call(reply: Reply, manner: Manner = PATIENT) -> Verdict:
-    """What became of a call that answers a JSON object of its own."""
+    """Judge how a call ended whose answer is a JSON object of its own."""
     try:
         error = error_code(json.loads(reply.body)) if is_error(reply) else None
     except (ValueError, KeyError, TypeError) as wrong:
@@ -95,7 +95,7 @@ def judge_call(reply: Reply, manner: Manner = PATIENT) -> Verdict:
 
 
 def judge_end(reply: Reply, said: Said, manner: Manner) -> Verdict:
-    """What became of a request whose answer has nothing wrong in it."""
+    """Judge how a request ended whose answer contains nothing wrong."""
     if reply.end is End.COMPLETE:
         outcome, detail = _judge_complete(reply, said)
     elif reply.end is End.LEFT:
@@ -124,7 +124,7 @@ def _judge_complete(reply: Reply, said: Said) -> tuple[Outcome, str]:
 
 
 def find_wrong(case: Case, golden: Golden, said: Said) -> str | None:
-    """What is not as the model alone would say it, if anything."""
+    """Return what differs from the model's answer alone, if anything."""
     if strangers := said.models - {case.alias}:
         return f"asked {case.alias!r}, and {', '.join(sorted(strangers))} answered"
     if said.error == "wrong_stamp":
@@ -146,26 +146,26 @@ def find_wrong(case: Case, golden: Golden, said: Said) -> str | None:
 
 @dataclass(slots=True)
 class Ledger:
-    """All requests. The mutable state: who is open, and how many ended how, by kind."""
+    """All requests. The mutable state is which are open, and counts of outcomes, by kind."""
 
     counts: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
     """Errors of refused and failed requests, by code."""
     begun: int = 0
     parked: Counter[Outcome] = field(default_factory=Counter)
-    """How streams ended that had said that they were parked."""
+    """Outcomes of streams that had said that they were parked."""
     longest_s: float = 0.0
     faults: list[dict[str, Any]] = field(default_factory=list)
     open: dict[int, str] = field(default_factory=dict)
 
     def begin(self, kind: str) -> int:
-        """Enter a request. Returns its number."""
+        """Record the start of a request. Returns its number."""
         self.begun += 1
         self.open[self.begun] = kind
         return self.begun
 
     def end(self, number: int, verdict: Verdict, reply: Reply, what: str) -> None:
-        """Enter its end. Raises KeyError if it has ended before."""
+        """Record the end of a request. Raises KeyError if it has ended before."""
         kind = self.open.pop(number)
         self.counts[kind, verdict.outcome] += 1
         self.longest_s = max(self.longest_s, reply.duration_s)
@@ -190,7 +190,7 @@ class Ledger:
             )
 
     def total(self, *outcomes: Outcome) -> int:
-        """Requests of all kinds with one of these outcomes."""
+        """Return the number of requests of all kinds with one of these outcomes."""
         return sum(count for (_, one), count in self.counts.items() if one in outcomes)
 
     def count(self, kind: str, outcome: Outcome) -> int:
@@ -202,5 +202,5 @@ class Ledger:
 
     @property
     def unaccounted(self) -> int:
-        """Requests that have begun and have no outcome."""
+        """The number of requests that have started and have no outcome."""
         return self.begun - sum(self.counts.values())

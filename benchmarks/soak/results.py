@@ -1,4 +1,4 @@
-"""What a soak has found: as checks, as tables, and as data."""
+"""The results of a soak: as checks, as tables, and as data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Check:
 
 
 def checks(found: Found) -> list[Check]:
-    """All that must be 0."""
+    """Return all counts that must be 0."""
     run, ledger = found.run, found.run.ledger
     counts = {f"requests {one.value}": ledger.total(one) for one in Outcome if one.is_fault}
     return [
@@ -46,7 +46,7 @@ def checks(found: Found) -> list[Check]:
 
 
 def missing(run: Run) -> list[str]:
-    """What has to have happened for the zeros to mean anything."""
+    """Return what did not happen, but must have for the zeros to mean anything."""
     happened: Mapping[str, object] = {
         "switch": run.switched,
         "stream answered": run.ledger.count("stream", Outcome.ANSWERED),
@@ -61,7 +61,7 @@ def missing(run: Run) -> list[str]:
 
 
 def part(found: Found) -> Part:
-    """The tables, and the data to keep."""
+    """Return the tables, and the data to keep."""
     run = found.run
     tables = (
         Table("Soak: what must be 0", ("", "count"), _check_rows(checks(found))),
@@ -76,7 +76,7 @@ def part(found: Found) -> Part:
 
 
 def samples_of(found: Found) -> dict[str, Any]:
-    """What is kept of a run: all totals, and the processes' samples thinned."""
+    """Return what is kept of a run: all totals, and the processes' samples, thinned out."""
     run = found.run
     return {
         "plan": asdict(run.plan),
@@ -101,7 +101,7 @@ def samples_of(found: Found) -> dict[str, Any]:
 
 
 def thin(items: Sequence[T], limit: int) -> list[T]:
-    """At most about so many of them, evenly."""
+    """Return at most about `limit` of the items, evenly spaced."""
     return list(items[:: -(-len(items) // limit) or 1])
 
 

@@ -1,4 +1,4 @@
-"""One soak: what its actors share, and in which order it goes."""
+"""One soak: what its actors share, and how they send requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.wire import PATIENT, End, Manner, Reply, ask
 
 POLICIES = ("abort", "park", "refuse")
 RECOVERY_S = 120.0
-"""Within which the server must be ready again, and answer, after its engine host has ended."""
+"""After its engine host has ended, the server must be ready and answer within this time."""
 QUIET_CALL = Manner(deadline_s=10)
 GOLDEN_CALL = Manner(deadline_s=60)
 
@@ -37,12 +37,12 @@ class Plan:
     """0 for no kills."""
     clients: int
     policies: tuple[str, ...]
-    """What is asked for at a drain's deadline."""
+    """The actions to request at a drain's deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """A switch that took place, as the server told it."""
+    """A switch that took place, as the server reported it."""
 
     at_s: float
     target: str
@@ -57,22 +57,22 @@ class Switched:
 
 @dataclass(slots=True)
 class Kill:
-    """An end of the engine host, and what came after. Seconds from the signal; None: not yet."""
+    """A kill of the engine host, and what followed. Seconds from the signal; None: not yet."""
 
     signal: str
     phase: str
-    """Of the switch under way then."""
+    """The phase of the switch that was under way."""
     at_s: float
     noticed_s: float | None = None
-    """To a status that says so."""
+    """Until a status reported it."""
     ready_s: float | None = None
     answered_s: float | None = None
-    """To the end of the first answer to a request that was sent after it."""
+    """Until the end of the first answer to a request that was sent after it."""
 
 
 @dataclass(slots=True)
 class Run:
-    """What the actors share, all of it changed on one event loop."""
+    """What the actors share; all of it is changed on one event loop."""
 
     server: Server
     plan: Plan
@@ -80,16 +80,16 @@ class Run:
     temp: Path
     started_s: float = field(default_factory=time.perf_counter)
     active: str = ""
-    """As far as is known; requests go there most often."""
+    """The model last known to be active; most requests go there."""
     clients_left: int = 0
-    """Clients that are still at work; switches go on until there are none."""
+    """Clients that are still at work; switches continue until there are none."""
     ledger: Ledger = field(default_factory=Ledger)
     switched: dict[str, Switched] = field(default_factory=dict)
-    """By operation: calls that joined one are one switch."""
+    """Switches by operation: calls that joined one are one switch."""
     kills: list[Kill] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """What must not be, and is no request."""
+    """Faults that are not about a request."""
 
     @property
     def elapsed_s(self) -> float:
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """The time is over, or the server has ended; what becomes of a kill is waited for."""
+        """Whether the time is over and no recovery is under way, or the server has ended."""
         if self.server.exit_status is not None:
             return True
         return self.elapsed_s >= self.plan.duration_s and not self._is_recovering
@@ -112,7 +112,7 @@ class Run:
     async def request(
         self, case: Case, *, stream: bool = False, manner: Manner = PATIENT
     ) -> Outcome:
-        """Send a request for a case, and enter what became of it."""
+        """Send a request for a case, and record its outcome."""
         kind = "stream" if stream else ("whole answer" if case.can_stream else "embedding")
         number = self.ledger.begin(kind)
         reply = await ask(self.server.port, case.path, case.body(stream=stream), manner)
@@ -126,7 +126,7 @@ class Run:
     async def call(
         self, kind: str, path: str, body: Mapping[str, Any], manner: Manner = PATIENT
     ) -> dict[str, Any] | None:
-        """Send a call, and enter what became of it. Returns the answer to one that succeeded."""
+        """Send a call, and record its outcome. Returns the answer if it succeeded."""
         number = self.ledger.begin(kind)
         reply = await ask(self.server.port, path, body, manner)
         verdict = judge_call(reply, manner)
@@ -137,7 +137,7 @@ class Run:
         return told
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """Status and answer of a small route that must always answer; (0, None) if it does not."""
+        """Get a small route that must always answer: status and answer, or (0, None)."""
         reply = await ask(self.server.port, path, manner=QUIET_CALL)
         if reply.end is not End.COMPLETE:
             self.problem(f"GET {path}: {reply.end.value} {reply.detail}")
@@ -160,7 +160,7 @@ class Run:
 
 
 async def take_goldens(server: Server, cases: Sequence[Case]) -> dict[Case, Golden]:
-    """The answer to every case, from its model alone and without any other work.
+    """Return the answer to every case, from its model without any other work.
 
     Raises:
         BadAnswer: a case was not answered, or the answers do not tell the models apart.

@@ -62,7 +62,7 @@ def adapter_request(name: str, number: int, path: Path, is_3d: bool) -> Any:
 
 
 async def load_adapter(client: Any, request: Any) -> None:
-    """Load an adapter into an engine now, which may be parked.
+    """Load an adapter into an engine now; the engine may be parked.
 
     Raises:
         ConfigError: it cannot be loaded; nothing of it is left, and the engine continues.

@@ -83,8 +83,8 @@ def _nearest(word: str, known: list[str]) -> list[str]:
 def engine_config(args: argparse.Namespace) -> Any:
     """Return the `VllmConfig` of one model, whose engine is to be hosted, not launched.
 
-    May start a process that inspects an architecture for the first time on this machine
-    (seconds, then cached on disk), so it is called at start-up, never in a switch.
+    May start a process that inspects an architecture for the first time on this machine (seconds,
+    then cached on disk). So it is called at start-up, never in a switch.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext

@@ -106,9 +106,9 @@ class Checks:
 
         Returns: whether the grammar takes long to compile.
 
-        The request is aborted with an error of its own if it may wait no longer, if its grammar
-        goes beyond its bounds, or if an earlier check takes so long that this one does not start.
-        Work for it in a helper is killed then.
+        The request is aborted with an error of its own if its time is over, if its grammar goes
+        beyond its bounds, or if an earlier check keeps this one from starting. Work for it in a
+        helper is killed then.
         """
         lease = current_lease.get()
         account = lease.account if lease else ""

@@ -18,7 +18,8 @@ from typing import Any
 def with_own_globals(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with the globals of its module as they are now, whatever they become.
 
-    So do the functions of that module that it calls. What is not a plain function stays as it is.
+    The same holds for the functions of that module that it calls. What is not a plain function
+    stays as it is.
     """
     if not isinstance(function, FunctionType):
         return function

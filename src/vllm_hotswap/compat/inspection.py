@@ -25,7 +25,7 @@ Look = Callable[[], Any]
 
 @contextmanager
 def inspected_here() -> Iterator[None]:
-    """Import the classes into this process, which must make no engine and end soon."""
+    """Import the classes into this process; for one that makes no engine and ends soon."""
     with _run_by(lambda look, _: look()):
         yield
 

@@ -1,8 +1,8 @@
 """Checks whether a request can be sent to an engine at all, before it waits for anything.
 
-vLLM's frontend checks what a request means. Only when it encodes the request for the engine does it
-find half of a surrogate pair in a text (as JSON allows), or a number that is too large. It treats
-that as a failure of the engine.
+vLLM's frontend checks what a request means. It finds some errors only when it encodes the request
+for the engine: half of a surrogate pair in a text (as JSON allows), or a number that is too large.
+It treats these as a failure of the engine.
 
 Relies on: `VLLMValidationError`, which `AsyncLLM.generate` passes on and vLLM's routes answer with
 400; the names of the fields of `EngineCoreRequest`, of which a version may know only some.

@@ -224,6 +224,7 @@ class Feeder:
                 if not promise.done():  # else nothing waits for it
                     await self._pace.wait()
                     _keep(promise, self._submit(*args))
+                # Not before the wait: a promise that has left the queue is not cancelled below.
                 left.popleft()
         except Exception as error:  # noqa: BLE001  # for those that wait: the threads are gone
             for promise, _ in left:
@@ -311,7 +312,7 @@ def _paced(work: Callable[..., Awaitable[Any]], pace: Pace) -> Callable[..., Awa
 def _in_pieces(
     build: Callable[..., Coroutine[Any, Any, Any]], executor: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """Run a coroutine that waits for nothing beside the event loop, for some items at a time.
+    """Return `build`, which must wait for nothing, run off the event loop, some items at a time.
 
     The query, which may be long, is tokenised once, as vLLM does it.
     """

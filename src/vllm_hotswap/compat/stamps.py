@@ -79,6 +79,7 @@ class StampedCore:
             if lease.cache_salt:
                 request.cache_salt = _salted(lease.cache_salt, request.cache_salt)
             lease.prompt_tokens += _prompt_tokens(request)
+            # Before it is sent: an output whose request has no entry here is delivered unchecked.
             self._leases[request.request_id] = lease
             if grammars.has_grammar(request):
                 grammars.sign(request, lease.account)

@@ -28,8 +28,8 @@ class Arena:
         """Return zeroed memory, which is unmapped as soon as nothing refers to it.
 
         Huge pages make random reads of the KV cache up to four times as fast, reuse after
-        `give_back` three times, and `give_back` itself thirty times. In return, memory comes in
-        steps of 2 MiB, which is little beside a KV cache.
+        `give_back` three times, and `give_back` itself thirty times. But memory then comes in steps
+        of 2 MiB, which is little beside a KV cache.
         """
         # Python's default is shared memory, whose pages MADV_DONTNEED would not free.
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

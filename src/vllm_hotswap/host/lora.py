@@ -2,9 +2,9 @@
 
 vLLM marks a token without an adapter by the index -1. Its kernels for accelerators know that; its
 operations for CPUs take -1 for the last slot, as Python does. So a request to the model itself
-would be answered with the adapter of another request in its batch, or, where an adapter changes the
-last layer, of an earlier request (https://github.com/vllm-project/vllm/pull/48421). Here such
-tokens go into these operations as zeros.
+would be answered with the adapter of another request in its batch. If an adapter changes the last
+layer, it could be that of an earlier request (https://github.com/vllm-project/vllm/pull/48421).
+Here such tokens go into these operations as zeros.
 
 Relies on, in vLLM 0.32.0: `PunicaWrapperCPU`, its three methods below, `token_lora_indices` and
 `sampler_indices`; `get_punica_wrapper` of the platform, which names the class.

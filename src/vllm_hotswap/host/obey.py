@@ -69,6 +69,7 @@ class Obedience:
 
     def take(self, command: Command) -> None:
         """Run `command` on the compute thread. Called by the channel's thread."""
+        # Answered here: on the compute thread, it would wait for the step that it asks about.
         if isinstance(command, Ping):
             self._send(Answer(command.id, result=self.loop.step_s))
             return
@@ -243,6 +244,7 @@ class Obedience:
         self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
 
     def _send(self, message: Message) -> None:
+        # Two threads send: without the lock, bytes of two messages could mix in the channel.
         # A parent that is gone is noticed by the thread that reads the channel.
         with self._send_lock, suppress(OSError):
             self._channel_send(message)

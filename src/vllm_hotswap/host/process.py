@@ -71,6 +71,7 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     raised_file_limit()  # its parent's limit may be lower
     obedience = make(channel.send)
     _wake_when_orphaned()
+    # Before the imports, which take long: the end of the parent is noticed in that time, too.
     reading = (channel, obedience, args.folder)
     threading.Thread(target=_read, args=reading, daemon=True, name="channel").start()
     with no_collection():
