@@ -71,7 +71,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None
 
     with pytest.raises(
         ConfigError,
-        match=r"belongs to .*, neither to root.*docker run --user 65534.*VLLM_CACHE_ROOT",
+        match=r"belongs to .*; it must belong to root.*docker run --user 65534.*VLLM_CACHE_ROOT",
     ):
         code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})
 

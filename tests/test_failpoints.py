@@ -199,11 +199,11 @@ def test_a_file_that_becomes_wrong_disarms(file: Path, caplog: pytest.LogCapture
     [
         ("host.load", "it must be NAME"),
         ("host.load=1*raise(a", "it must be NAME"),
-        ("host.load=raise;host.lode=kill", "there is no failpoint 'host.lode'"),
-        ("host.load=burn", "there is no action 'burn'"),
+        ("host.load=raise;host.lode=kill", "unknown failpoint 'host.lode'"),
+        ("host.load=burn", "unknown action 'burn'"),
         ("host.load=sleep(soon)", "sleep takes a number of seconds"),
         ("host.load=exit(now)", "exit takes a status of one or two digits"),
-        ("host.load=kill(9)", "kill takes nothing"),
+        ("host.load=kill(9)", "kill takes no argument"),
         ("@/nowhere/at/all", "the file '/nowhere/at/all' cannot be read"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_server_does_not_start_with_a_wrong_one(
     """Before it starts anything."""
     monkeypatch.setenv(failpoints.VARIABLE, "host.lode=kill")
 
-    with pytest.raises(ConfigError, match=r"there is no failpoint 'host\.lode'"):
+    with pytest.raises(ConfigError, match=r"unknown failpoint 'host\.lode'"):
         run_server(load_config(write(tmp_path)), [])
 
 
