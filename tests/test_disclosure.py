@@ -32,9 +32,9 @@ def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None
     "text",
     [
         'an admin can switch with POST /v1/models/switch {"model": "qwen"}',
-        "POST /some/where is not among the routes that this server answers; see docs/http-api.md",
+        "unknown route: POST /some/where; see docs/http-api.md",
         "name a model: /admin/plan?model=alias",
-        "WEBSOCKET /a/b is not among the routes",
+        "unknown route: WEBSOCKET /a/b",
         "model 'org/llama' is not configured; configured: org/qwen, a/b",
         "401 from https://host.example/api/models/x",
         "3/4 of 1 GiB/s",

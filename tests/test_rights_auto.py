@@ -80,8 +80,8 @@ async def test_refusal_names_the_model_and_the_rule(auto: Server) -> None:
 
     assert (403, "switch_not_allowed") == (refused.status_code, refused.json()["error"]["code"])
     assert (
-        "this key may not trigger a switch to 'mistral' (rights.some.switch_to); 'llama' is active, "
-        "or about to be; use another model, or retry when 'mistral' is active"
+        "this key may not trigger a switch to 'mistral' (rights.some.switch_to); 'llama' is "
+        "active, or about to be; use another model, or retry when 'mistral' is active"
     ) == refused.json()["error"]["message"]
     assert [] == auto.events.of(SwitchEnded)
 
