@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.testing.fake_server import parse_flags
 
 pytestmark = pytest.mark.slow
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "clients.md"
 
 WITHOUT_VLLM = """
 import sys
@@ -293,6 +296,16 @@ def test_responses_are_made_and_streamed(own: Fake) -> None:
     assert made.output_text == "".join(said)
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert "response.completed" == events[-1].type
+
+
+def test_the_file_of_the_guide_evicts_as_it_says(tmp_path: Path) -> None:
+    """Its checkpoints are not here, and both models together are too large."""
+    (models,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    with fake_server(tmp_path, "--fake-pace", "0", models=models) as fake:
+        switched = fake.http.post("/v1/models/switch", json={"model": "small"}).json()
+
+    (moved,) = switched["evicted"]
+    assert ("big", "active", "asleep") == (moved["model"], moved["before"], moved["after"])
 
 
 def test_in_the_mode_auto_a_request_is_enough(tmp_path: Path) -> None:
