@@ -268,6 +268,28 @@ def test_a_model_that_is_not_set_up_for_tools_refuses_them(own: Fake) -> None:
     assert "tool_calls" == choice.finish_reason
 
 
+MALFORMED: list[tuple[str, Any, str]] = [
+    ("chat/completions", {"messages": "Hi"}, "messages must be"),
+    ("chat/completions", {"messages": [], "tools": [{"name": "x"}]}, "tools must be"),
+    ("chat/completions", {"messages": [], "tool_choice": "maybe"}, "tool_choice must be"),
+    ("chat/completions", {"messages": [], "max_tokens": 0}, "max_tokens must be a whole number"),
+    ("completions", {"prompt": "x", "stream_options": 1}, "stream_options must be"),
+    ("responses", {"input": "x", "max_output_tokens": "9"}, "max_output_tokens must be"),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "message"), MALFORMED)
+def test_a_malformed_request_is_told_what_is_wrong(
+    own: Fake, route: str, body: dict[str, Any], message: str
+) -> None:
+    """With 400, as from vLLM."""
+    own.http.post("/v1/models/switch", json={"model": "small"}).raise_for_status()
+    answer = own.http.post(f"/v1/{route}", json={"model": "small", **body})
+
+    assert 400 == answer.status_code
+    assert message in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_texts_have_vectors_of_their_own(own: Fake, encoding: Any) -> None:
     """One for each, of length 1, the same every time."""
