@@ -61,6 +61,7 @@ def person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("LOGNAME", USER)
     monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(sys, "prefix", "/opt/gaudi-python")
     return {
         "clone": str(ROOT),
         "home": str(home),
@@ -101,7 +102,7 @@ def test_a_server_that_fails_tells_no_names_and_no_folders(
         environment={**os.environ, "TOLD": told},
     )
 
-    Kind(results, server, "eager", 6).run()
+    Kind(results, server, "eager").run()
     results.check("eager: end", server.stop)
 
     written = file.read_text()
@@ -284,6 +285,25 @@ def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--cycles is at least 6" in capsys.readouterr().err
 
 
+def test_an_interrupted_check_says_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results so far are in the file."""
+
+    def interrupted(_: Results) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+    monkeypatch.setattr(facts, "DEVICE", "raise SystemExit('no device')")
+    monkeypatch.setattr(facts, "PLATFORM", "print('hpu vllm_gaudi.platform.HpuPlatform')")
+    monkeypatch.setattr(program, "check_refusal", interrupted)
+
+    assert 130 == program.main([str(tmp_path / "out.jsonl")])
+
+    assert "has what was done" in capsys.readouterr().err
+    assert 3 == len((tmp_path / "out.jsonl").read_text().splitlines())
+
+
 # --- the server ----------------------------------------------------------------------------------
 
 
@@ -352,6 +372,7 @@ def test_a_server_that_is_not_ready_is_asked_now_and_then(
     """Not over and over, while it loads its models."""
     asked = tmp_path / "asked"
     waits: list[float] = []
+    monkeypatch.setattr("tools.gaudi.server.LOOK_S", 0.123)
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, str(asked)))
     sleep = time.sleep
     monkeypatch.setattr("time.sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))
@@ -371,7 +392,39 @@ def test_a_server_that_is_not_ready_is_asked_now_and_then(
     server._client.close()
     server._process.wait()
 
-    assert asked.read_text().count("/health") <= len(waits)
+    assert asked.read_text().count("/health") <= waits.count(0.123)
+
+
+REFUSES = """
+import os, sys
+sys.exit("error: QUANT_CONFIG is " + os.environ["QUANT_CONFIG"] + ", and there is no such file")
+"""
+
+
+def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path) -> None:
+    """Another error, or none, is wrong. The check's own variable is passed on, not the user's."""
+
+    def told(code: str) -> dict[str, Any]:
+        server = Server(
+            tmp_path,
+            eager=True,
+            command=(sys.executable, "-c", code),
+            environment={**os.environ, "QUANT_CONFIG": "/the/users"},
+            more={"QUANT_CONFIG": "gone.json"},
+        )
+        try:
+            return program.refusal(server)
+        finally:
+            server.end()
+
+    refused = told(REFUSES)
+    assert [] == refused["wrong"]
+    assert "error: QUANT_CONFIG is gone.json, and there is no such file" in refused["told"]
+    (fault,) = told("raise SystemExit('Error: something else')")["wrong"]
+    assert fault.startswith("the error does not name QUANT_CONFIG: ")
+    assert ["a server is started, though QUANT_CONFIG names no file"] == program.refusal(
+        FakeServer()  # type: ignore[arg-type]  # has all that is asked
+    )["wrong"]
 
 
 class FakeHpu:
@@ -501,6 +554,9 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
     found = compare(tied, other, 0.5)
 
     assert ([], 1) == (found.wrong, found.steps)
+    assert ["step 0: token 2 was chosen, not 1"] == compare(
+        answer(SURE), answer((SURE[1], SURE[0], SURE[2])), 0.5
+    ).wrong
     assert compare(tied, other, 0.05).wrong
 
 
@@ -622,6 +678,7 @@ class FakeServer:
     ) -> None:
         self._leaks, self._gives, self._used = leaks, gives, 2 * HELD
         self._model_of = model_of or {}
+        self.is_running = True
         self.cycles: list[tuple[str, str]] = []
         self.answers_from = load()
 
@@ -652,7 +709,7 @@ class FakeServer:
 def ran(server: FakeServer, path: Path) -> list[str]:
     """The names of the checks that were not well."""
     results = Results(path)
-    Kind(results, server, "eager", 20).run()  # type: ignore[arg-type]  # has all that is asked
+    Kind(results, server, "eager").run()  # type: ignore[arg-type]  # has all that is asked
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert results.all_well == all(line["ok"] for line in lines)
     return [line["check"] for line in lines if not line["ok"]]
@@ -664,6 +721,51 @@ def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
 
     assert [] == ran(server, tmp_path / "out.jsonl")
     assert [(model, way) for way in WELL for model in PAIR * 10] == server.cycles
+
+
+class Drifting(FakeServer):
+    """Its logarithmic probabilities are off by so much, at first and after the cycles."""
+
+    def __init__(self, first: float, later: float) -> None:
+        super().__init__()
+        self._off = {0: first}
+        self._later = later
+
+    def ask(self, model: str, prompts: tuple[str, ...] = PROMPTS) -> list[Answer]:
+        off = self._off.get(len(self.cycles), self._later)
+        return [
+            Answer([[(token, value - off) for token, value in step] for step in each.steps])
+            for each in super().ask(model, prompts)
+        ]
+
+
+def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_path: Path) -> None:
+    """Answers may drift off, and may become others though they are near enough to the expected."""
+    path = tmp_path / "out.jsonl"
+
+    assert [] == ran(Drifting(0.2, 0.4), path)
+    assert 60 == len(ran(Drifting(0.4, 0.6), path))
+    assert "otherwise than before" not in path.read_text()
+    assert 60 == len(ran(Drifting(-0.2, 0.2), path))
+    assert 60 == path.read_text().count('["otherwise than before: prompt 0: step 0: token ')
+
+
+def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
+    """The cycles that are missing are told."""
+
+    class Dies(FakeServer):
+        def cycle(self, model: str, way: Way) -> Cycle:
+            self.is_running = False
+            raise RuntimeError("Connection refused")
+
+    wrong = ran(Dies(), tmp_path / "out.jsonl")
+
+    assert [
+        "eager: parked 1 llama",
+        "eager: parked: growth",
+        "eager: asleep: growth",
+        "eager: cold: growth",
+    ] == wrong
 
 
 def test_a_small_leak_is_found_by_what_it_comes_to(tmp_path: Path) -> None:

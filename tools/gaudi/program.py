@@ -26,8 +26,10 @@ from tools.gaudi.judge import (
 from tools.gaudi.results import Results
 from tools.gaudi.server import PAIR, Server
 
-UNUSABLE = 2
-CYCLES = 20
+UNUSABLE, INTERRUPTED = 2, 130
+WAYS: tuple[Way, ...] = get_args(Way)
+QUANTISATION = "QUANT_CONFIG"
+CYCLES, LEAST_CYCLES = 20, 6
 AGAIN = slice(0, 2)
 """Of `PROMPTS`, those that are asked after each cycle."""
 
@@ -39,8 +41,16 @@ class Unusable(Exception):
 class Kind:
     """A server whose models are all eager, or all compiled, through every check."""
 
-    def __init__(self, results: Results, server: Server, name: str, cycles: int) -> None:
-        self._results, self._server, self._name, self._cycles = results, server, name, cycles
+    def __init__(
+        self,
+        results: Results,
+        server: Server,
+        name: str,
+        cycles: int = CYCLES,
+        ways: Sequence[Way] = WAYS,
+    ) -> None:
+        self._results, self._server, self._name = results, server, name
+        self._cycles, self._ways = cycles, ways
         self._first: dict[str, list[Answer]] = {}
 
     def run(self) -> None:
@@ -51,7 +61,7 @@ class Kind:
             if not self._results.check(f"{self._name}: {model}", first)["ok"]:
                 return
         self._results.check(f"{self._name}: no level 2", self.no_level_2)
-        for way in get_args(Way):
+        for way in self._ways:
             self.all_of(way)
 
     def first(self, model: str) -> dict[str, Any]:
@@ -73,6 +83,8 @@ class Kind:
         """Cycles of one way, the models in turns, and whether anything has grown by them."""
         done: list[Cycle] = []
         for number in range(self._cycles):
+            if not self._server.is_running:
+                break
             model = PAIR[number % len(PAIR)]
             name = f"{self._name}: {way} {number + 1} {model}"
             self._results.check(name, partial(self.one, model, way, done))
@@ -119,17 +131,42 @@ def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
     return {"cycles": len(cycles), "grown": found, "wrong": growth_faults(found)}
 
 
-def check_server(results: Results, *, eager: bool, cycles: int) -> None:
+def check_server(results: Results, *, eager: bool, cycles: int, ways: Sequence[Way]) -> None:
     kind = "eager" if eager else "compiled"
     folder = Path(tempfile.mkdtemp(prefix="check-gaudi-"))
     try:
         server = Server(folder, eager=eager)
         try:
-            Kind(results, server, kind, cycles).run()
+            Kind(results, server, kind, cycles, ways).run()
         finally:
             results.check(f"{kind}: end", server.stop)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refusal(server: Server) -> dict[str, Any]:
+    """What a server says that is started with a `QUANT_CONFIG` that names no file.
+
+    It has to end with an error that names the variable.
+    """
+    try:
+        server.wait()
+    except RuntimeError as error:
+        told = str(error)
+    else:
+        return {"wrong": [f"a server is started, though {QUANTISATION} names no file"]}
+    wrong = [] if QUANTISATION in told else [f"the error does not name {QUANTISATION}: {told}"]
+    return {"told": told, "wrong": wrong}
+
+
+def check_refusal(results: Results) -> None:
+    with tempfile.TemporaryDirectory(prefix="check-gaudi-") as name:
+        folder = Path(name)
+        server = Server(folder, eager=True, more={QUANTISATION: str(folder / "gone.json")})
+        try:
+            results.check(f"refused: {QUANTISATION}", lambda: refusal(server))
+        finally:
+            server.end()
 
 
 def check_packages() -> None:
@@ -152,8 +189,7 @@ def opened(path: Path) -> Results:
         raise Unusable(f"{path} can't be written: {error.strerror}; name another file") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is well. 1: something is not. 2: the check can't begin."""
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.gaudi.check")
     parser.add_argument("out", type=Path, help="the file of results")
     only = parser.add_mutually_exclusive_group()
@@ -162,22 +198,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cycles", type=int, default=CYCLES, help=f"of each way, 6 or more (default: {CYCLES})"
     )
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="some of them (default: all)"
+    )
     args = parser.parse_args(argv)
-    if args.cycles < 6:
-        parser.error("--cycles is at least 6: the first four fill caches")
+    if args.cycles < LEAST_CYCLES:
+        parser.error(f"--cycles is at least {LEAST_CYCLES}: the first four fill caches")
+    return args
+
+
+def check(results: Results, args: argparse.Namespace) -> None:
+    """All that was asked for, in its order."""
+    results.check("versions", facts.facts)
+    results.check("device", facts.device)
+    if not results.check("platform", facts.platform)["ok"]:
+        return
+    check_refusal(results)
+    if not args.compiled_only:
+        check_server(results, eager=True, cycles=args.cycles, ways=args.ways)
+    if not args.eager_only:
+        check_server(results, eager=False, cycles=args.cycles, ways=args.ways)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all is well. 1: something is not. 2: the check can't begin. 130: it was interrupted."""
+    args = arguments(argv)
     try:
         check_packages()
         results = opened(args.out)
     except Unusable as error:
         print(f"check-gaudi: error: {error}", file=sys.stderr)
         return UNUSABLE
-    results.check("versions", facts.facts)
-    results.check("device", facts.device)
-    if results.check("platform", facts.platform)["ok"]:
-        if not args.compiled_only:
-            check_server(results, eager=True, cycles=args.cycles)
-        if not args.eager_only:
-            check_server(results, eager=False, cycles=args.cycles)
+    try:
+        check(results, args)
+    except KeyboardInterrupt:
+        print(f"check-gaudi: interrupted; {args.out} has what was done", file=sys.stderr)
+        return INTERRUPTED
     told = "all is well" if results.all_well else "not all is well"
     print(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
     return 0 if results.all_well else 1

@@ -66,8 +66,12 @@ class Server:
         eager: bool,
         command: Sequence[str] = (sys.executable, "-m", MODULE),
         environment: Mapping[str, str] = os.environ,
+        more: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it. `folder` takes its configuration, its log, and the socket in its host."""
+        """Start it. `folder` takes its configuration, its log, and the socket in its host.
+
+        What of `environment` would change the check is left out; `more` is added as it is.
+        """
         config = folder / "models.yaml"
         config.write_text(configuration(eager=eager), encoding="utf-8")
         self.log, self._socket = folder / "server.log", folder / "memory.socket"
@@ -75,7 +79,7 @@ class Server:
         with self.log.open("wb") as output:
             self._process = psutil.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
-                env=surroundings(environment, config, self._socket),
+                env={**surroundings(environment, config, self._socket), **(more or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -83,10 +87,14 @@ class Server:
             base_url=f"http://127.0.0.1:{port}", timeout=CALL_LIMIT_S, trust_env=False
         )
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def wait(self) -> dict[str, Any]:
         """Until it serves. Raises `RuntimeError` if it ends before, or takes too long."""
         deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self.is_running:
             with suppress(httpx.TransportError):
                 if self._client.get("/health").status_code == 200:
                     status = self._client.get("/admin/status").json()
@@ -194,18 +202,25 @@ class Server:
 
     def stop(self) -> dict[str, Any]:
         """Raises `RuntimeError` if it ends with an error, or does not end."""
-        self._client.close()
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            status = self._process.wait(STOP_LIMIT_S)
-        except psutil.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(STOP_LIMIT_S)
-            raise RuntimeError(f"it did not end within {STOP_LIMIT_S} s, and was killed") from None
+        if (status := self.end()) is None:
+            raise RuntimeError(f"it did not end within {STOP_LIMIT_S} s, and was killed")
         if status != 0:
             raise RuntimeError(f"it ended with status {status}; its log: {self.last_error()}")
         return {}
+
+    def end(self) -> int | None:
+        """With the exit status; None if it had to be killed."""
+        self._client.close()
+        if self.is_running:
+            self._process.terminate()
+        try:
+            return int(self._process.wait(STOP_LIMIT_S))
+        except psutil.TimeoutExpired:
+            for process in [*self._process.children(recursive=True), self._process]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.wait(STOP_LIMIT_S)
+            return None
 
 
 def configuration(*, eager: bool) -> str:
