@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +265,15 @@ def test_the_check_itself_imports_nothing_that_may_take_the_device() -> None:
 # --- what cannot be checked ----------------------------------------------------------------------
 
 
-def test_a_python_without_the_plugin_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_without_the_plugin_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one line, with the next step; and no file is written."""
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(program.Unusable, match="use the Python that has it: make check-gaudi"):
         check_packages()
 
@@ -463,15 +471,43 @@ def test_the_engine_host_tells_what_it_has_of_the_device(
 
     assert Device(3, 8, 5, None) == server.device()
     monkeypatch.setattr(FakeHpu, "mem_get_info", staticmethod(lambda: 1 / 0))
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+    with pytest.raises(RuntimeError, match="can't read the device's memory: ZeroDivisionError"):
         server.device()
 
 
 def test_a_host_without_the_plugin_is_told(tmp_path: Path) -> None:
     server = Server.__new__(Server)
     server._socket = tmp_path / "nobody"
-    with pytest.raises(RuntimeError, match="the check's plugin does not answer"):
+    with pytest.raises(RuntimeError, match="the check's plugin in the engine host does not answer"):
         server.device()
+
+
+READY = """
+import http.server, json, sys
+model = {"residency": "parked", "weights_bytes": 1, "kv_bytes": 1, "held": {}}
+status = {"models": {"llama": model, "qwen": model}, "memory": {}}
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(status).encode())
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def test_without_what_the_host_tells_no_cycle_is_begun(tmp_path: Path) -> None:
+    """Nothing could be judged. The start is what is wrong."""
+    results = Results(tmp_path / "out.jsonl")
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", READY))
+
+    Kind(results, server, "eager").run()
+    server.end()
+
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    (fault,) = json.loads(line)["wrong"]
+    assert fault.startswith("the check's plugin in the engine host does not answer: ")
 
 
 # --- what is judged: answers ---------------------------------------------------------------------

@@ -98,6 +98,7 @@ class Server:
             with suppress(httpx.TransportError):
                 if self._client.get("/health").status_code == 200:
                     status = self._client.get("/admin/status").json()
+                    device = self.device_as_it_is_told()
                     return {
                         "models": {
                             model: {
@@ -107,7 +108,8 @@ class Server:
                             for model in PAIR
                         },
                         "memory": status["memory"],
-                        "device": self.device_as_it_is_told(),
+                        "device": device,
+                        "wrong": [device["error"]] if "error" in device else [],
                     }
             time.sleep(LOOK_S)
         status = self._process.poll()
@@ -179,7 +181,7 @@ class Server:
         """As the engine host sees it. Raises `RuntimeError`."""
         told = self.device_as_it_is_told()
         if "error" in told:
-            raise RuntimeError(f"the engine host can't read the device's memory: {told['error']}")
+            raise RuntimeError(told["error"])
         return Device(**told)
 
     def device_as_it_is_told(self) -> dict[str, Any]:
@@ -187,9 +189,12 @@ class Server:
             with socket.socket(socket.AF_UNIX) as asking:
                 asking.settimeout(READ_LIMIT_S)
                 asking.connect(str(self._socket))
-                return dict(json.loads(asking.makefile(encoding="utf-8").readline()))
+                told = dict(json.loads(asking.makefile(encoding="utf-8").readline()))
         except (OSError, ValueError) as error:
-            return {"error": f"the check's plugin does not answer: {error}"}
+            return {"error": f"the check's plugin in the engine host does not answer: {error}"}
+        if "error" in told:
+            return {"error": f"the engine host can't read the device's memory: {told['error']}"}
+        return told
 
     def processes(self) -> Processes:
         family = [self._process, *self._process.children(recursive=True)]
