@@ -46,7 +46,7 @@ from tools.gaudi.judge import (
 from tools.gaudi.private import ROOT, Blank
 from tools.gaudi.program import Kind, check_packages, grown, opened
 from tools.gaudi.results import Results, output_of
-from tools.gaudi.server import PAIR, PLUGIN, Server, surroundings
+from tools.gaudi.server import PAIR, PLUGIN, Server, configuration, surroundings
 from vllm_hotswap.config import load_config
 
 # --- what is left out of the file ----------------------------------------------------------------
@@ -351,14 +351,8 @@ print(found.value)
 
 def test_the_configuration_is_one_that_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
-    path.write_text(program_configuration())
+    path.write_text(configuration(eager=True))
     assert PAIR == load_config(path).aliases
-
-
-def program_configuration() -> str:
-    from tools.gaudi.server import configuration
-
-    return configuration(eager=True)
 
 
 HEALTH = """
