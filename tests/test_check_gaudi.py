@@ -397,6 +397,13 @@ def test_a_server_that_is_not_ready_is_asked_now_and_then(
     assert asked.read_text().count("/health") <= waits.count(0.123)
 
 
+def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
+    """The check ends it then, and says how that went."""
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, "asked"))
+    assert os.getpgid(server._process.pid) != os.getpgid(0)
+    server.end()
+
+
 REFUSES = """
 import os, sys
 sys.exit("error: QUANT_CONFIG is " + os.environ["QUANT_CONFIG"] + ", and there is no such file")

@@ -82,6 +82,7 @@ class Server:
                 env={**surroundings(environment, config, self._socket), **(more or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                process_group=0,  # Ctrl-C is the check's, which then ends the server
             )
         self._client = httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=CALL_LIMIT_S, trust_env=False
