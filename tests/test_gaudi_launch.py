@@ -83,7 +83,7 @@ def test_a_plugin_without_intels_software_is_told(
     assert said.startswith("for a Gaudi: Intel's software cannot be imported (habana_frameworks")
     assert said.endswith(f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}")
     missing = ModuleNotFoundError("No module named 'x'", name="habana_frameworks.torch")
-    assert _unforeseen(missing).endswith(said)
+    assert said == _unforeseen(missing)
     assert _unforeseen(ModuleNotFoundError("No module named 'x'", name="x")) == (
         "No module named 'x'; the installation is not complete"
     )

@@ -52,9 +52,14 @@ def test_what_a_sleep_gives_back_and_takes(module: Any) -> None:
     """Each piece of memory counts once; KV memory goes, with the plugin's own blocks."""
     kv = torch.zeros(8, 32)
     caches = [(kv[:4], kv[4:], None), torch.zeros(10), (torch.zeros(5, dtype=torch.int8),)]
-    worker = module.HostedHPUWorker(SimpleNamespace(model=Model(), kv_caches=caches), None)
+    runner = SimpleNamespace(model=Model(), kv_caches=caches)
+    worker = module.HostedHPUWorker(runner, None)
 
     assert (1000 + 16 + 1024 + 40 + 5, 1000 + 16) == worker.sleep_bytes()
+
+    slots = torch.zeros(128, dtype=torch.int64)
+    runner.defragmenter = SimpleNamespace(cache_utils=SimpleNamespace(block_slots=slots))
+    assert (1000 + 16 + 1024 + 40 + 5 + 1024, 1000 + 16) == worker.sleep_bytes()
 
 
 @pytest.mark.parametrize(("sequences", "is_told"), [(16, False), (17, True)])

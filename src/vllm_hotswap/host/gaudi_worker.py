@@ -4,7 +4,8 @@ Named by its qualified name in `parallel_config.worker_cls`. It sleeps and wakes
 own does. Checked on vllm-gaudi 0.26.0.
 
 Relies on, in `HPUWorker`: `sleep`, which moves the parameters and buffers of `model_runner.model`
-to the host, and drops `model_runner.kv_caches`; `initialize_from_config`, which makes these.
+to the host, and drops `model_runner.kv_caches` and `model_runner.defragmenter`, which has a tensor
+`cache_utils.block_slots`; `initialize_from_config`, which makes these.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class HostedHPUWorker(HPUWorker):  # type: ignore[misc]  # the plugin has no typ
         """
         model = self.model_runner.model
         moved = [tensor for tensor in (*model.parameters(), *model.buffers()) if _is_on(tensor)]
-        dropped = _tensors(self.model_runner.kv_caches)
+        blocks = getattr(getattr(self.model_runner, "defragmenter", None), "cache_utils", None)
+        dropped = _tensors([*self.model_runner.kv_caches, getattr(blocks, "block_slots", None)])
         return _storage_bytes([*moved, *dropped]), sum(tensor.nbytes for tensor in moved)
 
     def initialize_from_config(self, kv_cache_config: Any) -> Any:
