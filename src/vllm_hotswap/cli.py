@@ -136,7 +136,7 @@ def _unforeseen(error: Exception) -> str:
     if NO_DEVICE in message:
         return with_why_no_device(message)
     if isinstance(error, ImportError):
-        return f"{message}; {why_not_imported(error) or 'the installation is not complete'}"
+        return why_not_imported(error) or f"{message}; the installation is not complete"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
     return f"unexpected {type(error).__name__} in {where}: {message}; please report it"

@@ -175,7 +175,6 @@ def _run(port: int, is_fake: bool, early: EarlyStop) -> None:
         path = write(folder)
         client = _start_server(path, folder / "server.log", port, is_fake, exits, early)
         online_flow(client)
-        tool_flow(client)
     _say(closing(port, is_fake))
 
 
@@ -214,9 +213,6 @@ def online_flow(client: httpx.Client) -> None:
     answer = chat(client, "qwen")
     _expect("qwen" in answer["choices"][0]["message"]["content"], "an answer of qwen")
 
-
-def tool_flow(client: httpx.Client) -> None:
-    """Run one more request of it, whose answer the model's parser turns into a tool call."""
     _title("5. Tool calls, which only qwen is configured for")
     answer = chat(client, "qwen", "What is the weather in Paris?", tools=[WEATHER_TOOL])
     calls = answer["choices"][0]["message"]["tool_calls"]

@@ -23,7 +23,11 @@ from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.states import LADDER, Residency
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM's own, when its field is read, whether or not a request has it
+    pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
+]
 
 STEP_S = 0.3
 """Long enough for a stepped engine to answer a short request."""

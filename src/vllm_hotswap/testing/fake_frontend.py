@@ -14,7 +14,7 @@ import json
 import math
 import struct
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from vllm_hotswap.testing.fake_responses import FakeResponses
+from vllm_hotswap.testing.fake_responses import FakeResponses, json_of, refused
 
 Task = Literal["generate", "embed", "classify", "realtime"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -38,6 +38,9 @@ PIECE = 12
 
 DIMENSIONS = 8
 """Of an embedding."""
+
+TOOL_CHOICES = ("auto", "none", "required")
+LIMITS = ("max_tokens", "max_completion_tokens")
 
 Body = Mapping[str, Any]
 
@@ -126,10 +129,9 @@ class FakeFrontend:
         """What is wrong with a chat or a completion."""
         if not isinstance(body, dict):
             return refused("the body is not a JSON object")
-        for key in ("max_tokens", "max_completion_tokens"):
-            most = body.get(key)
-            if most is not None and not (isinstance(most, int) and most > 0):
-                return refused(f"{key} must be a whole number of at least 1", key)
+        if key := malformed(body):
+            form = "a whole number of at least 1" if key in LIMITS else "what OpenAI's API says"
+            return refused(f"{key} must be {form}", key)
         name = body.get("model") or self._speaker.alias
         if not self._speaker.knows(name):
             return refused(f"The model `{name}` does not exist.", "model", 404)
@@ -150,10 +152,7 @@ class FakeFrontend:
         return await self._generate(request, _Completion())
 
     async def _generate(self, request: Request, shape: _Shape) -> Response:
-        try:
-            body = await request.json()
-        except (ValueError, RecursionError):  # as vLLM's framework answers both
-            return refused("the body is not JSON")
+        body = await json_of(request)
         if (refusal := self.refusal(body)) is not None:
             return refusal
         answer = self._answer(body, shape)
@@ -211,10 +210,12 @@ class FakeFrontend:
     # --- other tasks ----------------------------------------------------------------------
 
     async def _embedding(self, request: Request) -> Response:
-        body = await request.json()
+        body = await json_of(request)
+        if not isinstance(body, dict):
+            return refused("the body is not a JSON object")
         async for _ in self._speaker.tokens(1):
             pass
-        inputs = _inputs(body.get("input"))
+        inputs = _inputs(body.get("input", body.get("messages")))
         is_packed = body.get("encoding_format") == "base64"
         data = [
             {"object": "embedding", "index": number, "embedding": _vector(text, is_packed)}
@@ -314,11 +315,34 @@ class _Completion:
         return {"text": word + " "}
 
 
-def refused(message: str, param: str | None = None, status: int = 400) -> Response:
-    """An error as vLLM answers it."""
-    kind = "NotFoundError" if status == 404 else "BadRequestError"
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return JSONResponse({"error": error}, status)
+def malformed(body: Body) -> str | None:
+    """The first key of a chat or a completion whose value has not OpenAI's form."""
+    forms: dict[str, Callable[[Any], bool]] = {
+        "model": lambda value: isinstance(value, str),
+        "messages": lambda value: _is_list_of(value, lambda _: True),
+        "tools": lambda value: _is_list_of(value, _is_function),
+        "tool_choice": lambda value: value in TOOL_CHOICES or _is_function(value),
+        "stream_options": lambda value: isinstance(value, dict),
+        **dict.fromkeys(LIMITS, _is_limit),
+    }
+    given = ((key, body.get(key)) for key in forms)
+    return next((k for k, value in given if value is not None and not forms[k](value)), None)
+
+
+def _is_list_of(value: object, is_good: Callable[[Body], bool]) -> bool:
+    return isinstance(value, list) and all(isinstance(x, dict) and is_good(x) for x in value)
+
+
+def _is_function(value: object) -> bool:
+    """A tool, or the choice of one."""
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    return isinstance(function.get("parameters") or {}, dict)
+
+
+def _is_limit(value: object) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def made_up(schema: Mapping[str, Any]) -> Any:

@@ -55,14 +55,19 @@ class FakeResponses:
         self._events.pop(response_id, None)
 
     async def _create(self, request: Request) -> Response:
-        body = await request.json()
+        body = await json_of(request)
+        if not isinstance(body, dict):
+            return refused("the body is not a JSON object")
+        most = body.get("max_output_tokens")
+        if most is not None and not (isinstance(most, int) and most > 0):
+            return refused("max_output_tokens must be a whole number of at least 1")
         previous = body.get("previous_response_id")
         if previous is not None and previous not in self._kept:
             return _not_found(previous)
         response_id = body.get("request_id") or f"resp_{self._alias}_{next(self._numbers)}"
         response = _new_response(response_id, self._alias)
         self._events[response_id] = []
-        work = asyncio.create_task(self._work(response, self._count(body.get("max_output_tokens"))))
+        work = asyncio.create_task(self._work(response, self._count(most)))
         if body.get("background"):
             self._kept[response_id], self.running[response_id] = response, work
             work.add_done_callback(lambda _: self.running.pop(response_id))
@@ -166,5 +171,19 @@ def _new_response(response_id: str, alias: str) -> dict[str, Any]:
 
 
 def _not_found(response_id: str) -> Response:
-    message = f"Response with id '{response_id}' not found."
-    return JSONResponse({"error": {"message": message, "code": 404}}, 404)
+    return refused(f"Response with id '{response_id}' not found.", status=404)
+
+
+async def json_of(request: Request) -> Any:
+    """The body; None where it is not JSON, or too deep to be read."""
+    try:
+        return await request.json()
+    except (ValueError, RecursionError):  # as vLLM's framework answers both
+        return None
+
+
+def refused(message: str, param: str | None = None, status: int = 400) -> Response:
+    """An error as vLLM answers it."""
+    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return JSONResponse({"error": error}, status)

@@ -1,0 +1,824 @@
+"""`python -m tools.gaudi.check`: what it judges, what it writes, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import wait_until
+from tools.gaudi import expected, facts, program
+from tools.gaudi.answers import (
+    EXPECTED,
+    PROMPTS,
+    RANKS,
+    TOKENS,
+    Answer,
+    compare,
+    from_completion,
+    load,
+)
+from tools.gaudi.inside import check_gaudi_memory
+from tools.gaudi.judge import (
+    EXPECTED_TOLERANCE,
+    HOST_SLACK_BYTES,
+    MIB,
+    SLACK_BYTES,
+    Cycle,
+    Device,
+    Processes,
+    Seen,
+    Way,
+    cycle_faults,
+    growth,
+    growth_faults,
+)
+from tools.gaudi.private import ROOT, Blank
+from tools.gaudi.program import Kind, check_packages, grown, opened
+from tools.gaudi.results import Results, output_of
+from tools.gaudi.server import PAIR, PLUGIN, Server, configuration, surroundings
+from vllm_hotswap.config import load_config
+
+# --- what is left out of the file ----------------------------------------------------------------
+
+HOST, USER, SECRET, PROXY = "gaudi-lab-17", "mmueller", "hf_AbCdEf123456", "10.11.12.13"
+
+
+@pytest.fixture
+def person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Somebody on some machine; what they are known by, and what must not be in the file."""
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{HOST}.example.org")
+    home = tmp_path / "homes" / "mm"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("LOGNAME", USER)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(sys, "prefix", "/opt/gaudi-python")
+    return {
+        "clone": str(ROOT),
+        "home": str(home),
+        "temporary": str(tmp_path / "temporary"),
+        "python": sys.prefix,
+        "packages": expected.__file__,
+        "full host": f"{HOST}.example.org",
+        "host": HOST,
+        "user": USER,
+        "secret": SECRET,
+        "other home": "/home/jdoe",
+    }
+
+
+FAILING = """
+import os, sys
+told = os.environ["TOLD"]
+print("INFO starts with " + told)
+print("FileNotFoundError: no such file in " + told, flush=True)
+sys.exit(3)
+"""
+
+
+def test_a_server_that_fails_tells_no_names_and_no_folders(
+    person: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its last error is in the file, and nothing that tells who ran it, and where."""
+    folder = Path(person["temporary"])
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    told = ", ".join([*person.values(), str(folder / "models.yaml")])
+    file = tmp_path / "out.jsonl"
+    results = Results(file)
+    server = Server(
+        folder,
+        eager=True,
+        command=(sys.executable, "-c", FAILING),
+        environment={**os.environ, "TOLD": told},
+    )
+
+    Kind(results, server, "eager").run()
+    results.check("eager: end", server.stop)
+
+    written = file.read_text()
+    start, end = (json.loads(line) for line in written.splitlines())
+    assert not start["ok"]
+    assert not end["ok"]
+    assert "ended with status 3; its log: FileNotFoundError: no such file in <clone>" in written
+    assert [] == [name for name, text in person.items() if text in written]
+
+
+def test_whatever_a_check_raises_or_returns_is_written_without_names(
+    person: dict[str, str], tmp_path: Path
+) -> None:
+    """In whatever depth; keys, too."""
+    told = " ".join(person.values())
+    file = tmp_path / "out.jsonl"
+    results = Results(file)
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError(f"/v1/models/switch: 500 {told}")
+
+    results.check("raises", fails)
+    results.check("returns", lambda: {"deep": [{told: (told, 1)}], "wrong": [told]})
+    results.check("a program", lambda: {"out": output_of([sys.executable, "-c", told], 60)})
+
+    written = file.read_text()
+    assert 3 == written.count('"ok": false')
+    assert [] == [name for name, text in person.items() if text in written]
+
+
+def test_addresses_of_this_machine_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not the one that every machine has; and a version is no address."""
+    address = type("Address", (), {"address": PROXY})
+    loopback = type("Address", (), {"address": "127.0.0.1"})
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: {"eth0": [address], "lo": [loopback]})
+
+    blank = Blank({})
+
+    assert "tcp://<host>:5 tcp://127.0.0.1:5" == blank.text(f"tcp://{PROXY}:5 tcp://127.0.0.1:5")
+    assert "1.24.1.480" == blank.text("1.24.1.480")
+
+
+def test_words_that_only_begin_like_a_name_stay() -> None:
+    """And names that everybody has."""
+    blank = Blank({"LOGNAME": "ann", "USER": "root"})
+    assert "cannot <user> root's" == blank.text("cannot ann root's")
+
+
+def test_the_longest_name_is_taken_first() -> None:
+    """A folder of the clone is not told by what lies above the clone."""
+    blank = Blank({"HOME": str(ROOT.parent)})
+    assert "<clone>/models <home>/others" == blank.text(f"{ROOT}/models {ROOT.parent}/others")
+
+
+def test_of_variables_only_numbers_and_switches_are_told() -> None:
+    """And never those of keys."""
+    told = facts.variables(
+        {
+            "PT_HPU_LAZY_MODE": "0",
+            "VLLM_SKIP_WARMUP": "true",
+            "VLLM_CACHE_ROOT": "/home/jdoe/cache",
+            "VLLM_API_KEY": "123456",
+            "HOME": "/home/jdoe",
+        }
+    )
+    assert told == {
+        "PT_HPU_LAZY_MODE": "0",
+        "VLLM_API_KEY": "(a text)",
+        "VLLM_CACHE_ROOT": "(a text)",
+        "VLLM_SKIP_WARMUP": "true",
+    }
+
+
+# --- what is told of the machine -----------------------------------------------------------------
+
+
+def test_the_facts_say_which_code_was_checked() -> None:
+    """The commit; and that Python finds the package of this clone, not another one."""
+    told = facts.facts()
+
+    try:
+        commit = output_of(["git", "rev-parse", "HEAD"], 60, ROOT).strip()
+    except (OSError, RuntimeError):  # the tests may run where there is no git
+        commit = None
+    assert commit == told["commit"]
+    assert told["package_is_the_clones"]
+    assert set(facts.PACKAGES) == set(told["versions"])
+
+
+def test_another_package_is_told_from_the_clones(tmp_path: Path) -> None:
+    """By what is in its modules, and by their names."""
+    (tmp_path / "a.py").write_text("1")
+    first = facts.digest(tmp_path)
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    second = facts.digest(tmp_path)
+    (tmp_path / "b.py").write_text("2")
+
+    assert 3 == len({first, second, facts.digest(tmp_path)})
+
+
+def of_256_mib(used: tuple[int, int, int], reserved: tuple[int | None, ...]) -> str:
+    names = ("before", "with_256_mib", "after")
+    seen = {
+        name: {
+            "free": (1000 - each) * MIB,
+            "total": 1000 * MIB,
+            "memory_allocated": each * MIB,
+            "memory_reserved": None if pool is None else pool * MIB,
+        }
+        for name, each, pool in zip(names, used, reserved, strict=True)
+    }
+    return f"print({json.dumps(seen)!r})"
+
+
+def test_which_number_follows_memory_that_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that keeps what is freed does not; nor does what is not there."""
+    monkeypatch.setattr(facts, "DEVICE", of_256_mib((1, 257, 1), (1, 257, 257)))
+    kept = facts.device()
+    monkeypatch.setattr(facts, "DEVICE", of_256_mib((1, 1, 1), (None, None, None)))
+    absent = facts.device()
+
+    assert kept["follows"] == {
+        "mem_get_info": True,
+        "memory_allocated": True,
+        "memory_reserved": False,
+    }
+    assert [] == kept["wrong"]
+    assert ["torch.hpu.mem_get_info does not tell that 256 MiB come and go"] == absent["wrong"]
+
+
+def test_another_platform_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a process of its own: the check must not hold the device."""
+    monkeypatch.setattr(facts, "PLATFORM", "print('noise'); print('cpu vllm.platforms.cpu.Cpu')")
+    results = Results(tmp_path / "out.jsonl")
+
+    told = results.check("platform", facts.platform)
+
+    assert not told["ok"]
+    assert ["vLLM has chosen vllm.platforms.cpu.Cpu (cpu), not the plugin's platform"] == told[
+        "wrong"
+    ]
+
+
+ALONE = """
+import sys
+import tools.gaudi.program
+print({"torch", "vllm", "vllm_gaudi", "habana_frameworks"} & set(sys.modules))
+"""
+
+
+def test_the_check_itself_imports_nothing_that_may_take_the_device() -> None:
+    """A Gaudi belongs to one process: the server's, while it runs."""
+    ran = subprocess.run(
+        [sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "set()" == ran.stdout.strip()
+
+
+# --- what cannot be checked ----------------------------------------------------------------------
+
+
+def test_a_python_without_the_plugin_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, with the next step; and no file is written."""
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(program.Unusable, match="use the Python that has it: make check-gaudi"):
+        check_packages()
+
+    assert 2 == program.main(["/nowhere/out.jsonl"])
+    assert 1 == capsys.readouterr().err.count("\n")
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with pytest.raises(program.Unusable, match="No such file or directory; name another file"):
+        opened(tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Growth could not be told."""
+    with pytest.raises(SystemExit):
+        program.main(["out.jsonl", "--cycles", "5"])
+    assert "--cycles is at least 6" in capsys.readouterr().err
+
+
+def test_an_interrupted_check_says_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results so far are in the file."""
+
+    def interrupted(_: Results) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+    monkeypatch.setattr(facts, "DEVICE", "raise SystemExit('no device')")
+    monkeypatch.setattr(facts, "PLATFORM", "print('hpu vllm_gaudi.platform.HpuPlatform')")
+    monkeypatch.setattr(program, "check_refusal", interrupted)
+
+    assert 130 == program.main([str(tmp_path / "out.jsonl")])
+
+    assert "has what was done" in capsys.readouterr().err
+    assert 3 == len((tmp_path / "out.jsonl").read_text().splitlines())
+
+
+# --- the server ----------------------------------------------------------------------------------
+
+
+def test_the_servers_variables_let_it_be_asked_and_read() -> None:
+    """Without its user's keys and quantisation; the check's plugin is found, and let in."""
+    told = surroundings(
+        {
+            "VLLM_API_KEY": "k",
+            "VLLM_HOTSWAP_ADMIN_KEY": "k",
+            "VLLM_HOTSWAP_CONFIG": "other.yaml",
+            "QUANT_CONFIG": "q.json",
+            "VLLM_PLUGINS": "hpu",
+            "PYTHONPATH": "/some/where",
+            "PT_HPU_LAZY_MODE": "0",
+        },
+        Path("models.yaml"),
+        Path("socket"),
+    )
+    kept = {"VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY", "VLLM_HOTSWAP_CONFIG", "QUANT_CONFIG"}
+    assert not kept & set(told)
+    assert f"hpu,{PLUGIN}" == told["VLLM_PLUGINS"]
+    assert told["PYTHONPATH"].endswith(":/some/where")
+    assert "0" == told["PT_HPU_LAZY_MODE"]
+    ran = subprocess.run(
+        [sys.executable, "-c", FIND], capture_output=True, text=True, check=True, env=told
+    )
+    assert f"{PLUGIN}:register" == ran.stdout.strip()
+
+
+FIND = """
+from importlib.metadata import entry_points
+(found,) = entry_points(group="vllm.general_plugins", name="check_gaudi_memory")
+assert found.load()
+print(found.value)
+"""
+
+
+def test_the_configuration_is_one_that_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(configuration(eager=True))
+    assert PAIR == load_config(path).aliases
+
+
+HEALTH = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        with open(sys.argv[1], "a") as file:
+            file.write(self.path + chr(10))
+        self.send_error(503)
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_is_not_ready_is_asked_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not over and over, while it loads its models."""
+    asked = tmp_path / "asked"
+    waits: list[float] = []
+    monkeypatch.setattr("tools.gaudi.server.LOOK_S", 0.123)
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, str(asked)))
+    sleep = time.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))
+
+    def wait() -> None:
+        with pytest.raises(RuntimeError, match="it has ended with status -9"):
+            server.wait()
+        ended.set()
+
+    ended = threading.Event()
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    wait_until(lambda: asked.exists() and asked.read_text().count("/health") >= 3)
+    server._process.kill()
+    waiting.join()
+    assert ended.is_set()
+    server._client.close()
+    server._process.wait()
+
+    assert asked.read_text().count("/health") <= waits.count(0.123)
+
+
+def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
+    """The check ends it then, and says how that went."""
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, "asked"))
+    assert os.getpgid(server._process.pid) != os.getpgid(0)
+    server.end()
+
+
+REFUSES = """
+import os, sys
+sys.exit("error: QUANT_CONFIG is " + os.environ["QUANT_CONFIG"] + ", and there is no such file")
+"""
+
+
+def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path) -> None:
+    """Another error, or none, is wrong. The check's own variable is passed on, not the user's."""
+
+    def told(code: str) -> dict[str, Any]:
+        server = Server(
+            tmp_path,
+            eager=True,
+            command=(sys.executable, "-c", code),
+            environment={**os.environ, "QUANT_CONFIG": "/the/users"},
+            more={"QUANT_CONFIG": "gone.json"},
+        )
+        try:
+            return program.refusal(server)
+        finally:
+            server.end()
+
+    refused = told(REFUSES)
+    assert [] == refused["wrong"]
+    assert "error: QUANT_CONFIG is gone.json, and there is no such file" in refused["told"]
+    (fault,) = told("raise SystemExit('Error: something else')")["wrong"]
+    assert fault.startswith("the error does not name QUANT_CONFIG: ")
+    assert ["a server is started, though QUANT_CONFIG names no file"] == program.refusal(
+        FakeServer()  # type: ignore[arg-type]  # has all that is asked
+    )["wrong"]
+
+
+class FakeHpu:
+    """`torch.hpu` without a `memory_reserved`."""
+
+    @staticmethod
+    def synchronize() -> None: ...
+
+    @staticmethod
+    def mem_get_info() -> tuple[int, int]:
+        return 3, 8
+
+    @staticmethod
+    def memory_allocated() -> int:
+        return 5
+
+
+def test_the_engine_host_tells_what_it_has_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each question; and what torch does not tell is null. Only there: not in our process."""
+    path = tmp_path / "socket"
+    monkeypatch.setenv(check_gaudi_memory.VARIABLE, str(path))
+    check_gaudi_memory.register()
+    assert not path.exists()
+
+    main = type("Main", (), {"__spec__": type("Spec", (), {"name": check_gaudi_memory.HOST})})
+    torch = type("Torch", (), {"get_device_module": staticmethod(lambda _: FakeHpu)})
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(check_gaudi_memory, "_listening", [])
+    check_gaudi_memory.register()
+    check_gaudi_memory.register()  # vLLM, wrapped by the plugin, may load it more than once
+    server = Server.__new__(Server)
+    server._socket = path
+
+    assert Device(3, 8, 5, None) == server.device()
+    monkeypatch.setattr(FakeHpu, "mem_get_info", staticmethod(lambda: 1 / 0))
+    with pytest.raises(RuntimeError, match="can't read the device's memory: ZeroDivisionError"):
+        server.device()
+
+
+def test_a_host_without_the_plugin_is_told(tmp_path: Path) -> None:
+    server = Server.__new__(Server)
+    server._socket = tmp_path / "nobody"
+    with pytest.raises(RuntimeError, match="the check's plugin in the engine host does not answer"):
+        server.device()
+
+
+READY = """
+import http.server, json, sys
+model = {"residency": "parked", "weights_bytes": 1, "kv_bytes": 1, "held": {}}
+status = {"models": {"llama": model, "qwen": model}, "memory": {}}
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(status).encode())
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def test_without_what_the_host_tells_no_cycle_is_begun(tmp_path: Path) -> None:
+    """Nothing could be judged. The start is what is wrong."""
+    results = Results(tmp_path / "out.jsonl")
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", READY))
+
+    Kind(results, server, "eager").run()
+    server.end()
+
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    (fault,) = json.loads(line)["wrong"]
+    assert fault.startswith("the check's plugin in the engine host does not answer: ")
+
+
+# --- what is judged: answers ---------------------------------------------------------------------
+
+
+def test_the_expected_answers_are_those_of_the_models_that_are_here() -> None:
+    """`python -m tools.gaudi.expected` makes them anew."""
+    told = json.loads(EXPECTED.read_text())["models"]
+    assert {model: expected.digest(model) for model in PAIR} == {
+        model: told[model]["weights_sha256"] for model in PAIR
+    }
+    shapes = {(len(told[model]["answers"]), TOKENS, RANKS) for model in PAIR}
+    assert {(len(PROMPTS), TOKENS, RANKS)} == shapes
+    assert EXPECTED.read_text() == expected.text(json.loads(EXPECTED.read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PAIR)
+def test_the_expected_answers_are_those_that_transformers_gives(model: str) -> None:
+    """Whatever the CPU."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    try:
+        found = [Answer(steps) for steps in expected.answers(expected.MODELS / model)]
+    finally:
+        torch.set_num_threads(threads)
+    pairs = zip(load()[model], found, strict=True)
+    assert [[]] * len(PROMPTS) == [compare(*pair, 0.01).wrong for pair in pairs]
+
+
+@pytest.mark.parametrize("model", PAIR)
+def test_a_block_of_kv_memory_that_is_lost_would_be_seen(model: str) -> None:
+    """Two prompts differ in the first block alone, and what is expected differs by more than is
+    let pass."""
+    one, other = load()[model][1:]
+    assert compare(one, other, EXPECTED_TOLERANCE).wrong
+
+
+def test_a_model_that_answers_as_another_one_is_seen() -> None:
+    """At the first token."""
+    llama, qwen = load()["llama"][0], load()["qwen"][0]
+    (fault,) = compare(llama, qwen, EXPECTED_TOLERANCE).wrong
+    assert fault.startswith("step 0: token ")
+
+
+def answer(*steps: tuple[tuple[int, float], ...]) -> Answer:
+    return Answer(steps)
+
+
+SURE = ((1, -0.1), (2, -4.0), (3, -5.0))
+
+
+def test_rounding_is_let_pass_and_nothing_more() -> None:
+    near = answer(((1, -0.3), (2, -3.8), (3, -5.2)))
+    far = answer(((1, -0.1), (2, -3.4), (3, -5.0)))
+
+    assert compare(answer(SURE), near, 0.5).wrong == []
+    assert pytest.approx(0.2) == compare(answer(SURE), near, 0.5).furthest
+    assert ["step 0: token 2 has the logarithmic probability -3.400, not -4.000"] == compare(
+        answer(SURE), far, 0.5
+    ).wrong
+
+
+def test_a_likely_token_that_is_missing_is_seen() -> None:
+    """It can't be likelier than those that are there; an unlikely one may have been passed."""
+    missing = answer(((1, -0.1), (3, -5.0), (4, -5.1)))
+    passed = answer(((1, -0.1), (2, -4.0), (4, -4.9)))
+
+    assert ["step 0: token 2 has the logarithmic probability below -5.100, not -4.000"] == compare(
+        answer(SURE), missing, 0.5
+    ).wrong
+    assert [] == compare(answer(SURE), passed, 0.5).wrong
+
+
+def test_of_tokens_that_are_tied_either_may_be_said() -> None:
+    """What follows is not compared then: it goes on from another token."""
+    tied = answer(((1, -0.7), (2, -0.8), (3, -4.0)), SURE)
+    other = answer(((2, -0.7), (1, -0.8), (3, -4.0)), ((9, 0.0), (8, -9.0), (7, -9.0)))
+
+    found = compare(tied, other, 0.5)
+
+    assert ([], 1) == (found.wrong, found.steps)
+    assert ["step 0: token 2 was chosen, not 1"] == compare(
+        answer(SURE), answer((SURE[1], SURE[0], SURE[2])), 0.5
+    ).wrong
+    assert compare(tied, other, 0.05).wrong
+
+
+def test_an_answer_that_ends_early_is_seen() -> None:
+    assert ["1 tokens were said, not 2"] == compare(answer(SURE, SURE), answer(SURE), 0.5).wrong
+
+
+def test_an_answer_is_read_from_a_completion() -> None:
+    """Of tokens that are equally likely, the one that was said comes first; five are kept."""
+    ranks = {f"token_id:{n}": value for n, value in enumerate((-9.0, -8.0, -1.0, -1.0, -7.0, -6.0))}
+    choice = {"token_ids": [3], "logprobs": {"top_logprobs": [ranks]}}
+
+    found = from_completion(choice)
+
+    assert [3] == found.tokens
+    assert [3, 2, 5, 4, 1] == [token for token, _ in found.steps[0]]
+
+
+# --- what is judged: memory ----------------------------------------------------------------------
+
+KV = 64 * MIB
+HELD = KV + 2 * MIB
+
+
+def seen(used: int, told: int = HELD, host: int = 0, **more: int) -> Seen:
+    processes = Processes(3, 20, 90, 500 * MIB)
+    return Seen(
+        Device(1000 * MIB - used, 1000 * MIB, None, None), told, host, replace(processes, **more)
+    )
+
+
+AWAKE = seen(2 * HELD)
+WELL = {
+    "parked": Cycle("parked", "llama", KV, AWAKE, AWAKE, AWAKE, 0.1),
+    "asleep": Cycle("asleep", "llama", KV, AWAKE, seen(HELD, 0, 2 * MIB), AWAKE, 0.1),
+    "cold": Cycle("cold", "llama", KV, AWAKE, seen(HELD, 0), AWAKE, 0.1),
+}
+
+
+@pytest.mark.parametrize("way", WELL)
+def test_a_cycle_that_is_well_is_called_so(way: str) -> None:
+    assert [] == cycle_faults(WELL[way])
+
+
+@pytest.mark.parametrize("way", ["asleep", "cold"])
+def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
+    """Whatever the server says."""
+    faults = cycle_faults(replace(WELL[way], away=seen(2 * HELD, 0, 2 * MIB * (way == "asleep"))))
+    assert [
+        "0.0 MiB of the device were given back, and the model's KV memory alone is 64.0 MiB",
+        "the server says that 66.0 MiB were given back; it was 0.0 MiB",
+    ] == faults
+
+
+def test_a_server_that_counts_wrongly_is_seen() -> None:
+    """It says that nothing was given back, or that there is something left, or another amount."""
+    asleep, cold = WELL["asleep"], WELL["cold"]
+    assert [
+        "the server does not say that anything was given back",
+        "the server does not say that the weights are in host memory",
+    ] == cycle_faults(replace(asleep, away=seen(HELD)))
+    assert ["the server says that an unloaded model holds memory"] == cycle_faults(
+        replace(cold, away=seen(HELD, 1))
+    )
+    assert ["the server says that the model holds other memory than before"] == cycle_faults(
+        replace(cold, after=seen(2 * HELD, HELD + 1))
+    )
+
+
+def test_a_model_that_comes_back_larger_or_smaller_is_seen() -> None:
+    more, less = seen(2 * HELD + SLACK_BYTES + MIB), seen(2 * HELD - SLACK_BYTES - MIB)
+    faults = [cycle_faults(replace(WELL["cold"], after=after)) for after in (more, less)]
+    assert [
+        ["9.0 MiB more of the device are in use than before"],
+        ["-9.0 MiB more of the device are in use than before"],
+    ] == faults
+
+
+def test_a_parked_model_that_moves_is_seen() -> None:
+    faults = cycle_faults(replace(WELL["parked"], away=seen(HELD)))
+    assert ["66.0 MiB were given back by a model that was only parked"] == faults
+
+
+def cycles(afters: list[Seen]) -> list[Cycle]:
+    return [
+        replace(WELL["cold"], model=PAIR[number % 2], after=after)
+        for number, after in enumerate(afters)
+    ]
+
+
+def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
+    """Of the device, of the processes' memory, and of what processes hold; each for its model."""
+    first = [seen(2 * HELD - 50 * MIB, memory_bytes=100 * MIB)] * 2
+    steady = [*first, *([AWAKE] * 18)]
+    leak = [seen(2 * HELD + n * MIB, descriptors=90 + n // 4) for n in range(20)]
+    host = [seen(2 * HELD, memory_bytes=n * HOST_SLACK_BYTES // 10) for n in range(20)]
+
+    assert [] == growth_faults(growth(cycles(steady)))
+    assert ["device_bytes have grown by 16.0 MiB", "descriptors have grown by 4"] == growth_faults(
+        growth(cycles(leak))
+    )
+    (fault,) = growth_faults(growth(cycles(host)))
+    assert "memory_bytes have grown by 102.4 MiB" == fault
+
+
+def test_cycles_that_failed_are_not_passed_over() -> None:
+    """Growth over fewer than were asked for is no result."""
+    assert {"wrong": ["2 of 8 cycles have failed"]} == grown(cycles([AWAKE] * 6), 8)
+
+
+# --- a whole run ---------------------------------------------------------------------------------
+
+
+class FakeServer:
+    """Answers as is expected. `leaks` bytes stay on the device at each load."""
+
+    def __init__(
+        self, leaks: int = 0, gives: int = HELD, model_of: dict[str, str] | None = None
+    ) -> None:
+        self._leaks, self._gives, self._used = leaks, gives, 2 * HELD
+        self._model_of = model_of or {}
+        self.is_running = True
+        self.cycles: list[tuple[str, str]] = []
+        self.answers_from = load()
+
+    def wait(self) -> dict[str, Any]:
+        return {}
+
+    def switch(self, model: str) -> float:
+        return 0.0
+
+    def ask(self, model: str, prompts: tuple[str, ...] = PROMPTS) -> list[Answer]:
+        return self.answers_from[self._model_of.get(model, model)][: len(prompts)]
+
+    def refused(self, path: str, **body: Any) -> dict[str, Any]:
+        return {"status": 400, "body": ""}
+
+    def cycle(self, model: str, way: Way) -> Cycle:
+        before = seen(self._used)
+        away = before
+        if way != "parked":
+            host = 2 * MIB if way == "asleep" else 0
+            away = seen(self._used - self._gives, 0, host)
+        if way == "cold":
+            self._used += self._leaks
+        self.cycles.append((model, way))
+        return Cycle(way, model, KV, before, away, seen(self._used), 0.1)
+
+
+def ran(server: FakeServer, path: Path) -> list[str]:
+    """The names of the checks that were not well."""
+    results = Results(path)
+    Kind(results, server, "eager").run()  # type: ignore[arg-type]  # has all that is asked
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert results.all_well == all(line["ok"] for line in lines)
+    return [line["check"] for line in lines if not line["ok"]]
+
+
+def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
+    """The models in turns; and all is well where it is."""
+    server = FakeServer()
+
+    assert [] == ran(server, tmp_path / "out.jsonl")
+    assert [(model, way) for way in WELL for model in PAIR * 10] == server.cycles
+
+
+class Drifting(FakeServer):
+    """Its logarithmic probabilities are off by so much, at first and after the cycles."""
+
+    def __init__(self, first: float, later: float) -> None:
+        super().__init__()
+        self._off = {0: first}
+        self._later = later
+
+    def ask(self, model: str, prompts: tuple[str, ...] = PROMPTS) -> list[Answer]:
+        off = self._off.get(len(self.cycles), self._later)
+        return [
+            Answer([[(token, value - off) for token, value in step] for step in each.steps])
+            for each in super().ask(model, prompts)
+        ]
+
+
+def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_path: Path) -> None:
+    """Answers may drift off, and may become others though they are near enough to the expected."""
+    path = tmp_path / "out.jsonl"
+
+    assert [] == ran(Drifting(0.2, 0.4), path)
+    assert 60 == len(ran(Drifting(0.4, 0.6), path))
+    assert "otherwise than before" not in path.read_text()
+    assert 60 == len(ran(Drifting(-0.2, 0.2), path))
+    assert 60 == path.read_text().count('["otherwise than before: prompt 0: step 0: token ')
+
+
+def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
+    """The cycles that are missing are told."""
+
+    class Dies(FakeServer):
+        def cycle(self, model: str, way: Way) -> Cycle:
+            self.is_running = False
+            raise RuntimeError("Connection refused")
+
+    wrong = ran(Dies(), tmp_path / "out.jsonl")
+
+    assert [
+        "eager: parked 1 llama",
+        "eager: parked: growth",
+        "eager: asleep: growth",
+        "eager: cold: growth",
+    ] == wrong
+
+
+def test_a_small_leak_is_found_by_what_it_comes_to(tmp_path: Path) -> None:
+    """A MiB at each load."""
+    assert ["eager: cold: growth"] == ran(FakeServer(leaks=MIB), tmp_path / "out.jsonl")
+
+
+def test_a_device_that_computes_nonsense_is_not_well(tmp_path: Path) -> None:
+    """Though it is always the same nonsense; nothing more is tried then."""
+    server = FakeServer(model_of={"llama": "qwen"})
+    assert ["eager: llama"] == ran(server, tmp_path / "out.jsonl")
+    assert [] == server.cycles
+
+
+def test_a_sleep_that_gives_nothing_back_is_not_well(tmp_path: Path) -> None:
+    """Each of them; parked models are well."""
+    wrong = ran(FakeServer(gives=0), tmp_path / "out.jsonl")
+    assert 40 == len(wrong)
+    assert not [name for name in wrong if "parked" in name]

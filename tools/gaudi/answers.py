@@ -1,0 +1,103 @@
+"""What a model answers, and how probable that and the next tokens are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+PROMPTS = ("Hello", FOX * 6, "One small step for a man, and one giant leap. " * 3 + FOX * 3)
+"""One is in one block of KV memory (128 tokens), two are in two. The last two differ in the first
+block alone, so what is said to them differs only if that block is read."""
+
+TOKENS, RANKS = 12, 5
+EXPECTED = Path(__file__).with_name("expected.json")
+
+Step = Sequence[tuple[int, float]]
+"""The likeliest tokens at one place, best first, with their logarithmic probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To one prompt, chosen greedily."""
+
+    steps: Sequence[Step]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [step[0][0] for step in self.steps]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of two answers to one prompt."""
+
+    wrong: list[str]
+    furthest: float
+    """The largest difference of two logarithmic probabilities of the same token."""
+    steps: int
+    """How many steps were compared: all, or those up to a tie after which both went on apart."""
+
+
+def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
+    """Whether an answer is the expected one, but for rounding.
+
+    Each of the expected tokens must have its logarithmic probability, within `tolerance`. One that
+    is not among those found can't be likelier there than the last one of these. Another token may
+    be chosen than is expected only if the two are so near to each other; nothing can be said of
+    what follows then.
+    """
+    furthest = 0.0
+    for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=False)):
+        by_token, least = dict(seen), seen[-1][1]
+        for token, value in wanted:
+            told = by_token.get(token)
+            off = max(0.0, value - least) if told is None else abs(told - value)
+            furthest = max(furthest, off)
+            if off > tolerance:
+                here = f"below {least:.3f}" if told is None else f"{told:.3f}"
+                fault = (
+                    f"step {number}: token {token} has the logarithmic probability {here}, "
+                    f"not {value:.3f}"
+                )
+                return Comparison([fault], furthest, number)
+        if seen[0][0] != wanted[0][0]:
+            margin = wanted[0][1] - dict(wanted).get(seen[0][0], wanted[-1][1])
+            if margin <= tolerance:
+                return Comparison([], furthest, number + 1)
+            fault = f"step {number}: token {seen[0][0]} was chosen, not {wanted[0][0]}"
+            return Comparison([fault], furthest, number)
+    if len(found.steps) != len(expected.steps):
+        fault = f"{len(found.steps)} tokens were said, not {len(expected.steps)}"
+        return Comparison([fault], furthest, len(found.steps))
+    return Comparison([], furthest, len(found.steps))
+
+
+def from_completion(choice: Mapping[str, Any]) -> Answer:
+    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`."""
+    steps = []
+    for ranks in choice["logprobs"]["top_logprobs"]:
+        values = [(int(name.removeprefix("token_id:")), value) for name, value in ranks.items()]
+        steps.append(sorted(values, key=lambda pair: -pair[1])[:RANKS])
+    said = list(choice["token_ids"])
+    return Answer([_chosen_first(step, token) for step, token in zip(steps, said, strict=True)])
+
+
+def _chosen_first(step: Step, token: int) -> Step:
+    """Of tokens that are equally likely, the one that was said comes first."""
+    return sorted(step, key=lambda pair: pair[0] != token)
+
+
+def load(path: Path = EXPECTED) -> dict[str, list[Answer]]:
+    """What each model is expected to answer to each of `PROMPTS`."""
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    return {
+        model: [
+            Answer([[(int(token), float(value)) for token, value in step] for step in answer])
+            for answer in told["answers"]
+        ]
+        for model, told in models.items()
+    }

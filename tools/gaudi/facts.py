@@ -1,0 +1,165 @@
+"""What is on this machine: versions, variables, the driver, the device, and vLLM's platform.
+
+A process that asks for a Gaudi holds it until its end, and no other one gets it. So everything that
+imports torch, vLLM or the plugin is done in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tools.gaudi.private import ROOT, SECRET
+from tools.gaudi.results import last_line, output_of
+
+PACKAGES = (
+    "vllm",
+    "vllm-gaudi",
+    "vllm-hotswap",
+    "torch",
+    "habana-torch-plugin",
+    "neural-compressor-pt",
+    "transformers",
+)
+OWN = "vllm_hotswap"
+KINDS = re.compile(r"VLLM_|PT_|HABANA_|HLS_|LOG_LEVEL_|QUANT_CONFIG|RUNTIME_|FUSER_|TORCH|PYTORCH_")
+PLAIN = re.compile(r"-?\d+(\.\d+)?|true|false|yes|no|on|off|", re.IGNORECASE)
+DRIVER = Path("/sys/module/habanalabs/version")
+ASK_DRIVER = ["hl-smi", "-Q", "driver_version", "-f", "csv,noheader"]
+DEVICE_LIMIT_S = 300
+
+
+def facts() -> dict[str, Any]:
+    """Versions of packages and the driver, the commit of the clone, and variables that count."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "driver": driver(),
+        **clone(),
+        "variables": variables(os.environ),
+    }
+
+
+def driver() -> str | None:
+    """The version of the kernel's driver; None where nothing tells it."""
+    try:
+        return last_line(output_of(ASK_DRIVER, 30)) or None
+    except (OSError, RuntimeError, subprocess.TimeoutExpired):
+        return DRIVER.read_text(encoding="ascii").strip() if DRIVER.exists() else None
+
+
+def clone() -> dict[str, Any]:
+    """The commit, whether files have changed since, and whether Python finds this very code."""
+    found: dict[str, Any] = {"commit": None, "is_changed": None}
+    try:
+        found["commit"] = output_of(["git", "rev-parse", "HEAD"], 30, ROOT).strip()
+        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        found["is_changed"] = bool(output_of(status, 60, ROOT).strip())
+    except (OSError, RuntimeError, subprocess.TimeoutExpired):
+        pass  # no git, or it does not trust the folder's owner
+    spec = importlib.util.find_spec(OWN)
+    here = None if spec is None or spec.origin is None else Path(spec.origin).parent
+    is_ours = here is not None and digest(here) == digest(ROOT / "src" / OWN)
+    return {**found, "package_is_the_clones": is_ours}
+
+
+def digest(package: Path) -> str:
+    """Of the names and the contents of a package's modules."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(f"{path.relative_to(package)}\0".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of vLLM, the plugin, torch and Gaudi's software. Of texts only that they are set."""
+    return {
+        name: value if PLAIN.fullmatch(value) and not SECRET.search(name) else "(a text)"
+        for name, value in sorted(environment.items())
+        if KINDS.match(name)
+    }
+
+
+DEVICE = """
+import json, torch, habana_frameworks.torch as h
+
+def seen():
+    torch.hpu.synchronize()
+    free, total = torch.hpu.mem_get_info()
+    found = {"free": free, "total": total}
+    for name in ("memory_allocated", "memory_reserved"):
+        ask = getattr(torch.hpu, name, None)
+        found[name] = ask() if ask else None
+    return found
+
+torch.ones(1, device="hpu")
+before = seen()
+some = torch.ones(256 << 20, dtype=torch.uint8, device="hpu")
+during = seen()
+del some
+print(json.dumps({
+    "count": torch.hpu.device_count(), "name": torch.hpu.get_device_name(),
+    "has_rng_state": hasattr(torch.hpu, "get_rng_state"),
+    "before": before, "with_256_mib": during, "after": seen(),
+}))
+"""
+
+PLATFORM = """
+from vllm.platforms import current_platform as platform
+print(platform.device_type, type(platform).__module__ + "." + type(platform).__name__)
+"""
+
+MOST_OF_IT = 240 << 20
+"""Bytes of the 256 MiB that have to be seen to come and go. Allocators round."""
+
+
+def device() -> dict[str, Any]:
+    """Which numbers follow 256 MiB that come and go: budgets need one that does."""
+    found: dict[str, Any] = json.loads(_last_line_of(DEVICE))
+    used = [each["total"] - each["free"] for each in _three(found)]
+    follow = {
+        "mem_get_info": _follows(used),
+        **{
+            name: _follows([each[name] for each in _three(found)])
+            for name in ("memory_allocated", "memory_reserved")
+        },
+    }
+    told = ["torch.hpu.mem_get_info does not tell that 256 MiB come and go"]
+    return {**found, "follows": follow, "wrong": [] if follow["mem_get_info"] else told}
+
+
+def _three(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [found["before"], found["with_256_mib"], found["after"]]
+
+
+def _follows(used: list[int | None]) -> bool:
+    before, during, after = used
+    if before is None or during is None or after is None:
+        return False
+    return during - before >= MOST_OF_IT and during - after >= MOST_OF_IT
+
+
+def platform() -> dict[str, Any]:
+    kind, _, name = _last_line_of(PLATFORM).partition(" ")
+    wrong = [] if kind == "hpu" else [f"vLLM has chosen {name} ({kind}), not the plugin's platform"]
+    return {"platform": name, "device_type": kind, "wrong": wrong}
+
+
+def _last_line_of(program: str) -> str:
+    return last_line(output_of([sys.executable, "-c", program], DEVICE_LIMIT_S))

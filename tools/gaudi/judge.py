@@ -1,0 +1,148 @@
+"""What is wrong with what was seen. Each function returns sentences; none, if all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Way = Literal["parked", "asleep", "cold"]
+MIB = 1 << 20
+
+SLACK_BYTES = 8 * MIB
+"""What an allocator may round, or keep, of memory that comes back: an eighth of a model's KV
+memory here."""
+
+MOST = 0.9
+"""Of its KV memory, what a model that sleeps or is unloaded has to give back. The rest may be
+rounded. Weights of the tiny models are too small to be told from that."""
+
+SETTLED = 2
+"""Cycles of each model after which nothing may grow any more: the first ones fill caches."""
+
+HOST_SLACK_BYTES = 64 * MIB
+"""What all processes' own memory may grow by. An allocator of the C library does not give back at
+once what is freed."""
+
+EXPECTED_TOLERANCE = 0.5
+"""Between logarithmic probabilities on the device, in bfloat16, and by transformers in float32."""
+
+OWN_TOLERANCE = 0.25
+"""The same between two answers of one server: parts of a prompt may be computed together, or found
+in the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """As the engine host sees it. Bytes; None where torch has no such function."""
+
+    free: int
+    total: int
+    memory_allocated: int | None
+    memory_reserved: int | None
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The server's, together."""
+
+    processes: int
+    threads: int
+    descriptors: int
+    memory_bytes: int
+    """What they hold of host memory (RSS)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """At one moment. `told` is what the server says that the model holds."""
+
+    device: Device
+    told_device_bytes: int
+    told_host_bytes: int
+    processes: Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """A model goes away and comes back."""
+
+    way: Way
+    model: str
+    kv_bytes: int
+    before: Seen
+    away: Seen
+    after: Seen
+    back_s: float
+
+    def written(self) -> dict[str, Any]:
+        """For the file."""
+        return asdict(self)
+
+
+def cycle_faults(cycle: Cycle) -> list[str]:
+    """Whether the model has given its memory back, has it again, and no more."""
+    faults = _parked(cycle) if cycle.way == "parked" else _gone(cycle)
+    more = cycle.after.device.used - cycle.before.device.used
+    if abs(more) > SLACK_BYTES:
+        faults.append(f"{_mib(more)} more of the device are in use than before")
+    told = cycle.after.told_device_bytes - cycle.before.told_device_bytes
+    if told or cycle.after.told_host_bytes != cycle.before.told_host_bytes:
+        faults.append("the server says that the model holds other memory than before")
+    return faults
+
+
+def _parked(cycle: Cycle) -> list[str]:
+    moved = cycle.before.device.used - cycle.away.device.used
+    if abs(moved) > SLACK_BYTES:
+        return [f"{_mib(moved)} were given back by a model that was only parked"]
+    return []
+
+
+def _gone(cycle: Cycle) -> list[str]:
+    faults = []
+    given = cycle.before.device.used - cycle.away.device.used
+    told = cycle.before.told_device_bytes - cycle.away.told_device_bytes
+    if given < MOST * cycle.kv_bytes:
+        faults.append(
+            f"{_mib(given)} of the device were given back, and the model's KV memory alone is "
+            f"{_mib(cycle.kv_bytes)}"
+        )
+    if told > given + SLACK_BYTES:
+        faults.append(f"the server says that {_mib(told)} were given back; it was {_mib(given)}")
+    if told <= 0:
+        faults.append("the server does not say that anything was given back")
+    if cycle.way == "asleep" and cycle.away.told_host_bytes <= 0:
+        faults.append("the server does not say that the weights are in host memory")
+    if cycle.way == "cold" and (cycle.away.told_device_bytes or cycle.away.told_host_bytes):
+        faults.append("the server says that an unloaded model holds memory")
+    return faults
+
+
+def growth(cycles: Sequence[Cycle]) -> dict[str, int]:
+    """Of each figure, from the first cycles to the last, when the same model was active."""
+    figures = [_figures(cycle.after) for cycle in cycles if cycle.model == cycles[-1].model]
+    first, last = figures[:SETTLED], figures[-1]
+    return {name: last[name] - max(each[name] for each in first) for name in last}
+
+
+def growth_faults(grown: Mapping[str, int]) -> list[str]:
+    """Of what `growth` has told."""
+    limits = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
+    return [
+        f"{name} have grown by {_mib(more) if name in limits else more}"
+        for name, more in grown.items()
+        if more > limits.get(name, 0)
+    ]
+
+
+def _figures(seen: Seen) -> dict[str, int]:
+    return {"device_bytes": seen.device.used, **asdict(seen.processes)}
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB"

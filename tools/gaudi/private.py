@@ -1,0 +1,121 @@
+"""Takes out of a text what tells who ran the check, on which machine, and in which folders."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import platform
+import pwd
+import re
+import socket
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FOLDERS = ("PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "HF_HOME", "VLLM_CACHE_ROOT", "TMPDIR")
+"""Environment variables that name folders, with colons between them."""
+
+USERS = ("LOGNAME", "USER", "LNAME", "USERNAME", "SUDO_USER")
+EVERYBODYS = {"root", "localhost", "user", "nobody"}
+"""Names of users and machines that say nothing about anybody."""
+
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+HOMES = re.compile(r"/(?:home|Users)/[^/\s'\":,;)]+")
+LEAST_SECRET = 6
+"""Characters. A shorter value would be found in words that have nothing to do with it."""
+
+
+class Blank:
+    """Each of what this machine and user are known by, and the word that stands for it."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        """What is told by the system now, and by `environment`."""
+        words: dict[str, str] = {}
+        for text, word in _known(environment):
+            words.setdefault(text, word)
+        longest_first = sorted(words, key=len, reverse=True)
+        self._words = words
+        self._pattern = re.compile("|".join(map(_whole, longest_first)))
+
+    def text(self, text: str) -> str:
+        known = self._pattern.sub(lambda found: self._words[found.group()], text)
+        return HOMES.sub("<home>", known)
+
+    def all(self, value: Any) -> Any:
+        """The same for each text in a value of JSON, keys too."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {self.text(str(key)): self.all(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.all(each) for each in value]
+        return value
+
+
+def _whole(text: str) -> str:
+    """A pattern for a text that isn't a part of a longer word."""
+    before = r"(?<![A-Za-z0-9])" if text[0].isalnum() else ""
+    after = r"(?![A-Za-z0-9])" if text[-1].isalnum() else ""
+    return before + re.escape(text) + after
+
+
+def _known(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    yield from ((value, "<secret>") for value in _secrets(environment))
+    yield from _folders([ROOT], "<clone>")
+    yield from _folders([sysconfig.get_path("purelib")], "<packages>")
+    yield from _folders([sys.prefix, sys.exec_prefix, sys.base_prefix], "<python>")
+    named = [folder for name in FOLDERS for folder in environment.get(name, "").split(":")]
+    yield from _folders(named, "<folder>")
+    yield from _folders([tempfile.gettempdir()], "<temporary>")
+    yield from _folders(_homes(environment), "<home>")
+    yield from _folders([Path.cwd()], "<here>")
+    for names, word in ((_hosts(), "<host>"), (_users(environment), "<user>")):
+        yield from ((name, word) for name in names if name and name.lower() not in EVERYBODYS)
+
+
+def _folders(folders: Iterable[Path | str], word: str) -> Iterator[tuple[str, str]]:
+    """As they are written, and as they are. `/usr` tells nothing and is in every other path."""
+    for folder in folders:
+        if str(folder).startswith("/"):
+            for path in (Path(folder), Path(folder).resolve()):
+                if path not in (Path("/"), Path("/usr")):
+                    yield str(path), word
+
+
+def _homes(environment: Mapping[str, str]) -> Iterator[str]:
+    yield environment.get("HOME", "")
+    with contextlib.suppress(KeyError):
+        yield pwd.getpwuid(os.getuid()).pw_dir
+
+
+def _hosts() -> Iterator[str]:
+    for name in (socket.gethostname(), platform.node()):
+        yield name
+        yield name.partition(".")[0]
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            name = address.address.partition("%")[0]
+            if not name.startswith("127.") and name not in ("::1", "00:00:00:00:00:00"):
+                yield name
+
+
+def _users(environment: Mapping[str, str]) -> Iterator[str]:
+    yield from (environment.get(name, "") for name in USERS)
+    with contextlib.suppress(KeyError, OSError):
+        yield pwd.getpwuid(os.getuid()).pw_name
+    with contextlib.suppress(KeyError, OSError):
+        yield getpass.getuser()
+
+
+def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
+    for name, value in environment.items():
+        if SECRET.search(name) and len(value) >= LEAST_SECRET:
+            yield value

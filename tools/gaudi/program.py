@@ -1,0 +1,239 @@
+"""What is checked, in its order."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+from tools.gaudi import facts
+from tools.gaudi.answers import PROMPTS, Answer, compare, load
+from tools.gaudi.judge import (
+    EXPECTED_TOLERANCE,
+    OWN_TOLERANCE,
+    Cycle,
+    Way,
+    cycle_faults,
+    growth,
+    growth_faults,
+)
+from tools.gaudi.results import Results
+from tools.gaudi.server import PAIR, Server
+
+UNUSABLE, INTERRUPTED = 2, 130
+WAYS: tuple[Way, ...] = get_args(Way)
+QUANTISATION = "QUANT_CONFIG"
+CYCLES, LEAST_CYCLES = 20, 6
+AGAIN = slice(0, 2)
+"""Of `PROMPTS`, those that are asked after each cycle."""
+
+
+class Unusable(Exception):
+    """The check can't begin; the message says why and what to do, in one line."""
+
+
+class Kind:
+    """A server whose models are all eager, or all compiled, through every check."""
+
+    def __init__(
+        self,
+        results: Results,
+        server: Server,
+        name: str,
+        cycles: int = CYCLES,
+        ways: Sequence[Way] = WAYS,
+    ) -> None:
+        self._results, self._server, self._name = results, server, name
+        self._cycles, self._ways = cycles, ways
+        self._first: dict[str, list[Answer]] = {}
+
+    def run(self) -> None:
+        if not self._results.check(f"{self._name}: start", self._server.wait)["ok"]:
+            return
+        for model in PAIR:
+            first = partial(self.first, model)
+            if not self._results.check(f"{self._name}: {model}", first)["ok"]:
+                return
+        self._results.check(f"{self._name}: no level 2", self.no_level_2)
+        for way in self._ways:
+            self.all_of(way)
+
+    def first(self, model: str) -> dict[str, Any]:
+        """What a model answers before anything has moved, against what it is expected to."""
+        self._server.switch(model)
+        answers = self._first[model] = self._server.ask(model)
+        return compared(load()[model], answers, EXPECTED_TOLERANCE) | {
+            "tokens": [answer.tokens for answer in answers]
+        }
+
+    def no_level_2(self) -> dict[str, Any]:
+        """The plugin's worker would take it for level 1."""
+        self._server.switch(PAIR[0])
+        told = self._server.refused(f"/admin/models/{PAIR[1]}/sleep", level=2)
+        wrong = [] if told["status"] == 400 else ["a sleep of level 2 is not refused"]
+        return {**told, "wrong": wrong}
+
+    def all_of(self, way: Way) -> None:
+        """Cycles of one way, the models in turns, and whether anything has grown by them."""
+        done: list[Cycle] = []
+        for number in range(self._cycles):
+            if not self._server.is_running:
+                break
+            model = PAIR[number % len(PAIR)]
+            name = f"{self._name}: {way} {number + 1} {model}"
+            self._results.check(name, partial(self.one, model, way, done))
+        whole = partial(grown, done, self._cycles)
+        self._results.check(f"{self._name}: {way}: growth", whole)
+
+    def one(self, model: str, way: Way, done: list[Cycle]) -> dict[str, Any]:
+        """A cycle; then the answers are what is expected, and what they were."""
+        self._server.switch(model)
+        cycle = self._server.cycle(model, way)
+        done.append(cycle)
+        answers = self._server.ask(model, PROMPTS[AGAIN])
+        expected = compared(load()[model][AGAIN], answers, EXPECTED_TOLERANCE)
+        own = compared(self._first[model][AGAIN], answers, OWN_TOLERANCE)
+        return {
+            **cycle.written(),
+            "furthest_logprob": expected["furthest_logprob"],
+            "furthest_of_its_own": own["furthest_logprob"],
+            "wrong": [
+                *cycle_faults(cycle),
+                *expected["wrong"],
+                *(f"otherwise than before: {fault}" for fault in own["wrong"]),
+            ],
+        }
+
+
+def compared(
+    expected: Sequence[Answer], found: Sequence[Answer], tolerance: float
+) -> dict[str, Any]:
+    """All answers of a model against those that are expected."""
+    each = [compare(*pair, tolerance) for pair in zip(expected, found, strict=True)]
+    return {
+        "furthest_logprob": round(max(one.furthest for one in each), 4),
+        "steps_compared": [one.steps for one in each],
+        "wrong": [f"prompt {n}: {fault}" for n, one in enumerate(each) for fault in one.wrong],
+    }
+
+
+def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
+    """From the first cycles to the last."""
+    if len(cycles) < wanted:
+        return {"wrong": [f"{wanted - len(cycles)} of {wanted} cycles have failed"]}
+    found = growth(cycles)
+    return {"cycles": len(cycles), "grown": found, "wrong": growth_faults(found)}
+
+
+def check_server(results: Results, *, eager: bool, cycles: int, ways: Sequence[Way]) -> None:
+    kind = "eager" if eager else "compiled"
+    folder = Path(tempfile.mkdtemp(prefix="check-gaudi-"))
+    try:
+        server = Server(folder, eager=eager)
+        try:
+            Kind(results, server, kind, cycles, ways).run()
+        finally:
+            results.check(f"{kind}: end", server.stop)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refusal(server: Server) -> dict[str, Any]:
+    """What a server says that is started with a `QUANT_CONFIG` that names no file.
+
+    It has to end with an error that names the variable.
+    """
+    try:
+        server.wait()
+    except RuntimeError as error:
+        told = str(error)
+    else:
+        return {"wrong": [f"a server is started, though {QUANTISATION} names no file"]}
+    wrong = [] if QUANTISATION in told else [f"the error does not name {QUANTISATION}: {told}"]
+    return {"told": told, "wrong": wrong}
+
+
+def check_refusal(results: Results) -> None:
+    with tempfile.TemporaryDirectory(prefix="check-gaudi-") as name:
+        folder = Path(name)
+        server = Server(folder, eager=True, more={QUANTISATION: str(folder / "gone.json")})
+        try:
+            results.check(f"refused: {QUANTISATION}", lambda: refusal(server))
+        finally:
+            server.end()
+
+
+def check_packages() -> None:
+    """Raises `Unusable` if this Python has no vLLM or no plugin for Gaudi."""
+    for package in ("vllm", "vllm-gaudi"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise Unusable(
+                f"{package} is not installed in {sys.prefix}; use the Python that has it: "
+                "make check-gaudi PYTHON=..."
+            ) from None
+
+
+def opened(path: Path) -> Results:
+    """The file. Raises `Unusable`."""
+    try:
+        return Results(path)
+    except OSError as error:
+        raise Unusable(f"{path} can't be written: {error.strerror}; name another file") from error
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.gaudi.check")
+    parser.add_argument("out", type=Path, help="the file of results")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--eager-only", action="store_true", help="leave out torch.compile")
+    only.add_argument("--compiled-only", action="store_true", help="nothing but torch.compile")
+    parser.add_argument(
+        "--cycles", type=int, default=CYCLES, help=f"of each way, 6 or more (default: {CYCLES})"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="some of them (default: all)"
+    )
+    args = parser.parse_args(argv)
+    if args.cycles < LEAST_CYCLES:
+        parser.error(f"--cycles is at least {LEAST_CYCLES}: the first four fill caches")
+    return args
+
+
+def check(results: Results, args: argparse.Namespace) -> None:
+    """All that was asked for, in its order."""
+    results.check("versions", facts.facts)
+    results.check("device", facts.device)
+    if not results.check("platform", facts.platform)["ok"]:
+        return
+    check_refusal(results)
+    if not args.compiled_only:
+        check_server(results, eager=True, cycles=args.cycles, ways=args.ways)
+    if not args.eager_only:
+        check_server(results, eager=False, cycles=args.cycles, ways=args.ways)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all is well. 1: something is not. 2: the check can't begin. 130: it was interrupted."""
+    args = arguments(argv)
+    try:
+        check_packages()
+        results = opened(args.out)
+    except Unusable as error:
+        print(f"check-gaudi: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    try:
+        check(results, args)
+    except KeyboardInterrupt:
+        print(f"check-gaudi: interrupted; {args.out} has what was done", file=sys.stderr)
+        return INTERRUPTED
+    told = "all is well" if results.all_well else "not all is well"
+    print(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
+    return 0 if results.all_well else 1

@@ -1,0 +1,70 @@
+"""The file of results: a line of JSON for each, written at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.gaudi.private import Blank
+
+
+class Results:
+    """The file. What goes wrong in a check is a result, and the next one is made."""
+
+    def __init__(self, path: Path, blank: Blank | None = None) -> None:
+        """`blank` takes names and folders out of all that is written.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        path.write_text("", encoding="utf-8")
+        self._path = path
+        self._blank = blank or Blank()
+        self.all_well = True
+
+    def check(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `do` has seen, as it was written.
+
+        The check is well if `do` ends, and what it returns has nothing under `wrong`: a list of
+        sentences, each of which says what is not as it should be.
+        """
+        start = time.monotonic()
+        result: dict[str, Any] = {"check": name, "ok": True}
+        try:
+            result |= do()
+            result["ok"] = not result.get("wrong")
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the result
+            result |= {"ok": False, "wrong": [f"{type(error).__name__}: {last_line(str(error))}"]}
+        result["seconds"] = round(time.monotonic() - start, 3)
+        result = self._blank.all(result)
+        self.all_well &= bool(result["ok"])
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        wrong = "; ".join(result.get("wrong", []))
+        print(f"{'ok  ' if result['ok'] else 'BAD '} {name}  {wrong}".rstrip(), flush=True)
+        return result
+
+
+def last_line(text: str) -> str:
+    """Where Python and its libraries say what went wrong; empty if there is none."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def output_of(command: list[str], limit_s: float, cwd: Path | None = None) -> str:
+    """What a program writes.
+
+    Raises:
+        RuntimeError: it has failed. The message is what it wrote of errors.
+        OSError: there is no such program.
+        subprocess.TimeoutExpired: it did not end in time.
+    """
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=limit_s, cwd=cwd
+    )
+    if ran.returncode != 0:
+        raise RuntimeError(ran.stderr or f"{command[0]} has ended with status {ran.returncode}")
+    return ran.stdout
