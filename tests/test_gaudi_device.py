@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,17 @@ def everything_is_given_back() -> Iterator[None]:
 
 def grown(before: Books) -> int:
     return books().held - before.held
+
+
+def asked(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Of a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_tensor_is_counted_where_it_is_made_and_where_it_goes() -> None:
@@ -91,6 +106,47 @@ def test_what_is_too_large_is_refused_and_leaves_nothing() -> None:
         torch.empty(before.limit + 1, dtype=torch.uint8, device="hpu")
     assert before.held == books().held
     assert (before.limit - before.held, before.limit) == torch.hpu.mem_get_info()
+
+
+def test_new_memory_is_not_a_number() -> None:
+    """So what is read before it is written is not taken for zeros."""
+    code = (
+        "import torch; made = torch.empty(5, dtype=torch.bfloat16, device='hpu'); "
+        "print(bool(made.isnan().all()), torch.empty(2, dtype=torch.int64, device='hpu').tolist())"
+    )
+    assert "True [-1, -1]" == asked(code, FAKEHPU_DIRTY="1").stdout.strip()
+
+
+HOLD = "import sys, torch; made = torch.ones(3, device='hpu'); print('held', flush=True); input()"
+
+
+@pytest.mark.parametrize("question", ["torch.ones(3, device='hpu')", "torch.hpu.mem_get_info()"])
+def test_the_device_is_of_one_process_until_its_end(tmp_path: Path, question: str) -> None:
+    """As a Gaudi is: who comes second is refused, and what only imports torch is not second."""
+    board = {"FAKEHPU_BOARD": str(tmp_path)}
+    code = f"import torch; print(torch.hpu.device_count()); {question}"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env={**os.environ, **board},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert "held\n" == first.stdout.readline()
+        second = asked(code, **board)
+        first.kill()
+
+    assert (1, "1\n") == (second.returncode, second.stdout)
+    assert "synStatus=8 [Device not found] Device acquire failed." in second.stderr
+    assert 0 == asked(code, **board).returncode
+
+
+def test_what_is_reserved_is_not_what_is_held() -> None:
+    """Nobody may count by it: what it is on a Gaudi is not known."""
+    made = torch.ones(1000, device="hpu")
+    assert torch.hpu.memory_reserved() == torch.hpu.mem_get_info()[1] > torch.hpu.memory_allocated()
+    del made
 
 
 def test_an_operation_may_resize_its_output() -> None:

@@ -142,7 +142,8 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(plugin, copy, ignore=shutil.ignore_patterns(".git", "build"))
         command = (*pip_install(python), "--no-build-isolation", copy)
-        if not run(*command, env={"SETUPTOOLS_SCM_PRETEND_VERSION": VERSION}):
+        settings = {"SETUPTOOLS_SCM_PRETEND_VERSION": VERSION, "PYTHONWARNINGS": "ignore"}
+        if not run(*command, env=settings):
             raise RehearsalError("the plugin could not be installed, for the reason above")
     return python
 
