@@ -99,6 +99,7 @@ LAYERS = [
     {"host.randomness", "compat.gloo"},
     {
         "host.cuda_hosting",
+        "host.gaudi_worker",
         "host.weights",
         "host.canaries",
         "host.compiled",

@@ -36,7 +36,8 @@ def needs(
     pinned: bool = False,
     keeps_weights: bool = False,
 ) -> ModelNeeds:
-    return ModelNeeds(alias, weights, kv, least, most, pinned, keeps_weights)
+    key = "" if kv is None else "kv_cache_memory_bytes"
+    return ModelNeeds(alias, weights, kv, least, most, pinned, key, keeps_weights)
 
 
 def bounded(least: int, more: int, **others: object) -> ModelNeeds:
@@ -288,8 +289,7 @@ def test_too_little_is_refused_with_the_arithmetic() -> None:
     assert (
         "model 'llama' can never be loaded: one sequence of its maximum length needs 2.00 GiB of "
         "KV memory, its weights and overhead take 7.00 GiB, and the budget for models is "
-        "8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower max_model_len, "
-        "kv_cache_memory_bytes or num_gpu_blocks_override"
+        "8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower max_model_len"
     ) == caught.value.message
 
 
@@ -304,10 +304,10 @@ def test_too_little_beside_pinned_models_names_what_they_take() -> None:
         share_kv_memory(models, 8 * GIB)
 
     assert (
-        "model 'llama' can never be loaded: it is to have 3.00 GiB of KV memory, its weights "
-        "and overhead take 4.00 GiB, pinned models take 3.00 GiB, and the budget for models is "
-        "8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower max_model_len, "
-        "kv_cache_memory_bytes or num_gpu_blocks_override, or unpin a model"
+        "model 'llama' can never be loaded: kv_cache_memory_bytes gives it 3.00 GiB of KV memory, "
+        "its weights and overhead take 4.00 GiB, pinned models take 3.00 GiB, and the budget for "
+        "models is 8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower "
+        "kv_cache_memory_bytes, or unpin a model"
     ) == caught.value.message
 
 

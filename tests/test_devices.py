@@ -16,12 +16,15 @@ from vllm_hotswap import devices
 from vllm_hotswap.devices import (
     CPU_WORKER,
     CUDA_WORKER,
+    GAUDI_WORKER,
     HOSTED_CPU_WORKER,
     HOSTED_CUDA_WORKER,
+    HOSTED_GAUDI_WORKER,
     WAKEFUL_CUDA_WORKER,
     CpuDevice,
     CudaDevice,
     Device,
+    GaudiDevice,
     OwnSleepDevice,
     SharedMemory,
     WakefulCudaDevice,
@@ -69,7 +72,9 @@ def process(code: str) -> Iterator[int]:
         (CUDA_WORKER, CudaDevice, {1}, False),
         (HOSTED_CUDA_WORKER, CudaDevice, {1}, False),
         (WAKEFUL_CUDA_WORKER, WakefulCudaDevice, set(), False),
-        ("vllm_gaudi.v1.worker.hpu_worker.HPUWorker", OwnSleepDevice, {1}, False),
+        (GAUDI_WORKER, GaudiDevice, {1}, False),
+        (HOSTED_GAUDI_WORKER, GaudiDevice, {1}, False),
+        ("another.platform.Worker", OwnSleepDevice, {1}, False),
     ],
 )
 def test_device_is_told_by_the_worker(
@@ -120,6 +125,16 @@ def test_cuda_does_without_sleep_where_it_is_told_so(
     assert (value == "1") is (1 in device.sleep_levels) is device.tells_sleep
     assert device.is_shared
     assert not device.obeys_utilization
+
+
+def test_a_gaudi_is_given_a_worker_that_tells_what_its_sleep_gives_back() -> None:
+    """It stays the same device then."""
+    gaudi = config(GAUDI_WORKER)
+
+    device_of(gaudi).configure(gaudi)
+
+    assert HOSTED_GAUDI_WORKER == gaudi.parallel_config.worker_cls
+    assert "hpu" == device_of(gaudi).name
 
 
 def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,17 +277,31 @@ def test_another_device_that_cannot_be_used_is_told_in_one_line(
 ) -> None:
     """With what is wrong with a Gaudi, where one is wanted."""
 
-    def acquire() -> None:
+    def acquire(_is_exclusive: bool) -> None:
         raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.\nmore")
 
     monkeypatch.setattr(devices, "accelerator_memory", acquire)
     monkeypatch.delenv("VLLM_HPU_MULTI_MODEL_CONFIG", raising=False)
-    with pytest.raises(ConfigError, match=r"^the device cannot be used: syn.*; look what"):
+    with pytest.raises(ConfigError, match=r"^the device cannot be used: syn.*; see what"):
         OwnSleepDevice().memory()
 
     monkeypatch.setenv("VLLM_HPU_MULTI_MODEL_CONFIG", "models.yaml")
     with pytest.raises(ConfigError, match=r"failed\..*; for a Gaudi: there is no package"):
         OwnSleepDevice().memory()
+
+
+@pytest.mark.parametrize(("device", "held"), [(GaudiDevice(), 5 * GIB), (OwnSleepDevice(), GIB)])
+def test_what_is_held_of_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch, device: Device, held: int
+) -> None:
+    """A Gaudi has one process: all that is not free is its. Of others torch's allocator tells."""
+    module = SimpleNamespace(
+        mem_get_info=lambda: (3 * GIB, 8 * GIB), memory_reserved=lambda: 1 * GIB
+    )
+    monkeypatch.setattr(devices, "accelerator_module", lambda: module)
+
+    assert held == device.held_bytes() == device.memory().held
+    assert (8 * GIB, 2 * GIB) == (device.memory().total, device.memory().free)
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:

@@ -9,6 +9,7 @@ import types
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch._dynamo.config
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.hashing import with_own_globals
 from vllm_hotswap.compat.state import STATE, Owner, State, is_known, of_owner
+from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host.randomness import Randomness, drawing_nothing
 from vllm_hotswap.host.state import (
     CONTAINERS,
@@ -476,9 +478,11 @@ def test_other_platforms_are_left_alone(
 
 
 def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
-    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+    plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By whether it is quantised. Calibrations are not ended by chance."""
+    """By whether it is quantised. Calibrations are not ended by chance. A file may go meanwhile."""
+    file = tmp_path / "quant.json"
+    file.write_text("{}", encoding="utf-8")
     ops = types.ModuleType("vllm_gaudi.extension.ops")
     vars(ops).update(USING_INC=False)
     runner = types.ModuleType("vllm_gaudi.v1.worker.hpu_model_runner")
@@ -490,6 +494,7 @@ def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
     gaudi.prepare(HpuPlatform())
     assert {"shutdown_inc_called": True}.items() <= vars(runner).items()
     process = ProcessState(list(cells("vllm_gaudi.extension.ops:USING_INC")), [])
+    on_hpu = types.SimpleNamespace(device_config=types.SimpleNamespace(device_type="hpu"))
 
     def model(quant_config: str | None) -> EngineState:
         with monkeypatch.context() as patch:
@@ -498,14 +503,17 @@ def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
                 patch.setenv("QUANT_CONFIG", quant_config)
             state = process.begin(DENSE)
             process.put_in_place(state)
-            gaudi.prepare_load()
+            gaudi.prepare_load(on_hpu)
             return state
 
-    plain, quantised = model(None), model("quant.json")
+    plain, quantised = model(None), model(str(file))
     assert vars(ops)["USING_INC"]
     process.put_in_place(plain)
     assert not vars(ops)["USING_INC"]
     process.end(quantised)
+    file.unlink()
+    with pytest.raises(ConfigError, match="there is no such file"):
+        model(str(file))
 
 
 def test_each_place_is_listed_once_with_a_reason() -> None:

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from vllm_hotswap.budget import ModelNeeds
-from vllm_hotswap.devices import CpuDevice, CudaDevice, Device, OwnSleepDevice, RocmDevice
+from vllm_hotswap.devices import (
+    CpuDevice,
+    CudaDevice,
+    Device,
+    GaudiDevice,
+    OwnSleepDevice,
+    RocmDevice,
+)
 from vllm_hotswap.engines.vllm import footprint_of
 from vllm_hotswap.host.messages import Loaded
 from vllm_hotswap.planner import Usage
@@ -92,6 +99,15 @@ def test_what_a_load_on_cuda_has_measured_counts() -> None:
 
     assert Usage(350 + 96) == usage[Residency.PARKED]
     assert Usage(350 + 96 - 400, 310) == usage[Residency.ASLEEP]
+
+
+def test_what_a_load_on_a_gaudi_has_measured_counts() -> None:
+    """Blocks of the plugin's own are held, and given back by a sleep, as buffers are."""
+    loaded = Loaded(96, 350, can_discard=False, sleep_bytes=430, copy_bytes=320)
+    usage = footprint_of(NEEDS, GaudiDevice(), loaded).usage
+
+    assert Usage(350 + 96) == usage[Residency.PARKED]
+    assert Usage(350 + 96 - 430, 320) == usage[Residency.ASLEEP]
 
 
 def test_weights_stay_in_host_memory_once_a_model_has_slept() -> None:

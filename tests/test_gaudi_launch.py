@@ -10,8 +10,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from vllm_hotswap import devices
 from vllm_hotswap.cli import _unforeseen
 from vllm_hotswap.compat import gaudi
+from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.forgotten import set_aside
 from vllm_hotswap.launch import _reason
@@ -95,7 +97,7 @@ def test_a_machine_without_the_device_is_told(
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=False)
     said = gaudi.why_no_device()
-    assert said == "for a Gaudi: Intel's software sees no device; look what hl-smi says"
+    assert said == "for a Gaudi: Intel's software sees no device; run hl-smi"
 
     runtime(monkeypatch, has_device=True)
     assert gaudi.why_no_device() is None
@@ -114,5 +116,115 @@ def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path)
         gaudi.check_quantisation(on("hpu"), environment)
     gaudi.check_quantisation(on("cpu"), environment)
     gaudi.check_quantisation(on("hpu"), {})
-    file.touch()
+    file.write_text('{"method": "HOOKS", "mode": "QUANTIZE"}', encoding="utf-8")
     gaudi.check_quantisation(on("hpu"), environment)
+
+
+def test_a_configuration_of_quantisation_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "quant.json"
+    file.write_text("mode: QUANTIZE", encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=r"quant\.json', which is not JSON that can be read: Ex"):
+        gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
+
+
+def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path) -> None:
+    """The plugin saves it at the end of a process with one model."""
+    file = tmp_path / "measure.json"
+    file.write_text('{"method": "HOOKS", "mode": "MEASURE"}', encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=r"whose mode is MEASURE; .* whose mode is QUANTIZE$"):
+        gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("plugin", "vllm", "is_refused"),
+    [
+        ("0.26.0", "0.26.0+empty", False),
+        ("0.26.1", "0.26.0", False),
+        ("0.24.1", "0.26.0", True),
+        ("0.27.0", "0.26.0+cpu", True),
+        ("0.1.dev1+gabc", "0.26.0", False),
+        ("0.26.0", "0.27.1.dev3+gdef", False),
+        (None, "0.26.0", False),
+    ],
+)
+def test_a_plugin_that_is_made_for_another_vllm_is_refused(
+    installed: Installed, plugin: str | None, vllm: str, is_refused: bool
+) -> None:
+    """Before vLLM is loaded, which would take it without a word. Some versions tell nothing."""
+    installed.versions["vllm"] = vllm
+    if plugin is not None:
+        installed.versions["vllm-gaudi"] = plugin
+    if not is_refused:
+        gaudi.require_matching()
+        return
+    told = rf"^vllm-gaudi {plugin} is for vLLM 0\.2[47], .*; install vllm-gaudi 0\.26, or uninstall"
+    with pytest.raises(ConfigError, match=told):
+        require_vllm()
+
+
+def test_a_plugin_that_vllm_is_not_to_load_may_have_any_version(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.versions["vllm-gaudi"] = "0.24.1"
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    gaudi.require_matching()
+
+    monkeypatch.setenv("VLLM_PLUGINS", "other,hpu")
+    with pytest.raises(ConfigError):
+        gaudi.require_matching()
+
+
+def test_it_is_told_where_vllm_has_taken_another_device(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A build of vLLM for CPUs serves all the same, a hundred times slower."""
+    gaudi.look_at_platform("cpu")
+    assert not caplog.records
+
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    runtime(monkeypatch, has_device=False)
+    gaudi.look_at_platform("hpu")
+    assert not caplog.records
+    gaudi.look_at_platform("cpu")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "event=gaudi_not_used device=cpu "
+        'reason="for a Gaudi: Intel\'s software sees no device; run hl-smi"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("is_wanted", "has_plugin", "has_driver", "told"),
+    [
+        (False, False, False, ["NVIDIA"]),
+        (False, False, True, ["NVIDIA"]),
+        (True, False, False, ["Gaudi"]),
+        (True, False, True, ["NVIDIA"]),
+        (True, True, True, ["Gaudi"]),
+        (False, True, False, ["Gaudi"]),
+    ],
+)
+def test_one_cause_is_told(
+    installed: Installed,
+    monkeypatch: pytest.MonkeyPatch,
+    is_wanted: bool,
+    has_plugin: bool,
+    has_driver: bool,
+    told: list[str],
+) -> None:
+    """That of the device that somebody wants: of the other kind nothing has to be installed."""
+    if is_wanted:
+        monkeypatch.setenv(*WANTED)
+    if has_plugin:
+        installed.versions["vllm-gaudi"] = "0.26.0"
+        runtime(monkeypatch, has_device=False)
+    monkeypatch.setattr(devices, "has_driver", lambda: has_driver)
+    monkeypatch.setattr(devices, "why_no_device", lambda _: "for an NVIDIA GPU: it is away")
+
+    said = _reason(NO_DEVICE)
+
+    assert told == [
+        kind for kind in ("NVIDIA", "Gaudi") if f"; for a{'n' * (kind[0] == 'N')} {kind}" in said
+    ]

@@ -144,6 +144,8 @@ class ModelNeeds:
     max_kv_bytes: int
     """Enough for all sequences it may run at once, each of its maximum length."""
     pinned: bool = False
+    kv_key: str = ""
+    """The key by which its KV size is configured."""
     keeps_weights: bool = False
     """Whether its weights still count when it is asleep."""
     overhead_bytes: int = OVERHEAD_BYTES
@@ -339,7 +341,7 @@ def _too_little(models: Sequence[ModelNeeds], budget_bytes: int) -> str:
     )
     pinned = [other for other in models if other.pinned and other is not model]
     wants = (
-        f"it is to have {_gib(model.kv_bytes)} of KV memory"
+        f"{model.kv_key} gives it {_gib(model.kv_bytes)} of KV memory"
         if model.kv_bytes is not None
         else f"one sequence of its maximum length needs {_gib(model.min_kv_bytes)} of KV memory"
     )
@@ -350,7 +352,7 @@ def _too_little(models: Sequence[ModelNeeds], budget_bytes: int) -> str:
         f"model {model.alias!r} can never be loaded: {wants}, its weights and overhead take "
         f"{_gib(taken)}{f', pinned models take {_gib(beside)}' if pinned else ''}, and the budget "
         f"for models is {_gib(budget_bytes)}, which leaves {_gib(max(0, left))}; raise "
-        "memory.device, lower max_model_len, kv_cache_memory_bytes or num_gpu_blocks_override"
+        f"memory.device, lower {model.kv_key or 'max_model_len'}"
         f"{', or unpin a model' if pinned else ''}"
     )
 

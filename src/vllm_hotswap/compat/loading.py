@@ -34,10 +34,11 @@ def prepare_host() -> None:
     if current_platform.is_cpu():
         import vllm_hotswap.host.cpu_worker
     elif current_platform.is_cuda():
-        import vllm_hotswap.host.cuda_worker  # noqa: F401
+        import vllm_hotswap.host.cuda_worker
     elif current_platform.is_cuda_alike():
         import vllm.v1.worker.gpu_worker  # noqa: F401
-    gaudi.prepare(current_platform)
+    if gaudi.prepare(current_platform):
+        import vllm_hotswap.host.gaudi_worker  # noqa: F401
     maybe_register_config_serialize_by_value()
     _register_kernels_once(current_platform)
 

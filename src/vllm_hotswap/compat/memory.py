@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_hotswap.budget import OVERHEAD_BYTES, ModelNeeds
-from vllm_hotswap.compat.kv_cache import expected_limits, given_bytes
+from vllm_hotswap.compat.kv_cache import expected_limits, given_bytes, kv_key
 from vllm_hotswap.compat.packing import packed_copies_bytes, packing_bytes
 from vllm_hotswap.devices import device_of
 
@@ -32,6 +32,7 @@ def model_needs(
         min_kv_bytes=kv.least * workers,
         max_kv_bytes=kv.most * workers,
         pinned=pinned,
+        kv_key=kv_key(config),
         keeps_weights=device.is_host_memory,
         overhead_bytes=OVERHEAD_BYTES + slots_bytes(config) + graphs,
         processes=workers if workers > 1 else 0,

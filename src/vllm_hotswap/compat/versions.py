@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError
 
 RUN_ON = ("0.26.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
@@ -21,12 +22,17 @@ def is_installed() -> bool:
 
 
 def require_vllm() -> None:
-    """Raises `ConfigError`, with the next step, where no vLLM is installed."""
+    """Look for a vLLM, and for a platform's plugin that is made for another one.
+
+    Raises:
+        ConfigError: there is no vLLM, or such a plugin; the message has the next step.
+    """
     if not is_installed():
         raise ConfigError(
             "vLLM is not installed in this environment; install the build for your platform "
             "(in a clone, `make setup` installs the one for CPUs)"
         )
+    gaudi.require_matching()
 
 
 def vllm_version() -> str:

@@ -371,7 +371,7 @@ class VllmEngine:
 
     async def sleep(self, level: int) -> None:
         await self._link.call(lambda number: Sleep(number, self.alias, level))
-        self._has_copy = True
+        self._has_copy = self._device.keeps_copy
 
     async def wake(self) -> None:
         await self._link.call(lambda number: Wake(number, self.alias))

@@ -307,6 +307,15 @@ def check_driver(
     return cuda
 
 
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver; not, whether it works."""
+    try:
+        _loaded(None)
+    except ConfigError:
+        return False
+    return True
+
+
 def _loaded(library: Any) -> Any:
     if library is not None:
         return library

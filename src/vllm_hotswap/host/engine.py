@@ -102,7 +102,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         self.state = state = process.begin(vllm_config)
         try:
             process.put_in_place(state)
-            gaudi.prepare_load()
+            gaudi.prepare_load(vllm_config)
             yield
             self._bind_hashes()
             grammars.take_turns(self.structured_output_manager)

@@ -1,0 +1,77 @@
+"""What the worker on a Gaudi tells of its sleep, and of buckets; on tensors of the CPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+class PluginsWorker:
+    """What the plugin's own does with blocks: nothing that is looked at here."""
+
+    def __init__(self, runner: Any, config: Any) -> None:
+        self.model_runner, self.vllm_config = runner, config
+
+    def initialize_from_config(self, kv_cache_config: Any) -> Any:
+        return kv_cache_config.num_blocks
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Our module, over a plugin with that worker, whose device is the CPU."""
+    name = "vllm_gaudi.v1.worker.hpu_worker"
+    for depth in range(1, 5):
+        part = ".".join(name.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    vars(sys.modules[name]).update(HPUWorker=PluginsWorker)
+    monkeypatch.delitem(sys.modules, "vllm_hotswap.host.gaudi_worker", raising=False)
+    from vllm_hotswap.host import gaudi_worker
+
+    monkeypatch.setattr(gaudi_worker, "DEVICE_TYPE", "cpu")
+    monkeypatch.setitem(sys.modules, gaudi_worker.__name__, gaudi_worker)
+    return gaudi_worker
+
+
+class Model(torch.nn.Module):  # type: ignore[misc]  # torch's types stop here
+    """1,000 bytes of weights that two layers share, 16 of a buffer, and 64 that are elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Linear(25, 10, bias=False)
+        self.head = torch.nn.Linear(25, 10, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("angles", torch.zeros(4))
+        self.register_buffer("away", torch.zeros(16, device="meta"))
+
+
+def test_what_a_sleep_gives_back_and_takes(module: Any) -> None:
+    """Each piece of memory counts once; KV memory goes, with the plugin's own blocks."""
+    kv = torch.zeros(8, 32)
+    caches = [(kv[:4], kv[4:], None), torch.zeros(10), (torch.zeros(5, dtype=torch.int8),)]
+    worker = module.HostedHPUWorker(SimpleNamespace(model=Model(), kv_caches=caches), None)
+
+    assert (1000 + 16 + 1024 + 40 + 5, 1000 + 16) == worker.sleep_bytes()
+
+
+@pytest.mark.parametrize(("sequences", "is_told"), [(16, False), (17, True)])
+def test_buckets_beyond_the_blocks_are_told(
+    module: Any, caplog: pytest.LogCaptureFixture, sequences: int, is_told: bool
+) -> None:
+    """With the number of sequences that there are blocks for. The load goes on."""
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=sequences),
+        model_config=SimpleNamespace(max_model_len=4000, model="llama"),
+        cache_config=SimpleNamespace(block_size=128),
+    )
+    worker = module.HostedHPUWorker(None, config)
+
+    assert 512 == worker.initialize_from_config(SimpleNamespace(num_blocks=512))
+
+    assert is_told is any(
+        "blocks_for_them=544 blocks=512 next='lower max_num_seqs to 16" in text
+        for text in caplog.messages
+    )
