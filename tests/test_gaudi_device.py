@@ -196,6 +196,29 @@ def test_a_number_outside_of_the_classes_is_of_none() -> None:
     assert [[0, 1], [0, 0], [0, 0]] == found.tolist()
 
 
+def test_a_mixture_of_experts_adds_what_each_token_is_to_have_of_each() -> None:
+    """A token that asks for an expert of another device gets nothing of it here."""
+    data = torch.ones(3, 2, device="hpu")
+    gate_and_up = torch.tensor([[1.0, 1.0], [2.0, 0.0]], device="hpu")  # inner size 1
+    back = torch.tensor([[1.0], [10.0]], device="hpu")
+    found = torch.ops.hpu.mixture_of_experts(
+        hidden_states=data,
+        expert_routing_table=torch.tensor([[4, 5], [5, 5], [4, 9]], device="hpu"),
+        router_weights=torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]], device="hpu"),
+        w12=[gate_and_up, 2 * gate_and_up],
+        w3=[back, back],
+        permuted_weights=True,
+        activation="silu",
+        experts_min=4,
+        experts_max=5,
+    )
+    silu = torch.nn.functional.silu
+    first, second = float(silu(torch.tensor(2.0))) * 2, float(silu(torch.tensor(4.0))) * 4
+    amounts = [0.5 * first + 0.5 * second, second, 0.5 * first]
+    for amount, row in zip(amounts, found.tolist(), strict=True):
+        assert pytest.approx([amount, 10 * amount], rel=1e-5) == row
+
+
 def test_a_group_of_hccl_reduces_what_is_on_the_device() -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("hccl", store=store, rank=0, world_size=1)

@@ -54,6 +54,7 @@ PARTS = (
     Part("servers, every residency", "tests/integration/test_gaudi_server.py", 1800),
     Part("starts that cannot work", "tests/integration/test_gaudi_refusals.py", 600),
     Part("quantised and other models", "tests/integration/test_gaudi_quantisation.py", 600),
+    Part("other devices and models", "tests/integration/test_gaudi_kinds.py", 1200),
 )
 
 

@@ -1,8 +1,7 @@
 """The quickstart's flow with the real vLLM Gaudi plugin, on a stand-in for Intel's runtime.
 
 Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`. All memory is counted to the byte,
-so what a model gives back is compared exactly. Answers are compared by tokens and by their
-logarithmic probabilities: the tiny models say much the same to everything.
+so what a model gives back is compared exactly.
 """
 
 from __future__ import annotations
@@ -12,14 +11,26 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.gaudi_standin.board import Counts, held_bytes, read
+from tests.gaudi_standin.server import (
+    FOX,
+    NEAR,
+    RANKS,
+    TOKENS,
+    Answer,
+    ask,
+    check_as_transformers,
+    check_same,
+    post,
+    serving,
+    status,
+    switch,
+)
 from tests.gaudi_standin.witness import Step, Witness
-from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
+from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
 from vllm_hotswap.demo import MODELS
 
@@ -33,9 +44,6 @@ pytestmark = [
 ]
 
 PAIR = ("llama", "qwen")
-WRONG = ("Traceback", "Exception ignored", "hit config.recompile_limit")
-"""What no log of a server has."""
-
 SWITCHES = 20
 """Of each kind, half of them to each model."""
 
@@ -113,96 +121,18 @@ def witness(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Witness:
 def server(
     tmp_path_factory: pytest.TempPathFactory, board: Path, kind: str, witness: Witness
 ) -> Iterator[ServerProcess]:
-    """Started as the quickstart says."""
-    folder = tmp_path_factory.mktemp("gaudi")
-    config = folder / "multi_models.yaml"
-    is_eager = str(kind == "eager").lower()
-    config.write_text(CONFIG.replace("IS_EAGER", is_eager), encoding="utf-8")
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
-        "FAKEHPU_BOARD": str(board),
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "FAKEHPU_MIB": "8192",
-        "FAKEHPU_DIRTY": "1",
-        **witness.environment(),
-    }
-    running = ServerProcess.start(
-        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
-    )
-    yield running
-    assert running.stop() == 0, running.log_tail()
-    log = running.log.read_text(errors="replace")
-    for wrong in WRONG:
-        assert wrong not in log
-
-
-def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
-    response = server.client.post(path, json=body)
-    assert 200 == response.status_code, response.text
-    return dict(response.json())
-
-
-def switch(server: ServerProcess, model: str) -> None:
-    post(server, "/v1/models/switch", model=model, drain_timeout=60)
+    """Both models on one device."""
+    with serving(
+        tmp_path_factory.mktemp("gaudi"),
+        CONFIG.replace("IS_EAGER", str(kind == "eager").lower()),
+        board,
+        {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **witness.environment()},
+    ) as running:
+        yield running
 
 
 def other(model: str) -> str:
     return PAIR[model == PAIR[0]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The tokens that were said to each prompt, and how probable they and the next ones were."""
-
-    tokens: list[list[int]]
-    logprobs: list[float]
-
-
-FOX = "The quick brown fox jumps over the lazy dog. "
-PROMPTS = ["Hello", FOX * 6]
-"""One is in one block of KV memory, and one in two."""
-
-OTHER_START = "One small step for a man, and one giant leap. " * 3 + FOX * 3
-"""In two blocks, too, the second of which is much like that of `PROMPTS[1]`."""
-
-TOKENS, RANKS = 12, 5
-
-NEAR = 0.15
-"""Logarithmic probabilities in bfloat16: prompts that are found in the prefix cache are computed
-in other pieces."""
-
-
-def ask(server: ServerProcess, model: str, prompts: list[str] = PROMPTS) -> Answer:
-    """One after the other: what is computed together keeps a few bytes more for the next step."""
-    choices = [
-        post(
-            server,
-            "/v1/completions",
-            model=model,
-            prompt=prompt,
-            max_tokens=TOKENS,
-            temperature=0,
-            ignore_eos=True,
-            logprobs=RANKS,
-            return_token_ids=True,
-        )["choices"][0]
-        for prompt in prompts
-    ]
-    return Answer(
-        [list(choice["token_ids"]) for choice in choices],
-        [
-            value
-            for choice in choices
-            for ranks in choice["logprobs"]["top_logprobs"]
-            for value in sorted(ranks.values(), reverse=True)[:RANKS]
-        ],
-    )
-
-
-def check_same(expected: Answer, answer: Answer) -> None:
-    assert expected.tokens == answer.tokens
-    assert pytest.approx(expected.logprobs, abs=NEAR) == answer.logprobs
 
 
 def check_answers(
@@ -229,17 +159,10 @@ def told(server: ServerProcess) -> int:
 
 def weights_bytes(model: str) -> int:
     """In the checkpoint."""
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    total = 0
-    for file in (MODELS / model).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            total += sum(tensors.get_tensor(name).nbytes for name in tensors)
-    return total
-
-
-def status(server: ServerProcess, model: str) -> dict[str, Any]:
-    return dict(server.client.get("/admin/status").json()["models"][model])
+    files = (MODELS / model).glob("*.safetensors")
+    return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
 
 @pytest.fixture(scope="module")
@@ -322,36 +245,14 @@ def test_the_plugins_configuration_is_each_models_own(server: ServerProcess, kin
 def test_answers_are_those_of_the_checkpoint(
     expected: dict[str, Answer], model: str, kind: str
 ) -> None:
-    """As another program computes them: the plugin's kernels, blocks and buckets are right."""
-    by_transformers = by_another_program(model)
-    assert by_transformers.tokens == expected[model].tokens
-    furthest = max(
-        abs(theirs - ours)
-        for theirs, ours in zip(by_transformers.logprobs, expected[model].logprobs, strict=True)
-    )
-    assert furthest < 0.5
+    """As another program computes them."""
+    furthest = check_as_transformers(MODELS / model, expected[model])
     found = {"kind": kind, "model": model, "furthest_logprob": round(furthest, 4)}
     record("against transformers, on the CPU", **found)
 
 
-def by_another_program(model: str) -> Answer:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = MODELS / model
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    tokens, logprobs = [], []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt).input_ids
-        said = []
-        for _ in range(TOKENS):
-            with torch.no_grad():
-                scores = network(torch.tensor([ids + said])).logits[0, -1].float().log_softmax(-1)
-            said.append(int(scores.argmax()))
-            logprobs += scores.topk(RANKS).values.tolist()
-        tokens.append(said)
-    return Answer(tokens, logprobs)
+OTHER_START = "One small step for a man, and one giant leap. " * 3 + FOX * 3
+"""In two blocks, too, the second of which is much like that of `PROMPTS[1]`."""
 
 
 def test_answers_depend_on_all_blocks_of_kv_memory(
