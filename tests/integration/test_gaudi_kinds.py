@@ -26,6 +26,7 @@ from tests.gaudi_standin.server import (
 )
 from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
+from tests.zoo.make import make
 from vllm_hotswap.demo import MODELS
 
 pytestmark = [
@@ -67,6 +68,55 @@ def test_a_gaudi_2_answers_the_same(tmp_path: Path) -> None:
         log = server.log.read_text(errors="replace")
     assert "fused_block_softmax_adjustment: False" in log
     record("a Gaudi 2", model="llama", furthest_logprob=round(furthest, 4))
+
+
+HYBRID = """
+  hybrid:
+    model: {folder}
+    max_model_len: 256
+    max_num_seqs: 2
+    kv_cache_memory_bytes: 16M
+    enforce_eager: true
+"""
+
+
+def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
+    """Mamba 2, attention and experts. Its blocks are larger than the plugin's usual ones, and are
+    worked out at each load anew; those of the other model stay as they are.
+    """
+    folder = make("granite-hybrid", tmp_path / "zoo")
+    config = (
+        HEAD
+        + MODEL.format(
+            alias="llama", folder=MODELS / "llama", sequences=2, blocks=24, is_eager="true"
+        )
+        + HYBRID.format(folder=folder)
+    )
+    board = tmp_path / "board"
+    board.mkdir()
+    with serving(tmp_path, config, board, {}) as server:
+        expected = {}
+        for model in ("llama", "hybrid"):
+            switch(server, model)
+            expected[model] = ask(server, model)
+        held = held_bytes(board)
+        without = {}
+        for model, other in (("llama", "hybrid"), ("hybrid", "llama")) * 2:
+            for ways in (("sleep", "wake"), ("unload", "load")):
+                switch(server, other)
+                post(server, f"/admin/models/{model}/{ways[0]}")
+                gone = held - held_bytes(board)
+                assert gone == without.setdefault((model, ways[0]), gone)
+                post(server, f"/admin/models/{model}/{ways[1]}")
+                for each in (other, model):
+                    switch(server, each)
+                    check_same(expected[each], ask(server, each))
+                assert held == held_bytes(board)
+        log = server.log.read_text(errors="replace")
+    furthest = check_as_transformers(folder, expected["hybrid"])
+    assert "model_type: granitemoehybrid" in log
+    given_back = {f"{model}, {way}": gone for (model, way), gone in without.items()}
+    record("a hybrid model", given_back=given_back, furthest_logprob=round(furthest, 4))
 
 
 SEQUENCES, BLOCKS = 8, 8

@@ -38,6 +38,9 @@ NO_DEVICE = (
     "`VLLM_LOGGING_LEVEL=DEBUG` to turn on verbose logging to help debug the issue.; "
 )
 """vLLM's own words."""
+NO_ACQUIRE = (
+    "the device cannot be used: synStatus=8 [Device not found] Device acquire failed."  # Intel's
+)
 
 
 @dataclass(frozen=True)
@@ -74,26 +77,29 @@ CASES = {
         registers=True,
     ),
     "no software of Intel's": Case(
-        "for a Gaudi: Intel's software cannot be imported (habana_frameworks.torch: No module "
-        f"named 'habana_frameworks'); install the one for vllm-gaudi 0.26.0 into {sys.prefix}",
+        "No module named 'habana_frameworks'; for a Gaudi: Intel's software cannot be imported "
+        "(habana_frameworks.torch: No module named 'habana_frameworks'); "
+        f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}",
         has_runtime=False,
     ),
     "no device": Case(
-        "for a Gaudi: Intel's software sees no device; run hl-smi",
+        f"{NO_ACQUIRE}; for a Gaudi: Intel's software sees no device; run hl-smi",
         environment={"FAKEHPU_ABSENT": "1"},
     ),
     "QUANT_CONFIG names a file that is gone": Case(
-        "QUANT_CONFIG is 'gone.json', and there is no such file; correct it, or set "
-        "quant_config: null for a model that is not quantised",
+        "FOLDER/models.yaml:1: models.llama: QUANT_CONFIG is 'gone.json', and there is no such "
+        "file; correct it, or set quant_config: null for a model that is not quantised",
         environment={"QUANT_CONFIG": "gone.json"},
     ),
     "quant_config names a file that is gone": Case(
-        "gone.json",
+        "FOLDER/models.yaml:1: models.llama.quant_config: "
+        "the file 'FOLDER/gone.json' does not exist",
         more=", quant_config: gone.json",
     ),
     "quant_config asks for a calibration": Case(
-        "QUANT_CONFIG is 'FOLDER/measure.json', whose mode is MEASURE; with several models in a "
-        "process nothing of it would be saved; calibrate with plain vLLM, and name a file whose "
+        "FOLDER/models.yaml:1: models.llama: QUANT_CONFIG is 'FOLDER/measure.json', whose "
+        "mode is MEASURE; with several models in a process nothing of it would be saved; "
+        "calibrate with plain vLLM, and name a file whose "
         "mode is QUANTIZE",
         more=", quant_config: measure.json",
         files={"measure.json": '{"mode": "MEASURE"}'},
@@ -199,8 +205,7 @@ def test_a_device_that_another_process_has_is_told(tmp_path: Path) -> None:
         holder.kill()
 
     assert last == (
-        f"{ERROR}the device cannot be used: synStatus=8 [Device not found] Device acquire failed.; "
-        "see what its own tools say, and whether another process has it"
+        f"{ERROR}{NO_ACQUIRE}; see what its own tools say, and whether another process has it"
     )
     assert 0 != ran.returncode
     assert "Traceback" not in ran.stderr
