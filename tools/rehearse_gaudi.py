@@ -51,7 +51,7 @@ FLAGS = ("-p", "no:vllm_gaudi_compat", "-W", "ignore")
 
 PARTS = (
     Part("the device", "tests/test_gaudi_device.py", 300),
-    Part("servers, every residency", "tests/integration/test_gaudi_server.py", 1800),
+    Part("servers, every residency", "tests/integration/test_gaudi_server.py", 2700),
     Part("starts that cannot work", "tests/integration/test_gaudi_refusals.py", 600),
     Part("quantised and other models", "tests/integration/test_gaudi_quantisation.py", 600),
     Part("other devices and models", "tests/integration/test_gaudi_kinds.py", 1200),
