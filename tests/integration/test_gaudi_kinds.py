@@ -80,6 +80,10 @@ HYBRID = """
 """
 
 
+WAYS = (("sleep", "wake"), ("sleep", "wake"), ("unload", "load"))
+"""The second wake tells whether the first one's memory is kept at each."""
+
+
 def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
     """Mamba 2, attention and experts. Its blocks are larger than the plugin's usual ones, and are
     worked out at each load anew; those of the other model stay as they are.
@@ -100,23 +104,33 @@ def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
             switch(server, model)
             expected[model] = ask(server, model)
         held = held_bytes(board)
-        without = {}
+        without: dict[tuple[str, int], int] = {}
+        woken: dict[str, int] = {}
         for model, other in (("llama", "hybrid"), ("hybrid", "llama")) * 2:
-            for ways in (("sleep", "wake"), ("unload", "load")):
+            for number, (away, back) in enumerate(WAYS):
                 switch(server, other)
-                post(server, f"/admin/models/{model}/{ways[0]}")
-                gone = held - held_bytes(board)
-                assert gone == without.setdefault((model, ways[0]), gone)
-                post(server, f"/admin/models/{model}/{ways[1]}")
+                before = held_bytes(board)
+                post(server, f"/admin/models/{model}/{away}")
+                gone = before - held_bytes(board)
+                assert gone == without.setdefault((model, number), gone)
+                post(server, f"/admin/models/{model}/{back}")
                 for each in (other, model):
                     switch(server, each)
                     check_same(expected[each], ask(server, each))
-                assert held == held_bytes(board)
+                after = held_bytes(board)
+                assert after == (held if back == "load" else woken.setdefault(model, after))
         log = server.log.read_text(errors="replace")
     furthest = check_as_transformers(folder, expected["hybrid"])
     assert "model_type: granitemoehybrid" in log
-    given_back = {f"{model}, {way}": gone for (model, way), gone in without.items()}
-    record("a hybrid model", given_back=given_back, furthest_logprob=round(furthest, 4))
+    record(
+        "a hybrid model",
+        given_back={
+            model: [without[model, number] for number in range(len(WAYS))]
+            for model in ("llama", "hybrid")
+        },
+        more_once_woken={model: after - held for model, after in woken.items()},
+        furthest_logprob=round(furthest, 4),
+    )
 
 
 SEQUENCES, BLOCKS = 8, 8
