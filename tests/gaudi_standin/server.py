@@ -56,8 +56,11 @@ def serving(
     running = ServerProcess.start(
         ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", variables
     )
-    yield running
-    assert running.stop() == 0, running.log_tail()
+    try:
+        yield running
+    finally:
+        ended = running.stop()
+    assert ended == 0, running.log_tail()
     log = running.log.read_text(errors="replace")
     for wrong in WRONG:
         assert wrong not in log
