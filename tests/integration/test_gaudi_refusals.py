@@ -77,7 +77,7 @@ CASES = {
         registers=True,
     ),
     "no software of Intel's": Case(
-        "No module named 'habana_frameworks'; for a Gaudi: Intel's software cannot be imported "
+        "for a Gaudi: Intel's software cannot be imported "
         "(habana_frameworks.torch: No module named 'habana_frameworks'); "
         f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}",
         has_runtime=False,
