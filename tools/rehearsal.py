@@ -1,21 +1,25 @@
 """What the rehearsals of devices have in common: parts that are run one after the other.
 
-Each part is some tests, on a stand-in for a device. They write what they find to one file of JSON
-lines.
+Each part is some tests, on a stand-in for a device. What they find goes to one file of JSON lines,
+as it is found: first what is run, and after each part how many of its tests did what. A test that
+is skipped has not been run, so its part has failed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
-from tools.setup import ROOT
+from tools.setup import ROOT, output_of
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -24,6 +28,15 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
 }
 """Variables with which nothing is fetched or sent."""
+
+VERSIONS = """
+import json, platform, sys
+from importlib import metadata
+import torch
+found = {name: metadata.version(name) for name in sys.argv[1:]}
+print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, **found}))
+"""
+"""Torch by its own word, which names its build: `2.11.0+cu130`."""
 
 
 class RehearsalError(Exception):
@@ -41,11 +54,25 @@ class Part:
     """Of this part, besides those of all."""
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of a part's tests. All 0 if it has been ended before it could say so."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    @property
+    def is_well(self) -> bool:
+        return self.passed > 0 and not (self.failed or self.skipped)
+
+
 def rehearse_all(
     python: Path,
     parts: Sequence[Part],
     environment: Mapping[str, str],
     results: Path,
+    facts: Mapping[str, str],
     flags: Sequence[str] = (),
     before_each: Callable[[], None] = lambda: None,
 ) -> int:
@@ -53,17 +80,25 @@ def rehearse_all(
 
     Args:
         results: where the tests write; what was there is removed.
+        facts: of what is run (`facts_of`), for the first line.
         flags: for pytest.
     """
-    results.unlink(missing_ok=True)
+    results.write_text(json.dumps({"what": "facts", **facts}) + "\n", encoding="utf-8")
     failed = []
     for number, part in enumerate(parts, 1):
         print(f"rehearsal: {number} of {len(parts)}: {part.name} ...", flush=True)
         start = time.monotonic()
         before_each()
-        if not rehearse(python, part, environment, flags):
+        counts = rehearse(python, part, environment, results.with_suffix(".xml"), flags)
+        if not counts.is_well:
             failed.append(part.name)
-        print(f"rehearsal: {part.name}: {time.monotonic() - start:.0f} s", flush=True)
+        with results.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"what": "part", "name": part.name, **asdict(counts)}) + "\n")
+        print(
+            f"rehearsal: {part.name}: {counts.passed} passed, {counts.failed} failed, "
+            f"{counts.skipped} skipped; {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
     if failed:
         print(f"rehearsal: failed: {'; '.join(failed)}", file=sys.stderr)
         return 1
@@ -72,24 +107,90 @@ def rehearse_all(
 
 
 def chosen(parts: Sequence[Part], tests: Sequence[str]) -> list[Part]:
-    """Those with these files; all, if none is named."""
+    """Those with these files; all, if none is named.
+
+    Raises:
+        RehearsalError: a file is no part's.
+    """
+    there = [part.tests for part in parts]
+    if unknown := [test for test in tests if test not in there]:
+        raise RehearsalError(f"no part has {', '.join(unknown)}; TESTS may be: {', '.join(there)}")
     return [part for part in parts if not tests or part.tests in tests]
 
 
+def facts_of(
+    python: Path, packages: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, str]:
+    """What is run: this repository's commit, versions of packages, and the day (UTC).
+
+    Raises:
+        RehearsalError: a package is missing, or torch does not start.
+    """
+    asked = subprocess.run(
+        [python, "-c", VERSIONS, *packages],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode != 0:
+        raise RehearsalError(
+            f"{python} cannot say its versions: {asked.stderr.strip().splitlines()[-1]}; "
+            "remove its environment, and it is made anew"
+        )
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "commit": commit(),
+        **json.loads(asked.stdout.splitlines()[-1]),
+        "device": "stand-in",
+        "models": "the tiny ones that ship with the package",
+    }
+
+
+def commit() -> str:
+    """Of this repository, and whether files differ from it."""
+    here = output_of("git", "-C", ROOT, "rev-parse", "HEAD").strip()
+    changed = output_of("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no").strip()
+    return f"{here or 'not known'}{', with changes' if changed else ''}"
+
+
 def rehearse(
-    python: Path, part: Part, environment: Mapping[str, str], flags: Sequence[str]
-) -> bool:
-    """Run a part to its end or its limit; say whether all went well."""
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *flags, "-v", part.tests]
+    python: Path,
+    part: Part,
+    environment: Mapping[str, str],
+    report: Path,
+    flags: Sequence[str] = (),
+) -> Counts:
+    """Run a part to its end or its limit.
+
+    Args:
+        report: a file for pytest's report.
+    """
+    report.unlink(missing_ok=True)
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *flags, "-v"]
+    command += [f"--junitxml={report}", part.tests]
     variables = {**environment, **part.variables}
     process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
     try:
-        return process.wait(part.limit_s) == 0
+        process.wait(part.limit_s)
     except subprocess.TimeoutExpired:
         print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
-        return False
     finally:
         end(process)
+    return counted(report)
+
+
+def counted(report: Path) -> Counts:
+    """What pytest's report (JUnit's format) says."""
+    if not report.exists():
+        return Counts()
+    suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
+    if suite is None:
+        return Counts()
+    tests, failures, errors, skipped = (
+        int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
+    )
+    return Counts(tests - failures - errors - skipped, failures + errors, skipped)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

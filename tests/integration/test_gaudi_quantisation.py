@@ -10,13 +10,12 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.gaudi_standin.board import held_bytes
-from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
+from tests.gaudi_standin.server import ask, check_same, post, serving, switch
+from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
 from vllm_hotswap.demo import MODELS
 
@@ -58,51 +57,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[Se
     folder = tmp_path_factory.mktemp("gaudi-quantisation")
     for name in (SET, LEFT):
         (folder / f"{name}.json").write_text('{"mode": "QUANTIZE"}', encoding="utf-8")
-    config = folder / "models.yaml"
-    config.write_text(
+    config = (
         f"default_model: {PLAIN}\nmemory: {{device: 0.8, host: 2GiB}}\nmodels:"
         + MODEL.format(alias=PLAIN, folder=MODELS / "qwen")
         + "    quant_config: null\n"
         + MODEL.format(alias=SET, folder=MODELS / "llama")
         + f"    quant_config: {SET}.json\n"
-        + MODEL.format(alias=LEFT, folder=MODELS / "llama"),
-        encoding="utf-8",
+        + MODEL.format(alias=LEFT, folder=MODELS / "llama")
     )
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
-        "QUANT_CONFIG": str(folder / f"{LEFT}.json"),
-        "FAKEHPU_BOARD": str(board),
-        "FAKEHPU_DIRTY": "1",
-    }
-    running = ServerProcess.start(
-        ["-m", QUICKSTART_MODULE], free_port(), folder / "server.log", environment
-    )
-    yield running
-    assert running.stop() == 0, running.log_tail()
-    log = running.log.read_text(errors="replace")
-    for wrong in ("Traceback", "Exception ignored", "event=tensors_left", "event=memory_kept"):
-        assert wrong not in log
-
-
-def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
-    response = server.client.post(path, json=body)
-    assert 200 == response.status_code, response.text
-    return dict(response.json())
-
-
-def tokens(server: ServerProcess, model: str) -> list[int]:
-    answer = post(
-        server,
-        "/v1/completions",
-        model=model,
-        prompt="Hello",
-        max_tokens=8,
-        temperature=0,
-        ignore_eos=True,
-        return_token_ids=True,
-    )
-    return list(answer["choices"][0]["token_ids"])
+    with serving(folder, config, board, {"QUANT_CONFIG": str(folder / f"{LEFT}.json")}) as running:
+        yield running
 
 
 def conversions(server: ServerProcess) -> list[str]:
@@ -117,16 +81,16 @@ def test_each_model_is_quantised_by_its_own_file_at_each_load(
     """Whichever is active meanwhile, and whatever was loaded before."""
     expected = {}
     for model in (PLAIN, SET, LEFT):
-        post(server, "/v1/models/switch", model=model)
-        expected[model] = tokens(server, model)
+        switch(server, model)
+        expected[model] = ask(server, model)
     assert [SET, LEFT] == conversions(server)
     loaded = held_bytes(board)
-    assert expected[SET] == expected[LEFT] != expected[PLAIN]
+    assert expected[SET].tokens == expected[LEFT].tokens != expected[PLAIN].tokens
 
     for active in (PLAIN, SET, LEFT):
         others = [model for model in (PLAIN, SET, LEFT) if model != active]
         for model in others:
-            post(server, "/v1/models/switch", model=active)
+            switch(server, active)
             before = len(conversions(server))
             post(server, f"/admin/models/{model}/sleep", level=1)
             post(server, f"/admin/models/{model}/wake")
@@ -135,8 +99,8 @@ def test_each_model_is_quantised_by_its_own_file_at_each_load(
             post(server, f"/admin/models/{model}/load")
             by = [] if model == PLAIN else [model]
             assert by == conversions(server)[before:]
-            post(server, "/v1/models/switch", model=model)
-            assert expected[model] == tokens(server, model)
+            switch(server, model)
+            check_same(expected[model], ask(server, model))
             assert loaded == held_bytes(board)
     record(
         "quantised by its own file",

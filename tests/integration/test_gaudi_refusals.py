@@ -32,44 +32,77 @@ pytestmark = [
 MODEL = f"models: {{llama: {{model: {MODELS / 'llama'}, enforce_eager: true{{more}}}}}}"
 
 
+ERROR = "vllm-hotswap: error: "
+NO_DEVICE = (
+    "Failed to infer device type, please set the environment variable "
+    "`VLLM_LOGGING_LEVEL=DEBUG` to turn on verbose logging to help debug the issue.; "
+)
+"""vLLM's own words."""
+NO_ACQUIRE = (
+    "the device cannot be used: synStatus=8 [Device not found] Device acquire failed."  # Intel's
+)
+
+
 @dataclass(frozen=True)
 class Case:
     said: str
+    """The last line, but for its beginning; `FOLDER` is the test's."""
     plugin: str | None = None
-    """Version and code of another plugin that is found first."""
+    """The version of another plugin that is found first."""
+    registers: bool = False
+    """Whether that plugin's platform can be had with this vLLM."""
     environment: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     """Settings of the model."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Beside the configuration."""
     has_plugin: bool = True
     has_runtime: bool = True
 
 
 CASES = {
     "no plugin": Case(
-        f"for a Gaudi: there is no package vllm-gaudi in {sys.prefix}; install it there",
+        f"{NO_DEVICE}for a Gaudi: there is no package vllm-gaudi in {sys.prefix}; install it there",
         has_plugin=False,
     ),
     "a plugin for another vLLM": Case(
-        "for a Gaudi: vllm-gaudi 0.24.1 is for vLLM 0.24, and this is vLLM 0.26.0; "
-        "install vllm-gaudi 0.26",
+        "vllm-gaudi 0.24.1 is for vLLM 0.24, and this is vLLM 0.26.0; "
+        "install vllm-gaudi 0.26, or uninstall it",
         plugin="0.24.1",
     ),
+    "a plugin for another vLLM, which vLLM takes": Case(
+        "vllm-gaudi 0.27.0 is for vLLM 0.27, and this is vLLM 0.26.0; "
+        "install vllm-gaudi 0.26, or uninstall it",
+        plugin="0.27.0",
+        registers=True,
+    ),
     "no software of Intel's": Case(
+        "for a Gaudi: Intel's software cannot be imported "
+        "(habana_frameworks.torch: No module named 'habana_frameworks'); "
         f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}",
         has_runtime=False,
     ),
     "no device": Case(
-        "for a Gaudi: Intel's software sees no device; look what hl-smi says",
+        f"{NO_ACQUIRE}; for a Gaudi: Intel's software sees no device; run hl-smi",
         environment={"FAKEHPU_ABSENT": "1"},
     ),
     "QUANT_CONFIG names a file that is gone": Case(
-        "QUANT_CONFIG is 'gone.json', and there is no such file; correct it, or set "
-        "quant_config: null for a model that is not quantised",
+        "FOLDER/models.yaml:1: models.llama: QUANT_CONFIG is 'gone.json', and there is no such "
+        "file; correct it, or set quant_config: null for a model that is not quantised",
         environment={"QUANT_CONFIG": "gone.json"},
     ),
     "quant_config names a file that is gone": Case(
-        "gone.json",
+        "FOLDER/models.yaml:1: models.llama.quant_config: "
+        "the file 'FOLDER/gone.json' does not exist",
         more=", quant_config: gone.json",
+    ),
+    "quant_config asks for a calibration": Case(
+        "FOLDER/models.yaml:1: models.llama: QUANT_CONFIG is 'FOLDER/measure.json', whose "
+        "mode is MEASURE; with several models in a process nothing of it would be saved; "
+        "calibrate with plain vLLM, and name a file whose "
+        "mode is QUANTIZE",
+        more=", quant_config: measure.json",
+        files={"measure.json": '{"mode": "MEASURE"}'},
     ),
 }
 
@@ -90,14 +123,16 @@ metadata.MetadataPathFinder.find_distributions = staticmethod(without)
 """As `sitecustomize`: the environment as it is without the plugin."""
 
 
-def other_plugin(folder: Path, version: str) -> None:
-    """One whose platform cannot be had with this vLLM, which passes over it in silence."""
+def other_plugin(folder: Path, version: str, registers: bool) -> None:
+    """One that vLLM takes; or whose platform cannot be had, and it passes over it in silence."""
     information = folder / f"vllm_gaudi-{version}.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Name: vllm-gaudi\nVersion: {version}\n")
     (information / "entry_points.txt").write_text(
         "[vllm.platform_plugins]\nhpu = vllm_gaudi:register\n"
     )
+    if registers:
+        return
     package = folder / "vllm_gaudi"
     package.mkdir()
     (package / "__init__.py").write_text("from vllm import no_such_name\n")
@@ -109,10 +144,12 @@ def test_a_start_that_cannot_work_says_why(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     config = tmp_path / "models.yaml"
     config.write_text(MODEL.replace("{more}", case.more), encoding="utf-8")
+    for file, content in case.files.items():
+        (tmp_path / file).write_text(content, encoding="utf-8")
     site = tmp_path / "site"
     site.mkdir()
     if case.plugin is not None:
-        other_plugin(site, case.plugin)
+        other_plugin(site, case.plugin, case.registers)
     if not case.has_plugin:
         (site / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
     path = [
@@ -123,23 +160,52 @@ def test_a_start_that_cannot_work_says_why(name: str, tmp_path: Path) -> None:
             if case.has_runtime or Path(folder) != STANDIN
         ),
     ]
-    environment = {
-        **os.environ,
-        "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
-        "PYTHONPATH": os.pathsep.join(path),
-        **case.environment,
-    }
+    last, ran = last_line(config, {"PYTHONPATH": os.pathsep.join(path), **case.environment})
+    assert last == ERROR + case.said.replace("FOLDER", str(tmp_path))
+    assert 0 != ran.returncode
+    assert "Traceback" not in ran.stderr
+
+
+def last_line(
+    config: Path, environment: Mapping[str, str]
+) -> tuple[str, subprocess.CompletedProcess[str]]:
+    """Of a start with this configuration."""
     ran = subprocess.run(
         [sys.executable, "-m", QUICKSTART_MODULE, "--port", str(free_port())],
-        env=environment,
+        env={**os.environ, "VLLM_HPU_MULTI_MODEL_CONFIG": str(config), **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
         timeout=200,
     )
+    return [line for line in ran.stderr.splitlines() if line.strip()][-1], ran
+
+
+HOLD = "import torch; made = torch.ones(3, device='hpu'); print('held', flush=True); input()"
+
+
+def test_a_device_that_another_process_has_is_told(tmp_path: Path) -> None:
+    """A Gaudi is of one process at a time."""
+    config = tmp_path / "models.yaml"
+    config.write_text(MODEL.replace("{more}", ""), encoding="utf-8")
+    board = tmp_path / "board"
+    board.mkdir()
+    environment = {"FAKEHPU_BOARD": str(board)}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert "held\n" == holder.stdout.readline()
+        last, ran = last_line(config, environment)
+        holder.kill()
+
+    assert last == (
+        f"{ERROR}{NO_ACQUIRE}; see what its own tools say, and whether another process has it"
+    )
     assert 0 != ran.returncode
-    last = [line for line in ran.stderr.splitlines() if line.strip()][-1]
-    assert last.startswith("vllm-hotswap: error: ")
-    assert case.said in last
     assert "Traceback" not in ran.stderr

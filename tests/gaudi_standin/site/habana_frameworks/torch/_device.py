@@ -49,5 +49,11 @@ def books() -> Books:
     return Books(*values)
 
 
+def acquire() -> None:
+    """Raises `RuntimeError` if there is no device or another process has it, as Intel's does."""
+    if not load().fakehpu_acquire():
+        raise RuntimeError("synStatus=8 [Device not found] Device acquire failed.")
+
+
 def reset_peak() -> None:
     load().fakehpu_reset_peak()

@@ -1,4 +1,4 @@
-"""`torch.ops.hpu`: those that a dense model's attention reaches."""
+"""`torch.ops.hpu`: those that attention and mixtures of experts reach, in bfloat16."""
 
 from __future__ import annotations
 
@@ -48,3 +48,51 @@ def shape_of_adjustment(
 
 LIBRARY.impl("block_softmax_adjustment", block_softmax_adjustment, "CPU")
 LIBRARY.impl("block_softmax_adjustment", shape_of_adjustment, "Meta")
+
+
+LIBRARY.define(
+    "mixture_of_experts(Tensor hidden_states, Tensor expert_routing_table, Tensor router_weights, "
+    "Tensor[] w12, Tensor[] w3, bool permuted_weights, str activation, int experts_min, "
+    "int experts_max, int chunk_size=0, int total_experts=0) -> Tensor"
+)
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+
+
+def mixture_of_experts(
+    hidden_states: torch.Tensor,
+    expert_routing_table: torch.Tensor,
+    router_weights: torch.Tensor,
+    w12: list[torch.Tensor],
+    w3: list[torch.Tensor],
+    permuted_weights: bool,
+    activation: str,
+    experts_min: int,
+    experts_max: int,
+    chunk_size: int = 0,
+    total_experts: int = 0,
+) -> torch.Tensor:
+    """What the experts `experts_min` to `experts_max` add to each token, in float32.
+
+    `hidden_states` [tokens, size]; the table and the weights [tokens, experts of a token]; of each
+    expert `w12` [2 x inner, size], the gate first, and `w3` [size, inner].
+
+    Raises `NotImplementedError` for weights that are not permuted.
+    """
+    if not permuted_weights:
+        raise NotImplementedError("the stand-in's experts have permuted weights")
+    data = hidden_states.float()
+    added = torch.zeros_like(data)
+    for number, (into, back) in enumerate(zip(w12, w3, strict=True), experts_min):
+        share = torch.where(expert_routing_table == number, router_weights, 0).sum(-1, keepdim=True)
+        gate, up = (data @ into.float().t()).chunk(2, dim=-1)
+        added += share.float() * ((ACTIVATIONS[activation](gate) * up) @ back.float().t())
+    return added.to(hidden_states.dtype)
+
+
+def shape_of_mixture(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+LIBRARY.impl("mixture_of_experts", mixture_of_experts, "CPU")
+LIBRARY.impl("mixture_of_experts", shape_of_mixture, "Meta")

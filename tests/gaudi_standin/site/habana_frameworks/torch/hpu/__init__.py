@@ -96,15 +96,13 @@ def current_device() -> int:
 def set_device(device: Any) -> None: ...
 
 
-def synchronize(device: Any = None) -> None: ...
+def synchronize(device: Any = None) -> None:
+    _device.acquire()
 
 
 def get_device_name(device: Any = None) -> str:
+    _device.acquire()
     return "STANDIN"
-
-
-def get_device_capability(device: Any = None) -> str:
-    return "stand-in"
 
 
 def get_device_properties(device: Any = None) -> Properties:
@@ -112,25 +110,28 @@ def get_device_properties(device: Any = None) -> Properties:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """Bytes free, and bytes in all. Raises `RuntimeError` where no device is found."""
-    if _device.is_absent():
-        raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.")
+    """Bytes free, and bytes in all. Raises `RuntimeError` where there is no device for us."""
+    _device.acquire()
     books = _device.books()
     return books.limit - books.held, books.limit
 
 
 def memory_allocated(device: Any = None) -> int:
+    _device.acquire()
     return _device.books().held
 
 
-memory_reserved = memory_allocated
+def memory_reserved(device: Any = None) -> int:
+    """All of the device: Intel's allocator may keep it. So it is found out who takes this number
+    for what tensors hold.
+    """
+    _device.acquire()
+    return _device.books().limit
 
 
 def max_memory_allocated(device: Any = None) -> int:
+    _device.acquire()
     return _device.books().peak
-
-
-max_memory_reserved = max_memory_allocated
 
 
 def reset_peak_memory_stats(device: Any = None) -> None:
@@ -140,24 +141,9 @@ def reset_peak_memory_stats(device: Any = None) -> None:
 def empty_cache() -> None: ...
 
 
-def memory_stats(device: Any = None) -> dict[str, int]:
-    books = _device.books()
-    return {
-        "Limit": books.limit,
-        "InUse": books.held,
-        "MaxInUse": books.peak,
-        "NumAllocs": books.allocations,
-        "NumFrees": books.allocations - books.pieces,
-    }
-
-
 def wrap_in_hpu_graph(module: Any, *_: Any, **__: Any) -> Any:
     """What is recorded on a device is run each time here."""
     return module
-
-
-def is_bf16_supported(including_emulation: bool = True) -> bool:
-    return True
 
 
 def manual_seed(seed: int) -> None:

@@ -30,7 +30,7 @@ class FusedSDPA:
     ) -> torch.Tensor:
         """`query` [batch, heads, tokens, size]; `key` and `value` with as many or fewer heads.
 
-        Raises `NotImplementedError` for windows and sinks.
+        Raises `NotImplementedError` for windows, sinks, and padding on the left.
         """
         if sinks is not None or (window_size is not None and tuple(window_size) != (-1, -1)):
             raise NotImplementedError("the stand-in's attention has no windows and no sinks")
@@ -52,7 +52,8 @@ class FusedSDPA:
             )
             scores = scores.masked_fill(later, float("-inf"))
         if valid_seq_len is not None:
-            assert padding_side == "right", "the stand-in pads on the right"
+            if padding_side != "right":
+                raise NotImplementedError("the stand-in pads on the right")
             length = valid_seq_len.to(device).view(-1, 1, 1, 1)
             beyond = torch.arange(columns, device=device).view(1, 1, 1, -1) >= length
             scores = scores.masked_fill(beyond, float("-inf"))

@@ -1,0 +1,197 @@
+"""Other devices and models than the quickstart's, with the real vLLM Gaudi plugin on the stand-in.
+
+Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.gaudi_standin.board import held_bytes
+from tests.gaudi_standin.server import (
+    FOX,
+    Answer,
+    ask,
+    check_as_transformers,
+    check_same,
+    post,
+    serving,
+    switch,
+)
+from tests.integration.processes import ServerProcess
+from tests.rehearsal_results import record
+from tests.zoo.make import make
+from vllm_hotswap.demo import MODELS
+
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
+        reason="there is no Gaudi plugin and no device for it",
+    ),
+]
+
+MODEL = """
+  {alias}:
+    model: {folder}
+    max_model_len: 512
+    max_num_seqs: {sequences}
+    num_gpu_blocks_override: {blocks}
+    enforce_eager: {is_eager}
+"""
+
+HEAD = "default_model: llama\nmemory: {device: 0.8, host: 2GiB}\nmodels:"
+
+
+@pytest.fixture(autouse=True)
+def llama_is_active() -> None:
+    """This module's servers have such models, but not the usual ones."""
+
+
+def test_a_gaudi_2_answers_the_same(tmp_path: Path) -> None:
+    """By the plugin's other way to add blocks of KV memory up: its fused operator is Gaudi 3's."""
+    config = HEAD + MODEL.format(
+        alias="llama", folder=MODELS / "llama", sequences=2, blocks=24, is_eager="true"
+    )
+    board = tmp_path / "board"
+    board.mkdir()
+    with serving(tmp_path, config, board, {"FAKEHPU_KIND": "gaudi2"}) as server:
+        answer = ask(server, "llama")
+        furthest = check_as_transformers(MODELS / "llama", answer)
+        log = server.log.read_text(errors="replace")
+    assert "fused_block_softmax_adjustment: False" in log
+    record("a Gaudi 2", model="llama", furthest_logprob=round(furthest, 4))
+
+
+HYBRID = """
+  hybrid:
+    model: {folder}
+    max_model_len: 256
+    max_num_seqs: 2
+    kv_cache_memory_bytes: 16M
+    enforce_eager: true
+"""
+
+
+WAYS = (("sleep", "wake"), ("sleep", "wake"), ("unload", "load"))
+"""The second wake tells whether the first one's memory is kept at each."""
+
+
+def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
+    """Mamba 2, attention and experts. Its blocks are larger than the plugin's usual ones, and are
+    worked out at each load anew; those of the other model stay as they are.
+    """
+    folder = make("granite-hybrid", tmp_path / "zoo")
+    config = (
+        HEAD
+        + MODEL.format(
+            alias="llama", folder=MODELS / "llama", sequences=2, blocks=24, is_eager="true"
+        )
+        + HYBRID.format(folder=folder)
+    )
+    board = tmp_path / "board"
+    board.mkdir()
+    with serving(tmp_path, config, board, {}) as server:
+        expected = {}
+        for model in ("llama", "hybrid"):
+            switch(server, model)
+            expected[model] = ask(server, model)
+        held = held_bytes(board)
+        without: dict[tuple[str, int], int] = {}
+        woken: dict[str, int] = {}
+        for model, other in (("llama", "hybrid"), ("hybrid", "llama")) * 2:
+            for number, (away, back) in enumerate(WAYS):
+                switch(server, other)
+                before = held_bytes(board)
+                post(server, f"/admin/models/{model}/{away}")
+                gone = before - held_bytes(board)
+                assert gone == without.setdefault((model, number), gone)
+                post(server, f"/admin/models/{model}/{back}")
+                for each in (other, model):
+                    switch(server, each)
+                    check_same(expected[each], ask(server, each))
+                after = held_bytes(board)
+                assert after == (held if back == "load" else woken.setdefault(model, after))
+        log = server.log.read_text(errors="replace")
+    furthest = check_as_transformers(folder, expected["hybrid"])
+    assert "model_type: granitemoehybrid" in log
+    record(
+        "a hybrid model",
+        given_back={
+            model: [without[model, number] for number in range(len(WAYS))]
+            for model in ("llama", "hybrid")
+        },
+        more_once_woken={model: after - held for model, after in woken.items()},
+        furthest_logprob=round(furthest, 4),
+    )
+
+
+SEQUENCES, BLOCKS = 8, 8
+"""As many sequences as could be, and blocks for two of them: one is the null block."""
+
+
+@pytest.fixture(params=["with a prefix cache", "contiguous paged attention"])
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ServerProcess, Path]]:
+    """Compiled: the warm-up runs the buckets, which go beyond what there is of KV memory."""
+    board = tmp_path / "board"
+    board.mkdir()
+    config = HEAD + "".join(
+        MODEL.format(
+            alias=alias, folder=MODELS / alias, sequences=SEQUENCES, blocks=BLOCKS, is_eager="false"
+        )
+        for alias in ("llama", "qwen")
+    )
+    is_contiguous = str(request.param.startswith("contiguous")).lower()
+    with serving(tmp_path, config, board, {"VLLM_CONTIGUOUS_PA": is_contiguous}) as server:
+        yield server, board
+
+
+def test_a_model_whose_buckets_exceed_its_blocks_is_served(
+    small: tuple[ServerProcess, Path], request: pytest.FixtureRequest
+) -> None:
+    """It is told at each load. More requests than KV memory has blocks for are all answered, after
+    a sleep and a load, too; nothing is written beyond what the model has.
+    """
+    server, board = small
+    prompts = [f"{number}. {FOX * 4}" for number in range(SEQUENCES)]
+
+    def ask_together(model: str) -> list[Answer]:
+        with ThreadPoolExecutor(SEQUENCES) as askers:
+            return list(askers.map(lambda prompt: ask(server, model, [prompt]), prompts))
+
+    expected = {}
+    for model in ("llama", "qwen"):
+        switch(server, model)
+        check_as_transformers(MODELS / model, ask(server, model))
+        expected[model] = [ask(server, model, [prompt]) for prompt in prompts]
+    loaded = held_bytes(board)
+
+    for model, other in (("llama", "qwen"), ("qwen", "llama")):
+        for ways in (("sleep", "wake"), ("unload", "load")):
+            switch(server, other)
+            for way in ways:
+                post(server, f"/admin/models/{model}/{way}")
+            switch(server, model)
+            for one, together in zip(expected[model], ask_together(model), strict=True):
+                check_same(one, together)
+
+    wanted = SEQUENCES * math.ceil(512 / 128)
+    told = server.log.read_text(errors="replace").count(
+        f"max_num_seqs={SEQUENCES} blocks_for_them={wanted} blocks={BLOCKS} "
+    )
+    assert 4 == told
+    record(
+        "buckets exceed the blocks",
+        kind=request.node.callspec.id,
+        sequences=SEQUENCES,
+        blocks_for_them=wanted,
+        blocks=BLOCKS,
+        held=loaded,
+    )
