@@ -34,13 +34,14 @@ _aside: dict[str, str] = {}
 
 
 def set_aside(names: Iterable[str]) -> None:
-    """Remove variables that are asked for later on, by `said`; nothing else finds them."""
-    _aside.update({name: os.environ[name] for name in names if name in os.environ})
-    forget(_aside)
+    """Remove variables whose values are still needed: `said` returns them, nothing else does."""
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    _aside.update(found)
+    forget(found)
 
 
 def said(name: str) -> str | None:
-    """What a variable says or has said before it was set aside; None without one."""
+    """Return a variable's value, or the one it had when it was set aside; None without either."""
     return os.environ.get(name, _aside.get(name))
 
 
