@@ -161,8 +161,10 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Serv
 def test_a_model_whose_buckets_exceed_its_blocks_is_served(
     small: tuple[ServerProcess, Path], request: pytest.FixtureRequest
 ) -> None:
-    """It is told at each load, where there are such buckets. More requests than KV memory has blocks for are all answered, after
-    a sleep and a load, too; nothing is written beyond what the model has.
+    """It is told at each load, where there are such buckets.
+
+    More requests than KV memory has blocks for are all answered, after a sleep and a load, too;
+    nothing is written beyond what the model has.
     """
     server, board = small
     prompts = [f"{number}. {FOX * 4}" for number in range(SEQUENCES)]
