@@ -649,10 +649,10 @@ def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
 
 
 def test_a_server_that_counts_wrongly_is_seen() -> None:
-    """It says that nothing was given back, or that there is something left, or another amount."""
+    """It says that nothing was given back, or that there is something left."""
     asleep, cold = WELL["asleep"], WELL["cold"]
     assert [
-        "the server does not say that anything was given back",
+        "the server says that 0.0 MiB were given back; it was 66.0 MiB",
         "the server does not say that the weights are in host memory",
     ] == cycle_faults(replace(asleep, away=seen(HELD)))
     assert ["the server says that an unloaded model holds memory"] == cycle_faults(
@@ -661,6 +661,22 @@ def test_a_server_that_counts_wrongly_is_seen() -> None:
     assert ["the server says that the model holds other memory than before"] == cycle_faults(
         replace(cold, after=seen(2 * HELD, HELD + 1))
     )
+
+
+@pytest.mark.parametrize(("off", "is_seen"), [(-9, True), (-7, False), (7, False), (9, True)])
+@pytest.mark.parametrize("way", ["asleep", "cold"])
+def test_a_server_that_tells_too_much_or_too_little_is_seen(
+    way: str, off: int, is_seen: bool
+) -> None:
+    """By more than an allocator may round."""
+    told = HELD + off * MIB
+    cycle = WELL[way]
+    awake = replace(AWAKE, told_device_bytes=told)
+
+    found = cycle_faults(replace(cycle, before=awake, after=awake))
+
+    fault = f"the server says that {told / MIB:.1f} MiB were given back; it was 66.0 MiB"
+    assert ([fault] if is_seen else []) == found
 
 
 def test_a_model_that_comes_back_larger_or_smaller_is_seen() -> None:
