@@ -404,36 +404,69 @@ def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
     server.end()
 
 
-REFUSES = """
+LINE = "vllm-hotswap: error: models.yaml:5: models.llama: QUANT_CONFIG is 'gone.json'"
+REFUSES = f"""
 import os, sys
-sys.exit("error: QUANT_CONFIG is " + os.environ["QUANT_CONFIG"] + ", and there is no such file")
+assert "gone.json" == os.environ["QUANT_CONFIG"]
+print({LINE!r} + ", and there is no such file; correct it", file=sys.stderr)
+print("ERROR: a library's last words", file=sys.stderr)
+sys.exit(1)
 """
+CRASHES = """
+import sys
+print("Error: neural_compressor cannot open QUANT_CONFIG gone.json, and there is no such file")
+sys.exit(%d)
+"""
+ENDS_OTHERWISE = REFUSES.replace("sys.exit(1)", "sys.exit(245)")
+OTHER = 'raise SystemExit("vllm-hotswap: error: models.yaml is missing")'
+
+
+def refusal_of(code: str, folder: Path) -> dict[str, Any]:
+    server = Server(
+        folder,
+        eager=True,
+        command=(sys.executable, "-c", code),
+        environment={**os.environ, "QUANT_CONFIG": "/the/users"},
+        more={"QUANT_CONFIG": "gone.json"},
+    )
+    try:
+        return program.refusal(server)
+    finally:
+        server.end()
 
 
 def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path) -> None:
-    """Another error, or none, is wrong. The check's own variable is passed on, not the user's."""
+    """By our own error. The check's variable is passed on, not the user's."""
+    refused = refusal_of(REFUSES, tmp_path)
 
-    def told(code: str) -> dict[str, Any]:
-        server = Server(
-            tmp_path,
-            eager=True,
-            command=(sys.executable, "-c", code),
-            environment={**os.environ, "QUANT_CONFIG": "/the/users"},
-            more={"QUANT_CONFIG": "gone.json"},
-        )
-        try:
-            return program.refusal(server)
-        finally:
-            server.end()
-
-    refused = told(REFUSES)
     assert [] == refused["wrong"]
-    assert "error: QUANT_CONFIG is gone.json, and there is no such file" in refused["told"]
-    (fault,) = told("raise SystemExit('Error: something else')")["wrong"]
-    assert fault.startswith("the error does not name QUANT_CONFIG: ")
+    assert refused["told"].endswith(f"{LINE}, and there is no such file; correct it")
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(CRASHES % 1, 1), (CRASHES % 245, 245), (ENDS_OTHERWISE, 245), (OTHER, 1)],
+    ids=["a library's error", "a crash that names it", "another status", "another error of ours"],
+)
+def test_a_start_that_fails_otherwise_is_no_refusal(code: str, status: int, tmp_path: Path) -> None:
+    """Even if its log names the variable."""
+    (fault,) = refusal_of(code, tmp_path)["wrong"]
+    assert fault.startswith("it is not refused for what QUANT_CONFIG names: the server does not ")
+    assert f"ended with status {status}; " in fault
+
+
+def test_a_start_that_is_not_refused_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it serves, or hangs with the variable in its log."""
     assert ["a server is started, though QUANT_CONFIG names no file"] == program.refusal(
         FakeServer()  # type: ignore[arg-type]  # has all that is asked
     )["wrong"]
+    monkeypatch.setattr("tools.gaudi.server.START_LIMIT_S", 1)
+    (fault,) = refusal_of(REFUSES.replace("sys.exit(1)", "import time; time.sleep(600)"), tmp_path)[
+        "wrong"
+    ]
+    assert "it is not ready yet; " in fault
 
 
 class FakeHpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -24,11 +25,14 @@ from tools.gaudi.judge import (
     growth_faults,
 )
 from tools.gaudi.results import Results
-from tools.gaudi.server import PAIR, Server
+from tools.gaudi.server import OWN_ERROR, PAIR, Server
 
 UNUSABLE, INTERRUPTED = 2, 130
 WAYS: tuple[Way, ...] = get_args(Way)
 QUANTISATION = "QUANT_CONFIG"
+REFUSED = re.compile(
+    rf"has ended with status 1; its log: {OWN_ERROR}.*\b{QUANTISATION} is .*there is no such file"
+)
 CYCLES, LEAST_CYCLES = 20, 6
 AGAIN = slice(0, 2)
 """Of `PROMPTS`, those that are asked after each cycle."""
@@ -147,7 +151,8 @@ def check_server(results: Results, *, eager: bool, cycles: int, ways: Sequence[W
 def refusal(server: Server) -> dict[str, Any]:
     """What a server says that is started with a `QUANT_CONFIG` that names no file.
 
-    It has to end with an error that names the variable.
+    It has to end with status 1 and our own error, which names the variable and what is wrong. A
+    crash is none, whatever its log has.
     """
     try:
         server.wait()
@@ -155,8 +160,8 @@ def refusal(server: Server) -> dict[str, Any]:
         told = str(error)
     else:
         return {"wrong": [f"a server is started, though {QUANTISATION} names no file"]}
-    wrong = [] if QUANTISATION in told else [f"the error does not name {QUANTISATION}: {told}"]
-    return {"told": told, "wrong": wrong}
+    wrong = [f"it is not refused for what {QUANTISATION} names: {told}"]
+    return {"told": told, "wrong": [] if REFUSED.search(told) else wrong}
 
 
 def check_refusal(results: Results) -> None:

@@ -28,6 +28,8 @@ PAIR = ("llama", "qwen")
 MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 INSIDE, PLUGIN = Path(__file__).with_name("inside"), "check_gaudi_memory"
 
+OWN_ERROR = "vllm-hotswap: error: "
+
 START_LIMIT_S = 1800
 CALL_LIMIT_S = 900
 STOP_LIMIT_S = 60
@@ -118,9 +120,11 @@ class Server:
         raise RuntimeError(f"the server does not serve: {why}; its log: {self.last_error()}")
 
     def last_error(self) -> str:
+        """Our own, if there is one: libraries may go on to write when a process ends."""
         lines = self.log.read_text(errors="replace").splitlines()
+        own = [line for line in lines if line.startswith(OWN_ERROR)]
         told = [line for line in lines if re.search(r"error", line, re.IGNORECASE)]
-        return (told or lines or [""])[-1]
+        return (own or told or lines or [""])[-1]
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """The answer. Raises `RuntimeError` if it is a refusal."""
