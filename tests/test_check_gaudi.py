@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,7 @@ from tools.gaudi.judge import (
     cycle_faults,
     growth,
     growth_faults,
+    notes,
 )
 from tools.gaudi.private import ROOT, Blank
 from tools.gaudi.program import Kind, check_packages, grown, opened
@@ -692,8 +694,12 @@ def test_a_server_that_counts_wrongly_is_seen() -> None:
         replace(cold, away=seen(HELD, 1))
     )
     assert ["the server says that the model holds other memory than before"] == cycle_faults(
-        replace(cold, after=seen(2 * HELD, HELD + 1))
+        replace(cold, after=seen(2 * HELD, HELD + 9 * MIB))
     )
+    assert ["the server says that the model holds other memory than before"] == cycle_faults(
+        replace(cold, after=seen(2 * HELD, HELD, 1))
+    )
+    assert [] == cycle_faults(replace(cold, after=seen(2 * HELD, HELD + 7 * MIB)))
 
 
 @pytest.mark.parametrize(("off", "is_seen"), [(-9, True), (-7, False), (7, False), (9, True)])
@@ -712,13 +718,58 @@ def test_a_server_that_tells_too_much_or_too_little_is_seen(
     assert ([fault] if is_seen else []) == found
 
 
-def test_a_model_that_comes_back_larger_or_smaller_is_seen() -> None:
+def test_a_model_that_comes_back_larger_is_seen() -> None:
+    """One that comes back smaller is noted: nothing says that what was kept before was needed."""
     more, less = seen(2 * HELD + SLACK_BYTES + MIB), seen(2 * HELD - SLACK_BYTES - MIB)
-    faults = [cycle_faults(replace(WELL["cold"], after=after)) for after in (more, less)]
-    assert [
-        ["9.0 MiB more of the device are in use than before"],
-        ["-9.0 MiB more of the device are in use than before"],
-    ] == faults
+    larger, smaller = (replace(WELL["cold"], after=after) for after in (more, less))
+
+    assert ["9.0 MiB more of the device are in use than before"] == cycle_faults(larger)
+    assert [] == notes(larger) == cycle_faults(smaller)
+    assert ["9.0 MiB less of the device are in use than before"] == notes(smaller)
+
+
+class Recorded(Server):
+    """What a cycle does, in its order; nothing is run."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+
+    def _status(self, model: str) -> dict[str, Any]:
+        return {"kv_bytes": KV}
+
+    def seen(self, model: str) -> Seen:
+        self.did.append(f"look at {model}")
+        return AWAKE
+
+    def switch(self, model: str) -> float:
+        self.did.append(f"switch to {model}")
+        return 0.1
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        self.did.append(path)
+        return {}
+
+    def ask(self, model: str, prompts: Sequence[str] = PROMPTS) -> list[Answer]:
+        self.did.append(f"ask {model}")
+        return []
+
+
+@pytest.mark.parametrize(
+    ("way", "goes"),
+    [
+        ("parked", []),
+        ("asleep", ["/admin/models/llama/sleep"]),
+        ("cold", ["/admin/models/llama/unload"]),
+    ],
+)
+def test_a_model_that_is_back_is_asked_before_it_is_looked_at(way: Way, goes: list[str]) -> None:
+    """As it was before it went: the first answers take memory, too."""
+    server = Recorded()
+
+    server.cycle("llama", way, PROMPTS)
+
+    away = ["look at llama", "switch to qwen", *goes, "look at llama"]
+    assert [*away, "switch to llama", "ask llama", "look at llama"] == server.did
 
 
 def test_a_parked_model_that_moves_is_seen() -> None:
@@ -774,13 +825,13 @@ class FakeServer:
     def switch(self, model: str) -> float:
         return 0.0
 
-    def ask(self, model: str, prompts: tuple[str, ...] = PROMPTS) -> list[Answer]:
+    def ask(self, model: str, prompts: Sequence[str] = PROMPTS) -> list[Answer]:
         return self.answers_from[self._model_of.get(model, model)][: len(prompts)]
 
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
         return {"status": 400, "body": ""}
 
-    def cycle(self, model: str, way: Way) -> Cycle:
+    def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
         before = seen(self._used)
         away = before
         if way != "parked":
@@ -789,7 +840,8 @@ class FakeServer:
         if way == "cold":
             self._used += self._leaks
         self.cycles.append((model, way))
-        return Cycle(way, model, KV, before, away, seen(self._used), 0.1)
+        cycle = Cycle(way, model, KV, before, away, seen(self._used), 0.1)
+        return cycle, self.ask(model, prompts)
 
 
 def ran(server: FakeServer, path: Path) -> list[str]:
@@ -817,7 +869,7 @@ class Drifting(FakeServer):
         self._off = {0: first}
         self._later = later
 
-    def ask(self, model: str, prompts: tuple[str, ...] = PROMPTS) -> list[Answer]:
+    def ask(self, model: str, prompts: Sequence[str] = PROMPTS) -> list[Answer]:
         off = self._off.get(len(self.cycles), self._later)
         return [
             Answer([[(token, value - off) for token, value in step] for step in each.steps])
@@ -840,7 +892,7 @@ def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
     """The cycles that are missing are told."""
 
     class Dies(FakeServer):
-        def cycle(self, model: str, way: Way) -> Cycle:
+        def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
             self.is_running = False
             raise RuntimeError("Connection refused")
 

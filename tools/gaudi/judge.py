@@ -87,13 +87,23 @@ class Cycle:
 def cycle_faults(cycle: Cycle) -> list[str]:
     """Whether the model has given its memory back, has it again, and no more."""
     faults = _parked(cycle) if cycle.way == "parked" else _gone(cycle)
-    more = cycle.after.device.used - cycle.before.device.used
-    if abs(more) > SLACK_BYTES:
+    more = _more(cycle)
+    if more > SLACK_BYTES:
         faults.append(f"{_mib(more)} more of the device are in use than before")
     told = cycle.after.told_device_bytes - cycle.before.told_device_bytes
-    if told or cycle.after.told_host_bytes != cycle.before.told_host_bytes:
+    if abs(told) > SLACK_BYTES or cycle.after.told_host_bytes != cycle.before.told_host_bytes:
         faults.append("the server says that the model holds other memory than before")
     return faults
+
+
+def notes(cycle: Cycle) -> list[str]:
+    """What is worth reading, and is not wrong: software may keep less than it did before."""
+    less = -_more(cycle)
+    return [f"{_mib(less)} less of the device are in use than before"] * (less > SLACK_BYTES)
+
+
+def _more(cycle: Cycle) -> int:
+    return cycle.after.device.used - cycle.before.device.used
 
 
 def _parked(cycle: Cycle) -> list[str]:

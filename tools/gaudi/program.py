@@ -23,6 +23,7 @@ from tools.gaudi.judge import (
     cycle_faults,
     growth,
     growth_faults,
+    notes,
 )
 from tools.gaudi.results import Results
 from tools.gaudi.server import OWN_ERROR, PAIR, Server
@@ -98,9 +99,8 @@ class Kind:
     def one(self, model: str, way: Way, done: list[Cycle]) -> dict[str, Any]:
         """A cycle; then the answers are what is expected, and what they were."""
         self._server.switch(model)
-        cycle = self._server.cycle(model, way)
+        cycle, answers = self._server.cycle(model, way, PROMPTS[AGAIN])
         done.append(cycle)
-        answers = self._server.ask(model, PROMPTS[AGAIN])
         expected = compared(load()[model][AGAIN], answers, EXPECTED_TOLERANCE)
         own = compared(self._first[model][AGAIN], answers, OWN_TOLERANCE)
         return {
@@ -112,6 +112,7 @@ class Kind:
                 *expected["wrong"],
                 *(f"otherwise than before: {fault}" for fault in own["wrong"]),
             ],
+            "notes": notes(cycle),
         }
 
 

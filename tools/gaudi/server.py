@@ -163,8 +163,12 @@ class Server:
         self.post("/v1/models/switch", model=model, drain_timeout=60)
         return round(time.monotonic() - start, 4)
 
-    def cycle(self, model: str, way: Way) -> Cycle:
-        """The model is active; another one becomes it; then this one again."""
+    def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
+        """The model is active, and has answered; another one becomes it; then this one again.
+
+        It is asked before it is looked at: the first answers after a load take memory, too, and
+        `before` has it. Returns the answers besides.
+        """
         before, kv_bytes = self.seen(model), int(self._status(model)["kv_bytes"])
         self.switch(PAIR[model == PAIR[0]])
         if way == "asleep":
@@ -173,7 +177,8 @@ class Server:
             self.post(f"/admin/models/{model}/unload")
         away = self.seen(model)
         back_s = self.switch(model)
-        return Cycle(way, model, kv_bytes, before, away, self.seen(model), back_s)
+        answers = self.ask(model, prompts)
+        return Cycle(way, model, kv_bytes, before, away, self.seen(model), back_s), answers
 
     def seen(self, model: str) -> Seen:
         held = self._status(model)["held"]
