@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.faults import wait_until
@@ -42,7 +43,6 @@ from tools.gaudi.judge import (
     Way,
     cycle_faults,
     growth,
-    growth_faults,
     notes,
 )
 from tools.gaudi.private import ROOT, Blank
@@ -791,12 +791,74 @@ def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
     leak = [seen(2 * HELD + n * MIB, descriptors=90 + n // 4) for n in range(20)]
     host = [seen(2 * HELD, memory_bytes=n * HOST_SLACK_BYTES // 10) for n in range(20)]
 
-    assert [] == growth_faults(growth(cycles(steady)))
-    assert ["device_bytes have grown by 16.0 MiB", "descriptors have grown by 4"] == growth_faults(
-        growth(cycles(leak))
-    )
-    (fault,) = growth_faults(growth(cycles(host)))
+    assert [] == growth(cycles(steady)).faults()
+    assert ["device_bytes have grown by 16.0 MiB", "descriptors have grown by 4"] == growth(
+        cycles(leak)
+    ).faults()
+    (fault,) = growth(cycles(host)).faults()
     assert "memory_bytes have grown by 102.4 MiB" == fault
+
+
+def test_what_grows_with_use_and_stops_is_no_growth() -> None:
+    """Pools of threads, and what they hold, after more than two cycles."""
+    pool = [
+        seen(2 * HELD, threads=20 + min(n, 8), descriptors=90 + min(n, 8), memory_bytes=size)
+        for n in range(20)
+        for size in [500 * MIB + min(n, 8) * HOST_SLACK_BYTES]
+    ]
+    late = [
+        *pool[:18],
+        *([replace(pool[19], processes=replace(pool[19].processes, threads=29))] * 2),
+    ]
+
+    found = growth(cycles(pool))
+
+    assert ([], 5, 0) == (found.faults(), found.grown["threads"], found.lately["threads"])
+    assert ["threads have grown by 6"] == growth(cycles(late)).faults()
+
+
+class Family:
+    """A process: what it holds, and its children."""
+
+    def __init__(self, threads: int, *children: Family, is_gone: bool = False) -> None:
+        self._threads, self._children, self._is_gone = threads, children, is_gone
+
+    def children(self, recursive: bool) -> list[Family]:
+        return list(self._children)
+
+    def num_threads(self) -> int:
+        return self._threads
+
+    def num_fds(self) -> int:
+        if self._is_gone:
+            raise psutil.NoSuchProcess(1)
+        return 10
+
+    def memory_full_info(self) -> Any:
+        return type("Memory", (), {"uss": MIB, "rss": 100 * MIB})
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
+    """And memory that processes share is not counted for each."""
+    server = Server.__new__(Server)
+    server._process = Family(3, Family(4), Family(5, is_gone=True))
+    assert Processes(2, 7, 20, 2 * MIB) == server.processes()
+
+
+def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
+    """The server's own, here a Python that waits, and a child of it."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", code))
+    try:
+        wait_until(lambda: server.processes().processes == 2)
+        found = server.processes()
+    finally:
+        for child in server._process.children():
+            child.kill()
+        server.end()
+    assert found.threads >= 2
+    assert found.descriptors >= 4
+    assert found.memory_bytes > 2 * MIB
 
 
 def test_cycles_that_failed_are_not_passed_over() -> None:

@@ -54,7 +54,7 @@ class Processes:
     threads: int
     descriptors: int
     memory_bytes: int
-    """What they hold of host memory (RSS)."""
+    """What they hold of host memory and share with no other process (USS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +131,37 @@ def _gone(cycle: Cycle) -> list[str]:
     return faults
 
 
-def growth(cycles: Sequence[Cycle]) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class Growth:
     """Of each figure, from the first cycles to the last, when the same model was active."""
+
+    grown: Mapping[str, int]
+    lately: Mapping[str, int]
+    """In the second half. Pools of threads grow with use, and stop."""
+
+    def written(self) -> dict[str, Any]:
+        """For the file."""
+        return asdict(self)
+
+    def faults(self) -> list[str]:
+        """What has grown by more than it may, and has not stopped."""
+        limits = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
+        return [
+            f"{name} have grown by {_mib(more) if name in limits else more}"
+            for name, more in self.grown.items()
+            if more > limits.get(name, 0) and self.lately[name] > 0
+        ]
+
+
+def growth(cycles: Sequence[Cycle]) -> Growth:
+    """Of the model of the last one."""
     figures = [_figures(cycle.after) for cycle in cycles if cycle.model == cycles[-1].model]
-    first, last = figures[:SETTLED], figures[-1]
+    half = max(SETTLED, len(figures) // 2)
+    return Growth(_since(figures[:SETTLED], figures[-1]), _since(figures[:half], figures[-1]))
+
+
+def _since(first: Sequence[Mapping[str, int]], last: Mapping[str, int]) -> dict[str, int]:
     return {name: last[name] - max(each[name] for each in first) for name in last}
-
-
-def growth_faults(grown: Mapping[str, int]) -> list[str]:
-    """Of what `growth` has told."""
-    limits = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
-    return [
-        f"{name} have grown by {_mib(more) if name in limits else more}"
-        for name, more in grown.items()
-        if more > limits.get(name, 0)
-    ]
 
 
 def _figures(seen: Seen) -> dict[str, int]:

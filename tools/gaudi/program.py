@@ -22,7 +22,6 @@ from tools.gaudi.judge import (
     Way,
     cycle_faults,
     growth,
-    growth_faults,
     notes,
 )
 from tools.gaudi.results import Results
@@ -133,7 +132,7 @@ def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
     if len(cycles) < wanted:
         return {"wrong": [f"{wanted - len(cycles)} of {wanted} cycles have failed"]}
     found = growth(cycles)
-    return {"cycles": len(cycles), "grown": found, "wrong": growth_faults(found)}
+    return {"cycles": len(cycles), **found.written(), "wrong": found.faults()}
 
 
 def check_server(results: Results, *, eager: bool, cycles: int, ways: Sequence[Way]) -> None:

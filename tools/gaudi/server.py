@@ -207,13 +207,12 @@ class Server:
         return told
 
     def processes(self) -> Processes:
-        family = [self._process, *self._process.children(recursive=True)]
-        return Processes(
-            len(family),
-            sum(process.num_threads() for process in family),
-            sum(process.num_fds() for process in family),
-            sum(process.memory_info().rss for process in family),
-        )
+        """Those that end meanwhile are passed over: compilers come and go."""
+        each = []
+        for process in (self._process, *self._process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.append(_held_by(process))
+        return Processes(len(each), *map(sum, zip(*each, strict=True)))
 
     def stop(self) -> dict[str, Any]:
         """Raises `RuntimeError` if it ends with an error, or does not end."""
@@ -236,6 +235,11 @@ class Server:
                     process.kill()
             self._process.wait(STOP_LIMIT_S)
             return None
+
+
+def _held_by(process: psutil.Process) -> tuple[int, int, int]:
+    """Threads, file descriptors, and bytes of memory that no other process shares (USS)."""
+    return process.num_threads(), process.num_fds(), process.memory_full_info().uss
 
 
 def configuration(*, eager: bool) -> str:
