@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -192,7 +193,68 @@ def test_the_facts_say_which_code_was_checked() -> None:
         commit = None
     assert commit == told["commit"]
     assert told["package_is_the_clones"]
+    assert [] == told["wrong"]
     assert set(facts.PACKAGES) == set(told["versions"])
+
+
+def made_clone(folder: Path) -> str:
+    """With one commit, whose name is returned."""
+    who = ["-c", "user.name=ann", "-c", "user.email=ann@example.org"]
+    for words in (["init", "-q", "-b", "main"], [*who, "commit", "-q", "--allow-empty", "-m", "a"]):
+        output_of(["git", *words], 60, folder)
+    return output_of(["git", "rev-parse", "HEAD"], 60, folder).strip()
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+
+
+@needs_git
+def test_the_commit_of_a_clone_of_another_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user is root; git itself refuses to read it."""
+    commit = made_clone(tmp_path)
+    monkeypatch.setattr(
+        facts, "GIT", [word.replace(str(ROOT), str(tmp_path)) for word in facts.GIT]
+    )
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+
+    with pytest.raises(RuntimeError, match="dubious ownership"):
+        output_of(["git", "rev-parse", "HEAD"], 60, tmp_path)
+    assert (commit, False) == (facts.commit(tmp_path), facts.is_changed(tmp_path))
+
+
+@needs_git
+def test_the_commit_is_told_where_there_is_no_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a branch, of one whose name git has packed, and of none; but not what has changed."""
+    commit = made_clone(tmp_path)
+    found = []
+    for words in (["status", "-s"], ["pack-refs", "--all"], ["checkout", "-q", "--detach"]):
+        output_of(["git", *words], 60, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(facts, "GIT", ["no-such-git"])
+            found.append((facts.commit(tmp_path), facts.is_changed(tmp_path)))
+
+    assert [(commit, None)] * 3 == found
+    shutil.rmtree(tmp_path / ".git")
+    monkeypatch.setattr(facts, "GIT", ["no-such-git"])
+    assert facts.commit(tmp_path) is None
+
+
+def test_a_package_that_is_not_the_clones_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `pip install .` and a later `git pull`."""
+    monkeypatch.setattr(facts, "OWN", "another_hotswap")
+    (tmp_path / facts.OWN).mkdir()
+    (tmp_path / facts.OWN / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    (fault,) = facts.facts()["wrong"]
+
+    assert fault.endswith("it is not the clone's; install the clone anew: pip install .")
 
 
 def test_another_package_is_told_from_the_clones(tmp_path: Path) -> None:
@@ -817,6 +879,9 @@ def test_what_grows_with_use_and_stops_is_no_growth() -> None:
     assert ["threads have grown by 6"] == growth(cycles(late)).faults()
 
 
+WAIT = "import time; time.sleep(600)"
+
+
 class Family:
     """A process: what it holds, and its children."""
 
@@ -847,7 +912,9 @@ def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
 
 def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
     """The server's own, here a Python that waits, and a child of it."""
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', WAIT])".replace(
+        "WAIT", repr(WAIT)
+    )
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", code))
     try:
         wait_until(lambda: server.processes().processes == 2)

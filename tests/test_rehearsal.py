@@ -142,6 +142,13 @@ def test_what_is_run_is_told_with_its_versions() -> None:
     assert re.fullmatch(r"([0-9a-f]{40}|not known)(, with changes)?", found["commit"])
 
 
+def test_the_commit_of_a_clone_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is root."""
+    own = commit()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert own == commit()
+
+
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(RehearsalError, match=r"cannot say its versions: .*no-such-package"):
         facts_of(PYTHON, ["no-such-package"], os.environ)

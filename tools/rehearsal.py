@@ -152,8 +152,9 @@ def facts_of(
 
 def commit() -> str:
     """Of this repository, and whether files differ from it."""
-    here = output_of("git", "-C", ROOT, "rev-parse", "HEAD").strip()
-    changed = output_of("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no").strip()
+    git = ("git", "-c", f"safe.directory={ROOT}", "-C", ROOT)  # in a container it is another user's
+    here = output_of(*git, "rev-parse", "HEAD").strip()
+    changed = output_of(*git, "status", "--porcelain", "--untracked-files=no").strip()
     return f"{here or 'not known'}{', with changes' if changed else ''}"
 
 
