@@ -573,6 +573,51 @@ def test_the_engine_host_tells_what_it_has_of_the_device(
         server.device()
 
 
+def test_a_socket_that_cannot_be_made_does_not_end_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its path may be too long. The host starts without the check, and the log says why."""
+    main = type("Main", (), {"__spec__": type("Spec", (), {"name": check_gaudi_memory.HOST})})
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(check_gaudi_memory, "_listening", [])
+    monkeypatch.setenv(check_gaudi_memory.VARIABLE, str(tmp_path / ("a" * 108)))
+
+    check_gaudi_memory.register()
+
+    assert [] == check_gaudi_memory._listening
+    assert "can't be listened on: AF_UNIX path too long\n" in capsys.readouterr().err
+
+
+def test_a_long_temporary_folder_is_not_the_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of either server: the check's, and the one that has to be refused."""
+    long = tmp_path / ("a" * 108)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    folders: list[Path] = []
+
+    class Nowhere(Exception):
+        pass
+
+    def server(folder: Path, **_: Any) -> None:
+        folders.append(folder)
+        raise Nowhere
+
+    monkeypatch.setattr(program, "Server", server)
+    results = Results(tmp_path / "out.jsonl")
+    for check in (
+        lambda: program.check_server(results, eager=True, cycles=6, ways=()),
+        lambda: program.check_refusal(results),
+    ):
+        with pytest.raises(Nowhere):
+            check()
+
+    assert 2 == len(folders)
+    assert all(len(str(folder / "memory.socket")) < 107 for folder in folders)
+    assert not any(folder.exists() for folder in folders)
+
+
 def test_a_host_without_the_plugin_is_told(tmp_path: Path) -> None:
     server = Server.__new__(Server)
     server._socket = tmp_path / "nobody"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -33,6 +34,7 @@ QUANTISATION = "QUANT_CONFIG"
 REFUSED = re.compile(
     rf"has ended with status 1; its log: {OWN_ERROR}.*\b{QUANTISATION} is .*there is no such file"
 )
+TMP = "/tmp"  # noqa: S108  # a folder of its own is made there, which others can't read
 CYCLES, LEAST_CYCLES = 20, 6
 AGAIN = slice(0, 2)
 """Of `PROMPTS`, those that are asked after each cycle."""
@@ -135,9 +137,15 @@ def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
     return {"cycles": len(cycles), **found.written(), "wrong": found.faults()}
 
 
+def short_folder() -> str | None:
+    """For a socket, whose path has 107 bytes at most (unix(7)); `TMPDIR` may be longer. None if
+    there is no such folder, and that one has to do."""
+    return TMP if os.access(TMP, os.W_OK | os.X_OK) else None
+
+
 def check_server(results: Results, *, eager: bool, cycles: int, ways: Sequence[Way]) -> None:
     kind = "eager" if eager else "compiled"
-    folder = Path(tempfile.mkdtemp(prefix="check-gaudi-"))
+    folder = Path(tempfile.mkdtemp(prefix="check-gaudi-", dir=short_folder()))
     try:
         server = Server(folder, eager=eager)
         try:
@@ -165,7 +173,7 @@ def refusal(server: Server) -> dict[str, Any]:
 
 
 def check_refusal(results: Results) -> None:
-    with tempfile.TemporaryDirectory(prefix="check-gaudi-") as name:
+    with tempfile.TemporaryDirectory(prefix="check-gaudi-", dir=short_folder()) as name:
         folder = Path(name)
         server = Server(folder, eager=True, more={QUANTISATION: str(folder / "gone.json")})
         try:
