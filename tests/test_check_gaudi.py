@@ -155,6 +155,31 @@ def test_words_that_only_begin_like_a_name_stay() -> None:
     assert "cannot <user> root's" == blank.text("cannot ann root's")
 
 
+@pytest.mark.parametrize("name", ["gaudi", "vllm", "habana", "Check"])
+def test_words_of_what_is_checked_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is called so. The user's folder is left out all the same."""
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{name}.example.org")
+    told = f"vllm_{name}.platform check-{name} {name}"
+
+    blank = Blank({"LOGNAME": name, "HOME": f"/data/{name}"})
+
+    assert f"{told} <home>/x <host>" == blank.text(f"{told} /data/{name}/x {name}.example.org")
+
+
+def test_no_package_that_is_told_of_is_made_a_name() -> None:
+    """Users and machines may be called by any word of it."""
+    for package in facts.PACKAGES:
+        for word in package.split("-"):
+            assert package == Blank({"LOGNAME": word}).text(package)
+
+
+@pytest.mark.parametrize("who", ["ann:pw123456", "ghp_0123456789", "ann:p%40w"])
+def test_credentials_in_an_address_are_left_out(who: str) -> None:
+    """Of proxies and indexes, say, whatever variable has it."""
+    told = f"ProxyError('http://{who}@proxy.acme.example:3128', mail@acme.example)"
+    assert Blank({}).text(told) == told.replace(who, "<secret>")
+
+
 def test_the_longest_name_is_taken_first() -> None:
     """A folder of the clone is not told by what lies above the clone."""
     blank = Blank({"HOME": str(ROOT.parent)})
