@@ -49,7 +49,14 @@ from tools.gaudi.judge import (
 from tools.gaudi.private import ROOT, Blank
 from tools.gaudi.program import Kind, check_packages, grown, opened
 from tools.gaudi.results import Results, output_of
-from tools.gaudi.server import PAIR, PLUGIN, Server, configuration, surroundings
+from tools.gaudi.server import (
+    PAIR,
+    PLUGIN,
+    Server,
+    configuration,
+    surroundings,
+    weights_bytes,
+)
 from vllm_hotswap.config import load_config
 
 # --- what is left out of the file ----------------------------------------------------------------
@@ -320,7 +327,13 @@ def test_which_number_follows_memory_that_comes_and_goes(monkeypatch: pytest.Mon
         "memory_reserved": False,
     }
     assert [] == kept["wrong"]
-    assert ["torch.hpu.mem_get_info does not tell that 256 MiB come and go"] == absent["wrong"]
+    assert [
+        "torch.hpu.mem_get_info does not tell that 256 MiB come and go",
+        (
+            "torch.hpu.memory_allocated does not tell that 256 MiB come and go, so whether weights "
+            "leave the device is not judged"
+        ),
+    ] == absent["wrong"]
 
 
 def test_another_platform_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -782,21 +795,22 @@ def test_an_answer_is_read_from_a_completion() -> None:
 # --- what is judged: memory ----------------------------------------------------------------------
 
 KV = 64 * MIB
-HELD = KV + 2 * MIB
+WEIGHTS = 2 * MIB
+HELD = KV + WEIGHTS
 
 
 def seen(used: int, told: int = HELD, host: int = 0, **more: int) -> Seen:
     processes = Processes(3, 20, 90, 500 * MIB)
     return Seen(
-        Device(1000 * MIB - used, 1000 * MIB, None, None), told, host, replace(processes, **more)
+        Device(1000 * MIB - used, 1000 * MIB, used, None), told, host, replace(processes, **more)
     )
 
 
 AWAKE = seen(2 * HELD)
 WELL = {
-    "parked": Cycle("parked", "llama", KV, AWAKE, AWAKE, AWAKE, 0.1),
-    "asleep": Cycle("asleep", "llama", KV, AWAKE, seen(HELD, 0, 2 * MIB), AWAKE, 0.1),
-    "cold": Cycle("cold", "llama", KV, AWAKE, seen(HELD, 0), AWAKE, 0.1),
+    "parked": Cycle("parked", "llama", KV, WEIGHTS, AWAKE, AWAKE, AWAKE, 0.1),
+    "asleep": Cycle("asleep", "llama", KV, WEIGHTS, AWAKE, seen(HELD, 0, 2 * MIB), AWAKE, 0.1),
+    "cold": Cycle("cold", "llama", KV, WEIGHTS, AWAKE, seen(HELD, 0), AWAKE, 0.1),
 }
 
 
@@ -812,7 +826,63 @@ def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
     assert [
         "0.0 MiB of the device were given back, and the model's KV memory alone is 64.0 MiB",
         "the server says that 66.0 MiB were given back; it was 0.0 MiB",
+        (
+            "tensors of 0.0 MiB have left the device, and the model's KV memory and weights are "
+            "66.0 MiB"
+        ),
     ] == faults
+
+
+@pytest.mark.parametrize("way", ["asleep", "cold"])
+def test_a_model_that_keeps_its_weights_is_seen(way: str) -> None:
+    """Though all of its KV memory is given back, and the device's own figure is rounded."""
+    away = seen(HELD + WEIGHTS, 0, WEIGHTS * (way == "asleep"))
+    assert [
+        (
+            "tensors of 64.0 MiB have left the device, and the model's KV memory and weights are "
+            "66.0 MiB"
+        )
+    ] == cycle_faults(replace(WELL[way], away=away))
+
+
+@pytest.mark.parametrize(("follows", "judges"), [(True, True), (False, False)])
+def test_weights_are_judged_where_torch_follows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follows: bool, judges: bool
+) -> None:
+    """Elsewhere the device's own check says that they are not."""
+    said: list[bool] = []
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+    during = 257 if follows else 1
+    monkeypatch.setattr(facts, "DEVICE", of_256_mib((1, during, 1), (1, 257, 1)))
+    monkeypatch.setattr(facts, "PLATFORM", "print('hpu vllm_gaudi.platform.HpuPlatform')")
+    monkeypatch.setattr(program, "check_refusal", lambda _: None)
+    monkeypatch.setattr(
+        program, "check_server", lambda *_, judges_weights, **__: said.append(judges_weights)
+    )
+
+    program.main([str(tmp_path / "out.jsonl")])
+
+    assert [judges, judges] == said
+    kept = replace(WELL["asleep"], away=seen(HELD + WEIGHTS, 0, WEIGHTS))
+    assert judges == bool(cycle_faults(kept, judges_weights=judges))
+
+
+@pytest.mark.parametrize("way", ["asleep", "cold"])
+def test_what_is_rounded_besides_is_let_pass(way: str) -> None:
+    """Less than half of the weights; and where torch tells nothing, nothing is judged by it."""
+    cycle = WELL[way]
+    some = replace(cycle.away.device, memory_allocated=HELD + WEIGHTS // 2)
+    none = replace(cycle.away.device, memory_allocated=None)
+    for device in (some, none):
+        assert [] == cycle_faults(replace(cycle, away=replace(cycle.away, device=device)))
+
+
+@pytest.mark.parametrize("model", PAIR)
+def test_a_models_weights_are_what_its_checkpoint_has(model: str) -> None:
+    """But for the file's head."""
+    content = (expected.MODELS / model / "model.safetensors").read_bytes()
+    head = 8 + int.from_bytes(content[:8], "little")
+    assert 0 < weights_bytes(model) - (len(content) - head) < 0.02 * len(content)
 
 
 def test_a_server_that_counts_wrongly_is_seen() -> None:
@@ -1039,7 +1109,7 @@ class FakeServer:
         if way == "cold":
             self._used += self._leaks
         self.cycles.append((model, way))
-        cycle = Cycle(way, model, KV, before, away, seen(self._used), 0.1)
+        cycle = Cycle(way, model, KV, WEIGHTS, before, away, seen(self._used), 0.1)
         return cycle, self.ask(model, prompts)
 
 

@@ -166,8 +166,18 @@ MOST_OF_IT = 240 << 20
 """Bytes of the 256 MiB that have to be seen to come and go. Allocators round."""
 
 
+NEEDED = {
+    "mem_get_info": "",
+    "memory_allocated": ", so whether weights leave the device is not judged",
+}
+
+
 def device() -> dict[str, Any]:
-    """Which numbers follow 256 MiB that come and go: budgets need one that does."""
+    """Which numbers follow 256 MiB that come and go.
+
+    Budgets need `mem_get_info`, and whether a model's weights leave is judged by
+    `memory_allocated`.
+    """
     found: dict[str, Any] = json.loads(_last_line_of(DEVICE))
     used = [each["total"] - each["free"] for each in _three(found)]
     follow = {
@@ -177,8 +187,12 @@ def device() -> dict[str, Any]:
             for name in ("memory_allocated", "memory_reserved")
         },
     }
-    told = ["torch.hpu.mem_get_info does not tell that 256 MiB come and go"]
-    return {**found, "follows": follow, "wrong": [] if follow["mem_get_info"] else told}
+    wrong = [
+        f"torch.hpu.{name} does not tell that 256 MiB come and go{so}"
+        for name, so in NEEDED.items()
+        if not follow[name]
+    ]
+    return {**found, "follows": follow, "wrong": wrong}
 
 
 def _three(found: Mapping[str, Any]) -> list[dict[str, Any]]:

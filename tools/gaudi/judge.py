@@ -15,7 +15,11 @@ memory here."""
 
 MOST = 0.9
 """Of its KV memory, what a model that sleeps or is unloaded has to give back. The rest may be
-rounded. Weights of the tiny models are too small to be told from that."""
+rounded. Weights of the tiny models are too small to be told from that; see `HALF`."""
+
+HALF = 0.5
+"""Of its weights, what may be missing in what torch says that its tensors have given back. That is
+not rounded, as what the device tells is: a model that keeps its weights gives nothing of them."""
 
 SETTLED = 2
 """Cycles of each model after which nothing may grow any more: the first ones fill caches."""
@@ -74,6 +78,7 @@ class Cycle:
     way: Way
     model: str
     kv_bytes: int
+    weights_bytes: int
     before: Seen
     away: Seen
     after: Seen
@@ -84,9 +89,15 @@ class Cycle:
         return asdict(self)
 
 
-def cycle_faults(cycle: Cycle) -> list[str]:
-    """Whether the model has given its memory back, has it again, and no more."""
+def cycle_faults(cycle: Cycle, *, judges_weights: bool = True) -> list[str]:
+    """Whether the model has given its memory back, has it again, and no more.
+
+    `judges_weights`: whether `memory_allocated` follows what comes and goes, so that it tells
+    whether weights do.
+    """
     faults = _parked(cycle) if cycle.way == "parked" else _gone(cycle)
+    if judges_weights and cycle.way != "parked":
+        faults += _weights_kept(cycle)
     more = _more(cycle)
     if more > SLACK_BYTES:
         faults.append(f"{_mib(more)} more of the device are in use than before")
@@ -129,6 +140,22 @@ def _gone(cycle: Cycle) -> list[str]:
     if cycle.way == "cold" and (cycle.away.told_device_bytes or cycle.away.told_host_bytes):
         faults.append("the server says that an unloaded model holds memory")
     return faults
+
+
+def _weights_kept(cycle: Cycle) -> list[str]:
+    """By `memory_allocated`; none where torch does not tell it."""
+    before, away = cycle.before.device.memory_allocated, cycle.away.device.memory_allocated
+    if before is None or away is None:
+        return []
+    given, whole = before - away, cycle.kv_bytes + cycle.weights_bytes
+    if given >= whole - HALF * cycle.weights_bytes:
+        return []
+    return [
+        (
+            f"tensors of {_mib(given)} have left the device, and the model's KV memory and "
+            f"weights are {_mib(whole)}"
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,11 @@ class Kind:
         name: str,
         cycles: int = CYCLES,
         ways: Sequence[Way] = WAYS,
+        *,
+        judges_weights: bool = True,
     ) -> None:
         self._results, self._server, self._name = results, server, name
-        self._cycles, self._ways = cycles, ways
+        self._cycles, self._ways, self._judges_weights = cycles, ways, judges_weights
         self._first: dict[str, list[Answer]] = {}
 
     def run(self) -> None:
@@ -109,7 +111,7 @@ class Kind:
             "furthest_logprob": expected["furthest_logprob"],
             "furthest_of_its_own": own["furthest_logprob"],
             "wrong": [
-                *cycle_faults(cycle),
+                *cycle_faults(cycle, judges_weights=self._judges_weights),
                 *expected["wrong"],
                 *(f"otherwise than before: {fault}" for fault in own["wrong"]),
             ],
@@ -143,13 +145,20 @@ def short_folder() -> str | None:
     return TMP if os.access(TMP, os.W_OK | os.X_OK) else None
 
 
-def check_server(results: Results, *, eager: bool, cycles: int, ways: Sequence[Way]) -> None:
+def check_server(
+    results: Results,
+    *,
+    eager: bool,
+    cycles: int,
+    ways: Sequence[Way],
+    judges_weights: bool = True,
+) -> None:
     kind = "eager" if eager else "compiled"
     folder = Path(tempfile.mkdtemp(prefix="check-gaudi-", dir=short_folder()))
     try:
         server = Server(folder, eager=eager)
         try:
-            Kind(results, server, kind, cycles, ways).run()
+            Kind(results, server, kind, cycles, ways, judges_weights=judges_weights).run()
         finally:
             results.check(f"{kind}: end", server.stop)
     finally:
@@ -223,14 +232,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check(results: Results, args: argparse.Namespace) -> None:
     """All that was asked for, in its order."""
     results.check("versions", facts.facts)
-    results.check("device", facts.device)
+    follows = results.check("device", facts.device).get("follows", {})
     if not results.check("platform", facts.platform)["ok"]:
         return
     check_refusal(results)
-    if not args.compiled_only:
-        check_server(results, eager=True, cycles=args.cycles, ways=args.ways)
-    if not args.eager_only:
-        check_server(results, eager=False, cycles=args.cycles, ways=args.ways)
+    kinds = [True] * (not args.compiled_only) + [False] * (not args.eager_only)
+    for eager in kinds:
+        check_server(
+            results,
+            eager=eager,
+            cycles=args.cycles,
+            ways=args.ways,
+            judges_weights=follows.get("memory_allocated", True),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -178,7 +178,10 @@ class Server:
         away = self.seen(model)
         back_s = self.switch(model)
         answers = self.ask(model, prompts)
-        return Cycle(way, model, kv_bytes, before, away, self.seen(model), back_s), answers
+        cycle = Cycle(
+            way, model, kv_bytes, weights_bytes(model), before, away, self.seen(model), back_s
+        )
+        return cycle, answers
 
     def seen(self, model: str) -> Seen:
         held = self._status(model)["held"]
@@ -240,6 +243,11 @@ class Server:
 def _held_by(process: psutil.Process) -> tuple[int, int, int]:
     """Threads, file descriptors, and bytes of memory that no other process shares (USS)."""
     return process.num_threads(), process.num_fds(), process.memory_full_info().uss
+
+
+def weights_bytes(model: str) -> int:
+    """Of the checkpoint, which is in the type in which it is served; its head is a few KiB."""
+    return (MODELS / model / "model.safetensors").stat().st_size
 
 
 def configuration(*, eager: bool) -> str:
