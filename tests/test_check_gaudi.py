@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.faults import wait_until
+from tests.integration import test_gaudi_check
 from tools.gaudi import expected, facts, program
 from tools.gaudi.answers import (
     EXPECTED,
@@ -1128,6 +1129,31 @@ def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
 
     assert [] == ran(server, tmp_path / "out.jsonl")
     assert [(model, way) for way in WELL for model in PAIR * 10] == server.cycles
+
+
+def test_the_rehearsal_asks_for_all_that_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, in its order."""
+
+    class Whole(FakeServer):
+        def stop(self) -> dict[str, Any]:
+            return {}
+
+        def end(self) -> int:
+            return 1
+
+    path = tmp_path / "out.jsonl"
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+    monkeypatch.setattr(facts, "DEVICE", of_256_mib((1, 257, 1), (1, 257, 257)))
+    monkeypatch.setattr(facts, "PLATFORM", "print('hpu vllm_gaudi.platform.HpuPlatform')")
+    monkeypatch.setattr(program, "refusal", lambda _: {})
+    monkeypatch.setattr(program, "Server", lambda *_, **__: Whole())
+
+    assert 0 == program.main([str(path), "--eager-only", "--cycles", str(test_gaudi_check.CYCLES)])
+
+    checks = [json.loads(line)["check"] for line in path.read_text().splitlines()]
+    assert test_gaudi_check.CHECKS == checks
 
 
 class Drifting(FakeServer):
