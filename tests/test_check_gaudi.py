@@ -995,11 +995,12 @@ def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
     host = [seen(2 * HELD, memory_bytes=n * HOST_SLACK_BYTES // 10) for n in range(20)]
 
     assert [] == growth(cycles(steady)).faults()
-    assert ["device_bytes have grown by 16.0 MiB", "descriptors have grown by 4"] == growth(
-        cycles(leak)
-    ).faults()
+    assert [
+        "memory of the device in use: 16.0 MiB more than in the first cycles",
+        "open file descriptors: 4 more than in the first cycles",
+    ] == growth(cycles(leak)).faults()
     (fault,) = growth(cycles(host)).faults()
-    assert "memory_bytes have grown by 102.4 MiB" == fault
+    assert "memory of the processes: 102.4 MiB more than in the first cycles" == fault
 
 
 def test_what_grows_with_use_and_stops_is_no_growth() -> None:
@@ -1017,7 +1018,7 @@ def test_what_grows_with_use_and_stops_is_no_growth() -> None:
     found = growth(cycles(pool))
 
     assert ([], 5, 0) == (found.faults(), found.grown["threads"], found.lately["threads"])
-    assert ["threads have grown by 6"] == growth(cycles(late)).faults()
+    assert ["threads: 6 more than in the first cycles"] == growth(cycles(late)).faults()
 
 
 WAIT = "import time; time.sleep(600)"

@@ -28,6 +28,18 @@ HOST_SLACK_BYTES = 64 * MIB
 """What all processes' own memory may grow by. An allocator of the C library does not give back at
 once what is freed."""
 
+SLACKS = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
+"""What may grow by so much. The others may not grow at all."""
+
+FIGURES = {
+    "device_bytes": "memory of the device in use",
+    "processes": "processes",
+    "threads": "threads",
+    "descriptors": "open file descriptors",
+    "memory_bytes": "memory of the processes",
+}
+"""Of which growth is judged, in words."""
+
 EXPECTED_TOLERANCE = 0.5
 """Between logarithmic probabilities on the device, in bfloat16, and by transformers in float32."""
 
@@ -172,11 +184,11 @@ class Growth:
 
     def faults(self) -> list[str]:
         """What has grown by more than it may, and has not stopped."""
-        limits = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
         return [
-            f"{name} have grown by {_mib(more) if name in limits else more}"
+            f"{FIGURES[name]}: {_mib(more) if name in SLACKS else more} more than in the first "
+            "cycles"
             for name, more in self.grown.items()
-            if more > limits.get(name, 0) and self.lately[name] > 0
+            if more > SLACKS.get(name, 0) and self.lately[name] > 0
         ]
 
 

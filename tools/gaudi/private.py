@@ -1,4 +1,4 @@
-"""Takes out of a text what tells who ran the check, on which machine, and in which folders."""
+"""Removes from texts the names, addresses, folders and secrets of who ran the check, and where."""
 
 from __future__ import annotations
 

@@ -216,16 +216,25 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="the file of results")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--eager-only", action="store_true", help="leave out torch.compile")
-    only.add_argument("--compiled-only", action="store_true", help="nothing but torch.compile")
+    only.add_argument(
+        "--compiled-only", action="store_true", help="only torch.compile: leave out what is eager"
+    )
     parser.add_argument(
         "--cycles", type=int, default=CYCLES, help=f"of each way, 6 or more (default: {CYCLES})"
     )
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=WAYS, help="some of them (default: all)"
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS,
+        help="only these; without cold, no model is unloaded (default: all)",
     )
     args = parser.parse_args(argv)
     if args.cycles < LEAST_CYCLES:
-        parser.error(f"--cycles is at least {LEAST_CYCLES}: the first four fill caches")
+        parser.error(
+            f"--cycles is at least {LEAST_CYCLES}, three for each model: the first two fill "
+            "caches, and growth is told from the others"
+        )
     return args
 
 
