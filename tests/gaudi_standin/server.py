@@ -108,6 +108,7 @@ def ask(server: ServerProcess, model: str, prompts: list[str] = PROMPTS) -> Answ
             ignore_eos=True,
             logprobs=RANKS,
             return_token_ids=True,
+            return_tokens_as_token_ids=True,  # as names of ranks: texts of tokens may be the same
         )["choices"][0]
         for prompt in prompts
     ]
