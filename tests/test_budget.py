@@ -289,7 +289,7 @@ def test_too_little_is_refused_with_the_arithmetic() -> None:
     assert (
         "model 'llama' can never be loaded: one sequence of its maximum length needs 2.00 GiB of "
         "KV memory, its weights and overhead take 7.00 GiB, and the budget for models is "
-        "8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower max_model_len"
+        "8.00 GiB, which leaves 1.00 GiB; raise memory.device or lower max_model_len"
     ) == caught.value.message
 
 
@@ -307,7 +307,20 @@ def test_too_little_beside_pinned_models_names_what_they_take() -> None:
         "model 'llama' can never be loaded: kv_cache_memory_bytes gives it 3.00 GiB of KV memory, "
         "its weights and overhead take 4.00 GiB, pinned models take 3.00 GiB, and the budget for "
         "models is 8.00 GiB, which leaves 1.00 GiB; raise memory.device, lower "
-        "kv_cache_memory_bytes, or unpin a model"
+        "kv_cache_memory_bytes or unpin a model"
+    ) == caught.value.message
+
+
+def test_a_model_without_kv_memory_that_does_not_fit_is_told_so() -> None:
+    """An encoder: neither its length nor a size of KV memory would help."""
+    model = needs("bert", 9 * GIB - OVERHEAD_BYTES - READING_BYTES, 0)
+
+    with pytest.raises(ConfigError) as caught:
+        share_kv_memory([model], 8 * GIB)
+
+    assert (
+        "model 'bert' can never be loaded: its weights and overhead take 9.00 GiB, and the budget "
+        "for models is 8.00 GiB, which leaves 0.00 GiB; raise memory.device"
     ) == caught.value.message
 
 

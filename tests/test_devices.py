@@ -285,9 +285,12 @@ def test_another_device_that_cannot_be_used_is_told_in_one_line(
     with pytest.raises(ConfigError, match=r"^the device cannot be used: syn.*; see what"):
         OwnSleepDevice().memory()
 
+    with pytest.raises(ConfigError, match=r"failed\. more; run hl-smi"):
+        GaudiDevice().memory()
+
     monkeypatch.setenv("VLLM_HPU_MULTI_MODEL_CONFIG", "models.yaml")
     with pytest.raises(ConfigError, match=r"failed\..*; for a Gaudi: there is no package"):
-        OwnSleepDevice().memory()
+        GaudiDevice().memory()
 
 
 @pytest.mark.parametrize(("device", "held"), [(GaudiDevice(), 5 * GIB), (OwnSleepDevice(), GIB)])

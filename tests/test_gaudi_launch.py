@@ -176,6 +176,36 @@ def test_a_plugin_that_vllm_is_not_to_load_may_have_any_version(
         gaudi.require_matching()
 
 
+def test_a_plugin_that_did_not_load_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all of its own is in order, vLLM's log has the reason. No NVIDIA driver is missing."""
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    runtime(monkeypatch, has_device=True)
+
+    assert _reason(NO_DEVICE) == (
+        f"{NO_DEVICE}; for a Gaudi: vllm-gaudi is installed, but vLLM could not load it; see "
+        "'Failed to load plugin' in vLLM's log"
+    )
+
+
+def test_a_runtime_that_fails_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server on another device goes on."""
+
+    def fail() -> bool:
+        raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.")
+
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    runtime(monkeypatch, has_device=True)
+    monkeypatch.setattr(sys.modules["habana_frameworks.torch"].hpu, "is_available", fail)
+
+    gaudi.look_at_platform("cpu")
+
+    assert "Intel's software fails (synStatus=26" in caplog.text
+
+
 def test_it_is_told_where_vllm_has_taken_another_device(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,14 +226,15 @@ def test_it_is_told_where_vllm_has_taken_another_device(
 
 
 @pytest.mark.parametrize(
-    ("is_wanted", "has_plugin", "has_driver", "told"),
+    ("is_wanted", "has_plugin", "has_driver", "is_cuda", "told"),
     [
-        (False, False, False, ["NVIDIA"]),
-        (False, False, True, ["NVIDIA"]),
-        (True, False, False, ["Gaudi"]),
-        (True, False, True, ["NVIDIA"]),
-        (True, True, True, ["Gaudi"]),
-        (False, True, False, ["Gaudi"]),
+        (False, False, False, False, ["NVIDIA"]),
+        (False, False, True, True, ["NVIDIA"]),
+        (True, False, False, False, ["Gaudi"]),
+        (True, False, False, True, ["NVIDIA", "Gaudi"]),
+        (True, False, True, True, ["NVIDIA"]),
+        (True, True, True, True, ["Gaudi"]),
+        (False, True, False, False, ["Gaudi"]),
     ],
 )
 def test_one_cause_is_told(
@@ -212,15 +243,17 @@ def test_one_cause_is_told(
     is_wanted: bool,
     has_plugin: bool,
     has_driver: bool,
+    is_cuda: bool,
     told: list[str],
 ) -> None:
-    """That of the device that somebody wants: of the other kind nothing has to be installed."""
+    """That of the device that is wanted. The quickstart's variable may be set beside a GPU, too."""
     if is_wanted:
         monkeypatch.setenv(*WANTED)
     if has_plugin:
         installed.versions["vllm-gaudi"] = "0.26.0"
         runtime(monkeypatch, has_device=False)
     monkeypatch.setattr(devices, "has_driver", lambda: has_driver)
+    monkeypatch.setattr(devices, "is_cuda", lambda: is_cuda)
     monkeypatch.setattr(devices, "why_no_device", lambda _: "for an NVIDIA GPU: it is away")
 
     said = _reason(NO_DEVICE)

@@ -62,21 +62,34 @@ def test_what_a_sleep_gives_back_and_takes(module: Any) -> None:
     assert (1000 + 16 + 1024 + 40 + 5 + 1024, 1000 + 16) == worker.sleep_bytes()
 
 
-@pytest.mark.parametrize(("sequences", "is_told"), [(16, False), (17, True)])
+@pytest.mark.parametrize(
+    ("sequences", "is_contiguous", "is_told"),
+    [(15, False, False), (16, False, True), (16, True, False)],
+)
 def test_buckets_beyond_the_blocks_are_told(
-    module: Any, caplog: pytest.LogCaptureFixture, sequences: int, is_told: bool
+    module: Any,
+    caplog: pytest.LogCaptureFixture,
+    sequences: int,
+    is_contiguous: bool,
+    is_told: bool,
 ) -> None:
-    """With the number of sequences that there are blocks for. The load goes on."""
+    """With the number of sequences that there are blocks for. One block is vLLM's null block.
+
+    With contiguous paged attention the plugin makes no such buckets. The load goes on.
+    """
+    caplog.set_level("INFO")
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=sequences),
         model_config=SimpleNamespace(max_model_len=4000, model="llama"),
         cache_config=SimpleNamespace(block_size=128),
     )
-    worker = module.HostedHPUWorker(None, config)
+    runner = SimpleNamespace(use_contiguous_pa=is_contiguous)
+    worker = module.HostedHPUWorker(runner, config)
 
     assert 512 == worker.initialize_from_config(SimpleNamespace(num_blocks=512))
 
     assert is_told is any(
-        "blocks_for_them=544 blocks=512 next='lower max_num_seqs to 16" in text
+        "needed=513 blocks=512 next='if the warm-up takes too long, lower max_num_seqs to 15'"
+        in text
         for text in caplog.messages
     )

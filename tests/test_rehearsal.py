@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ WELL = "def test_it():\n    pass\n"
 WRONG = "def test_it():\n    assert False\n"
 SKIPPED = "import pytest\n@pytest.mark.skipif(True, reason='no device')\ndef test_it():\n    pass\n"
 SKIPPED_WHOLE = "import pytest\npytest.skip('no device', allow_module_level=True)\n"
+STOPS = """
+import pytest
+def test_one():
+    pass
+def test_two():
+    pytest.exit("enough", returncode=%d)
+def test_three():
+    assert False
+"""
+ALL_WELL = {"passed": 1, "failed": 0, "skipped": 0, "status": 0}
 ENDLESS = "import time\ndef test_it():\n    time.sleep(600)\n"
 
 
@@ -58,8 +69,8 @@ def test_parts_that_pass_are_counted_in_the_results(
     assert 0 == status
     assert lines == [
         {"what": "facts", "commit": "abc"},
-        {"what": "part", "name": "one", "passed": 1, "failed": 0, "skipped": 0},
-        {"what": "part", "name": "two", "passed": 1, "failed": 0, "skipped": 0},
+        {"what": "part", "name": "one", **ALL_WELL},
+        {"what": "part", "name": "two", **ALL_WELL},
     ]
     assert "rehearsal: all went well; " in capfd.readouterr().out
 
@@ -67,13 +78,21 @@ def test_parts_that_pass_are_counted_in_the_results(
 @pytest.mark.parametrize(
     ("code", "counts"),
     [
-        (WRONG, Counts(failed=1)),
+        (WRONG, Counts(failed=1, status=1)),
         (SKIPPED, Counts(skipped=1)),
-        (SKIPPED_WHOLE, Counts(skipped=1)),
-        ("", Counts()),
-        ("no_such_name\n", Counts(failed=1)),
+        (SKIPPED_WHOLE, Counts(skipped=1, status=5)),
+        ("", Counts(status=5)),
+        ("no_such_name\n", Counts(failed=1, status=2)),
+        (STOPS % 3, Counts(passed=1, status=3)),
     ],
-    ids=["fails", "is skipped", "is skipped as a whole", "has no tests", "cannot be imported"],
+    ids=[
+        "fails",
+        "is skipped",
+        "is skipped as a whole",
+        "has no tests",
+        "cannot be imported",
+        "stops half-way",
+    ],
 )
 def test_a_part_that_does_not_pass_fails_the_rehearsal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], code: str, counts: Counts
@@ -82,8 +101,7 @@ def test_a_part_that_does_not_pass_fails_the_rehearsal(
     status, lines = run(tmp_path, part(tmp_path, "one", code), part(tmp_path, "two", WELL))
 
     assert 1 == status
-    told = {"passed": counts.passed, "failed": counts.failed, "skipped": counts.skipped}
-    assert {"what": "part", "name": "one", **told} == lines[1]
+    assert {"what": "part", "name": "one", **asdict(counts)} == lines[1]
     assert 1 == lines[2]["passed"]
     assert capfd.readouterr().err.endswith("rehearsal: failed: one\n")
 
@@ -91,7 +109,7 @@ def test_a_part_that_does_not_pass_fails_the_rehearsal(
 def test_a_part_without_an_end_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, lines = run(tmp_path, part(tmp_path, "one", ENDLESS, limit_s=3))
 
-    assert (1, 0) == (status, lines[1]["passed"])
+    assert (1, 0, -9) == (status, lines[1]["passed"], lines[1]["status"])
     assert "rehearsal: one: no end within 3 s" in capfd.readouterr().err
 
 
@@ -122,6 +140,13 @@ def test_what_is_run_is_told_with_its_versions() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
     assert commit() == found["commit"]
     assert re.fullmatch(r"([0-9a-f]{40}|not known)(, with changes)?", found["commit"])
+
+
+def test_the_commit_of_a_clone_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is root."""
+    own = commit()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert own == commit()
 
 
 def test_a_package_that_is_missing_is_named() -> None:

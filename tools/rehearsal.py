@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,10 +62,12 @@ class Counts:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    status: int = 0
+    """Pytest's. A run that stops half-way counts nothing of what it left out; this tells it."""
 
     @property
     def is_well(self) -> bool:
-        return self.passed > 0 and not (self.failed or self.skipped)
+        return self.passed > 0 and not (self.failed or self.skipped or self.status)
 
 
 def rehearse_all(
@@ -96,7 +99,7 @@ def rehearse_all(
             lines.write(json.dumps({"what": "part", "name": part.name, **asdict(counts)}) + "\n")
         print(
             f"rehearsal: {part.name}: {counts.passed} passed, {counts.failed} failed, "
-            f"{counts.skipped} skipped; {time.monotonic() - start:.0f} s",
+            f"{counts.skipped} skipped, status {counts.status}; {time.monotonic() - start:.0f} s",
             flush=True,
         )
     if failed:
@@ -149,8 +152,9 @@ def facts_of(
 
 def commit() -> str:
     """Of this repository, and whether files differ from it."""
-    here = output_of("git", "-C", ROOT, "rev-parse", "HEAD").strip()
-    changed = output_of("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no").strip()
+    git = ("git", "-c", f"safe.directory={ROOT}", "-C", ROOT)  # in a container it is another user's
+    here = output_of(*git, "rev-parse", "HEAD").strip()
+    changed = output_of(*git, "status", "--porcelain", "--untracked-files=no").strip()
     return f"{here or 'not known'}{', with changes' if changed else ''}"
 
 
@@ -177,26 +181,24 @@ def rehearse(
         print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
     finally:
         end(process)
-    return counted(report)
+    return counted(report, process.returncode)
 
 
-def counted(report: Path) -> Counts:
-    """What pytest's report (JUnit's format) says."""
+def counted(report: Path, status: int) -> Counts:
+    """What pytest's report (JUnit's format) says, with the status with which it has ended."""
     if not report.exists():
-        return Counts()
+        return Counts(status=status)
     suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
     if suite is None:
-        return Counts()
+        return Counts(status=status)
     tests, failures, errors, skipped = (
         int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
     )
-    return Counts(tests - failures - errors - skipped, failures + errors, skipped)
+    return Counts(tests - failures - errors - skipped, failures + errors, skipped, status)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """And the servers that it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
     process.wait()

@@ -55,6 +55,7 @@ PARTS = (
     Part("starts that cannot work", "tests/integration/test_gaudi_refusals.py", 600),
     Part("quantised and other models", "tests/integration/test_gaudi_quantisation.py", 600),
     Part("other devices and models", "tests/integration/test_gaudi_kinds.py", 1200),
+    Part("the check for a Gaudi", "tests/integration/test_gaudi_check.py", 900),
 )
 
 

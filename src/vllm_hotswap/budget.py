@@ -341,20 +341,24 @@ def _too_little(models: Sequence[ModelNeeds], budget_bytes: int) -> str:
         if _least(_with_pinned(m, models)) > budget_bytes
     )
     pinned = [other for other in models if other.pinned and other is not model]
-    wants = (
-        f"{model.kv_key} gives it {_gib(model.kv_bytes)} of KV memory"
-        if model.kv_bytes is not None
-        else f"one sequence of its maximum length needs {_gib(model.min_kv_bytes)} of KV memory"
-    )
+    wants, steps = "", ["raise memory.device"]
+    if model.kv_key and model.kv_bytes:
+        wants = f"{model.kv_key} gives it {_gib(model.kv_bytes)} of KV memory, "
+        steps.append(f"lower {model.kv_key}")
+    elif model.min_kv_bytes:
+        need = f"needs {_gib(model.min_kv_bytes)} of KV memory, "
+        wants = f"one sequence of its maximum length {need}"
+        steps.append("lower max_model_len")
+    if pinned:
+        steps.append("unpin a model")
     taken = model.held_bytes + _reading([model, *pinned])
     beside = _least(pinned) - _reading(pinned)
     left = budget_bytes - taken - beside
     return (
-        f"model {model.alias!r} can never be loaded: {wants}, its weights and overhead take "
+        f"model {model.alias!r} can never be loaded: {wants}its weights and overhead take "
         f"{_gib(taken)}{f', pinned models take {_gib(beside)}' if pinned else ''}, and the budget "
-        f"for models is {_gib(budget_bytes)}, which leaves {_gib(max(0, left))}; raise "
-        f"memory.device, lower {model.kv_key or 'max_model_len'}"
-        f"{', or unpin a model' if pinned else ''}"
+        f"for models is {_gib(budget_bytes)}, which leaves {_gib(max(0, left))}; "
+        f"{' or '.join(filter(None, [', '.join(steps[:-1]), steps[-1]]))}"
     )
 
 

@@ -195,12 +195,15 @@ class OwnSleepDevice:
         try:
             found = accelerator_memory(self.is_exclusive)
         except RuntimeError as error:  # torch's errors are
-            why = gaudi.why_no_device()
             raise ConfigError(
                 f"the device cannot be used: {one_line(error)}; "
-                f"{why or 'see what its own tools say, and whether another process has it'}"
+                f"{self.why_unusable() or 'see what its own tools say'}"
             ) from error
         return found or CpuDevice().memory()
+
+    def why_unusable(self) -> str | None:
+        """What is known to be wrong where it cannot be used."""
+        return None
 
     def memory_now(self, enough_bytes: int) -> DeviceMemory:
         return self.memory()
@@ -222,6 +225,9 @@ class GaudiDevice(OwnSleepDevice):
 
     def configure(self, vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_cls = HOSTED_GAUDI_WORKER
+
+    def why_unusable(self) -> str | None:
+        return gaudi.why_no_device() or "run hl-smi, which shows whether another process has it"
 
 
 class RocmDevice(OwnSleepDevice):
@@ -350,14 +356,24 @@ def why_no_device(environment: Mapping[str, str]) -> str | None:
 def with_why_no_device(message: str) -> str:
     """What vLLM says; where it has found no device, with what is wrong with the one that is wanted.
 
-    It may be another kind that is missing: vLLM's own words stay. A Gaudi is wanted where its
-    plugin is installed, or where the quickstart's variable is set and there is no NVIDIA driver.
+    It may be another kind that is missing: vLLM's own words stay. Without the plugin for Gaudi,
+    an NVIDIA GPU is wanted where there is a driver or torch is built for CUDA. The quickstart's
+    variable, which names a Gaudi, may be set on either.
     """
     if NO_DEVICE not in message:
         return message
-    if (why := gaudi.why_no_device()) is None or (has_driver() and not gaudi.has_plugin()):
-        why = why_no_device(os.environ)
-    return message if why is None else f"{message}; {why}"
+    if gaudi.has_plugin():
+        return f"{message}; {gaudi.why_not_taken()}"
+    for_gaudi = None if has_driver() else gaudi.why_no_device()
+    for_cuda = why_no_device(os.environ) if is_cuda() or for_gaudi is None else None
+    return "; ".join([message, *(why for why in (for_cuda, for_gaudi) if why is not None)])
+
+
+def is_cuda() -> bool:
+    """Whether torch is built for CUDA."""
+    import torch
+
+    return bool(torch.version.cuda)
 
 
 def is_rocm() -> bool:

@@ -34,13 +34,14 @@ _aside: dict[str, str] = {}
 
 
 def set_aside(names: Iterable[str]) -> None:
-    """Remove variables, but keep their values for `said`; nothing else finds them."""
-    _aside.update({name: os.environ[name] for name in names if name in os.environ})
-    forget(_aside)
+    """Remove variables whose values are still needed: `said` returns them, nothing else does."""
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    _aside.update(found)
+    forget(found)
 
 
 def said(name: str) -> str | None:
-    """Return a variable's value, or the one that was set aside; None if there is neither."""
+    """Return a variable's value, or the one it had when it was set aside; None without either."""
     return os.environ.get(name, _aside.get(name))
 
 

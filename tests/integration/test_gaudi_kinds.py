@@ -84,6 +84,10 @@ WAYS = (("sleep", "wake"), ("sleep", "wake"), ("unload", "load"))
 """The second wake tells whether the first one's memory is kept at each."""
 
 
+MORE_ONCE_WOKEN_BYTES = 8192
+"""What a model may hold more once it has been woken. 5,120 were seen of the hybrid one."""
+
+
 def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
     """Mamba 2, attention and experts. Its blocks are larger than the plugin's usual ones, and are
     worked out at each load anew; those of the other model stay as they are.
@@ -119,6 +123,7 @@ def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
                     check_same(expected[each], ask(server, each))
                 after = held_bytes(board)
                 assert after == (held if back == "load" else woken.setdefault(model, after))
+                assert 0 <= after - held <= MORE_ONCE_WOKEN_BYTES
         log = server.log.read_text(errors="replace")
     furthest = check_as_transformers(folder, expected["hybrid"])
     assert "model_type: granitemoehybrid" in log
@@ -156,8 +161,10 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Serv
 def test_a_model_whose_buckets_exceed_its_blocks_is_served(
     small: tuple[ServerProcess, Path], request: pytest.FixtureRequest
 ) -> None:
-    """It is told at each load. More requests than KV memory has blocks for are all answered, after
-    a sleep and a load, too; nothing is written beyond what the model has.
+    """It is told at each load, where there are such buckets.
+
+    More requests than KV memory has blocks for are all answered, after a sleep and a load, too;
+    nothing is written beyond what the model has.
     """
     server, board = small
     prompts = [f"{number}. {FOX * 4}" for number in range(SEQUENCES)]
@@ -182,16 +189,17 @@ def test_a_model_whose_buckets_exceed_its_blocks_is_served(
             for one, together in zip(expected[model], ask_together(model), strict=True):
                 check_same(one, together)
 
-    wanted = SEQUENCES * math.ceil(512 / 128)
+    needed = SEQUENCES * math.ceil(512 / 128) + 1
     told = server.log.read_text(errors="replace").count(
-        f"max_num_seqs={SEQUENCES} blocks_for_them={wanted} blocks={BLOCKS} "
+        f"max_num_seqs={SEQUENCES} needed={needed} blocks={BLOCKS} "
     )
-    assert 4 == told
+    has_such_buckets = "prefix" in request.node.callspec.id
+    assert told == (4 if has_such_buckets else 0)
     record(
         "buckets exceed the blocks",
         kind=request.node.callspec.id,
         sequences=SEQUENCES,
-        blocks_for_them=wanted,
+        needed=needed,
         blocks=BLOCKS,
         held=loaded,
     )

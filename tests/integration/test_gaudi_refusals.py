@@ -38,6 +38,11 @@ NO_DEVICE = (
     "`VLLM_LOGGING_LEVEL=DEBUG` to turn on verbose logging to help debug the issue.; "
 )
 """vLLM's own words."""
+NO_DRIVER = (
+    "there is no NVIDIA driver: libcuda.so.1 cannot be loaded (libcuda.so.1: cannot open shared "
+    "object file: No such file or directory); install it, or run the container with --gpus all"
+)
+"""Of torch's build for CUDA, which the rehearsal has."""
 NO_ACQUIRE = (
     "the device cannot be used: synStatus=8 [Device not found] Device acquire failed."  # Intel's
 )
@@ -62,7 +67,8 @@ class Case:
 
 CASES = {
     "no plugin": Case(
-        f"{NO_DEVICE}for a Gaudi: there is no package vllm-gaudi in {sys.prefix}; install it there",
+        f"{NO_DEVICE}for an NVIDIA GPU: {NO_DRIVER}; for a Gaudi: there is no package vllm-gaudi "
+        f"in {sys.prefix}; install it there",
         has_plugin=False,
     ),
     "a plugin for another vLLM": Case(
@@ -204,8 +210,6 @@ def test_a_device_that_another_process_has_is_told(tmp_path: Path) -> None:
         last, ran = last_line(config, environment)
         holder.kill()
 
-    assert last == (
-        f"{ERROR}{NO_ACQUIRE}; see what its own tools say, and whether another process has it"
-    )
+    assert last == (f"{ERROR}{NO_ACQUIRE}; run hl-smi, which shows whether another process has it")
     assert 0 != ran.returncode
     assert "Traceback" not in ran.stderr

@@ -326,11 +326,12 @@ def test_a_sleeping_model_gives_its_memory_back(
         assert given_back == facts["given_back"]
         assert moved == asleep["host_bytes"]
 
-        switch(server, model)
+        post(server, f"/admin/models/{model}/wake")
 
         awake = counts_of_device(board)
         assert moved == awake.to_device - after.to_device
         assert after.to_host == awake.to_host
+        switch(server, model)
         check_answers(server, witness, expected, model)
         assert both == held_bytes(board)
     record("asleep switches", kind=kind, switches=SWITCHES, each_time=seen, **growth.check())

@@ -10,8 +10,8 @@ from typing import Any
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 PROMPTS = ("Hello", FOX * 6, "One small step for a man, and one giant leap. " * 3 + FOX * 3)
-"""One is in one block of KV memory (128 tokens), two are in two. The last two differ in the first
-block alone, so what is said to them differs only if that block is read."""
+"""The first is in one block of KV memory (128 tokens), the second in two. So is the third, but for
+qwen: it has 126 tokens there, and the answer to it goes on into the second block."""
 
 TOKENS, RANKS = 12, 5
 EXPECTED = Path(__file__).with_name("expected.json")

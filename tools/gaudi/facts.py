@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,55 @@ def driver() -> str | None:
         return DRIVER.read_text(encoding="ascii").strip() if DRIVER.exists() else None
 
 
+GIT = ["git", "-c", f"safe.directory={ROOT}"]
+"""In a container the clone is often another user's, and git refuses to read it."""
+
+
 def clone() -> dict[str, Any]:
-    """The commit, whether files have changed since, and whether Python finds this very code."""
-    found: dict[str, Any] = {"commit": None, "is_changed": None}
-    try:
-        found["commit"] = output_of(["git", "rev-parse", "HEAD"], 30, ROOT).strip()
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
-        found["is_changed"] = bool(output_of(status, 60, ROOT).strip())
-    except (OSError, RuntimeError, subprocess.TimeoutExpired):
-        pass  # no git, or it does not trust the folder's owner
+    """The commit, whether files have changed since, and whether Python finds this very code.
+
+    Another package than the clone's is wrong: results would be of code that nobody can name.
+    """
     spec = importlib.util.find_spec(OWN)
     here = None if spec is None or spec.origin is None else Path(spec.origin).parent
     is_ours = here is not None and digest(here) == digest(ROOT / "src" / OWN)
-    return {**found, "package_is_the_clones": is_ours}
+    other = (
+        f"{here or 'no package'} is what Python finds as {OWN}, and it is not the clone's; install "
+        "the clone anew: pip install ."
+    )
+    return {
+        "commit": commit(ROOT),
+        "is_changed": is_changed(ROOT),
+        "package_is_the_clones": is_ours,
+        "wrong": [] if is_ours else [other],
+    }
+
+
+def commit(clone: Path) -> str | None:
+    """What is checked out. Read from git's own files where there is no git."""
+    with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
+        return output_of([*GIT, "rev-parse", "HEAD"], 30, clone).strip()
+    with suppress(OSError):
+        head = (clone / ".git/HEAD").read_text(encoding="utf-8").strip()
+        name = head.removeprefix("ref: ")
+        return head if name == head else _commit_of(clone / ".git", name)
+    return None
+
+
+def _commit_of(git: Path, name: str) -> str | None:
+    """Of a branch, by gitrepository-layout(5): a file of its own, or a line of `packed-refs`."""
+    if (own := git / name).exists():
+        return own.read_text(encoding="ascii").strip()
+    lines = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(" ")[0] for line in lines if line.endswith(f" {name}")), None)
+
+
+def is_changed(clone: Path) -> bool | None:
+    """None if git can't tell."""
+    status = [*GIT, "status", "--porcelain", "--untracked-files=no"]
+    with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
+        return bool(output_of(status, 60, clone).strip())
+    return None
 
 
 def digest(package: Path) -> str:
@@ -129,8 +166,18 @@ MOST_OF_IT = 240 << 20
 """Bytes of the 256 MiB that have to be seen to come and go. Allocators round."""
 
 
+NEEDED = {
+    "mem_get_info": "",
+    "memory_allocated": ", so whether weights leave the device is not judged",
+}
+
+
 def device() -> dict[str, Any]:
-    """Which numbers follow 256 MiB that come and go: budgets need one that does."""
+    """Which numbers follow 256 MiB that come and go.
+
+    Budgets need `mem_get_info`, and whether a model's weights leave is judged by
+    `memory_allocated`.
+    """
     found: dict[str, Any] = json.loads(_last_line_of(DEVICE))
     used = [each["total"] - each["free"] for each in _three(found)]
     follow = {
@@ -140,8 +187,12 @@ def device() -> dict[str, Any]:
             for name in ("memory_allocated", "memory_reserved")
         },
     }
-    told = ["torch.hpu.mem_get_info does not tell that 256 MiB come and go"]
-    return {**found, "follows": follow, "wrong": [] if follow["mem_get_info"] else told}
+    wrong = [
+        f"torch.hpu.{name} does not tell that 256 MiB come and go{so}"
+        for name, so in NEEDED.items()
+        if not follow[name]
+    ]
+    return {**found, "follows": follow, "wrong": wrong}
 
 
 def _three(found: Mapping[str, Any]) -> list[dict[str, Any]]:

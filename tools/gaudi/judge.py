@@ -15,7 +15,11 @@ memory here."""
 
 MOST = 0.9
 """Of its KV memory, what a model that sleeps or is unloaded has to give back. The rest may be
-rounded. Weights of the tiny models are too small to be told from that."""
+rounded. Weights of the tiny models are too small to be told from that; see `HALF`."""
+
+HALF = 0.5
+"""Of its weights, what may be missing in what torch says that its tensors have given back. That is
+not rounded, as what the device tells is: a model that keeps its weights gives nothing of them."""
 
 SETTLED = 2
 """Cycles of each model after which nothing may grow any more: the first ones fill caches."""
@@ -23,6 +27,18 @@ SETTLED = 2
 HOST_SLACK_BYTES = 64 * MIB
 """What all processes' own memory may grow by. An allocator of the C library does not give back at
 once what is freed."""
+
+SLACKS = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
+"""What may grow by so much. The others may not grow at all."""
+
+FIGURES = {
+    "device_bytes": "memory of the device in use",
+    "processes": "processes",
+    "threads": "threads",
+    "descriptors": "open file descriptors",
+    "memory_bytes": "memory of the processes",
+}
+"""Of which growth is judged, in words."""
 
 EXPECTED_TOLERANCE = 0.5
 """Between logarithmic probabilities on the device, in bfloat16, and by transformers in float32."""
@@ -54,7 +70,7 @@ class Processes:
     threads: int
     descriptors: int
     memory_bytes: int
-    """What they hold of host memory (RSS)."""
+    """What they hold of host memory and share with no other process (USS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +90,7 @@ class Cycle:
     way: Way
     model: str
     kv_bytes: int
+    weights_bytes: int
     before: Seen
     away: Seen
     after: Seen
@@ -84,16 +101,32 @@ class Cycle:
         return asdict(self)
 
 
-def cycle_faults(cycle: Cycle) -> list[str]:
-    """Whether the model has given its memory back, has it again, and no more."""
+def cycle_faults(cycle: Cycle, *, judges_weights: bool = True) -> list[str]:
+    """Whether the model has given its memory back, has it again, and no more.
+
+    `judges_weights`: whether `memory_allocated` follows what comes and goes, so that it tells
+    whether weights do.
+    """
     faults = _parked(cycle) if cycle.way == "parked" else _gone(cycle)
-    more = cycle.after.device.used - cycle.before.device.used
-    if abs(more) > SLACK_BYTES:
+    if judges_weights and cycle.way != "parked":
+        faults += _weights_kept(cycle)
+    more = _more(cycle)
+    if more > SLACK_BYTES:
         faults.append(f"{_mib(more)} more of the device are in use than before")
     told = cycle.after.told_device_bytes - cycle.before.told_device_bytes
-    if told or cycle.after.told_host_bytes != cycle.before.told_host_bytes:
+    if abs(told) > SLACK_BYTES or cycle.after.told_host_bytes != cycle.before.told_host_bytes:
         faults.append("the server says that the model holds other memory than before")
     return faults
+
+
+def notes(cycle: Cycle) -> list[str]:
+    """What is worth reading, and is not wrong: software may keep less than it did before."""
+    less = -_more(cycle)
+    return [f"{_mib(less)} less of the device are in use than before"] * (less > SLACK_BYTES)
+
+
+def _more(cycle: Cycle) -> int:
+    return cycle.after.device.used - cycle.before.device.used
 
 
 def _parked(cycle: Cycle) -> list[str]:
@@ -112,10 +145,8 @@ def _gone(cycle: Cycle) -> list[str]:
             f"{_mib(given)} of the device were given back, and the model's KV memory alone is "
             f"{_mib(cycle.kv_bytes)}"
         )
-    if told > given + SLACK_BYTES:
+    if abs(told - given) > SLACK_BYTES:
         faults.append(f"the server says that {_mib(told)} were given back; it was {_mib(given)}")
-    if told <= 0:
-        faults.append("the server does not say that anything was given back")
     if cycle.way == "asleep" and cycle.away.told_host_bytes <= 0:
         faults.append("the server does not say that the weights are in host memory")
     if cycle.way == "cold" and (cycle.away.told_device_bytes or cycle.away.told_host_bytes):
@@ -123,21 +154,53 @@ def _gone(cycle: Cycle) -> list[str]:
     return faults
 
 
-def growth(cycles: Sequence[Cycle]) -> dict[str, int]:
-    """Of each figure, from the first cycles to the last, when the same model was active."""
-    figures = [_figures(cycle.after) for cycle in cycles if cycle.model == cycles[-1].model]
-    first, last = figures[:SETTLED], figures[-1]
-    return {name: last[name] - max(each[name] for each in first) for name in last}
-
-
-def growth_faults(grown: Mapping[str, int]) -> list[str]:
-    """Of what `growth` has told."""
-    limits = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
+def _weights_kept(cycle: Cycle) -> list[str]:
+    """By `memory_allocated`; none where torch does not tell it."""
+    before, away = cycle.before.device.memory_allocated, cycle.away.device.memory_allocated
+    if before is None or away is None:
+        return []
+    given, whole = before - away, cycle.kv_bytes + cycle.weights_bytes
+    if given >= whole - HALF * cycle.weights_bytes:
+        return []
     return [
-        f"{name} have grown by {_mib(more) if name in limits else more}"
-        for name, more in grown.items()
-        if more > limits.get(name, 0)
+        (
+            f"tensors of {_mib(given)} have left the device, and the model's KV memory and "
+            f"weights are {_mib(whole)}"
+        )
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Of each figure, from the first cycles to the last, when the same model was active."""
+
+    grown: Mapping[str, int]
+    lately: Mapping[str, int]
+    """In the second half. Pools of threads grow with use, and stop."""
+
+    def written(self) -> dict[str, Any]:
+        """For the file."""
+        return asdict(self)
+
+    def faults(self) -> list[str]:
+        """What has grown by more than it may, and has not stopped."""
+        return [
+            f"{FIGURES[name]}: {_mib(more) if name in SLACKS else more} more than in the first "
+            "cycles"
+            for name, more in self.grown.items()
+            if more > SLACKS.get(name, 0) and self.lately[name] > 0
+        ]
+
+
+def growth(cycles: Sequence[Cycle]) -> Growth:
+    """Of the model of the last one."""
+    figures = [_figures(cycle.after) for cycle in cycles if cycle.model == cycles[-1].model]
+    half = max(SETTLED, len(figures) // 2)
+    return Growth(_since(figures[:SETTLED], figures[-1]), _since(figures[:half], figures[-1]))
+
+
+def _since(first: Sequence[Mapping[str, int]], last: Mapping[str, int]) -> dict[str, int]:
+    return {name: last[name] - max(each[name] for each in first) for name in last}
 
 
 def _figures(seen: Seen) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Takes out of a text what tells who ran the check, on which machine, and in which folders."""
+"""Removes from texts the names, addresses, folders and secrets of who ran the check, and where."""
 
 from __future__ import annotations
 
@@ -27,7 +27,19 @@ USERS = ("LOGNAME", "USER", "LNAME", "USERNAME", "SUDO_USER")
 EVERYBODYS = {"root", "localhost", "user", "nobody"}
 """Names of users and machines that say nothing about anybody."""
 
+PACKAGES = {
+    *("vllm", "gaudi", "hpu", "hotswap", "habana", "habanalabs", "intel", "torch", "plugin"),
+    *("neural", "compressor", "pt", "transformers", "platform", "python", "check", "llama", "qwen"),
+}
+"""Words of what is checked. They are kept, whoever is called so: without them no line could be
+read."""
+
+KEPT = EVERYBODYS | PACKAGES
+
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+CREDENTIALS = re.compile(r"//[^/\s'\"@]+@")
+"""Of an address of the web, before its host: a user and a password, or a token."""
+
 HOMES = re.compile(r"/(?:home|Users)/[^/\s'\":,;)]+")
 LEAST_SECRET = 6
 """Characters. A shorter value would be found in words that have nothing to do with it."""
@@ -47,7 +59,7 @@ class Blank:
 
     def text(self, text: str) -> str:
         known = self._pattern.sub(lambda found: self._words[found.group()], text)
-        return HOMES.sub("<home>", known)
+        return HOMES.sub("<home>", CREDENTIALS.sub("//<secret>@", known))
 
     def all(self, value: Any) -> Any:
         """The same for each text in a value of JSON, keys too."""
@@ -78,7 +90,7 @@ def _known(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     yield from _folders(_homes(environment), "<home>")
     yield from _folders([Path.cwd()], "<here>")
     for names, word in ((_hosts(), "<host>"), (_users(environment), "<user>")):
-        yield from ((name, word) for name in names if name and name.lower() not in EVERYBODYS)
+        yield from ((name, word) for name in names if name and name.lower() not in KEPT)
 
 
 def _folders(folders: Iterable[Path | str], word: str) -> Iterator[tuple[str, str]]:

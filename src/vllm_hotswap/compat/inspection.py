@@ -65,11 +65,6 @@ def _run_by(run: Callable[[Look, Callable[[Look], Any]], Any]) -> Iterator[None]
         setattr(registry, RUN, original)
 
 
-def _one_process() -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
-
-
 def _begin() -> None:
     """Prepare the other process: it ends when its parent ends, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -79,6 +74,25 @@ def _begin() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+
+
+@contextmanager
+def _one_process(begin: Callable[[], None] = _begin) -> Iterator[ProcessPoolExecutor]:
+    """Another process. What ends this one does not wait for what that one does: it is killed.
+
+    It imports all of vLLM, which may take minutes, and an interrupt in the middle of the pool's own
+    code would leave it waiting for work.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin)
+    try:
+        yield pool
+    except BaseException:
+        for process in [*(pool._processes or {}).values()]:  # `kill_workers` from Python 3.14 on
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_after(parent: Any) -> None:

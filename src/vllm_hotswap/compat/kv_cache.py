@@ -122,12 +122,13 @@ def given_bytes(config: Any, limit: KVLimits) -> int | None:
     return given
 
 
-def kv_key(config: Any) -> str:
-    """The key by which a model's KV memory is given; empty where none is."""
-    for key in ("num_gpu_blocks_override", "kv_cache_memory_bytes"):
-        if getattr(config.cache_config, key) is not None:
-            return key
-    return ""
+def kv_key(config: Any, limit: KVLimits) -> str:
+    """The key from which `given_bytes` takes its number; empty where there is none."""
+    if not limit.most:
+        return ""
+    if config.cache_config.num_gpu_blocks_override is not None and limit.block:
+        return "num_gpu_blocks_override"
+    return "" if config.cache_config.kv_cache_memory_bytes is None else "kv_cache_memory_bytes"
 
 
 def _planning_copy(config: Any) -> Any:

@@ -32,7 +32,7 @@ def model_needs(
         min_kv_bytes=kv.least * workers,
         max_kv_bytes=kv.most * workers,
         pinned=pinned,
-        kv_key=kv_key(config),
+        kv_key=kv_key(config, kv),
         keeps_weights=device.is_host_memory,
         overhead_bytes=OVERHEAD_BYTES + slots_bytes(config) + graphs,
         processes=workers if workers > 1 else 0,

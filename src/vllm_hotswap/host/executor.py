@@ -81,15 +81,12 @@ class _Reporting:
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         if (given := config.cache_config.kv_cache_memory_bytes) is not None:
             found = [min(given, free) for free in found]
-        path = value_text(config.model_config.model)
         if config.cache_config.num_gpu_blocks_override is not None:
-            planned = [given_bytes(config, limit) for limit in self._limits()]
-            if any((want or 0) > free for want, free in zip(planned, found, strict=True)):
-                text = "event=kv_blocks_beyond_free model=%s bytes=%s free=%s"
-                log.warning(text, path, planned, found)
-            return [want or free for want, free in zip(planned, found, strict=True)]
+            planned = zip(found, self._limits(), strict=True)
+            return [given_bytes(config, limit) or free for free, limit in planned]
         if _under_way.get().limits_kv:
             most = [limit.most for limit in self._limits()]
+            path = value_text(config.model_config.model)
             log.info("event=kv_limit model=%s bytes=%s", path, most)
             found = [min(free, limit) for free, limit in zip(found, most, strict=True)]
         return found

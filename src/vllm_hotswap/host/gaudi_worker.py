@@ -5,7 +5,9 @@ own does. Checked on vllm-gaudi 0.26.0.
 
 Relies on, in `HPUWorker`: `sleep`, which moves the parameters and buffers of `model_runner.model`
 to the host, and drops `model_runner.kv_caches` and `model_runner.defragmenter`, which has a tensor
-`cache_utils.block_slots`; `initialize_from_config`, which makes these.
+`cache_utils.block_slots`; `initialize_from_config`, which makes these, and warms up buckets for
+`max_num_seqs` sequences, even if there are fewer KV blocks, unless
+`model_runner.use_contiguous_pa`.
 """
 
 from __future__ import annotations
@@ -41,15 +43,16 @@ class HostedHPUWorker(HPUWorker):  # type: ignore[misc]  # the plugin has no typ
         config = self.vllm_config
         limit, length = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
         each = math.ceil(length / config.cache_config.block_size)
-        if limit * each > kv_cache_config.num_blocks:
-            log.warning(
-                "event=too_many_buckets model=%s max_num_seqs=%d blocks_for_them=%d blocks=%d "
-                "next='lower max_num_seqs to %d: the warm-up is shorter then'",
+        needed, blocks = limit * each + 1, kv_cache_config.num_blocks  # vLLM keeps a null block
+        if needed > blocks and not self.model_runner.use_contiguous_pa:
+            log.info(
+                "event=buckets_beyond_blocks model=%s max_num_seqs=%d needed=%d blocks=%d "
+                "next='if the warm-up takes too long, lower max_num_seqs to %d'",
                 value_text(config.model_config.model),
                 limit,
-                limit * each,
-                kv_cache_config.num_blocks,
-                max(1, kv_cache_config.num_blocks // each),
+                needed,
+                blocks,
+                max(1, (blocks - 1) // each),
             )
         return super().initialize_from_config(kv_cache_config)
 

@@ -25,7 +25,10 @@ _listening: list[socket.socket] = []
 
 
 def register() -> None:
-    """Begin to listen, once, in the engine host; nothing in any other process."""
+    """Begin to listen, once, in the engine host; nothing in any other process.
+
+    A path that can't be listened on is told on stderr, and nobody is answered.
+    """
     path = os.environ.get(VARIABLE)
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if path is None or getattr(spec, "name", None) != HOST:
@@ -34,8 +37,13 @@ def register() -> None:
         if _listening:
             return
         listening = socket.socket(socket.AF_UNIX)
-        listening.bind(path)
-        listening.listen()
+        try:
+            listening.bind(path)
+            listening.listen()
+        except OSError as error:  # the host serves without the check
+            listening.close()
+            print(f"check-gaudi: {path} can't be listened on: {error}", file=sys.stderr, flush=True)
+            return
         _listening.append(listening)
     threading.Thread(target=_answer, args=(listening,), name="check-gaudi", daemon=True).start()
 
