@@ -180,7 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compare vllm-hotswap with plain vLLM on this machine. Takes some minutes; "
-        "nothing else should run meanwhile.",
+        "do not run anything else at the same time.",
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and logs")

@@ -192,10 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bodies",
-        description="How long others wait while a large body is looked at.",
+        description="How long other requests wait while a large body is processed.",
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder")
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small run, as a test")
     args = parser.parse_args(arguments)
     cases = ((1, "nobody"), (1, "llama")) if args.quick else CASES
     described = environment.describe([word for word in arguments if not word.startswith("/")])

@@ -264,7 +264,7 @@ def _part(found: Mapping[str, Gaps]) -> Part:
         for way, gaps in measured.items()
         if gaps.parts_ms
     ]
-    tables.append(Table("What became of A's streams", FATE_COLUMNS, _fate_rows(measured)))
+    tables.append(Table("How A's streams ended", FATE_COLUMNS, _fate_rows(measured)))
     if "restart" in measured:
         tables.append(Table("Ratio of medians", ("", "ratio"), _ratio_rows(measured)))
     samples = {way: asdict(gaps) for way, gaps in measured.items()}

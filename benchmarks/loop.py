@@ -186,7 +186,9 @@ def table(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> Table:
             worst = [r["worst_ms"] for r in rows if (r["case"], r["side"]) == (case, side)]
             cells += [f"{median(worst):.0f}", f"{max(worst):.0f}"]
         lines.append(tuple(cells))
-    return Table("Longest wait for /health during one call, ms", ("call", *columns), tuple(lines))
+    return Table(
+        "Longest wait for /health during one large request, ms", ("call", *columns), tuple(lines)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loop",
-        description="How long others wait while one large call is answered.",
+        description="How long others wait while one large request is answered.",
     )
     parser.add_argument(
         "--side", action="append", required=True, metavar="NAME=URL", help="a server; repeatable"

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Policies by simulation: time of decisions, memory, waits over the load.",
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder")
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small run, as a test")
     parser.add_argument("--no-plot", action="store_true", help="matplotlib is not needed then")
     args = parser.parse_args(arguments)
     many, curve, rates = MANY, CURVE, RATES

@@ -324,7 +324,7 @@ def test_drift_is_told_per_cycle() -> None:
     part = drift.part("drift", found)
 
     assert ("+0.100",) == rows(part)["host, slope over the cycles, MB per cycle"]
-    assert ("+0.100",) == rows(part)["host, after less before, MB per cycle"]
+    assert ("+0.100",) == rows(part)["host, after minus before, MB per cycle"]
     assert ("4", "6", "+2") == rows(part, table=1)["host: threads"]
     assert ("0", "0", "+0") == rows(part, table=1)["API process: sockets among them"]
 

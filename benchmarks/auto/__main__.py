@@ -55,12 +55,12 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and logs")
-    add("--repeats", type=int, default=3, help="of everything (default: 3)")
+    add("--repeats", type=int, default=3, help="repetitions (default: 3)")
     add("--requests", type=int, default=300, help="of each trace (default: 300)")
     add("--rate", type=float, default=10.0, help="requests per second of the Zipf trace")
-    add("--dear-requests", type=int, default=60, help="the same where switches are dear")
-    add("--dear-rate", type=float, default=2.0, help="the same where switches are dear")
-    add("--only", choices=list(COSTS), help="only cheap, or only dear switches")
+    add("--dear-requests", type=int, default=60, help="the same for costly switches")
+    add("--dear-rate", type=float, default=2.0, help="the same for costly switches")
+    add("--only", choices=list(COSTS), help="only cheap, or only costly switches")
     args = parser.parse_args(arguments)
     for name in ("repeats", "requests", "rate", "dear_requests", "dear_rate"):
         if getattr(args, name) <= 0:

@@ -123,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Flood a server on loopback, in one way after the other, and note how long "
         "another user waits for a first token before, during and after. With the defaults it takes "
         f"about {round(len(KINDS) * _total_s(DEFAULT) / 60)} minutes, with --quick "
-        f"{round(len(KINDS) * _total_s(QUICK) / 60)}; nothing else should run meanwhile.",
+        f"{round(len(KINDS) * _total_s(QUICK) / 60)}; do not run anything else at the same time.",
         epilog=f"floods, in their order: {', '.join(KINDS)}",
     )
     add = parser.add_argument

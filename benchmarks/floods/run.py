@@ -229,7 +229,7 @@ async def _calm(server: Server, plan: Plan) -> None:
     while time.perf_counter() < until_s:
         if await idle_cpu(server, plan.rest_s, LOOK_EVERY_S) < IDLE_CORES:
             return
-    log.warning("the server has not come to rest after %.0f s", CALM_S)
+    log.warning("the server is still busy after %.0f s", CALM_S)
 
 
 async def _watched(at: Flooded, kind: Kind, plan: Plan, process: Attacker, first: Memory) -> Found:

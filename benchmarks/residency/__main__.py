@@ -202,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.residency",
         description="Measure what bringing a model up costs from each residency. Takes some "
-        "minutes; nothing else should run meanwhile.",
+        "minutes; do not run anything else at the same time.",
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and models")

@@ -69,9 +69,9 @@ def part(name: str, drift: Drift) -> Part:
     server = drift.after.server.anonymous_bytes - drift.before.server.anonymous_bytes
     rows = (
         ("host, slope over the cycles, MB per cycle", f"{slope(drift.used_bytes) / MB:+.3f}"),
-        ("host, after less before, MB per cycle", f"{settled / MB / cycles:+.3f}"),
-        ("host, after less before, MB", f"{settled / MB:+.1f}"),
-        ("API process, after less before, MB per cycle", f"{server / MB / cycles:+.3f}"),
+        ("host, after minus before, MB per cycle", f"{settled / MB / cycles:+.3f}"),
+        ("host, after minus before, MB", f"{settled / MB:+.1f}"),
+        ("API process, after minus before, MB per cycle", f"{server / MB / cycles:+.3f}"),
         ("cold switch, first ten, p50, ms", f"{median(drift.load_ms[:10]):.0f}"),
         ("cold switch, last ten, p50, ms", f"{median(drift.load_ms[-10:]):.0f}"),
     )

@@ -52,7 +52,7 @@ class Remote:
             answer = await connection.post("/v1/models/switch", {"model": alias})
         told: dict[str, Any] = answer.json()
         if told["current_model"] != alias or told["evicted"]:
-            raise BadAnswer(f"the switch to {alias!r} was another than was measured: {told}")
+            raise BadAnswer(f"the switch to {alias!r} gave an unexpected result: {told}")
         return answer.duration_s * 1000, told
 
     async def operate(self, alias: str, operation: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ async def read(
 def part(checkpoints: Sequence[Checkpoint], readings: Sequence[Reading]) -> Part:
     tables = (
         Table(
-            "The host's memory, less what it was before the model's first load, MB",
+            "The host's memory, minus what it was before the model's first load, MB",
             ("model", "weight files", *STATES, "parked, as planned"),
             tuple(_row(c, readings) for c in checkpoints),
         ),

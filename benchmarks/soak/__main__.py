@@ -100,22 +100,22 @@ def parse(arguments: Sequence[str]) -> Options:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak",
-        description="Start a server with three tiny models, switch it without end under mixed "
-        "load, kill its engine host every so often, and account for every request. The exit status "
+        description="Start a server with three tiny models, switch it continually under mixed "
+        "load, kill its engine host at intervals, and account for every request. The exit status "
         "is 1 if one was lost, hung or answered wrongly.",
     )
     add = parser.add_argument
     add("--minutes", type=float, default=15.0, help="how long (default: 15)")
-    add("--seed", type=int, default=1, help="of all that is chosen by chance (default: 1)")
+    add("--seed", type=int, default=1, help="seed of the random choices (default: 1)")
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and the log")
     add(
         "--kill-every",
         type=float,
         default=120.0,
         metavar="SECONDS",
-        help="between two kills of the engine host (default: 120; 0 for none)",
+        help="seconds between two kills of the engine host (default: 120; 0 for none)",
     )
-    add("--clients", type=int, default=12, help="that send requests at a time (default: 12)")
+    add("--clients", type=int, default=12, help="number of clients (default: 12)")
     add(
         "--policies",
         default=",".join(POLICIES),

@@ -78,7 +78,7 @@ def refuse_alike(goldens: Mapping[Case, Golden]) -> None:
     """
     for case, golden in goldens.items():
         if not golden:
-            raise BadAnswer(f"{case.alias!r} answers nothing to {case.prompt!r}")
+            raise BadAnswer(f"{case.alias!r} gives an empty answer to {case.prompt!r}")
         others = (other for other in goldens if other.alias != case.alias)
         if any(goldens[other] == golden for other in others):
             raise BadAnswer(f"{case.alias!r} answers {case.prompt!r} as another model does")

@@ -37,7 +37,7 @@ def checks(found: Found) -> list[Check]:
         Check("requests without an outcome", ledger.unaccounted),
         Check("outputs with a wrong stamp", _counted(found, "hotswap_outputs_refused_total")),
         Check("kills without a recovery", sum(1 for kill in run.kills if kill.answered_s is None)),
-        Check("restarts that nobody asked for", _unasked_restarts(found)),
+        Check("unexpected restarts", _unasked_restarts(found)),
         Check("exit status after SIGTERM", 1 if found.exit_status is None else found.exit_status),
         Check("processes left behind", found.processes_left),
         Check("other problems", len(run.problems)),
@@ -143,13 +143,13 @@ def _run_rows(found: Found) -> Rows:
             sum(one.requests_cut for one in run.switched.values())
         ),
         "requests parked": str(sum(one.requests_parked for one in run.switched.values())),
-        "parked streams that went on to the end, identical": str(ledger.parked[Outcome.ANSWERED]),
+        "parked streams that were completed, identical": str(ledger.parked[Outcome.ANSWERED]),
         "parked streams that ended with an error": str(ledger.parked[Outcome.FAILED]),
         "longest request, s": f"{ledger.longest_s:.1f}",
         "kills": str(len(run.kills)),
         "temporary files left": str(len(found.temp_left)),
         "files in /dev/shm left, of all programs": str(found.shm_left),
-        "API process: USS more per restart of the host, MiB": " ".join(
+        "API process: USS growth per restart of the host, MiB": " ".join(
             f"{value:+.1f}" for value in growth_per_restart(run.samples)
         ),
         "hosts that were warm": str(len(settled(run.samples))),

@@ -349,4 +349,4 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     except StopIteration as end:
         return end.value
     coroutine.close()
-    raise RuntimeError("tokenising items waits for something in this vLLM")
+    raise RuntimeError("in this vLLM, tokenising items awaits something")

@@ -130,9 +130,11 @@ class HostedOnCuda:
             NoRoom: there is too little host memory. In both cases nothing has changed.
         """
         if not self.has_pools:
-            raise NotImplementedError("it cannot sleep: VLLM_HOTSWAP_CUDA_SLEEP is 0")
+            raise NotImplementedError("the model cannot sleep: VLLM_HOTSWAP_CUDA_SLEEP is 0")
         if level != 1:
-            raise NotImplementedError(f"sleep level {level} is not known here; use 1, or unload")
+            raise NotImplementedError(
+                f"sleep level {level} is not supported on this device; use 1, or unload the model"
+            )
         memory, before_s = self.pools.memory, time.monotonic()
         before = memory.device_bytes
         memory.sleep(*self._kept_and_not())

@@ -102,9 +102,9 @@ def _be_the_first_to_go() -> None:
 def _arguments(module: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=module)
     parser.add_argument("--channel", type=int, required=True, help="inherited file descriptor")
-    parser.add_argument("--folder", required=True, help="of the server's sockets")
+    parser.add_argument("--folder", required=True, help="folder of the server's sockets")
     parser.add_argument("--cores", default="", help="cores that threads without a binding may use")
-    parser.add_argument("--failpoints", default="", help="what a test wants to fail")
+    parser.add_argument("--failpoints", default="", help="failpoints to enable, for tests")
     return parser.parse_args()
 
 

@@ -85,10 +85,10 @@ def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
         if is_alone:
             _hang_up(guest)
         elif not (known := _is_from_us(guest)) and connections():
-            whose = "is not this user's" if known is False else "cannot be told to be this user's"
+            whose = "belongs to another user" if known is False else "may belong to another user"
             raise ConnectionRefusedError(
-                f"while the model's workers met, a process connected to them that {whose}; "
-                "nothing was loaded; try again"
+                "while the model's workers connected to each other, a process connected that "
+                f"{whose}; nothing was loaded; try again"
             )
     return len(ports)
 

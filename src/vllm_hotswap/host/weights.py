@@ -136,7 +136,7 @@ class DroppedWeights:
             and (handler.n, handler.k) != (fresh.handlers[name].n, fresh.handlers[name].k)
         }
         if different:
-            raise ValueError(f"other weights than before: {', '.join(sorted(different)[:3])}")
+            raise ValueError(f"the weights differ from before: {', '.join(sorted(different)[:3])}")
 
 
 def _holders(layer: Any) -> Iterator[tuple[str, Any]]:
