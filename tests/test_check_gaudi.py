@@ -831,6 +831,47 @@ def test_an_answer_is_read_from_a_completion() -> None:
     assert [3, 2, 5, 4, 1] == [token for token, _ in found.steps[0]]
 
 
+def completion(answer: Answer, said: Sequence[int]) -> dict[str, Any]:
+    """As vLLM tells an answer: the five likeliest, and the token that was said besides."""
+    ranks = [{f"token_id:{token}": value for token, value in step} for step in answer.steps]
+    for token, each in zip(said, ranks, strict=True):
+        each.setdefault(f"token_id:{token}", -25.0)
+    return {"token_ids": list(said), "logprobs": {"top_logprobs": ranks}}
+
+
+@pytest.mark.parametrize("model", PAIR)
+@pytest.mark.parametrize("prompt", range(len(PROMPTS)))
+@pytest.mark.parametrize("wrong", [TOKENS, 1], ids=["all", "the last"])
+def test_a_token_that_is_said_and_is_not_among_the_likeliest_is_seen(
+    model: str, prompt: int, wrong: int
+) -> None:
+    """As of a sampler that takes the wrong one, though all probabilities are right."""
+    right = load()[model][prompt]
+    said = [*right.tokens[: TOKENS - wrong], *range(900, 900 + wrong)]
+
+    found = from_completion(completion(right, said))
+
+    assert said == found.tokens
+    assert {RANKS} == {len(step) for step in found.steps}
+    (fault,) = compare(right, found, EXPECTED_TOLERANCE).wrong
+    assert fault.startswith(f"step {TOKENS - wrong}: token 900 was chosen, which has -25.000, ")
+
+
+def test_a_token_that_is_said_and_has_no_probability_is_seen() -> None:
+    """Another one must not be taken for it."""
+    choice = {"token_ids": [7], "logprobs": {"top_logprobs": [{"token_id:1": -0.1}]}}
+    with pytest.raises(ValueError, match="token 7 was said, and no probability of it is told"):
+        from_completion(choice)
+
+
+def test_a_token_that_the_device_itself_finds_unlikely_is_seen() -> None:
+    """Where the expected ones are too near to each other to tell by them."""
+    tied = answer(((1, -0.7), (2, -0.8)))
+    assert ["step 0: token 9 was chosen, which has -25.000, and token 1 has -0.700"] == compare(
+        tied, answer(((9, -25.0), (1, -0.7), (2, -0.8))), 0.5
+    ).wrong
+
+
 # --- what is judged: memory ----------------------------------------------------------------------
 
 KV = 64 * MIB

@@ -17,7 +17,8 @@ TOKENS, RANKS = 12, 5
 EXPECTED = Path(__file__).with_name("expected.json")
 
 Step = Sequence[tuple[int, float]]
-"""The likeliest tokens at one place, best first, with their logarithmic probabilities."""
+"""Tokens at one place, with their logarithmic probabilities: the one that was said, then the
+likeliest others, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,13 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
                     f"not {value:.3f}"
                 )
                 return Comparison([fault], furthest, number)
+        likeliest, most = max(seen, key=lambda pair: pair[1])
+        if most - seen[0][1] > tolerance and seen[0][0] not in dict(wanted):
+            fault = (
+                f"step {number}: token {seen[0][0]} was chosen, which has {seen[0][1]:.3f}, and "
+                f"token {likeliest} has {most:.3f}"
+            )
+            return Comparison([fault], furthest, number)
         if seen[0][0] != wanted[0][0]:
             margin = wanted[0][1] - dict(wanted).get(seen[0][0], wanted[-1][1])
             if margin <= tolerance:
@@ -77,18 +85,24 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
 
 
 def from_completion(choice: Mapping[str, Any]) -> Answer:
-    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`."""
-    steps = []
-    for ranks in choice["logprobs"]["top_logprobs"]:
-        values = [(int(name.removeprefix("token_id:")), value) for name, value in ranks.items()]
-        steps.append(sorted(values, key=lambda pair: -pair[1])[:RANKS])
-    said = list(choice["token_ids"])
-    return Answer([_chosen_first(step, token) for step, token in zip(steps, said, strict=True)])
+    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`.
+
+    vLLM tells the likeliest tokens, and the one that was said besides. That one comes first,
+    however likely it is; the likeliest others follow.
+
+    Raises:
+        ValueError: a token was said of which no probability is told.
+    """
+    ranks, said = choice["logprobs"]["top_logprobs"], choice["token_ids"]
+    return Answer([_step(*told) for told in zip(ranks, said, strict=True)])
 
 
-def _chosen_first(step: Step, token: int) -> Step:
-    """Of tokens that are equally likely, the one that was said comes first."""
-    return sorted(step, key=lambda pair: pair[0] != token)
+def _step(ranks: Mapping[str, float], said: int) -> Step:
+    others = {int(name.removeprefix("token_id:")): value for name, value in ranks.items()}
+    if said not in others:
+        raise ValueError(f"token {said} was said, and no probability of it is told")
+    first = (said, others.pop(said))
+    return [first, *sorted(others.items(), key=lambda pair: -pair[1])[: RANKS - 1]]
 
 
 def load(path: Path = EXPECTED) -> dict[str, list[Answer]]:
