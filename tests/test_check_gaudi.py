@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -505,6 +507,174 @@ def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, "asked"))
     assert os.getpgid(server._process.pid) != os.getpgid(0)
     server.end()
+
+
+RUN = """
+import sys
+from functools import partial
+from pathlib import Path
+from tools.gaudi import interrupts, program, server
+from tools.gaudi.results import Results
+server.STOP_LIMIT_S = 2
+program.Server = partial(program.Server, command=(sys.executable, "-c", sys.argv[1]))
+interrupts.take()
+try:
+    program.check_server(Results(Path("out.jsonl")), eager=True, cycles=6, ways=())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+TELLS = """
+import os, signal, time
+from pathlib import Path
+def tell(name, what):
+    Path(name + ".new").write_text(str(what))
+    Path(name + ".new").rename(name)
+tell("folder", Path(os.environ["VLLM_HPU_MULTI_MODEL_CONFIG"]).parent)
+"""
+OBEYS = f"{TELLS}tell('pid', os.getpid()); time.sleep(600)"
+DISOBEYS = f"""{TELLS}
+signal.signal(signal.SIGTERM, lambda *_: tell("asked", 1))
+tell('pid', os.getpid())
+while True:
+    time.sleep(600)
+"""
+
+
+def left(folder: Path, signals: Sequence[int], code: str) -> list[str]:
+    """What a check of such a server leaves, which gets these signals, each once it has to wait."""
+    check = psutil.Popen(
+        [sys.executable, "-c", RUN, code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        for number, waits_for in zip(signals, ("pid", "asked"), strict=False):
+            wait_until((folder / waits_for).exists)
+            check.send_signal(number)
+        assert 130 == check.wait(60)
+        own = Path((folder / "folder").read_text())
+        pid = int((folder / "pid").read_text())
+        found = ["the server"] * is_there(pid) + ["its folder"] * own.exists()
+    finally:
+        for path in folder.glob("pid"):
+            kill(int(path.read_text()))
+        kill(check.pid)
+        check.wait()
+    return found
+
+
+def is_there(pid: int) -> bool:
+    """And runs: what nobody has waited for yet has ended."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_check_that_is_ended_ends_its_server(tmp_path: Path, number: int) -> None:
+    """By Ctrl-C, by `kill`, and by a terminal that goes away. The server has a group of its own:
+    it would hold the device for ever."""
+    assert [] == left(tmp_path, [number], OBEYS)
+
+
+def test_a_second_signal_does_not_keep_the_check_from_ending_its_server(tmp_path: Path) -> None:
+    """Which does not end when it is asked to, and has to be killed."""
+    assert [] == left(tmp_path, [signal.SIGINT, signal.SIGINT], DISOBEYS)
+
+
+def test_a_terminal_that_goes_away_is_nothing_to_nohup() -> None:
+    code = (
+        "import signal; from tools.gaudi import interrupts\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); interrupts.take()\n"
+        "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
+    )
+    assert "True\n" == output_of([sys.executable, "-c", code], 60, ROOT)
+
+
+@pytest.mark.parametrize("check", ["check_server", "check_refusal"])
+def test_a_check_that_is_interrupted_while_it_starts_a_server_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    """The signal comes before the check has the server in its hands."""
+    started: list[psutil.Popen] = []
+
+    class Slow(Server):
+        def __init__(self, folder: Path, **how: Any) -> None:
+            super().__init__(folder, command=(sys.executable, "-c", WAIT), **how)
+            started.append(self._process)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(program, "Server", Slow)
+    more = {"eager": True, "cycles": 6, "ways": ()} if check == "check_server" else {}
+    results = Results(tmp_path / "out.jsonl")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(program, check)(results, **more)
+        assert [False] == [process.is_running() for process in started]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for process in started:
+            kill(process.pid)
+
+
+def test_nothing_is_started_that_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error, or Ctrl-C, while the client is made: certificates are read then."""
+    started: list[Any] = []
+
+    def fails(**_: Any) -> None:
+        raise OSError("no certificates")
+
+    monkeypatch.setattr("httpx.Client", fails)
+    monkeypatch.setattr("psutil.Popen", lambda *words, **_: started.append(words))
+    with pytest.raises(OSError, match="no certificates"):
+        Server(tmp_path, eager=True)
+    assert [] == started
+
+
+STARTS = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]%s)
+Path("child.new").write_text(str(child.pid))
+Path("child.new").rename("child")
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "then"),
+    [("", "sys.exit(1)"), (", process_group=0", "time.sleep(600)")],
+    ids=["a process of its group, and it ends itself", "an engine host, and it is killed"],
+)
+def test_what_a_server_leaves_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, then: str
+) -> None:
+    """It has ended before it is asked to, and what it has started has the device."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.gaudi.server.LAST_LIMIT_S", 0.1)
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", STARTS % (group, then)))
+    wait_until(Path("child").exists)
+    pid = int(Path("child").read_text())
+    try:
+        if group:
+            assert 2 == server.processes().processes
+            server._process.kill()
+        wait_until(lambda: not server.is_running)
+        server.end()
+        wait_until(lambda: not is_there(pid))
+    finally:
+        kill(pid)
 
 
 LINE = "vllm-hotswap: error: models.yaml:5: models.llama: QUANT_CONFIG is 'gone.json'"
@@ -1127,6 +1297,7 @@ class Family:
 def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
     """And memory that processes share is not counted for each."""
     server = Server.__new__(Server)
+    server._below = set()
     server._process = Family(3, Family(4), Family(5, is_gone=True))
     assert Processes(2, 7, 20, 2 * MIB) == server.processes()
 

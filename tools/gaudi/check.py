@@ -11,9 +11,10 @@ seconds). Names of users and hosts, folders, addresses and values of secrets are
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
+
+from tools.gaudi import interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # so that the server is ended, too
-        signal.signal(number, signal.default_int_handler)
+    interrupts.take()
     sys.exit(main())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from tools.gaudi import facts
 from tools.gaudi.answers import PROMPTS, Answer, compare, load
+from tools.gaudi.interrupts import held_back
 from tools.gaudi.judge import (
     EXPECTED_TOLERANCE,
     OWN_TOLERANCE,
@@ -145,6 +146,13 @@ def short_folder() -> str | None:
     return TMP if os.access(TMP, os.W_OK | os.X_OK) else None
 
 
+def own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of a server; it is removed with all that is in it."""
+    return tempfile.TemporaryDirectory(
+        prefix="check-gaudi-", dir=short_folder(), ignore_cleanup_errors=True
+    )
+
+
 def check_server(
     results: Results,
     *,
@@ -154,15 +162,11 @@ def check_server(
     judges_weights: bool = True,
 ) -> None:
     kind = "eager" if eager else "compiled"
-    folder = Path(tempfile.mkdtemp(prefix="check-gaudi-", dir=short_folder()))
-    try:
-        server = Server(folder, eager=eager)
-        try:
-            Kind(results, server, kind, cycles, ways, judges_weights=judges_weights).run()
-        finally:
-            results.check(f"{kind}: end", server.stop)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with own_folder() as folder, ExitStack() as at_the_end:
+        with held_back():
+            server = Server(Path(folder), eager=eager)
+            at_the_end.callback(results.check, f"{kind}: end", server.stop)
+        Kind(results, server, kind, cycles, ways, judges_weights=judges_weights).run()
 
 
 def refusal(server: Server) -> dict[str, Any]:
@@ -182,13 +186,12 @@ def refusal(server: Server) -> dict[str, Any]:
 
 
 def check_refusal(results: Results) -> None:
-    with tempfile.TemporaryDirectory(prefix="check-gaudi-", dir=short_folder()) as name:
-        folder = Path(name)
-        server = Server(folder, eager=True, more={QUANTISATION: str(folder / "gone.json")})
-        try:
-            results.check(f"refused: {QUANTISATION}", lambda: refusal(server))
-        finally:
-            server.end()
+    with own_folder() as folder, ExitStack() as at_the_end:
+        gone = Path(folder, "gone.json")
+        with held_back():
+            server = Server(Path(folder), eager=True, more={QUANTISATION: str(gone)})
+            at_the_end.callback(server.end)
+        results.check(f"refused: {QUANTISATION}", lambda: refusal(server))
 
 
 def check_packages() -> None:

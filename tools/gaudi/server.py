@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,9 @@ OWN_ERROR = "vllm-hotswap: error: "
 START_LIMIT_S = 1800
 CALL_LIMIT_S = 900
 STOP_LIMIT_S = 60
+LAST_LIMIT_S = 5
+"""For what the server has started and leaves behind, once it has ended itself."""
+
 LOOK_S = 0.5
 READ_LIMIT_S = 30
 
@@ -78,6 +82,10 @@ class Server:
         config.write_text(configuration(eager=eager), encoding="utf-8")
         self.log, self._socket = folder / "server.log", folder / "memory.socket"
         port = free_port()
+        self._below: set[psutil.Process] = set()
+        self._client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=CALL_LIMIT_S, trust_env=False
+        )
         with self.log.open("wb") as output:
             self._process = psutil.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -86,9 +94,6 @@ class Server:
                 stderr=subprocess.STDOUT,
                 process_group=0,  # Ctrl-C is the check's, which then ends the server
             )
-        self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=CALL_LIMIT_S, trust_env=False
-        )
 
     @property
     def is_running(self) -> bool:
@@ -98,6 +103,7 @@ class Server:
         """Until it serves. Raises `RuntimeError` if it ends before, or takes too long."""
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline and self.is_running:
+            self._look_below()
             with suppress(httpx.TransportError):
                 if self._client.get("/health").status_code == 200:
                     status = self._client.get("/admin/status").json()
@@ -212,10 +218,19 @@ class Server:
     def processes(self) -> Processes:
         """Those that end meanwhile are passed over: compilers come and go."""
         each = []
-        for process in (self._process, *self._process.children(recursive=True)):
+        for process in (self._process, *self._look_below()):
             with suppress(psutil.NoSuchProcess):
                 each.append(_held_by(process))
         return Processes(len(each), *map(sum, zip(*each, strict=True)))
+
+    def _look_below(self) -> list[psutil.Process]:
+        """All that the server has started. They are remembered: an engine host has a group of its
+        own, and once its parent has gone nothing tells whose it was."""
+        with suppress(psutil.NoSuchProcess):
+            found = self._process.children(recursive=True)
+            self._below.update(found)
+            return list(found)
+        return []
 
     def stop(self) -> dict[str, Any]:
         """Raises `RuntimeError` if it ends with an error, or does not end."""
@@ -226,18 +241,32 @@ class Server:
         return {}
 
     def end(self) -> int | None:
-        """With the exit status; None if it had to be killed."""
-        self._client.close()
-        if self.is_running:
-            self._process.terminate()
+        """With the exit status; None if it had to be killed.
+
+        Nothing that it has started is left then, however it ends, if it has ended before, and if
+        this is interrupted: it would hold the device.
+        """
         try:
-            return int(self._process.wait(STOP_LIMIT_S))
+            self._client.close()
+            self._look_below()
+            if self.is_running:
+                self._process.terminate()
+            status = int(self._process.wait(STOP_LIMIT_S))
+            psutil.wait_procs(self._below, LAST_LIMIT_S)
+            return status
         except psutil.TimeoutExpired:
-            for process in [*self._process.children(recursive=True), self._process]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self._process.wait(STOP_LIMIT_S)
             return None
+        finally:
+            self._look_below()
+            self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in self._below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait(STOP_LIMIT_S)
 
 
 def _held_by(process: psutil.Process) -> tuple[int, int, int]:
