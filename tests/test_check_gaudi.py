@@ -14,10 +14,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import psutil
 import pytest
 
@@ -183,7 +186,118 @@ def test_no_package_that_is_told_of_is_made_a_name() -> None:
             assert package == Blank({"LOGNAME": word}).text(package)
 
 
-@pytest.mark.parametrize("who", ["ann:pw123456", "ghp_0123456789", "ann:p%40w"])
+ESCAPING = {
+    "JSON": lambda name: json.dumps({"error": f"bad\n{name}\t{name}"}),
+    "repr": lambda name: repr(f"bad\n{name}\r{name}"),
+    "repr of bytes": lambda name: repr(b"bad\n" + name.encode()),
+    "JSON of a repr": lambda name: json.dumps({"error": repr(f"bad\n{name}")}),
+    "colours": lambda name: f"\x1b[31m{name}\x1b[0m",
+    "colours in JSON": lambda name: json.dumps(f"\x1b[31m{name}\x1b[0m"),
+    "an address": lambda name: f"file%3A%2F{name}%2Fx",
+    "capitals": lambda name: name.upper(),
+}
+
+
+@pytest.mark.parametrize("way", ESCAPING)
+@pytest.mark.parametrize("name", [USER, SECRET, HOST])
+def test_names_are_left_out_however_they_are_written(
+    person: dict[str, str], way: str, name: str
+) -> None:
+    """What is escaped has a letter before them, and a log may have colours."""
+    assert name.lower() not in Blank().text(ESCAPING[way](name)).lower()
+
+
+@pytest.mark.parametrize("value", ["pä'ß\\word", "a\"b\\c'd", "tür mit schloß"])
+def test_letters_that_are_escaped_are_part_of_a_secret(value: str) -> None:
+    """And of a folder."""
+    blank = Blank({"A_TOKEN": value, "HF_HOME": f"/data/{value}/hf"})
+    for written in (
+        value,
+        json.dumps(value),
+        repr(value),
+        ascii(value),
+        json.dumps(repr(value)),
+        quote(value),
+        quote(value, safe=""),
+    ):
+        told = blank.text(f"a {written} of /data/{written}/hf")
+        assert "word" not in told
+        assert "schlo" not in told
+        assert "b\\" not in told
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HF_TOKEN", f"{SECRET}\n"),
+        ("HF_TOKEN", f"{SECRET}\r"),
+        ("HF_TOKEN", f"  {SECRET}"),
+        ("HF_TOKEN", f"Bearer {SECRET}"),
+        ("DB_PASS", SECRET),
+        ("SITE_PWD", SECRET),
+        ("PROXY_AUTH", SECRET),
+    ],
+)
+def test_a_secret_is_known_without_what_is_around_it(variable: str, value: str) -> None:
+    """Files and `docker --env-file` add line ends, headers have a word before it."""
+    blank = Blank({variable: value})
+    assert "token <secret> refused, x<secret>x" == blank.text(f"token {SECRET} refused, x{SECRET}x")
+
+
+def test_the_folder_that_one_is_in_is_no_secret() -> None:
+    """Though `PWD` is a word for a password elsewhere."""
+    assert "/srv/work/x" == Blank({"PWD": "/srv/work"}).text("/srv/work/x")
+
+
+def test_a_long_answer_is_cut_when_names_have_been_taken_out_of_it(
+    person: dict[str, str], tmp_path: Path
+) -> None:
+    """Half of a token is not found any more. Wherever it is cut."""
+
+    class Says(Server):
+        def __init__(self, text: str) -> None:
+            answer = httpx.Response(500, text=text)
+            self._client = httpx.Client(transport=httpx.MockTransport(lambda _: answer))
+
+    results = Results(tmp_path / "out.jsonl")
+    for before in (*range(480, 500), *range(980, 1000)):
+        server = Says("x" * before + f" {SECRET} " + "y" * 5000)
+        results.check("post", partial(server.post, "http://h/"))
+        results.check("refused", partial(server.refused, "http://h/"))
+
+    written = (tmp_path / "out.jsonl").read_text()
+    assert SECRET[:6] not in written
+    assert max(map(len, written.splitlines())) < 1200
+
+
+@pytest.mark.parametrize(
+    "home", ["/home/john doe/x", "/home/o'brien/x", "/Users/Ann Mary Lee/x", "%2Fhome%2Fjdoe%2Fx"]
+)
+def test_homes_of_others_are_left_out_whatever_their_name(home: str) -> None:
+    told = Blank({}).text(f"no file {home} and /opt/y, of /home/ann or bob")
+    assert told.startswith("no file <home>")
+    assert told.endswith("x and /opt/y, of <home> or bob")
+    for name in ("doe", "brien", "Lee"):
+        assert name not in told
+
+
+def test_this_machines_domain_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the machine knows its first name only. What is only a file's ending stays."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "Gaudi-Lab")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "gaudi-lab.acme.example")
+
+    told = Blank({}).text("Gaudi-Lab.corp.acme.example gaudi-lab.acme.example GAUDI-LAB.log")
+
+    assert "<host> <host> <host>.log" == told
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        *("ann:pw123456", "ghp_0123456789", "ann:p%40w"),
+        *("ann:p@ss123", "ann:pa/ss123", "ann:pa'ss123", 'ann:pa"ss123'),
+    ],
+)
 def test_credentials_in_an_address_are_left_out(who: str) -> None:
     """Of proxies and indexes, say, whatever variable has it."""
     told = f"ProxyError('http://{who}@proxy.acme.example:3128', mail@acme.example)"

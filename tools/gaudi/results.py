@@ -40,13 +40,29 @@ class Results:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the result
             result |= {"ok": False, "wrong": [f"{type(error).__name__}: {last_line(str(error))}"]}
         result["seconds"] = round(time.monotonic() - start, 3)
-        result = self._blank.all(result)
+        result = cut(self._blank.all(result))
         self.all_well &= bool(result["ok"])
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         wrong = "; ".join(result.get("wrong", []))
         print(f"{'ok  ' if result['ok'] else 'BAD '} {name}  {wrong}".rstrip(), flush=True)
         return result
+
+
+LONGEST = 1000
+"""Characters of a text in the file."""
+
+
+def cut(value: Any) -> Any:
+    """Each text in a value of JSON is shortened. It has to be blanked before: half of a name is no
+    name that is known."""
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
+    if isinstance(value, dict):
+        return {key: cut(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [cut(each) for each in value]
+    return value
 
 
 def last_line(text: str) -> str:

@@ -136,13 +136,13 @@ class Server:
         """The answer. Raises `RuntimeError` if it is a refusal."""
         response = self._client.post(path, json=body)
         if response.status_code != 200:
-            raise RuntimeError(f"{path}: {response.status_code} {response.text[:500]}")
+            raise RuntimeError(f"{path}: {response.status_code} {response.text}")
         return dict(response.json())
 
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
         """The status and the message of a refusal."""
         response = self._client.post(path, json=body)
-        return {"status": response.status_code, "body": response.text[:500]}
+        return {"status": response.status_code, "body": response.text}
 
     def ask(self, model: str, prompts: Sequence[str] = PROMPTS) -> list[Answer]:
         """One after the other."""
