@@ -1384,6 +1384,36 @@ def test_what_grows_with_use_and_stops_is_no_growth() -> None:
     assert ["threads: 6 more than in the first cycles"] == growth(cycles(late)).faults()
 
 
+@pytest.mark.parametrize("place", range(9))
+def test_a_peak_does_not_hide_a_leak(place: int) -> None:
+    """Nor is it one: a compiler has processes and files for a moment. In any cycle but the last."""
+    peak = {"threads": 200, "descriptors": 400, "memory_bytes": 3000 * MIB}
+    leaking = [
+        {"threads": 20 + n, "descriptors": 90 + 10 * n, "memory_bytes": (500 + 40 * n) * MIB}
+        for n in range(10)
+    ]
+    steady = [leaking[0]] * 10
+
+    def found(figures: list[dict[str, int]]) -> list[str]:
+        figures = [*figures[:place], peak, *figures[place + 1 :]]
+        return growth(cycles([seen(2 * HELD, **each) for each in figures for _ in PAIR])).faults()
+
+    assert ["threads", "open file descriptors", "memory of the processes"] == [
+        fault.partition(":")[0] for fault in found(leaking)
+    ]
+    assert [] == found(steady)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_peak_does_not_hide_a_leak_of_the_device(place: int) -> None:
+    figures = [2 * HELD + 4 * n * MIB for n in range(6)]
+    figures[place] += 500 * MIB
+
+    found = growth(cycles([seen(used) for used in figures for _ in PAIR]))
+
+    assert ["memory of the device in use"] == [each.partition(":")[0] for each in found.faults()]
+
+
 WAIT = "import time; time.sleep(600)"
 
 
