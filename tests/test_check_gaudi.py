@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -1549,6 +1549,80 @@ def test_the_rehearsal_asks_for_all_that_is_checked(
 
     checks = [json.loads(line)["check"] for line in path.read_text().splitlines()]
     assert test_gaudi_check.CHECKS == checks
+
+
+def keys_of(value: Any) -> set[str]:
+    """Of all that is in it."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+HELD_BY_A_MODEL = {"device_bytes": 1, "host_bytes": 1}
+MODEL = {"residency": "parked", "weights_bytes": 1, "kv_bytes": 1, "held": HELD_BY_A_MODEL}
+STATUS = {
+    "models": dict.fromkeys(PAIR, MODEL),
+    "memory": {
+        "device": {"budget": 1, "used": 1, "base": 1, "others": 1},
+        "host": {"budget": 1, "used": 1},
+    },
+}
+"""As the server's start is told."""
+
+
+def checked_by(name: str, path: Path) -> list[dict[str, Any]]:
+    """A run by somebody of this name; each line of the file."""
+
+    class Whole(FakeServer):
+        def wait(self) -> dict[str, Any]:
+            return STATUS | {"device": asdict(AWAKE.device)}
+
+        def stop(self) -> dict[str, Any]:
+            return {}
+
+        def end(self) -> int:
+            return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGNAME", name)
+        patch.setenv("VLLM_API_KEY", name)
+        patch.setattr(program, "check_packages", lambda: None)
+        patch.setattr(facts, "DEVICE", of_256_mib((1, 257, 1), (1, 257, 257)))
+        patch.setattr(facts, "PLATFORM", "print('hpu vllm_gaudi.platform.HpuPlatform')")
+        patch.setattr(program, "refusal", lambda _: {"told": "", "wrong": []})
+        patch.setattr(program, "Server", lambda *_, **__: Whole())
+        path.unlink(missing_ok=True)
+        assert 0 == program.main([str(path), "--eager-only", "--cycles", "6"])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A run by somebody whose name is no word of the results."""
+    return checked_by("mmueller", tmp_path_factory.mktemp("usual") / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["ok", "memory", "allocated", "wrong", "follows", "check"])
+def test_names_that_are_words_of_the_results_change_nothing(
+    usual: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    """Of a user, and of a secret: the same is decided, and who gets the file can read it."""
+    shape = [(line["check"], line["ok"], keys_of(line)) for line in usual]
+    lines = checked_by(name, tmp_path / "out.jsonl")
+    assert shape == [(line["check"], line["ok"], keys_of(line)) for line in lines]
+
+
+def test_all_keys_of_the_results_are_kept_as_they_are(usual: list[dict[str, Any]]) -> None:
+    """Whoever is called so. Only names of variables may tell of somebody."""
+    for line in usual:
+        line.pop("variables", None)
+    keys = keys_of(usual)
+    assert {"memory_allocated", "grown", "residency", "steps_compared", "vllm-gaudi"} < keys
+
+    lost = [key for key in keys if key not in Blank({"LOGNAME": key, "TOKEN": key}).all({key: 1})]
+
+    assert [] == lost
+    assert {"<user>": 1} == Blank({"LOGNAME": "mmueller"}).all({"mmueller": 1})
 
 
 class Drifting(FakeServer):

@@ -38,6 +38,24 @@ read."""
 
 KEPT = EVERYBODYS | PACKAGES
 
+_KEYS = """
+check ok wrong notes seconds
+python versions driver commit is_changed package_is_the_clones variables
+count name has_rng_state before with_256_mib after follows mem_get_info
+platform device_type told status body tokens furthest_logprob steps_compared
+models memory device host budget used base others
+residency weights_bytes kv_bytes held device_bytes host_bytes
+way model away back_s furthest_of_its_own
+free total memory_allocated memory_reserved
+told_device_bytes told_host_bytes processes threads descriptors memory_bytes
+cycles grown lately
+llama qwen vllm vllm-gaudi vllm-hotswap torch habana-torch-plugin neural-compressor-pt
+transformers
+"""
+KEYS = frozenset(_KEYS.split())
+"""Those of the file that are the check's own. They tell nothing about anybody, and are kept,
+whoever is called so."""
+
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|_(PASS|PWD|AUTH)$", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//(?:[^/\s'\"@:]*:\S*|[^/\s'\"]+)@")
 """Of an address of the web, before its host: a user and a password, or a token. A password may have
@@ -88,11 +106,14 @@ class Blank:
         return HOMES.sub("<home>", CREDENTIALS.sub("//<secret>@", known))
 
     def all(self, value: Any) -> Any:
-        """The same for each text in a value of JSON, keys too."""
+        """The same for each text in a value of JSON. Of keys, for those that are not in `KEYS`."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
-            return {self.text(str(key)): self.all(each) for key, each in value.items()}
+            return {
+                key if key in KEYS else self.text(str(key)): self.all(each)
+                for key, each in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self.all(each) for each in value]
         return value

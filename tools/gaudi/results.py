@@ -27,7 +27,7 @@ class Results:
         self.all_well = True
 
     def check(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `do` has seen, as it was written.
+        """What `do` has seen, with all names: in the file they are taken out.
 
         The check is well if `do` ends, and what it returns has nothing under `wrong`: a list of
         sentences, each of which says what is not as it should be.
@@ -40,13 +40,18 @@ class Results:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the result
             result |= {"ok": False, "wrong": [f"{type(error).__name__}: {last_line(str(error))}"]}
         result["seconds"] = round(time.monotonic() - start, 3)
-        result = cut(self._blank.all(result))
         self.all_well &= bool(result["ok"])
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        wrong = "; ".join(result.get("wrong", []))
-        print(f"{'ok  ' if result['ok'] else 'BAD '} {name}  {wrong}".rstrip(), flush=True)
+        self._write(result)
         return result
+
+    def _write(self, result: dict[str, Any]) -> None:
+        """The check's name is our own, as the keys are."""
+        written = cut(self._blank.all(result)) | {"check": result["check"]}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(written) + "\n")
+        wrong = "; ".join(written.get("wrong", []))
+        told = f"{'ok  ' if result['ok'] else 'BAD '} {result['check']}  {wrong}"
+        print(told.rstrip(), flush=True)
 
 
 LONGEST = 1000
