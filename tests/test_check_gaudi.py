@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -1084,6 +1085,34 @@ def test_a_likely_token_that_is_missing_is_seen() -> None:
         answer(SURE), missing, 0.5
     ).wrong
     assert [] == compare(answer(SURE), passed, 0.5).wrong
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("places", [slice(0, 5), slice(4, 5), slice(0, 1)])
+@pytest.mark.parametrize("step", [0, 11])
+def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int) -> None:
+    """Of all tokens of a step, or of one, though the expected ones are said."""
+    right = load()["llama"][0]
+    told = completion(right, right.tokens)
+    ranks = told["logprobs"]["top_logprobs"][step]
+    ranks.update(dict.fromkeys(list(ranks)[places], value))
+
+    (fault,) = compare(right, from_completion(told), EXPECTED_TOLERANCE).wrong
+
+    assert fault.startswith(f"step {step}: the logarithmic probability of token ")
+    assert fault.endswith(" is no number")
+
+
+def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
+    """Which has no word for what is no number."""
+
+    def refused(word: str) -> None:
+        raise AssertionError(word)
+
+    path = tmp_path / "out.jsonl"
+    Results(path).check("x", lambda: {"some": [math.nan, -math.inf, 1.5]})
+
+    assert ["nan", "-inf", 1.5] == json.loads(path.read_text(), parse_constant=refused)["some"]
 
 
 def test_of_tokens_that_are_tied_either_may_be_said() -> None:

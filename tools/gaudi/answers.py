@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
     """
     furthest = 0.0
     for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=False)):
+        if unknown := [token for token, value in seen if not math.isfinite(value)]:
+            fault = f"step {number}: the logarithmic probability of token {unknown[0]} is no number"
+            return Comparison([fault], furthest, number)
         by_token, least = dict(seen), seen[-1][1]
         for token, value in wanted:
             told = by_token.get(token)
@@ -88,7 +92,7 @@ def from_completion(choice: Mapping[str, Any]) -> Answer:
     """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`.
 
     vLLM tells the likeliest tokens, and the one that was said besides. That one comes first,
-    however likely it is; the likeliest others follow.
+    however likely it is; the likeliest others follow. JSON has null for what is no number.
 
     Raises:
         ValueError: a token was said of which no probability is told.
@@ -97,8 +101,11 @@ def from_completion(choice: Mapping[str, Any]) -> Answer:
     return Answer([_step(*told) for told in zip(ranks, said, strict=True)])
 
 
-def _step(ranks: Mapping[str, float], said: int) -> Step:
-    others = {int(name.removeprefix("token_id:")): value for name, value in ranks.items()}
+def _step(ranks: Mapping[str, float | None], said: int) -> Step:
+    others = {
+        int(name.removeprefix("token_id:")): math.nan if value is None else value
+        for name, value in ranks.items()
+    }
     if said not in others:
         raise ValueError(f"token {said} was said, and no probability of it is told")
     first = (said, others.pop(said))

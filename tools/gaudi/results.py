@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -46,9 +47,9 @@ class Results:
 
     def _write(self, result: dict[str, Any]) -> None:
         """The check's name is our own, as the keys are."""
-        written = cut(self._blank.all(result)) | {"check": result["check"]}
+        written = plain(self._blank.all(result)) | {"check": result["check"]}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(written) + "\n")
+            file.write(json.dumps(written, allow_nan=False) + "\n")
         wrong = "; ".join(written.get("wrong", []))
         told = f"{'ok  ' if result['ok'] else 'BAD '} {result['check']}  {wrong}"
         print(told.rstrip(), flush=True)
@@ -58,15 +59,19 @@ LONGEST = 1000
 """Characters of a text in the file."""
 
 
-def cut(value: Any) -> Any:
-    """Each text in a value of JSON is shortened. It has to be blanked before: half of a name is no
-    name that is known."""
+def plain(value: Any) -> Any:
+    """A value of JSON with shorter texts, and with words for numbers that JSON does not have.
+
+    It has to be blanked before: half of a name is no name that is known.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, str):
         return value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
     if isinstance(value, dict):
-        return {key: cut(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [cut(each) for each in value]
+        return [plain(each) for each in value]
     return value
 
 
