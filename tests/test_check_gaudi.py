@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -65,6 +66,9 @@ from tools.gaudi.server import (
     weights_bytes,
 )
 from vllm_hotswap.config import load_config
+from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.ladder import Ladder
+from vllm_hotswap.states import Residency
 
 # --- what is left out of the file ----------------------------------------------------------------
 
@@ -1523,7 +1527,10 @@ class FakeServer:
         return self.answers_from[self._model_of.get(model, model)][: len(prompts)]
 
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
-        return {"status": 400, "body": ""}
+        return {"status": 400, "body": NO_LEVEL_2}
+
+    def residency(self, model: str) -> str:
+        return "parked"
 
     def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
         before = seen(self._used)
@@ -1536,6 +1543,57 @@ class FakeServer:
         self.cycles.append((model, way))
         cycle = Cycle(way, model, KV, WEIGHTS, before, away, seen(self._used), 0.1)
         return cycle, self.ask(model, prompts)
+
+
+NO_LEVEL_2 = (
+    '{"error":{"message":"model \'qwen\' has no sleep level 2 on this platform; levels: 1",'
+    '"type":"invalid_request_error","param":"level","code":"invalid_request"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "after", "fault"),
+    [
+        (200, "", "parked", "a sleep of level 2 is not refused"),
+        (
+            400,
+            '{"message": "model \'qwen\' is not loaded"}',
+            "parked",
+            "refused for something else",
+        ),
+        (503, NO_LEVEL_2, "parked", "a sleep of level 2 is not refused"),
+        (400, NO_LEVEL_2, "asleep", "is to change nothing; qwen is asleep"),
+    ],
+)
+def test_only_our_own_refusal_of_level_2_is_one(
+    tmp_path: Path, status: int, body: str, after: str, fault: str
+) -> None:
+    """Not another mistake, and not if the model sleeps all the same."""
+
+    class Other(FakeServer):
+        now = "parked"
+
+        def refused(self, path: str, **_: Any) -> dict[str, Any]:
+            self.now = after
+            return {"status": status, "body": body}
+
+        def residency(self, model: str) -> str:
+            return self.now
+
+    results = Results(tmp_path / "out.jsonl")
+    found = Kind(results, Other(), "eager").no_level_2()  # type: ignore[arg-type]  # see `ran`
+
+    assert fault in found["wrong"][0]
+
+
+async def test_the_refusal_of_level_2_is_the_products() -> None:
+    """On a device that knows level 1 only."""
+    footprint = SimpleNamespace(usage={Residency.ASLEEP: None})
+    qwen = SimpleNamespace(alias="qwen", engine=SimpleNamespace(footprint=footprint))
+    with pytest.raises(InvalidRequest) as refused:
+        await Ladder.sleep(SimpleNamespace(), qwen, 2)  # type: ignore[arg-type]  # asks no more
+    assert str(refused.value) in NO_LEVEL_2
+    assert program.NO_LEVEL_2 in str(refused.value)
 
 
 def ran(server: FakeServer, path: Path) -> list[str]:

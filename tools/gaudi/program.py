@@ -35,6 +35,9 @@ QUANTISATION = "QUANT_CONFIG"
 REFUSED = re.compile(
     rf"has ended with status 1; its log: {OWN_ERROR}.*\b{QUANTISATION} is .*there is no such file"
 )
+NO_LEVEL_2 = "has no sleep level 2"
+"""In the message of our own refusal."""
+
 TMP = "/tmp"  # noqa: S108  # a folder of its own is made there, which others can't read
 CYCLES, LEAST_CYCLES = 20, 6
 AGAIN = slice(0, 2)
@@ -82,10 +85,19 @@ class Kind:
         }
 
     def no_level_2(self) -> dict[str, Any]:
-        """The plugin's worker would take it for level 1."""
+        """The plugin's worker would take it for level 1. It is refused for what it is, and the
+        model stays where it is."""
         self._server.switch(PAIR[0])
+        before = self._server.residency(PAIR[1])
         told = self._server.refused(f"/admin/models/{PAIR[1]}/sleep", level=2)
-        wrong = [] if told["status"] == 400 else ["a sleep of level 2 is not refused"]
+        after = self._server.residency(PAIR[1])
+        wrong = []
+        if told["status"] != 400:
+            wrong.append("a sleep of level 2 is not refused")
+        elif NO_LEVEL_2 not in told["body"]:
+            wrong.append(f"a sleep of level 2 is refused for something else: {told['body']}")
+        if after != before:
+            wrong.append(f"a sleep of level 2 is to change nothing; {PAIR[1]} is {after}")
         return {**told, "wrong": wrong}
 
     def all_of(self, way: Way) -> None:

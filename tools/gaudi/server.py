@@ -193,6 +193,9 @@ class Server:
         held = self._status(model)["held"]
         return Seen(self.device(), held["device_bytes"], held["host_bytes"], self.processes())
 
+    def residency(self, model: str) -> str:
+        return str(self._status(model)["residency"])
+
     def _status(self, model: str) -> dict[str, Any]:
         return dict(self._client.get("/admin/status").json()["models"][model])
 
