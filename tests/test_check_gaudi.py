@@ -1127,6 +1127,8 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
     found = compare(tied, other, 0.5)
 
     assert ([], 1) == (found.wrong, found.steps)
+    (note,) = program.compared([tied], [other], 0.5)["notes"]
+    assert note.startswith("prompt 0: step 0: tokens 2 and 1 are too near to each other to tell ")
     assert ["step 0: token 2 was chosen, not 1"] == compare(
         answer(SURE), answer((SURE[1], SURE[0], SURE[2])), 0.5
     ).wrong
@@ -1135,6 +1137,12 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
 
 def test_an_answer_that_ends_early_is_seen() -> None:
     assert ["1 tokens were said, not 2"] == compare(answer(SURE, SURE), answer(SURE), 0.5).wrong
+
+
+def test_an_answer_that_ends_early_after_a_tie_is_seen() -> None:
+    """Whatever is said, it is as long."""
+    tied = answer(((1, -0.7), (2, -0.8)), SURE, SURE)
+    assert ["1 tokens were said, not 3"] == compare(tied, answer(((2, -0.7), (1, -0.8))), 0.5).wrong
 
 
 def test_an_answer_is_read_from_a_completion() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Comparison:
     """The largest difference of two logarithmic probabilities of the same token."""
     steps: int
     """How many steps were compared: all, or those up to a tie after which both went on apart."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth reading, and is not wrong."""
 
 
 def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
@@ -50,10 +52,13 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
     Each of the expected tokens must have its logarithmic probability, within `tolerance`. One that
     is not among those found can't be likelier there than the last one of these. Another token may
     be chosen than is expected only if the two are so near to each other; nothing can be said of
-    what follows then.
+    what follows then, but for how long it is.
     """
+    if len(found.steps) != len(expected.steps):
+        fault = f"{len(found.steps)} tokens were said, not {len(expected.steps)}"
+        return Comparison([fault], 0.0, 0)
     furthest = 0.0
-    for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=False)):
+    for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=True)):
         if unknown := [token for token, value in seen if not math.isfinite(value)]:
             fault = f"step {number}: the logarithmic probability of token {unknown[0]} is no number"
             return Comparison([fault], furthest, number)
@@ -79,12 +84,13 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
         if seen[0][0] != wanted[0][0]:
             margin = wanted[0][1] - dict(wanted).get(seen[0][0], wanted[-1][1])
             if margin <= tolerance:
-                return Comparison([], furthest, number + 1)
+                tie = (
+                    f"step {number}: tokens {seen[0][0]} and {wanted[0][0]} are too near to each "
+                    "other to tell which is right; what follows is not compared"
+                )
+                return Comparison([], furthest, number + 1, [tie])
             fault = f"step {number}: token {seen[0][0]} was chosen, not {wanted[0][0]}"
             return Comparison([fault], furthest, number)
-    if len(found.steps) != len(expected.steps):
-        fault = f"{len(found.steps)} tokens were said, not {len(expected.steps)}"
-        return Comparison([fault], furthest, len(found.steps))
     return Comparison([], furthest, len(found.steps))
 
 

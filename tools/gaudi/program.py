@@ -128,7 +128,7 @@ class Kind:
                 *expected["wrong"],
                 *(f"otherwise than before: {fault}" for fault in own["wrong"]),
             ],
-            "notes": notes(cycle),
+            "notes": [*notes(cycle), *expected["notes"]],
         }
 
 
@@ -141,6 +141,7 @@ def compared(
         "furthest_logprob": round(max(one.furthest for one in each), 4),
         "steps_compared": [one.steps for one in each],
         "wrong": [f"prompt {n}: {fault}" for n, one in enumerate(each) for fault in one.wrong],
+        "notes": [f"prompt {n}: {note}" for n, one in enumerate(each) for note in one.notes],
     }
 
 
