@@ -43,6 +43,7 @@ from tools.gaudi.inside import check_gaudi_memory
 from tools.gaudi.judge import (
     EXPECTED_TOLERANCE,
     HOST_SLACK_BYTES,
+    LEAST_KV_BYTES,
     MIB,
     SLACK_BYTES,
     Cycle,
@@ -58,6 +59,7 @@ from tools.gaudi.private import ROOT, Blank
 from tools.gaudi.program import Kind, check_packages, grown, opened
 from tools.gaudi.results import Results, output_of
 from tools.gaudi.server import (
+    BLOCKS,
     PAIR,
     PLUGIN,
     Server,
@@ -1290,12 +1292,40 @@ def test_a_models_weights_are_what_its_checkpoint_has(model: str) -> None:
     assert 0 < weights_bytes(model) - (len(content) - head) < 0.02 * len(content)
 
 
+@pytest.mark.parametrize("model", PAIR)
+def test_a_models_kv_memory_is_what_its_blocks_take(model: str) -> None:
+    """Keys and values of 128 tokens, in bfloat16, of each layer."""
+    told = json.loads((expected.MODELS / model / "config.json").read_text())
+    values = told["num_hidden_layers"] * told["num_key_value_heads"] * told["head_dim"]
+    assert LEAST_KV_BYTES == BLOCKS * BLOCK * 2 * 2 * values
+
+
+@pytest.mark.parametrize("way", WELL)
+def test_the_servers_own_word_is_not_all_that_is_judged_by(way: Way) -> None:
+    """It may say that there is no KV memory to give back, and then nothing is."""
+    nothing = Cycle(way, "llama", 0, WEIGHTS, AWAKE, seen(2 * HELD, HELD, 1), AWAKE, 0.1)
+    found = cycle_faults(nothing, judges_weights=False)
+    assert "the server says that the model's KV memory is 0.0 MiB; its blocks are 64.0 MiB" in found
+    assert (way != "parked") == any(fault.startswith("0.0 MiB of the device") for fault in found)
+
+
+@pytest.mark.parametrize(("host", "is_seen"), [(1, True), (MIB, True), (WEIGHTS, False)])
+def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) -> None:
+    """All of them."""
+    cycle = replace(WELL["asleep"], away=seen(HELD, 0, host))
+    fault = (
+        f"the server says that {host / MIB:.1f} MiB are in host memory, and the model's weights "
+        "are 2.0 MiB"
+    )
+    assert ([fault] if is_seen else []) == cycle_faults(cycle)
+
+
 def test_a_server_that_counts_wrongly_is_seen() -> None:
     """It says that nothing was given back, or that there is something left."""
     asleep, cold = WELL["asleep"], WELL["cold"]
     assert [
         "the server says that 0.0 MiB were given back; it was 66.0 MiB",
-        "the server does not say that the weights are in host memory",
+        "the server says that 0.0 MiB are in host memory, and the model's weights are 2.0 MiB",
     ] == cycle_faults(replace(asleep, away=seen(HELD)))
     assert ["the server says that an unloaded model holds memory"] == cycle_faults(
         replace(cold, away=seen(HELD, 1))

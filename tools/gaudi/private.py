@@ -13,7 +13,7 @@ import socket
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -119,20 +119,19 @@ class Blank:
         return value
 
 
+ESCAPING: tuple[Callable[[str], str], ...] = (
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: repr(text)[1:-1],
+    lambda text: ascii(text)[1:-1],
+)
+
+
 def _written(text: str) -> set[str]:
     """As it is, and as JSON, `repr` and addresses have it; one may be in the other."""
     found = {text}
     for _ in range(2):
-        found |= {
-            way(each)
-            for each in found
-            for way in (
-                lambda one: json.dumps(one)[1:-1],
-                lambda one: json.dumps(one, ensure_ascii=False)[1:-1],
-                lambda one: repr(one)[1:-1],
-                lambda one: ascii(one)[1:-1],
-            )
-        }
+        found |= {way(each) for each in found for way in ESCAPING}
     return found | {quote(text, safe="", errors="replace"), quote(text, errors="replace")}
 
 
