@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -510,6 +511,95 @@ def test_a_python_without_the_plugin_is_refused(
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(program.Unusable, match="No such file or directory; name another file"):
         opened(tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_a_disk_that_is_full_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line. Nothing more is checked: it could not be kept."""
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+    monkeypatch.setattr(program, "opened", lambda _: Results(Path("/dev/full")))
+    monkeypatch.setattr(facts, "facts", dict)
+    monkeypatch.setattr(facts, "device", lambda: pytest.fail("checked on and on"))
+
+    assert 2 == program.main(["/dev/full"])
+
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "check-gaudi: error: /dev/full can't be written: No space left on device"
+    )
+    assert 1 == told.count("\n")
+
+
+def test_a_file_is_emptied_only_when_it_can_be_written_without_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may have the results of an earlier run."""
+
+    class Fails(Exception):
+        pass
+
+    def fails() -> Blank:
+        raise Fails
+
+    path = tmp_path / "out.jsonl"
+    path.write_text("earlier")
+    monkeypatch.setattr("tools.gaudi.results.Blank", fails)
+    with pytest.raises(Fails):
+        Results(path)
+    assert "earlier" == path.read_text()
+
+
+def test_a_folder_that_is_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
+    """Variables may name any."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert "no file <folder>/x" == Blank({"HF_HOME": str(loop)}).text(f"no file {loop}/x")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_terminal_that_does_not_have_a_letter_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Logs have bytes that are no text, and so have paths."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    results = Results(tmp_path / "out.jsonl")
+
+    results.check("x", lambda: {"wrong": ["no \ufffd and no \udcff"]})
+    results.check("y", dict)
+
+    terminal.seek(0)
+    assert ["BAD  x  no ", "ok   y\n"] == [line[:11] for line in terminal]
+    assert 2 == len((tmp_path / "out.jsonl").read_text().splitlines())
+
+
+def test_a_terminal_that_has_gone_away_ends_nothing(tmp_path: Path) -> None:
+    """The check goes on, and its results are in the file."""
+    code = (
+        "from pathlib import Path; from tools.gaudi.results import Results\n"
+        f"results = Results(Path({str(tmp_path / 'out.jsonl')!r}))\n"
+        "for name in ('x', 'y'): results.check(name, dict)"
+    )
+    with Path("/dev/full").open("w") as terminal:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, check=True)
+    assert 2 == len((tmp_path / "out.jsonl").read_text().splitlines())
+
+
+def test_a_driver_that_tells_no_text_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "hl-smi"
+    program.write_text("#!/bin/sh\nprintf '1.24\\377\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "1.24\ufffd" == facts.driver()
+
+    program.unlink()
+    monkeypatch.setattr(facts, "ASK_DRIVER", ["no-such-program"])
+    monkeypatch.setattr(facts, "DRIVER", tmp_path / "version")
+    facts.DRIVER.write_bytes(b"1.24\xff\n")
+    assert "1.24\ufffd" == facts.driver()
 
 
 def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

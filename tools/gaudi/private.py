@@ -163,7 +163,7 @@ def _folders(folders: Iterable[Path | str], word: str) -> Iterator[tuple[str, st
     """As they are written, and as they are. `/usr` tells nothing and is in every other path."""
     for folder in folders:
         if str(folder).startswith("/"):
-            for path in (Path(folder), Path(folder).resolve()):
+            for path in (Path(folder), Path(os.path.realpath(folder))):  # a loop of links, too
                 if path not in (Path("/"), Path("/usr")):
                     yield str(path), word
 

@@ -26,7 +26,7 @@ from tools.gaudi.judge import (
     growth,
     notes,
 )
-from tools.gaudi.results import Results
+from tools.gaudi.results import Results, Unwritable, say
 from tools.gaudi.server import OWN_ERROR, PAIR, Server
 
 UNUSABLE, INTERRUPTED = 2, 130
@@ -273,7 +273,10 @@ def check(results: Results, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is well. 1: something is not. 2: the check can't begin. 130: it was interrupted."""
+    """0: all is well. 1: something is not. 2: the check can't begin, or can't write.
+
+    130: it was interrupted.
+    """
     args = arguments(argv)
     try:
         check_packages()
@@ -286,6 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"check-gaudi: interrupted; {args.out} has what was done", file=sys.stderr)
         return INTERRUPTED
+    except Unwritable as error:
+        print(f"check-gaudi: error: {error}", file=sys.stderr)
+        return UNUSABLE
     told = "all is well" if results.all_well else "not all is well"
-    print(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
+    say(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
     return 0 if results.all_well else 1

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tools.gaudi.private import Blank
+
+
+class Text(TypedDict):
+    """How to read a text."""
+
+    encoding: str
+    errors: str
+
+
+TEXT = Text(encoding="utf-8", errors="replace")
+"""Of what other programs write: a byte that is no text must not cost the rest."""
+
+
+class Unwritable(Exception):
+    """A result can't be written; the message says why and what to do, in one line."""
 
 
 class Results:
@@ -22,9 +39,9 @@ class Results:
         Raises:
             OSError: the file can't be written.
         """
-        path.write_text("", encoding="utf-8")
-        self._path = path
         self._blank = blank or Blank()
+        self._path = path
+        path.write_text("", encoding="utf-8")
         self.all_well = True
 
     def check(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -32,6 +49,9 @@ class Results:
 
         The check is well if `do` ends, and what it returns has nothing under `wrong`: a list of
         sentences, each of which says what is not as it should be.
+
+        Raises:
+            Unwritable: the disk is full, say. Later results would be lost, too.
         """
         start = time.monotonic()
         result: dict[str, Any] = {"check": name, "ok": True}
@@ -48,11 +68,26 @@ class Results:
     def _write(self, result: dict[str, Any]) -> None:
         """The check's name is our own, as the keys are."""
         written = plain(self._blank.all(result)) | {"check": result["check"]}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(written, allow_nan=False) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(written, allow_nan=False) + "\n")
+        except OSError as error:
+            raise Unwritable(
+                f"{self._path} can't be written: {error.strerror}; it has the results so far, name "
+                "another file and begin again"
+            ) from error
         wrong = "; ".join(written.get("wrong", []))
         told = f"{'ok  ' if result['ok'] else 'BAD '} {result['check']}  {wrong}"
-        print(told.rstrip(), flush=True)
+        say(told.rstrip())
+
+
+def say(text: str) -> None:
+    """On the terminal, as far as it has such letters. It may have gone away."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the end
 
 
 LONGEST = 1000
@@ -89,7 +124,7 @@ def output_of(command: list[str], limit_s: float, cwd: Path | None = None) -> st
         subprocess.TimeoutExpired: it did not end in time.
     """
     ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=limit_s, cwd=cwd
+        command, capture_output=True, **TEXT, check=False, timeout=limit_s, cwd=cwd
     )
     if ran.returncode != 0:
         raise RuntimeError(ran.stderr or f"{command[0]} has ended with status {ran.returncode}")
