@@ -513,6 +513,22 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere" / "out.jsonl")
 
 
+def test_results_of_an_earlier_run_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever forgets to give another name is told so before anything is checked."""
+    path = tmp_path / "out.jsonl"
+    path.write_text("an hour's results")
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+
+    assert 2 == program.main([str(path)])
+
+    assert "an hour's results" == path.read_text()
+    told = capsys.readouterr().err
+    assert told.startswith(f"check-gaudi: error: {path} is there already, ")
+    assert 1 == told.count("\n")
+
+
 def test_a_disk_that_is_full_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

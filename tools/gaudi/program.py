@@ -220,8 +220,14 @@ def check_packages() -> None:
 
 
 def opened(path: Path) -> Results:
-    """The file. Raises `Unusable`."""
+    """The file. Raises `Unusable`, also if there is something in it: `make check-gaudi` gives the
+    same name each time, and it may be the results of an earlier run."""
     try:
+        if path.exists() and path.stat().st_size:
+            raise Unusable(
+                f"{path} is there already, perhaps with results of an earlier run; name another "
+                "file, or move it away"
+            )
         return Results(path)
     except OSError as error:
         raise Unusable(f"{path} can't be written: {error.strerror}; name another file") from error
