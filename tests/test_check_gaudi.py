@@ -912,6 +912,58 @@ print({LINE!r} + ", and there is no such file; correct it", file=sys.stderr)
 print("ERROR: a library's last words", file=sys.stderr)
 sys.exit(1)
 """
+
+
+def with_log(log: Path, content: bytes) -> Server:
+    server = Server.__new__(Server)
+    server.log = log
+    log.write_bytes(content)
+    return server
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"error " + b"x" * 20_000_000, "(a line of more than 64 KiB)"),
+        (b"error: gone\n" + b"x\n" * 40_000 + b"error: late\nlast\n", "error: late"),
+        (b"z" * 70_000 + b"\nlast\n", "last"),
+        (b"", ""),
+        (b"error: a\xff byte", "error: a\ufffd byte"),
+    ],
+)
+def test_of_a_long_log_the_end_is_read(tmp_path: Path, content: bytes, told: str) -> None:
+    """A line may have any length. One that is cut may begin with half of a name."""
+    assert told == with_log(tmp_path / "server.log", content).last_error()
+
+
+def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) -> None:
+    """It would take long to find names in it."""
+    code = "raise SystemExit('x' * 1_000_000)"
+    path = tmp_path / "out.jsonl"
+    Results(path).check("x", lambda: {"out": output_of([sys.executable, "-c", code], 60)})
+    assert ["RuntimeError: (a line of more than 64 KiB)"] == json.loads(path.read_text())["wrong"]
+
+
+def test_a_long_line_of_a_log_is_cut_and_does_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After names are taken out of it. It could clear the terminal, or look like a line of ours."""
+    control = b"vllm-hotswap: error: \x1b]0;title\x07 \x1b[2J \x9b31m\x7f\x08 " + b"y" * 5000
+    server = with_log(tmp_path / "server.log", control + b" " + SECRET.encode())
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError(f"its log: {server.last_error()}")
+
+    path = tmp_path / "out.jsonl"
+    Results(path, Blank({"HF_TOKEN": SECRET})).check("x", fails)
+
+    told = capsys.readouterr().out
+    assert "vllm-hotswap: error: " in told
+    assert told.removesuffix("\n").isprintable()
+    assert len(told) < 1100
+    assert len(path.read_text()) < 1200
+
+
 CRASHES = """
 import sys
 print("Error: neural_compressor cannot open QUANT_CONFIG gone.json, and there is no such file")

@@ -26,6 +26,12 @@ TEXT = Text(encoding="utf-8", errors="replace")
 """Of what other programs write: a byte that is no text must not cost the rest."""
 
 
+READ_BYTES = 64 << 10
+"""Of what programs write, where errors are looked for."""
+
+TOO_LONG = f"(a line of more than {READ_BYTES >> 10} KiB)"
+
+
 class Unwritable(Exception):
     """A result can't be written; the message says why and what to do, in one line."""
 
@@ -82,8 +88,12 @@ class Results:
 
 
 def say(text: str) -> None:
-    """On the terminal, as far as it has such letters. It may have gone away."""
+    """On the terminal, as far as it has such letters. It may have gone away.
+
+    Control characters are escaped: a log could set the terminal's title by them, or clear it.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
@@ -112,7 +122,8 @@ def plain(value: Any) -> Any:
 
 def last_line(text: str) -> str:
     """Where Python and its libraries say what went wrong; empty if there is none."""
-    return (text.strip().splitlines() or [""])[-1]
+    found = (text.strip().splitlines() or [""])[-1]
+    return found if len(found) <= READ_BYTES else TOO_LONG
 
 
 def output_of(command: list[str], limit_s: float, cwd: Path | None = None) -> str:

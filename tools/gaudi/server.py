@@ -23,6 +23,7 @@ from tools.gaudi.answers import PROMPTS, RANKS, TOKENS, Answer, from_completion
 from tools.gaudi.inside.check_gaudi_memory import VARIABLE
 from tools.gaudi.judge import Cycle, Device, Processes, Seen, Way
 from tools.gaudi.private import ROOT
+from tools.gaudi.results import READ_BYTES, TEXT, TOO_LONG
 
 MODELS = ROOT / "src/vllm_hotswap/tiny_models"
 PAIR = ("llama", "qwen")
@@ -127,7 +128,7 @@ class Server:
 
     def last_error(self) -> str:
         """Our own, if there is one: libraries may go on to write when a process ends."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = last_lines(self.log)
         own = [line for line in lines if line.startswith(OWN_ERROR)]
         told = [line for line in lines if re.search(r"error", line, re.IGNORECASE)]
         return (own or told or lines or [""])[-1]
@@ -270,6 +271,16 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait(STOP_LIMIT_S)
+
+
+def last_lines(log: Path) -> list[str]:
+    """Of its last `READ_BYTES`. A line that begins before them may begin with half of a name here,
+    and is left out."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - READ_BYTES))
+        lines = file.read().decode(**TEXT).splitlines()
+    return lines if size <= READ_BYTES else lines[1:] or [TOO_LONG]
 
 
 def _held_by(process: psutil.Process) -> tuple[int, int, int]:
