@@ -68,6 +68,7 @@ from tools.gaudi.server import (
     surroundings,
     weights_bytes,
 )
+from vllm_hotswap.caches import look_at_caches
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import Ladder
@@ -647,7 +648,7 @@ def test_an_interrupted_check_says_what_there_is(
 # --- the server ----------------------------------------------------------------------------------
 
 
-def test_the_servers_variables_let_it_be_asked_and_read() -> None:
+def test_the_servers_variables_let_it_be_asked_and_read(tmp_path: Path) -> None:
     """Without its user's keys and quantisation; the check's plugin is found, and let in."""
     told = surroundings(
         {
@@ -659,18 +660,57 @@ def test_the_servers_variables_let_it_be_asked_and_read() -> None:
             "PYTHONPATH": "/some/where",
             "PT_HPU_LAZY_MODE": "0",
         },
-        Path("models.yaml"),
-        Path("socket"),
+        tmp_path / "models.yaml",
+        tmp_path / "socket",
     )
     kept = {"VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY", "VLLM_HOTSWAP_CONFIG", "QUANT_CONFIG"}
     assert not kept & set(told)
     assert f"hpu,{PLUGIN}" == told["VLLM_PLUGINS"]
+    look_at_caches(told)  # raises if the server would refuse the check's folders
     assert told["PYTHONPATH"].endswith(":/some/where")
     assert "0" == told["PT_HPU_LAZY_MODE"]
     ran = subprocess.run(
         [sys.executable, "-c", FIND], capture_output=True, text=True, check=True, env=told
     )
     assert f"{PLUGIN}:register" == ran.stdout.strip()
+
+
+COMPILES = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, str(Path.home()))
+import own
+caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+for name in caches:
+    Path(os.environ[name]).mkdir(parents=True)
+    Path(os.environ[name], "compiled").touch()
+Path("caches").write_text(chr(10).join(os.environ[name] for name in caches))
+sys.exit(3)
+"""
+
+
+def test_nothing_that_a_server_compiles_is_left_or_found_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes with the folder of the server, wherever the user has such files."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "own.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(home / "vllm"))
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    server = partial(Server, command=(sys.executable, "-c", COMPILES))
+    monkeypatch.setattr(program, "Server", server)
+    found: list[str] = []
+
+    for eager in (True, False):
+        program.check_server(Results(tmp_path / "out.jsonl"), eager=eager, cycles=6, ways=())
+        found += Path("caches").read_text().splitlines()
+
+    assert 6 == len(set(found))
+    assert [] == [path for path in found if Path(path).exists()]
+    assert [home / "own.py"] == list(home.rglob("*"))
 
 
 FIND = """

@@ -213,4 +213,4 @@ def platform() -> dict[str, Any]:
 
 
 def _last_line_of(program: str) -> str:
-    return last_line(output_of([sys.executable, "-c", program], DEVICE_LIMIT_S))
+    return last_line(output_of([sys.executable, "-B", "-c", program], DEVICE_LIMIT_S))

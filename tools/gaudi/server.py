@@ -56,6 +56,10 @@ QUIET = {
 }
 """Nothing is fetched or sent."""
 
+CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""What is compiled goes into the folder of the server, and goes with it: no run finds what another
+one has compiled, and nothing of it is left."""
+
 CONFIG = """
 default_model: llama
 memory: {device: 0.5, host: 2GiB}
@@ -312,6 +316,8 @@ def surroundings(environment: Mapping[str, str], config: Path, socket_: Path) ->
     return {
         **kept,
         **QUIET,
+        **{name: str(config.parent / "caches" / name.lower()) for name in CACHES},
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),
