@@ -15,6 +15,7 @@ from tools.rehearse_gaudi import (
     base_environment,
     check_base,
     check_plugin,
+    copied,
     main,
     surroundings,
     tree,
@@ -97,6 +98,63 @@ def test_a_plugin_of_another_version_is_refused(
 
     with pytest.raises(RehearsalError, match=r"check v0\.26\.0 out there, without changes"):
         check_plugin(folder)
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("place", ["plugin", "plugin.new", "plugin/inner", "a link", "above"])
+def test_a_plugin_in_the_place_of_its_copy_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    """Its folder may have work that is nowhere else: nothing of it is removed or written to."""
+    inside = {"a link": "rehearsal/plugin", "above": "."}.get(place, f"rehearsal/{place}")
+    plugin, work = a_plugin(tmp_path / "own" / inside), tmp_path / "own/rehearsal"
+    (plugin / "own-work.txt").write_text("not committed", encoding="utf-8")
+    named = plugin
+    if place == "a link":
+        named = tmp_path / "own/link"
+        named.symlink_to(plugin)
+    monkeypatch.setattr(rehearse_gaudi, "TREE", tree(plugin / "vllm_gaudi"))
+    before = everything_in(tmp_path)
+
+    assert 1 == main(["--plugin", str(named), "--folder", str(work)])
+    assert f"PLUGIN is '{named}', and its copy is to be {work}/" in capsys.readouterr().err
+    with pytest.raises(RehearsalError, match="clone it outside of that folder"):
+        copied(named, work)
+
+    assert before == everything_in(tmp_path)
+
+
+def test_a_copy_is_made_anew(tmp_path: Path) -> None:
+    """Of the earlier one, and of one that was cut off, nothing stays."""
+    plugin, work = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
+    for place in ("plugin", "plugin.new"):
+        (work / place).mkdir(parents=True)
+        (work / place / "old.txt").write_text("", encoding="utf-8")
+
+    assert work / "plugin" == copied(plugin, work)
+
+    assert everything_in(plugin) == everything_in(work / "plugin")
+    assert [work / "plugin"] == list(work.iterdir())
+
+
+def test_a_copy_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
+    work = tmp_path / "rehearsal"
+    before = everything_in(copied(a_plugin(tmp_path / "mine"), work))
+
+    with pytest.raises(FileNotFoundError):
+        copied(tmp_path / "gone", work)
+
+    assert before == everything_in(work / "plugin")
 
 
 def an_environment(folder: Path, *packages: str) -> Path:

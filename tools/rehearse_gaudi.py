@@ -41,6 +41,9 @@ TREE = "b193392bf8bd249aa30f8cfe2e928aaa1133fca1"
 """Git's name of all that is in the plugin's package at that version, which is the same in a clone
 and in an archive: `git rev-parse v0.26.0:vllm_gaudi`."""
 
+COPY, NEW_COPY = "plugin", "plugin.new"
+"""Of the plugin, in the folder of the rehearsal. The old one is kept until the new one is whole."""
+
 MADE = ("__pycache__", "_version.py")
 """What an installation leaves in the package."""
 
@@ -71,6 +74,18 @@ def check_plugin(folder: Path) -> None:
             f"PLUGIN is '{folder}', whose {PACKAGE} is {found[:12]} to git, and that of v{VERSION} "
             f"is {TREE[:12]}; check v{VERSION} out there, without changes of its own"
         )
+
+
+def check_apart(folder: Path, plugin: Path) -> None:
+    """Raises `RehearsalError` if to renew the copy would remove PLUGIN, or copy it into itself."""
+    named = plugin.resolve()
+    for copy in (folder / COPY, folder / NEW_COPY):
+        its = copy.resolve()
+        if its == named or its in named.parents or named in its.parents:
+            raise RehearsalError(
+                f"PLUGIN is '{plugin}', and its copy is to be {copy}, which is removed first; "
+                "clone it outside of that folder, and name the clone"
+            )
 
 
 def tree(folder: Path) -> str:
@@ -140,14 +155,23 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
         if wanted and not install(pip_install(python), wanted):
             raise RehearsalError("packages could not be installed, for the reason above")
     with step("the plugin, from a copy"):
-        copy = folder / "plugin"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(plugin, copy, ignore=shutil.ignore_patterns(".git", "build"))
-        command = (*pip_install(python), "--no-build-isolation", copy)
+        command = (*pip_install(python), "--no-build-isolation", copied(plugin, folder))
         settings = {"SETUPTOOLS_SCM_PRETEND_VERSION": VERSION, "PYTHONWARNINGS": "ignore"}
         if not run(*command, env=settings):
             raise RehearsalError("the plugin could not be installed, for the reason above")
     return python
+
+
+def copied(plugin: Path, folder: Path) -> Path:
+    """The copy, made anew. Raises `RehearsalError` before anything is removed."""
+    check_apart(folder, plugin)
+    copy, new = folder / COPY, folder / NEW_COPY
+    if new.exists():
+        shutil.rmtree(new)
+    shutil.copytree(plugin, new, ignore=shutil.ignore_patterns(".git", "build"))
+    if copy.exists():
+        shutil.rmtree(copy)
+    return new.rename(copy)
 
 
 def build(python: Path, folder: Path) -> None:
@@ -184,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parts = chosen(PARTS, args.tests)
         check_plugin(args.plugin)
+        check_apart(folder, args.plugin)
         base = base_environment(args.environment)
         check_base(base)
         folder.mkdir(parents=True, exist_ok=True)
