@@ -225,16 +225,57 @@ def test_it_is_told_where_vllm_has_taken_another_device(
     )
 
 
+@pytest.mark.parametrize("plugins", ["", "other", "hpu ", "HPU", "other, hpu", "hpu_other"])
+def test_a_plugin_that_vllm_is_not_to_load_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, plugins: str
+) -> None:
+    """vLLM compares names as they are. Everything else of the plugin is in order."""
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    runtime(monkeypatch, has_device=True)
+    monkeypatch.setattr(devices, "has_driver", lambda: False)
+    monkeypatch.setattr(devices, "is_cuda", lambda: False)
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+
+    assert _reason(NO_DEVICE) == (
+        f"{NO_DEVICE}; for a Gaudi: VLLM_PLUGINS is {plugins!r}, which does not name hpu (without "
+        "spaces, in small letters); unset it, or add that"
+    )
+
+
 @pytest.mark.parametrize(
-    ("is_wanted", "has_plugin", "has_driver", "is_cuda", "told"),
+    ("plugins", "is_told"), [("other, hpu", True), ("HPU", True), ("other", False), ("", False)]
+)
+def test_a_plugin_that_is_named_wrongly_is_told_where_vllm_has_taken_another_device(
+    installed: Installed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    plugins: str,
+    is_told: bool,
+) -> None:
+    """One that is left out on purpose is not."""
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+
+    gaudi.look_at_platform("cpu")
+
+    assert is_told is ("event=gaudi_not_used device=cpu" in caplog.text)
+    assert is_told is ("which does not name hpu" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("is_wanted", "has_plugin", "plugins", "has_driver", "is_cuda", "told"),
     [
-        (False, False, False, False, ["NVIDIA"]),
-        (False, False, True, True, ["NVIDIA"]),
-        (True, False, False, False, ["Gaudi"]),
-        (True, False, False, True, ["NVIDIA", "Gaudi"]),
-        (True, False, True, True, ["NVIDIA"]),
-        (True, True, True, True, ["Gaudi"]),
-        (False, True, False, False, ["Gaudi"]),
+        (False, False, None, False, False, ["NVIDIA"]),
+        (False, False, None, True, True, ["NVIDIA"]),
+        (True, False, None, False, False, ["Gaudi"]),
+        (True, False, None, False, True, ["NVIDIA", "Gaudi"]),
+        (True, False, None, True, True, ["NVIDIA"]),
+        (True, True, None, True, True, ["Gaudi"]),
+        (False, True, None, False, False, ["Gaudi"]),
+        (False, True, "other", False, False, ["Gaudi"]),
+        (True, True, "other", False, True, ["NVIDIA", "Gaudi"]),
+        (False, True, "other", True, True, ["NVIDIA"]),
+        (False, False, "hpu", False, False, ["NVIDIA"]),
     ],
 )
 def test_one_cause_is_told(
@@ -242,6 +283,7 @@ def test_one_cause_is_told(
     monkeypatch: pytest.MonkeyPatch,
     is_wanted: bool,
     has_plugin: bool,
+    plugins: str | None,
     has_driver: bool,
     is_cuda: bool,
     told: list[str],
@@ -252,6 +294,8 @@ def test_one_cause_is_told(
     if has_plugin:
         installed.versions["vllm-gaudi"] = "0.26.0"
         runtime(monkeypatch, has_device=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
     monkeypatch.setattr(devices, "has_driver", lambda: has_driver)
     monkeypatch.setattr(devices, "is_cuda", lambda: is_cuda)
     monkeypatch.setattr(devices, "why_no_device", lambda _: "for an NVIDIA GPU: it is away")

@@ -129,8 +129,24 @@ def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None
 
 def has_plugin() -> bool:
     """Whether the plugin is installed, and may be loaded by vLLM."""
+    return _version(PLUGIN) is not None and _why_not_let_in() is None
+
+
+def _why_not_let_in() -> str | None:
+    """What keeps vLLM from loading the plugin: it compares names as they are, spaces and all."""
     wanted = os.environ.get(PLUGINS_VARIABLE)
-    return _version(PLUGIN) is not None and (wanted is None or DEVICE_TYPE in wanted.split(","))
+    if wanted is None or DEVICE_TYPE in wanted.split(","):
+        return None
+    return (
+        f"{PLUGINS_VARIABLE} is {wanted!r}, which does not name {DEVICE_TYPE} (without spaces, in "
+        "small letters); unset it, or add that"
+    )
+
+
+def _is_let_in_by_intent() -> bool:
+    """Whether the plugin is named, if not as vLLM compares names."""
+    wanted = os.environ.get(PLUGINS_VARIABLE, DEVICE_TYPE)
+    return DEVICE_TYPE in (name.strip().lower() for name in wanted.split(","))
 
 
 def require_matching() -> None:
@@ -150,7 +166,8 @@ def require_matching() -> None:
 
 def look_at_platform(device_type: str) -> None:
     """Tell in the log where the plugin is installed, and vLLM has taken another device."""
-    if device_type != DEVICE_TYPE and has_plugin():
+    is_wanted = _version(PLUGIN) is not None and _is_let_in_by_intent()
+    if device_type != DEVICE_TYPE and is_wanted:
         log.warning(
             "event=gaudi_not_used device=%s reason=%s", device_type, value_text(why_not_taken())
         )
@@ -174,6 +191,8 @@ def why_no_device() -> str | None:
         if not said(QUICKSTART_VARIABLE):
             return None
         return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
+    if why := _why_not_let_in():
+        return f"for a Gaudi: {why}"
     if why := _why_not_matching():
         return f"for a Gaudi: {why}"
     try:
