@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import metadata
@@ -120,20 +121,89 @@ def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path)
     gaudi.check_quantisation(on("hpu"), environment)
 
 
-def test_a_configuration_of_quantisation_that_says_nothing_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"mode: QUANTIZE", "which is not JSON that can be read: Expecting value: "),
+        (b"", "which is not JSON that can be read: Expecting value: "),
+        (b"\xff", "which is not JSON that can be read: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 200_000, "which is not JSON that can be read: maximum recursion depth exceeded"),
+        (b"9" * 5000, "which is not JSON that can be read: Exceeds the limit"),
+        (b" " * (1 << 20) + b"{}", "which has more than 1 MiB; correct it"),
+        (b"[]", "which is JSON, but no object; correct it, as the plugin's page"),
+        (b"null", "which is JSON, but no object; "),
+        (b"NaN", "which is JSON, but no object; "),
+    ],
+)
+def test_a_configuration_of_quantisation_that_says_nothing_is_refused(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     file = tmp_path / "quant.json"
-    file.write_text("mode: QUANTIZE", encoding="utf-8")
+    file.write_bytes(content)
 
-    with pytest.raises(ConfigError, match=r"quant\.json', which is not JSON that can be read: Ex"):
+    with pytest.raises(ConfigError) as refused:
+        gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
+
+    assert str(refused.value).startswith(f"QUANT_CONFIG is '{file}', {said}")
+
+
+@pytest.mark.parametrize(
+    "what", ["a folder", "a pipe", "a loop", "a long name", "nothing", "below"]
+)
+def test_a_configuration_of_quantisation_that_is_no_file_is_refused(
+    tmp_path: Path, what: str
+) -> None:
+    """And what is there is not said to be missing. A pipe is not waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("{}", encoding="utf-8")
+    file, said = {
+        "a folder": (str(tmp_path), "which is no file that can be read"),
+        "a pipe": (str(tmp_path / "pipe"), "which is no file that can be read"),
+        "a loop": (
+            str(tmp_path / "loop"),
+            "which cannot be read: Too many levels of symbolic links",
+        ),
+        "a long name": (str(tmp_path / ("a" * 300)), "which cannot be read: File name too long"),
+        "nothing": ("", "which names no file"),
+        "below": (str(tmp_path / "file/x.json"), "and there is no such file"),
+    }[what]
+
+    with pytest.raises(ConfigError) as refused:
+        gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": file})
+
+    assert str(refused.value) == (
+        f"QUANT_CONFIG is {file!r}, {said}; correct it, or set quant_config: null for a model that "
+        "is not quantised"
+    )
+
+
+def test_a_configuration_of_quantisation_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's, or on a disk that fails."""
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "quant.json"
+    file.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(Path, "open", fail)
+
+    with pytest.raises(
+        ConfigError, match=r"quant\.json', which cannot be read: Permission denied;"
+    ):
         gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
 
 
-def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["MEASURE", "measure", "MEASURE ", "SHAPE"])
+def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: str) -> None:
     """The plugin saves it at the end of a process with one model."""
     file = tmp_path / "measure.json"
-    file.write_text('{"method": "HOOKS", "mode": "MEASURE"}', encoding="utf-8")
+    file.write_text(json.dumps({"method": "HOOKS", "mode": mode}), encoding="utf-8")
 
-    with pytest.raises(ConfigError, match=r"whose mode is MEASURE; .* whose mode is QUANTIZE$"):
+    told = rf"whose mode is {mode.strip().upper()}; .* whose mode is QUANTIZE$"
+    with pytest.raises(ConfigError, match=told):
         gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
 
 

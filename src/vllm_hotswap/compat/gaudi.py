@@ -16,6 +16,7 @@ import importlib
 import json
 import logging
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -32,6 +33,13 @@ DEVICE_TYPE = "hpu"
 PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
 QUICKSTART_VARIABLE = "VLLM_HPU_MULTI_MODEL_CONFIG"
 QUANT_VARIABLE = "QUANT_CONFIG"
+QUANT_KEY = "quant_config"
+LARGEST_BYTES = 1 << 20
+"""Of the file of quantisation, which has some lines."""
+
+CALIBRATING = ("MEASURE", "SHAPE")
+"""Modes of Intel Neural Compressor (`QuantMode`) that collect, and quantise nothing."""
+
 BY_QUANTISATION = "USING_INC"
 CODE_LIMIT = 1 << 16
 """Pieces of compiled code that torch keeps of one function, which models of a kind share. The
@@ -102,29 +110,55 @@ def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None
     """Look at the file that quantisation reads at the load.
 
     Raises:
-        ConfigError: it is gone, is not JSON, or asks for a calibration, which is never saved here.
+        ConfigError: it cannot be read, is no JSON object, or asks for a calibration, which is never
+            saved here.
     """
     file = environment.get(QUANT_VARIABLE)
     if vllm_config.device_config.device_type != DEVICE_TYPE or file is None:
         return
-    if not Path(file).is_file():
-        raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, and there is no such file; correct it, or set "
-            "quant_config: null for a model that is not quantised"
-        )
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = _quantisation(file)
+    except _Unfit as error:
+        raise ConfigError(f"{QUANT_VARIABLE} is {file!r}{error}") from error.__cause__
+    mode = str(settings.get("mode")).strip().upper()
+    if mode in CALIBRATING:
         raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, which is not JSON that can be read: "
-            f"{one_line(error)}; correct it, as the plugin's page about calibration has it"
-        ) from error
-    if isinstance(settings, dict) and str(settings.get("mode")).upper() == "MEASURE":
-        raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, whose mode is MEASURE; with several models in a "
+            f"{QUANT_VARIABLE} is {file!r}, whose mode is {mode}; with several models in a "
             "process nothing of it would be saved; calibrate with plain vLLM, and name a file "
             "whose mode is QUANTIZE"
         )
+
+
+class _Unfit(Exception):
+    """Quantisation cannot read its file. The message goes on from the file's name."""
+
+
+def _quantisation(file: str) -> Mapping[str, Any]:
+    """What its file says. Raises `_Unfit`, whatever the file is."""
+    or_none = f"correct it, or set {QUANT_KEY}: null for a model that is not quantised"
+    as_the_page = "correct it, as the plugin's page about calibration has it"
+    if not file:
+        raise _Unfit(f", which names no file; {or_none}")
+    try:
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            raise _Unfit(f", which is no file that can be read; {or_none}")
+        with Path(file).open("rb") as opened:
+            content = opened.read(LARGEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _Unfit(f", and there is no such file; {or_none}") from error
+    except OSError as error:
+        raise _Unfit(f", which cannot be read: {error.strerror}; {or_none}") from error
+    if len(content) > LARGEST_BYTES:
+        raise _Unfit(f", which has more than {LARGEST_BYTES >> 20} MiB; {or_none}")
+    try:
+        settings = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _Unfit(
+            f", which is not JSON that can be read: {one_line(error)}; {as_the_page}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise _Unfit(f", which is JSON, but no object; {as_the_page}")
+    return settings
 
 
 def has_plugin() -> bool:
