@@ -333,13 +333,17 @@ def test_a_plugin_that_did_not_load_is_told(
     )
 
 
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_a_runtime_that_fails_is_told(
-    installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    installed: Installed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
-    """A server on another device goes on."""
+    """A server on another device goes on, also where Intel's software would end the program."""
 
     def fail() -> bool:
-        raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.")
+        raise error("synStatus=26 [Generic failure] Device acquire failed.")
 
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=True)
@@ -449,3 +453,30 @@ def test_one_cause_is_told(
     assert told == [
         kind for kind in ("NVIDIA", "Gaudi") if f"; for a{'n' * (kind[0] == 'N')} {kind}" in said
     ]
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, SystemExit])
+def test_a_plugin_whose_worker_cannot_be_imported_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+) -> None:
+    """The engine host goes on: each load says so, too, and to whom it belongs."""
+    package = tmp_path / "vllm_gaudi"
+    for folder in (package / "v1/worker", package / "extension"):
+        folder.mkdir(parents=True)
+    fails = f"raise {error.__name__}('no such name')\n"
+    (package / "v1/worker/hpu_model_runner.py").write_text(fails, encoding="utf-8")
+    (package / "extension/runtime.py").write_text(fails, encoding="utf-8")
+    for name in ("", "v1", "v1.worker", "extension"):
+        module = ModuleType(f"vllm_gaudi.{name}".rstrip("."))
+        module.__path__ = [str(package.joinpath(*name.split(".")))]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    dynamo = ModuleType("torch._dynamo.config")
+    monkeypatch.setitem(sys.modules, dynamo.__name__, dynamo)
+    monkeypatch.setenv(gaudi.NO_EXPERT_STREAM, "0")
+
+    assert not gaudi.prepare(SimpleNamespace(device_type="hpu"))
+
+    assert caplog.messages == ["event=gaudi_import_failed reason='no such name'"]

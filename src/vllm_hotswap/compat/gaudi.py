@@ -50,6 +50,9 @@ CALIBRATION_ENDED = "shutdown_inc_called"
 PLUGINS_VARIABLE = "VLLM_PLUGINS"
 """Names the plugins that vLLM is to load; without it, all that are installed."""
 
+ANY_FAILURE = (Exception, SystemExit)
+"""Of code that is not ours at its import. Intel's may end the program where there is no device."""
+
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
 
@@ -89,7 +92,7 @@ def _import_worker() -> bool:
     """
     try:
         from vllm_gaudi.v1.worker import hpu_model_runner
-    except ImportError as error:  # of another version, or of what it needs; each load says so, too
+    except ANY_FAILURE as error:  # of another version, or of what it needs; each load says so, too
         log.warning("event=gaudi_import_failed reason=%s", value_text(one_line(error)))
         return False
     if not hasattr(hpu_model_runner, CALIBRATION_ENDED):
@@ -102,7 +105,7 @@ def _forget_configuration() -> None:
     """So that the state of a process without engines holds none, and each load makes its own."""
     try:
         from vllm_gaudi.extension.runtime import clear_config
-    except ImportError:  # another plugin's platform of this name, or another version
+    except ANY_FAILURE:  # another plugin's platform of this name, or another version
         return
     clear_config()
 
@@ -241,7 +244,7 @@ def why_no_device() -> str | None:
             f"for a Gaudi: Intel's software cannot be imported ({RUNTIME}: {one_line(error)}); "
             f"install the one for {PLUGIN} {plugin} into {sys.prefix}"
         )
-    except Exception as error:  # noqa: BLE001  # whatever Intel's libraries raise
+    except ANY_FAILURE as error:
         return f"for a Gaudi: Intel's software fails ({one_line(error)}); run hl-smi"
     return None if has_device else "for a Gaudi: Intel's software sees no device; run hl-smi"
 
