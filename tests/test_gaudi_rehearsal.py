@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tools import rehearse_cuda, rehearse_gaudi
 from tools.rehearse_gaudi import (
+    FILES,
     PARTS,
     RehearsalError,
     base_environment,
@@ -17,6 +19,7 @@ from tools.rehearse_gaudi import (
     check_plugin,
     copied,
     main,
+    name_of,
     surroundings,
     tree,
 )
@@ -50,8 +53,17 @@ def a_plugin(folder: Path) -> Path:
     (package / "platform.py").write_text("hpu = True\n", encoding="utf-8")
     (package / "ops" / "run").write_text("#!/bin/sh\n", encoding="utf-8")
     (package / "ops" / "run").chmod(0o755)
+    (package / "link").symlink_to("ops.txt")
     (package / "ops.txt").write_text("", encoding="utf-8")
+    for name in FILES:
+        (folder / name).write_text(f"# {name}\n", encoding="utf-8")
     return folder
+
+
+def take_for_the_release(monkeypatch: pytest.MonkeyPatch, plugin: Path) -> None:
+    monkeypatch.setattr(rehearse_gaudi, "TREE", tree(plugin / "vllm_gaudi"))
+    for name in FILES:
+        monkeypatch.setitem(FILES, name, str(name_of(plugin / name)))
 
 
 def test_a_folders_contents_have_the_name_that_git_gives_them(tmp_path: Path) -> None:
@@ -73,26 +85,51 @@ def test_a_folders_contents_have_the_name_that_git_gives_them(tmp_path: Path) ->
 
 def test_what_an_installation_leaves_is_not_of_the_plugin(tmp_path: Path) -> None:
     folder = a_plugin(tmp_path) / "vllm_gaudi"
-    before = tree(folder)
+    before = name_of(folder)
     (folder / "_version.py").write_text("", encoding="utf-8")
     (folder / "ops/__pycache__").mkdir()
     (folder / "ops/__pycache__/run.pyc").write_bytes(b"")
-    assert before == tree(folder)
+    assert before == name_of(folder)
+    (folder / "ops/_version.py").write_text("", encoding="utf-8")
+    assert before != name_of(folder)
 
 
-@pytest.mark.parametrize("change", ["another content", "another file", "a mode"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "another content",
+        "another file",
+        "a mode",
+        "a version in a folder",
+        "a link of the same content",
+        "a link to nothing",
+        "a link to itself",
+        *FILES,
+    ],
+)
 def test_a_plugin_of_another_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """One file is enough, whatever the folder says of its version."""
     folder = a_plugin(tmp_path)
-    monkeypatch.setattr(rehearse_gaudi, "TREE", tree(folder / "vllm_gaudi"))
+    take_for_the_release(monkeypatch, folder)
     check_plugin(folder)
 
     if change == "another content":
         (folder / "vllm_gaudi/platform.py").write_text("hpu = False\n", encoding="utf-8")
     elif change == "another file":
         (folder / "vllm_gaudi/ops/more.py").write_text("", encoding="utf-8")
+    elif change == "a version in a folder":
+        (folder / "vllm_gaudi/ops/_version.py").write_text("", encoding="utf-8")
+    elif change == "a link of the same content":
+        (folder / "vllm_gaudi/platform.py").rename(tmp_path / "elsewhere.py")
+        (folder / "vllm_gaudi/platform.py").symlink_to(tmp_path / "elsewhere.py")
+    elif change == "a link to nothing":
+        (folder / "vllm_gaudi/more.py").symlink_to("nothing")
+    elif change == "a link to itself":
+        (folder / "vllm_gaudi/more").symlink_to("more")
+    elif change in FILES:
+        (folder / change).write_text("entry_points = other\n", encoding="utf-8")
     else:
         (folder / "vllm_gaudi/ops/run").chmod(0o644)
 
@@ -123,7 +160,7 @@ def test_a_plugin_in_the_place_of_its_copy_is_refused(
     if place == "a link":
         named = tmp_path / "own/link"
         named.symlink_to(plugin)
-    monkeypatch.setattr(rehearse_gaudi, "TREE", tree(plugin / "vllm_gaudi"))
+    take_for_the_release(monkeypatch, plugin)
     before = everything_in(tmp_path)
 
     assert 1 == main(["--plugin", str(named), "--folder", str(work)])
@@ -144,7 +181,32 @@ def test_a_copy_is_made_anew(tmp_path: Path) -> None:
     assert work / "plugin" == copied(plugin, work)
 
     assert everything_in(plugin) == everything_in(work / "plugin")
+    assert (work / "plugin/vllm_gaudi/link").is_symlink()
     assert [work / "plugin"] == list(work.iterdir())
+
+
+def test_only_what_an_installation_reads_is_copied(tmp_path: Path) -> None:
+    """An environment that lies in the clone may have gigabytes, a pipe would never end."""
+    plugin, work = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
+    before = everything_in(plugin)
+    (plugin / ".venv").mkdir()
+    (plugin / ".venv/torch.so").write_bytes(b"")
+    (plugin / "docs").symlink_to("nowhere")
+    (plugin / "vllm_gaudi/ops/__pycache__").mkdir()
+    (plugin / "vllm_gaudi/_version.py").write_text("", encoding="utf-8")
+    os.mkfifo(plugin / "pipe")
+
+    assert before == everything_in(copied(plugin, work))
+    assert not (work / "plugin/vllm_gaudi/ops/__pycache__").exists()
+
+
+def test_a_pipe_in_the_package_is_named(tmp_path: Path) -> None:
+    plugin = a_plugin(tmp_path)
+    os.mkfifo(plugin / "vllm_gaudi/ops/pipe")
+    with pytest.raises(
+        RehearsalError, match=r"ops/pipe' is no file, link or folder, .*; remove it"
+    ):
+        check_plugin(plugin)
 
 
 def test_a_copy_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:

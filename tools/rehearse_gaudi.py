@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from tests.gaudi_standin.build import environment as found_instead
@@ -41,11 +42,23 @@ TREE = "b193392bf8bd249aa30f8cfe2e928aaa1133fca1"
 """Git's name of all that is in the plugin's package at that version, which is the same in a clone
 and in an archive: `git rev-parse v0.26.0:vllm_gaudi`."""
 
+FILES = {
+    "pyproject.toml": "cf3aa24fea17f658f4e6e595a91f71442a1551a7",
+    "setup.py": "b021262e5f1a82cbdf432c0792b420ee33740205",
+    "requirements.txt": "0b587a4958e15c34e9855a807a2b630de2761af7",
+    "pytest_compat.py": "bd33354f1ac18783a0cb7f4f58f51acdb1fe26f6",
+    "README.md": "fe274133783c36d1ef073733c77dca93e2049505",
+}
+"""What an installation reads besides the package, and git's names of it. No more is copied."""
+
 COPY, NEW_COPY = "plugin", "plugin.new"
 """Of the plugin, in the folder of the rehearsal. The old one is kept until the new one is whole."""
 
-MADE = ("__pycache__", "_version.py")
-"""What an installation leaves in the package."""
+COMPILED, VERSION_FILE = "__pycache__", "_version.py"
+"""What an installation leaves in the package: the one in any folder, the other at its top."""
+
+FOLDER = "40000"
+"""Git's mode of one."""
 
 LIST = "rehearse-gaudi.txt"
 
@@ -69,11 +82,20 @@ def check_plugin(folder: Path) -> None:
             f"PLUGIN is '{folder}', and there is no {PACKAGE}/platform.py in it; clone "
             f"vllm-project/vllm-gaudi at v{VERSION} and name its folder"
         )
-    if (found := tree(folder / PACKAGE)) != TREE:
-        raise RehearsalError(
-            f"PLUGIN is '{folder}', whose {PACKAGE} is {found[:12]} to git, and that of v{VERSION} "
-            f"is {TREE[:12]}; check v{VERSION} out there, without changes of its own"
-        )
+    for name, wanted in ((PACKAGE, TREE), *FILES.items()):
+        found = name_of(folder / name)
+        if found != wanted:
+            is_now = "missing" if found is None else f"{found[:12]} to git"
+            raise RehearsalError(
+                f"PLUGIN is '{folder}', whose {name} is {is_now}, and that of v{VERSION} is "
+                f"{wanted[:12]}; check v{VERSION} out there, without changes of its own"
+            )
+
+
+def name_of(path: Path) -> str | None:
+    """Git's; None where there is nothing, or nothing that git could have."""
+    entry = entry_of(path, {VERSION_FILE})
+    return None if entry is None else entry[1]
 
 
 def check_apart(folder: Path, plugin: Path) -> None:
@@ -88,21 +110,38 @@ def check_apart(folder: Path, plugin: Path) -> None:
             )
 
 
-def tree(folder: Path) -> str:
-    """Git's name of a folder's contents: SHA-1, in hex, of its entries (gitformat-pack(5))."""
+def tree(folder: Path, without: Collection[str] = ()) -> str:
+    """Git's name of a folder's contents: SHA-1, in hex, of its entries (gitformat-pack(5)).
+
+    Raises:
+        RehearsalError: there is something in it that git has no name for.
+    """
     entries = []
     for path in folder.iterdir():
-        if path.name in MADE:
+        if path.name == COMPILED or path.name in without:
             continue
-        if path.is_dir():
-            mode, name = "40000", tree(path)
-        else:
-            mode = "100755" if path.stat().st_mode & 0o100 else "100644"
-            name = digest("blob", path.read_bytes())
+        if (entry := entry_of(path)) is None:
+            raise RehearsalError(
+                f"'{path}' is no file, link or folder, and not of the plugin; remove it"
+            )
+        mode, name = entry
         # Git has the names of folders in order as if they ended in a slash.
-        order = path.name + "/" * path.is_dir()
-        entries.append((order.encode(), f"{mode} {path.name}\0".encode() + bytes.fromhex(name)))
-    return digest("tree", b"".join(entry for _, entry in sorted(entries)))
+        order = path.name + "/" * (mode == FOLDER)
+        content = f"{mode} {path.name}\0".encode() + bytes.fromhex(name)
+        entries.append((order.encode(), content))
+    return digest("tree", b"".join(content for _, content in sorted(entries)))
+
+
+def entry_of(path: Path, without: Collection[str] = ()) -> tuple[str, str] | None:
+    """Git's mode and name; None where there is nothing, or nothing that git could have."""
+    if path.is_symlink():
+        return "120000", digest("blob", os.fsencode(path.readlink()))
+    if path.is_dir():
+        return FOLDER, tree(path, without)
+    if path.is_file():
+        mode = "100755" if path.stat().st_mode & 0o100 else "100644"
+        return mode, digest("blob", path.read_bytes())
+    return None
 
 
 def digest(kind: str, content: bytes) -> str:
@@ -163,12 +202,20 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
 
 
 def copied(plugin: Path, folder: Path) -> Path:
-    """The copy, made anew. Raises `RehearsalError` before anything is removed."""
+    """The copy, made anew: of what was looked at, and no more.
+
+    Raises:
+        RehearsalError: before anything is removed.
+    """
     check_apart(folder, plugin)
     copy, new = folder / COPY, folder / NEW_COPY
     if new.exists():
         shutil.rmtree(new)
-    shutil.copytree(plugin, new, ignore=shutil.ignore_patterns(".git", "build"))
+    new.mkdir(parents=True)
+    ignored = shutil.ignore_patterns(COMPILED, VERSION_FILE)
+    shutil.copytree(plugin / PACKAGE, new / PACKAGE, symlinks=True, ignore=ignored)
+    for name in FILES:
+        shutil.copyfile(plugin / name, new / name)
     if copy.exists():
         shutil.rmtree(copy)
     return new.rename(copy)
