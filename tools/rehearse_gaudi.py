@@ -57,8 +57,9 @@ COPY, NEW_COPY = "plugin", "plugin.new"
 COMPILED, VERSION_FILE = "__pycache__", "_version.py"
 """What an installation leaves in the package: the one in any folder, the other at its top."""
 
-FOLDER = "40000"
-"""Git's mode of one."""
+FOLDER, EMPTY = "40000", "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+"""Git's mode of one, and its name of an empty one. It never has that in another: a checkout leaves
+folders behind in which there is compiled code alone."""
 
 LIST = "rehearse-gaudi.txt"
 
@@ -125,6 +126,8 @@ def tree(folder: Path, without: Collection[str] = ()) -> str:
                 f"'{path}' is no file, link or folder, and not of the plugin; remove it"
             )
         mode, name = entry
+        if entry == (FOLDER, EMPTY):
+            continue
         # Git has the names of folders in order as if they ended in a slash.
         order = path.name + "/" * (mode == FOLDER)
         content = f"{mode} {path.name}\0".encode() + bytes.fromhex(name)
