@@ -205,6 +205,22 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("content", ["", '<testsuites><testsuite tests="3"'])
+def test_a_part_whose_report_is_cut_off_fails_alone(tmp_path: Path, content: str) -> None:
+    """As where the disk is full. The parts after it are run all the same."""
+    code = (
+        "import atexit, pathlib\n"
+        "report = pathlib.Path(__file__).with_name('rehearsal.xml')\n"
+        f"atexit.register(report.write_text, {content!r})\n"
+    )
+
+    status, lines = run(tmp_path, part(tmp_path, "one", code + WELL), part(tmp_path, "two", WELL))
+
+    assert 1 == status
+    assert {"what": "part", "name": "one", **asdict(Counts())} == lines[1]
+    assert 1 == lines[2]["passed"]
+
+
 def test_results_of_before_are_not_kept(tmp_path: Path) -> None:
     run(tmp_path, part(tmp_path, "one", WELL))
     _, lines = run(tmp_path, part(tmp_path, "two", WELL))

@@ -230,9 +230,10 @@ def rehearse(
 
 def counted(report: Path, status: int) -> Counts:
     """What pytest's report (JUnit's format) says, with the status with which it has ended."""
-    if not report.exists():
+    try:
+        suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
+    except (OSError, ET.ParseError):  # it was killed before it wrote, or while it did
         return Counts(status=status)
-    suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
     if suite is None:
         return Counts(status=status)
     tests, failures, errors, skipped = (
