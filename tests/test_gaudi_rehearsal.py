@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import rehearse_cuda, rehearse_gaudi
+from tools.rehearsal import OFFLINE
 from tools.rehearse_gaudi import (
     FILES,
     PARTS,
@@ -295,9 +296,33 @@ def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]
         assert said.startswith("rehearsal: error: no part has tests/test_gaudi_devise.py; TESTS")
 
 
-def test_tests_find_the_stand_in_and_where_results_go(tmp_path: Path) -> None:
+def test_tests_find_the_stand_in_and_where_results_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And fetch nothing. Caches are the rehearsal's own, unless others are named."""
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     found = surroundings(tmp_path, tmp_path / "rehearsal.jsonl")
 
     assert str(tmp_path / "standin/libhpu.so") == found["FAKEHPU_LIBRARY"]
     assert found["PYTHONPATH"].startswith(str(ROOT / "tests/gaudi_standin/site"))
     assert str(tmp_path / "rehearsal.jsonl") == found["REHEARSAL_RESULTS"]
+    assert str(tmp_path / "cache") == found["VLLM_CACHE_ROOT"]
+    assert OFFLINE.items() <= found.items()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/elsewhere")
+    assert "/elsewhere" == surroundings(tmp_path, tmp_path)["VLLM_CACHE_ROOT"]
+
+
+def test_variables_of_who_starts_it_do_not_change_what_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice of tests goes well without the others; a setting would be rehearsed by chance."""
+    steering = (
+        *("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "QUANT_CONFIG", "VLLM_PLUGINS", "FAKEHPU_MIB"),
+        *("FAKEGPU_DIRTY", "PT_HPU_LAZY_MODE", "VLLM_SKIP_WARMUP", "VLLM_HPU_MULTI_MODEL_CONFIG"),
+    )
+    for name in (*steering, "OF_NO_MATTER"):
+        monkeypatch.setenv(name, "x")
+
+    for found in (surroundings(tmp_path, tmp_path), rehearse_cuda.surroundings(tmp_path, tmp_path)):
+        assert not found.keys() & set(steering)
+        assert "x" == found["OF_NO_MATTER"]

@@ -30,6 +30,12 @@ OFFLINE = {
 }
 """Variables with which nothing is fetched or sent."""
 
+KEPT = ("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING")
+"""Variables of vLLM's that change where it keeps things and what it says, and no more."""
+
+STEERING = ("PYTEST_", "FAKEGPU_", "FAKEHPU_", "VLLM_", "PT_HPU_", "HABANA_", "QUANT_CONFIG")
+"""How the names of variables begin that change which tests are run, and on what."""
+
 VERSIONS = """
 import json, platform, sys
 from importlib import metadata
@@ -147,6 +153,15 @@ def stops() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def own_surroundings() -> dict[str, str]:
+    """The variables with which this was started, without those that would change what is run."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or not name.startswith(STEERING)
+    }
 
 
 def chosen(parts: Sequence[Part], tests: Sequence[str]) -> list[Part]:

@@ -16,7 +16,15 @@ import sys
 from pathlib import Path
 
 from tests.cuda_standin.build import environment as found_instead
-from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, facts_of, rehearse_all
+from tools.rehearsal import (
+    OFFLINE,
+    Part,
+    RehearsalError,
+    chosen,
+    facts_of,
+    own_surroundings,
+    rehearse_all,
+)
 from tools.setup import (
     INSTALLERS,
     ROOT,
@@ -104,7 +112,7 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
     """The environment variables of the tests."""
     standin, cache = folder / "standin", folder / "cache"
     return {
-        **os.environ,
+        **own_surroundings(),
         **SETTINGS,
         **found_instead(standin, {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
         "FAKEGPU_BOARD": str(folder / "board"),

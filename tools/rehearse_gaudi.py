@@ -21,7 +21,15 @@ from pathlib import Path
 
 from tests.gaudi_standin.build import environment as found_instead
 from tools import rehearse_cuda
-from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, facts_of, rehearse_all
+from tools.rehearsal import (
+    OFFLINE,
+    Part,
+    RehearsalError,
+    chosen,
+    facts_of,
+    own_surroundings,
+    rehearse_all,
+)
 from tools.setup import (
     ROOT,
     SetupError,
@@ -235,7 +243,7 @@ def build(python: Path, folder: Path) -> None:
 def surroundings(folder: Path, results: Path) -> dict[str, str]:
     """The environment variables of the tests."""
     return {
-        **os.environ,
+        **own_surroundings(),
         **OFFLINE,
         **found_instead(folder / "standin", {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
         "REHEARSAL_RESULTS": str(results),
