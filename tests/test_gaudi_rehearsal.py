@@ -20,11 +20,12 @@ from tools.rehearse_gaudi import (
     check_plugin,
     copied,
     main,
+    make_environment,
     name_of,
     surroundings,
     tree,
 )
-from tools.setup import ROOT
+from tools.setup import ROOT, output_of
 
 
 def test_every_part_of_the_rehearsal_is_there() -> None:
@@ -273,7 +274,109 @@ def test_an_environment_with_another_vllm_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["vllm==0.26.0", "vllm==0.26.0+cu130"])
 def test_an_environment_with_vllms_own_build_is_taken(tmp_path: Path, package: str) -> None:
-    assert check_base(an_environment(tmp_path, package)).parent.parent == tmp_path / "lib"
+    base = check_base(an_environment(tmp_path, package))
+    assert Path(base.site).parent.parent == tmp_path / "lib"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "why"),
+    [
+        ("#!/bin/sh\nexit 3\n", 0o755, "it does not answer"),
+        ("#!/bin/sh\necho yes\n", 0o755, "it does not answer"),
+        ("", 0o644, "Permission denied"),
+        ("\0\1", 0o755, "Exec format error"),
+    ],
+)
+def test_an_environment_whose_python_does_not_run_is_refused(
+    tmp_path: Path, content: str, mode: int, why: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(content, encoding="utf-8")
+    python.chmod(mode)
+    with pytest.raises(RehearsalError) as refused:
+        check_base(python)
+    assert str(refused.value) == f"{python} is no Python that runs: {why}; {REMEDY}"
+
+
+@pytest.fixture
+def installations(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands of pip's, which are not run: nothing is fetched. All else is."""
+    made: list[list[str]] = []
+    real = rehearse_gaudi.run
+
+    def run(*command: str | Path, env: dict[str, str] | None = None) -> bool:
+        if "pip" not in map(str, command):
+            return real(*command, env=env)
+        made.append([str(word) for word in command])
+        return True
+
+    monkeypatch.setattr(rehearse_gaudi, "run", run)
+    monkeypatch.setattr(rehearse_gaudi, "missing", lambda *_: [])
+    return made
+
+
+@pytest.mark.slow
+def test_an_environment_goes_on_top_of_the_base(
+    tmp_path: Path, installations: list[list[str]]
+) -> None:
+    """It finds the base's packages, and the plugin's copy is installed into it."""
+    base, folder = an_environment(tmp_path / "base", "vllm==0.26.0"), tmp_path / "rehearsal"
+
+    python = make_environment(folder, base, a_plugin(tmp_path / "mine"))
+
+    assert folder / "environment/bin/python" == python
+    asked = "import importlib.metadata as m; print(m.version('vllm'))"
+    assert "0.26.0\n" == output_of(python, "-c", asked)
+    (command,) = installations
+    assert (str(python), str(folder / "plugin")) == (command[0], command[-1])
+
+
+@pytest.mark.slow
+def test_an_environment_is_kept_until_its_base_changes(
+    tmp_path: Path, installations: list[list[str]]
+) -> None:
+    """Another folder, or another torch in the same: then the stand-in is linked anew, too."""
+    base = an_environment(tmp_path / "base", "vllm==0.26.0", "torch==2.11.0")
+    other = an_environment(tmp_path / "other", "vllm==0.26.0", "torch==2.11.0")
+    plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
+    make_environment(folder, base, plugin)
+    own, library = folder / "environment/own.txt", folder / "standin/libhpu.so"
+    library.parent.mkdir()
+
+    def is_kept(base: Path) -> bool:
+        for file in (own, library):
+            file.write_text("", encoding="utf-8")
+        make_environment(folder, base, plugin)
+        assert own.exists() is library.exists()
+        return own.exists()
+
+    assert is_kept(base)
+    assert not is_kept(other)
+    metadata = next(tmp_path.glob("other/lib/python*/site-packages/torch-*/METADATA"))
+    metadata.write_text("Name: torch\nVersion: 2.11.0+cu130\n", encoding="utf-8")
+    assert not is_kept(other)
+    assert is_kept(other)
+    (folder / "environment/bin/python").unlink()
+    assert not is_kept(other)
+
+
+@pytest.mark.slow
+def test_an_environment_is_never_made_in_place_of_its_base(
+    tmp_path: Path, installations: list[list[str]]
+) -> None:
+    """Nor of a folder that is somebody's."""
+    folder, plugin = tmp_path / "rehearsal", a_plugin(tmp_path / "mine")
+    base = an_environment(folder / "environment", "vllm==0.26.0")
+    with pytest.raises(RehearsalError, match="is made here on top of another; name that one"):
+        make_environment(folder, base, plugin)
+    assert base.exists()
+
+    own = tmp_path / "second/environment/own.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("not committed", encoding="utf-8")
+    with pytest.raises(RehearsalError, match="is no environment that was made here; move it away"):
+        make_environment(tmp_path / "second", base, plugin)
+    assert own.exists()
 
 
 def test_cudas_environment_is_taken_where_none_is_named(

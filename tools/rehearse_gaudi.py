@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.gaudi_standin.build import environment as found_instead
+from tests.gaudi_standin.build import LIBRARY, environment as found_instead
 from tools import rehearse_cuda
 from tools.rehearsal import (
     OFFLINE,
@@ -68,6 +71,8 @@ COMPILED, VERSION_FILE = "__pycache__", "_version.py"
 FOLDER, EMPTY = "40000", "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 """Git's mode of one, and its name of an empty one. It never has that in another: a checkout leaves
 folders behind in which there is compiled code alone."""
+
+STANDIN, BASE_NOTE = "standin", "base.json"
 
 LIST = "rehearse-gaudi.txt"
 
@@ -167,39 +172,82 @@ def base_environment(named: Path | None) -> Path:
     return named.absolute() / "bin/python"
 
 
-def check_base(python: Path) -> Path:
-    """Where the environment below has its packages. Raises `RehearsalError`."""
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The environment below. Ours is made for one, and for the torch that it had."""
+
+    python: str
+    version: str
+    site: str
+    """Where it has its packages."""
+    vllm: Mapping[str, str]
+    """vLLM's builds, with their versions."""
+    torch: str | None
+    """Its version, with its build."""
+
+
+DESCRIBE = f"""
+import importlib.metadata as m, json, platform, sysconfig
+found = {{d.name: d.version for d in m.distributions()}}
+vllm = {{name: found[name] for name in ("{rehearse_cuda.OTHER_BUILD}", "vllm") if name in found}}
+print(json.dumps({{"version": platform.python_version(), "site": sysconfig.get_path("purelib"),
+                  "vllm": vllm, "torch": found.get("torch")}}))
+"""
+
+
+def check_base(python: Path) -> Base:
+    """The environment below. Raises `RehearsalError` if it is none, or has another vLLM."""
     remedy = "name another, ENVIRONMENT=DIR, or none, and one is made"
     if not python.exists():
         raise RehearsalError(f"{python} is missing; {remedy}")
-    code = (
-        "import importlib.metadata as m, sysconfig; print(sysconfig.get_path('purelib')); "
-        "print(*(f'{d.name} {d.version}' for d in m.distributions() if d.name in "
-        f"('vllm', '{rehearse_cuda.OTHER_BUILD}')))"
-    )
-    site, _, found = output_of(python, "-c", code).strip().partition("\n")
-    if found.startswith(rehearse_cuda.OTHER_BUILD):
+    try:
+        base = Base(str(python), **json.loads(output_of(python, "-c", DESCRIBE)))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it does not answer"
+        raise RehearsalError(f"{python} is no Python that runs: {why}; {remedy}") from error
+    if other := base.vllm.get(rehearse_cuda.OTHER_BUILD):
         raise RehearsalError(
-            f"{python} has {found}, vLLM's build for the CPU, which serves by the CPU where it "
-            f"finds no Gaudi; {remedy}"
+            f"{python} has {rehearse_cuda.OTHER_BUILD} {other}, vLLM's build for the CPU, which "
+            f"serves by the CPU where it finds no Gaudi; {remedy}"
         )
-    if found.partition("+")[0] != f"vllm {VERSION}":
+    vllm = base.vllm.get("vllm")
+    if vllm is None or vllm.partition("+")[0] != VERSION:
         raise RehearsalError(
-            f"{python} has {found or 'no vLLM'}, and the plugin is for vLLM {VERSION}; {remedy}"
+            f"{python} has {f'vllm {vllm}' if vllm else 'no vLLM'}, and the plugin is for vLLM "
+            f"{VERSION}; {remedy}"
         )
-    return Path(site)
+    return base
 
 
 def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
-    """Make it, or add what is missing in the one that is there; return its Python."""
-    python, below = folder / "environment/bin/python", check_base(base)
-    if not python.exists():
+    """Make it, or add what is missing in the one that is there; return its Python.
+
+    One that was made on another base, or does not answer, is made anew: it would look for packages
+    of another Python, and the stand-in is linked to another torch.
+    """
+    below, environment = check_base(base), folder / "environment"
+    python, note = environment / "bin/python", folder / BASE_NOTE
+    described = json.dumps(asdict(below)) + "\n"
+    if environment.resolve() in (base.parent.parent.resolve(), *base.resolve().parents):
+        raise RehearsalError(
+            f"ENVIRONMENT is '{environment}', which is made here on top of another; name that one"
+        )
+    site = site_of(python)
+    if site is None or not note.exists() or note.read_text(encoding="utf-8") != described:
+        if environment.exists() and not (environment / "pyvenv.cfg").is_file():
+            raise RehearsalError(
+                f"'{environment}' is no environment that was made here; move it away"
+            )
+        note.unlink(missing_ok=True)
+        (folder / STANDIN / LIBRARY).unlink(missing_ok=True)
         with step("environment"):
-            run(base, "-m", "venv", "--without-pip", folder / "environment")
-    site = Path(
-        output_of(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    )
-    (site / "below.pth").write_text(f"{below}\n", encoding="utf-8")
+            if not run(base, "-m", "venv", "--clear", "--without-pip", environment):
+                raise RehearsalError(f"{base} can't make an environment, for the reason above")
+        site = site_of(python)
+    if site is None:
+        raise RehearsalError(f"{python} does not answer; remove {environment}, and try again")
+    (site / "below.pth").write_text(f"{below.site}\n", encoding="utf-8")
+    note.write_text(described, encoding="utf-8")
     wanted = missing(python, {pin.name: pin for pin in read(LIST)})
     with step("what the plugin imports"):
         if wanted and not install(pip_install(python), wanted):
@@ -210,6 +258,14 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
         if not run(*command, env=settings):
             raise RehearsalError("the plugin could not be installed, for the reason above")
     return python
+
+
+def site_of(python: Path) -> Path | None:
+    """Where a Python has its packages; None if it is not there, or does not answer."""
+    with suppress(OSError):
+        said = output_of(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        return Path(said.strip()) if said.strip() else None
+    return None
 
 
 def copied(plugin: Path, folder: Path) -> Path:
@@ -245,7 +301,7 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
     return {
         **own_surroundings(),
         **OFFLINE,
-        **found_instead(folder / "standin", {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
+        **found_instead(folder / STANDIN, {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
         "REHEARSAL_RESULTS": str(results),
         "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(folder / "cache")),
     }
@@ -271,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         check_base(base)
         folder.mkdir(parents=True, exist_ok=True)
         python = make_environment(folder, base, args.plugin.resolve())
-        build(python, folder / "standin")
+        build(python, folder / STANDIN)
         facts = facts_of(python, ("vllm", "vllm-gaudi", "transformers"), environment)
     except (SetupError, RehearsalError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
