@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import rehearse_cuda, rehearse_gaudi
-from tools.rehearsal import OFFLINE
+from tools.rehearsal import OFFLINE, alone_in
 from tools.rehearse_gaudi import (
     FILES,
     PARTS,
@@ -383,11 +383,38 @@ def test_cudas_environment_is_taken_where_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From one list, and not twice on the disk."""
+    assert ROOT / "build/rehearse-cuda" == rehearse_cuda.FOLDER
+    monkeypatch.setattr(rehearse_cuda, "FOLDER", tmp_path / "cuda")
     made: list[Path] = []
     monkeypatch.setattr(rehearse_cuda, "make_environment", made.append)
     base_environment(None)
-    assert [ROOT / "build/rehearse-cuda/environment"] == made
+    assert [tmp_path / "cuda/environment"] == made
     assert tmp_path / "bin/python" == base_environment(tmp_path)
+
+
+def test_a_second_rehearsal_at_the_same_time_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would count the other's tests. Nothing is made before, and one after the other may."""
+    plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
+    take_for_the_release(monkeypatch, plugin)
+    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: None)
+    ofs = {
+        main: ["--plugin", str(plugin), "--environment", str(tmp_path)],
+        rehearse_cuda.main: [],
+    }
+    with alone_in(folder):
+        for main_, more in ofs.items():
+            assert 1 == main_([*more, "--folder", str(folder)])
+            assert capsys.readouterr().err == (
+                f"rehearsal: error: another rehearsal runs in {folder}; wait for its end, or end "
+                "it\n"
+            )
+        with pytest.raises(RehearsalError), alone_in(folder):
+            pass
+    assert [] == list(folder.iterdir())
+    with alone_in(folder):
+        pass
 
 
 def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ is skipped has not been run, so its part has failed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -134,6 +135,27 @@ def rehearse_all(
         return 1
     print(f"rehearsal: all went well; {results} has what was counted")
     return 0
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and have it until the end: a second rehearsal would count the first's tests.
+
+    Raises:
+        RehearsalError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RehearsalError(
+                f"another rehearsal runs in {folder}; wait for its end, or end it"
+            ) from None
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from tools.rehearsal import (
     OFFLINE,
     Part,
     RehearsalError,
+    alone_in,
     chosen,
     facts_of,
     own_surroundings,
@@ -131,19 +132,20 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.folder.resolve()
     results = folder / "rehearsal.jsonl"
     environment = surroundings(folder, results)
-    try:
-        parts = chosen(PARTS, args.tests)
-        python = make_environment((args.environment or folder / ENVIRONMENT).absolute())
-        build(python, folder / "standin")
-        facts = facts_of(python, ("vllm", "transformers"), environment)
-    except (SetupError, RehearsalError) as error:
-        print(f"rehearsal: error: {error}", file=sys.stderr)
-        return 1
 
     def renew() -> None:
         Path(environment["FAKEGPU_BOARD"]).unlink(missing_ok=True)  # a device of its own
 
-    return rehearse_all(python, parts, environment, results, facts, before_each=renew)
+    try:
+        parts = chosen(PARTS, args.tests)
+        with alone_in(folder):
+            python = make_environment((args.environment or folder / ENVIRONMENT).absolute())
+            build(python, folder / "standin")
+            facts = facts_of(python, ("vllm", "transformers"), environment)
+            return rehearse_all(python, parts, environment, results, facts, before_each=renew)
+    except (SetupError, RehearsalError) as error:
+        print(f"rehearsal: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

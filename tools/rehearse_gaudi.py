@@ -28,6 +28,7 @@ from tools.rehearsal import (
     OFFLINE,
     Part,
     RehearsalError,
+    alone_in,
     chosen,
     facts_of,
     own_surroundings,
@@ -168,7 +169,8 @@ def digest(kind: str, content: bytes) -> str:
 def base_environment(named: Path | None) -> Path:
     """The Python of the environment below: the one that is named, or CUDA's, made if missing."""
     if named is None:
-        return rehearse_cuda.make_environment(rehearse_cuda.FOLDER / rehearse_cuda.ENVIRONMENT)
+        with alone_in(rehearse_cuda.FOLDER):  # its rehearsal may be making it
+            return rehearse_cuda.make_environment(rehearse_cuda.FOLDER / rehearse_cuda.ENVIRONMENT)
     return named.absolute() / "bin/python"
 
 
@@ -325,15 +327,15 @@ def main(argv: list[str] | None = None) -> int:
         check_apart(folder, args.plugin)
         base = base_environment(args.environment)
         check_base(base)
-        folder.mkdir(parents=True, exist_ok=True)
-        python = make_environment(folder, base, args.plugin.resolve())
-        build(python, folder / STANDIN)
-        facts = facts_of(python, ("vllm", "vllm-gaudi", "transformers"), environment)
+        with alone_in(folder):
+            python = make_environment(folder, base, args.plugin.resolve())
+            build(python, folder / STANDIN)
+            facts = facts_of(python, ("vllm", "vllm-gaudi", "transformers"), environment)
+            facts["plugin"] = f"v{VERSION}, its {PACKAGE} {TREE}"
+            return rehearse_all(python, parts, environment, results, facts, FLAGS)
     except (SetupError, RehearsalError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
-    facts["plugin"] = f"v{VERSION}, its {PACKAGE} {TREE}"
-    return rehearse_all(python, parts, environment, results, facts, FLAGS)
 
 
 if __name__ == "__main__":
