@@ -417,6 +417,22 @@ def test_a_second_rehearsal_at_the_same_time_is_refused(
         pass
 
 
+def test_a_folder_that_cannot_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, as what else the system refuses."""
+    plugin, file = a_plugin(tmp_path / "mine"), tmp_path / "file"
+    take_for_the_release(monkeypatch, plugin)
+    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: None)
+    file.write_text("", encoding="utf-8")
+    named = ["--plugin", str(plugin), "--environment", str(tmp_path)]
+    for main_, more in ((main, named), (rehearse_cuda.main, [])):
+        assert 1 == main_([*more, "--folder", str(file / "folder")])
+        said = capsys.readouterr().err
+        assert said.startswith("rehearsal: error: ")
+        assert said.endswith(f"Not a directory: '{file}/folder'\n")
+
+
 def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """And is not taken for a rehearsal of nothing that went well."""
     for main_ in (main, rehearse_cuda.main):

@@ -260,3 +260,23 @@ def test_the_commit_of_a_clone_of_another_user_is_told(monkeypatch: pytest.Monke
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(RehearsalError, match=r"cannot say its versions: .*no-such-package"):
         facts_of(PYTHON, ["no-such-package"], os.environ)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("exit 3", "it has ended with status 3"),
+        ("echo '{}'; echo bye", "bye"),
+        ("echo '[]'", "[]"),
+        ("echo oops >&2; exit 1", "oops"),
+    ],
+)
+def test_a_python_that_cannot_say_its_versions_is_told(tmp_path: Path, code: str, why: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{code}\n", encoding="utf-8")
+    python.chmod(0o755)
+    with pytest.raises(RehearsalError) as refused:
+        facts_of(python, [], os.environ)
+    assert str(refused.value) == (
+        f"{python} cannot say its versions: {why}; remove its environment, and it is made anew"
+    )

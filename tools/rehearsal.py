@@ -211,17 +211,24 @@ def facts_of(
         env=environment,
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
     )
-    if asked.returncode != 0:
+    versions = None
+    if asked.returncode == 0:
+        with suppress(ValueError, IndexError):
+            versions = json.loads(asked.stdout.splitlines()[-1])
+    if not isinstance(versions, dict):
+        why = (asked.stderr or asked.stdout).strip().splitlines()
         raise RehearsalError(
-            f"{python} cannot say its versions: {asked.stderr.strip().splitlines()[-1]}; "
+            f"{python} cannot say its versions: "
+            f"{why[-1] if why else f'it has ended with status {asked.returncode}'}; "
             "remove its environment, and it is made anew"
         )
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit(),
-        **json.loads(asked.stdout.splitlines()[-1]),
+        **versions,
         "device": "stand-in",
         "models": "the tiny ones that ship with the package",
     }

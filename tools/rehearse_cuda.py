@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             build(python, folder / "standin")
             facts = facts_of(python, ("vllm", "transformers"), environment)
             return rehearse_all(python, parts, environment, results, facts, before_each=renew)
-    except (SetupError, RehearsalError) as error:
+    except (SetupError, RehearsalError, OSError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
 

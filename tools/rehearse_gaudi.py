@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
             facts = facts_of(python, ("vllm", "vllm-gaudi", "transformers"), environment)
             facts["plugin"] = f"v{VERSION}, its {PACKAGE} {TREE}"
             return rehearse_all(python, parts, environment, results, facts, FLAGS)
-    except (SetupError, RehearsalError) as error:
+    except (SetupError, RehearsalError, OSError) as error:
         print(f"rehearsal: error: {error}", file=sys.stderr)
         return 1
 
