@@ -30,9 +30,13 @@ from tools.setup import ROOT, output_of
 
 
 def test_every_part_of_the_rehearsal_is_there() -> None:
-    """Each has its tests, and a limit of time."""
+    """Each has its tests, and a limit of time. No tests of a server on a Gaudi are left out."""
+    servers = {
+        str(file.relative_to(ROOT)) for file in ROOT.glob("tests/integration/test_gaudi_*.py")
+    }
+    assert {"tests/test_gaudi_device.py", *servers} == {part.tests for part in PARTS}
+    assert len(PARTS) == len({part.tests for part in PARTS}) == len({part.name for part in PARTS})
     for part in PARTS:
-        assert (ROOT / part.tests).is_file()
         assert 0 < part.limit_s <= 3600
 
 
