@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import psutil
 import pytest
 
@@ -36,6 +44,7 @@ from tools.gaudi.inside import check_gaudi_memory
 from tools.gaudi.judge import (
     EXPECTED_TOLERANCE,
     HOST_SLACK_BYTES,
+    LEAST_KV_BYTES,
     MIB,
     SLACK_BYTES,
     Cycle,
@@ -51,6 +60,7 @@ from tools.gaudi.private import ROOT, Blank
 from tools.gaudi.program import Kind, check_packages, grown, opened
 from tools.gaudi.results import Results, output_of
 from tools.gaudi.server import (
+    BLOCKS,
     PAIR,
     PLUGIN,
     Server,
@@ -58,7 +68,11 @@ from tools.gaudi.server import (
     surroundings,
     weights_bytes,
 )
+from vllm_hotswap.caches import look_at_caches
 from vllm_hotswap.config import load_config
+from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.ladder import Ladder
+from vllm_hotswap.states import Residency
 
 # --- what is left out of the file ----------------------------------------------------------------
 
@@ -181,7 +195,118 @@ def test_no_package_that_is_told_of_is_made_a_name() -> None:
             assert package == Blank({"LOGNAME": word}).text(package)
 
 
-@pytest.mark.parametrize("who", ["ann:pw123456", "ghp_0123456789", "ann:p%40w"])
+ESCAPING = {
+    "JSON": lambda name: json.dumps({"error": f"bad\n{name}\t{name}"}),
+    "repr": lambda name: repr(f"bad\n{name}\r{name}"),
+    "repr of bytes": lambda name: repr(b"bad\n" + name.encode()),
+    "JSON of a repr": lambda name: json.dumps({"error": repr(f"bad\n{name}")}),
+    "colours": lambda name: f"\x1b[31m{name}\x1b[0m",
+    "colours in JSON": lambda name: json.dumps(f"\x1b[31m{name}\x1b[0m"),
+    "an address": lambda name: f"file%3A%2F{name}%2Fx",
+    "capitals": lambda name: name.upper(),
+}
+
+
+@pytest.mark.parametrize("way", ESCAPING)
+@pytest.mark.parametrize("name", [USER, SECRET, HOST])
+def test_names_are_left_out_however_they_are_written(
+    person: dict[str, str], way: str, name: str
+) -> None:
+    """What is escaped has a letter before them, and a log may have colours."""
+    assert name.lower() not in Blank().text(ESCAPING[way](name)).lower()
+
+
+@pytest.mark.parametrize("value", ["pä'ß\\word", "a\"b\\c'd", "tür mit schloß"])
+def test_letters_that_are_escaped_are_part_of_a_secret(value: str) -> None:
+    """And of a folder."""
+    blank = Blank({"A_TOKEN": value, "HF_HOME": f"/data/{value}/hf"})
+    for written in (
+        value,
+        json.dumps(value),
+        repr(value),
+        ascii(value),
+        json.dumps(repr(value)),
+        quote(value),
+        quote(value, safe=""),
+    ):
+        told = blank.text(f"a {written} of /data/{written}/hf")
+        assert "word" not in told
+        assert "schlo" not in told
+        assert "b\\" not in told
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HF_TOKEN", f"{SECRET}\n"),
+        ("HF_TOKEN", f"{SECRET}\r"),
+        ("HF_TOKEN", f"  {SECRET}"),
+        ("HF_TOKEN", f"Bearer {SECRET}"),
+        ("DB_PASS", SECRET),
+        ("SITE_PWD", SECRET),
+        ("PROXY_AUTH", SECRET),
+    ],
+)
+def test_a_secret_is_known_without_what_is_around_it(variable: str, value: str) -> None:
+    """Files and `docker --env-file` add line ends, headers have a word before it."""
+    blank = Blank({variable: value})
+    assert "token <secret> refused, x<secret>x" == blank.text(f"token {SECRET} refused, x{SECRET}x")
+
+
+def test_the_folder_that_one_is_in_is_no_secret() -> None:
+    """Though `PWD` is a word for a password elsewhere."""
+    assert "/srv/work/x" == Blank({"PWD": "/srv/work"}).text("/srv/work/x")
+
+
+def test_a_long_answer_is_cut_when_names_have_been_taken_out_of_it(
+    person: dict[str, str], tmp_path: Path
+) -> None:
+    """Half of a token is not found any more. Wherever it is cut."""
+
+    class Says(Server):
+        def __init__(self, text: str) -> None:
+            answer = httpx.Response(500, text=text)
+            self._client = httpx.Client(transport=httpx.MockTransport(lambda _: answer))
+
+    results = Results(tmp_path / "out.jsonl")
+    for before in (*range(480, 500), *range(980, 1000)):
+        server = Says("x" * before + f" {SECRET} " + "y" * 5000)
+        results.check("post", partial(server.post, "http://h/"))
+        results.check("refused", partial(server.refused, "http://h/"))
+
+    written = (tmp_path / "out.jsonl").read_text()
+    assert SECRET[:6] not in written
+    assert max(map(len, written.splitlines())) < 1200
+
+
+@pytest.mark.parametrize(
+    "home", ["/home/john doe/x", "/home/o'brien/x", "/Users/Ann Mary Lee/x", "%2Fhome%2Fjdoe%2Fx"]
+)
+def test_homes_of_others_are_left_out_whatever_their_name(home: str) -> None:
+    told = Blank({}).text(f"no file {home} and /opt/y, of /home/ann or bob")
+    assert told.startswith("no file <home>")
+    assert told.endswith("x and /opt/y, of <home> or bob")
+    for name in ("doe", "brien", "Lee"):
+        assert name not in told
+
+
+def test_this_machines_domain_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the machine knows its first name only. What is only a file's ending stays."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "Gaudi-Lab")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "gaudi-lab.acme.example")
+
+    told = Blank({}).text("Gaudi-Lab.corp.acme.example gaudi-lab.acme.example GAUDI-LAB.log")
+
+    assert "<host> <host> <host>.log" == told
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        *("ann:pw123456", "ghp_0123456789", "ann:p%40w"),
+        *("ann:p@ss123", "ann:pa/ss123", "ann:pa'ss123", 'ann:pa"ss123'),
+    ],
+)
 def test_credentials_in_an_address_are_left_out(who: str) -> None:
     """Of proxies and indexes, say, whatever variable has it."""
     told = f"ProxyError('http://{who}@proxy.acme.example:3128', mail@acme.example)"
@@ -389,6 +514,111 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere" / "out.jsonl")
 
 
+def test_results_of_an_earlier_run_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever forgets to give another name is told so before anything is checked."""
+    path = tmp_path / "out.jsonl"
+    path.write_text("an hour's results")
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+
+    assert 2 == program.main([str(path)])
+
+    assert "an hour's results" == path.read_text()
+    told = capsys.readouterr().err
+    assert told.startswith(f"check-gaudi: error: {path} is there already, ")
+    assert 1 == told.count("\n")
+
+
+def test_a_disk_that_is_full_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line. Nothing more is checked: it could not be kept."""
+    monkeypatch.setattr(program, "check_packages", lambda: None)
+    monkeypatch.setattr(program, "opened", lambda _: Results(Path("/dev/full")))
+    monkeypatch.setattr(facts, "facts", dict)
+    monkeypatch.setattr(facts, "device", lambda: pytest.fail("checked on and on"))
+
+    assert 2 == program.main(["/dev/full"])
+
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "check-gaudi: error: /dev/full can't be written: No space left on device"
+    )
+    assert 1 == told.count("\n")
+
+
+def test_a_file_is_emptied_only_when_it_can_be_written_without_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may have the results of an earlier run."""
+
+    class Fails(Exception):
+        pass
+
+    def fails() -> Blank:
+        raise Fails
+
+    path = tmp_path / "out.jsonl"
+    path.write_text("earlier")
+    monkeypatch.setattr("tools.gaudi.results.Blank", fails)
+    with pytest.raises(Fails):
+        Results(path)
+    assert "earlier" == path.read_text()
+
+
+def test_a_folder_that_is_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
+    """Variables may name any."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert "no file <folder>/x" == Blank({"HF_HOME": str(loop)}).text(f"no file {loop}/x")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_terminal_that_does_not_have_a_letter_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Logs have bytes that are no text, and so have paths."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    results = Results(tmp_path / "out.jsonl")
+
+    results.check("x", lambda: {"wrong": ["no \ufffd and no \udcff"]})
+    results.check("y", dict)
+
+    terminal.seek(0)
+    assert ["BAD  x  no ", "ok   y\n"] == [line[:11] for line in terminal]
+    assert 2 == len((tmp_path / "out.jsonl").read_text().splitlines())
+
+
+def test_a_terminal_that_has_gone_away_ends_nothing(tmp_path: Path) -> None:
+    """The check goes on, and its results are in the file."""
+    code = (
+        "from pathlib import Path; from tools.gaudi.results import Results\n"
+        f"results = Results(Path({str(tmp_path / 'out.jsonl')!r}))\n"
+        "for name in ('x', 'y'): results.check(name, dict)"
+    )
+    with Path("/dev/full").open("w") as terminal:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, check=True)
+    assert 2 == len((tmp_path / "out.jsonl").read_text().splitlines())
+
+
+def test_a_driver_that_tells_no_text_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "hl-smi"
+    program.write_text("#!/bin/sh\nprintf '1.24\\377\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "1.24\ufffd" == facts.driver()
+
+    program.unlink()
+    monkeypatch.setattr(facts, "ASK_DRIVER", ["no-such-program"])
+    monkeypatch.setattr(facts, "DRIVER", tmp_path / "version")
+    facts.DRIVER.write_bytes(b"1.24\xff\n")
+    assert "1.24\ufffd" == facts.driver()
+
+
 def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Growth could not be told."""
     with pytest.raises(SystemExit):
@@ -418,7 +648,7 @@ def test_an_interrupted_check_says_what_there_is(
 # --- the server ----------------------------------------------------------------------------------
 
 
-def test_the_servers_variables_let_it_be_asked_and_read() -> None:
+def test_the_servers_variables_let_it_be_asked_and_read(tmp_path: Path) -> None:
     """Without its user's keys and quantisation; the check's plugin is found, and let in."""
     told = surroundings(
         {
@@ -430,18 +660,57 @@ def test_the_servers_variables_let_it_be_asked_and_read() -> None:
             "PYTHONPATH": "/some/where",
             "PT_HPU_LAZY_MODE": "0",
         },
-        Path("models.yaml"),
-        Path("socket"),
+        tmp_path / "models.yaml",
+        tmp_path / "socket",
     )
     kept = {"VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY", "VLLM_HOTSWAP_CONFIG", "QUANT_CONFIG"}
     assert not kept & set(told)
     assert f"hpu,{PLUGIN}" == told["VLLM_PLUGINS"]
+    look_at_caches(told)  # raises if the server would refuse the check's folders
     assert told["PYTHONPATH"].endswith(":/some/where")
     assert "0" == told["PT_HPU_LAZY_MODE"]
     ran = subprocess.run(
         [sys.executable, "-c", FIND], capture_output=True, text=True, check=True, env=told
     )
     assert f"{PLUGIN}:register" == ran.stdout.strip()
+
+
+COMPILES = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, str(Path.home()))
+import own
+caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+for name in caches:
+    Path(os.environ[name]).mkdir(parents=True)
+    Path(os.environ[name], "compiled").touch()
+Path("caches").write_text(chr(10).join(os.environ[name] for name in caches))
+sys.exit(3)
+"""
+
+
+def test_nothing_that_a_server_compiles_is_left_or_found_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes with the folder of the server, wherever the user has such files."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "own.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(home / "vllm"))
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    server = partial(Server, command=(sys.executable, "-c", COMPILES))
+    monkeypatch.setattr(program, "Server", server)
+    found: list[str] = []
+
+    for eager in (True, False):
+        program.check_server(Results(tmp_path / "out.jsonl"), eager=eager, cycles=6, ways=())
+        found += Path("caches").read_text().splitlines()
+
+    assert 6 == len(set(found))
+    assert [] == [path for path in found if Path(path).exists()]
+    assert [home / "own.py"] == list(home.rglob("*"))
 
 
 FIND = """
@@ -507,6 +776,174 @@ def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
     server.end()
 
 
+RUN = """
+import sys
+from functools import partial
+from pathlib import Path
+from tools.gaudi import interrupts, program, server
+from tools.gaudi.results import Results
+server.STOP_LIMIT_S = 2
+program.Server = partial(program.Server, command=(sys.executable, "-c", sys.argv[1]))
+interrupts.take()
+try:
+    program.check_server(Results(Path("out.jsonl")), eager=True, cycles=6, ways=())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+TELLS = """
+import os, signal, time
+from pathlib import Path
+def tell(name, what):
+    Path(name + ".new").write_text(str(what))
+    Path(name + ".new").rename(name)
+tell("folder", Path(os.environ["VLLM_HPU_MULTI_MODEL_CONFIG"]).parent)
+"""
+OBEYS = f"{TELLS}tell('pid', os.getpid()); time.sleep(600)"
+DISOBEYS = f"""{TELLS}
+signal.signal(signal.SIGTERM, lambda *_: tell("asked", 1))
+tell('pid', os.getpid())
+while True:
+    time.sleep(600)
+"""
+
+
+def left(folder: Path, signals: Sequence[int], code: str) -> list[str]:
+    """What a check of such a server leaves, which gets these signals, each once it has to wait."""
+    check = psutil.Popen(
+        [sys.executable, "-c", RUN, code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        for number, waits_for in zip(signals, ("pid", "asked"), strict=False):
+            wait_until((folder / waits_for).exists)
+            check.send_signal(number)
+        assert 130 == check.wait(60)
+        own = Path((folder / "folder").read_text())
+        pid = int((folder / "pid").read_text())
+        found = ["the server"] * is_there(pid) + ["its folder"] * own.exists()
+    finally:
+        for path in folder.glob("pid"):
+            kill(int(path.read_text()))
+        kill(check.pid)
+        check.wait()
+    return found
+
+
+def is_there(pid: int) -> bool:
+    """And runs: what nobody has waited for yet has ended."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_check_that_is_ended_ends_its_server(tmp_path: Path, number: int) -> None:
+    """By Ctrl-C, by `kill`, and by a terminal that goes away. The server has a group of its own:
+    it would hold the device for ever."""
+    assert [] == left(tmp_path, [number], OBEYS)
+
+
+def test_a_second_signal_does_not_keep_the_check_from_ending_its_server(tmp_path: Path) -> None:
+    """Which does not end when it is asked to, and has to be killed."""
+    assert [] == left(tmp_path, [signal.SIGINT, signal.SIGINT], DISOBEYS)
+
+
+def test_a_terminal_that_goes_away_is_nothing_to_nohup() -> None:
+    code = (
+        "import signal; from tools.gaudi import interrupts\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); interrupts.take()\n"
+        "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
+    )
+    assert "True\n" == output_of([sys.executable, "-c", code], 60, ROOT)
+
+
+@pytest.mark.parametrize("check", ["check_server", "check_refusal"])
+def test_a_check_that_is_interrupted_while_it_starts_a_server_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    """The signal comes before the check has the server in its hands."""
+    started: list[psutil.Popen] = []
+
+    class Slow(Server):
+        def __init__(self, folder: Path, **how: Any) -> None:
+            super().__init__(folder, command=(sys.executable, "-c", WAIT), **how)
+            started.append(self._process)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(program, "Server", Slow)
+    more = {"eager": True, "cycles": 6, "ways": ()} if check == "check_server" else {}
+    results = Results(tmp_path / "out.jsonl")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(program, check)(results, **more)
+        assert [False] == [process.is_running() for process in started]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for process in started:
+            kill(process.pid)
+
+
+def test_nothing_is_started_that_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error, or Ctrl-C, while the client is made: certificates are read then."""
+    started: list[Any] = []
+
+    def fails(**_: Any) -> None:
+        raise OSError("no certificates")
+
+    monkeypatch.setattr("httpx.Client", fails)
+    monkeypatch.setattr("psutil.Popen", lambda *words, **_: started.append(words))
+    with pytest.raises(OSError, match="no certificates"):
+        Server(tmp_path, eager=True)
+    assert [] == started
+
+
+STARTS = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]%s)
+Path("child.new").write_text(str(child.pid))
+Path("child.new").rename("child")
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "then"),
+    [("", "sys.exit(1)"), (", process_group=0", "time.sleep(600)")],
+    ids=["a process of its group, and it ends itself", "an engine host, and it is killed"],
+)
+def test_what_a_server_leaves_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, then: str
+) -> None:
+    """It has ended before it is asked to, and what it has started has the device."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.gaudi.server.LAST_LIMIT_S", 0.1)
+    server = Server(tmp_path, eager=True, command=(sys.executable, "-c", STARTS % (group, then)))
+    wait_until(Path("child").exists)
+    pid = int(Path("child").read_text())
+    try:
+        if group:
+            assert 2 == server.processes().processes
+            server._process.kill()
+        wait_until(lambda: not server.is_running)
+        server.end()
+        wait_until(lambda: not is_there(pid))
+    finally:
+        kill(pid)
+
+
 LINE = "vllm-hotswap: error: models.yaml:5: models.llama: QUANT_CONFIG is 'gone.json'"
 REFUSES = f"""
 import os, sys
@@ -515,6 +952,58 @@ print({LINE!r} + ", and there is no such file; correct it", file=sys.stderr)
 print("ERROR: a library's last words", file=sys.stderr)
 sys.exit(1)
 """
+
+
+def with_log(log: Path, content: bytes) -> Server:
+    server = Server.__new__(Server)
+    server.log = log
+    log.write_bytes(content)
+    return server
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"error " + b"x" * 20_000_000, "(a line of more than 64 KiB)"),
+        (b"error: gone\n" + b"x\n" * 40_000 + b"error: late\nlast\n", "error: late"),
+        (b"z" * 70_000 + b"\nlast\n", "last"),
+        (b"", ""),
+        (b"error: a\xff byte", "error: a\ufffd byte"),
+    ],
+)
+def test_of_a_long_log_the_end_is_read(tmp_path: Path, content: bytes, told: str) -> None:
+    """A line may have any length. One that is cut may begin with half of a name."""
+    assert told == with_log(tmp_path / "server.log", content).last_error()
+
+
+def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) -> None:
+    """It would take long to find names in it."""
+    code = "raise SystemExit('x' * 1_000_000)"
+    path = tmp_path / "out.jsonl"
+    Results(path).check("x", lambda: {"out": output_of([sys.executable, "-c", code], 60)})
+    assert ["RuntimeError: (a line of more than 64 KiB)"] == json.loads(path.read_text())["wrong"]
+
+
+def test_a_long_line_of_a_log_is_cut_and_does_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After names are taken out of it. It could clear the terminal, or look like a line of ours."""
+    control = b"vllm-hotswap: error: \x1b]0;title\x07 \x1b[2J \x9b31m\x7f\x08 " + b"y" * 5000
+    server = with_log(tmp_path / "server.log", control + b" " + SECRET.encode())
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError(f"its log: {server.last_error()}")
+
+    path = tmp_path / "out.jsonl"
+    Results(path, Blank({"HF_TOKEN": SECRET})).check("x", fails)
+
+    told = capsys.readouterr().out
+    assert "vllm-hotswap: error: " in told
+    assert told.removesuffix("\n").isprintable()
+    assert len(told) < 1100
+    assert len(path.read_text()) < 1200
+
+
 CRASHES = """
 import sys
 print("Error: neural_compressor cannot open QUANT_CONFIG gone.json, and there is no such file")
@@ -802,6 +1291,34 @@ def test_a_likely_token_that_is_missing_is_seen() -> None:
     assert [] == compare(answer(SURE), passed, 0.5).wrong
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("places", [slice(0, 5), slice(4, 5), slice(0, 1)])
+@pytest.mark.parametrize("step", [0, 11])
+def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int) -> None:
+    """Of all tokens of a step, or of one, though the expected ones are said."""
+    right = load()["llama"][0]
+    told = completion(right, right.tokens)
+    ranks = told["logprobs"]["top_logprobs"][step]
+    ranks.update(dict.fromkeys(list(ranks)[places], value))
+
+    (fault,) = compare(right, from_completion(told), EXPECTED_TOLERANCE).wrong
+
+    assert fault.startswith(f"step {step}: the logarithmic probability of token ")
+    assert fault.endswith(" is no number")
+
+
+def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
+    """Which has no word for what is no number."""
+
+    def refused(word: str) -> None:
+        raise AssertionError(word)
+
+    path = tmp_path / "out.jsonl"
+    Results(path).check("x", lambda: {"some": [math.nan, -math.inf, 1.5]})
+
+    assert ["nan", "-inf", 1.5] == json.loads(path.read_text(), parse_constant=refused)["some"]
+
+
 def test_of_tokens_that_are_tied_either_may_be_said() -> None:
     """What follows is not compared then: it goes on from another token."""
     tied = answer(((1, -0.7), (2, -0.8), (3, -4.0)), SURE)
@@ -810,6 +1327,8 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
     found = compare(tied, other, 0.5)
 
     assert ([], 1) == (found.wrong, found.steps)
+    (note,) = program.compared([tied], [other], 0.5)["notes"]
+    assert note.startswith("prompt 0: step 0: tokens 2 and 1 are too near to each other to tell ")
     assert ["step 0: token 2 was chosen, not 1"] == compare(
         answer(SURE), answer((SURE[1], SURE[0], SURE[2])), 0.5
     ).wrong
@@ -818,6 +1337,12 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
 
 def test_an_answer_that_ends_early_is_seen() -> None:
     assert ["1 tokens were said, not 2"] == compare(answer(SURE, SURE), answer(SURE), 0.5).wrong
+
+
+def test_an_answer_that_ends_early_after_a_tie_is_seen() -> None:
+    """Whatever is said, it is as long."""
+    tied = answer(((1, -0.7), (2, -0.8)), SURE, SURE)
+    assert ["1 tokens were said, not 3"] == compare(tied, answer(((2, -0.7), (1, -0.8))), 0.5).wrong
 
 
 def test_an_answer_is_read_from_a_completion() -> None:
@@ -829,6 +1354,47 @@ def test_an_answer_is_read_from_a_completion() -> None:
 
     assert [3] == found.tokens
     assert [3, 2, 5, 4, 1] == [token for token, _ in found.steps[0]]
+
+
+def completion(answer: Answer, said: Sequence[int]) -> dict[str, Any]:
+    """As vLLM tells an answer: the five likeliest, and the token that was said besides."""
+    ranks = [{f"token_id:{token}": value for token, value in step} for step in answer.steps]
+    for token, each in zip(said, ranks, strict=True):
+        each.setdefault(f"token_id:{token}", -25.0)
+    return {"token_ids": list(said), "logprobs": {"top_logprobs": ranks}}
+
+
+@pytest.mark.parametrize("model", PAIR)
+@pytest.mark.parametrize("prompt", range(len(PROMPTS)))
+@pytest.mark.parametrize("wrong", [TOKENS, 1], ids=["all", "the last"])
+def test_a_token_that_is_said_and_is_not_among_the_likeliest_is_seen(
+    model: str, prompt: int, wrong: int
+) -> None:
+    """As of a sampler that takes the wrong one, though all probabilities are right."""
+    right = load()[model][prompt]
+    said = [*right.tokens[: TOKENS - wrong], *range(900, 900 + wrong)]
+
+    found = from_completion(completion(right, said))
+
+    assert said == found.tokens
+    assert {RANKS} == {len(step) for step in found.steps}
+    (fault,) = compare(right, found, EXPECTED_TOLERANCE).wrong
+    assert fault.startswith(f"step {TOKENS - wrong}: token 900 was chosen, which has -25.000, ")
+
+
+def test_a_token_that_is_said_and_has_no_probability_is_seen() -> None:
+    """Another one must not be taken for it."""
+    choice = {"token_ids": [7], "logprobs": {"top_logprobs": [{"token_id:1": -0.1}]}}
+    with pytest.raises(ValueError, match="token 7 was said, and no probability of it is told"):
+        from_completion(choice)
+
+
+def test_a_token_that_the_device_itself_finds_unlikely_is_seen() -> None:
+    """Where the expected ones are too near to each other to tell by them."""
+    tied = answer(((1, -0.7), (2, -0.8)))
+    assert ["step 0: token 9 was chosen, which has -25.000, and token 1 has -0.700"] == compare(
+        tied, answer(((9, -25.0), (1, -0.7), (2, -0.8))), 0.5
+    ).wrong
 
 
 # --- what is judged: memory ----------------------------------------------------------------------
@@ -924,12 +1490,40 @@ def test_a_models_weights_are_what_its_checkpoint_has(model: str) -> None:
     assert 0 < weights_bytes(model) - (len(content) - head) < 0.02 * len(content)
 
 
+@pytest.mark.parametrize("model", PAIR)
+def test_a_models_kv_memory_is_what_its_blocks_take(model: str) -> None:
+    """Keys and values of 128 tokens, in bfloat16, of each layer."""
+    told = json.loads((expected.MODELS / model / "config.json").read_text())
+    values = told["num_hidden_layers"] * told["num_key_value_heads"] * told["head_dim"]
+    assert LEAST_KV_BYTES == BLOCKS * BLOCK * 2 * 2 * values
+
+
+@pytest.mark.parametrize("way", WELL)
+def test_the_servers_own_word_is_not_all_that_is_judged_by(way: Way) -> None:
+    """It may say that there is no KV memory to give back, and then nothing is."""
+    nothing = Cycle(way, "llama", 0, WEIGHTS, AWAKE, seen(2 * HELD, HELD, 1), AWAKE, 0.1)
+    found = cycle_faults(nothing, judges_weights=False)
+    assert "the server says that the model's KV memory is 0.0 MiB; its blocks are 64.0 MiB" in found
+    assert (way != "parked") == any(fault.startswith("0.0 MiB of the device") for fault in found)
+
+
+@pytest.mark.parametrize(("host", "is_seen"), [(1, True), (MIB, True), (WEIGHTS, False)])
+def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) -> None:
+    """All of them."""
+    cycle = replace(WELL["asleep"], away=seen(HELD, 0, host))
+    fault = (
+        f"the server says that {host / MIB:.1f} MiB are in host memory, and the model's weights "
+        "are 2.0 MiB"
+    )
+    assert ([fault] if is_seen else []) == cycle_faults(cycle)
+
+
 def test_a_server_that_counts_wrongly_is_seen() -> None:
     """It says that nothing was given back, or that there is something left."""
     asleep, cold = WELL["asleep"], WELL["cold"]
     assert [
         "the server says that 0.0 MiB were given back; it was 66.0 MiB",
-        "the server does not say that the weights are in host memory",
+        "the server says that 0.0 MiB are in host memory, and the model's weights are 2.0 MiB",
     ] == cycle_faults(replace(asleep, away=seen(HELD)))
     assert ["the server says that an unloaded model holds memory"] == cycle_faults(
         replace(cold, away=seen(HELD, 1))
@@ -1059,6 +1653,36 @@ def test_what_grows_with_use_and_stops_is_no_growth() -> None:
     assert ["threads: 6 more than in the first cycles"] == growth(cycles(late)).faults()
 
 
+@pytest.mark.parametrize("place", range(9))
+def test_a_peak_does_not_hide_a_leak(place: int) -> None:
+    """Nor is it one: a compiler has processes and files for a moment. In any cycle but the last."""
+    peak = {"threads": 200, "descriptors": 400, "memory_bytes": 3000 * MIB}
+    leaking = [
+        {"threads": 20 + n, "descriptors": 90 + 10 * n, "memory_bytes": (500 + 40 * n) * MIB}
+        for n in range(10)
+    ]
+    steady = [leaking[0]] * 10
+
+    def found(figures: list[dict[str, int]]) -> list[str]:
+        figures = [*figures[:place], peak, *figures[place + 1 :]]
+        return growth(cycles([seen(2 * HELD, **each) for each in figures for _ in PAIR])).faults()
+
+    assert ["threads", "open file descriptors", "memory of the processes"] == [
+        fault.partition(":")[0] for fault in found(leaking)
+    ]
+    assert [] == found(steady)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_peak_does_not_hide_a_leak_of_the_device(place: int) -> None:
+    figures = [2 * HELD + 4 * n * MIB for n in range(6)]
+    figures[place] += 500 * MIB
+
+    found = growth(cycles([seen(used) for used in figures for _ in PAIR]))
+
+    assert ["memory of the device in use"] == [each.partition(":")[0] for each in found.faults()]
+
+
 WAIT = "import time; time.sleep(600)"
 
 
@@ -1086,6 +1710,7 @@ class Family:
 def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
     """And memory that processes share is not counted for each."""
     server = Server.__new__(Server)
+    server._below = set()
     server._process = Family(3, Family(4), Family(5, is_gone=True))
     assert Processes(2, 7, 20, 2 * MIB) == server.processes()
 
@@ -1138,7 +1763,10 @@ class FakeServer:
         return self.answers_from[self._model_of.get(model, model)][: len(prompts)]
 
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
-        return {"status": 400, "body": ""}
+        return {"status": 400, "body": NO_LEVEL_2}
+
+    def residency(self, model: str) -> str:
+        return "parked"
 
     def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
         before = seen(self._used)
@@ -1151,6 +1779,57 @@ class FakeServer:
         self.cycles.append((model, way))
         cycle = Cycle(way, model, KV, WEIGHTS, before, away, seen(self._used), 0.1)
         return cycle, self.ask(model, prompts)
+
+
+NO_LEVEL_2 = (
+    '{"error":{"message":"model \'qwen\' has no sleep level 2 on this platform; levels: 1",'
+    '"type":"invalid_request_error","param":"level","code":"invalid_request"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "after", "fault"),
+    [
+        (200, "", "parked", "a sleep of level 2 is not refused"),
+        (
+            400,
+            '{"message": "model \'qwen\' is not loaded"}',
+            "parked",
+            "refused for something else",
+        ),
+        (503, NO_LEVEL_2, "parked", "a sleep of level 2 is not refused"),
+        (400, NO_LEVEL_2, "asleep", "is to change nothing; qwen is asleep"),
+    ],
+)
+def test_only_our_own_refusal_of_level_2_is_one(
+    tmp_path: Path, status: int, body: str, after: str, fault: str
+) -> None:
+    """Not another mistake, and not if the model sleeps all the same."""
+
+    class Other(FakeServer):
+        now = "parked"
+
+        def refused(self, path: str, **_: Any) -> dict[str, Any]:
+            self.now = after
+            return {"status": status, "body": body}
+
+        def residency(self, model: str) -> str:
+            return self.now
+
+    results = Results(tmp_path / "out.jsonl")
+    found = Kind(results, Other(), "eager").no_level_2()  # type: ignore[arg-type]  # see `ran`
+
+    assert fault in found["wrong"][0]
+
+
+async def test_the_refusal_of_level_2_is_the_products() -> None:
+    """On a device that knows level 1 only."""
+    footprint = SimpleNamespace(usage={Residency.ASLEEP: None})
+    qwen = SimpleNamespace(alias="qwen", engine=SimpleNamespace(footprint=footprint))
+    with pytest.raises(InvalidRequest) as refused:
+        await Ladder.sleep(SimpleNamespace(), qwen, 2)  # type: ignore[arg-type]  # asks no more
+    assert str(refused.value) in NO_LEVEL_2
+    assert program.NO_LEVEL_2 in str(refused.value)
 
 
 def ran(server: FakeServer, path: Path) -> list[str]:
@@ -1193,6 +1872,80 @@ def test_the_rehearsal_asks_for_all_that_is_checked(
 
     checks = [json.loads(line)["check"] for line in path.read_text().splitlines()]
     assert test_gaudi_check.CHECKS == checks
+
+
+def keys_of(value: Any) -> set[str]:
+    """Of all that is in it."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+HELD_BY_A_MODEL = {"device_bytes": 1, "host_bytes": 1}
+MODEL = {"residency": "parked", "weights_bytes": 1, "kv_bytes": 1, "held": HELD_BY_A_MODEL}
+STATUS = {
+    "models": dict.fromkeys(PAIR, MODEL),
+    "memory": {
+        "device": {"budget": 1, "used": 1, "base": 1, "others": 1},
+        "host": {"budget": 1, "used": 1},
+    },
+}
+"""As the server's start is told."""
+
+
+def checked_by(name: str, path: Path) -> list[dict[str, Any]]:
+    """A run by somebody of this name; each line of the file."""
+
+    class Whole(FakeServer):
+        def wait(self) -> dict[str, Any]:
+            return STATUS | {"device": asdict(AWAKE.device)}
+
+        def stop(self) -> dict[str, Any]:
+            return {}
+
+        def end(self) -> int:
+            return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGNAME", name)
+        patch.setenv("VLLM_API_KEY", name)
+        patch.setattr(program, "check_packages", lambda: None)
+        patch.setattr(facts, "DEVICE", of_256_mib((1, 257, 1), (1, 257, 257)))
+        patch.setattr(facts, "PLATFORM", "print('hpu vllm_gaudi.platform.HpuPlatform')")
+        patch.setattr(program, "refusal", lambda _: {"told": "", "wrong": []})
+        patch.setattr(program, "Server", lambda *_, **__: Whole())
+        path.unlink(missing_ok=True)
+        assert 0 == program.main([str(path), "--eager-only", "--cycles", "6"])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A run by somebody whose name is no word of the results."""
+    return checked_by("mmueller", tmp_path_factory.mktemp("usual") / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["ok", "memory", "allocated", "wrong", "follows", "check"])
+def test_names_that_are_words_of_the_results_change_nothing(
+    usual: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    """Of a user, and of a secret: the same is decided, and who gets the file can read it."""
+    shape = [(line["check"], line["ok"], keys_of(line)) for line in usual]
+    lines = checked_by(name, tmp_path / "out.jsonl")
+    assert shape == [(line["check"], line["ok"], keys_of(line)) for line in lines]
+
+
+def test_all_keys_of_the_results_are_kept_as_they_are(usual: list[dict[str, Any]]) -> None:
+    """Whoever is called so. Only names of variables may tell of somebody."""
+    for line in usual:
+        line.pop("variables", None)
+    keys = keys_of(usual)
+    assert {"memory_allocated", "grown", "residency", "steps_compared", "vllm-gaudi"} < keys
+
+    lost = [key for key in keys if key not in Blank({"LOGNAME": key, "TOKEN": key}).all({key: 1})]
+
+    assert [] == lost
+    assert {"<user>": 1} == Blank({"LOGNAME": "mmueller"}).all({"mmueller": 1})
 
 
 class Drifting(FakeServer):

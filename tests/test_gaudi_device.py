@@ -21,6 +21,8 @@ if importlib.util.find_spec("habana_frameworks") is None:
 
 from habana_frameworks.torch._device import Books, books
 
+from tests.gaudi_standin.common import held_by_another
+
 
 @pytest.fixture(autouse=True)
 def everything_is_given_back() -> Iterator[None]:
@@ -117,25 +119,13 @@ def test_new_memory_is_not_a_number() -> None:
     assert "True [-1, -1]" == asked(code, FAKEHPU_DIRTY="1").stdout.strip()
 
 
-HOLD = "import sys, torch; made = torch.ones(3, device='hpu'); print('held', flush=True); input()"
-
-
 @pytest.mark.parametrize("question", ["torch.ones(3, device='hpu')", "torch.hpu.mem_get_info()"])
 def test_the_device_is_of_one_process_until_its_end(tmp_path: Path, question: str) -> None:
     """As a Gaudi is: who comes second is refused, and what only imports torch is not second."""
     board = {"FAKEHPU_BOARD": str(tmp_path)}
     code = f"import torch; print(torch.hpu.device_count()); {question}"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD],
-        env={**os.environ, **board},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as first:
-        assert first.stdout is not None
-        assert "held\n" == first.stdout.readline()
+    with held_by_another(tmp_path):
         second = asked(code, **board)
-        first.kill()
 
     assert (1, "1\n") == (second.returncode, second.stdout)
     assert "synStatus=8 [Device not found] Device acquire failed." in second.stderr

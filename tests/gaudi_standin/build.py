@@ -44,7 +44,8 @@ def build(folder: Path) -> None:
     made = to.with_name(f".{to.name}")
     include = (torch / "include", torch / "include/torch/csrc/api/include")
     command = ["g++", *FLAGS, *(f"-I{path}" for path in include), str(source), "-o", str(made)]
-    command += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]
+    command += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Xlinker", "-rpath"]
+    command += ["-Xlinker", str(torch / "lib")]  # -Wl would part it at commas
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BuildError(f"g++ has failed:\n{done.stderr.strip()}")

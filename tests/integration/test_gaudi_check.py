@@ -6,7 +6,6 @@ Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gaudi_standin.common import needs_plugin
 from tests.integration.processes import ROOT
 from tests.rehearsal_results import record
 
@@ -26,10 +26,7 @@ its part of the rehearsal has."""
 pytestmark = [
     pytest.mark.wide,
     pytest.mark.timeout(LIMIT_S + END_LIMIT_S + 30),
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
-        reason="there is no Gaudi plugin and no device for it",
-    ),
+    needs_plugin,
 ]
 
 WAYS = ("parked", "asleep", "cold")

@@ -5,7 +5,6 @@ Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.gaudi_standin.board import held_bytes
+from tests.gaudi_standin.common import needs_plugin
 from tests.gaudi_standin.server import (
     FOX,
     Answer,
@@ -32,10 +32,7 @@ from vllm_hotswap.demo import MODELS
 pytestmark = [
     pytest.mark.wide,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
-        reason="there is no Gaudi plugin and no device for it",
-    ),
+    needs_plugin,
 ]
 
 MODEL = """

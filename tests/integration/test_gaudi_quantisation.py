@@ -6,7 +6,6 @@ which model. Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.gaudi_standin.board import held_bytes
+from tests.gaudi_standin.common import needs_plugin
 from tests.gaudi_standin.server import ask, check_same, post, serving, switch
 from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
@@ -22,10 +22,7 @@ from vllm_hotswap.demo import MODELS
 pytestmark = [
     pytest.mark.wide,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
-        reason="there is no Gaudi plugin and no device for it",
-    ),
+    needs_plugin,
 ]
 
 MODEL = """

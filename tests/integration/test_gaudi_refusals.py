@@ -5,7 +5,6 @@ Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.gaudi_standin.build import SITE as STANDIN
+from tests.gaudi_standin.common import held_by_another, needs_plugin
 from tests.integration.processes import QUICKSTART_MODULE, ROOT
 from tests.ports import free_port
 from vllm_hotswap.demo import MODELS
@@ -23,10 +23,7 @@ from vllm_hotswap.demo import MODELS
 pytestmark = [
     pytest.mark.wide,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
-        reason="there is no Gaudi plugin and no device for it",
-    ),
+    needs_plugin,
 ]
 
 MODEL = f"models: {{llama: {{model: {MODELS / 'llama'}, enforce_eager: true{{more}}}}}}"
@@ -188,27 +185,14 @@ def last_line(
     return [line for line in ran.stderr.splitlines() if line.strip()][-1], ran
 
 
-HOLD = "import torch; made = torch.ones(3, device='hpu'); print('held', flush=True); input()"
-
-
 def test_a_device_that_another_process_has_is_told(tmp_path: Path) -> None:
     """A Gaudi is of one process at a time."""
     config = tmp_path / "models.yaml"
     config.write_text(MODEL.replace("{more}", ""), encoding="utf-8")
     board = tmp_path / "board"
     board.mkdir()
-    environment = {"FAKEHPU_BOARD": str(board)}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD],
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout is not None
-        assert "held\n" == holder.stdout.readline()
-        last, ran = last_line(config, environment)
-        holder.kill()
+    with held_by_another(board):
+        last, ran = last_line(config, {"FAKEHPU_BOARD": str(board)})
 
     assert last == (f"{ERROR}{NO_ACQUIRE}; run hl-smi, which shows whether another process has it")
     assert 0 != ran.returncode

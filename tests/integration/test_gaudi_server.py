@@ -6,7 +6,6 @@ so what a model gives back is compared exactly.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.gaudi_standin.board import Counts, held_bytes, read
+from tests.gaudi_standin.common import needs_plugin
 from tests.gaudi_standin.server import (
     FOX,
     NEAR,
@@ -37,10 +37,7 @@ from vllm_hotswap.demo import MODELS
 pytestmark = [
     pytest.mark.wide,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("habana_frameworks", "vllm_gaudi")),
-        reason="there is no Gaudi plugin and no device for it",
-    ),
+    needs_plugin,
 ]
 
 PAIR = ("llama", "qwen")

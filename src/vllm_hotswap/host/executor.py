@@ -40,6 +40,10 @@ QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
 MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
 
 
+KILLED_S = 10.0
+"""Within which a worker that was killed is to be gone: the kernel gives its memory back first."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadTerms:
     """What an executor cannot be told, because vLLM makes it."""
@@ -147,6 +151,9 @@ class HostedMultiprocExecutor(_Reporting, MultiprocExecutor):  # type: ignore[mi
 
     def shutdown(self) -> None:
         super().shutdown()
+        # vLLM does not wait for workers that it has killed; their memory is not free until then.
+        for worker in getattr(self, "workers", None) or ():
+            worker.proc.join(KILLED_S)
         # vLLM registers `shutdown` for the end of the process, which would keep this object.
         if finalizer := getattr(self, "_finalizer", None):
             finalizer.detach()
