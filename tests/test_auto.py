@@ -335,7 +335,7 @@ def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
     """From the beginning, or after a few comments."""
 
     async def story(server: Server) -> None:
-        watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
+        watching = asyncio.create_task(server.app.router.disconnect_stalled_clients())
         server.host.hold("load", "mistral")
         stream = server.stream("mistral")
         for _ in range(events):
@@ -356,7 +356,7 @@ def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
     """Where nobody can be parked: its deadline is over, and its engine was done long ago."""
 
     async def story(server: Server) -> None:
-        watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
+        watching = asyncio.create_task(server.app.router.disconnect_stalled_clients())
         server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
         stream = await server.start_stream("llama", words=1000)
         other = server.ask("qwen", name="other")
@@ -791,7 +791,7 @@ def test_an_arrival_does_not_end_the_wait_for_requests_that_were_ended(play: Pla
     async def story(server: Server) -> None:
         async def answer_slowly() -> None:
             async with server.coordinator.lease("llama") as lease:
-                await dispatcher.ask(lease)
+                await dispatcher.wait_for_turn(lease)
                 await asyncio.sleep(3)  # its client takes in the error, bit by bit
 
         dispatcher = server.coordinator.dispatcher

@@ -8,7 +8,7 @@ import pytest
 from starlette.types import Message
 
 from vllm_hotswap.errors import AdapterUnavailable, QueueFull
-from vllm_hotswap.exchange import REFUSAL_BYTES, Answer
+from vllm_hotswap.exchange import REFUSAL_BYTES, ResponseRelay
 from vllm_hotswap.refusals import DOOR
 from vllm_hotswap.registry import Lease
 
@@ -36,9 +36,9 @@ class Said:
         self.door = Door()
         self.sent: list[Message] = []
         scope = {"type": "http", "path": "/v1/completions", DOOR: lambda: self.door}
-        self.answer = Answer(scope, self._receive, self._send)
+        self.answer = ResponseRelay(scope, self._receive, self._send)
         self.lease = Lease("llama", 1, None)
-        self.answer.follow(self.lease)
+        self.answer.attach(self.lease)
 
     async def _receive(self) -> Message:
         raise AssertionError("nobody listens")
@@ -68,8 +68,8 @@ async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> N
     await said.body(b"pe")
 
     assert ([], (True, 400)) == (said.sent, (said.lease.is_answered, said.lease.status))
-    await said.answer.give_refusal()
-    await said.answer.give_refusal()
+    await said.answer.send_refusal()
+    await said.answer.send_refusal()
     assert ([400], b"nope") == said.told
     assert ["refused"] == said.door.told
 
@@ -82,7 +82,7 @@ async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> Non
     await said.body(b"words")
 
     assert ([status], b"words") == said.told
-    await said.answer.give_refusal()
+    await said.answer.send_refusal()
     assert noted == said.door.told
 
 
@@ -126,7 +126,7 @@ async def test_a_refusal_of_the_servers_own_waits_as_well() -> None:
     said = Said()
     await said.answer.cut(QueueFull("there is no room", retry_after_s=1))
     assert [] == said.sent
-    await said.answer.give_refusal()
+    await said.answer.send_refusal()
 
     assert [429] == said.told[0]
     assert ["refused"] == said.door.told
@@ -137,7 +137,7 @@ async def test_a_refusal_that_is_cut_is_no_answer() -> None:
     said = Said()
     await said.start(400)
     await said.answer.cut(AdapterUnavailable("llama", "it has failed"))
-    await said.answer.give_refusal()
+    await said.answer.send_refusal()
 
     statuses, body = said.told
     assert [503] == statuses

@@ -144,7 +144,7 @@ def test_a_request_that_comes_in_a_drain_and_is_due_ends_it(play: Play, late: st
         terms = RequestTerms(max_wait_s=2.0)
         began_s = asyncio.get_running_loop().time()
         async with server.coordinator.lease(late, terms) as lease:
-            await server.coordinator.dispatcher.ask(lease)  # type: ignore[union-attr]
+            await server.coordinator.dispatcher.wait_for_turn(lease)  # type: ignore[union-attr]
             waited_s = asyncio.get_running_loop().time() - began_s
 
         assert 200 == (await first).status_code

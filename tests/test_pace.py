@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message
 
-from vllm_hotswap.exchange import Answer
+from vllm_hotswap.exchange import ResponseRelay
 from vllm_hotswap.pace import PER_TURN, Pace, merged, pace_tasks
 from vllm_hotswap.registry import Lease, current_lease
 
@@ -344,7 +344,7 @@ async def test_events_that_are_ready_are_sent_a_few_in_a_turn(
     async def receive() -> Message:
         raise AssertionError("nobody listens")
 
-    answer = Answer({"type": "http"}, receive, note)
+    answer = ResponseRelay({"type": "http"}, receive, note)
     with call(requests):
         for _ in range(MANY):
             await answer.send({"type": "http.response.body", "body": b"", "more_body": True})

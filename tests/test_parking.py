@@ -273,7 +273,7 @@ def test_a_client_that_takes_in_nothing_is_let_go(play: Play) -> None:
     """Its request ends, and its engine is free; one that reads slowly stays."""
 
     async def story(server: Server) -> None:
-        watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
+        watching = asyncio.create_task(server.app.router.disconnect_stalled_clients())
         stuck = await server.start_stream("llama", words=1000)
         slow = await server.start_stream("llama", words=1000)
 

@@ -13,7 +13,7 @@ from tests.conftest import MakeServer
 from tests.support import Server, Stream
 from vllm_hotswap.access import Access
 from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.responses import answered_id
+from vllm_hotswap.responses import response_id_in_body
 from vllm_hotswap.rights import Group, Rights
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings
@@ -377,7 +377,7 @@ def test_answer_names_its_response_in_its_first_piece(
     body: bytes, is_event_stream: bool, expected: str | None
 ) -> None:
     """Whole, or as the first of its events; an error names none."""
-    assert expected == answered_id(body, is_event_stream)
+    assert expected == response_id_in_body(body, is_event_stream)
 
 
 async def test_responses_of_a_model_without_that_api_are_not_looked_for(

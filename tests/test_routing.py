@@ -23,7 +23,7 @@ from tests.walk import Shape, World
 from vllm_hotswap.drain import CUT_GRACE_S
 from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import ClientEvicted, RequestEnded
-from vllm_hotswap.exchange import PARKED_COMMENT, AnswerCut
+from vllm_hotswap.exchange import PARKED_COMMENT, ResponseTruncated
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
@@ -565,7 +565,7 @@ async def test_client_that_does_not_read_cannot_keep_its_model(
 
     switch = await server.switch("qwen", 0)
 
-    with pytest.raises(AnswerCut, match="still running"):
+    with pytest.raises(ResponseTruncated, match="still running"):
         await stream
     assert 1 == switch.json()["requests_cut"]
     assert 0 == server.in_flight["llama"]
@@ -660,7 +660,7 @@ async def test_cut_answer_that_is_no_event_stream_is_broken_off(server: Server) 
 
     await server.switch("qwen", 0)
 
-    with pytest.raises(AnswerCut, match="still running 0 s after a switch to 'qwen'"):
+    with pytest.raises(ResponseTruncated, match="still running 0 s after a switch to 'qwen'"):
         await stream.task
     assert not (await stream.finish()).complete
 
@@ -808,7 +808,7 @@ def mistaken(*_: object) -> None:
     raise ZeroDivisionError("unforeseen")
 
 
-@pytest.mark.parametrize("place", ["media.check_model_body", "routing.Client"])
+@pytest.mark.parametrize("place", ["media.check_model_body", "routing.ClientChannel"])
 async def test_unforeseen_error_is_answered_with_the_error_object(
     server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -1093,7 +1093,7 @@ async def test_request_that_is_admitted_at_once_makes_no_task(server: Server) ->
     answer = await server.stream("llama").finish()
 
     assert answer.is_whole
-    assert [] == [name for name in made if name.startswith("Waiting")]
+    assert [] == [name for name in made if name.startswith("DisconnectWatcher")]
 
 
 # --- deaths ---------------------------------------------------------------------------------

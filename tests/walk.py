@@ -20,7 +20,7 @@ from tests.support import CHAT, OPEN, settled
 from tests.virtual import START_S, VirtualLoop
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.events import Event, RequestEnded, ResidencyChanged, SwitchEnded
-from vllm_hotswap.exchange import AnswerCut
+from vllm_hotswap.exchange import ResponseTruncated
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, ModelPolicy
 from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
@@ -174,7 +174,7 @@ class Call:
         }
         try:
             await app(scope, self._receive, self._send)
-        except AnswerCut:
+        except ResponseTruncated:
             pass
         except Exception as error:  # noqa: BLE001  # whatever it is, it is looked at afterwards
             self.mistake = error
@@ -476,7 +476,7 @@ class World:
         lasting = {
             "resting": self.coordinator.rest_idle_models(),
             "watching": self.coordinator.recovery.watch(),
-            "evicting": self.app.router.let_go_of_stalled_clients(),
+            "evicting": self.app.router.disconnect_stalled_clients(),
         }
         if not self.shape.is_watched:
             lasting.pop("watching").close()

@@ -29,7 +29,7 @@ from vllm_hotswap.rights import (
     read_members,
     read_terms,
 )
-from vllm_hotswap.scheduler import NO_WISH, RequestTerms
+from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
 from vllm_hotswap.settings import Sharing
 
 log = logging.getLogger("vllm_hotswap")
@@ -244,11 +244,13 @@ class Access:
             return f"group {account.group}" if not account.is_admin else "admin"
         return ""
 
-    def terms(self, headers: Headers, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
+    def terms(
+        self, headers: Headers, alias: str, own: RequestTerms = DEFAULT_TERMS
+    ) -> RequestTerms:
         """Return the request's terms, limited by its rights. Raises `InvalidRequest`."""
         asked = read_terms(headers)
-        if asked is NO_WISH and self._others.switch_to is None and not self._members:
-            return NO_WISH
+        if asked is DEFAULT_TERMS and self._others.switch_to is None and not self._members:
+            return DEFAULT_TERMS
         return self.rights(headers).bound(asked, alias, own)
 
     def _check_admin(self, role: Role) -> None:

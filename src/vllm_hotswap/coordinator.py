@@ -67,7 +67,7 @@ from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import Plan
 from vllm_hotswap.recovery import Recovery
 from vllm_hotswap.registry import Lease, Model, ModelPolicy, Registry
-from vllm_hotswap.scheduler import NO_WISH, RequestTerms
+from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
 from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency, ServerState, Step, SwitchPhase
 from vllm_hotswap.switch import Switch, SwitchResult
@@ -102,7 +102,7 @@ class Coordinator:
     - `_switch`: the switch under way, if any, with the requests held for its target;
     - `_host_down`: why there is no engine host now, until there is one again;
     - `_ended`: why the server has stopped serving for good, if it has;
-    - `_orders`: explicit switch calls that wait for an automatic switch to end;
+    - `_explicit_calls`: explicit switch calls that wait for an automatic switch to end;
     - leases of each model in the registry. Residencies change through `ladder`, and `recovery`
       counts failures.
 
@@ -152,7 +152,7 @@ class Coordinator:
         self._is_started = False
         self._given_up: asyncio.Future[str] | None = None
         self._last_switch_s = 1.0
-        self._orders = 0
+        self._explicit_calls = 0
         self.switches = 0
         """Switches that have ended."""
         self.switches_failed = 0
@@ -285,7 +285,7 @@ class Coordinator:
             _refuse_failed_adapters(model)
         self._is_started = True
         self.foresight.switched(first)
-        self._is_activated(first)
+        self._notify_activated(first)
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
         # Concurrently: the host makes the next engine while this process builds a frontend.
@@ -436,11 +436,11 @@ class Coordinator:
 
     async def _rest_active(self) -> None:
         """Put the active model to sleep, or unload it; the next request brings one up."""
-        if self._place_to_rest() is None:
+        if self._idle_residency() is None:
             return
         async with self.ladder.turn():
             # Check again: a request or a switch may have come while this waited for the turn.
-            model, to = self._active, self._place_to_rest()
+            model, to = self._active, self._idle_residency()
             if model is not None and to is not None:
                 # Before the await below: no request may be admitted to a model on its way down.
                 self._active, self._is_resting = None, True
@@ -450,7 +450,7 @@ class Coordinator:
                 await self.ladder.move_down(model, to)
                 model.last_used_s = last_used_s  # a later idle policy counts from the last use
 
-    def _place_to_rest(self) -> Residency | None:
+    def _idle_residency(self) -> Residency | None:
         if self._active is None or self._why_down is not None:
             return None
         return self.ladder.resting_place(self._active, self._idle_s())
@@ -471,20 +471,20 @@ class Coordinator:
     async def lease(
         self,
         alias: str | None,
-        terms: RequestTerms = NO_WISH,
-        look_at: Callable[[Lease], Awaitable[None]] | None = None,
+        terms: RequestTerms = DEFAULT_TERMS,
+        preview: Callable[[Lease], Awaitable[None]] | None = None,
     ) -> AsyncIterator[Lease]:
         """Hold a model, `alias` or the active one, while the body runs.
 
         Entering may wait for the switch under way. In the mode `auto` it does not: instead, the
-        body has to wait for its turn (`Lease.ask`) before it gives anything to the engine. When
-        its lease is cut (`Lease.on_cut`), the body has `CUT_GRACE_S` to end before its task is
-        cancelled.
+        body has to wait for its turn (`Lease.wait_for_turn`) before it gives anything to the
+        engine. When its lease is cut (`Lease.on_cut`), the body has `CUT_GRACE_S` to end before its
+        task is cancelled.
 
         Args:
             alias: the model, by any of its names; None for the active one.
             terms: the request's terms for its turn, in the mode `auto`.
-            look_at: called in the mode `auto` if the model has never been loaded, so that no
+            preview: called in the mode `auto` if the model has never been loaded, so that no
                 frontend can check the request yet. Then entering waits for its turn.
 
         Raises:
@@ -492,9 +492,9 @@ class Coordinator:
             SwitchNotAllowed, EngineUnavailable: the request is not admitted.
         """
         lease = await (
-            self._take_in(alias, terms)
+            self._enter_manual(alias, terms)
             if self.dispatcher is None
-            else self._let_in(alias, terms, look_at)
+            else self._enter_auto(alias, terms, preview)
         )
         lease.name = alias
         try:
@@ -507,7 +507,7 @@ class Coordinator:
         own_s = model.policy.max_wait_s
         return self._settings.max_wait if own_s is None else own_s
 
-    def meant(self, alias: str | None) -> Model:
+    def resolve_target(self, alias: str | None) -> Model:
         """Return the model that a request is for: by the name in the request, if it has one.
 
         Raises `UnknownModel`, `AdapterUnavailable`.
@@ -527,16 +527,16 @@ class Coordinator:
         if requests == 1:
             yield
             return
-        model = self.meant(alias)
+        model = self.resolve_target(alias)
         if model.in_flight + requests > self._limits.in_flight:
             raise self._too_many(model)
-        model.further += requests - 1
+        model.extra_requests += requests - 1
         try:
             yield
         finally:
-            model.further -= requests - 1
+            model.extra_requests -= requests - 1
 
-    async def _take_in(self, alias: str | None, terms: RequestTerms) -> Lease:
+    async def _enter_manual(self, alias: str | None, terms: RequestTerms) -> Lease:
         arrived_s, epoch = self._clock(), self._epoch
         held = self._admit(alias)
         lease = held if isinstance(held, Lease) else await self._wait(held)
@@ -544,30 +544,30 @@ class Coordinator:
         lease.terms = terms
         return lease
 
-    async def _let_in(
+    async def _enter_auto(
         self,
         alias: str | None,
         terms: RequestTerms,
-        look_at: Callable[[Lease], Awaitable[None]] | None,
+        preview: Callable[[Lease], Awaitable[None]] | None,
     ) -> Lease:
         assert self.dispatcher is not None
         if self._why_down is not None:
             raise EngineUnavailable(self._why_down)
-        model = self.meant(alias)
+        model = self.resolve_target(alias)
         lease = self.dispatcher.enter(model, terms)
         if model.engine.routes is None:
-            await self._wait_for_frontend(model, lease, look_at)
+            await self._wait_for_frontend(model, lease, preview)
         return lease
 
     async def _wait_for_frontend(
-        self, model: Model, lease: Lease, look_at: Callable[[Lease], Awaitable[None]] | None
+        self, model: Model, lease: Lease, preview: Callable[[Lease], Awaitable[None]] | None
     ) -> None:
         assert self.dispatcher is not None
         try:
-            if look_at is not None:
-                await look_at(lease)
+            if preview is not None:
+                await preview(lease)
             if model.engine.routes is None:
-                await self.dispatcher.ask(lease)
+                await self.dispatcher.wait_for_turn(lease)
             if lease.cut is not None:
                 raise lease.cut
         except BaseException:
@@ -704,7 +704,7 @@ class Coordinator:
             SwitchFailed, EngineUnavailable.
         """
         target = self.registry.resolve(alias)
-        await self._until_ordered(target)
+        await self._wait_for_automatic_switch(target)
         # No await from here to `_begin`, or two calls could each begin a switch.
         if self._why_down is not None:
             raise EngineUnavailable(self._why_down)
@@ -728,15 +728,15 @@ class Coordinator:
             raise SwitchInProgress(switch.target.alias, alias, switch.operation_id)
         return await _result(switch)
 
-    async def _until_ordered(self, target: Model) -> None:
+    async def _wait_for_automatic_switch(self, target: Model) -> None:
         """Wait for an automatic switch to another target; no further automatic one begins."""
-        self._orders += 1
+        self._explicit_calls += 1
         try:
             while (switch := self._switch) and switch.automatic and switch.target is not target:
                 assert switch.task is not None
                 await asyncio.wait([switch.task])
         finally:
-            self._orders -= 1
+            self._explicit_calls -= 1
             if self.dispatcher is not None:
                 # Later: now, `advance` could begin an automatic switch before this call's own.
                 asyncio.get_running_loop().call_soon(self.dispatcher.advance)
@@ -744,7 +744,7 @@ class Coordinator:
     @property
     def can_switch(self) -> bool:
         """Whether the server may switch by itself now, and may admit requests."""
-        if self._switch is not None or self._why_down is not None or self._orders:
+        if self._switch is not None or self._why_down is not None or self._explicit_calls:
             return False
         if self.jobs.model not in (None, self.active):
             return False  # the model that jobs hold is being brought up, or back
@@ -759,10 +759,10 @@ class Coordinator:
         switch.automatic, switch.may_park, switch.drain_until_s = True, may_park, drain_until_s
         return switch
 
-    def look_at_drain(self) -> None:
+    def recheck_drain(self) -> None:
         """Make a drain that is under way ask again until when it may wait."""
         if self._switch is not None and self._switch.source is not None:
-            drain.look_again(self._switch.source)
+            drain.recheck(self._switch.source)
 
     async def hold(
         self, alias: str, owner: str, ttl_s: float, note: str = "", key: str = ""
@@ -806,7 +806,7 @@ class Coordinator:
                 return self._finish(switch)
         except BaseException as error:
             # Also if it was cancelled while it waited for the turn, or during the rollback.
-            raise self._give_up_switch(switch, error) from error
+            raise self._fail_switch(switch, error) from error
 
     async def _take_over(self, switch: Switch) -> None:
         target = switch.target
@@ -902,7 +902,7 @@ class Coordinator:
         """Wait for the source's requests, but not for WebSockets that have become idle.
 
         `until_s` returns until when, on the loop's clock. It is called again after every wake-up;
-        `look_at_drain` causes one.
+        `recheck_drain` causes one.
         """
         now_s = asyncio.get_running_loop().time
         while True:
@@ -940,7 +940,7 @@ class Coordinator:
         self._epoch = epoch
         self._active, self._is_resting = target, False
         if target.is_verified:
-            self._serve_on(target)
+            self._serve(target)
 
     async def _verify(self, target: Model) -> None:
         """Check that the target generates what it should, before it serves requests."""
@@ -948,14 +948,14 @@ class Coordinator:
             await self.ladder.told(target, "verify", target.engine.verify())
             refuse_failed(target)  # it may have died while this waited
         target.is_verified = True
-        self._serve_on(target)
+        self._serve(target)
 
-    def _serve_on(self, target: Model) -> None:
+    def _serve(self, target: Model) -> None:
         self._last_active = target
         self.recovery.succeeded()
         self._resume(target)
 
-    def _is_activated(self, model: Model) -> None:
+    def _notify_activated(self, model: Model) -> None:
         """In the mode `auto`, admit requests that wait for this model, which is active now."""
         if self.dispatcher is not None:
             self.dispatcher.scheduler.leased_until_s = self._held_until_s
@@ -984,7 +984,7 @@ class Coordinator:
         if self.dispatcher is not None:
             assert switch.turn_s is not None
             self.dispatcher.switched(switch, self._clock() - switch.turn_s - switch.drain_s)
-        self._is_activated(switch.target)
+        self._notify_activated(switch.target)
         return SwitchResult(
             operation_id=switch.operation_id,
             epoch=self._epoch,
@@ -1004,7 +1004,7 @@ class Coordinator:
             evicted=switch.evicted,
         )
 
-    def _give_up_switch(self, switch: Switch, cause: BaseException) -> BaseException:
+    def _fail_switch(self, switch: Switch, cause: BaseException) -> BaseException:
         """Fail the requests that wait for the target; return the error for the switch's caller."""
         self._switch = None
         failed: SwitchFailed | EngineUnavailable
@@ -1020,7 +1020,7 @@ class Coordinator:
         if self.dispatcher is not None and not isinstance(cause, DrainRefused):
             self.dispatcher.failed(switch, failed)
         if self._active is not None:
-            self._is_activated(self._active)
+            self._notify_activated(self._active)
         elif self.dispatcher is not None:
             self.dispatcher.advance()
         if isinstance(cause, DrainRefused):
@@ -1056,7 +1056,7 @@ class Coordinator:
                 # The host may step the target already although its result was lost.
                 await self.ladder.told(source, "activate", source.engine.activate(self._epoch))
         except Exception as error:  # noqa: BLE001  # recovery tries again
-            await self._lose(source, one_line(error))
+            await self._abandon_source(source, one_line(error))
             return
         if source.is_verified:
             self._resume(source)
@@ -1072,7 +1072,7 @@ class Coordinator:
         if not source.is_verified:
             await self._verify(source)
 
-    async def _lose(self, source: Model, cause: str) -> None:
+    async def _abandon_source(self, source: Model, cause: str) -> None:
         """Leave no model active, as the source could not be brought back; recovery follows."""
         log.error("event=source_lost model=%s cause=%r", value_text(source.alias), cause)
         self._active = None
@@ -1245,7 +1245,7 @@ class Coordinator:
     def turn(self) -> asyncio.Lock:
         return self.ladder.turn()
 
-    def host_is_back(self) -> None:
+    def host_restarted(self) -> None:
         self._host_down = None
         self._host.died.add_done_callback(self._host_died)
 
@@ -1256,7 +1256,7 @@ class Coordinator:
             switch = self._begin(self._last_active, 0.0, "abort")
         await _result(switch)
 
-    def is_not_back(self) -> None:
+    def recovery_attempt_failed(self) -> None:
         if self.dispatcher is not None:
             self.dispatcher.advance()
 

@@ -78,7 +78,7 @@ class Switching(Protocol):
     ) -> Switch:
         """Switch without aborting requests."""
 
-    def look_at_drain(self) -> None:
+    def recheck_drain(self) -> None:
         """Make a drain that is under way ask again until when it may wait."""
 
 
@@ -151,7 +151,7 @@ class Dispatcher:
             SwitchFailed: the model could not be brought up a moment ago.
         """
         alias, now_s = model.alias, self._clock()
-        if refused := self._not_allowed(alias, terms):
+        if refused := self._switch_refusal(alias, terms):
             raise refused
         self._refuse_while_it_fails(model, now_s)
         if model.in_flight >= self._limits.in_flight:
@@ -164,14 +164,14 @@ class Dispatcher:
             self._refuse_if_full(model)
         lease = Lease(alias, self._server.epoch, asyncio.current_task())
         lease.terms = terms
-        self._let_in(model, lease)
+        self._register(model, lease)
         return lease
 
-    def _let_in(self, model: Model, lease: Lease) -> Ticket:
+    def _register(self, model: Model, lease: Lease) -> Ticket:
         """Give the lease a ticket, as if its request arrived now; it asks for its turn later."""
         lease.arrived_s = now_s = self._clock()
         lease.ticket = ticket = self.scheduler.ticket(model.alias, now_s, lease.terms)
-        lease.ask, lease.admitted_s = partial(self._ask_at_the_door, lease), None
+        lease.wait_for_turn, lease.admitted_s = partial(self._wait_or_cancel, lease), None
         self._leases[ticket] = (lease, None)
         model.entered[lease] = None
         return ticket
@@ -187,9 +187,9 @@ class Dispatcher:
             self._leave(lease)
             model.leases.pop(lease)
             lease.settle()
-            self._let_in(model, lease)
+            self._register(model, lease)
 
-    def _not_allowed(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
+    def _switch_refusal(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
         """Return why a request may not wait for the model, if waiting would cause a switch."""
         coming = self._server.target or self._server.active or self._server.last_active
         if terms.may_switch or alias == coming:
@@ -204,10 +204,10 @@ class Dispatcher:
         return model.alias == self._server.active and self._server.can_switch
 
     def _refuse_if_full(self, model: Model) -> None:
-        if error := self._full(model):
+        if error := self._queue_full_refusal(model):
             raise error
 
-    def _full(self, model: Model) -> QueueFull | None:
+    def _queue_full_refusal(self, model: Model) -> QueueFull | None:
         if self.scheduler.waiting < self._settings.max_waiting:
             return None
         return QueueFull(
@@ -224,7 +224,7 @@ class Dispatcher:
         runs_s = self.scheduler.service_s(active) if active else 0.0
         return max(1, math.ceil(runs_s + self._cost_s(active, model.alias)))
 
-    async def ask(self, lease: Lease, tokens: int = 0) -> None:
+    async def wait_for_turn(self, lease: Lease, tokens: int = 0) -> None:
         """Wait until it is the request's turn, or the request has been cut or timed out."""
         ticket = lease.ticket
         assert ticket is not None
@@ -236,7 +236,7 @@ class Dispatcher:
         # A WebSocket may have been open for long: its wait counts from now, not from its opening.
         if future is None and lease.is_connection:
             self._forget(ticket)
-            ticket = self._let_in(self._registry.model(lease.alias), lease)
+            ticket = self._register(self._registry.model(lease.alias), lease)
         if future is None:  # one request of a client may be several of the engine's
             future = self._begin_to_wait(lease, ticket, tokens)
         if future is not None:
@@ -247,8 +247,8 @@ class Dispatcher:
             if not future.done():
                 self._time_out(lease)
 
-    async def _ask_at_the_door(self, lease: Lease, tokens: int) -> None:
-        await self.ask(lease, tokens)
+    async def _wait_or_cancel(self, lease: Lease, tokens: int) -> None:
+        await self.wait_for_turn(lease, tokens)
         if lease.cut is not None:
             raise asyncio.CancelledError(lease.cut.message)
         if lease.admitted_s is None:  # a leftover task of a request that is over
@@ -262,9 +262,9 @@ class Dispatcher:
         lease.prepared_s = now_s - lease.arrived_s
         ticket.tokens = tokens
         model = self._registry.model(lease.alias)
-        refused: Cut | None = self._not_allowed(lease.alias, lease.terms)
+        refused: Cut | None = self._switch_refusal(lease.alias, lease.terms)
         if not self._is_served_now(model):
-            refused = refused or self._full(model) or self._charge(lease)
+            refused = refused or self._queue_full_refusal(model) or self._charge(lease)
         if refused is not None:
             drain.end([lease], refused)
             return None
@@ -273,7 +273,7 @@ class Dispatcher:
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leases[ticket] = (lease, future)
-        self._server.look_at_drain()  # this request may be due before the drain's deadline
+        self._server.recheck_drain()  # this request may be due before the drain's deadline
         self.advance()
         if not future.done() and lease.on_wait is not None:
             lease.on_wait()
@@ -351,7 +351,7 @@ class Dispatcher:
             return
         self._cancel_timer()
         if not self.scheduler.is_empty:
-            self._obey(self._decide())
+            self._execute(self._decide())
 
     def _decide(self) -> Decision:
         try:
@@ -370,7 +370,7 @@ class Dispatcher:
         )
         self.scheduler.policy = batch(self._policy_settings)
 
-    def _obey(self, decision: Decision) -> None:
+    def _execute(self, decision: Decision) -> None:
         match decision:
             case SwitchTo():
                 target = self._registry.model(decision.alias)
@@ -380,19 +380,19 @@ class Dispatcher:
                     self._clock(),
                     self._settings.drain_timeout,
                 )
-                if (detour := self._detour(target)) is None:
+                if (first := self._model_to_serve_first(target)) is None:
                     self._server.begin_switch(target, until_s)
-                elif (fails_until_s := self._fails_until_s(detour)) > self._clock():
-                    self._leave_alone(target.alias, fails_until_s)
+                elif (fails_until_s := self._fails_until_s(first)) > self._clock():
+                    self._back_off(target.alias, fails_until_s)
                     self.advance()
                 else:
                     # Do not park requests for it: the parked models could take turns forever.
-                    self._server.begin_switch(detour, until_s, may_park=False)
+                    self._server.begin_switch(first, until_s, may_park=False)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
 
-    def _detour(self, target: Model) -> Model | None:
+    def _model_to_serve_first(self, target: Model) -> Model | None:
         """Return the model to serve first, if `target` needs the memory of its parked requests."""
         passed_by = (target.alias, self._server.active)
         busy = [m for m in self._registry if m.parked and m.alias not in passed_by]
@@ -423,7 +423,7 @@ class Dispatcher:
         if self._is_closed:
             return
         self._failures.pop(alias, None)
-        self._refuse_who_may_not_switch()
+        self._refuse_unpermitted_switches()
         now_s = self._clock()
         try:
             admitted = self.scheduler.activate(alias, now_s)
@@ -433,10 +433,10 @@ class Dispatcher:
         self._admit(admitted)
         self.advance()
 
-    def _refuse_who_may_not_switch(self) -> None:
+    def _refuse_unpermitted_switches(self) -> None:
         """Refuse waiting requests that may not cause a switch back to their model."""
         for lease, future in list(self._leases.values()):
-            if future is not None and (why := self._not_allowed(lease.alias, lease.terms)):
+            if future is not None and (why := self._switch_refusal(lease.alias, lease.terms)):
                 self._end([lease], why)
 
     def switched(self, switch: Switch, cost_s: float) -> None:
@@ -460,11 +460,11 @@ class Dispatcher:
         until_s = self._clock() + pause_s
         self._failures[alias] = (count, until_s)
         # Parked requests wait for the next attempt: a client could not start them again.
-        self._leave_alone(alias, until_s)
+        self._back_off(alias, until_s)
         waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
         self._end(waiting, error)
 
-    def _leave_alone(self, alias: str, until_s: float) -> None:
+    def _back_off(self, alias: str, until_s: float) -> None:
         self.scheduler.pause(alias, until_s)
         asyncio.get_running_loop().call_later(until_s - self._clock(), self.advance)
 

@@ -19,7 +19,7 @@ CUT_GRACE_S = 5.0
 async def until_empty(model: Model, timeout_s: float | None) -> None:
     """Wait until no request of the model runs, or for `timeout_s` at most, if there is one.
 
-    Parked requests do not count as running. `look_again` ends the wait, too.
+    Parked requests do not count as running. `recheck` ends the wait, too.
     """
     if not is_running(model) or (timeout_s is not None and timeout_s <= 0):
         return
@@ -34,12 +34,12 @@ async def until_ended(model: Model) -> None:
     """Wait for requests that `end` has aborted, for twice `CUT_GRACE_S` at most."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + 2 * CUT_GRACE_S
-    # A loop: `look_again` may end `until_empty` early, and says nothing about these requests.
+    # A loop: `recheck` may end `until_empty` early, and says nothing about these requests.
     while is_running(model) and (left_s := deadline_s - loop.time()) > 0:
         await until_empty(model, left_s)
 
 
-def look_again(model: Model) -> None:
+def recheck(model: Model) -> None:
     """Wake the caller that waits in `until_empty`, so that it checks its deadline again."""
     if model.emptied is not None and not model.emptied.done():
         model.emptied.set_result(None)
@@ -51,7 +51,7 @@ def release(model: Model, lease: Lease) -> None:
     lease.settle()
     model.leases.pop(lease, None)
     if not is_running(model):
-        look_again(model)
+        recheck(model)
 
 
 def is_running(model: Model) -> bool:

@@ -1,8 +1,8 @@
 """The messages between one request's client and the application that answers it.
 
-`Waiting` listens to the client while the request is held. `Client` is what the application
-receives from, `Answer` what it sends to. Together they ensure that a response which is cut says
-so, over HTTP and over WebSockets.
+`DisconnectWatcher` listens to the client while the request is held. `ClientChannel` is what the
+application receives from, `ResponseRelay` what it sends to. Together they ensure that a response
+which is cut says so, over HTTP and over WebSockets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REFUSAL_BYTES = 8 << 10
 """The longest body of an application's refusal that is set aside; a longer one is sent at once."""
 
 
-class AnswerCut(Exception):
+class ResponseTruncated(Exception):
     """A response was cut after its first byte, and cannot say so itself.
 
     It is not an event stream, or its client does not read. When this leaves the application, the
@@ -49,7 +49,7 @@ class AnswerCut(Exception):
     """
 
 
-class Waiting:
+class DisconnectWatcher:
     """Listens to a client while its request is held, and cancels the request if the client leaves.
 
     A request that is admitted at once stops this before its task first yields to the event loop.
@@ -61,7 +61,7 @@ class Waiting:
         self._receive = receive
         self._request = asyncio.current_task()
         self._listening: asyncio.Task[None] | None = None
-        self._begin = asyncio.get_running_loop().call_soon(self._held)
+        self._begin = asyncio.get_running_loop().call_soon(self._start_listening)
         self.heard: list[Message] = []
         """Messages that came during the wait; the application must get them."""
         self.client_left = False
@@ -80,7 +80,7 @@ class Waiting:
         if self._listening is not None:
             self._listening.cancel()
 
-    def _held(self) -> None:
+    def _start_listening(self) -> None:
         self._listening = asyncio.create_task(self._listen())
 
     async def _listen(self) -> None:
@@ -91,7 +91,7 @@ class Waiting:
             self._request.cancel()
 
 
-class Client:
+class ClientChannel:
     """The application's `receive`: first what was read already, then the client's disconnect.
 
     An application whose lease is cut gets a disconnect. vLLM listens for that and aborts the
@@ -105,7 +105,7 @@ class Client:
         body: bytes | None,
         heard: list[Message],
         lease: Lease,
-        answer: Answer,
+        answer: ResponseRelay,
     ) -> None:
         self._disconnect = f"{scope['type']}.disconnect"
         self._receive = receive
@@ -165,10 +165,10 @@ def _pieces(scope: Scope, body: bytes) -> Iterator[bytes]:
         yield body[start : start + size]
 
 
-class Answer:
+class ResponseRelay:
     """Relays a response and tracks its state, so that a cut can be reported in the right form.
 
-    A refusal by the application is set aside, and sent by `give_refusal` when its lease is over.
+    A refusal by the application is set aside, and sent by `send_refusal` when its lease is over.
     Until then the response may be complete without having started.
     """
 
@@ -198,13 +198,13 @@ class Answer:
         """The server's own refusal, in place of a response."""
         self._commenting: asyncio.Task[None] | None = None
 
-    def follow(self, lease: Lease) -> None:
+    def attach(self, lease: Lease) -> None:
         """Follow this lease from now on."""
         self.lease = lease
         lease.kept_waiting_s = self.kept_waiting_s
-        lease.on_park = self._parked
-        lease.on_wait = self._waits
-        lease.on_admit = self._admitted
+        lease.on_park = self._on_park
+        lease.on_wait = self._on_wait
+        lease.on_admit = self._on_admit
 
     async def begin_event_stream(self) -> None:
         """Start the response before its application does.
@@ -216,23 +216,23 @@ class Answer:
             "status": 200,
             "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
         }
-        if await self._may_say(start):
-            await self._tell(start)
+        if await self._may_continue(start):
+            await self._forward(start)
         self.is_ahead = True
 
     async def send(self, message: Message) -> None:
         """Relay a message of the application: this is its `send`."""
-        if not await self._may_say(message):
+        if not await self._may_continue(message):
             return
         if self._refusal or self._is_refusal(message):
             await self._set_aside(message)
             return
         self._note(message)
-        rest = self._go_on_with(message) if self.is_ahead else message
+        rest = self._buffer_error(message) if self.is_ahead else message
         if rest is not None:
-            await self._tell(rest)
+            await self._forward(rest)
 
-    async def _may_say(self, message: Message) -> bool:
+    async def _may_continue(self, message: Message) -> bool:
         """Wait until the response may continue; return False if it has been cut."""
         if self.sent % PER_TURN == PER_TURN - 1:
             await give_back()  # a large request may have many events ready, in one task
@@ -244,45 +244,45 @@ class Answer:
                 return False  # what an application sends after a cut is not the response
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 self.lease.status = message["status"]
-        self._speak()
+        self._stop_comments()
         return True
 
     def _note(self, start: Message) -> None:
         """Note whether the client is served, or refused within a stream that has started."""
         if start["type"] == "websocket.accept":
             let_in(self._scope)
-        elif start["type"] == "http.response.start" and not self._has_left:
+        elif start["type"] == "http.response.start" and not self._has_client_left:
             if start["status"] < 300:
                 let_in(self._scope)
             elif 400 <= start["status"] < CLIENT_LEFT:
                 note_refusal(self._scope)
 
     @property
-    def _has_left(self) -> bool:
+    def _has_client_left(self) -> bool:
         return self.lease is not None and self.lease.client_left
 
     def _is_refusal(self, message: Message) -> bool:
         """Whether it starts a response that reports a mistake of the client."""
         if message["type"] != "http.response.start" or self.is_ahead or self.lease is None:
             return False
-        return 400 <= message["status"] < CLIENT_LEFT and not self._has_left
+        return 400 <= message["status"] < CLIENT_LEFT and not self._has_client_left
 
     async def _set_aside(self, message: Message) -> None:
         self._refusal.append(message)
         self._refusal_bytes += len(message.get("body", b""))
         if self._refusal_bytes > REFUSAL_BYTES:
             note_refusal(self._scope)
-            await self._tell_refusal()
+            await self._forward_refusal()
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             assert self.lease is not None
             self.complete = self.lease.is_answered = True
 
-    async def _tell_refusal(self) -> None:
+    async def _forward_refusal(self) -> None:
         messages, self._refusal = self._refusal, []
         for message in messages:
-            await self._tell(message)
+            await self._forward(message)
 
-    async def give_refusal(self) -> None:
+    async def send_refusal(self) -> None:
         """Send the refusal, if there is one, after the wait that refused requests have.
 
         Call it once the lease has ended.
@@ -293,15 +293,15 @@ class Answer:
         elif self._refusal:
             self.on_body = None
             await hold_back(self._scope)
-            await self._tell_refusal()
+            await self._forward_refusal()
 
-    async def _tell(self, message: Message) -> None:
+    async def _forward(self, message: Message) -> None:
         match message["type"]:
             case "http.response.start":
                 message = self._with_headers(message)
                 self.is_event_stream = _content_type(message).startswith(b"text/event-stream")
             case "http.response.body":
-                self._look_at(message)
+                self._track(message)
             case "websocket.accept" | "websocket.http.response.start":
                 self.started = True
             case "websocket.close":
@@ -312,7 +312,7 @@ class Answer:
         if self.complete and self.lease is not None:
             self.lease.is_answered = True
 
-    def _go_on_with(self, message: Message) -> Message | None:
+    def _buffer_error(self, message: Message) -> Message | None:
         """Return what is left to send of a message, where the response started ahead of it."""
         if message["type"] == "http.response.start":
             if _content_type(message).startswith(b"text/event-stream"):
@@ -326,7 +326,7 @@ class Answer:
             return None
         return {"type": "http.response.body", "body": openai.answer_event(bytes(self._instead))}
 
-    def _speak(self) -> None:
+    def _stop_comments(self) -> None:
         """Stop comments while the application sends, unless its request is frozen."""
         if self.lease is None or not self.lease.is_frozen:
             self.close()
@@ -361,20 +361,20 @@ class Answer:
             return start
         return {**start, "headers": [*start.get("headers", ()), *_headers(self.lease)]}
 
-    def _parked(self) -> None:
-        self._begin_to_comment(PARKED_COMMENT)
+    def _on_park(self) -> None:
+        self._start_comments(PARKED_COMMENT)
 
-    def _waits(self) -> None:
+    def _on_wait(self) -> None:
         assert self.lease is not None
-        self._begin_to_comment(f": waiting for {self.lease.alias}\n\n".encode())
+        self._start_comments(f": waiting for {self.lease.alias}\n\n".encode())
 
-    def _admitted(self) -> None:
+    def _on_admit(self) -> None:
         """Report its turn in a comment, if it had to wait: its headers were sent before that."""
         if self._commenting is not None and self.lease is not None:
-            told = " ".join(f"{name}={value}" for name, value in _turn(self.lease).items())
-            self._begin_to_comment(f": served {told}\n\n".encode(), is_last=True)
+            report = " ".join(f"{name}={value}" for name, value in _turn(self.lease).items())
+            self._start_comments(f": served {report}\n\n".encode(), is_last=True)
 
-    def _begin_to_comment(self, comment: bytes, is_last: bool = False) -> None:
+    def _start_comments(self, comment: bytes, is_last: bool = False) -> None:
         self.close()  # there may be an older one
         self._commenting = asyncio.create_task(self._comment(comment, is_last))
 
@@ -395,7 +395,7 @@ class Answer:
             self._commenting.cancel()
             self._commenting = None
 
-    def _look_at(self, body: Message) -> None:
+    def _track(self, body: Message) -> None:
         self.complete = not body.get("more_body", False)
         if self.is_event_stream and (text := body.get("body")):
             self._is_between_events = text.endswith(b"\n\n")
@@ -404,7 +404,7 @@ class Answer:
             on_body(body["body"])
 
     @property
-    def can_tell(self) -> bool:
+    def can_report(self) -> bool:
         """Whether the response can still report an error."""
         can_go_on = self.is_event_stream or self._scope["type"] == "websocket"
         return not self.complete and (can_go_on or not self.started)
@@ -413,7 +413,7 @@ class Answer:
         """End the response with an explicit error, however much of it has been sent.
 
         A client that does not read must not keep its lease, for which a drain waits. Where nothing
-        has been sent, `give_refusal` sends a refusal.
+        has been sent, `send_refusal` sends a refusal.
         """
         self.close()
         self._refusal.clear()
@@ -422,11 +422,11 @@ class Answer:
             return
         try:
             async with asyncio.timeout(LAST_SEND_S):
-                await self._say(cause)
+                await self._send_error(cause)
         except TimeoutError:
-            raise AnswerCut(cause.message) from None
+            raise ResponseTruncated(cause.message) from None
 
-    async def _say(self, cause: HotswapError) -> None:
+    async def _send_error(self, cause: HotswapError) -> None:
         if not self.started:
             await openai.tell(cause, self._scope, self._receive, self._send)
         elif self._scope["type"] == "websocket":
@@ -435,7 +435,7 @@ class Answer:
             event = openai.error_event(cause, request_of(self._scope)[1])
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
-            raise AnswerCut(cause.message)
+            raise ResponseTruncated(cause.message)
 
     async def refuse(self, error: HotswapError) -> None:
         """Send an error as the whole response."""

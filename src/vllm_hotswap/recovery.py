@@ -42,13 +42,13 @@ class Recoverable(Protocol):
     def turn(self) -> AbstractAsyncContextManager[object]:
         """Exclusive use of the host: entered once no other operation uses it."""
 
-    def host_is_back(self) -> None:
+    def host_restarted(self) -> None:
         """Note that there is a host again, with nothing loaded."""
 
     async def bring_back(self) -> None:
         """Make the last active model the active one. Raises `HotswapError`."""
 
-    def is_not_back(self) -> None:
+    def recovery_attempt_failed(self) -> None:
         """Note a failed attempt; until the next one, another model may be tried."""
 
     def give_up(self, why: str) -> None:
@@ -162,7 +162,7 @@ class Recovery:
                 self.host_died(why)  # starts no second task: this one tries again
                 raise
             self.restarts += 1
-            self._server.host_is_back()
+            self._server.host_restarted()
         took_s = self._clock() - started_s
         self._observer.notify(HostRestarted(self._server.epoch, self.restarts, took_s))
 
@@ -177,7 +177,7 @@ class Recovery:
         self.failure, self.is_degraded = one_line(error), True
         event = ServiceDegraded(self._server.epoch, self.failure, self._backoff_s())
         self._observer.notify(event)
-        self._server.is_not_back()
+        self._server.recovery_attempt_failed()
 
     def _backoff_s(self) -> float:
         """Return 0 before the first attempt, then 1, 2, 4 ... seconds while attempts come often."""

@@ -29,7 +29,7 @@ from vllm_hotswap.errors import (
 from vllm_hotswap.events import RequestResult
 from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.scheduler import NO_WISH, RequestTerms, Ticket
+from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms, Ticket
 from vllm_hotswap.states import Residency, Step, WakeProgress, advance
 
 Cut = (
@@ -109,10 +109,10 @@ class Lease:
     """Timer that ends a parked request."""
     countdowns: dict[str, Countdown] = field(default_factory=dict)
     """By request id, for those of `requests` whose first output is still to come."""
-    ask: Callable[[int], Awaitable[None]] | None = None
+    wait_for_turn: Callable[[int], Awaitable[None]] | None = None
     """Called, with the number of tokens it needs, before its engine gets anything of it: in the
     mode `auto` it waits there for its turn. None: it has had its turn."""
-    terms: RequestTerms = NO_WISH
+    terms: RequestTerms = DEFAULT_TERMS
     """What the request asks for, limited by its rights."""
     ticket: Ticket | None = None
     """Its place in the queue, in the mode `auto`."""
@@ -175,7 +175,7 @@ class Lease:
         """Give it its turn."""
         self.switched = epoch - self.epoch
         self.epoch = self.first_epoch = epoch
-        self.admitted_s, self.ask = now_s, None
+        self.admitted_s, self.wait_for_turn = now_s, None
         if self.on_admit is not None:
             self.on_admit()
 
@@ -347,7 +347,7 @@ class Model:
     """Leases of its requests, in the order of their admission."""
     entered: dict[Lease, None] = field(default_factory=dict)
     """Requests in the mode `auto` that its frontend prepares, or that wait for their turn."""
-    further: int = 0
+    extra_requests: int = 0
     """Engine requests beyond one for each of its requests."""
     emptied: asyncio.Future[None] | None = None
     """Done when the last lease has ended; a drain of the model waits for it."""
@@ -395,7 +395,7 @@ class Model:
     @property
     def in_flight(self) -> int:
         """Engine requests of all requests that hold a lease, or will."""
-        return len(self.leases) + len(self.entered) + self.further
+        return len(self.leases) + len(self.entered) + self.extra_requests
 
     def in_flight_as(self, name: str) -> int:
         """Requests that hold a lease, or will, and name the model this way."""
@@ -416,7 +416,7 @@ class Registry:
             alias: _model(alias, engine, policies.get(alias, ModelPolicy()))
             for alias, engine in engines.items()
         }
-        self._further = {
+        self._additional_names = {
             name: model for model in self._models.values() for name in model.engine.aliases
         }
 
@@ -431,7 +431,7 @@ class Registry:
     def names(self) -> list[str]:
         """Every name that a request may use."""
         adapters = [name for model in self for name in model.engine.adapters]
-        return [*self._models, *self._further, *adapters]
+        return [*self._models, *self._additional_names, *adapters]
 
     def resolve(self, name: str) -> Model:
         """The model that a request for this name goes to; for an adapter, its base model.
@@ -448,7 +448,7 @@ class Registry:
 
     def owner(self, name: str) -> Model:
         """The model with this alias, additional name or adapter. Raises `UnknownModel`."""
-        model = self._models.get(name) or self._further.get(name)
+        model = self._models.get(name) or self._additional_names.get(name)
         if model is None:
             model = next((model for model in self if name in model.engine.adapters), None)
         if model is None:

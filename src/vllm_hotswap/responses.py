@@ -15,7 +15,7 @@ from collections.abc import Callable
 from vllm_hotswap import model_field
 from vllm_hotswap.engines.base import Responses
 from vllm_hotswap.errors import InvalidRequest, ResponseEnded, UnknownResponse, one_line
-from vllm_hotswap.exchange import Answer
+from vllm_hotswap.exchange import ResponseRelay
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.registry import Lease, Model, Registry
@@ -29,7 +29,7 @@ _READ = re.compile(r"/v1/responses/([^/]+)/?")
 _CANCEL = re.compile(r"/v1/responses/([^/]+)/cancel/?")
 
 
-def named_response(method: str, path: str) -> str | None:
+def response_id_in_path(method: str, path: str) -> str | None:
     """Return the id of the response that a request names, if it names nothing else."""
     pattern = {"GET": _READ, "POST": _CANCEL}.get(method)
     match = pattern.fullmatch(path) if pattern is not None else None
@@ -52,7 +52,9 @@ def owner_of(registry: Registry, response_id: str, alias: str | None, most: int)
     return owner
 
 
-def alias_that_goes_on(registry: Registry, previous: str | None, alias: str | None) -> str | None:
+def alias_of_previous_response(
+    registry: Registry, previous: str | None, alias: str | None
+) -> str | None:
     """Return the model for a request that may continue an earlier response, which fixes its model.
 
     Args:
@@ -95,7 +97,7 @@ class Owners:
 
     def check(self, response_id: str, account: Account, alias: str | None) -> None:
         """Check that a caller may read, continue or cancel a response. Raises `UnknownResponse`."""
-        if not self._is_of(response_id, account):
+        if not self._is_owned_by(response_id, account):
             raise UnknownResponse(response_id, alias, self._most)
 
     def check_new(self, response_id: str, account: Account) -> None:
@@ -104,7 +106,7 @@ class Owners:
         Raises:
             InvalidRequest: another owner's response has it, and would be overwritten.
         """
-        if response_id in self._names and not self._is_of(response_id, account):
+        if response_id in self._names and not self._is_owned_by(response_id, account):
             raise InvalidRequest(
                 f"request_id {response_id!r} is in use; send another one, or none", "request_id"
             )
@@ -120,50 +122,50 @@ class Owners:
                 if kept is not None:
                     kept.forget(oldest)
 
-    def let_go(self, response_id: str, responses: Responses) -> None:
+    def forget(self, response_id: str, responses: Responses) -> None:
         """Forget the owner once the request is over, unless the response is kept."""
         if response_id not in responses and response_id not in responses.running:
             self._names.pop(response_id, None)
 
-    def _is_of(self, response_id: str, account: Account) -> bool:
+    def _is_owned_by(self, response_id: str, account: Account) -> bool:
         return self._names.get(response_id, EVERYBODY.name) == account.name
 
 
-class Following:
+class ResponseFollower:
     """A request of the Responses API that follows the work on a response, and may outlive it."""
 
     def __init__(
         self,
         responses: Responses,
         lease: Lease,
-        answer: Answer,
-        noted: Callable[[str], None] = lambda _: None,
+        answer: ResponseRelay,
+        on_named: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._responses = responses
-        self._noted = noted
+        self._on_named = on_named
         """Called with the id of the response, once the body names it."""
         self._lease = lease
         self._answer = answer
         self.response_id = ""
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
-        """The work, whose end calls `_has_ended`."""
+        """The work, whose end calls `_on_work_done`."""
         self._is_over = False
 
-    def begin_with_answer(self) -> None:
+    def follow_named_response(self) -> None:
         """Follow the response that the body will name, if it is worked on in the background."""
-        self._answer.on_body = self._answered
+        self._answer.on_body = self._on_first_body
 
     def begin(self, response_id: str) -> None:
         """Follow a kept response."""
         self.response_id = response_id
         self._task = self._responses.running.get(response_id)
         if self._task is not None:
-            self._task.add_done_callback(self._has_ended)
+            self._task.add_done_callback(self._on_work_done)
         else:
-            self._has_ended(None)
+            self._on_work_done(None)
 
-    async def outlast(self) -> None:
+    async def wait_until_done(self) -> None:
         """Return when the work has ended, by itself or because the lease was cut."""
         if self._lease.work is not None and not self._lease.work.done():
             await asyncio.wait([self._lease.work])
@@ -174,36 +176,36 @@ class Following:
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None and not self._task.done():
-            self._task.remove_done_callback(self._has_ended)
+            self._task.remove_done_callback(self._on_work_done)
 
-    def _answered(self, body: bytes) -> None:
+    def _on_first_body(self, body: bytes) -> None:
         running = self._responses.running
-        response_id = answered_id(body, self._answer.is_event_stream)
+        response_id = response_id_in_body(body, self._answer.is_event_stream)
         if response_id is None:
             return
         self.response_id = response_id
-        self._noted(response_id)
+        self._on_named(response_id)
         if response_id in running:
             self._lease.work = running[response_id]
             self.begin(response_id)
 
-    def _has_ended(self, task: asyncio.Task[object] | None) -> None:
+    def _on_work_done(self, task: asyncio.Task[object] | None) -> None:
         self._responses.settle(self.response_id, self._why(task))
         if not self._is_over:
-            self._look_at_stream_later()
+            self._check_stream_later()
 
-    def _look_at_stream_later(self) -> None:
+    def _check_stream_later(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(STREAM_GRACE_S, self._look_at_stream)
+        self._timer = loop.call_later(STREAM_GRACE_S, self._check_stream)
 
-    def _look_at_stream(self) -> None:
+    def _check_stream(self) -> None:
         """End a stream that would not end by itself.
 
         vLLM's stream waits for `response.completed`, which a failed or cancelled response never
         gets. A slow client still gets everything that there is.
         """
         if self._answer.is_sending:
-            self._look_at_stream_later()
+            self._check_stream_later()
         elif not self._answer.complete:
             self._lease.end(ResponseEnded(self.response_id))
 
@@ -217,7 +219,7 @@ class Following:
         return "processing failed; see the server log"
 
 
-def answered_id(body: bytes, is_event_stream: bool) -> str | None:
+def response_id_in_body(body: bytes, is_event_stream: bool) -> str | None:
     """Return the id of the response whose body begins with `body`."""
     if not is_event_stream:
         return model_field.from_json(body, "id")

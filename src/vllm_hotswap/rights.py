@@ -14,7 +14,7 @@ from typing import Protocol
 
 from vllm_hotswap.errors import ConfigError, InvalidRequest
 from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.scheduler import NO_WISH, RequestTerms
+from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
 
 DEFAULT = "default"
 """The group of all callers that are in no other one."""
@@ -51,7 +51,9 @@ class Rights:
     def may_switch_to(self, alias: str) -> bool:
         return self.switch_to is None or alias in self.switch_to
 
-    def bound(self, asked: RequestTerms, alias: str, own: RequestTerms = NO_WISH) -> RequestTerms:
+    def bound(
+        self, asked: RequestTerms, alias: str, own: RequestTerms = DEFAULT_TERMS
+    ) -> RequestTerms:
         """Return the terms that a request for a model gets.
 
         `own` are the terms of its model; asking for more never makes a request worse off.
@@ -133,7 +135,7 @@ def read_terms(headers: Headers) -> RequestTerms:
         InvalidRequest: a header has an invalid value; the message names it.
     """
     priority, wait = _one(headers, PRIORITY_HEADER), _one(headers, MAX_WAIT_HEADER)
-    terms = NO_WISH
+    terms = DEFAULT_TERMS
     if priority is not None:
         if not _PRIORITY.fullmatch(priority) or abs(int(priority)) > HIGHEST_PRIORITY:
             raise _wrong(PRIORITY_HEADER, priority, "a whole number from -100 to 100")

@@ -31,7 +31,13 @@ from vllm_hotswap.errors import (
     Unforeseen,
     WrongTask,
 )
-from vllm_hotswap.exchange import Answer, AnswerCut, Client, Waiting, uncancel
+from vllm_hotswap.exchange import (
+    ClientChannel,
+    DisconnectWatcher,
+    ResponseRelay,
+    ResponseTruncated,
+    uncancel,
+)
 from vllm_hotswap.helpers import Bounds
 from vllm_hotswap.json_scan import MAX_TEXT_BYTES, TooLong
 from vllm_hotswap.limits import Bodies, ClientGone, HeldBody, text_bytes
@@ -40,20 +46,20 @@ from vllm_hotswap.model_routes import WEBSOCKET, request_of
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
 from vllm_hotswap.registry import Lease, Model, current_lease
-from vllm_hotswap.responses import Following, Owners
+from vllm_hotswap.responses import Owners, ResponseFollower
 from vllm_hotswap.rights import Account
-from vllm_hotswap.scheduler import NO_WISH, RequestTerms
+from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
 from vllm_hotswap.settings import LimitsConfig, Sharing
 from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import Turns, at_once
 
 BODY_METHODS = frozenset(["POST", "PUT", "PATCH", "DELETE"])
 
-BEGUN_AHEAD = frozenset(["/v1/chat/completions", "/v1/completions"])
+STREAMS_STARTED_EARLY = frozenset(["/v1/chat/completions", "/v1/completions"])
 """Routes whose event streams may start before their model has a frontend."""
 
 
-class Refused(Exception):
+class PreviewRejected(Exception):
     """A request is refused with a response that a model's preview has written."""
 
     def __init__(self, answer: Response) -> None:
@@ -62,7 +68,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class RequestDetails:
     """What a request asks of its model, besides the model's name."""
 
     is_stream: bool
@@ -93,11 +99,11 @@ class Router:
         self._prefix_cache = prefix_cache
         self.bodies = Bodies(self._limits)
         self.owners = Owners(self._registry, self._limits.kept_responses)
-        self._answers: set[Answer] = set()
+        self._answers: set[ResponseRelay] = set()
         self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = Answer(scope, receive, send)
+        answer = ResponseRelay(scope, receive, send)
         self._answers.add(answer)
         account = self._access.account(Headers(scope=scope))
         try:
@@ -105,14 +111,14 @@ class Router:
                 refusal = await self._take(scope, receive, answer, held, account)
             if refusal is not None:  # after its body was released: it may have to wait
                 await answer.refuse(refusal)
-            await answer.give_refusal()
+            await answer.send_refusal()
         except ClientGone:
             pass
         except ClientDisconnected:
             raise  # uvicorn's, of a websocket, which uvicorn handles
         except Exception as error:
-            if isinstance(error, AnswerCut) or not answer.can_tell:
-                await answer.give_refusal()
+            if isinstance(error, ResponseTruncated) or not answer.can_report:
+                await answer.send_refusal()
                 raise  # the HTTP server logs it, and closes the connection
             log_of_clients.exception("event=request_failed code=internal_error")
             await answer.cut(Unforeseen())
@@ -123,7 +129,12 @@ class Router:
                 self._rates.spend(account, lease.prompt_tokens + lease.output_tokens)
 
     async def _take(
-        self, scope: Scope, receive: Receive, answer: Answer, held: HeldBody, account: Account
+        self,
+        scope: Scope,
+        receive: Receive,
+        answer: ResponseRelay,
+        held: HeldBody,
+        account: Account,
     ) -> HotswapError | None:
         """Serve the request. Return what to refuse it with, if nothing was sent."""
         method, path = request_of(scope)
@@ -134,8 +145,8 @@ class Router:
             fields = await self._fields(scope, path, body)
             held.weigh(await self._weight(path, body), fields.values)
             alias = _model_of(scope, fields)
-            owner, terms = None, NO_WISH
-            if response_id := responses.named_response(method, path):
+            owner, terms = None, DEFAULT_TERMS
+            if response_id := responses.response_id_in_path(method, path):
                 self.owners.check(response_id, account, alias)
                 owner = responses.owner_of(
                     self._registry, response_id, alias, self._limits.kept_responses
@@ -143,13 +154,13 @@ class Router:
             else:
                 if path == responses.PATH:
                     self._check_owner(fields, account, alias)
-                    alias = responses.alias_that_goes_on(
+                    alias = responses.alias_of_previous_response(
                         self._registry, fields.previous_response_id, alias
                     )
                 self._check_route(alias, method, path)
                 terms = self._terms(scope, alias)
                 requests = asked.requests_of(path, fields.members, self._limits)
-                are_strict = self._coordinator.meant(alias).engine.are_tools_strict
+                are_strict = self._coordinator.resolve_target(alias).engine.are_tools_strict
                 asked.check_grammar(fields.members, self._limits, are_strict)
                 terms = replace(terms, charge=partial(self._rates.switch, account))
                 self._rates.take(account)  # last: what is refused above does not count
@@ -157,11 +168,11 @@ class Router:
         except HotswapError as error:
             return error
         if owner is not None and response_id:
-            await self._visit(owner, response_id, scope, receive, body, answer)
+            await self._serve_kept_response(owner, response_id, scope, receive, body, answer)
             return None
         sent = None if method == WEBSOCKET else body
-        asking = Asking(fields.stream, requests, account, fields.request_id)
-        refusal = await self._route(scope, receive, answer, alias, sent, terms, asking)
+        details = RequestDetails(fields.stream, requests, account, fields.request_id)
+        refusal = await self._route(scope, receive, answer, alias, sent, terms, details)
         if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
             self._rates.give_back(account)  # the server was full, or the model never became active
         return refusal
@@ -207,10 +218,10 @@ class Router:
             return at_once(text_bytes(body))
         return await self._turns.run(text_bytes(body))
 
-    async def let_go_of_stalled_clients(self) -> None:
+    async def disconnect_stalled_clients(self) -> None:
         """Until cancelled, end requests whose clients have stopped reading."""
         timeout_s = self._limits.client_timeout
-        before: dict[Answer, int] = {}
+        before: dict[ResponseRelay, int] = {}
         while True:
             await asyncio.sleep(timeout_s)
             sending = {answer: answer.sent for answer in self._answers if answer.is_sending}
@@ -220,22 +231,22 @@ class Router:
                     drain.end([answer.lease], ClientStalled(timeout_s))
             before = sending
 
-    async def _visit(
+    async def _serve_kept_response(
         self,
         owner: Model,
         response_id: str,
         scope: Scope,
         receive: Receive,
         body: bytes,
-        answer: Answer,
+        answer: ResponseRelay,
     ) -> None:
         """Serve a kept response from its frontend, whether or not the engine is active."""
         keeper = owner.engine.responses
         assert keeper is not None
         lease = Lease(owner.alias, self._coordinator.epoch, asyncio.current_task())
-        answer.follow(lease)
-        client = Client(scope, receive, body, [], lease, answer)
-        following = Following(keeper, lease, answer)
+        answer.attach(lease)
+        client = ClientChannel(scope, receive, body, [], lease, answer)
+        following = ResponseFollower(keeper, lease, answer)
         following.begin(response_id)
         try:
             await self._answer(lease, scope, client, answer)
@@ -247,35 +258,35 @@ class Router:
         self,
         scope: Scope,
         receive: Receive,
-        answer: Answer,
+        answer: ResponseRelay,
         alias: str | None,
         body: bytes | None,
         terms: RequestTerms,
-        asking: Asking,
+        details: RequestDetails,
     ) -> HotswapError | None:
         """Serve the request with its model. Return what to refuse it with, if nothing was sent."""
-        waiting = Waiting(scope, receive)
+        waiting = DisconnectWatcher(scope, receive)
         try:
-            look_at = None
+            preview = None
             is_redirected = scope["path"].endswith("/")  # by the application
             if body and scope["method"] == "POST" and not is_redirected:
-                look_at = partial(self._look_at, scope, body, answer, asking.is_stream)
-            with self._coordinator.reserved(alias, asking.requests):
-                async with self._coordinator.lease(alias, terms, look_at) as lease:
+                preview = partial(self._preview, scope, body, answer, details.is_stream)
+            with self._coordinator.reserved(alias, details.requests):
+                async with self._coordinator.lease(alias, terms, preview) as lease:
                     await waiting.end()  # first: two tasks must not receive from the client at once
-                    lease.calls = asking.requests
-                    lease.cache_salt = self._access.cache_salt(asking.account, self._prefix_cache)
-                    lease.account = asking.account.name
-                    if asking.account.is_bounded:
+                    lease.calls = details.requests
+                    lease.cache_salt = self._access.cache_salt(details.account, self._prefix_cache)
+                    lease.account = details.account.name
+                    if details.account.is_bounded:
                         lease.engine_share = self._limits.engine_share
                     lease.grammar_timeout_s = self._limits.grammar_timeout
                     lease.grammar_bounds = self._grammar_bounds
                     lease.is_connection = scope["type"] == "websocket"
-                    answer.follow(lease)
-                    client = Client(scope, receive, body, waiting.heard, lease, answer)
+                    answer.attach(lease)
+                    client = ClientChannel(scope, receive, body, waiting.heard, lease, answer)
                     with _noting_errors(lease):
-                        await self._serve(lease, scope, client, answer, asking)
-        except Refused as refusal:
+                        await self._serve(lease, scope, client, answer, details)
+        except PreviewRejected as refusal:
             await waiting.end()
             await refusal.answer(scope, receive, answer.send)
         except asyncio.CancelledError:
@@ -297,8 +308,8 @@ class Router:
             waiting.stop()
         return None
 
-    async def _look_at(
-        self, scope: Scope, body: bytes, answer: Answer, is_stream: bool, lease: Lease
+    async def _preview(
+        self, scope: Scope, body: bytes, answer: ResponseRelay, is_stream: bool, lease: Lease
     ) -> None:
         """Preview a request whose model has to be loaded before there is a frontend for it.
 
@@ -308,19 +319,24 @@ class Router:
         Raises:
             Refused: its error shows without loading anything.
         """
-        answer.follow(lease)
+        answer.attach(lease)
         engine = self._registry.model(lease.alias).engine
         _, path = request_of(scope)
         content_type = Headers(scope=scope).get("content-type", "")
         previewed = await engine.preview(path, content_type, body)
         if previewed.refusal is not None and lease.cut is None:
             lease.status = previewed.refusal.status_code
-            raise Refused(previewed.refusal)
-        if previewed.is_accepted and path in BEGUN_AHEAD and is_stream:
+            raise PreviewRejected(previewed.refusal)
+        if previewed.is_accepted and path in STREAMS_STARTED_EARLY and is_stream:
             await answer.begin_event_stream()
 
     async def _serve(
-        self, lease: Lease, scope: Scope, client: Receive, answer: Answer, asking: Asking
+        self,
+        lease: Lease,
+        scope: Scope,
+        client: Receive,
+        answer: ResponseRelay,
+        details: RequestDetails,
     ) -> None:
         """Let the model answer, and keep it until all work that it has accepted is done."""
         method, path = request_of(scope)
@@ -329,22 +345,24 @@ class Router:
         if keeper is None or path != responses.PATH:
             await self._answer(lease, scope, client, answer)
             return
-        following = Following(
-            keeper, lease, answer, lambda found: self.owners.note(found, asking.account)
+        following = ResponseFollower(
+            keeper, lease, answer, lambda found: self.owners.note(found, details.account)
         )
-        following.begin_with_answer()
-        if asking.request_id:
-            self.owners.check_new(asking.request_id, asking.account)
-            self.owners.note(asking.request_id, asking.account)
+        following.follow_named_response()
+        if details.request_id:
+            self.owners.check_new(details.request_id, details.account)
+            self.owners.note(details.request_id, details.account)
         try:
             await self._answer(lease, scope, client, answer)
-            await following.outlast()
+            await following.wait_until_done()
         finally:
             following.stop()
-            for name in filter(None, (asking.request_id, following.response_id)):
-                self.owners.let_go(name, keeper)
+            for name in filter(None, (details.request_id, following.response_id)):
+                self.owners.forget(name, keeper)
 
-    async def _answer(self, lease: Lease, scope: Scope, receive: Receive, answer: Answer) -> None:
+    async def _answer(
+        self, lease: Lease, scope: Scope, receive: Receive, answer: ResponseRelay
+    ) -> None:
         """Run the model's application; if its lease is cut, tell the client."""
         app = self._registry.model(lease.alias).engine.app
         current_lease.set(lease)
@@ -373,7 +391,7 @@ class Router:
 
     def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
         """Return what the request may ask for. Raises `InvalidRequest` for an invalid header."""
-        model = self._coordinator.meant(alias)
+        model = self._coordinator.resolve_target(alias)
         own = RequestTerms(model.policy.priority, self._coordinator.max_wait_s(model))
         return self._access.terms(Headers(scope=scope), model.alias, own)
 

@@ -54,7 +54,7 @@ class RequestTerms:
     `RateLimited` if it must not wait."""
 
 
-NO_WISH = RequestTerms()
+DEFAULT_TERMS = RequestTerms()
 
 
 @dataclass(eq=False, slots=True)
@@ -82,7 +82,7 @@ MOST_OUTDATED = 64
 
 
 @dataclass(eq=False, slots=True)
-class _Line:
+class _ModelQueue:
     """One model's waiting and running requests, with what a snapshot says about them."""
 
     terms: ModelTerms
@@ -182,10 +182,12 @@ class Scheduler:
     """
 
     def __init__(self, models: Iterable[ModelTerms], policy: Policy, cost_s: CostEstimate) -> None:
-        self._lines = {terms.alias: _Line(terms, position) for position, terms in enumerate(models)}
+        self._queues = {
+            terms.alias: _ModelQueue(terms, position) for position, terms in enumerate(models)
+        }
         self.policy = policy
         self._cost_s = cost_s
-        self._active: _Line | None = None
+        self._active: _ModelQueue | None = None
         self._since_s = 0.0
         self._arrivals = 0
         self._queued = 0
@@ -193,7 +195,7 @@ class Scheduler:
         """Until when the active model is held for a job."""
 
     def __repr__(self) -> str:
-        waiting = {alias: len(line.waiting) for alias, line in self._lines.items() if line.waiting}
+        waiting = {alias: len(line.waiting) for alias, line in self._queues.items() if line.waiting}
         return f"<Scheduler active={self.active} waiting={waiting}>"
 
     @property
@@ -208,25 +210,25 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests that wait, for any model; parked ones do not count."""
-        return self._queued - sum(line.parked for line in self._lines.values())
+        return self._queued - sum(line.parked for line in self._queues.values())
 
     def waiting_for(self, alias: str) -> int:
-        line = self._lines[alias]
+        line = self._queues[alias]
         return len(line.waiting) - line.parked
 
     def queue(self, alias: str) -> list[Ticket]:
         """Return the requests that wait for the model, in order."""
-        return list(self._lines[alias].waiting.values())
+        return list(self._queues[alias].waiting.values())
 
     def service_s(self, alias: str) -> float:
         """Seconds that a request of the model took lately, from its admission to its end."""
-        return self._lines[alias].service_s
+        return self._queues[alias].service_s
 
     # --- what happens -------------------------------------------------------------------------
 
-    def ticket(self, alias: str, now_s: float, asked: RequestTerms = NO_WISH) -> Ticket:
+    def ticket(self, alias: str, now_s: float, asked: RequestTerms = DEFAULT_TERMS) -> Ticket:
         """Return a place for a request that has arrived; it counts from `enter` on."""
-        terms = self._lines[alias].terms
+        terms = self._queues[alias].terms
         self._arrivals += 1
         wait_s = terms.max_wait_s if asked.max_wait_s is None else asked.max_wait_s
         priority = terms.priority if asked.priority is None else asked.priority
@@ -237,7 +239,7 @@ class Scheduler:
 
         During a switch none is: pass `is_open=False` then.
         """
-        line = self._lines[ticket.alias]
+        line = self._queues[ticket.alias]
         if is_open and line is self._active and not self._queued:
             self._begin(line, ticket, now_s)
             return True
@@ -249,7 +251,7 @@ class Scheduler:
 
         `counts` says whether its time is typical of how long requests of the model take.
         """
-        line = self._lines[ticket.alias]
+        line = self._queues[ticket.alias]
         if ticket.order in line.waiting:
             self._take(line, ticket)
         elif ticket.admitted_s is not None:
@@ -260,7 +262,7 @@ class Scheduler:
 
     def served(self, alias: str, took_s: float) -> None:
         """Note how long a request of the model took, from its admission on."""
-        line = self._lines[alias]
+        line = self._queues[alias]
         line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
         line.view = None
 
@@ -270,7 +272,7 @@ class Scheduler:
         Each is due after its longest wait, but after `at_most_s` at the latest.
         """
         for ticket in tickets:
-            line = self._lines[ticket.alias]
+            line = self._queues[ticket.alias]
             line.end(ticket)
             ticket.is_parked, ticket.admitted_s = True, None
             wait_s = min(ticket.max_wait_s, at_most_s)
@@ -282,7 +284,7 @@ class Scheduler:
 
         These are as many as the policy would let it serve, all that are due, and at least one.
         """
-        self._active, self._since_s = self._lines[alias], now_s
+        self._active, self._since_s = self._queues[alias], now_s
         self._active.paused_until_s = 0.0
         self.costs_changed()
         return [*self._resume(self._active, now_s), *self._admit_some(self._active, now_s)]
@@ -294,11 +296,11 @@ class Scheduler:
 
     def pause(self, alias: str, until_s: float) -> None:
         """Do not switch to a model before that."""
-        self._lines[alias].paused_until_s = until_s
+        self._queues[alias].paused_until_s = until_s
 
     def costs_changed(self) -> None:
         """Note that the cost estimate may have changed."""
-        for line in self._lines.values():
+        for line in self._queues.values():
             line.view = None
 
     def advance(self, now_s: float) -> tuple[list[Ticket], Decision]:
@@ -318,7 +320,7 @@ class Scheduler:
 
         Ask again after every arrival: a new request may be due earlier.
         """
-        lines = [line for line in self._lines.values() if line.waiting]
+        lines = [line for line in self._queues.values() if line.waiting]
         due_s = min((max(line.due_s(), line.paused_until_s) for line in lines), default=NEVER)
         return switch.drain_until_s(began_s, drain_timeout_s, due_s)
 
@@ -329,7 +331,7 @@ class Scheduler:
         own = self._view(active) if active is not None and active.waiting else None
         others = tuple(
             line.view or self._view(line)
-            for line in self._lines.values()
+            for line in self._queues.values()
             if line.waiting and line is not active and line.paused_until_s <= now_s
         )
         return Snapshot(now_s, self._active_view(), own, others)
@@ -349,7 +351,7 @@ class Scheduler:
             leased_until_s=self.leased_until_s,
         )
 
-    def _view(self, line: _Line) -> QueueView:
+    def _view(self, line: _ModelQueue) -> QueueView:
         if line.view is None:
             count, first = len(line.waiting), line.first()
             active, alias = self.active, line.terms.alias
@@ -373,7 +375,7 @@ class Scheduler:
 
     # --- admission ----------------------------------------------------------------------------
 
-    def _admit_some(self, line: _Line, now_s: float) -> list[Ticket]:
+    def _admit_some(self, line: _ModelQueue, now_s: float) -> list[Ticket]:
         if not line.waiting:
             return []
         snapshot = self.snapshot(now_s)
@@ -385,7 +387,7 @@ class Scheduler:
                 admitted = []
         return admitted or self._admit(line, now_s, line.first().order + 1)
 
-    def _admit(self, line: _Line, now_s: float, before: int | None) -> list[Ticket]:
+    def _admit(self, line: _ModelQueue, now_s: float, before: int | None) -> list[Ticket]:
         """Admit requests that came before `before` (None: all), and all up to the last due one."""
         if before is not None:
             before = max(before, line.last_due(now_s) + 1)
@@ -397,7 +399,7 @@ class Scheduler:
             admitted.append(ticket)
         return admitted
 
-    def _resume(self, line: _Line, now_s: float) -> Sequence[Ticket]:
+    def _resume(self, line: _ModelQueue, now_s: float) -> Sequence[Ticket]:
         if not line.parked:
             return []
         resumed = [ticket for ticket in line.waiting.values() if ticket.is_parked]
@@ -406,14 +408,14 @@ class Scheduler:
             self._begin(line, ticket, now_s)
         return resumed
 
-    def _put(self, line: _Line, ticket: Ticket) -> None:
+    def _put(self, line: _ModelQueue, ticket: Ticket) -> None:
         line.put(ticket)
         self._queued += 1
 
-    def _take(self, line: _Line, ticket: Ticket) -> None:
+    def _take(self, line: _ModelQueue, ticket: Ticket) -> None:
         line.take(ticket)
         self._queued -= 1
 
-    def _begin(self, line: _Line, ticket: Ticket, now_s: float) -> None:
+    def _begin(self, line: _ModelQueue, ticket: Ticket, now_s: float) -> None:
         ticket.admitted_s, ticket.is_parked = now_s, False
         line.begin(ticket)

@@ -480,7 +480,7 @@ async def _serve(
             coordinator.rest_idle_models(),
             coordinator.watch_device(),
             coordinator.recovery.watch(),
-            app.router.let_go_of_stalled_clients(),
+            app.router.disconnect_stalled_clients(),
         ):
             exits.callback(asyncio.create_task(lasting).cancel)
         if listener.refresher is not None:

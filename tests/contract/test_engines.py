@@ -219,7 +219,7 @@ async def test_a_request_that_is_given_up_at_the_door_leaves_nothing(host: Engin
         at_the_door.set()
         await asyncio.Event().wait()
 
-    lease = Lease("qwen", 11, None, ask=wait_for_ever)
+    lease = Lease("qwen", 11, None, wait_for_turn=wait_for_ever)
     asked = asyncio.create_task(complete_under(lease, qwen))
     await asyncio.wait_for(at_the_door.wait(), 10)
     asked.cancel()

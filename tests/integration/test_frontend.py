@@ -131,7 +131,7 @@ async def test_what_cannot_be_encoded_is_refused_before_it_waits(
     async def ask(tokens: int) -> None:
         asked_for.append(tokens)
 
-    lease = Lease("llama", 1, None, ask=ask)
+    lease = Lease("llama", 1, None, wait_for_turn=ask)
     current_lease.set(lease)
 
     with pytest.raises(VLLMClientError, match=why):

@@ -71,7 +71,7 @@ class StampedCore:
             lease.requests.add(request.request_id)  # vLLM's frontend knows it already
             if lease.alias != self._alias:
                 raise WrongStamp(lease.alias, self._alias)
-            if lease.ask is not None or lease.calls > 1 or lease.engine_share < 1:
+            if lease.wait_for_turn is not None or lease.calls > 1 or lease.engine_share < 1:
                 await self._until_its_turn(lease, request)
             if lease.cut is not None:  # while the request was being tokenised
                 self._leave(request.request_id)
@@ -101,8 +101,8 @@ class StampedCore:
         self._held.add(request.request_id)
         if self._pace is not None:
             await self._pace.wait()
-        if lease.ask is not None:
-            await lease.ask(_most_tokens(request))
+        if lease.wait_for_turn is not None:
+            await lease.wait_for_turn(_most_tokens(request))
         if self._share is not None and lease.engine_share < 1 and self._is_held(request):
             tokens = _prompt_tokens(request)
             lease.held_back += 1

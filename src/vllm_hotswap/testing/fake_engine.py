@@ -326,8 +326,8 @@ class FakeEngine:
         lease, request_id = current_lease.get(), f"fake-{next(self.host.request_ids)}"
         if lease is not None:
             lease.requests.add(request_id)
-            if lease.ask is not None:
-                await lease.ask(max_tokens)
+            if lease.wait_for_turn is not None:
+                await lease.wait_for_turn(max_tokens)
         try:
             for number in range(max_tokens):
                 await self._stepped.wait()
