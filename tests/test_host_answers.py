@@ -60,7 +60,7 @@ def told(command: Command, error: Exception) -> tuple[Asleep, list[Message]]:
     host._loads["one"] = 3
     host.loop.add("one", engine)  # type: ignore[arg-type]
     host.take(command)
-    host.loop._obey()
+    host.loop._run_commands()
     return engine, sent
 
 

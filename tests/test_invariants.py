@@ -1253,9 +1253,9 @@ class NoGrowth(Invariant):
         self.expect(not self.world.leases, f"{self.world.leases} are left")
         self.expect(coordinator.waiting == 0, f"{coordinator.waiting} wait")
         self.expect(coordinator.phase == "idle", f"a switch is left in {coordinator.phase}")
-        self.expect(not coordinator.ladder.turn().locked(), "somebody keeps the turn")
+        self.expect(not coordinator.ladder.move_lock().locked(), "somebody keeps the turn")
         for model in self.world.registry:
-            self.expect(model.emptied is None, f"somebody waits for {model} to be empty")
+            self.expect(model.drained is None, f"somebody waits for {model} to be empty")
         background = self.world.background
         left = asyncio.all_tasks(self.world.loop) - set(background)
         left -= {model.waking.task for model in self.world.registry if model.waking}

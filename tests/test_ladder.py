@@ -645,7 +645,7 @@ async def test_ladder_tells_its_state(server: Server) -> None:
     where = "{'llama': 'active', 'qwen': 'parked', 'mistral': 'cold'}"
     assert f"<Ladder {where} moving=False>" == repr(ladder)
 
-    async with ladder.turn():
+    async with ladder.move_lock():
         assert f"<Ladder {where} moving=True>" == repr(ladder)
 
 

@@ -118,7 +118,7 @@ class Stage:
 
     def _run(self) -> None:
         while not self.is_over:
-            self.loop.turn()
+            self.loop.run_once()
 
     def _idles(self) -> None:
         self.happened.append("idle")
@@ -250,7 +250,7 @@ def test_engine_that_cannot_even_die_ends_the_loop() -> None:
     stage.a.send(1)
 
     with pytest.raises(OSError, match="socket is closed"):
-        stage.loop.turn()
+        stage.loop.run_once()
 
     assert [("a", "a cannot step")] == stage.failed
 

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.prediction import DECAY, LIKELY, PRIOR, Prediction, Successions
+from vllm_hotswap.prediction import DECAY, LIKELY, PRIOR, Prediction, TransitionCounts
 
 
 def after(sequence: Iterable[str]) -> Prediction | None:
-    seen = Successions()
+    seen = TransitionCounts()
     for alias in sequence:
         seen.observe(alias)
     return seen.predict()
@@ -88,7 +88,7 @@ def by_chance(*weights: float) -> list[str]:
 
 def worth(sequence: Iterable[str]) -> tuple[float, float]:
     """The share of switches with a prediction, and the share of those that were right."""
-    seen, switches, hits, misses = Successions(), 0, 0, 0
+    seen, switches, hits, misses = TransitionCounts(), 0, 0, 0
     for alias in sequence:
         prediction = None if alias == seen.current else seen.predict()
         switches += alias != seen.current
@@ -124,7 +124,7 @@ def test_chance_is_seldom_predicted() -> None:
 
 def test_memory_is_bounded_by_the_models() -> None:
     """However long the server runs: at most a count for each pair."""
-    seen = Successions()
+    seen = TransitionCounts()
     for alias in "abcd" * 100 + "dbac" * 100 + "acdb" * 100:
         seen.observe(alias)
 

@@ -398,7 +398,7 @@ async def test_what_has_not_been_taken_yet_is_not_counted_as_taken(gpu: Server) 
     await gpu.settled()
     ladder = gpu.coordinator.ladder
 
-    assert (13 * MIB, 8 * MIB) == (ladder.used.device, ladder._taken)
+    assert (13 * MIB, 8 * MIB) == (ladder.used.device, ladder._taken_bytes)
 
 
 @pytest.mark.parametrize("operation", ["unload", "wake", "load"])
@@ -608,7 +608,7 @@ def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) ->
     tight(play, story)
 
 
-@pytest.mark.parametrize("way", ["relieve", "make_all_room", "load", "wake"])
+@pytest.mark.parametrize("way", ["relieve", "evict_all_but", "load", "wake"])
 def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -> None:
     """Whichever way needs the room that the wake has taken."""
 
@@ -618,10 +618,10 @@ def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -
             await server.operate("mistral", "unload")
         ladder, registry = server.coordinator.ladder, server.coordinator.registry
         await between_slices(server)
-        async with ladder.turn():
+        async with ladder.move_lock():
             moving = {
                 "relieve": ladder.relieve,
-                "make_all_room": lambda: in_turn(server, registry.model("llama")),
+                "evict_all_but": lambda: in_turn(server, registry.model("llama")),
                 "load": lambda: ladder.load(registry.model("mistral")),
                 "wake": lambda: ladder.wake(registry.model("mistral")),
             }[way]
@@ -635,15 +635,15 @@ def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -
         await task
 
         assert 0 == server.host.restarts
-        assert (0 if way == "make_all_room" else 1) == held(server)
+        assert (0 if way == "evict_all_but" else 1) == held(server)
         assert await waking(server) is None
 
     tight(play, story)
 
 
 async def in_turn(server: Server, target: Model) -> None:
-    async with server.coordinator.ladder.turn():
-        await server.coordinator.ladder.make_all_room(target)
+    async with server.coordinator.ladder.move_lock():
+        await server.coordinator.ladder.evict_all_but(target)
 
 
 def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
@@ -652,12 +652,12 @@ def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
     async def story(server: Server) -> None:
         await asleep(server, "qwen", "mistral")
         await between_slices(server, "mistral")
-        async with server.coordinator.ladder.turn():
+        async with server.coordinator.ladder.move_lock():
             server.host.release("wake_some", "qwen")
             await server.settled()
             for alias in ("mistral", "qwen"):
                 model = server.coordinator.registry.model(alias)
-                await server.coordinator.ladder._wakes.gave_up(model)
+                await server.coordinator.ladder._wakes.give_up_and_wait(model)
 
         assert 0 == server.host.restarts
         assert (1, 1) == (held(server), held(server, "mistral"))
@@ -705,14 +705,14 @@ async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
     model = gpu.coordinator.registry.model("qwen")
     assert model.waking is not None
     model.waking.progress = WakeProgress(4 * MIB, 10 * MIB)
-    assert 10 * MIB == ladder._taken
+    assert 10 * MIB == ladder._taken_bytes
 
     ladder.give_up_wake(model)
 
-    assert 8 * MIB == ladder._taken
+    assert 8 * MIB == ladder._taken_bytes
     gpu.host.release("give_up_wake", "qwen")
     await gpu.settled()
-    assert 8 * MIB == ladder._taken == ladder.used.device
+    assert 8 * MIB == ladder._taken_bytes == ladder.used.device
 
 
 async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) -> None:
@@ -722,7 +722,7 @@ async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) 
     model = gpu.coordinator.registry.model("qwen")
 
     async def take_over() -> None:
-        async with gpu.coordinator.ladder._wakes.taken_over(model):
+        async with gpu.coordinator.ladder._wakes.take_over(model):
             raise AssertionError("it was to be cancelled before")
 
     task = asyncio.create_task(take_over())

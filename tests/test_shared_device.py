@@ -130,10 +130,10 @@ async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
     monkeypatch.setattr("vllm_hotswap.ladder.LOOK_S", 0.0)
     never = asyncio.Event()
 
-    async def look(used_bytes: int) -> None:
+    async def measure_device(used_bytes: int) -> None:
         await never.wait()
 
-    monkeypatch.setattr(gpu.host, "look", look)
+    monkeypatch.setattr(gpu.host, "measure_device", measure_device)
     gpu.host.taken_bytes = 4 * MIB
 
     assert () == await gpu.coordinator.ladder.relieve()
@@ -175,7 +175,7 @@ async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None
     gpu.host.taken_bytes = 18 * MIB
 
     await asyncio.wait_for(gpu.coordinator.watch_device(), 1)
-    await gpu.coordinator.ladder.look()
+    await gpu.coordinator.ladder.measure_device()
 
     assert 18 * MIB == gpu.coordinator.ladder.budget.device
 
@@ -227,7 +227,7 @@ async def test_what_a_broken_frontend_leaves_is_given_back_before_another_model_
     assert 200 == (await server.switch("mistral")).status_code
 
     assert {"llama": "parked", "qwen": "failed", "mistral": "active"} == server.residencies
-    assert [("bury", "qwen"), ("load", "mistral")] == server.host.operations[:2]
+    assert [("clean_up", "qwen"), ("load", "mistral")] == server.host.operations[:2]
     assert 12 * MIB == server.host.most_held_bytes
 
 
@@ -237,7 +237,7 @@ async def test_what_a_broken_frontend_leaves_is_given_back_at_once(room_for_two:
     server.host.break_frontend("qwen")
     await server.settled()
 
-    assert [("bury", "qwen")] == server.host.operations
+    assert [("clean_up", "qwen")] == server.host.operations
     assert server.host.engines["qwen"].level is None
 
 
@@ -245,11 +245,11 @@ async def test_whoever_moves_models_meanwhile_finds_the_room(room_for_two: Serve
     """It does not wait for somebody else's turn."""
     server = room_for_two
     ladder = server.coordinator.ladder
-    async with ladder.turn():
+    async with ladder.move_lock():
         server.host.break_frontend("qwen")
         await ladder.make_room(server.coordinator.registry.model("mistral"))
 
-        assert [("bury", "qwen")] == server.host.operations
+        assert [("clean_up", "qwen")] == server.host.operations
 
 
 # --- a wake without room -------------------------------------------------------------------------

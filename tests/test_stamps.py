@@ -124,7 +124,7 @@ async def test_resumed_request_owns_all_its_epochs(stamped: StampedCore, core: C
     """What its engine said before it was parked may be read after it goes on."""
     lease = Lease("llama", 3, None)
     await begin(stamped, "r", lease)
-    lease.await_verdict(7)
+    lease.hold_output(7)
 
     for stamp in ("llama#3", "llama#7"):
         assert ["r"] == await delivered(stamped, core, stamp, "r")

@@ -115,7 +115,7 @@ class Admin:
             "memory": _memory(coordinator, self._host),
             "switches": {"total": coordinator.switches, "failed": coordinator.switches_failed},
             "job_leases": leases_body(coordinator.jobs),
-            "predictions": predictions_body(coordinator.foresight),
+            "predictions": predictions_body(coordinator.lookahead),
         }
 
     async def health(self, request: Request) -> Response:

@@ -58,7 +58,7 @@ from vllm_hotswap.events import (
     SwitchStatus,
 )
 from vllm_hotswap.failpoints import async_failpoint
-from vllm_hotswap.foresight import Announcement, Foresight
+from vllm_hotswap.foresight import Announcement, Lookahead
 from vllm_hotswap.job_leases import JobLease
 from vllm_hotswap.jobs import Jobs
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
@@ -128,7 +128,7 @@ class Coordinator:
         self.registry = Registry(host.engines, policies)
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
         self.recovery = Recovery(self, host, observer, recovery, clock)
-        self.foresight = Foresight(
+        self.lookahead = Lookahead(
             self.registry, self.ladder, observer, lambda: self._epoch, self._settings.predict
         )
         self.jobs = Jobs(self, observer, self._settings.max_lease, clock)
@@ -156,7 +156,7 @@ class Coordinator:
         self.switches = 0
         """Switches that have ended."""
         self.switches_failed = 0
-        self._burials: set[asyncio.Task[None]] = set()
+        self._cleanups: set[asyncio.Task[None]] = set()
         host.on_engine_failed(self._engine_failed)
 
     def __repr__(self) -> str:
@@ -275,7 +275,7 @@ class Coordinator:
         others = [self.registry.resolve(alias) for alias in load if alias != default]
         for model in (first, *others):
             model.engine.validate()
-        async with self.ladder.turn():
+        async with self.ladder.move_lock():
             if self.ladder.fit_together([first, *others]):
                 await self._start_together(first, others)
             else:
@@ -284,7 +284,7 @@ class Coordinator:
         for model in (first, *others):
             _refuse_failed_adapters(model)
         self._is_started = True
-        self.foresight.switched(first)
+        self.lookahead.switched(first)
         self._notify_activated(first)
 
     async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
@@ -332,7 +332,7 @@ class Coordinator:
 
     def announce(self, alias: str) -> Announcement:
         """Prepare for a model that a caller announced as the next one."""
-        return self.foresight.announce(self._usable(alias))
+        return self.lookahead.announce(self._usable(alias))
 
     def pin(self, alias: str, pinned: bool) -> None:
         self.ladder.pin(self._usable(alias), pinned)
@@ -362,7 +362,7 @@ class Coordinator:
             NameTaken, ModelInUse: the name is not free.
         """
         model = self._usable(alias)
-        async with self.ladder.turn():
+        async with self.ladder.move_lock():
 
             def check() -> None:
                 self._refuse_taken(model, name, in_place)
@@ -438,8 +438,8 @@ class Coordinator:
         """Put the active model to sleep, or unload it; the next request brings one up."""
         if self._idle_residency() is None:
             return
-        async with self.ladder.turn():
-            # Check again: a request or a switch may have come while this waited for the turn.
+        async with self.ladder.move_lock():
+            # Check again: a request or a switch may have come while this waited for the lock.
             model, to = self._active, self._idle_residency()
             if model is not None and to is not None:
                 # Before the await below: no request may be admitted to a model on its way down.
@@ -453,7 +453,7 @@ class Coordinator:
     def _idle_residency(self) -> Residency | None:
         if self._active is None or self._why_down is not None:
             return None
-        return self.ladder.resting_place(self._active, self._idle_s())
+        return self.ladder.idle_residency(self._active, self._idle_s())
 
     def _return_to_default(self) -> None:
         after_s, default = self._settings.return_to_default, self._default
@@ -785,7 +785,7 @@ class Coordinator:
         self._switch = switch = Switch(
             _operation_id(), self._active, target, drain_timeout_s, self._clock(), policy
         )
-        self.foresight.switch_begins(target)
+        self.lookahead.switch_started(target)
         # In its own context: engine calls of the switch do not belong to the request that began it.
         switch.task = asyncio.create_task(
             self._run_switch(switch), name=f"switch-{target.alias}", context=Context()
@@ -796,7 +796,7 @@ class Coordinator:
 
     async def _run_switch(self, switch: Switch) -> SwitchResult:
         try:
-            async with self.ladder.turn():
+            async with self.ladder.move_lock():
                 switch.turn_s = self._clock()
                 try:
                     await self._take_over(switch)
@@ -805,14 +805,14 @@ class Coordinator:
                     raise
                 return self._finish(switch)
         except BaseException as error:
-            # Also if it was cancelled while it waited for the turn, or during the rollback.
+            # Also if it was cancelled while it waited for the lock, or during the rollback.
             raise self._fail_switch(switch, error) from error
 
     async def _take_over(self, switch: Switch) -> None:
         target = switch.target
         async with self._phase(switch, SwitchPhase.VALIDATE):
             if not target.is_loaded:
-                await self.ladder.look()
+                await self.ladder.measure_device()
             self._validate(switch)
             await target.engine.rehearse()
         switch.moves, switch.residency = not target.is_loaded, target.residency
@@ -929,10 +929,10 @@ class Coordinator:
         parked = target.parked
         for lease in parked:
             # Before the command is sent: the first outputs may arrive before its result.
-            lease.await_verdict(epoch)
+            lease.hold_output(epoch)
         is_to_be_verified = self._settings.verify and not target.is_verified
         activating = target.engine.activate(epoch, is_to_be_verified)
-        await self.ladder.told(target, Step.ACTIVATE.value, activating)
+        await self.ladder.run_command(target, Step.ACTIVATE.value, activating)
         refuse_failed(target)  # it may have died while this waited
         if self._active is not None and self._active.residency is Residency.ACTIVE:
             self.ladder.step(self._active, Step.PARK)
@@ -945,7 +945,7 @@ class Coordinator:
     async def _verify(self, target: Model) -> None:
         """Check that the target generates what it should, before it serves requests."""
         if self._settings.verify:
-            await self.ladder.told(target, "verify", target.engine.verify())
+            await self.ladder.run_command(target, "verify", target.engine.verify())
             refuse_failed(target)  # it may have died while this waited
         target.is_verified = True
         self._serve(target)
@@ -980,7 +980,7 @@ class Coordinator:
         self._last_switch_s = duration_s
         source = switch.source.alias if switch.source else None
         self._notify_ended(switch, duration_s, None)
-        self.foresight.switched(switch.target)
+        self.lookahead.switched(switch.target)
         if self.dispatcher is not None:
             assert switch.turn_s is not None
             self.dispatcher.switched(switch, self._clock() - switch.turn_s - switch.drain_s)
@@ -1054,7 +1054,9 @@ class Coordinator:
                 await self._bring_back(source, switch.target)
             elif switch.phase is SwitchPhase.ACTIVATE:
                 # The host may step the target already although its result was lost.
-                await self.ladder.told(source, "activate", source.engine.activate(self._epoch))
+                await self.ladder.run_command(
+                    source, "activate", source.engine.activate(self._epoch)
+                )
         except Exception as error:  # noqa: BLE001  # recovery tries again
             await self._abandon_source(source, one_line(error))
             return
@@ -1066,7 +1068,7 @@ class Coordinator:
             try:
                 await self.ladder.make_room(source)
             except NoRoom:  # the target holds more than planned, or has been pinned
-                await self.ladder.make_all_room(source, even=target)
+                await self.ladder.evict_all_but(source, even_pinned=target)
             await self.ladder.bring_up(source)
         await self._activate(source)
         if not source.is_verified:
@@ -1208,16 +1210,16 @@ class Coordinator:
         if model is self._active:
             self._active = None
         self.ladder.give_up_wakes()  # recovery comes first
-        burial = asyncio.create_task(self._bury())
-        self._burials.add(burial)
-        burial.add_done_callback(self._burials.discard)
+        cleanup = asyncio.create_task(self._free_failed_engines())
+        self._cleanups.add(cleanup)
+        cleanup.add_done_callback(self._cleanups.discard)
         self._recover_if_needed(f"the engine of {alias!r} died: {cause}")
 
-    async def _bury(self) -> None:
+    async def _free_failed_engines(self) -> None:
         """Free what a dead engine still holds now, rather than at the next switch."""
         try:
-            async with self.ladder.turn():
-                await self.ladder.bury()
+            async with self.ladder.move_lock():
+                await self.ladder.free_failed_engines()
         except HotswapError as error:  # the host has died, or the next `make_room` reports it
             log.warning("event=bury_failed cause=%r", one_line(error))
 
@@ -1242,8 +1244,8 @@ class Coordinator:
         if self.needs_recovery and self._switch is None and not self.recovery.is_under_way:
             self.recovery.begin(why)
 
-    def turn(self) -> asyncio.Lock:
-        return self.ladder.turn()
+    def move_lock(self) -> asyncio.Lock:
+        return self.ladder.move_lock()
 
     def host_restarted(self) -> None:
         self._host_down = None

@@ -136,7 +136,7 @@ class Dispatcher:
         model = self._registry.model(target)
         residency = model.residency
         if residency is Residency.ACTIVE and source is not None:  # the cost of switching back
-            residency = self._ladder.left_at(model, self._registry.model(source))
+            residency = self._ladder.residency_after_switch(model, self._registry.model(source))
         unknown_s = up_cost_s(model, residency) + ACTIVATE_S
         return self.costs.estimate(source, target, residency, unknown_s)
 

@@ -23,11 +23,11 @@ async def until_empty(model: Model, timeout_s: float | None) -> None:
     """
     if not is_running(model) or (timeout_s is not None and timeout_s <= 0):
         return
-    model.emptied = asyncio.get_running_loop().create_future()
+    model.drained = asyncio.get_running_loop().create_future()
     try:
-        await asyncio.wait([model.emptied], timeout=timeout_s)
+        await asyncio.wait([model.drained], timeout=timeout_s)
     finally:
-        model.emptied = None
+        model.drained = None
 
 
 async def until_ended(model: Model) -> None:
@@ -41,8 +41,8 @@ async def until_ended(model: Model) -> None:
 
 def recheck(model: Model) -> None:
     """Wake the caller that waits in `until_empty`, so that it checks its deadline again."""
-    if model.emptied is not None and not model.emptied.done():
-        model.emptied.set_result(None)
+    if model.drained is not None and not model.drained.done():
+        model.drained.set_result(None)
 
 
 def release(model: Model, lease: Lease) -> None:

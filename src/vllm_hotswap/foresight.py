@@ -13,12 +13,12 @@ from typing import Literal
 
 from vllm_hotswap.events import Observer, PredictionSettled, PrefetchSettled
 from vllm_hotswap.ladder import Ladder
-from vllm_hotswap.prediction import Prediction, Successions
+from vllm_hotswap.prediction import Prediction, TransitionCounts
 from vllm_hotswap.prewake import can_wake_beside
 from vllm_hotswap.registry import Model, Prefetch, Registry, Waking
 from vllm_hotswap.states import Residency
 
-Begun = Literal["begun", "under_way", "done", "not_needed", "no_room"]
+PrefetchOutcome = Literal["begun", "under_way", "done", "not_needed", "no_room"]
 """The outcome of starting to read a model's files, or to wake it."""
 
 
@@ -27,14 +27,14 @@ class Announcement:
     """What was done for a model that was announced."""
 
     model: Model
-    prefetch: Begun
+    prefetch: PrefetchOutcome
     limit_bytes: int
     """Bytes that are read at most."""
-    wake: Begun
+    wake: PrefetchOutcome
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PrefetchRun:
     """The work under way for a model that may be next."""
 
     model: Model
@@ -45,7 +45,7 @@ class Reading:
 
 
 @dataclass(slots=True)
-class Tally:
+class PredictionStats:
     """How useful predictions and announcements have been so far."""
 
     hits: int = 0
@@ -54,11 +54,11 @@ class Tally:
     wasted_bytes: int = 0
 
 
-class Foresight:
+class Lookahead:
     """One announcement and one prediction at a time.
 
-    The mutable state is `_successions`, `_announced`, `_predicted`, `_reading` (what is done for
-    the prediction) and `tally`.
+    The mutable state is `_transitions`, `_announced`, `_predicted`, `_run` (what is done for
+    the prediction) and `stats`.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Foresight:
         self._observer = observer
         self._epoch = epoch
         self._predicts = predicts
-        self._successions = Successions()
-        self._announced: Reading | None = None
+        self._transitions = TransitionCounts()
+        self._announced: PrefetchRun | None = None
         self._predicted: Prediction | None = None
-        self._reading: Reading | None = None
-        self.tally = Tally()
+        self._run: PrefetchRun | None = None
+        self.stats = PredictionStats()
 
     def __repr__(self) -> str:
-        return f"<Foresight predicted={self._predicted} {self.tally}>"
+        return f"<Lookahead predicted={self._predicted} {self.stats}>"
 
     @property
     def predicted(self) -> Prediction | None:
@@ -90,33 +90,33 @@ class Foresight:
 
     def announce(self, model: Model) -> Announcement:
         """Work ahead for the model that a caller announces, instead of a predicted one."""
-        if self._reading is not None and self._reading.model is not model:
-            self._settle(self._reading, is_used=False)
-        self._reading = None
+        if self._run is not None and self._run.model is not model:
+            self._settle(self._run, is_used=False)
+        self._run = None
         if self._announced is not None and self._announced.model is not model:
             self._settle(self._announced, is_used=False)
-        begun, prefetch = self._begin(model)
-        wake, waking = self._begin_to_wake(model)
-        self._announced = Reading(model, prefetch, waking)
+        begun, prefetch = self._start_prefetch(model)
+        wake, waking = self._start_wake(model)
+        self._announced = PrefetchRun(model, prefetch, waking)
         return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0, wake)
 
-    def switch_begins(self, target: Model) -> None:
+    def switch_started(self, target: Model) -> None:
         """Cancel the work for a predicted model that is not the target: it would be in the way."""
-        reading = self._reading
-        if reading is not None and reading.model is not target:
-            self._cancel(reading)
+        run = self._run
+        if run is not None and run.model is not target:
+            self._cancel(run)
 
     def switched(self, target: Model) -> None:
         """Judge prediction and announcement by the model that is active now, and look ahead."""
         if self._announced is not None and self._announced.model is target:
             self._settle(self._announced, is_used=True)
             self._announced = None
-        if target.alias != self._successions.current:  # it was not just brought back
+        if target.alias != self._transitions.current:  # it was not just brought back
             self._judge(target)
-            self._successions.observe(target.alias)
-            self._look_ahead()
+            self._transitions.observe(target.alias)
+            self._predict_next()
         if (announced := self._announced) is not None and announced.model.waking is None:
-            _, waking = self._begin_to_wake(announced.model)  # there may be room now
+            _, waking = self._start_wake(announced.model)  # there may be room now
             self._announced = replace(announced, waking=waking)
 
     def _judge(self, target: Model) -> None:
@@ -125,25 +125,25 @@ class Foresight:
             return
         is_hit = predicted.alias == target.alias
         if is_hit:
-            self.tally.hits += 1
+            self.stats.hits += 1
         else:
-            self.tally.misses += 1
+            self.stats.misses += 1
         event = PredictionSettled(self._epoch(), predicted.alias, target.alias, is_hit)
         self._observer.notify(event)
-        if self._reading is not None:
-            self._settle(self._reading, is_hit)
-            self._reading = None
+        if self._run is not None:
+            self._settle(self._run, is_hit)
+            self._run = None
 
-    def _look_ahead(self) -> None:
-        self._predicted = self._successions.predict() if self._predicts else None
+    def _predict_next(self) -> None:
+        self._predicted = self._transitions.predict() if self._predicts else None
         if self._predicted is not None:
             model = self._registry.model(self._predicted.alias)
-            begun, prefetch = self._begin(model)
-            wake, waking = self._begin_to_wake(model)
-            is_begun = "begun" in (begun, wake)
-            self._reading = Reading(model, prefetch, waking) if is_begun else None
+            begun, prefetch = self._start_prefetch(model)
+            wake, waking = self._start_wake(model)
+            is_started = "begun" in (begun, wake)
+            self._run = PrefetchRun(model, prefetch, waking) if is_started else None
 
-    def _begin(self, model: Model) -> tuple[Begun, Prefetch | None]:
+    def _start_prefetch(self, model: Model) -> tuple[PrefetchOutcome, Prefetch | None]:
         if model.residency not in (Residency.COLD, Residency.DISCARDED):
             return "not_needed", None
         if (known := model.prefetch) is not None and (known.is_under_way or known.read_bytes):
@@ -152,7 +152,7 @@ class Foresight:
             return "no_room", None
         return "begun", self._ladder.begin_prefetch(model)
 
-    def _begin_to_wake(self, model: Model) -> tuple[Begun, Waking | None]:
+    def _start_wake(self, model: Model) -> tuple[PrefetchOutcome, Waking | None]:
         if not can_wake_beside(model):
             return "not_needed", None
         if (known := model.waking) is not None and not known.is_given_up:
@@ -160,33 +160,31 @@ class Foresight:
         waking = self._ladder.begin_wake(model)
         return ("begun" if waking else "no_room"), waking
 
-    def _settle(self, reading: Reading, is_used: bool) -> None:
+    def _settle(self, run: PrefetchRun, is_used: bool) -> None:
         """Count what was read; if it is of no use, give back its place in the budget.
 
         A prefetch that a caller asked for explicitly is neither counted nor given up.
         """
         if not is_used:
-            self._give_up_wake(reading)
-        if reading.prefetch is None or reading.prefetch.is_called_for:
+            self._give_up_wake(run)
+        if run.prefetch is None or run.prefetch.is_explicit:
             return
-        read_bytes = reading.prefetch.read_bytes
+        read_bytes = run.prefetch.read_bytes
         if is_used:
-            self.tally.used_bytes += read_bytes
+            self.stats.used_bytes += read_bytes
         else:
-            self.tally.wasted_bytes += read_bytes
-            self._cancel(reading)
-        self._observer.notify(
-            PrefetchSettled(self._epoch(), reading.model.alias, read_bytes, is_used)
-        )
+            self.stats.wasted_bytes += read_bytes
+            self._cancel(run)
+        self._observer.notify(PrefetchSettled(self._epoch(), run.model.alias, read_bytes, is_used))
 
-    def _give_up_wake(self, reading: Reading) -> None:
-        if reading.waking is not None and reading.model.waking is reading.waking:
-            self._ladder.give_up_wake(reading.model)
+    def _give_up_wake(self, run: PrefetchRun) -> None:
+        if run.waking is not None and run.model.waking is run.waking:
+            self._ladder.give_up_wake(run.model)
 
-    def _cancel(self, reading: Reading) -> None:
-        self._give_up_wake(reading)
-        prefetch = reading.prefetch
-        if prefetch is None or prefetch.is_called_for:
+    def _cancel(self, run: PrefetchRun) -> None:
+        self._give_up_wake(run)
+        prefetch = run.prefetch
+        if prefetch is None or prefetch.is_explicit:
             return
-        if reading.model.prefetch is prefetch:
-            self._ladder.cancel_prefetch(reading.model)
+        if run.model.prefetch is prefetch:
+            self._ladder.cancel_prefetch(run.model)

@@ -2,7 +2,7 @@
 
 `planner` decides which models move. This module moves them: it steps a model's residency, lets the
 engine do the work, measures the time, and notifies observers. The coordinator's switches go through
-it, too. All work of an engine has a deadline: `within`.
+it, too. All work of an engine has a deadline: `run_with_deadline`.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class Ladder:
     The mutable state:
 
     - the residency, pin, costs and prefetch of each model in the registry;
-    - `_turn`, the lock that is held while models move. The host has one compute thread, and the sum
-      of what models hold is only known between moves;
+    - `_move_lock`, the lock that is held while models move. The host has one compute thread, and
+      the sum of what models hold is only known between moves;
     - `_wakes`, the early wakes, of models that no request has asked for yet;
-    - `_told_lack`, the last log line about memory that other processes have taken.
+    - `_logged_lack`, the last log line about memory that other processes have taken.
     """
 
     def __init__(
@@ -127,24 +127,24 @@ class Ladder:
         self._clock = clock
         self._deadlines = deadlines or RecoveryConfig()
         self._epoch = epoch
-        self._turn = asyncio.Lock()
+        self._move_lock = asyncio.Lock()
         self._wakes = Prewakes(
             registry,
             observer,
             epoch,
-            self._turn,
-            self.within,
+            self._move_lock,
+            self.run_with_deadline,
             self._lacks_memory,
             self._deadlines,
         )
-        self._told_lack: object = None
+        self._logged_lack: object = None
         """The last log line about memory that other processes have taken."""
         self.on_step: Callable[[], object] | None = None
         """Called when a model has moved."""
 
     def __repr__(self) -> str:
         where = {model.alias: model.residency.value for model in self._registry}
-        return f"<Ladder {where} moving={self._turn.locked()}>"
+        return f"<Ladder {where} moving={self._move_lock.locked()}>"
 
     # --- what there is ------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class Ladder:
             return False
         return True
 
-    def left_at(self, active: Model, target: Model) -> Residency:
+    def residency_after_switch(self, active: Model, target: Model) -> Residency:
         """Return the residency that the active model will have after a switch to `target`."""
         if target.is_loaded:
             return Residency.PARKED
@@ -249,15 +249,15 @@ class Ladder:
 
     async def load(self, model: Model) -> OperationResult:
         """Load a model to `parked` from any residency; the active model stays active."""
-        return await self._raise("load", model)
+        return await self._move_up_on_request("load", model)
 
     async def wake(self, model: Model) -> OperationResult:
         """Wake a sleeping model, up to `parked`. Raises `InvalidRequest` if it is cold."""
-        return await self._raise("wake", model)
+        return await self._move_up_on_request("wake", model)
 
     async def unload(self, model: Model) -> OperationResult:
         """Unload a model."""
-        return await self._lower("unload", model, Residency.COLD)
+        return await self._move_down_on_request("unload", model, Residency.COLD)
 
     async def sleep(self, model: Model, level: int) -> OperationResult:
         """Put a model to sleep.
@@ -273,7 +273,7 @@ class Ladder:
                 f"levels: {', '.join(known) or 'none (it can be unloaded)'}",
                 "level",
             )
-        return await self._lower("sleep", model, RESTING[level])
+        return await self._move_down_on_request("sleep", model, RESTING[level])
 
     async def prefetch(self, model: Model) -> OperationResult:
         """Read a model's files ahead, within the host budget; join a reading that is under way."""
@@ -281,7 +281,7 @@ class Ladder:
         done = 0
         if residency in (Residency.COLD, Residency.DISCARDED):
             reading = self.begin_prefetch(model)
-            reading.is_called_for = True
+            reading.is_explicit = True
             # Not `await reading.task`: a caller that leaves must not cancel the reading.
             await asyncio.wait([reading.task])
             done = 0 if reading.task.cancelled() else reading.task.result()
@@ -296,7 +296,7 @@ class Ladder:
             if weights_bytes := model.engine.memory.weights_bytes:  # 0 where it is not known
                 limit_bytes = min(limit_bytes, weights_bytes)
             model.prefetch = prefetch = Prefetch(limit_bytes)
-            reading = model.engine.prefetch(limit_bytes, prefetch.tell)
+            reading = model.engine.prefetch(limit_bytes, prefetch.record_progress)
             prefetch.task = asyncio.create_task(reading)
             # Perhaps no caller waits for it: the load will report a file that cannot be read.
             prefetch.task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -348,8 +348,8 @@ class Ladder:
             model.pinned = pinned
             self._observer.notify(PinChanged(self._epoch(), model.alias, pinned))
 
-    async def _raise(self, operation: str, model: Model) -> OperationResult:
-        async with self.turn(), _named_failure(model, operation):
+    async def _move_up_on_request(self, operation: str, model: Model) -> OperationResult:
+        async with self.move_lock(), _named_failure(model, operation):
             self.revive(model)
             before, started_s = model.residency, self._clock()
             evicted: tuple[Move, ...] = ()
@@ -366,8 +366,10 @@ class Ladder:
             took_s = self._clock() - started_s
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
 
-    async def _lower(self, operation: str, model: Model, to: Residency) -> OperationResult:
-        async with self.turn(), _named_failure(model, operation):
+    async def _move_down_on_request(
+        self, operation: str, model: Model, to: Residency
+    ) -> OperationResult:
+        async with self.move_lock(), _named_failure(model, operation):
             before, started_s = model.residency, self._clock()
             if before is not Residency.FAILED and is_below(to, before):
                 _refuse_use(model, operation, to)
@@ -378,16 +380,16 @@ class Ladder:
 
     # --- moves --------------------------------------------------------------------------------
 
-    def turn(self) -> asyncio.Lock:
-        """Return the lock that is held while models move: `async with ladder.turn()`."""
-        return self._turn
+    def move_lock(self) -> asyncio.Lock:
+        """Return the lock that is held while models move: `async with ladder.move_lock()`."""
+        return self._move_lock
 
     def revive(self, model: Model) -> None:
         """Make a model whose engine has died cold, like one that was never loaded."""
         if model.residency is Residency.FAILED:
             self.step(model, Step.REVIVE)
 
-    async def within(self, work: Awaitable[T], timeout_s: float, what: str) -> T:
+    async def run_with_deadline(self, work: Awaitable[T], timeout_s: float, what: str) -> T:
         """Await the work of an engine, with a deadline.
 
         The engine host's one compute thread cannot be stopped. If the work is not done by its
@@ -404,59 +406,61 @@ class Ladder:
             self._host.kill(f"the engine host was stopped: {why}")
             raise EngineUnavailable(why) from None
 
-    async def told(self, model: Model, what: str, work: Awaitable[T]) -> T:
-        """Await work `within` the deadline of all commands except loads."""
+    async def run_command(self, model: Model, what: str, work: Awaitable[T]) -> T:
+        """Await work, with the deadline of all commands except loads."""
         timeout_s = self._deadlines.command_timeout
         try:
-            return await self.within(work, timeout_s, f"{what} of model {model.alias!r}")
+            return await self.run_with_deadline(work, timeout_s, f"{what} of model {model.alias!r}")
         except HotswapError:
             refuse_failed(model)  # if its engine has died, that is the reason
             raise
 
     async def make_room(self, target: Model, keep: Iterable[Model] = ()) -> Room:
-        """Move models down until `target` can come up. The caller holds the lock `turn`.
+        """Move models down until `target` can come up. The caller holds `move_lock`.
 
         Raises:
             NoRoom: it cannot; nothing has been moved.
         """
         if target.is_loaded:
             return Room()  # the usual case: it needs no memory
-        await self.bury()
-        await self.look()
+        await self.free_failed_engines()
+        await self.measure_device()
         plan = self._plan(target, [model.alias for model in keep])
         lost = 0
         for alias in plan.given_up:
-            await self._wakes.gave_up(self._registry.resolve(alias))
+            await self._wakes.give_up_and_wait(self._registry.resolve(alias))
         for move in plan.evictions:
             lost += await self.move_down(self._registry.resolve(move.alias), move.after)
         return Room(plan.evictions, lost)
 
-    async def bury(self) -> None:
-        """Free what failed engines still hold. The caller holds the lock `turn`.
+    async def free_failed_engines(self) -> None:
+        """Free what failed engines still hold. The caller holds `move_lock`.
 
         Failed models count as cold, so plans use their memory for others.
         """
         timeout_s = self._deadlines.command_timeout
         for model in self._registry:
             what = f"cleaning up the failed engine of {model.alias!r}"
-            await self.within(model.engine.bury(), timeout_s, what)
+            await self.run_with_deadline(model.engine.clean_up(), timeout_s, what)
 
     def _active(self) -> list[Model]:
         return [model for model in self._registry if model.residency is Residency.ACTIVE]
 
-    async def look(self) -> None:
+    async def measure_device(self) -> None:
         """Measure what other processes use of the device, and adapt the budget to that.
 
-        The caller holds the lock `turn`: nothing may move during the look.
+        The caller holds `move_lock`: nothing may move during the measurement.
         """
         if self._host.is_device_shared:
             timeout_s = self._deadlines.command_timeout
-            await self.within(
-                self._host.look(self._taken), timeout_s, "measuring the device's memory"
+            await self.run_with_deadline(
+                self._host.measure_device(self._taken_bytes),
+                timeout_s,
+                "measuring the device's memory",
             )
 
     @property
-    def _taken(self) -> int:
+    def _taken_bytes(self) -> int:
         """Device memory that models hold now: a model that wakes in slices has not taken all yet.
 
         A wake that is given up counts as if it had given everything back.
@@ -472,19 +476,19 @@ class Ladder:
         Otherwise an allocation could fail later. The active model stays. If the host does not
         answer soon, because a step takes long, nothing is done until the next time.
         """
-        async with self.turn():
-            if not await self._has_looked():
+        async with self.move_lock():
+            if not await self._measure_in_time():
                 return ()
             if not self._lacks_memory():
-                self._told_lack = None
+                self._logged_lack = None
                 return ()
             for model in self._registry:  # early wakes go first: no request needs them yet
                 with suppress(NoRoom):  # it is logged
-                    await self._wakes.gave_up(model)
+                    await self._wakes.give_up_and_wait(model)
             if not self._lacks_memory():
                 return ()
             moves = relief(self.snapshot(), [active.alias for active in self._active()])
-            self._tell_lack(moves)
+            self._log_lack(moves)
             for move in moves:
                 await self._relieve_by(self._registry.resolve(move.alias), move.after)
             return moves
@@ -492,22 +496,22 @@ class Ladder:
     def _lacks_memory(self) -> bool:
         return self.used.device > self.budget.device
 
-    async def _has_looked(self) -> bool:
+    async def _measure_in_time(self) -> bool:
         if not self._host.is_device_shared:
             return True
         try:
             async with asyncio.timeout(LOOK_S):
-                await self._host.look(self._taken)
+                await self._host.measure_device(self._taken_bytes)
         except TimeoutError:
             return False
         return True
 
-    def _tell_lack(self, moves: tuple[Move, ...]) -> None:
+    def _log_lack(self, moves: tuple[Move, ...]) -> None:
         """Log a lack of memory; once, as long as nothing about it changes."""
         lack = (self._host.others_bytes, self.used.device, moves)
-        if lack == self._told_lack:
+        if lack == self._logged_lack:
             return
-        self._told_lack = lack
+        self._logged_lack = lack
         log.warning(
             "event=device_taken others_bytes=%d budget_bytes=%d used_bytes=%d moves=%s",
             self._host.others_bytes,
@@ -526,29 +530,29 @@ class Ladder:
             if not model.leases:
                 await self.move_down(model, Residency.COLD)
 
-    async def make_all_room(self, target: Model, even: Model | None = None) -> int:
+    async def evict_all_but(self, target: Model, even_pinned: Model | None = None) -> int:
         """Unload every model except pinned ones and `target`, whatever a plan says.
 
-        `even` is a model that is unloaded even if it is pinned. Returns the requests lost.
+        `even_pinned` is a model that is unloaded even if it is pinned. Returns the requests lost.
         """
         lost = 0
         for model in self._registry:
             if model is not target:
                 with suppress(NoRoom):  # it is logged; an unload gives the memory back, too
-                    await self._wakes.gave_up(model)
+                    await self._wakes.give_up_and_wait(model)
             is_held = model.residency not in (Residency.COLD, Residency.FAILED)
-            if model is not target and is_held and (model is even or not model.pinned):
+            if model is not target and is_held and (model is even_pinned or not model.pinned):
                 lost += await self.move_down(model, Residency.COLD)
         return lost
 
     async def move_down(self, model: Model, to: Residency) -> int:
-        """Move one model down, so that it gives memory back. The caller holds the lock `turn`.
+        """Move one model down, so that it gives memory back. The caller holds `move_lock`.
 
         Returns how many of its requests could not be kept, and were aborted.
         """
         if model.residency is Residency.ACTIVE:
             self.step(model, Step.PARK)
-        async with self._wakes.taken_over(model):
+        async with self._wakes.take_over(model):
             return await self._move_down(model, to)
 
     async def _move_down(self, model: Model, to: Residency) -> int:
@@ -564,23 +568,24 @@ class Ladder:
         return lost
 
     async def bring_up(self, model: Model) -> None:
-        """Load or wake one model, for which there is room. The caller holds the lock `turn`."""
+        """Load or wake one model, for which there is room. The caller holds `move_lock`."""
         if model.residency is Residency.COLD:
             await self._load(model)
         elif not model.is_loaded:
-            async with self._wakes.taken_over(model):
+            async with self._wakes.take_over(model):
                 await self._wake(model)
 
     async def _wake(self, model: Model) -> None:
         open_ones = [lease for lease in model.parked if lease.gate is None]
         for lease in model.parked:
-            lease.shut()  # a failed wake unloads the engine, which aborts them: hold that back
+            # A failed wake unloads the engine, which aborts them: hold that back.
+            lease.close_gate()
         try:
             await self._timed(model, Step.WAKE, model.engine.wake())
         except NoRoom:  # it is still asleep, with its requests, and holds no more than before
             self._wakes.end(model, "no_room")
             for lease in open_ones:
-                lease.open()
+                lease.open_gate()
             raise
         except Exception:
             drain.end(model.leases, ParkedEnded(model.alias, "its model could not be woken"))
@@ -600,7 +605,7 @@ class Ladder:
 
         try:
             timeout_s = self._deadlines.load_timeout
-            await self.within(
+            await self.run_with_deadline(
                 model.engine.load(progress), timeout_s, f"the load of {model.alias!r}"
             )
             refuse_failed(model)  # it may have died during the load
@@ -616,7 +621,7 @@ class Ladder:
         before, started_s = model.residency, self._clock()
         is_begun = model.waking is not None and model.waking.done_bytes > 0
         model.is_verified = False
-        await self.told(model, step.value, work)
+        await self.run_command(model, step.value, work)
         refuse_failed(model)  # it may have died during the work
         self.step(model, step)
         took_s = self._clock() - started_s
@@ -658,7 +663,7 @@ class Ladder:
 
     async def _rest(self, model: Model, after_s: float, to: Residency) -> None:
         try:
-            async with self.turn():
+            async with self.move_lock():
                 # Checked again: it may have been used while the lock was awaited.
                 if self._is_due(model, after_s) and _may_rest(model, to):
                     await self.move_down(model, to)
@@ -666,12 +671,12 @@ class Ladder:
             alias = value_text(model.alias)
             log.warning("event=rest_failed model=%s cause=%r", alias, one_line(error))
 
-    def resting_place(self, model: Model, idle_s: float) -> Residency | None:
+    def idle_residency(self, model: Model, idle_s: float) -> Residency | None:
         """Return where the active model goes after so much idle time; None: it stays."""
         if model.pinned:
             return None
         due = [to for after_s, to in _idle_policy(model) if idle_s >= after_s]
-        return next((to for to in reversed(due) if _knows(model, to)), None)
+        return next((to for to in reversed(due) if _has_residency(model, to)), None)
 
     def _is_due(self, model: Model, after_s: float) -> bool:
         return self._clock() - (model.last_used_s or 0.0) >= after_s
@@ -745,9 +750,9 @@ def _idle_policy(model: Model) -> list[tuple[float, Residency]]:
 def _may_rest(model: Model, to: Residency) -> bool:
     is_there = model.residency in (Residency.PARKED, Residency.ASLEEP, Residency.DISCARDED)
     is_used = model.pinned or model.leases or model.entered
-    return is_there and is_below(to, model.residency) and _knows(model, to) and not is_used
+    return is_there and is_below(to, model.residency) and _has_residency(model, to) and not is_used
 
 
-def _knows(model: Model, residency: Residency) -> bool:
+def _has_residency(model: Model, residency: Residency) -> bool:
     """Whether its device has that residency."""
     return residency is Residency.COLD or residency in model.engine.footprint.usage

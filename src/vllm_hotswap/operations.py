@@ -21,7 +21,7 @@ from vllm_hotswap.answers import (
 )
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import InvalidRequest
-from vllm_hotswap.foresight import Foresight
+from vllm_hotswap.foresight import Lookahead
 from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import OperationResult
 from vllm_hotswap.plain_words import first_mistake
@@ -170,17 +170,17 @@ def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
     }
 
 
-def predictions_body(foresight: Foresight) -> PredictionStatus:
+def predictions_body(lookahead: Lookahead) -> PredictionStatus:
     """Return how useful predictions were, as JSON."""
-    predicted, tally = foresight.predicted, foresight.tally
+    predicted, stats = lookahead.predicted, lookahead.stats
     return {
         "next": None
         if predicted is None
         else {"model": predicted.alias, "probability": round(predicted.probability, 3)},
-        "hits": tally.hits,
-        "misses": tally.misses,
-        "used_bytes": tally.used_bytes,
-        "wasted_bytes": tally.wasted_bytes,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "used_bytes": stats.used_bytes,
+        "wasted_bytes": stats.wasted_bytes,
     }
 
 

@@ -32,7 +32,7 @@ class Prediction:
     probability: float
 
 
-class Successions:
+class TransitionCounts:
     """Counts of which model has followed which.
 
     The mutable state is `current`, the model that is active, and a row of counts for each model
@@ -44,7 +44,7 @@ class Successions:
         self._counts: dict[str, dict[str, float]] = defaultdict(dict)
 
     def __repr__(self) -> str:
-        return f"<Successions current={self.current} rows={len(self._counts)}>"
+        return f"<TransitionCounts current={self.current} rows={len(self._counts)}>"
 
     def observe(self, alias: str) -> None:
         """Count a model that has become active. One that was active already follows nothing."""

@@ -28,8 +28,8 @@ T = TypeVar("T")
 log = logging.getLogger("vllm_hotswap")
 
 
-class Within(Protocol):
-    """Awaits the work of an engine, with a deadline: `Ladder.within`."""
+class RunWithDeadline(Protocol):
+    """Awaits the work of an engine, with a deadline: `Ladder.run_with_deadline`."""
 
     def __call__(self, work: Awaitable[T], timeout_s: float, what: str) -> Awaitable[T]: ...
 
@@ -47,8 +47,8 @@ class Prewakes:
         registry: Registry,
         observer: Observer,
         epoch: Callable[[], int],
-        turn: asyncio.Lock,
-        within: Within,
+        move_lock: asyncio.Lock,
+        run_with_deadline: RunWithDeadline,
         lacks_memory: Callable[[], bool],
         deadlines: RecoveryConfig,
     ) -> None:
@@ -61,8 +61,8 @@ class Prewakes:
         self._registry = registry
         self._observer = observer
         self._epoch = epoch
-        self._turn = turn
-        self._within = within
+        self._move_lock = move_lock
+        self._run_with_deadline = run_with_deadline
         self._command_s = deadlines.command_timeout
         # A slice may wait for a step, for as long as that may take: no request waits for it.
         self._slice_s = deadlines.step_timeout + deadlines.command_timeout
@@ -83,8 +83,8 @@ class Prewakes:
             return None
         leaving = [m.waking.task for m in self._registry if m.waking and m.waking.is_given_up]
         model.waking = waking = Waking(needs)
-        waking.task = self._begun(model, waking, leaving)
-        self._tell(model, waking, "begun")
+        waking.task = self._start_task(model, waking, leaving)
+        self._notify(model, waking, "begun")
         return waking
 
     def _held_beside(self, model: Model) -> Usage:
@@ -103,13 +103,13 @@ class Prewakes:
         if waking.is_given_up and not before.done() and not before.cancelling():
             return
         waking.given_up.set()
-        # Its task may wait for the lock `turn`, which the caller here may hold. So it is cancelled,
+        # Its task may wait for `move_lock`, which the caller here may hold. So it is cancelled,
         # not notified. The host finishes the slice under way before it gives anything back.
         before.cancel()
-        waking.task = self._begun(model, waking, [before])
+        waking.task = self._start_task(model, waking, [before])
 
-    async def gave_up(self, model: Model) -> None:
-        """Do as `give_up`, and wait until all is given back. The caller holds the lock `turn`.
+    async def give_up_and_wait(self, model: Model) -> None:
+        """Do as `give_up`, and wait until all is given back. The caller holds `move_lock`.
 
         Raises:
             NoRoom: it could not be given back; a later attempt may succeed.
@@ -117,13 +117,13 @@ class Prewakes:
         if (waking := model.waking) is not None:
             self.give_up(model)
             what = f"giving back the early wake of {model.alias!r}"
-            await self._within(asyncio.wait([waking.task]), self._command_s, what)
+            await self._run_with_deadline(asyncio.wait([waking.task]), self._command_s, what)
             if model.waking is waking:
                 raise NoRoom(f"no room: {what} has failed; try again")
 
     @asynccontextmanager
-    async def taken_over(self, model: Model) -> AsyncIterator[None]:
-        """Take no more slices inside: the holder of the lock `turn` does what is left, or ends it.
+    async def take_over(self, model: Model) -> AsyncIterator[None]:
+        """Take no more slices inside: the holder of `move_lock` does what is left, or ends it.
 
         A wake that is still there afterwards is given up.
         """
@@ -149,9 +149,9 @@ class Prewakes:
             # Not the current task: `_run` calls this for its own wake.
             if waking.task is not asyncio.current_task():
                 waking.task.cancel()
-            self._tell(model, waking, change)
+            self._notify(model, waking, change)
 
-    def _begun(
+    def _start_task(
         self, model: Model, waking: Waking, leaving: list[asyncio.Task[None]]
     ) -> asyncio.Task[None]:
         # In a context of its own: it is not a part of the request that has led to it.
@@ -169,16 +169,16 @@ class Prewakes:
             change = "no_room" if isinstance(error, NoRoom) else "failed"
             _log("wake_failed", model, error)
         else:
-            if not await self._has_given_back(model):
+            if not await self._try_to_give_back(model):
                 return
         if model.waking is waking:
             self.end(model, change)
 
-    async def _has_given_back(self, model: Model) -> bool:
+    async def _try_to_give_back(self, model: Model) -> bool:
         """Whether all was given back. If not, it still counts, and the next `give_up` retries."""
         what = f"giving back the early wake of {model.alias!r}"
         try:
-            await self._within(model.engine.give_up_wake(), self._give_back_s, what)
+            await self._run_with_deadline(model.engine.give_up_wake(), self._give_back_s, what)
         except HotswapError as error:
             _log("wake_kept", model, error)
             return False
@@ -187,7 +187,7 @@ class Prewakes:
     async def _take_slices(self, model: Model, waking: Waking) -> None:
         while not (waking.is_given_up or waking.is_done):
             async with self._one_at_a_time:
-                async with self._turn:
+                async with self._move_lock:
                     pass  # a move goes first
                 # A move in the meantime may have been planned before this wake started.
                 if self._lacks_memory():
@@ -195,11 +195,11 @@ class Prewakes:
                 if not waking.is_given_up:
                     what = f"a slice of the wake of {model.alias!r}"
                     slicing = model.engine.wake_some()
-                    waking.progress = await self._within(slicing, self._slice_s, what)
+                    waking.progress = await self._run_with_deadline(slicing, self._slice_s, what)
         if not waking.is_given_up:
-            self._tell(model, waking, "done")
+            self._notify(model, waking, "done")
 
-    def _tell(self, model: Model, waking: Waking, change: WakeChange) -> None:
+    def _notify(self, model: Model, waking: Waking, change: WakeChange) -> None:
         event = WakeChanged(
             self._epoch(), model.alias, change, waking.done_bytes, waking.total_bytes
         )

@@ -39,7 +39,7 @@ class Recoverable(Protocol):
     def needs_recovery(self) -> bool:
         """Whether no model is active although one should be."""
 
-    def turn(self) -> AbstractAsyncContextManager[object]:
+    def move_lock(self) -> AbstractAsyncContextManager[object]:
         """Exclusive use of the host: entered once no other operation uses it."""
 
     def host_restarted(self) -> None:
@@ -152,7 +152,7 @@ class Recovery:
 
     async def _restart(self) -> None:
         started_s = self._clock()
-        async with self._server.turn():
+        async with self._server.move_lock():
             try:
                 await self._start_host(self._settings.load_timeout)
             except Exception as error:

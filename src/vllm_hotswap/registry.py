@@ -57,13 +57,13 @@ class Countdown:
         self._ring = ring
         self._timer: asyncio.TimerHandle | None = None
 
-    def go_on(self) -> None:
+    def start(self) -> None:
         """Start, or continue. Idempotent."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._left_s, self._ring)
 
     def stop(self) -> None:
-        """Stop until `go_on`, which continues with the time that is left. Idempotent."""
+        """Stop until `start`, which continues with the time that is left. Idempotent."""
         if self._timer is not None:
             self._left_s = self._timer.when() - asyncio.get_running_loop().time()
             self._timer.cancel()
@@ -179,7 +179,7 @@ class Lease:
         if self.on_admit is not None:
             self.on_admit()
 
-    def owns(self, alias: str, epoch: int) -> bool:
+    def accepts_stamp(self, alias: str, epoch: int) -> bool:
         """Whether an output with this stamp may belong to the request."""
         return alias == self.alias and self.first_epoch <= epoch <= self.epoch
 
@@ -218,25 +218,25 @@ class Lease:
         """Call `ring` in so many seconds, not counting those in which the request is parked."""
         self.countdowns[request_id] = countdown = Countdown(seconds, ring)
         if not self.is_parked:
-            countdown.go_on()
+            countdown.start()
 
     def stop_countdown(self, request_id: str) -> None:
         """Idempotent."""
         if (countdown := self.countdowns.pop(request_id, None)) is not None:
             countdown.stop()
 
-    def await_verdict(self, epoch: int) -> None:
+    def hold_output(self, epoch: int) -> None:
         """Note that its engine steps again, in `epoch`; hold back output until it is verified."""
         self.epoch = epoch
-        self.shut()
+        self.close_gate()
 
-    def shut(self) -> None:
+    def close_gate(self) -> None:
         """Hold back all output until the request is settled."""
         if self.gate is None:
             self.gate = asyncio.get_running_loop().create_future()
 
-    def open(self) -> None:
-        """Let output pass again: undo `shut`."""
+    def open_gate(self) -> None:
+        """Let output pass again: undo `close_gate`."""
         if self.gate is not None:
             if not self.gate.done():
                 self.gate.set_result(None)
@@ -250,8 +250,8 @@ class Lease:
             self.deadline = None
         if self.cut is None:
             for countdown in self.countdowns.values():
-                countdown.go_on()
-        self.open()
+                countdown.start()
+        self.open_gate()
 
 
 current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=None)
@@ -282,7 +282,7 @@ class Prefetch:
     """The most that may be read."""
     read_bytes: int = 0
     """What has been read so far."""
-    is_called_for: bool = False
+    is_explicit: bool = False
     """Whether a caller asked for exactly this, whatever is expected to be next."""
     task: asyncio.Task[int] = field(init=False)
 
@@ -295,7 +295,7 @@ class Prefetch:
         """Bytes of the host budget that it takes."""
         return self.limit_bytes if self.is_under_way else self.read_bytes
 
-    def tell(self, read_bytes: int) -> None:
+    def record_progress(self, read_bytes: int) -> None:
         """Record the progress; called on whatever thread reads."""
         self.read_bytes = read_bytes
 
@@ -349,7 +349,7 @@ class Model:
     """Requests in the mode `auto` that its frontend prepares, or that wait for their turn."""
     extra_requests: int = 0
     """Engine requests beyond one for each of its requests."""
-    emptied: asyncio.Future[None] | None = None
+    drained: asyncio.Future[None] | None = None
     """Done when the last lease has ended; a drain of the model waits for it."""
     last_used_s: float | None = None
     failure: str | None = None

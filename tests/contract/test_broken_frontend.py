@@ -41,8 +41,8 @@ async def test_an_error_in_an_output_costs_one_load(host: EngineHost) -> None:
     assert [("llama", 1)] == [(alias, load) for alias, _, load in failed]
     assert client.errored
     held = host.stats().used_bytes
-    await llama.bury()
-    await llama.bury()
+    await llama.clean_up()
+    await llama.clean_up()
     assert host.stats().used_bytes < held
 
     await llama.load(lambda _: None)

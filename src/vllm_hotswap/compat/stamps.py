@@ -169,7 +169,7 @@ class StampedCore:
             lease = leases.get(output.request_id)
             if lease is None:
                 continue
-            if stamp is not None and not lease.owns(alias, epoch):
+            if stamp is not None and not lease.accepts_stamp(alias, epoch):
                 refused.add(output.request_id)
                 drain.end([lease], WrongStamp(lease.alias, stamp))
                 continue

@@ -24,14 +24,14 @@ log = logging.getLogger("vllm_hotswap")
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterDoor:
+class AdapterTarget:
     """How adapters reach vLLM: the client of an engine, and its frontend's list of models."""
 
     client: Any
     models: Any
 
 
-class AdapterShelf:
+class AdapterSet:
     """The adapters with which one model is served.
 
     The mutable state is `_adapters` and `_loaded`, the numbers of those that the engine has loaded
@@ -49,7 +49,7 @@ class AdapterShelf:
         self._loaded: set[int] = set()
 
     def __repr__(self) -> str:
-        return f"<AdapterShelf {list(self._adapters)}>"
+        return f"<AdapterSet {list(self._adapters)}>"
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -67,7 +67,7 @@ class AdapterShelf:
     async def add(
         self,
         files: AdapterFiles,
-        door: AdapterDoor | None,
+        target: AdapterTarget | None,
         now: bool,
         check: Callable[[], None],
     ) -> Adapter:
@@ -77,47 +77,47 @@ class AdapterShelf:
             ConfigError: the engine cannot load it; the adapter served under its name stays.
         """
         adapter = Adapter(files, self._number())
-        if door is not None and now:
-            await self._load(adapter, door)
+        if target is not None and now:
+            await self._load(adapter, target)
         check()  # no await from here on: what it checks must hold when the adapter is served
-        if door is not None:
-            serve_adapter(door.models, self._request(adapter))
+        if target is not None:
+            serve_adapter(target.models, self._request(adapter))
         self._adapters[files.name] = adapter
         return adapter
 
-    def remove(self, name: str, door: AdapterDoor | None) -> None:
+    def remove(self, name: str, target: AdapterTarget | None) -> None:
         del self._adapters[name]
-        if door is not None:
-            stop_serving(door.models, name)
+        if target is not None:
+            stop_serving(target.models, name)
 
-    async def load_all(self, door: AdapterDoor) -> None:
+    async def load_all(self, target: AdapterTarget) -> None:
         """Load adapters that were never loaded; keep those that fail, with the reason."""
         for adapter in list(self._adapters.values()):
             if adapter.id not in self._loaded:
-                failure = await self._failure(adapter, door)
+                failure = await self._failure(adapter, target)
                 if self._adapters.get(adapter.files.name) is adapter:  # not removed or replaced
-                    self._settle(adapter, failure, door)
+                    self._settle(adapter, failure, target)
 
-    async def _failure(self, adapter: Adapter, door: AdapterDoor) -> str | None:
+    async def _failure(self, adapter: Adapter, target: AdapterTarget) -> str | None:
         """Load an adapter. Return why the engine cannot load it; None if it has."""
         try:
-            await self._load(adapter, door)
+            await self._load(adapter, target)
         except ConfigError as error:
             name = value_text(adapter.files.name)
             log.error("event=adapter_failed adapter=%s cause=%r", name, error.message)
             return error.message
         return None
 
-    def _settle(self, adapter: Adapter, failure: str | None, door: AdapterDoor) -> None:
+    def _settle(self, adapter: Adapter, failure: str | None, target: AdapterTarget) -> None:
         name = adapter.files.name
         self._adapters[name] = replace(adapter, failure=failure)
         if failure is None:
-            serve_adapter(door.models, self._request(adapter))
+            serve_adapter(target.models, self._request(adapter))
         else:
-            stop_serving(door.models, name)
+            stop_serving(target.models, name)
 
-    async def _load(self, adapter: Adapter, door: AdapterDoor) -> None:
-        await load_adapter(door.client, self._request(adapter))
+    async def _load(self, adapter: Adapter, target: AdapterTarget) -> None:
+        await load_adapter(target.client, self._request(adapter))
         self._loaded.add(adapter.id)
 
     def _request(self, adapter: Adapter) -> Any:

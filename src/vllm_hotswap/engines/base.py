@@ -233,7 +233,7 @@ class Engine(Protocol):
     async def unload(self) -> None:
         """Give back everything but the frontend. Idempotent."""
 
-    async def bury(self) -> None:
+    async def clean_up(self) -> None:
         """Give back what a failed engine, which is of no use any longer, still holds. Idempotent.
 
         Most failures leave nothing; a broken frontend leaves its engine.
@@ -287,7 +287,7 @@ class EngineHost(Protocol):
 
     @property
     def is_device_shared(self) -> bool:
-        """Whether other processes may take memory of the device, which `look` then measures."""
+        """Whether other processes may take device memory; `measure_device` then measures it."""
 
     @property
     def others_bytes(self) -> int:
@@ -315,7 +315,7 @@ class EngineHost(Protocol):
         Raises `EngineUnavailable` if it does not become ready.
         """
 
-    async def look(self, used_bytes: int) -> None:
+    async def measure_device(self, used_bytes: int) -> None:
         """Measure what a shared device offers now; `budget` does not exceed that.
 
         No memory may move during it; `used_bytes` is what models hold. Raises `EngineUnavailable`.

@@ -43,7 +43,7 @@ from vllm_hotswap.devices import (
     device_of,
 )
 from vllm_hotswap.engine_share import EngineShare
-from vllm_hotswap.engines.adapters import AdapterDoor, AdapterShelf
+from vllm_hotswap.engines.adapters import AdapterSet, AdapterTarget
 from vllm_hotswap.engines.base import (
     Adapter,
     EngineFailure,
@@ -73,8 +73,8 @@ from vllm_hotswap.host.messages import (
     Load,
     Loaded,
     LoadStage,
-    Look,
     Measure,
+    MeasureNow,
     Message,
     Ping,
     Sleep,
@@ -122,11 +122,11 @@ class VllmEngine:
         link: HostLink,
         sockets: Callable[[], SocketPaths],
         one_frontend_at_a_time: asyncio.Lock,
-        shelf: AdapterShelf,
+        adapter_set: AdapterSet,
     ) -> None:
         self._launch = launch
-        self._shelf = shelf
-        shelf.put(launch.adapters)
+        self._adapter_set = adapter_set
+        adapter_set.put(launch.adapters)
         self._link = link
         self._new_sockets = sockets
         self._one_frontend_at_a_time = one_frontend_at_a_time
@@ -136,7 +136,7 @@ class VllmEngine:
         self._has_default_kv = self._needs.kv_bytes is None
         self._sockets: SocketPaths | None = None
         self._frontend: frontend.Frontend | None = None
-        self._door: AdapterDoor | None = None
+        self._adapter_target: AdapterTarget | None = None
         self._preview: Preview | None = None
         """Looks at requests as long as there is no frontend."""
         self._has_tried_preview = False
@@ -176,7 +176,7 @@ class VllmEngine:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        return self._shelf.adapters
+        return self._adapter_set.adapters
 
     @property
     def device(self) -> Device:
@@ -319,8 +319,8 @@ class VllmEngine:
         if config.model_config.is_multimodal_model:
             # It would send the new engine less than that needs.
             await self._unless_host_dies(self._client.reset_mm_cache())
-        if self._door is not None:
-            await self._unless_host_dies(self._shelf.load_all(self._door))
+        if self._adapter_target is not None:
+            await self._unless_host_dies(self._adapter_set.load_all(self._adapter_target))
 
     async def activate(self, epoch: int, canary_first: bool = False) -> None:
         self._stamp = stamp = make_stamp(self.alias, epoch)
@@ -390,7 +390,7 @@ class VllmEngine:
         await self._link.call(lambda number: Unload(number, self.alias))
         self._has_copy = False
 
-    async def bury(self) -> None:
+    async def clean_up(self) -> None:
         if not self._is_engine_left:
             return
         self._is_engine_left = self._has_copy = False
@@ -413,16 +413,18 @@ class VllmEngine:
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
     ) -> Adapter:
         files = await asyncio.to_thread(self._read_adapter, name, path, is_3d)
-        return await self._unless_host_dies(self._shelf.add(files, self._door, now, check))
+        return await self._unless_host_dies(
+            self._adapter_set.add(files, self._adapter_target, now, check)
+        )
 
     def _read_adapter(self, name: str, path: Path, is_3d: bool) -> AdapterFiles:
         base = hub.local_folder(self._launch.model, self._launch.vllm_config.model_config.revision)
         files = read_adapter(name, path, shapes_of(base), is_3d)
-        self._shelf.check(files)
+        self._adapter_set.check(files)
         return files
 
     def remove_adapter(self, name: str) -> None:
-        self._shelf.remove(name, self._door)
+        self._adapter_set.remove(name, self._adapter_target)
 
     async def close(self) -> None:
         """Give back the frontend's sockets, threads and tasks."""
@@ -462,7 +464,7 @@ class VllmEngine:
     async def _give_up_frontend(self) -> None:
         """Have the next load make another frontend, and another engine for it."""
         log.warning("event=frontend_given_up model=%s", value_text(self.alias))
-        self._frontend = self._client = self._door = self._sockets = None
+        self._frontend = self._client = self._adapter_target = self._sockets = None
         self._is_frontend_broken = self._is_engine_lost = self._is_engine_left = False
         try:
             await self._exits.aclose()
@@ -536,7 +538,7 @@ class VllmEngine:
             # Built now, so that its metrics are adopted; vLLM's SageMaker part may have done so.
             app.middleware_stack = app.middleware_stack or app.build_middleware_stack()
         await self._exits.enter_async_context(app.router.lifespan_context(app))
-        self._door = AdapterDoor(client, app.state.openai_serving_models)
+        self._adapter_target = AdapterTarget(client, app.state.openai_serving_models)
         self._frontend = replace(made, app=self._filtered(app))
         self._preview = None
 
@@ -637,7 +639,9 @@ class VllmHost:
         # One count for all models, past what vLLM itself gives to adapters of modalities.
         self._adapter_ids = itertools.count(1 + max(ids_of_vllm(m.vllm_config) for m in launches))
         self._engines = {
-            launch.alias: VllmEngine(launch, link, self._new_sockets, lock, self._new_shelf(launch))
+            launch.alias: VllmEngine(
+                launch, link, self._new_sockets, lock, self._new_adapter_set(launch)
+            )
             for launch in launches
         }
         for engine in self._engines.values():
@@ -675,12 +679,12 @@ class VllmHost:
     def others_bytes(self) -> int:
         return self._seen.others if self._seen else 0
 
-    async def look(self, used_bytes: int) -> None:
+    async def measure_device(self, used_bytes: int) -> None:
         device = self._device
         # With less than that free, either others have taken it, or torch keeps it.
         reserve = self._seen.seen.reserve if self._seen else 0
         enough = self._budget.device - used_bytes + reserve // 2
-        seen = await self._link.call(lambda number: Look(number, device, enough))
+        seen = await self._link.call(lambda number: MeasureNow(number, device, enough))
         self._seen = SharedMemory(seen, used_bytes, self._base_bytes)
 
     @property
@@ -746,9 +750,9 @@ class VllmHost:
         stem = f"ipc://{self._link.folder}/{next(self._numbers)}"
         return SocketPaths(input=f"{stem}-in", output=f"{stem}-out")
 
-    def _new_shelf(self, launch: ModelLaunch) -> AdapterShelf:
+    def _new_adapter_set(self, launch: ModelLaunch) -> AdapterSet:
         links = self._link.folder / "adapters"
-        return AdapterShelf(launch.vllm_config, links, self._adapter_ids.__next__)
+        return AdapterSet(launch.vllm_config, links, self._adapter_ids.__next__)
 
     def _receive(self, message: Message) -> None:
         match message:

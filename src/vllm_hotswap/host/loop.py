@@ -112,14 +112,14 @@ class EngineLoop:
     def run(self) -> NoReturn:
         """Step and run commands until the process ends."""
         while True:
-            self.turn()
+            self.run_once()
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """Run commands, service and step once; if nothing was stepped, wait for the doorbell."""
         # Cleared before looking for work: work left after this line rings again. Cleared later,
         # the ring for work that was just missed would be lost, and the work would wait.
         self._doorbell.clear()
-        self._obey()
+        self._run_commands()
         self._step_began_s = time.monotonic()
         try:
             self._service()
@@ -130,29 +130,29 @@ class EngineLoop:
             self._when_idle()
             self._doorbell.wait()
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         while self._commands:
             self._commands.popleft()()
 
     def _service(self) -> None:
         for alias, engine in list(self._engines.items()):
-            self._guarded(alias, partial(_take_input, engine))
+            self._run_guarded(alias, partial(_take_input, engine))
 
     def _step_active(self) -> bool:
         if self._active is None:
             return False
         engine = self._engines[self._active]
-        return self._guarded(self._active, partial(_step, self._active, engine))
+        return self._run_guarded(self._active, partial(_step, self._active, engine))
 
-    def _guarded(self, alias: str, act: Callable[[], bool]) -> bool:
+    def _run_guarded(self, alias: str, act: Callable[[], bool]) -> bool:
         """Return the result of `act`; its failure ends this engine only."""
         try:
             return act()
         except Exception as error:  # noqa: BLE001  # whatever a model raises, the others run on
-            self.bury(alias, error)
+            self.fail_engine(alias, error)
             return False
 
-    def bury(self, alias: str, error: Exception) -> None:
+    def fail_engine(self, alias: str, error: Exception) -> None:
         """Report the failure, and give up the engine's model. If that raises, the process ends."""
         self.park(alias)
         self._on_engine_failed(alias, error)

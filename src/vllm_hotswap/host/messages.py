@@ -36,7 +36,7 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class MeasureNow:
     """Report the memory now, while nothing is under way. Answer: `devices.DeviceMemory`.
 
     If less than `enough_bytes` are free, free memory that allocators keep is given back first.
@@ -150,7 +150,17 @@ class Stop:
 
 
 Command = (
-    Measure | Look | Ping | Load | Activate | Sleep | Wake | WakeSlice | GiveUpWake | Unload | Stop
+    Measure
+    | MeasureNow
+    | Ping
+    | Load
+    | Activate
+    | Sleep
+    | Wake
+    | WakeSlice
+    | GiveUpWake
+    | Unload
+    | Stop
 )
 
 

@@ -25,8 +25,8 @@ from vllm_hotswap.host.messages import (
     Load,
     Loaded,
     LoadStage,
-    Look,
     Measure,
+    MeasureNow,
     Message,
     Ping,
     Sleep,
@@ -96,7 +96,7 @@ class Obedience:
         match command:
             case Measure(device=device):
                 return device.memory()
-            case Look(device=device, enough_bytes=enough_bytes):
+            case MeasureNow(device=device, enough_bytes=enough_bytes):
                 return device.memory_now(enough_bytes)
             case Load(alias=alias, number=number, variables=wishes):
                 failpoint("host.load", alias)
@@ -192,7 +192,7 @@ class Obedience:
         try:
             self._inactive(alias).sleep(level)
         except HalfAsleep as error:
-            self.loop.bury(alias, error)
+            self.loop.fail_engine(alias, error)
             raise
         finally:
             give_back_free_memory()

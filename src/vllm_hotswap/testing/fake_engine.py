@@ -213,7 +213,7 @@ class FakeEngine:
         return Previewed(refusal, is_accepted=refusal is None)
 
     async def load(self, progress: Progress) -> None:
-        await self.bury()
+        await self.clean_up()
         self.loads += 1
         for stage in ("weights", "kv_cache", "warm_up"):
             progress(stage)
@@ -282,9 +282,9 @@ class FakeEngine:
         await self.host.operate("unload", self.alias, self.settings.unload_s)
         self._leave_memory(None)
 
-    async def bury(self) -> None:
+    async def clean_up(self) -> None:
         if self.is_left:
-            await self.host.operate("bury", self.alias, self.settings.unload_s)
+            await self.host.operate("clean_up", self.alias, self.settings.unload_s)
             self.is_left = self.has_frontend = False
             self._leave_memory(None)
 
@@ -352,7 +352,7 @@ class FakeEngine:
     def _check_stamp(self) -> None:
         """As the real frontend does for every output."""
         lease = current_lease.get()
-        if lease is not None and not lease.owns(*self.stamp):
+        if lease is not None and not lease.accepts_stamp(*self.stamp):
             lease.end(WrongStamp(lease.alias, make_stamp(*self.stamp)))
             raise asyncio.CancelledError
 
@@ -454,7 +454,7 @@ class FakeHost:
     def on_engine_failed(self, callback: EngineFailure) -> None:
         self._callbacks.append(callback)
 
-    async def look(self, used_bytes: int) -> None:
+    async def measure_device(self, used_bytes: int) -> None:
         if self._answers.is_set() and self.died.done():
             raise EngineUnavailable(self.died.result())
         self.others_bytes = self.taken_bytes
