@@ -19,7 +19,7 @@ from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.events import Event
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
@@ -188,7 +188,7 @@ class Server:
         aliases: tuple[str, ...] = ("llama", "qwen", "mistral"),
         settings: Mapping[str, FakeSettings] | None = None,
         budget: Usage = UNLIMITED,
-        policies: Mapping[str, ModelPolicy] | None = None,
+        policies: Mapping[str, ModelSettings] | None = None,
         further: Mapping[str, tuple[str, ...]] | None = None,
         adapter_folders: Sequence[Path] = (),
         clock: Callable[[], float] = time.monotonic,

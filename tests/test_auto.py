@@ -15,7 +15,7 @@ from vllm_hotswap.engines.base import Previewed
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
@@ -561,7 +561,7 @@ def test_more_urgent_model_goes_first(play: Play) -> None:
         story,
         mode="auto",
         load=("llama", "qwen", "mistral"),
-        policies={"mistral": ModelPolicy(priority=5)},
+        policies={"mistral": ModelSettings(priority=5)},
     )
 
 

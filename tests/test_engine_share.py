@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vllm_hotswap.engine_share import RECENT_S, STEPS, EngineShare, _Asked, _Place
+from vllm_hotswap.engine_share import RECENT_S, STEPS, EngineShare, _Place, _Request
 
 PLACES = 8
 STEP_TOKENS = 100
@@ -247,14 +247,14 @@ async def test_thousands_of_accounts_cost_no_more_than_a_few(
     looks = 0
     look = EngineShare._place_for
 
-    def counted(share: EngineShare, asked: _Asked) -> _Place:
+    def counted(share: EngineShare, asked: _Request) -> _Place:
         nonlocal looks
         looks += 1
         return look(share, asked)
 
     monkeypatch.setattr(EngineShare, "_place_for", counted)
     for one in door.inside[:100]:
-        door.share.begun(one)
+        door.share.note_output(one)
         door.share.leave(one)
 
     assert looks <= 400

@@ -10,15 +10,15 @@ import pytest
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.host.messages import (
-    Answer,
     Command,
+    CommandResult,
     EngineFailed,
     Message,
     Sleep,
     Wake,
     WakeSlice,
 )
-from vllm_hotswap.host.obey import Obedience
+from vllm_hotswap.host.obey import VllmCommandHandler
 from vllm_hotswap.host.together import HalfAsleep
 from vllm_hotswap.states import WakeProgress
 
@@ -56,17 +56,17 @@ class Asleep:
 def told(command: Command, error: Exception) -> tuple[Asleep, list[Message]]:
     """What the host says, and the engine afterwards."""
     sent: list[Message] = []
-    host, engine = Obedience(sent.append), Asleep(error)
+    host, engine = VllmCommandHandler(sent.append), Asleep(error)
     host._loads["one"] = 3
     host.loop.add("one", engine)  # type: ignore[arg-type]
-    host.take(command)
+    host.submit(command)
     host.loop._run_commands()
     return engine, sent
 
 
-def answer_to(command: Command, error: Exception) -> tuple[Asleep, Answer]:
+def answer_to(command: Command, error: Exception) -> tuple[Asleep, CommandResult]:
     engine, (answer,) = told(command, error)
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, CommandResult)
     return engine, answer
 
 
@@ -117,7 +117,7 @@ def test_a_model_of_which_only_some_workers_sleep_is_given_up() -> None:
 
     assert not engine.is_loaded
     assert EngineFailed("one", 3, "a worker could not fall asleep: it is lost") == failed
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, CommandResult)
     assert answer.error == "a worker could not fall asleep: it is lost"
 
 
@@ -127,7 +127,7 @@ async def test_an_answer_says_whether_room_was_lacking(lacks_room: bool, kind: t
     link = HostLink()
     link._pending[7] = future = asyncio.get_running_loop().create_future()
 
-    link._receive(Answer(7, error="why", lacks_room=lacks_room))
+    link._receive(CommandResult(7, error="why", lacks_room=lacks_room))
 
     error = future.exception()
     assert kind is type(error)

@@ -10,10 +10,10 @@ import pytest
 from tests.conftest import Play
 from tests.support import Server
 from vllm_hotswap.events import SwitchEnded
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
-REST = {"llama": ModelPolicy(idle_sleep_s=10, idle_unload_s=60)}
+REST = {"llama": ModelSettings(idle_sleep_s=10, idle_unload_s=60)}
 
 
 async def idle(server: Server, seconds: float) -> None:
@@ -204,7 +204,7 @@ def test_model_that_rests_is_not_switched_away_from(play: Play) -> None:
         assert ("idle", None) == (await state(server))[:2]
         assert [("qwen", False)] == ended(server)
 
-    policies = {"qwen": ModelPolicy(idle_unload_s=10)}
+    policies = {"qwen": ModelSettings(idle_unload_s=10)}
     play(story, mode="auto", policies=policies, return_to_default=30)
 
 

@@ -18,7 +18,7 @@ from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.events import ModelMoved, PhaseChanged, PinChanged
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import Lease, ModelPolicy
+from vllm_hotswap.registry import Lease, ModelSettings
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
 MIB = 1 << 20
@@ -350,7 +350,7 @@ async def test_configuration_that_can_never_fit_is_refused_at_the_start(
     budget: int, pinned: tuple[str, ...], message: str
 ) -> None:
     """With the arithmetic, before anything is loaded; models that are loaded on demand count."""
-    policies = {alias: ModelPolicy(pinned=True) for alias in pinned}
+    policies = {alias: ModelSettings(pinned=True) for alias in pinned}
     server = Server(
         load=("llama",), settings=sized(), budget=Usage(budget * MIB), policies=policies
     )
@@ -510,7 +510,7 @@ async def test_pinned_model_is_never_evicted(make_server: MakeServer) -> None:
         load=("llama", "qwen"),
         settings=sized(),
         budget=Usage(10 * MIB),
-        policies={"qwen": ModelPolicy(pinned=True)},
+        policies={"qwen": ModelSettings(pinned=True)},
     )
 
     await server.switch("mistral")
@@ -828,7 +828,7 @@ async def test_prefetch_that_fails_is_told(server: Server) -> None:
 class Clocked:
     """A coordinator whose time is what the test says; a is active, b and c rest when idle."""
 
-    def __init__(self, **policies: ModelPolicy) -> None:
+    def __init__(self, **policies: ModelSettings) -> None:
         self.now = 1000.0
         self.host = FakeHost(("a", "b", "c"))
         self.events = Recorder()
@@ -850,7 +850,7 @@ class Clocked:
 
 async def test_idle_models_sleep_and_are_unloaded_in_time() -> None:
     """Each by its own policy; one without a policy stays."""
-    policy = ModelPolicy(idle_sleep_s=10, idle_unload_s=60)
+    policy = ModelSettings(idle_sleep_s=10, idle_unload_s=60)
     clocked = await Clocked(b=policy).start()
 
     assert {"a": "active", "b": "parked", "c": "parked"} == await clocked.after(9)
@@ -861,7 +861,7 @@ async def test_idle_models_sleep_and_are_unloaded_in_time() -> None:
 
 async def test_active_model_never_rests() -> None:
     """However long nobody has used it; its time begins when it is left."""
-    clocked = await Clocked(a=ModelPolicy(idle_unload_s=10)).start()
+    clocked = await Clocked(a=ModelSettings(idle_unload_s=10)).start()
     assert "active" == (await clocked.after(999))["a"]
 
     await clocked.coordinator.switch("b")
@@ -872,7 +872,7 @@ async def test_active_model_never_rests() -> None:
 
 async def test_time_begins_when_a_model_comes_up() -> None:
     """Whoever loads or wakes it will use it soon."""
-    policy = ModelPolicy(idle_sleep_s=10)
+    policy = ModelSettings(idle_sleep_s=10)
     clocked = await Clocked(b=policy).start("a")
     await clocked.after(500)
 
@@ -887,8 +887,8 @@ async def test_time_begins_when_a_model_comes_up() -> None:
 
 async def test_pinned_and_busy_models_do_not_rest() -> None:
     """Neither sleeps nor is unloaded."""
-    policy = ModelPolicy(idle_sleep_s=10, idle_unload_s=20)
-    clocked = await Clocked(b=ModelPolicy(pinned=True, idle_sleep_s=10), c=policy).start()
+    policy = ModelSettings(idle_sleep_s=10, idle_unload_s=20)
+    clocked = await Clocked(b=ModelSettings(pinned=True, idle_sleep_s=10), c=policy).start()
     model = clocked.coordinator.registry.resolve("c")
     model.leases[Lease("c", 1, None)] = None
 
@@ -900,7 +900,7 @@ async def test_pinned_and_busy_models_do_not_rest() -> None:
 
 async def test_model_whose_device_knows_no_sleep_is_only_unloaded() -> None:
     """The time to sleep means nothing for it."""
-    clocked = Clocked(b=ModelPolicy(idle_sleep_s=10, idle_unload_s=20))
+    clocked = Clocked(b=ModelSettings(idle_sleep_s=10, idle_unload_s=20))
     clocked.host.engines["b"].settings = FakeSettings(levels=frozenset())
     await clocked.start()
 
@@ -910,7 +910,7 @@ async def test_model_whose_device_knows_no_sleep_is_only_unloaded() -> None:
 
 async def test_model_that_is_used_while_its_rest_waits_stays_up() -> None:
     """A rest that was due is not made once somebody has woken the model."""
-    clocked = await Clocked(b=ModelPolicy(idle_unload_s=10)).start()
+    clocked = await Clocked(b=ModelSettings(idle_unload_s=10)).start()
     await clocked.coordinator.sleep("b", 1)
     clocked.host.hold("wake", "b")
     waking = asyncio.create_task(clocked.coordinator.wake("b"))
@@ -929,7 +929,7 @@ async def test_idle_models_are_looked_at_until_the_server_ends(
 ) -> None:
     """A model that cannot be put to sleep does not end that."""
     monkeypatch.setattr("vllm_hotswap.coordinator.IDLE_CHECK_S", 0)
-    clocked = await Clocked(b=ModelPolicy(idle_sleep_s=10)).start()
+    clocked = await Clocked(b=ModelSettings(idle_sleep_s=10)).start()
     clocked.now += 10
     clocked.host.fail_next("sleep", "b")
     resting = asyncio.create_task(clocked.coordinator.rest_idle_models())

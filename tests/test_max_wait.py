@@ -16,7 +16,7 @@ from vllm_hotswap.events import SwitchEnded
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.policies import POLICIES
 from vllm_hotswap.policy import WORKED_S, Decision, Policy, PolicySettings, Snapshot, SwitchTo
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.scheduler import RequestTerms
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
@@ -126,7 +126,7 @@ def test_a_long_stream_is_parked_for_a_request_that_is_due(play: Play) -> None:
     play(
         story,
         **settings_of(0.002, policy="fifo", max_wait=30, drain_timeout=60),
-        policies={"qwen": ModelPolicy(max_wait_s=0.5)},
+        policies={"qwen": ModelSettings(max_wait_s=0.5)},
     )
 
 
@@ -174,7 +174,7 @@ def test_who_leaves_before_it_is_due_shortens_no_drain(play: Play) -> None:
     play(
         story,
         **settings_of(0.7, policy="fifo", max_wait=300, drain_timeout=60),
-        policies={"mistral": ModelPolicy(max_wait_s=5.0)},
+        policies={"mistral": ModelSettings(max_wait_s=5.0)},
     )
 
 
@@ -192,8 +192,8 @@ def test_two_who_are_due_are_served_in_the_order_in_which_they_are(play: Play) -
         story,
         **settings_of(0.1, max_wait=30, min_active=1000),
         policies={
-            "qwen": ModelPolicy(max_wait_s=1.0),
-            "mistral": ModelPolicy(max_wait_s=1.5, priority=9),
+            "qwen": ModelSettings(max_wait_s=1.0),
+            "mistral": ModelSettings(max_wait_s=1.5, priority=9),
         },
     )
 
@@ -258,5 +258,5 @@ def test_a_parked_stream_goes_on_before_it_would_be_ended(play: Play) -> None:
     play(
         story,
         **settings_of(0.1, max_wait=3600, min_active=3600, parked_timeout=40, drain_timeout=1),
-        policies={"qwen": ModelPolicy(max_wait_s=1.0)},
+        policies={"qwen": ModelSettings(max_wait_s=1.0)},
     )

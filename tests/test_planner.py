@@ -16,10 +16,10 @@ from vllm_hotswap.planner import (
     EVICTIONS,
     MIB,
     Footprint,
+    MemorySnapshot,
     ModelView,
     Move,
     Plan,
-    Snapshot,
     Usage,
     fits_together,
     make_plan,
@@ -62,8 +62,8 @@ def model(alias: str, residency: Residency = PARKED, last: float = 0, **others: 
     return ModelView(alias, residency, footprint(**others), last_used_s=last, **flags)  # type: ignore[arg-type]
 
 
-def snapshot(budget: int, *models: ModelView, host: int = AMPLE) -> Snapshot:
-    return Snapshot(models, times(Usage(budget, host), MIB))
+def snapshot(budget: int, *models: ModelView, host: int = AMPLE) -> MemorySnapshot:
+    return MemorySnapshot(models, times(Usage(budget, host), MIB))
 
 
 def moves(plan: Plan) -> dict[str, str]:
@@ -124,7 +124,7 @@ def test_what_a_sleeping_model_leaves_on_the_device_counts() -> None:
 # --- a budget that has shrunk --------------------------------------------------------------------
 
 
-def relieved(snapshot: Snapshot, *keep: str) -> dict[str, str]:
+def relieved(snapshot: MemorySnapshot, *keep: str) -> dict[str, str]:
     return {move.alias: move.after.value for move in relief(snapshot, keep)}
 
 
@@ -327,7 +327,7 @@ def views(draw: st.DrawFn, alias: str) -> ModelView:
 class Case:
     """Which model is to come up, beside which others."""
 
-    snapshot: Snapshot
+    snapshot: MemorySnapshot
     target: str
     keep: tuple[str, ...]
 
@@ -388,10 +388,10 @@ def cases(draw: st.DrawFn, host: st.SearchStrategy[int] = MiB) -> Case:
     if target.residency not in RESTING:
         target = replace(target, residency=COLD)
     models = draw(st.permutations([*others, target]))
-    used = Snapshot(tuple(models), Usage()).used
+    used = MemorySnapshot(tuple(models), Usage()).used
     spare = times(Usage(draw(MiB), draw(host)), MIB)
     keep = tuple(v.alias for v in others[:1] if v.residency is ACTIVE and draw(st.booleans()))
-    return Case(Snapshot(tuple(models), used + spare), "target", keep)
+    return Case(MemorySnapshot(tuple(models), used + spare), "target", keep)
 
 
 @given(cases())
@@ -494,8 +494,10 @@ def test_least_recently_used_goes_first_among_equals(
         ModelView(f"m{n}", PARKED, size, last_used_s=time) for n, time in enumerate(last_used)
     ]
     target = model("target", COLD, weights=7)
-    used = Snapshot(tuple(models), Usage()).used
-    case = Case(Snapshot((*models, target), used + times(Usage(spare, host), MIB)), "target", ())
+    used = MemorySnapshot(tuple(models), Usage()).used
+    case = Case(
+        MemorySnapshot((*models, target), used + times(Usage(spare, host), MIB)), "target", ()
+    )
 
     plan = case.find_plan()
 

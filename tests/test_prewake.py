@@ -15,7 +15,7 @@ from tests.test_shared_device import ALIASES, MIB
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import Model, ModelPolicy
+from vllm_hotswap.registry import Model, ModelSettings
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency, WakeProgress
 from vllm_hotswap.testing.fake_engine import FakeSettings
@@ -551,7 +551,7 @@ async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: Mak
     now = [0.0]
     server = await make(
         make_server,
-        policies={"qwen": ModelPolicy(idle_unload_s=60)},
+        policies={"qwen": ModelSettings(idle_unload_s=60)},
         clock=lambda: now[0],
     )
     await announce(server, "qwen")

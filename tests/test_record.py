@@ -14,7 +14,7 @@ from vllm_hotswap import record, trace as traces
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
-from vllm_hotswap.record import Recorder, head_of
+from vllm_hotswap.record import Recorder, trace_header
 from vllm_hotswap.states import Residency
 from vllm_hotswap.trace import Head, TracedModel, TracedRequest, TracedSwitch, TracedSwitching
 
@@ -148,7 +148,7 @@ def test_the_head_says_how_the_server_was_set(tmp_path: Path) -> None:
         "  b: {model: org/b, max_wait: 4}\n"
     )
 
-    assert head_of(load_config(path)) == Head(
+    assert trace_header(load_config(path)) == Head(
         {"a": TracedModel(2, 7.0, 1.5), "b": TracedModel(0, 4.0, 1.0)},
         "a",
         TracedSwitching("fifo", 1.0, 3.0, 9.0),

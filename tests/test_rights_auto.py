@@ -12,7 +12,7 @@ from tests.support import CHAT, Server
 from vllm_hotswap.access import Access
 from vllm_hotswap.events import RequestEnded, SwitchEnded
 from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.rights import Group, Rights
 
 
@@ -37,7 +37,7 @@ ACCESS = Access(
 async def auto(make_server: MakeServer) -> Server:
     """llama is active, qwen is parked, mistral is cold, and keys have different rights."""
     return await make_server(
-        mode="auto", access=ACCESS, policies={"mistral": ModelPolicy(priority=8)}
+        mode="auto", access=ACCESS, policies={"mistral": ModelSettings(priority=8)}
     )
 
 

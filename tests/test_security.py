@@ -10,7 +10,7 @@ import pytest
 from vllm_hotswap.code_settings import code_keys
 from vllm_hotswap.config import load_config, read_config
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.security import DANGERS, check_settings, parse_allowed
+from vllm_hotswap.security import PERMISSIONS, check_settings, parse_allowed
 from vllm_hotswap.written import Place
 
 NOTHING: frozenset[str] = frozenset()
@@ -250,7 +250,7 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
 def test_permissions_are_words_separated_by_commas() -> None:
     """Of the flag, given once or more often, and of the variable."""
     assert frozenset(["code", "world_writable"]) == parse_allowed(["", "code, world_writable"])
-    assert frozenset(DANGERS) == parse_allowed(DANGERS)
+    assert frozenset(PERMISSIONS) == parse_allowed(PERMISSIONS)
     with pytest.raises(ConfigError, match="'everything' is not known; known: trust_remote_code"):
         parse_allowed(["everything"])
 

@@ -65,7 +65,7 @@ def test_a_stop_while_things_are_cleared_away_interrupts_nothing(early: EarlySto
 
     told_to_stop()
 
-    assert early.is_told
+    assert early.is_signalled
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, None])

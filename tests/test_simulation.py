@@ -8,7 +8,7 @@ import pytest
 
 from vllm_hotswap.policies import make_policy
 from vllm_hotswap.policy import NEVER, PolicySettings, ServeOn, Snapshot, SwitchTo
-from vllm_hotswap.simulate.costs import Costs, Prices, Whereabouts, measured
+from vllm_hotswap.simulate.costs import CostModel, Costs, ResidencyModel, measured
 from vllm_hotswap.simulate.report import figures, jain, table
 from vllm_hotswap.simulate.run import Run, Served, World, simulate
 from vllm_hotswap.simulate.service import Engine, Service
@@ -291,7 +291,7 @@ def test_costs_are_what_was_recorded() -> None:
 def test_switches_cost_one_after_the_other_what_they_did() -> None:
     """And then the same again; the policy expects what the server would have measured by then."""
     costs = measured([switch(at, "a", "b", "parked", at) for at in (1.0, 3.0)], default_s=9.0)
-    prices = Prices(costs)
+    prices = CostModel(costs)
     key = ("a", "b", Residency.PARKED)
     found = []
     for _ in range(3):
@@ -306,7 +306,7 @@ def test_switches_cost_one_after_the_other_what_they_did() -> None:
 def test_the_policy_knows_switches_from_before() -> None:
     """Whatever they cost now."""
     before = [switch(1, "a", "b", "parked", 0.5)]
-    prices = Prices(measured([switch(2, "a", "b", "parked", 4.0)], 9.0), before)
+    prices = CostModel(measured([switch(2, "a", "b", "parked", 4.0)], 9.0), before)
 
     assert 0.5 == prices.expected_s("a", "b", Residency.PARKED)
     assert 4.0 == prices.next_s("a", "b", Residency.PARKED)
@@ -339,7 +339,7 @@ def test_the_way_back_to_a_model_that_has_to_go_is_that_from_cold() -> None:
     """With one place; with two there is room for both."""
     found = {}
     for resident in (None, 1, 2):
-        models = Whereabouts(Costs(1.0, first={"b": Residency.PARKED}), resident)
+        models = ResidencyModel(Costs(1.0, first={"b": Residency.PARKED}), resident)
         models.activate("a")
         found[resident] = models.before("b", "a")
 
@@ -365,7 +365,7 @@ def test_a_model_that_had_to_go_is_where_the_recording_has_found_it() -> None:
 
 def test_a_model_that_had_to_go_is_cold_wherever_it_lay_at_first() -> None:
     """Until it has been active again."""
-    models = Whereabouts(Costs(1.0, first={"a": Residency.PARKED}), resident=1)
+    models = ResidencyModel(Costs(1.0, first={"a": Residency.PARKED}), resident=1)
     found = []
     for alias in "aba":
         models.activate(alias)

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from vllm_hotswap.variables import Variables
 
-WISHES: dict[str, dict[str, str | None]] = {
+ENVIRONMENTS: dict[str, dict[str, str | None]] = {
     "file": {"QUANT_CONFIG": "/a.json"},
     "other": {"QUANT_CONFIG": "/b.json"},
     "cleared": {"QUANT_CONFIG": None},
@@ -17,12 +17,14 @@ WISHES: dict[str, dict[str, str | None]] = {
 
 def seen_by(alias: str, at_start: str | None) -> str | None:
     """What a model is to find: its own wish, or what the server was started with."""
-    return WISHES[alias].get("QUANT_CONFIG", at_start)
+    return ENVIRONMENTS[alias].get("QUANT_CONFIG", at_start)
 
 
 @given(
     at_start=st.sampled_from([None, "/server.json"]),
-    steps=st.lists(st.tuples(st.sampled_from(["activate", "load"]), st.sampled_from(list(WISHES)))),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["activate", "load"]), st.sampled_from(list(ENVIRONMENTS)))
+    ),
 )
 def test_a_model_finds_the_same_whatever_came_before(
     at_start: str | None, steps: list[tuple[str, str]]
@@ -31,12 +33,12 @@ def test_a_model_finds_the_same_whatever_came_before(
     environment = {"PATH": "/bin"} | ({"QUANT_CONFIG": at_start} if at_start else {})
     variables, active = Variables(environment), None
     for step, alias in steps:
-        variables.learn(alias, WISHES[alias])
+        variables.register(alias, ENVIRONMENTS[alias])
         if step == "activate":
             variables.activate(alias)
             active = alias
         else:
-            with variables.of(alias):
+            with variables.applied(alias):
                 assert seen_by(alias, at_start) == environment.get("QUANT_CONFIG")
         expected = seen_by(active, at_start) if active else at_start
         assert expected == environment.get("QUANT_CONFIG")
@@ -47,9 +49,9 @@ def test_variables_are_back_after_a_load_that_failed() -> None:
     """An error changes nothing for the active model."""
     environment: dict[str, str] = {}
     variables = Variables(environment)
-    variables.learn("file", WISHES["file"])
+    variables.register("file", ENVIRONMENTS["file"])
 
-    with pytest.raises(RuntimeError, match="broken"), variables.of("file"):
+    with pytest.raises(RuntimeError, match="broken"), variables.applied("file"):
         raise RuntimeError("broken")
 
     assert {} == environment

@@ -22,8 +22,8 @@ from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.events import Event, RequestEnded, ResidencyChanged, SwitchEnded
 from vllm_hotswap.exchange import ResponseTruncated
 from vllm_hotswap.planner import Usage
-from vllm_hotswap.registry import Lease, ModelPolicy
-from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.registry import Lease, ModelSettings
+from vllm_hotswap.settings import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.testing.fake_frontend import WORDS
@@ -459,7 +459,7 @@ class World:
             OPEN,
             switching,
             observers=(self,),
-            policies={"mistral": ModelPolicy(idle_sleep_s=30)} if shape.idles else None,
+            policies={"mistral": ModelSettings(idle_sleep_s=30)} if shape.idles else None,
             adapter_folders=adapter_folders,
             clock=self.loop.time,
             limits=LimitsConfig(in_flight=shape.in_flight, client_timeout=shape.client_timeout),
@@ -618,7 +618,7 @@ class World:
         return ask
 
     def switch(
-        self, target: str, drain_timeout_s: float | None = None, policy: DrainPolicy | None = None
+        self, target: str, drain_timeout_s: float | None = None, policy: DrainAction | None = None
     ) -> SwitchCall:
         body: dict[str, Any] = {"model": target}
         if drain_timeout_s is not None:

@@ -19,7 +19,7 @@ from vllm_hotswap.cli import described_flags, make_parser
 from vllm_hotswap.compat import state
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.schema import json_schema
-from vllm_hotswap.security import DANGERS
+from vllm_hotswap.security import PERMISSIONS
 from vllm_hotswap.settings import (
     SECTIONS,
     TOP_LEVEL,
@@ -73,7 +73,7 @@ def _lines() -> Iterator[str]:
     yield "\n## Other environment variables\n"
     yield from _table(("variable", "meaning"), ((f"`{k}`", v) for k, v in VARIABLES.items()))
     yield "\n## What `--allow` accepts\n"
-    yield from _table(("word", "accepts"), ((f"`{k}`", v) for k, v in DANGERS.items()))
+    yield from _table(("word", "accepts"), ((f"`{k}`", v) for k, v in PERMISSIONS.items()))
     yield "\n## Commands\n"
     yield (
         "Exit status: 0 if it worked; 1 after an error, which is one line on standard error; 2 for "

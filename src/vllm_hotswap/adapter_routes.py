@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from vllm_hotswap.coordinator import Coordinator
-from vllm_hotswap.disclosure import told_if_any
+from vllm_hotswap.disclosure import redact_if_any
 from vllm_hotswap.engines.base import Adapter
 from vllm_hotswap.errors import (
     AdaptersNotAllowed,
@@ -106,7 +106,7 @@ class AdapterRoutes:
             raise EngineUnavailable("no model is active; name one in model")
         name, is_3d = options.lora_name, options.is_3d_lora_weight
         await self._coordinator.add_adapter(alias, name, folder, is_3d, options.load_inplace)
-        return self._told(alias, f"Success: LoRA adapter '{name}' added successfully.")
+        return self._answer(alias, f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_as_vllm(self, request: Request) -> Response:
         """Handle vLLM's route. Without a model, it is the one that has the adapter."""
@@ -114,9 +114,9 @@ class AdapterRoutes:
         name = options.lora_name
         alias = options.model or options.base_model_name or self._owner(name)
         self._coordinator.remove_adapter(alias, name)
-        return self._told(alias, f"Success: LoRA adapter '{name}' removed successfully.")
+        return self._answer(alias, f"Success: LoRA adapter '{name}' removed successfully.")
 
-    def _told(self, alias: str, text: str) -> Response:
+    def _answer(self, alias: str, text: str) -> Response:
         """Answer in vLLM's words; a header names the model that has changed."""
         model = self._coordinator.registry.model(alias)
         return PlainTextResponse(text, headers={MODEL_HEADER: in_header(model.alias).decode()})
@@ -151,5 +151,5 @@ def adapter_body(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.files.name,
         "id": adapter.id,
         "rank": adapter.files.rank,
-        "failed": told_if_any(adapter.failure),
+        "failed": redact_if_any(adapter.failure),
     }

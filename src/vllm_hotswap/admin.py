@@ -22,7 +22,7 @@ from vllm_hotswap.answers import (
     WakingStatus,
 )
 from vllm_hotswap.coordinator import Coordinator
-from vllm_hotswap.disclosure import told_if_any
+from vllm_hotswap.disclosure import redact_if_any
 from vllm_hotswap.engines.base import EngineHost
 from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
 from vllm_hotswap.job_routes import leases_body
@@ -31,7 +31,7 @@ from vllm_hotswap.ladder import up_cost_s
 from vllm_hotswap.operations import caller_of, move_body, predictions_body, usage_body
 from vllm_hotswap.plain_words import first_mistake
 from vllm_hotswap.registry import Model
-from vllm_hotswap.settings import DrainPolicy
+from vllm_hotswap.settings import DrainAction
 from vllm_hotswap.states import Residency, ServerState
 from vllm_hotswap.switch import SwitchResult
 
@@ -59,7 +59,7 @@ class SwitchRequest(BaseModel):
     model: str = Field(min_length=1)
     drain_timeout: float | None = Field(default=None, ge=0, le=MAX_DRAIN_TIMEOUT_S)
     """Seconds; None for the configured default."""
-    on_drain_timeout: DrainPolicy | None = None
+    on_drain_timeout: DrainAction | None = None
     """None for the configured default."""
 
 
@@ -102,7 +102,7 @@ class Admin:
             "operation_id": coordinator.operation_id,
             "target": coordinator.target,
             "waiting": coordinator.waiting,
-            "failure": told_if_any(coordinator.failure),
+            "failure": redact_if_any(coordinator.failure),
             "models": {
                 model.alias: _model_status(model, coordinator) for model in coordinator.registry
             },
@@ -250,7 +250,7 @@ def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
         "pinned": model.pinned,
         "idle_s": coordinator.idle_s(model),
         "switch_cost_s": round(up_cost_s(model, model.residency), 3),
-        "failed": told_if_any(model.failure),
+        "failed": redact_if_any(model.failure),
     }
 
 

@@ -35,7 +35,7 @@ from vllm_hotswap.own_routes import for_admins, own_routes
 from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.rates import Rates
 from vllm_hotswap.refusals import KEY, KnownKey, Outlook
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.routes import Route, RouteTable, vllm_routes
 from vllm_hotswap.routing import BODY_METHODS, Router
 from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
@@ -51,7 +51,7 @@ class HotswapApp:
         switching: SwitchingConfig | None = None,
         observers: tuple[Observer, ...] = (),
         vllm_version: str = "none",
-        policies: Mapping[str, ModelPolicy] | None = None,
+        policies: Mapping[str, ModelSettings] | None = None,
         adapter_folders: Sequence[Path] = (),
         clock: Clock = time.monotonic,
         limits: LimitsConfig | None = None,

@@ -125,7 +125,7 @@ class AuditLog:
             is_full = self._pending >= MAX_PENDING
             self._pending += not is_full
         if is_full:
-            self._tell("the disk is too slow")
+            self._log_lost_line("the disk is too slow")
         else:
             values = {name: getattr(line, name) for name in FIELDS}
             self._lines.put(json.dumps(values, allow_nan=False) + "\n")
@@ -147,7 +147,7 @@ class AuditLog:
             try:
                 _write(self._descriptor, line.encode())
             except OSError as error:
-                self._tell(error.strerror)
+                self._log_lost_line(error.strerror)
             with self._lock:
                 self._pending -= 1
         os.close(self._descriptor)
@@ -168,7 +168,7 @@ class AuditLog:
         self._descriptor = descriptor
         log.info("event=audit_log_reopened path=%r", str(self._path))
 
-    def _tell(self, cause: str | None) -> None:
+    def _log_lost_line(self, cause: str | None) -> None:
         log_of_clients.error(
             "event=audit_line_lost path=%r cause=%r then='the call was not affected'",
             str(self._path),
@@ -198,7 +198,7 @@ class Audited:
         try:
             await self._app(scope, call.receiving(receive), call.sending(send, receive))
         finally:
-            if call.is_to_be_told:
+            if call.is_recorded:
                 self._audit.write(call.line())
 
     def _changing(self, scope: Scope) -> dict[str, str] | None:
@@ -222,14 +222,14 @@ class _Call:
         self._caller = caller
         self._began_s = time.monotonic()
         self._request, self._answer = bytearray(), bytearray()
-        self._is_heard = False
+        self._is_body_read = False
         self._status: int | None = None
         self._answered_by: str | None = None
 
     def receiving(self, receive: Receive) -> Receive:
         async def seen() -> Message:
             message = await receive()
-            self._is_heard = True
+            self._is_body_read = True
             _keep(self._request, message.get("body", b""), MAX_BODY)
             return message
 
@@ -239,8 +239,8 @@ class _Call:
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
-                if self._status >= 400 and not self._is_heard and self._has_small_body:
-                    await self._hear(receive)
+                if self._status >= 400 and not self._is_body_read and self._has_small_body:
+                    await self._read_body(receive)
                 named = Headers(raw=message.get("headers", [])).get(MODEL_HEADER)
                 self._answered_by = named and unquote(named)
             _keep(self._answer, message.get("body", b""), MAX_ANSWER)
@@ -256,16 +256,16 @@ class _Call:
         is_small = size.isdecimal() and len(size) < 10 and 0 < int(size) <= MAX_BODY
         return bool(self._caller.key) and is_small and "expect" not in headers
 
-    async def _hear(self, receive: Receive) -> None:
+    async def _read_body(self, receive: Receive) -> None:
         """Read the body of a call that was refused unread: it says what the caller wanted."""
-        hear = self.receiving(receive)
+        read = self.receiving(receive)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LATE_BODY_S):
-                while (await hear()).get("more_body", False):
+                while (await read()).get("more_body", False):
                     pass
 
     @property
-    def is_to_be_told(self) -> bool:
+    def is_recorded(self) -> bool:
         return bool(self._caller.key) or self._status not in (401, 403)
 
     def line(self) -> AuditLine:

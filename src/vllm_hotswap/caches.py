@@ -82,13 +82,13 @@ def look_at_caches(environment: Mapping[str, str]) -> None:
     if not _is_left_open(root):
         _check_shared(root, ROOT_VARIABLE)
     _check_shared(root / OWN, ROOT_VARIABLE)
-    _tell_who_may_move(root / OWN)
+    _log_owners(root / OWN)
     if not environment.get(INDUCTOR_VARIABLE):
         _check_private(root / OWN / "torchinductor")
     for name in GIVEN:
         if given := environment.get(name):
             _check_shared(_expanded(given), name)
-            _tell_who_may_move(_expanded(given))
+            _log_owners(_expanded(given))
 
 
 def _cache_root(environment: Mapping[str, str]) -> Path:
@@ -191,7 +191,7 @@ def _refused(folder: Path, why: str, way_out: str) -> ConfigError:
     )
 
 
-def _tell_who_may_move(folder: Path) -> None:
+def _log_owners(folder: Path) -> None:
     """Warn about parents in which any user may replace this folder by another one."""
     for parent in folder.resolve().parents:
         with suppress(OSError):

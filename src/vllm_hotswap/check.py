@@ -23,7 +23,7 @@ from vllm_hotswap.devices import device_of
 from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, HotswapError, Mistake, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags, setting_mistakes
-from vllm_hotswap.garbage import no_collection
+from vllm_hotswap.garbage import gc_paused
 from vllm_hotswap.launch import ModelLaunch, plan_memory, prepare_model
 from vllm_hotswap.lora_modules import check_names
 from vllm_hotswap.progress import CheckProgress
@@ -85,10 +85,12 @@ def check(
     launches: list[ModelLaunch] = []
     for model in config.models:
         tell(model.alias)
-        look = _Look(parser, flags, config, variables, model)
-        report.models.append(look.report)
-        launches += look.settings_only() if model.alias in read.unusable else look.look()
-        found += look.mistakes
+        model_check = _ModelCheck(parser, flags, config, variables, model)
+        report.models.append(model_check.report)
+        launches += (
+            model_check.settings_only() if model.alias in read.unusable else model_check.run_all()
+        )
+        found += model_check.mistakes
     if read.mistakes or len(launches) < len(config.models):
         report.problems.append("memory: skipped until the errors are fixed")
     else:
@@ -116,7 +118,7 @@ def _check_adapters(config: ServerConfig, launches: Iterable[ModelLaunch], repor
         report.problems.append(error.message)
 
 
-class _Look:
+class _ModelCheck:
     """Checks one model, step by step."""
 
     def __init__(
@@ -142,7 +144,7 @@ class _Look:
         self._add("settings", found)
         return ()
 
-    def look(self) -> Iterator[ModelLaunch]:
+    def run_all(self) -> Iterator[ModelLaunch]:
         """Check all steps; yield what a start would launch, if its settings allow that."""
         config, model = self._config, self._model
         args = self._try(
@@ -198,8 +200,8 @@ class _Look:
             place = self._model.at(self._config.path, key if key in self._model.lines else "")
             message = one_line(error)
             start = f"{self._config.path}:"
-            told = message if message.startswith(start) else f"{place}: {step}: {message}"
-            self._add(step, [Mistake(place.line, told)])
+            message = message if message.startswith(start) else f"{place}: {step}: {message}"
+            self._add(step, [Mistake(place.line, message)])
         return None
 
     def _add(self, step: str, found: Iterable[Mistake]) -> None:
@@ -239,7 +241,7 @@ def run(read: ReadConfig, flags: Sequence[str], as_json: bool) -> int:
     with (
         contextlib.redirect_stdout(sys.stderr),  # vLLM logs to stdout, where the report goes
         CheckProgress(aliases) as progress,
-        no_collection(),  # collection takes a tenth of the time of importing vLLM
+        gc_paused(),  # collection takes a tenth of the time of importing vLLM
         inspected_here(),
     ):
         report = check(read, flags, progress.begin)

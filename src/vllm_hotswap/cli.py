@@ -314,7 +314,7 @@ def _fill_schema(schema: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the flags that override settings of the file."""
-    from vllm_hotswap.security import ALLOW_VARIABLE, DANGERS
+    from vllm_hotswap.security import ALLOW_VARIABLE, PERMISSIONS
     from vllm_hotswap.settings import server_settings
 
     parser.add_argument(
@@ -324,7 +324,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         help="allow something that runs code or trusts other users, which the file alone cannot "
         f"allow (also {ALLOW_VARIABLE}): "
-        + "; ".join(f"{name}: {meaning}" for name, meaning in DANGERS.items()),
+        + "; ".join(f"{name}: {meaning}" for name, meaning in PERMISSIONS.items()),
     )
     for setting in server_settings():
         parser.add_argument(

@@ -22,11 +22,11 @@ from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of
 from vllm_hotswap.hints import did_you_mean
 from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.paths import beside
+from vllm_hotswap.paths import resolve_beside
 from vllm_hotswap.references import References
 from vllm_hotswap.rights import DEFAULT, Group, PerMinute, Rights, refuse_shared
 from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.security import check_settings, read_models_file, without_dangers
+from vllm_hotswap.security import check_settings, read_models_file, without_unpermitted
 from vllm_hotswap.settings import (
     ALL,
     SECTIONS,
@@ -40,8 +40,8 @@ from vllm_hotswap.settings import (
     Override,
     RecoveryConfig,
     SwitchingConfig,
+    expected_text,
     is_secret,
-    wanted,
 )
 from vllm_hotswap.written import (
     OddKey,
@@ -144,7 +144,7 @@ class ServerConfig:
 
     def _folder(self, name: str) -> Path:
         place = f"{self.path}: adapters.folders"
-        folder = beside(self.path, name, place)
+        folder = resolve_beside(self.path, name, place)
         if self.needs_files and not folder.is_dir():
             raise ConfigError(f"{place}: {str(folder)!r} is not a folder")
         return folder
@@ -330,7 +330,7 @@ class _Reader:
         """Note every unknown key as a mistake."""
         known = list(known)
         for key in [key for key in values if key not in known]:
-            place = self._beside(*keys, key)
+            place = self._resolve_beside(*keys, key)
             with self._noting(*keys, key):
                 if not shown:
                     raise ConfigError(f"{place}: a key is unknown; known keys: {', '.join(known)}")
@@ -345,7 +345,7 @@ class _Reader:
     def _place(self, *keys: str | int) -> str:
         return str(self._source.place(*keys))
 
-    def _beside(self, *keys: Any) -> Place:
+    def _resolve_beside(self, *keys: Any) -> Place:
         """Return the section that a key is in, with the key's own line."""
         return replace(self._source.place(*keys[:-1]), line=self._source.line(*keys))
 
@@ -360,10 +360,10 @@ class _Reader:
             with self._noting("rights", str(name)):
                 if not _is_name(name):
                     raise ConfigError(
-                        f"{self._beside('rights', name)}: a group's name must be a string; "
+                        f"{self._resolve_beside('rights', name)}: a group's name must be a string; "
                         "put it in quotes"
                     )
-                _refuse_odd("the group's name", name, self._beside("rights", name))
+                _refuse_odd("the group's name", name, self._resolve_beside("rights", name))
                 read.append(self._group(name, entry, models))
         refuse_shared([(group, group.source.given) for group in read])
         return read
@@ -386,7 +386,7 @@ class _Reader:
         if name != DEFAULT and not (secrets or given.key_file):
             raise ConfigError(f"{place} has no key; give it keys or a key_file")
         file_place = self._place(*keys, "key_file")
-        files = [beside(self._path, given.key_file, file_place)] if given.key_file else []
+        files = [resolve_beside(self._path, given.key_file, file_place)] if given.key_file else []
         switch_to = None
         if given.switch_to != ALL:
             where = self._place(*keys, "switch_to")
@@ -426,8 +426,8 @@ class _Reader:
             return {}
         known = [item.name for item in fields(kind)]
         names = " and ".join(filter(None, (", ".join(known[:-1]), known[-1])))
-        wanted = f"a mapping with the {'keys' if known[1:] else 'key'} {names}"
-        values = _mapping(section, self._place(*keys), wanted, shown)
+        expected = f"a mapping with the {'keys' if known[1:] else 'key'} {names}"
+        values = _mapping(section, self._place(*keys), expected, shown)
         self._refuse_unknown(values, known, *keys, shown=shown)
         return {key: value for key, value in values.items() if key in known}
 
@@ -481,7 +481,7 @@ class _Reader:
                 del values[key]
                 with self._noting("defaults", key):
                     raise ConfigError(
-                        f"{self._beside('defaults', key)}: {key!r} can't be shared; "
+                        f"{self._resolve_beside('defaults', key)}: {key!r} can't be shared; "
                         "give it to each model"
                     )
         return values
@@ -497,7 +497,7 @@ class _Reader:
             raise ConfigError(
                 f"{place}:{odd} an alias must be a non-empty string; put it in quotes"
             )
-        _refuse_odd(f"the alias {_shortened(alias)}", alias, self._beside("models", alias))
+        _refuse_odd(f"the alias {_shortened(alias)}", alias, self._resolve_beside("models", alias))
         keys = ("models", alias)
         own = self._underscored(
             _mapping(entry, place, "a mapping with at least the key model"), *keys
@@ -511,7 +511,7 @@ class _Reader:
         before = len(self.mistakes)
         with self._noting(*keys):
             check_settings(values, given.place, self._allowed)
-        values = without_dangers(values, self._allowed)
+        values = without_unpermitted(values, self._allowed)
         with self._noting(*keys):
             if "sampling" in ours:
                 section = ours.pop("sampling")
@@ -559,7 +559,7 @@ class _Reader:
         if model.quant_config is None:
             return {QUANT_VARIABLE: None}
         place = given.place("quant_config")
-        file = beside(self._path, model.quant_config, place)
+        file = resolve_beside(self._path, model.quant_config, place)
         if self._needs_files and not file.is_file():
             raise ConfigError(f"{place}: the file {str(file)!r} does not exist")
         return {QUANT_VARIABLE: str(file)}
@@ -572,7 +572,7 @@ class _Reader:
         try:
             return _resolve_model(model, place, self._path)
         except ConfigError:
-            local = beside(self._path, model, place)
+            local = resolve_beside(self._path, model, place)
             if self._needs_files or local.exists():
                 raise
             return str(local)
@@ -582,7 +582,7 @@ class _Reader:
         result: dict[str, Any] = {}
         for key, value in values.items():
             with self._noting(*keys, key):
-                place = self._beside(*keys, key)
+                place = self._resolve_beside(*keys, key)
                 if not isinstance(key, str) or isinstance(key, OddKey):
                     raise ConfigError(f"{place}: every key must be a string, not {key!r}")
                 name = key.replace("-", "_")
@@ -675,7 +675,7 @@ def _mistake(detail: Any, kind: type[Any], place: Callable[..., Place]) -> Mista
     key, *inner = detail["loc"]
     where = place(key, *inner)
     if detail["type"] == "missing":
-        return Mistake(where.line, f"{where} is missing; name {wanted(kind, key)}")
+        return Mistake(where.line, f"{where} is missing; name {expected_text(kind, key)}")
     value = "cannot be used" if is_secret(kind, key) else f"is {detail['input']!r}"
     return Mistake(where.line, f"{where} {value}; {_complaint(detail, kind, key)}")
 
@@ -701,7 +701,7 @@ def refuse_surprises(value: object, place: Callable[..., Place]) -> None:
 def _complaint(first: Any, kind: type[Any], key: str) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    words = wanted(kind, key) if len(first["loc"]) == 1 else None
+    words = expected_text(kind, key) if len(first["loc"]) == 1 else None
     message: str = first["msg"]
     return f"it must be {words}" if words else message.replace("Input should be", "it must be")
 
@@ -729,7 +729,7 @@ def _read_text(path: Path, allowed: frozenset[str]) -> str:
 def _resolve_model(model: str, place: Place, path: Path) -> str:
     """Resolve a checkpoint's folder or GGUF file to an absolute path; leave a hub's name alone."""
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
-    local = beside(path, model, place)
+    local = resolve_beside(path, model, place)
     if not looks_like_path and not local.exists():
         return model
     if local.suffix == ".gguf" and local.is_file():
@@ -778,10 +778,10 @@ def _is_key_of_a_model(item: tuple[object, object]) -> bool:
     return item[1] is not None and not isinstance(item[1], dict)
 
 
-def _mapping(value: object, place: object, wanted: str, shown: bool = True) -> Mapping[Any, Any]:
+def _mapping(value: object, place: object, expected: str, shown: bool = True) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
         kind = _kind(value) if shown or value is None else type(value).__name__
-        raise ConfigError(f"{place} must be {wanted}, not {kind}")
+        raise ConfigError(f"{place} must be {expected}, not {kind}")
     return value
 
 

@@ -66,9 +66,9 @@ from vllm_hotswap.limits import Rate
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import Plan
 from vllm_hotswap.recovery import Recovery
-from vllm_hotswap.registry import Lease, Model, ModelPolicy, Registry
+from vllm_hotswap.registry import Lease, Model, ModelSettings, Registry
 from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
-from vllm_hotswap.settings import DrainPolicy, LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.settings import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency, ServerState, Step, SwitchPhase
 from vllm_hotswap.switch import Switch, SwitchResult
 
@@ -114,7 +114,7 @@ class Coordinator:
         host: EngineHost,
         observer: Observer,
         settings: SwitchingConfig | None = None,
-        policies: Mapping[str, ModelPolicy] | None = None,
+        policies: Mapping[str, ModelSettings] | None = None,
         clock: Clock = time.monotonic,
         limits: LimitsConfig | None = None,
         recovery: RecoveryConfig | None = None,
@@ -689,7 +689,7 @@ class Coordinator:
         self,
         alias: str,
         drain_timeout_s: float | None = None,
-        on_drain_timeout: DrainPolicy | None = None,
+        on_drain_timeout: DrainAction | None = None,
         key: str = "",
     ) -> SwitchResult:
         """Make `alias` the active model; wait until it is.
@@ -781,7 +781,7 @@ class Coordinator:
         """Return until when jobs hold the active model; None if they do not."""
         return self.jobs.until_s if self.jobs.model == self.active else None
 
-    def _begin(self, target: Model, drain_timeout_s: float, policy: DrainPolicy) -> Switch:
+    def _begin(self, target: Model, drain_timeout_s: float, policy: DrainAction) -> Switch:
         self._switch = switch = Switch(
             _operation_id(), self._active, target, drain_timeout_s, self._clock(), policy
         )

@@ -23,7 +23,7 @@ from vllm_hotswap.errors import (
     SwitchNotAllowed,
     Unauthorized,
 )
-from vllm_hotswap.routes import About, Route
+from vllm_hotswap.routes import Route, RouteDoc
 
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -42,13 +42,13 @@ Json = dict[str, Any]
 
 
 def describe(routes: Iterable[Route]) -> Json:
-    """Describe the routes that have an `about`."""
+    """Describe the routes that have an `doc`."""
     schemas = _Schemas()
     paths: dict[str, Json] = defaultdict(dict)
     for route in routes:
-        if route.about is not None:
+        if route.doc is not None:
             path = _PARAMETER.sub(r"{\1}", route.path)
-            paths[path][route.method.lower()] = _operation(route, route.about, schemas)
+            paths[path][route.method.lower()] = _operation(route, route.doc, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -89,23 +89,23 @@ class _NoTitles(GenerateJsonSchema):
         return False
 
 
-def _operation(route: Route, about: About, schemas: _Schemas) -> Json:
+def _operation(route: Route, doc: RouteDoc, schemas: _Schemas) -> Json:
     operation: Json = {
-        "summary": about.summary,
+        "summary": doc.summary,
         "operationId": _operation_id(route),
         "tags": [route.role.value],
-        "parameters": [*_path_parameters(route.path), *_query_parameters(about)],
-        "responses": {"200": _response("Success.", about.media_type, about.answer, schemas)},
+        "parameters": [*_path_parameters(route.path), *_query_parameters(doc)],
+        "responses": {"200": _response("Success.", doc.media_type, doc.answer, schemas)},
     }
-    if about.body is not None:
-        schema = schemas.of(about.body)
+    if doc.body is not None:
+        schema = schemas.of(doc.body)
         operation["requestBody"] = {
-            "required": about.needs_body,
+            "required": doc.needs_body,
             "content": {"application/json": {"schema": schema}},
         }
     if route.role is not Role.PUBLIC:
         operation["security"] = [{name: []} for name in SCHEMES]
-    operation["responses"].update(_error_responses(route, about, schemas))
+    operation["responses"].update(_error_responses(route, doc, schemas))
     return operation
 
 
@@ -122,10 +122,10 @@ def _path_parameters(path: str) -> list[Json]:
     ]
 
 
-def _query_parameters(about: About) -> list[Json]:
-    if about.query is None:
+def _query_parameters(doc: RouteDoc) -> list[Json]:
+    if doc.query is None:
         return []
-    schema = about.query.model_json_schema(schema_generator=_NoTitles)
+    schema = doc.query.model_json_schema(schema_generator=_NoTitles)
     required = schema.get("required", [])
     return [
         {"name": name, "in": "query", "required": name in required, "schema": field}
@@ -140,11 +140,11 @@ def _response(description: str, media_type: str, kind: Any, schemas: _Schemas) -
     return {"description": description, "content": {media_type: content}}
 
 
-def _error_responses(route: Route, about: About, schemas: _Schemas) -> Json:
+def _error_responses(route: Route, doc: RouteDoc, schemas: _Schemas) -> Json:
     """Return a response for each error status, with every code that it may have."""
     codes: dict[int, list[str]] = defaultdict(list)
     pages = (CrossOriginRefused,) if route.is_kept_from_other_sites else ()
-    for kind in (*ROLE_ERRORS[route.role], *pages, HostRefused, *about.errors):
+    for kind in (*ROLE_ERRORS[route.role], *pages, HostRefused, *doc.errors):
         codes[kind.status].append(f"`{kind.code}`")
     return {
         str(status): _response(" or ".join(codes[status]), "application/json", ErrorAnswer, schemas)

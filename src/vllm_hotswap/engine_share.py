@@ -41,13 +41,13 @@ next is made ready."""
 
 class _Place(Enum):
     FREE = auto()
-    ITS_OWN_ARE_TAKEN = auto()
+    OWN_SHARE_TAKEN = auto()
     """The account has its whole share."""
-    ALL_ARE_TAKEN = auto()
+    ALL_TAKEN = auto()
 
 
 @dataclass(eq=False, slots=True)
-class _Asked:
+class _Request:
     """One request, at the door or in the engine."""
 
     account: str
@@ -55,7 +55,7 @@ class _Asked:
     share: float
     turn: asyncio.Future[None] | None = None
     """Its result lets the request in; None if the request did not have to wait."""
-    has_begun: bool = False
+    has_output: bool = False
     """Whether an output of the request has come."""
 
 
@@ -68,8 +68,8 @@ class EngineShare:
     - `_inside`: the requests that the engine has, by id. Per account, `_places` counts them, and
       `_tokens` the tokens of prompts without an output;
     - `_waiting`: the requests before the door, by account and id; `_held`: the same by id alone;
-    - `_line`: a heap of accounts that may be next. Some entries are out of date: `_lined` has the
-      precedence of each account now;
+    - `_heap`: a heap of accounts that may be next. Some entries are out of date: `_precedences` has
+      the precedence of each account now;
     - `_asked_s`: when each account asked last; `_served`: its last turn, as a count.
     """
 
@@ -79,19 +79,19 @@ class EngineShare:
     """Tokens of prompts that the engine takes in one step."""
     clock: Callable[[], float]
     """Seconds, as `time.monotonic` counts them."""
-    _inside: dict[str, _Asked] = field(default_factory=dict)
+    _inside: dict[str, _Request] = field(default_factory=dict)
     _places: Counter[str] = field(default_factory=Counter)
     _tokens: Counter[str] = field(default_factory=Counter)
-    _waiting: dict[str, dict[str, _Asked]] = field(default_factory=dict)
-    _held: dict[str, _Asked] = field(default_factory=dict)
-    _line: list[tuple[int, int, str]] = field(default_factory=list)
-    _lined: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _waiting: dict[str, dict[str, _Request]] = field(default_factory=dict)
+    _held: dict[str, _Request] = field(default_factory=dict)
+    _heap: list[tuple[int, int, str]] = field(default_factory=list)
+    _precedences: dict[str, tuple[int, int]] = field(default_factory=dict)
     _asked_s: dict[str, float] = field(default_factory=dict)
     _served: dict[str, int] = field(default_factory=dict)
     _turns: int = 0
 
     def __repr__(self) -> str:
-        waiting = {account: len(asked) for account, asked in self._waiting.items()}
+        waiting = {account: len(queue) for account, queue in self._waiting.items()}
         return f"<EngineShare inside={dict(self._places)} waiting={waiting}>"
 
     async def enter(self, request_id: str, account: str, tokens: int, share: float) -> None:
@@ -109,48 +109,48 @@ class EngineShare:
         if request_id in self._inside:
             return
         self._note(account)
-        asked = _Asked(account, max(tokens, 1), share)
-        if account not in self._waiting and self._place_for(asked) is _Place.FREE:
-            self._let_in(request_id, asked)
+        request = _Request(account, max(tokens, 1), share)
+        if account not in self._waiting and self._place_for(request) is _Place.FREE:
+            self._admit_one(request_id, request)
             return
-        asked.turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(account, {})[request_id] = asked
-        self._held[request_id] = asked
-        self._line_up(account)
+        request.turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(account, {})[request_id] = request
+        self._held[request_id] = request
+        self._push(account)
         try:
-            await asked.turn
+            await request.turn
         except asyncio.CancelledError:
             # It may be inside by now: it got its turn, and its task was cancelled before it ran.
             self.leave(request_id)
             raise
 
-    def begun(self, request_id: str) -> None:
+    def note_output(self, request_id: str) -> None:
         """Note that an output of the request has come. Idempotent."""
-        asked = self._inside.get(request_id)
-        if asked is not None and not asked.has_begun:
-            asked.has_begun = True
-            _take(self._tokens, asked.account, asked.tokens)
-            self._admit(asked.account)
+        request = self._inside.get(request_id)
+        if request is not None and not request.has_output:
+            request.has_output = True
+            _subtract(self._tokens, request.account, request.tokens)
+            self._admit_waiting(request.account)
 
     def leave(self, request_id: str) -> None:
         """Take out a request that has ended, or is given up before its turn. Idempotent."""
-        if (asked := self._inside.pop(request_id, None)) is not None:
-            _take(self._places, asked.account, 1)
-            if not asked.has_begun:
-                _take(self._tokens, asked.account, asked.tokens)
-            self._admit(asked.account)
+        if (request := self._inside.pop(request_id, None)) is not None:
+            _subtract(self._places, request.account, 1)
+            if not request.has_output:
+                _subtract(self._tokens, request.account, request.tokens)
+            self._admit_waiting(request.account)
         elif (held := self._held.get(request_id)) is not None:
-            self._take_out(request_id, held)
+            self._remove(request_id, held)
             if held.turn is not None:
                 held.turn.cancel()
-            self._admit(held.account)
+            self._admit_waiting(held.account)
 
-    def _take_out(self, request_id: str, asked: _Asked) -> None:
+    def _remove(self, request_id: str, request: _Request) -> None:
         del self._held[request_id]
-        queue = self._waiting[asked.account]
+        queue = self._waiting[request.account]
         del queue[request_id]
         if not queue:
-            del self._waiting[asked.account]
+            del self._waiting[request.account]
 
     def _note(self, account: str) -> None:
         now_s = self.clock()
@@ -172,78 +172,78 @@ class EngineShare:
         last = next((one for one in reversed(self._asked_s) if one != account), None)
         return last is None or self.clock() - self._asked_s[last] > RECENT_S
 
-    def _place_for(self, asked: _Asked) -> _Place:
-        has = self._places.get(asked.account, 0)
+    def _place_for(self, request: _Request) -> _Place:
+        has = self._places.get(request.account, 0)
         if not has:
             return _Place.FREE
-        is_alone = self._is_alone(asked.account)
-        share = 1.0 if is_alone else asked.share
-        waiting = self._tokens.get(asked.account, 0)
-        if waiting and waiting + asked.tokens > share * STEPS * self.step_tokens:
-            return _Place.ITS_OWN_ARE_TAKEN
+        is_alone = self._is_alone(request.account)
+        share = 1.0 if is_alone else request.share
+        waiting = self._tokens.get(request.account, 0)
+        if waiting and waiting + request.tokens > share * STEPS * self.step_tokens:
+            return _Place.OWN_SHARE_TAKEN
         # An account that is alone has one more, which keeps the engine busy.
         most = self.places + 1 if is_alone else math.ceil(share * self.places)
         if has >= most:
-            return _Place.ITS_OWN_ARE_TAKEN
+            return _Place.OWN_SHARE_TAKEN
         if not is_alone and len(self._inside) >= self.places - self.places // KEPT:
-            return _Place.ALL_ARE_TAKEN
+            return _Place.ALL_TAKEN
         return _Place.FREE
 
-    def _let_in(self, request_id: str, asked: _Asked) -> None:
+    def _admit_one(self, request_id: str, request: _Request) -> None:
         self._turns += 1
-        self._served[asked.account] = self._turns
-        self._inside[request_id] = asked
-        self._places[asked.account] += 1
-        self._tokens[asked.account] += asked.tokens
+        self._served[request.account] = self._turns
+        self._inside[request_id] = request
+        self._places[request.account] += 1
+        self._tokens[request.account] += request.tokens
 
-    def _line_up(self, account: str) -> None:
+    def _push(self, account: str) -> None:
         """Enter an account that waits into the heap, with its precedence now."""
         if account not in self._waiting:
             return
         precedence = self._precedence(account)
-        if self._lined.get(account) == precedence:
+        if self._precedences.get(account) == precedence:
             return
-        self._lined[account] = precedence
-        heapq.heappush(self._line, (*precedence, account))
-        if len(self._line) > 2 * len(self._lined) + 64:  # most are out of date
-            self._line = [(*found, one) for one, found in self._lined.items()]
-            heapq.heapify(self._line)
+        self._precedences[account] = precedence
+        heapq.heappush(self._heap, (*precedence, account))
+        if len(self._heap) > 2 * len(self._precedences) + 64:  # most are out of date
+            self._heap = [(*found, one) for one, found in self._precedences.items()]
+            heapq.heapify(self._heap)
 
-    def _admit(self, changed: str) -> None:
+    def _admit_waiting(self, changed: str) -> None:
         """Let in the requests that fit now that something of the account `changed` has ended."""
-        self._line_up(changed)
-        while self._line:
-            *precedence, account = self._line[0]
-            if self._lined.get(account) != tuple(precedence):
-                heapq.heappop(self._line)
+        self._push(changed)
+        while self._heap:
+            *precedence, account = self._heap[0]
+            if self._precedences.get(account) != tuple(precedence):
+                heapq.heappop(self._heap)
                 continue
             queue = self._waiting.get(account)
             if queue is None:
-                self._pass_over(account)
+                self._pop(account)
                 continue
-            request_id, asked = next(iter(queue.items()))
-            place = self._place_for(asked)
-            if place is _Place.ALL_ARE_TAKEN:
+            request_id, request = next(iter(queue.items()))
+            place = self._place_for(request)
+            if place is _Place.ALL_TAKEN:
                 return  # accounts behind it would find no place either
-            self._pass_over(account)
-            if place is _Place.ITS_OWN_ARE_TAKEN:
+            self._pop(account)
+            if place is _Place.OWN_SHARE_TAKEN:
                 continue  # it is considered again when one of its own requests has ended
-            self._take_out(request_id, asked)
-            assert asked.turn is not None
-            if not asked.turn.done():  # else its task was cancelled, and has not run since
-                self._let_in(request_id, asked)
-                asked.turn.set_result(None)
-            self._line_up(account)
+            self._remove(request_id, request)
+            assert request.turn is not None
+            if not request.turn.done():  # else its task was cancelled, and has not run since
+                self._admit_one(request_id, request)
+                request.turn.set_result(None)
+            self._push(account)
 
-    def _pass_over(self, account: str) -> None:
-        heapq.heappop(self._line)
-        del self._lined[account]
+    def _pop(self, account: str) -> None:
+        heapq.heappop(self._heap)
+        del self._precedences[account]
 
     def _precedence(self, account: str) -> tuple[int, int]:
         return self._places.get(account, 0), self._served.get(account, 0)
 
 
-def _take(counter: Counter[str], account: str, count: int) -> None:
+def _subtract(counter: Counter[str], account: str, count: int) -> None:
     counter[account] -= count
     if not counter[account]:
         del counter[account]

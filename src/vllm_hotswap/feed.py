@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from vllm_hotswap.disclosure import told_if_any
+from vllm_hotswap.disclosure import redact_if_any
 from vllm_hotswap.events import Event
 
 MAX_BEHIND = 10_000
@@ -86,7 +86,7 @@ def event_fields(event: Event) -> dict[str, Any]:
     """Return the event's fields, with times in seconds, and without its key: that is for admins."""
     names = [field.name for field in dataclasses.fields(event) if field.name != "key"]
     values = {name: getattr(event, name) for name in names}
-    return values | {"cause": told_if_any(values["cause"])} if "cause" in values else values
+    return values | {"cause": redact_if_any(values["cause"])} if "cause" in values else values
 
 
 def as_message(name: str, data: Mapping[str, Any]) -> str:

@@ -26,8 +26,8 @@ from vllm_hotswap.config import (
     unknown_key,
 )
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
-from vllm_hotswap.garbage import no_collection
-from vllm_hotswap.paths import beside
+from vllm_hotswap.garbage import gc_paused
+from vllm_hotswap.paths import resolve_beside
 from vllm_hotswap.settings import ModelKeys, Override
 from vllm_hotswap.written import Place, Surprising, WrittenInt
 
@@ -149,7 +149,7 @@ def load_with_flags(
         log.info(
             "event=looking_at_flags reason='the file has mistakes; checking its vLLM settings, too'"
         )
-        with config.references.hidden_in_errors(), no_collection():
+        with config.references.hidden_in_errors(), gc_paused():
             parser = serve_parser("vllm-hotswap serve")
             more = setting_mistakes(parser, config.models, path)
             raise ConfigMistakes([*found, *more])
@@ -264,7 +264,7 @@ def _absolute(value: Any, path: Path, place: Place) -> Any:
     if isinstance(value, dict):
         return {key: _absolute(item, path, place) for key, item in value.items()}
     if isinstance(value, str) and value.startswith(("./", "../")):
-        return str(beside(path, value, place))
+        return str(resolve_beside(path, value, place))
     return value
 
 
@@ -272,7 +272,7 @@ def _resolve_template(template: str, path: Path, place: Place) -> str:
     """Return a template file beside the YAML file as an absolute path; anything else unchanged."""
     if "\n" in template or "{" in template:
         return template
-    file = beside(path, template, place)
+    file = resolve_beside(path, template, place)
     return str(file) if file.is_file() else template
 
 

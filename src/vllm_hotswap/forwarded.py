@@ -71,21 +71,23 @@ class ForwardedClients:
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
         self._proxies = proxies
-        self._is_told = False
+        self._has_logged = False
         trusted = EVERYBODY if EVERYBODY in proxies.names else list(proxies.names)
-        self._told = ProxyHeadersMiddleware(app, trusted)  # type: ignore[arg-type]
+        self._forwarded_app = ProxyHeadersMiddleware(app, trusted)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         values = [v for name, v in scope.get("headers", ()) if name == b"x-forwarded-for"]
-        if values and not self._is_told:
-            self._tell(scope.get("client"))
-        app = self._told if self._proxies and all(map(are_addresses, values)) else self._app
+        if values and not self._has_logged:
+            self._log(scope.get("client"))
+        app = (
+            self._forwarded_app if self._proxies and all(map(are_addresses, values)) else self._app
+        )
         await app(scope, receive, send)  # type: ignore[arg-type]
 
-    def _tell(self, client: tuple[str, int] | None) -> None:
+    def _log(self, client: tuple[str, int] | None) -> None:
         if client is None or not is_loopback(client[0]) or self._proxies.has(client[0]):
             return
-        self._is_told = True
+        self._has_logged = True
         log.warning(
             "event=forwarded_ignored peer=%s X-Forwarded-For does not count: "
             "if a proxy sent it, name it with %s",

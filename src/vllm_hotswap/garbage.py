@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Disable collection inside; afterwards, exclude what was made there from all collections."""
     gc.disable()
     try:

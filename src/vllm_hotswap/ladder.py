@@ -38,10 +38,10 @@ from vllm_hotswap.events import (
 )
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import (
+    MemorySnapshot,
     ModelView,
     Move,
     Plan,
-    Snapshot,
     Usage,
     fits_together,
     make_plan,
@@ -156,7 +156,9 @@ class Ladder:
     def used(self) -> Usage:
         return self.snapshot().used
 
-    def snapshot(self, drained: Model | None = None, without_parked: bool = False) -> Snapshot:
+    def snapshot(
+        self, drained: Model | None = None, without_parked: bool = False
+    ) -> MemorySnapshot:
         """Return what the planner decides from.
 
         Args:
@@ -167,7 +169,7 @@ class Ladder:
             self._view(model, model is drained or (without_parked and bool(model.parked)))
             for model in self._registry
         ]
-        return Snapshot(tuple(views), self.budget)
+        return MemorySnapshot(tuple(views), self.budget)
 
     def plan(self, target: Model, active: Model | None) -> Plan:
         """Return what a switch to `target` would do. Raises `NoRoom`."""
@@ -219,7 +221,7 @@ class Ladder:
                 for model in self._registry
             )
             try:
-                make_plan(Snapshot(views, self.budget), target.alias)
+                make_plan(MemorySnapshot(views, self.budget), target.alias)
             except NoRoom as error:
                 raise ConfigError(
                     f"{error.message}; raise memory.device, lower kv_cache_memory_bytes, "

@@ -29,10 +29,10 @@ from vllm_hotswap.devices import DeviceMemory, device_of, with_why_no_device
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
 from vllm_hotswap.hub import hub_weights_bytes, require_known
-from vllm_hotswap.lora_modules import check_names, check_support, take_adapters
+from vllm_hotswap.lora_modules import check_names, check_support, read_adapters
 from vllm_hotswap.planner import Usage
 from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.variables import Variables, Wishes
+from vllm_hotswap.variables import Environment, Variables
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class ModelLaunch:
     converted_bytes: int = 0
     """What its weights take in memory beyond their files, because their type is larger there."""
     pinned: bool = False
-    variables: Wishes = field(default_factory=dict)
+    variables: Environment = field(default_factory=dict)
     """Environment variables that it wants while it is worked with."""
     sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
     aliases: tuple[str, ...] = ()
@@ -138,14 +138,14 @@ def _prepare_model(
     if not model.is_folder:
         _require_known(model, args, config.path)
     _check_files(model, args, config.path)
-    adapters = take_adapters(args, model, config.path)
-    variables.learn(model.alias, model.environment)
+    adapters = read_adapters(args, model, config.path)
+    variables.register(model.alias, model.environment)
     if config.switching.mode == "auto":
         # A frontend and its engine count on the other to see the same media in the same order;
         # requests that wait here, and may leave, would put them out of step.
         args.mm_processor_cache_gb = 0
     try:
-        with variables.of(model.alias):
+        with variables.applied(model.alias):
             vllm_config = engine_config(args)
             gaudi.check_quantisation(vllm_config, os.environ)
     except Exception as error:

@@ -17,10 +17,10 @@ from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of, smalles
 from vllm_hotswap.compat.adapters import allowed_ranks, check_adapter, default_rank
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.paths import beside
+from vllm_hotswap.paths import resolve_beside
 
 
-def take_adapters(
+def read_adapters(
     args: argparse.Namespace, model: ModelConfig, path: Path
 ) -> tuple[AdapterFiles, ...]:
     """Read the adapters of one model, and change `args` so that its engine can hold them.
@@ -94,7 +94,7 @@ def _read(
 
 def _folder(name: str, path: Path, place: str) -> Path:
     """Return an adapter's folder, beside the YAML file or in the hub's cache."""
-    local = beside(path, name, place)
+    local = resolve_beside(path, name, place)
     looks_like_path = name.startswith((".", "/", "~"))
     return local if looks_like_path or local.exists() else hub.local_folder(name, None) or local
 

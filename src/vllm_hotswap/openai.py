@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from vllm_hotswap.answers import ErrorAnswer
-from vllm_hotswap.disclosure import told
+from vllm_hotswap.disclosure import redact
 from vllm_hotswap.errors import HotswapError, forget_frames
 from vllm_hotswap.refusals import hold_back
 
@@ -23,7 +23,7 @@ def error_body(error: HotswapError) -> ErrorAnswer:
     """Return OpenAI's error object."""
     return {
         "error": {
-            "message": told(error.message),
+            "message": redact(error.message),
             "type": error.type,
             "param": error.param,
             "code": error.code,
@@ -66,7 +66,7 @@ async def tell(error: HotswapError, scope: Scope, receive: Receive, send: Send) 
 
 def close_message(error: HotswapError) -> Message:
     """Return a WebSocket's close, with as much of the error's message as its frame holds."""
-    reason = told(error.message).encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
+    reason = redact(error.message).encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
     code = _TRY_AGAIN_LATER if error.status >= 500 else _POLICY
     return {"type": "websocket.close", "code": code, "reason": reason}
 
@@ -75,7 +75,7 @@ def error_event(error: HotswapError, path: str) -> bytes:
     """Return the last event of a stream that was cut, in the dialect of the route."""
     body = error_body(error)
     if path.endswith("/messages"):  # Anthropic's
-        details = {"type": error.type, "message": told(error.message)}
+        details = {"type": error.type, "message": redact(error.message)}
         return _event("error", {"type": "error", "error": details})
     if path.endswith("/responses") or "/responses/" in path:
         return _event("error", {**body["error"], "type": "error"})

@@ -61,7 +61,7 @@ from vllm_hotswap.operations import (
     PrefetchOptions,
     SleepOptions,
 )
-from vllm_hotswap.routes import About, Handler, Route
+from vllm_hotswap.routes import Handler, Route, RouteDoc
 
 PUBLIC, USER, ADMIN = Role.PUBLIC, Role.USER, Role.ADMIN
 
@@ -83,12 +83,12 @@ SWITCH = (
 ADDING = (*OF_MODEL, AdaptersNotAllowed, AdapterRefused, NameTaken, ModelInUse)
 REMOVING = (*OF_MODEL, UnknownAdapter)
 
-HEALTH = About(
+HEALTH = RouteDoc(
     "Liveness: whether the server is serving or recovering",
     media_type="",
     errors=(EngineUnavailable,),
 )
-MODELS = About("All aliases, with the status of their models", ModelList)
+MODELS = RouteDoc("All aliases, with the status of their models", ModelList)
 
 
 OBSERVING = frozenset({"/metrics", "/admin/status", "/admin/events", "/admin/leases"})
@@ -115,94 +115,94 @@ def own_routes(
     yield Route("GET", "/health", PUBLIC, admin.health, HEALTH)
     yield Route("GET", "/ping", PUBLIC, admin.health, HEALTH)
     yield Route("POST", "/ping", PUBLIC, admin.health, HEALTH)
-    about = About("Readiness: whether requests are being served", ReadyAnswer, errors=(NotReady,))
-    yield Route("GET", "/ready", PUBLIC, admin.ready, about)
-    about = About("vLLM's version", VersionAnswer)
-    yield Route("GET", "/version", PUBLIC, version, about)
-    about = About("Prometheus metrics of all models and of switching", media_type="text/plain")
-    yield Route("GET", "/metrics", USER, admin.metrics, about)
+    doc = RouteDoc("Readiness: whether requests are being served", ReadyAnswer, errors=(NotReady,))
+    yield Route("GET", "/ready", PUBLIC, admin.ready, doc)
+    doc = RouteDoc("vLLM's version", VersionAnswer)
+    yield Route("GET", "/version", PUBLIC, version, doc)
+    doc = RouteDoc("Prometheus metrics of all models and of switching", media_type="text/plain")
+    yield Route("GET", "/metrics", USER, admin.metrics, doc)
     yield Route("GET", "/v1/models", USER, admin.models, MODELS)
     yield Route("GET", "/models", USER, admin.models, MODELS)
-    about = About("One alias, with the status of its model", ModelCard, errors=(UnknownModel,))
-    yield Route("GET", "/v1/models/{alias:path}", USER, admin.model, about)
-    about = About("Make a model the active one", SwitchAnswer, SwitchRequest, True, errors=SWITCH)
-    yield Route("POST", "/v1/models/switch", ADMIN, admin.switch, about)
-    about = About("A snapshot of the server", StatusAnswer)
-    yield Route("GET", "/admin/status", USER, admin.status, about)
-    about = About(
+    doc = RouteDoc("One alias, with the status of its model", ModelCard, errors=(UnknownModel,))
+    yield Route("GET", "/v1/models/{alias:path}", USER, admin.model, doc)
+    doc = RouteDoc("Make a model the active one", SwitchAnswer, SwitchRequest, True, errors=SWITCH)
+    yield Route("POST", "/v1/models/switch", ADMIN, admin.switch, doc)
+    doc = RouteDoc("A snapshot of the server", StatusAnswer)
+    yield Route("GET", "/admin/status", USER, admin.status, doc)
+    doc = RouteDoc(
         "What a switch would do, move and cost",
         PlanAnswer,
         query=PlanQuery,
         errors=(*OF_MODEL, NoRoom),
     )
-    yield Route("GET", "/admin/plan", USER, moves.plan, about)
-    about = About("Announce the next model", NextAnswer, NextOptions, True, errors=OF_MODEL)
-    yield Route("POST", "/admin/next", ADMIN, moves.announce, about)
-    about = About("A snapshot, then every event as it happens", media_type="text/event-stream")
-    yield Route("GET", "/admin/events", USER, events, about)
-    about = About("This description", dict)
-    yield Route("GET", "/admin/openapi.json", USER, description, about)
+    yield Route("GET", "/admin/plan", USER, moves.plan, doc)
+    doc = RouteDoc("Announce the next model", NextAnswer, NextOptions, True, errors=OF_MODEL)
+    yield Route("POST", "/admin/next", ADMIN, moves.announce, doc)
+    doc = RouteDoc("A snapshot, then every event as it happens", media_type="text/event-stream")
+    yield Route("GET", "/admin/events", USER, events, doc)
+    doc = RouteDoc("This description", dict)
+    yield Route("GET", "/admin/openapi.json", USER, description, doc)
     yield from _jobs(jobs)
     yield from _moves(moves)
     yield from _adapters(adapters)
 
 
 def _jobs(jobs: JobRoutes) -> Iterator[Route]:
-    about = About("List job leases", JobLeaseList)
-    yield Route("GET", "/admin/leases", USER, jobs.show, about)
-    about = About(
+    doc = RouteDoc("List job leases", JobLeaseList)
+    yield Route("GET", "/admin/leases", USER, jobs.show, doc)
+    doc = RouteDoc(
         "Lease a model for a job, once it is active",
         JobLeaseAnswer,
         LeaseOptions,
         True,
         errors=(*SWITCH, UnknownLease),
     )
-    yield Route("POST", "/admin/leases", ADMIN, jobs.hold, about)
+    yield Route("POST", "/admin/leases", ADMIN, jobs.hold, doc)
     known = (InvalidRequest, UnknownLease)
-    about = About("Renew a job lease", JobLeaseAnswer, RenewOptions, True, errors=known)
-    yield Route("POST", "/admin/leases/{id}", ADMIN, jobs.renew, about)
-    about = About("End a lease", RevokedLease, errors=(UnknownLease,))
-    yield Route("DELETE", "/admin/leases/{id}", ADMIN, jobs.revoke, about)
+    doc = RouteDoc("Renew a job lease", JobLeaseAnswer, RenewOptions, True, errors=known)
+    yield Route("POST", "/admin/leases/{id}", ADMIN, jobs.renew, doc)
+    doc = RouteDoc("End a lease", RevokedLease, errors=(UnknownLease,))
+    yield Route("DELETE", "/admin/leases/{id}", ADMIN, jobs.revoke, doc)
 
 
 def _moves(moves: Operations) -> Iterator[Route]:
-    about = About("Load a model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
-    yield Route("POST", f"{MODEL}/load", ADMIN, moves.load, about)
-    about = About("Wake a sleeping model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
-    yield Route("POST", f"{MODEL}/wake", ADMIN, moves.wake, about)
-    about = About("Unload a model", OperationAnswer, NoOptions, errors=DOWN)
-    yield Route("POST", f"{MODEL}/unload", ADMIN, moves.unload, about)
-    about = About(
+    doc = RouteDoc("Load a model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
+    yield Route("POST", f"{MODEL}/load", ADMIN, moves.load, doc)
+    doc = RouteDoc("Wake a sleeping model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
+    yield Route("POST", f"{MODEL}/wake", ADMIN, moves.wake, doc)
+    doc = RouteDoc("Unload a model", OperationAnswer, NoOptions, errors=DOWN)
+    yield Route("POST", f"{MODEL}/unload", ADMIN, moves.unload, doc)
+    doc = RouteDoc(
         "Put a model to sleep",
         OperationAnswer,
         SleepOptions,
         errors=(*DOWN, NoRoom),
     )
-    yield Route("POST", f"{MODEL}/sleep", ADMIN, moves.sleep, about)
-    about = About(
+    yield Route("POST", f"{MODEL}/sleep", ADMIN, moves.sleep, doc)
+    doc = RouteDoc(
         "Start or cancel a prefetch of a model's files",
         OperationAnswer | CancelAnswer,
         PrefetchOptions,
         errors=(*OF_MODEL, LoadFailed),
     )
-    yield Route("POST", f"{MODEL}/prefetch", ADMIN, moves.prefetch, about)
-    about = About("Pin or unpin a model", PinAnswer, PinOptions, errors=OF_MODEL)
-    yield Route("POST", f"{MODEL}/pin", ADMIN, moves.pin, about)
+    yield Route("POST", f"{MODEL}/prefetch", ADMIN, moves.prefetch, doc)
+    doc = RouteDoc("Pin or unpin a model", PinAnswer, PinOptions, errors=OF_MODEL)
+    yield Route("POST", f"{MODEL}/pin", ADMIN, moves.pin, doc)
 
 
 def _adapters(adapters: AdapterRoutes) -> Iterator[Route]:
     path = f"{MODEL}/adapters"
-    about = About("The adapters of a model", AdapterList, errors=(UnknownModel,))
-    yield Route("GET", path, USER, adapters.show, about)
-    about = About("Add an adapter to a model", AddedAdapter, AdapterOptions, True, errors=ADDING)
-    yield Route("POST", path, ADMIN, adapters.add, about)
-    about = About("Remove an adapter", RemovedAdapter, errors=REMOVING)
-    yield Route("DELETE", f"{path}/{{name:path}}", ADMIN, adapters.remove, about)
-    about = About(
+    doc = RouteDoc("The adapters of a model", AdapterList, errors=(UnknownModel,))
+    yield Route("GET", path, USER, adapters.show, doc)
+    doc = RouteDoc("Add an adapter to a model", AddedAdapter, AdapterOptions, True, errors=ADDING)
+    yield Route("POST", path, ADMIN, adapters.add, doc)
+    doc = RouteDoc("Remove an adapter", RemovedAdapter, errors=REMOVING)
+    yield Route("DELETE", f"{path}/{{name:path}}", ADMIN, adapters.remove, doc)
+    doc = RouteDoc(
         "vLLM's route to add one", None, LoadOptions, True, errors=ADDING, media_type="text/plain"
     )
-    yield Route("POST", "/v1/load_lora_adapter", ADMIN, adapters.load_as_vllm, about)
-    about = About(
+    yield Route("POST", "/v1/load_lora_adapter", ADMIN, adapters.load_as_vllm, doc)
+    doc = RouteDoc(
         "vLLM's route to remove one",
         None,
         UnloadOptions,
@@ -210,4 +210,4 @@ def _adapters(adapters: AdapterRoutes) -> Iterator[Route]:
         errors=REMOVING,
         media_type="text/plain",
     )
-    yield Route("POST", "/v1/unload_lora_adapter", ADMIN, adapters.unload_as_vllm, about)
+    yield Route("POST", "/v1/unload_lora_adapter", ADMIN, adapters.unload_as_vllm, doc)

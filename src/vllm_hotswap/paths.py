@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_hotswap.errors import ConfigError
 
 
-def beside(file: Path, name: str, place: object) -> Path:
+def resolve_beside(file: Path, name: str, place: object) -> Path:
     """Return `name` as an absolute path. It may be relative to `file`'s folder or begin with `~`.
 
     A link stays a link: its own name and its neighbours count, as in the hub's cache, where

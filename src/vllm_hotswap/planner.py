@@ -1,6 +1,6 @@
 """Which models move down the residency ladder so that one can move up. Pure: values in and out.
 
-The planner knows no clock, no engine and no request: a `Snapshot` has all that it looks at. A
+The planner knows no clock, no engine and no request: a `MemorySnapshot` has all that it looks at. A
 `Plan` has the moves to make, in order. The planner prefers the moves that cost least to undo: it
 puts models to sleep before it drops their weights, and drops weights before it unloads. Among
 models, the least recently used goes first. Moves that turn out to be unnecessary are undone.
@@ -98,7 +98,7 @@ class ModelView:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class MemorySnapshot:
     """The server as the planner sees it. Budgets are for models alone."""
 
     models: tuple[ModelView, ...]
@@ -111,7 +111,7 @@ class Snapshot:
     def used(self) -> Usage:
         return total(model.held for model in self.models)
 
-    def without_wakes(self, keep: str | None = None) -> Snapshot:
+    def without_wakes(self, keep: str | None = None) -> MemorySnapshot:
         """Return the snapshot after all early wakes are given up, except that of `keep`."""
         models = (m if m.alias == keep else replace(m, waking=Usage()) for m in self.models)
         return replace(self, models=tuple(models))
@@ -157,7 +157,7 @@ def total(usages: Iterable[Usage]) -> Usage:
     return result
 
 
-def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan:
+def make_plan(snapshot: MemorySnapshot, target: str, keep: Iterable[str] = ()) -> Plan:
     """Plan how to bring `target` up to `parked` without ever exceeding the budget.
 
     Early wakes of other models are given up before any model is evicted.
@@ -181,7 +181,7 @@ def make_plan(snapshot: Snapshot, target: str, keep: Iterable[str] = ()) -> Plan
     return replace(plan, used_before=snapshot.used, given_up=others)
 
 
-def _plan(snapshot: Snapshot, target: str, keep: Iterable[str]) -> Plan:
+def _plan(snapshot: MemorySnapshot, target: str, keep: Iterable[str]) -> Plan:
     model = snapshot.find(target)
     kept = {target, *keep}
     if model.residency in (Residency.PARKED, Residency.ACTIVE):
@@ -210,7 +210,7 @@ def _plan(snapshot: Snapshot, target: str, keep: Iterable[str]) -> Plan:
     )
 
 
-def relief(snapshot: Snapshot, keep: Iterable[str] = ()) -> tuple[Move, ...]:
+def relief(snapshot: MemorySnapshot, keep: Iterable[str] = ()) -> tuple[Move, ...]:
     """Return moves down for models that hold more than the budget together, after it has shrunk.
 
     If no moves suffice, all that help are returned.
@@ -356,7 +356,7 @@ def _bring_up(model: ModelView, parked: Usage) -> Move:
     return Move(model.alias, model.residency, Residency.PARKED, frees, cost_s)
 
 
-def _arithmetic(snapshot: Snapshot, target: ModelView, kept: set[str]) -> str:
+def _arithmetic(snapshot: MemorySnapshot, target: ModelView, kept: set[str]) -> str:
     parts = [f"{target.alias!r} needs {_sizes(target.needs())}"]
     for model in snapshot.models:
         if model.alias == target.alias or model.residency in (Residency.COLD, Residency.FAILED):

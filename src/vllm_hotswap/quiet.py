@@ -39,7 +39,7 @@ NOT_CLIENTS = ("vllm_hotswap", "uvicorn")
 ACCESS = '%s - "WebSocket %s"'
 """The start of uvicorn's lines about WebSockets, which do not go to its access log."""
 
-DECIDED = "_is_told"
+DECIDED = "_is_decided"
 """The attribute of a decided record. JSON formatters leave out names that begin with `_`."""
 
 Place = tuple[str, int] | None
@@ -47,7 +47,7 @@ Kind = tuple[str, int, object, Place]
 
 
 @dataclass(slots=True)
-class _Told:
+class _Logged:
     """When a line of a kind was last written, and how many were left out since."""
 
     at_s: float
@@ -57,8 +57,8 @@ class _Told:
 class Quiet(logging.Filter):
     """Leaves lines out.
 
-    The mutable state is `_told`, the last line of each kind, and `_looked_s`, when the counts that
-    no line has reported were last looked at.
+    The mutable state is `_logged`, the last line of each kind, and `_checked_s`, when the counts
+    that no line has reported were last looked at.
     """
 
     def __init__(
@@ -67,34 +67,34 @@ class Quiet(logging.Filter):
         super().__init__()
         self._has_access_log = has_access_log
         self._clock = clock
-        self._told: dict[Kind, _Told] = {}
-        self._looked_s = clock()
-        self._of_others = _OfOthers(self)
+        self._logged: dict[Kind, _Logged] = {}
+        self._checked_s = clock()
+        self._handler_filter = _HandlerFilter(self)
 
     def __repr__(self) -> str:
-        return f"<Quiet kinds={len(self._told)}>"
+        return f"<Quiet kinds={len(self._logged)}>"
 
     def begin(self) -> None:
         """Leave lines out from now on, in this process."""
         for name in LOGGERS:
             logging.getLogger(name).addFilter(self)
         for handler in _handlers():
-            handler.addFilter(self._of_others)
+            handler.addFilter(self._handler_filter)
 
     def end(self) -> None:
         """Log counts that no line has reported, and leave nothing out from now on. Idempotent."""
-        self._tell_counts(0.0)
+        self._log_counts(0.0)
         for name in LOGGERS:
             logging.getLogger(name).removeFilter(self)
         for handler in _handlers():
-            handler.removeFilter(self._of_others)
+            handler.removeFilter(self._handler_filter)
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.msg, str) and record.msg.startswith(ACCESS):
             return self._has_access_log
-        return record.levelno < logging.INFO or self.may_tell(record)
+        return record.levelno < logging.INFO or self.may_log(record)
 
-    def may_tell(self, record: logging.LogRecord) -> bool:
+    def may_log(self, record: logging.LogRecord) -> bool:
         """Whether a line is the first of its kind for some time; then it may get a count.
 
         A record is decided on once: it may pass the filter of its logger and of each handler.
@@ -103,30 +103,30 @@ class Quiet(logging.Filter):
         if decided is None:
             decided = self._decide(record)
             setattr(record, DECIDED, decided)
-            self.look()
+            self.log_due_counts()
         return decided
 
-    def look(self) -> None:
+    def log_due_counts(self) -> None:
         """Log the counts of kinds that have had no line for some time."""
-        if self._clock() - self._looked_s >= QUIET_S:
-            self._tell_counts(QUIET_S)
+        if self._clock() - self._checked_s >= QUIET_S:
+            self._log_counts(QUIET_S)
 
     def _decide(self, record: logging.LogRecord) -> bool:
         kind, now_s = _kind_of(record), self._clock()
-        told = self._told.get(kind)
-        if told is not None and now_s - told.at_s < QUIET_S:
-            told.left_out += 1
+        logged = self._logged.get(kind)
+        if logged is not None and now_s - logged.at_s < QUIET_S:
+            logged.left_out += 1
             return False
-        self._told[kind] = _Told(now_s)
-        if told is not None and told.left_out:
-            _add(record, told.left_out)
+        self._logged[kind] = _Logged(now_s)
+        if logged is not None and logged.left_out:
+            _add(record, logged.left_out)
         return True
 
-    def _tell_counts(self, after_s: float) -> None:
-        self._looked_s = now_s = self._clock()
-        for (path, line, *_), told in list(self._told.items()):
-            if told.left_out and now_s - told.at_s >= after_s:
-                left_out, told.left_out = told.left_out, 0
+    def _log_counts(self, after_s: float) -> None:
+        self._checked_s = now_s = self._clock()
+        for (path, line, *_), logged in list(self._logged.items()):
+            if logged.left_out and now_s - logged.at_s >= after_s:
+                left_out, logged.left_out = logged.left_out, 0
                 log_of_clients.warning(
                     "event=lines_left_out place=%s:%d left_out=%d",
                     os.path.basename(path),  # noqa: PTH119
@@ -136,7 +136,7 @@ class Quiet(logging.Filter):
                 )
 
 
-class _OfOthers(logging.Filter):
+class _HandlerFilter(logging.Filter):
     """The filter for handlers: loggers of vLLM and libraries are many, and made at any time."""
 
     def __init__(self, quiet: Quiet) -> None:
@@ -145,9 +145,9 @@ class _OfOthers(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or record.name.partition(".")[0] in NOT_CLIENTS:
-            self._quiet.look()
+            self._quiet.log_due_counts()
             return True
-        return self._quiet.may_tell(record)
+        return self._quiet.may_log(record)
 
 
 def _handlers() -> list[logging.Handler]:

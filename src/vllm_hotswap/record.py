@@ -125,7 +125,7 @@ class Recorder:
             self.close()
 
 
-def head_of(config: ServerConfig) -> Head:
+def trace_header(config: ServerConfig) -> Head:
     """Return what the configuration says about models and switching."""
     switching = config.switching
     return Head(

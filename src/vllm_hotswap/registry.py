@@ -259,7 +259,7 @@ current_lease: ContextVar[Lease | None] = ContextVar("current_lease", default=No
 
 
 @dataclass(frozen=True, slots=True)
-class ModelPolicy:
+class ModelSettings:
     """What the configuration says about one model's residency, and how it takes its turn.
 
     Times are in seconds, None for never.
@@ -353,7 +353,7 @@ class Model:
     """Done when the last lease has ended; a drain of the model waits for it."""
     last_used_s: float | None = None
     failure: str | None = None
-    policy: ModelPolicy = field(default_factory=ModelPolicy)
+    policy: ModelSettings = field(default_factory=ModelSettings)
     pinned: bool = False
     is_verified: bool = False
     """Whether it has passed its verification since it was loaded or woken."""
@@ -409,11 +409,11 @@ class Registry:
     """
 
     def __init__(
-        self, engines: Mapping[str, Engine], policies: Mapping[str, ModelPolicy] | None = None
+        self, engines: Mapping[str, Engine], policies: Mapping[str, ModelSettings] | None = None
     ) -> None:
         policies = policies or {}
         self._models = {
-            alias: _model(alias, engine, policies.get(alias, ModelPolicy()))
+            alias: _model(alias, engine, policies.get(alias, ModelSettings()))
             for alias, engine in engines.items()
         }
         self._additional_names = {
@@ -470,5 +470,5 @@ class Registry:
         return model
 
 
-def _model(alias: str, engine: Engine, policy: ModelPolicy) -> Model:
+def _model(alias: str, engine: Engine, policy: ModelSettings) -> Model:
     return Model(alias, engine, policy=policy, pinned=policy.pinned)

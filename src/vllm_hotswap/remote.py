@@ -24,7 +24,7 @@ from vllm_hotswap.errors import HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.keys import check_sendable, plain_keys, split_keys
 from vllm_hotswap.signals import interruptible
-from vllm_hotswap.states import DrainPolicy
+from vllm_hotswap.states import DrainAction
 
 if TYPE_CHECKING:
     import httpx
@@ -79,7 +79,7 @@ def _fill_switch(switch: argparse.ArgumentParser) -> None:
     )
     switch.add_argument(
         "--on-drain-timeout",
-        choices=get_args(DrainPolicy),
+        choices=get_args(DrainAction),
         help="what to do with requests still running then",
     )
 
@@ -156,7 +156,7 @@ def seconds(text: str) -> float:
 
 def _operate(args: argparse.Namespace, _: Sequence[str]) -> int:
     path = f"/admin/models/{_quoted(args.alias)}/{args.command}"
-    return _print(args, call(args, "POST", path, _options_of(args)), told)
+    return _print(args, call(args, "POST", path, _options_of(args)), operation_text)
 
 
 def _switch(args: argparse.Namespace, _: Sequence[str]) -> int:
@@ -551,7 +551,7 @@ def leases_text(answer: Mapping[str, Any]) -> str:
     return "\n".join(map(lease_text, answer["leases"])) or "no model is held"
 
 
-def told(answer: Mapping[str, Any]) -> str:
+def operation_text(answer: Mapping[str, Any]) -> str:
     """Describe in one line what an operation did."""
     model = answer["model"]
     if "pinned" in answer:

@@ -25,7 +25,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class RouteDoc:
     """What the API description says about one of our routes."""
 
     summary: str
@@ -50,7 +50,7 @@ class Route:
     role: Role
     handler: Handler | None = None
     """None: the application of the model that the request names answers it."""
-    about: About | None = None
+    doc: RouteDoc | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:

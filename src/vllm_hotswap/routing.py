@@ -204,7 +204,7 @@ class Router:
         except json_scan.TooManyValues:
             raise TooManyValues(most_values) from None
         except HalfSurrogate as error:
-            raise InvalidRequest(surrogates.told(str(error))) from None
+            raise InvalidRequest(surrogates.message_of(str(error))) from None
         except TooLong as error:
             raise InvalidRequest(
                 f"{error} is longer than {MAX_TEXT_BYTES} bytes; names must be shorter", str(error)

@@ -18,7 +18,7 @@ from vllm_hotswap.written import Place
 
 ALLOW_VARIABLE = "VLLM_HOTSWAP_ALLOW"
 
-DANGERS: Mapping[str, str] = {
+PERMISSIONS: Mapping[str, str] = {
     "trust_remote_code": "models whose `trust_remote_code` is true in the file",
     "code": "settings in the file that name code to be imported (`worker_cls`, plugins, "
     "`middleware`, `logits_processors`, ...), load compiled code (`cache_dir`), or run what a "
@@ -36,8 +36,8 @@ def parse_allowed(words: Iterable[str]) -> frozenset[str]:
     """
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     for name in names:
-        if name not in DANGERS:
-            raise ConfigError(f"--allow {name!r} is not known; known: {', '.join(DANGERS)}")
+        if name not in PERMISSIONS:
+            raise ConfigError(f"--allow {name!r} is not known; known: {', '.join(PERMISSIONS)}")
     return frozenset(names)
 
 
@@ -71,22 +71,22 @@ def check_settings(
     """
     found = [
         Mistake(place(*keys).line, f"{place(*keys)} {why}")
-        for keys, why in _dangers(settings, allowed)
+        for keys, why in _unpermitted(settings, allowed)
     ]
     if found:
         raise ConfigMistakes(found)
 
 
-def without_dangers(settings: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
+def without_unpermitted(settings: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
     """Return the settings without those that run code without permission.
 
     vLLM's parser creates objects from what it parses, and so may run code that they name.
     """
-    refused = {keys[0] for keys, _ in _dangers(settings, allowed)}
+    refused = {keys[0] for keys, _ in _unpermitted(settings, allowed)}
     return {key: value for key, value in settings.items() if key.replace("-", "_") not in refused}
 
 
-def _dangers(
+def _unpermitted(
     settings: Mapping[str, Any], allowed: frozenset[str]
 ) -> Iterator[tuple[list[str], str]]:
     """Yield the path of each setting that runs code without permission, and what to do about it."""

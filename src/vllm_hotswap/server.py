@@ -43,7 +43,7 @@ from vllm_hotswap.environment import (
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.file_limit import raised_file_limit
 from vllm_hotswap.forgotten import forget, set_aside
-from vllm_hotswap.garbage import no_collection
+from vllm_hotswap.garbage import gc_paused
 from vllm_hotswap.listen import (
     LAST_ANSWERS_S,
     Listener,
@@ -53,8 +53,8 @@ from vllm_hotswap.listen import (
 )
 from vllm_hotswap.models_file import ModelsFile
 from vllm_hotswap.progress import EventLog, StartupProgress, waiting
-from vllm_hotswap.record import Recorder, head_of
-from vllm_hotswap.registry import ModelPolicy
+from vllm_hotswap.record import Recorder, trace_header
+from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.settings import CONFIG_VARIABLES
 from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal, on_hangup, stop_signal
 from vllm_hotswap.trusted_files import doubt
@@ -183,7 +183,7 @@ class VllmEngines:
         with start.early.held():
             link.spawn()
             use_temporary_folder(link.folder)
-        with no_collection(), waiting("loading vLLM"):
+        with gc_paused(), waiting("loading vLLM"):
             # These import vLLM, which takes seconds; the host imports it at the same time.
             from vllm_hotswap import launch
             from vllm_hotswap.compat import frontend, versions
@@ -293,7 +293,7 @@ def _recorder(
     path: Path, config: ServerConfig, exits: contextlib.ExitStack, early: EarlyStop
 ) -> Recorder:
     with early.held():
-        recorder = Recorder(path, head_of(config))
+        recorder = Recorder(path, trace_header(config))
         exits.callback(recorder.close)
     return recorder
 
@@ -320,10 +320,10 @@ def _audit_variable() -> Path | None:
     return Path(name) if name else None
 
 
-def policies(config: ServerConfig) -> dict[str, ModelPolicy]:
+def policies(config: ServerConfig) -> dict[str, ModelSettings]:
     """Return what the file says about each model's residency, and how it takes its turn."""
     return {
-        model.alias: ModelPolicy(
+        model.alias: ModelSettings(
             model.pinned,
             model.idle_sleep,
             model.idle_unload,
@@ -394,7 +394,7 @@ async def serve(
         else:
             further.append(signal.SIGHUP)
         stop = exits.enter_context(
-            stop_signal(*further, at_once=listener.close, is_told=lambda: early.is_told)
+            stop_signal(*further, at_once=listener.close, is_signalled=lambda: early.is_signalled)
         )
         try:
             if not await _start(app, load, default, stop):

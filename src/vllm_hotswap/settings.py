@@ -24,12 +24,12 @@ ALL = "all"
 """Stands for a list of all aliases."""
 
 LoadWhen = Literal["startup", "on_demand"]
-DrainPolicy = states.DrainPolicy
+DrainAction = states.DrainAction
 SwitchingMode = Literal["manual", "auto"]
 
 
 @plain_dataclass(frozen=True, slots=True)
-class Wanted:
+class Expected:
     """What a value must be, for the error that refuses it: `it must be ...`."""
 
     text: str
@@ -52,14 +52,14 @@ Priority = Annotated[int, Field(ge=-100, le=100)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 PerSecond = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
 
-AT_LEAST_ZERO = Wanted("a number of at least 0")
-ABOVE_ZERO = Wanted("a number above 0")
-SHARE = Wanted("a number above 0, and 1 at most")
-PER_MINUTE = Wanted("a whole number of at least 0, or null")
-PRIORITY = Wanted("a whole number from -100 to 100")
-SIZE = Wanted("bytes, or a size such as 64MiB")
-IDLE = Wanted("a number of seconds above 0, or null")
-NAMES = Wanted("a list of names")
+AT_LEAST_ZERO = Expected("a number of at least 0")
+ABOVE_ZERO = Expected("a number above 0")
+SHARE = Expected("a number above 0, and 1 at most")
+PER_MINUTE = Expected("a whole number of at least 0, or null")
+PRIORITY = Expected("a whole number from -100 to 100")
+SIZE = Expected("bytes, or a size such as 64MiB")
+IDLE = Expected("a number of seconds above 0, or null")
+NAMES = Expected("a list of names")
 
 
 @dataclass(frozen=True, slots=True, config=STRICT)
@@ -68,7 +68,7 @@ class SwitchingConfig:
 
     mode: Annotated[
         SwitchingMode,
-        Wanted("manual or auto"),
+        Expected("manual or auto"),
         Field(
             description="`manual`: only the active model is served, until an admin switches. "
             "`auto`: requests for all models are accepted, and the server switches by "
@@ -77,7 +77,7 @@ class SwitchingConfig:
     ] = "manual"
     policy: Annotated[
         Text,
-        Wanted("the name of a policy"),
+        Expected("the name of a policy"),
         Field(
             description="when to switch in the mode `auto`: `batch`, `fifo`, `round_robin`, or one "
             "that an installed package adds"
@@ -113,8 +113,8 @@ class SwitchingConfig:
         ),
     ] = 60.0
     on_drain_timeout: Annotated[
-        DrainPolicy,
-        Wanted("abort, park or refuse"),
+        DrainAction,
+        Expected("abort, park or refuse"),
         Field(
             description="what happens to requests still running then, unless the request gives "
             "a value: `abort` ends them with an error, `park` freezes them until their "
@@ -146,7 +146,7 @@ class SwitchingConfig:
     ] = 600.0
     verify: Annotated[
         bool,
-        Wanted("true or false"),
+        Expected("true or false"),
         Field(
             description="whether a model that was loaded or woken is checked before it is "
             "served: it generates a canary token, which must be that of its first load"
@@ -154,7 +154,7 @@ class SwitchingConfig:
     ] = True
     predict: Annotated[
         bool,
-        Wanted("true or false"),
+        Expected("true or false"),
         Field(
             description="whether the model that is likely to be next is prepared: its files are "
             "read ahead into spare `memory.host`, or, on CUDA, it is woken early"
@@ -383,7 +383,7 @@ class LimitsConfig:
     ] = 30.0
     connections: Annotated[
         CountAboveZero | None,
-        Wanted("a whole number above 0, or null"),
+        Expected("a whole number above 0, or null"),
         Field(
             description="simultaneous connections; null: what the limit of open files leaves. "
             "When all are busy, new ones get 503, except health checks and admins"
@@ -391,7 +391,7 @@ class LimitsConfig:
     ] = None
     connections_per_address: Annotated[
         CountAboveZero | None,
-        Wanted("a whole number above 0, or null"),
+        Expected("a whole number above 0, or null"),
         Field(
             description="simultaneous connections from one client address (IPv6: from one /64 "
             "network); null: half of all. A proxy named by `--forwarded-allow-ips`, and a "
@@ -419,7 +419,7 @@ class IsolationConfig:
 
     prefix_cache: Annotated[
         Sharing | None,
-        Wanted("shared, group or key, or null"),
+        Expected("shared, group or key, or null"),
         Field(
             description="which callers share a model's prefix cache. `shared`: all; a caller "
             "can then find out, from response times and cache metrics, whether another one "
@@ -430,7 +430,7 @@ class IsolationConfig:
     ] = None
     observers: Annotated[
         Literal["users", "admins"],
-        Wanted("users or admins"),
+        Expected("users or admins"),
         Field(
             description="who may read `/metrics`, `/admin/status`, `/admin/events` and "
             "`/admin/leases`. They show the models, tokens and times of all requests, but "
@@ -509,7 +509,7 @@ class AdapterConfig:
             description="folders, relative to the file, below which adapters may be that are "
             "added while the server runs; default: none, so no adapter can be added",
         ),
-        Wanted("a list of folders"),
+        Expected("a list of folders"),
     ] = ()
 
 
@@ -519,7 +519,7 @@ class ModelKeys:
 
     model: Annotated[
         Text,
-        Wanted("a folder or a model hub's name"),
+        Expected("a folder or a model hub's name"),
         Field(
             description="a folder with a checkpoint (Hugging Face's or Mistral's format) or a GGUF "
             "file, absolute or relative to the file; or a model hub's name"
@@ -532,7 +532,7 @@ class ModelKeys:
     ] = ()
     load: Annotated[
         LoadWhen,
-        Wanted("startup or on_demand"),
+        Expected("startup or on_demand"),
         Field(
             description="`startup`: loaded before the server accepts requests. `on_demand`: "
             "loaded by its first switch"
@@ -540,7 +540,7 @@ class ModelKeys:
     ] = "startup"
     pinned: Annotated[
         bool,
-        Wanted("true or false"),
+        Expected("true or false"),
         Field(description="whether it is never moved down to make room for another model"),
     ] = False
     idle_sleep: Annotated[
@@ -563,7 +563,7 @@ class ModelKeys:
     ] = 0
     max_wait: Annotated[
         Seconds | None,
-        Wanted("a number of at least 0, or null"),
+        Expected("a number of at least 0, or null"),
         Field(description="auto: `switching.max_wait` for this model; null: the value given there"),
     ] = None
     weight: Annotated[
@@ -573,7 +573,7 @@ class ModelKeys:
     ] = 1.0
     quant_config: Annotated[
         Text | None,
-        Wanted("the path of a file, or null"),
+        Expected("the path of a file, or null"),
         Field(
             description="file for the variable `QUANT_CONFIG` while the model is loaded and active "
             "(absolute or relative to the YAML file); `null` clears the variable; left out, the "
@@ -601,7 +601,7 @@ class GroupConfig:
     keys: Annotated[
         tuple[SecretStr, ...],
         SECRET,
-        Wanted("a list of texts"),
+        Expected("a list of texts"),
         Field(
             strict=False,
             description="its user keys; `${NAME}` keeps them out of the file; the group "
@@ -611,7 +611,7 @@ class GroupConfig:
     key_file: Annotated[
         Text | None,
         SECRET,
-        Wanted("the path of a file, or null"),
+        Expected("the path of a file, or null"),
         Field(
             description="a file with more keys, one per line (absolute or relative to the YAML "
             "file); reloaded on SIGHUP"
@@ -720,10 +720,10 @@ def describe(kind: type[Any], name: str) -> str:
     return description
 
 
-def wanted(kind: type[Any], name: str) -> str | None:
+def expected_text(kind: type[Any], name: str) -> str | None:
     """Return what the value of a field must be, in our own words if there are any."""
     metadata = kind.__pydantic_fields__[name].metadata
-    return next((item.text for item in metadata if isinstance(item, Wanted)), None)
+    return next((item.text for item in metadata if isinstance(item, Expected)), None)
 
 
 def is_secret(kind: type[Any], name: str) -> bool:

@@ -42,21 +42,21 @@ class EarlyStop:
         self._is_held = False
 
     @property
-    def is_told(self) -> bool:
+    def is_signalled(self) -> bool:
         return self.number != 0
 
     def listen(self, number: signal.Signals) -> None:
         """Start, on the main thread of a process. An event loop takes the signal over later."""
-        signal.signal(number, self._told)
+        signal.signal(number, self._on_signal)
 
     def hold(self) -> None:
-        """Raise no longer: from now on the caller checks `is_told` itself.
+        """Raise no longer: from now on the caller checks `is_signalled` itself.
 
         Raises:
             Stopped: the signal came before, and a library has swallowed the exception.
         """
         self._is_held = True
-        if self.is_told:
+        if self.is_signalled:
             raise Stopped
 
     @contextlib.contextmanager
@@ -67,7 +67,7 @@ class EarlyStop:
             yield
         finally:
             self._is_held = False
-        if self.is_told:
+        if self.is_signalled:
             raise Stopped
 
     @contextlib.contextmanager
@@ -78,7 +78,7 @@ class EarlyStop:
         finally:
             self._is_held = True
 
-    def _told(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if not self._is_held:
             raise Stopped
@@ -88,7 +88,7 @@ class EarlyStop:
 def stop_signal(
     *further: signal.Signals,
     at_once: Callable[[], None] = lambda: None,
-    is_told: Callable[[], bool] = lambda: False,
+    is_signalled: Callable[[], bool] = lambda: False,
 ) -> Iterator[asyncio.Future[None]]:
     """Yield a future, done at the first SIGINT or SIGTERM; a second ends the process at once.
 
@@ -97,12 +97,12 @@ def stop_signal(
     Args:
         further: signals that do the same.
         at_once: called before the process ends at once.
-        is_told: whether a signal came before the event loop took the signals over.
+        is_signalled: whether a signal came before the event loop took the signals over.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
 
-    def told(number: signal.Signals) -> None:
+    def on_signal(number: signal.Signals) -> None:
         if stop.done():
             log.warning("event=ended_at_once signal=%s", number.name)
             at_once()
@@ -113,8 +113,8 @@ def stop_signal(
 
     numbers = (*STOP_SIGNALS, *further)
     for number in numbers:
-        loop.add_signal_handler(number, told, number)
-    if is_told():
+        loop.add_signal_handler(number, on_signal, number)
+    if is_signalled():
         stop.set_result(None)
     try:
         yield stop

@@ -13,7 +13,7 @@ from typing import Literal
 
 from vllm_hotswap.errors import HotswapError
 
-DrainPolicy = Literal["abort", "park", "refuse"]
+DrainAction = Literal["abort", "park", "refuse"]
 """What happens to requests that still run when a drain times out."""
 
 

@@ -37,7 +37,7 @@ def as_escape(half: str) -> str:
     return half.encode("ascii", "backslashreplace").decode()
 
 
-def told(half: str) -> str:
+def message_of(half: str) -> str:
     """Return what is wrong, for the client."""
     return (
         f"a text in the request contains {half}, half of a surrogate pair, which is not a "

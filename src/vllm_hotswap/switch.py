@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from vllm_hotswap.planner import Move
 from vllm_hotswap.registry import Lease, Model
-from vllm_hotswap.settings import DrainPolicy
+from vllm_hotswap.settings import DrainAction
 from vllm_hotswap.states import Residency, SwitchPhase
 
 
@@ -49,7 +49,7 @@ class Switch:
     target: Model
     drain_timeout_s: float
     started_s: float
-    policy: DrainPolicy = "abort"
+    policy: DrainAction = "abort"
     automatic: bool = False
     """Whether the server decided on it: then no request is aborted for it."""
     key: str = ""

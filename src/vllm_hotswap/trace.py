@@ -186,14 +186,14 @@ def as_text(line: Line) -> str:
     """Return one line, without its end; unknown values are left out."""
     values = {name: _plain(value) for name, value in asdict(line).items()}
     kind = values.pop("kind")
-    known = {name: value for name, value in values.items() if _is_told(line, name, value)}
+    known = {name: value for name, value in values.items() if _is_written(line, name, value)}
     return json.dumps({"kind": kind, **known})
 
 
-def _is_told(line: Line, name: str, value: object) -> bool:
+def _is_written(line: Line, name: str, value: object) -> bool:
     if isinstance(line, TracedRequest):
-        is_told = {"think_s": line.after is not None, "prepared_s": line.prepared_s > 0}
-        return value is not None and is_told.get(name, True)
+        is_set = {"think_s": line.after is not None, "prepared_s": line.prepared_s > 0}
+        return value is not None and is_set.get(name, True)
     return True
 
 

@@ -11,27 +11,27 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
-Wishes = Mapping[str, str | None]
+Environment = Mapping[str, str | None]
 """Variables by name; None for one that must not be set."""
 
 
 class Variables:
     """The variables of one process. Not thread-safe.
 
-    The mutable state is `_wishes` of each model, `_base` (the values before the first wish for a
+    The mutable state is `_by_model` of each model, `_base` (the values before the first wish for a
     variable) and `_active`, whose wishes apply while no other model is used.
     """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         self._environment = environment
-        self._wishes: dict[str, Wishes] = {}
+        self._by_model: dict[str, Environment] = {}
         self._base: dict[str, str | None] = {}
         self._active: str | None = None
 
-    def learn(self, alias: str, wishes: Wishes) -> None:
+    def register(self, alias: str, environment: Environment) -> None:
         """Remember which variables a model needs."""
-        self._wishes[alias] = wishes
-        for name in wishes:
+        self._by_model[alias] = environment
+        for name in environment:
             self._base.setdefault(name, self._environment.get(name))
 
     def activate(self, alias: str) -> None:
@@ -40,7 +40,7 @@ class Variables:
         self._set(alias)
 
     @contextmanager
-    def of(self, alias: str) -> Iterator[None]:
+    def applied(self, alias: str) -> Iterator[None]:
         """Set the variables of this model inside the block, and the active one's again after it."""
         self._set(alias)
         try:
@@ -49,8 +49,8 @@ class Variables:
             self._set(self._active)
 
     def _set(self, alias: str | None) -> None:
-        wishes = {} if alias is None else self._wishes.get(alias, {})
-        for name, value in {**self._base, **wishes}.items():
+        environment = {} if alias is None else self._by_model.get(alias, {})
+        for name, value in {**self._base, **environment}.items():
             if value is None:
                 self._environment.pop(name, None)
             else:

@@ -62,7 +62,7 @@ class Hosted:
 
     def unload(self) -> None:
         self.engine.unload()
-        teardown.collect_shells()
+        teardown.collect_leftovers()
 
     def greedy(self) -> list[list[int]]:
         return [self.ask(prompt, temperature=0) for prompt in PROMPTS]

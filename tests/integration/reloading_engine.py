@@ -50,7 +50,7 @@ class Engine:
 
     def unload(self) -> None:
         self.hosted.unload()
-        teardown.collect_shells()
+        teardown.collect_leftovers()
         give_back_free_memory()
 
     def model(self) -> Any:

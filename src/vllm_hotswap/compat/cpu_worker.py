@@ -13,7 +13,7 @@ from vllm.config import CompilationMode
 from vllm.v1.worker import cpu_worker
 
 
-class AskingCPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]  # vLLM's types stop here
+class WarmUpAwareCPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]  # vLLM's types stop here
     """The worker of 0.26 to 0.29, which warms up without asking; here it asks as in 0.30."""
 
     def _should_warm_up_model(self) -> bool:
@@ -24,28 +24,28 @@ class AskingCPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]  # vLLM's typ
         )
 
     def determine_available_memory(self) -> Any:
-        with self._asking():
+        with self._ask_before_warm_up():
             return super().determine_available_memory()
 
     def compile_or_warm_up_model(self) -> Any:
-        with self._asking():
+        with self._ask_before_warm_up():
             return super().compile_or_warm_up_model()
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _ask_before_warm_up(self) -> Iterator[None]:
         """Inside, make vLLM's call of the warm-up ask first."""
         warm_up = self.model_runner.warming_up_model
 
-        def warm_up_if_wanted() -> None:
+        def warm_up_if_needed() -> None:
             if self._should_warm_up_model():
                 warm_up()
 
-        self.model_runner.warming_up_model = warm_up_if_wanted
+        self.model_runner.warming_up_model = warm_up_if_needed
         try:
             yield
         finally:
             del self.model_runner.warming_up_model
 
 
-asks = hasattr(cpu_worker.CPUWorker, "_should_warm_up_model")
-CPUWorker: Any = cpu_worker.CPUWorker if asks else AskingCPUWorker
+has_warm_up_check = hasattr(cpu_worker.CPUWorker, "_should_warm_up_model")
+CPUWorker: Any = cpu_worker.CPUWorker if has_warm_up_check else WarmUpAwareCPUWorker

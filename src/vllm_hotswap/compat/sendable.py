@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_hotswap.surrogates import as_escape, told
+from vllm_hotswap.surrogates import as_escape, message_of
 
 TEXTS = (
     *("request_id", "external_req_id", "session_id", "cache_salt", "sampling_params"),
@@ -63,7 +63,7 @@ def _refusal(error: UnicodeEncodeError | OverflowError) -> Any:
     from vllm.exceptions import VLLMValidationError
 
     if isinstance(error, UnicodeEncodeError):
-        return VLLMValidationError(told(as_escape(error.object[error.start])))
+        return VLLMValidationError(message_of(as_escape(error.object[error.start])))
     return VLLMValidationError(
         "a number of the request does not fit into 64 bits; send a smaller one"
     )

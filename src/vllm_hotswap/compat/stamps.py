@@ -36,8 +36,9 @@ class StampedCore:
     """vLLM's client of one engine core, between it and the `AsyncLLM` that uses it.
 
     The mutable state is `_leases`, by the id that vLLM gives a request, from its start to its last
-    output; `_held`, ids of requests that wait for their turn, or left while they waited; `_told`,
-    the outputs since the event loop last ran other tasks; and the last stamp, parsed.
+    output; `_held`, ids of requests that wait for their turn, or left while they waited;
+    `_outputs_since_yield`, the outputs since the event loop last ran other tasks; and the last
+    stamp, parsed.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class StampedCore:
         self._share = share
         self._leases: dict[str, Lease] = {}
         self._held: set[str] = set()
-        self._told = 0
+        self._outputs_since_yield = 0
         self._stamp = ""
         self._owner = ("", -1)
 
@@ -135,12 +136,12 @@ class StampedCore:
 
     async def get_output_async(self) -> Any:
         # Outputs that have arrived already are read without letting other tasks run.
-        if self._told >= OUTPUTS:
-            self._told = 0
+        if self._outputs_since_yield >= OUTPUTS:
+            self._outputs_since_yield = 0
             await asyncio.sleep(0)
         outputs = await self._core.get_output_async()
         if outputs.outputs:
-            self._told += len(outputs.outputs)
+            self._outputs_since_yield += len(outputs.outputs)
             self._check(outputs, getattr(outputs, "weight_version", None))
         return outputs
 
@@ -176,7 +177,7 @@ class StampedCore:
             if lease.countdowns:
                 lease.stop_countdown(output.request_id)
             if self._share is not None:
-                self._share.begun(output.request_id)
+                self._share.note_output(output.request_id)
             lease.output_tokens += len(output.new_token_ids)
             if output.finish_reason is not None:
                 self._forget(output.request_id)

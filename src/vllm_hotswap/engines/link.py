@@ -25,7 +25,7 @@ from typing import Any
 
 from vllm_hotswap import failpoints
 from vllm_hotswap.errors import EngineUnavailable, HotswapError, NoRoom
-from vllm_hotswap.host.messages import Answer, Command, Message, Ready, Stop
+from vllm_hotswap.host.messages import Command, CommandResult, Message, Ready, Stop
 from vllm_hotswap.platforms import host_environment
 
 STOP_TIMEOUT_S = 10.0
@@ -191,7 +191,7 @@ class HostLink:
             case Ready():
                 if not self._ready.done():
                     self._ready.set_result(None)
-            case Answer(id=id, error=error, result=result):
+            case CommandResult(id=id, error=error, result=result):
                 future = self._pending.get(id)
                 if future is not None and not future.done():
                     if error is None:

@@ -55,12 +55,12 @@ class CompiledCode:
         self._kept: dict[tuple[str, Path], Any] = {}
         self._places: dict[str, Path] = {}
 
-    def lend_to(self, executor: Any) -> None:
+    def share_with(self, executor: Any) -> None:
         """Let the worker of an executor in this process use this code, and not only saved code."""
         if (worker := _worker(executor)) is not None:
             worker.compiled_code = self
 
-    def give_to(self, runner: Any) -> None:
+    def apply_to(self, runner: Any) -> None:
         """Give a loaded model the available code, unless it is compiled already.
 
         Call it between the choice of the KV cache layout, on which the code depends, and vLLM's
@@ -71,7 +71,7 @@ class CompiledCode:
         if not modules or is_compiled(runner):
             return
         self._places = _places(modules)
-        given = sum(self._give(name, modules[name]) for name in self._places)
+        given = sum(self._apply(name, modules[name]) for name in self._places)
         log.info(
             "event=compiled_code_given modules=%d of=%d seconds=%.2f",
             given,
@@ -79,7 +79,7 @@ class CompiledCode:
             time.monotonic() - before,
         )
 
-    def take_from(self, executor: Any) -> None:
+    def reclaim_from(self, executor: Any) -> None:
         """Keep the code of a model about to be taken apart, and remove its hooks from Dynamo."""
         modules = dict(_compilable(getattr(_worker(executor), "model_runner", None)))
         if self._places:
@@ -91,7 +91,7 @@ class CompiledCode:
         self._places = {}
         _unhook(modules.values())
 
-    def _give(self, name: str, module: Any) -> bool:
+    def _apply(self, name: str, module: Any) -> bool:
         place = self._places[name]
         code = self._kept.get((name, place)) or _saved_code(module, place)
         if code is not None:

@@ -36,7 +36,7 @@ from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory, large_blocks_mapped
 from vllm_hotswap.host.lora import use_masking
 from vllm_hotswap.host.randomness import drawing_nothing
-from vllm_hotswap.host.weights import DroppedWeights, Weights, strange_weights
+from vllm_hotswap.host.weights import DroppedWeights, Weights, find_undroppable
 
 SMALLEST_LAZY_BYTES = 1 << 20
 
@@ -86,7 +86,7 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
 
     def _should_warm_up_model(self) -> bool:
         # vLLM asks just before it would run the model for the first time, and so compile it.
-        self.compiled_code.give_to(self.model_runner)
+        self.compiled_code.apply_to(self.model_runner)
         if is_compiled(self.model_runner) and self.cache_config.kv_cache_memory_bytes is not None:
             return False
         return bool(super()._should_warm_up_model())
@@ -150,7 +150,7 @@ class HostedCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM's types stop her
             return "a trainer may have changed them since they were read"
         if self._has_frozen_weights():
             return "compiled code has copies of them (max_autotune)"
-        if weight := strange_weights(self.get_model()):
+        if weight := find_undroppable(self.get_model()):
             return f"{weight} has memory that is not its own"
         return None
 

@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.cuda_memory import ModelMemory
-from vllm_hotswap.host.teardown import collect_shells
+from vllm_hotswap.host.teardown import collect_leftovers
 
 ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
@@ -232,7 +232,7 @@ class ModelPools:
             self._pools.clear()
             self._torch.empty_cache()
         if self.memory.is_in_use:  # in reference cycles, such as those of adapters
-            collect_shells()
+            collect_leftovers()
             self._torch.empty_cache()
         if self.memory.is_in_use:
             log.warning("event=tensors_left bytes=%d memory=%r", self.memory.device_bytes, self)

@@ -137,7 +137,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def _initialize_kv_caches(self, vllm_config: Any) -> Any:
         # vLLM calls this between reading the weights and its first run of the model.
-        self._code.lend_to(self.model_executor)
+        self._code.share_with(self.model_executor)
         self._tried_adapters: set[int] = set()
         return super()._initialize_kv_caches(vllm_config)
 
@@ -376,7 +376,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         model = {name: value for name, value in vars(self).items() if name not in lasting}
         try:
             if executor := model.get("model_executor"):
-                self._code.take_from(executor)
+                self._code.reclaim_from(executor)
                 executor.shutdown()
         finally:
             # The input thread may put an abort at any time.

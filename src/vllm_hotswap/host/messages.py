@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.variables import Wishes
+from vllm_hotswap.variables import Environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Load:
     vllm_config: Any
     log_stats: bool
     sockets: SocketPaths
-    variables: Wishes = field(default_factory=dict)
+    variables: Environment = field(default_factory=dict)
     """Environment variables to set while this model is worked with."""
     limits_kv: bool = False
     """Whether to give it no more KV memory than all its sequences can use."""
@@ -205,7 +205,7 @@ class EngineFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CommandResult:
     """The result of the command `id`, or why it failed."""
 
     id: int
@@ -215,4 +215,4 @@ class Answer:
     """Whether it failed for lack of memory, and has changed nothing."""
 
 
-Message = Ready | LoadStage | EngineFailed | Answer
+Message = Ready | LoadStage | EngineFailed | CommandResult

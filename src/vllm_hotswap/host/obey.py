@@ -18,8 +18,8 @@ from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
     Activate,
-    Answer,
     Command,
+    CommandResult,
     EngineFailed,
     GiveUpWake,
     Load,
@@ -34,7 +34,7 @@ from vllm_hotswap.host.messages import (
     Wake,
     WakeSlice,
 )
-from vllm_hotswap.host.teardown import collect_shells
+from vllm_hotswap.host.teardown import collect_leftovers
 from vllm_hotswap.host.together import HalfAsleep
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.variables import Variables
@@ -44,21 +44,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm_hotswap.host")
 
-MAX_SHELLS = 8
+MAX_LEFTOVERS = 8
 """How many unloads may leave shells before these are collected, if no pause comes first."""
 
 
-class Obedience:
+class VllmCommandHandler:
     """Turns commands into work on the compute thread and sends the answers.
 
-    The mutable state is `_shells` (unloads whose shells wait for a collection), the number of each
-    model's last load, the environment variables of models, and the engines, which are the loop's.
+    The mutable state is `_leftovers` (unloads whose shells wait for a collection), the number of
+    each model's last load, the environment variables of models, and the engines, which are the
+    loop's.
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
         self._channel_send = send
         self._send_lock = threading.Lock()
-        self._shells = 0
+        self._leftovers = 0
         self._loads: dict[str, int] = {}
         self._variables = Variables()
         self.loop = EngineLoop(self._engine_failed, self._tidy_up)
@@ -67,42 +68,42 @@ class Obedience:
         """Import once what every load would otherwise wait for."""
         loading.prepare_host()
 
-    def take(self, command: Command) -> None:
+    def submit(self, command: Command) -> None:
         """Run `command` on the compute thread. Called by the channel's thread."""
         # Answered here: on the compute thread, it would wait for the step that it asks about.
         if isinstance(command, Ping):
-            self._send(Answer(command.id, result=self.loop.step_s))
+            self._send(CommandResult(command.id, result=self.loop.step_s))
             return
         self.loop.submit(lambda: self._answer(command))
 
     def _answer(self, command: Command) -> None:
         try:
-            answer = Answer(command.id, result=self._obey(command))
+            answer = CommandResult(command.id, result=self._execute(command))
         except NoRoom as error:
-            answer = Answer(command.id, error=error.message, lacks_room=True)
+            answer = CommandResult(command.id, error=error.message, lacks_room=True)
         except HotswapError as error:
-            answer = Answer(command.id, error=error.message)
+            answer = CommandResult(command.id, error=error.message)
         except Exception as error:
             log.exception("event=command_failed command=%s", type(command).__name__)
-            answer = Answer(command.id, error=one_line(error))
+            answer = CommandResult(command.id, error=one_line(error))
         # Not in a handler above: there the exception's traceback may still hold a half-loaded
         # model, and nothing of it could be collected.
         if answer.error is not None and isinstance(command, Load | Wake):
-            collect_shells()
+            collect_leftovers()
             give_back_free_memory()
         self._send(answer)
 
-    def _obey(self, command: Command) -> Any:
+    def _execute(self, command: Command) -> Any:
         match command:
             case Measure(device=device):
                 return device.memory()
             case MeasureNow(device=device, enough_bytes=enough_bytes):
                 return device.memory_now(enough_bytes)
-            case Load(alias=alias, number=number, variables=wishes):
+            case Load(alias=alias, number=number, variables=environment):
                 failpoint("host.load", alias)
                 self._loads[alias] = number
-                self._variables.learn(alias, wishes)
-                with self._variables.of(alias):
+                self._variables.register(alias, environment)
+                with self._variables.applied(alias):
                     return self._load(command)
             case Activate(alias=alias):
                 failpoint("host.activate", alias)
@@ -112,7 +113,7 @@ class Obedience:
                 return self._sleep(alias, level)
             case Wake(alias=alias):
                 failpoint("host.wake", alias)
-                with self._variables.of(alias):
+                with self._variables.applied(alias):
                     return self._wake(alias)
             case WakeSlice(alias=alias):
                 failpoint("host.wake_slice", alias)
@@ -135,7 +136,7 @@ class Obedience:
         if (engine := self._find(command.alias)) is not None and engine.is_loaded:
             raise HotswapError(f"engine {command.alias!r} is loaded already")
         try:
-            with reporting_to(lambda stage: self._reached(command.alias, stage)):
+            with reporting_to(lambda stage: self._on_stage(command.alias, stage)):
                 engine = self._make(command)
             can_discard = _can_discard(device, engine)
             weights_bytes = engine.weights_bytes() if can_discard else 0
@@ -155,7 +156,7 @@ class Obedience:
         )
         return Loaded(engine.kv_bytes(), held, can_discard, weights_bytes, *sleep_bytes)
 
-    def _reached(self, alias: str, stage: str) -> None:
+    def _on_stage(self, alias: str, stage: str) -> None:
         self._send(LoadStage(alias, stage))
         failpoint(f"host.load.{stage}", alias)
 
@@ -211,16 +212,16 @@ class Obedience:
         engine = self._find(alias)
         if engine is not None and engine.is_loaded:
             self._inactive(alias).unload()
-            self._shells += 1
-            if self._shells >= MAX_SHELLS:
+            self._leftovers += 1
+            if self._leftovers >= MAX_LEFTOVERS:
                 self._tidy_up()
             give_back_free_memory()
 
     def _tidy_up(self) -> None:
         """Collect what unloads have left. It takes half a second, so best when idle."""
-        if self._shells:
-            self._shells = 0
-            collect_shells()
+        if self._leftovers:
+            self._leftovers = 0
+            collect_leftovers()
             give_back_free_memory()
 
     def _find(self, alias: str) -> HostedEngine | None:
@@ -240,7 +241,7 @@ class Obedience:
 
     def _engine_failed(self, alias: str, error: Exception) -> None:
         log.error("event=engine_failed model=%s", value_text(alias), exc_info=error)
-        self._shells += 1
+        self._leftovers += 1
         self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
 
     def _send(self, message: Message) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 from vllm_hotswap import failpoints
 from vllm_hotswap.environment import shut_out_writers
 from vllm_hotswap.file_limit import raised_file_limit
-from vllm_hotswap.garbage import no_collection
+from vllm_hotswap.garbage import gc_paused
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import Ready, Stop
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
@@ -36,7 +36,7 @@ log = logging.getLogger("vllm_hotswap.host")
 _quiet = Quiet()
 
 
-class Obeying(Protocol):
+class CommandHandler(Protocol):
     """Carries out the parent's commands."""
 
     loop: EngineLoop
@@ -44,11 +44,11 @@ class Obeying(Protocol):
     def prepare(self) -> None:
         """Do once what every command would otherwise wait for."""
 
-    def take(self, command: Any) -> None:
+    def submit(self, command: Any) -> None:
         """Run `command` on the compute thread. Called by the channel's thread."""
 
 
-def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoReturn:
+def run(module: str, make: Callable[[Callable[[Any], None]], CommandHandler]) -> NoReturn:
     """Run as the engine host that `HostLink` has started as `python -m MODULE`.
 
     Args:
@@ -66,19 +66,19 @@ def run(module: str, make: Callable[[Callable[[Any], None]], Obeying]) -> NoRetu
     # may a SIGHUP, on which the parent reads its key files again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    _be_the_first_to_go()
+    _prefer_for_oom_kill()
     shut_out_writers()
     raised_file_limit()  # its parent's limit may be lower
-    obedience = make(channel.send)
+    handler = make(channel.send)
     _wake_when_orphaned()
     # Before the imports, which take long: the end of the parent is noticed in that time, too.
-    reading = (channel, obedience, args.folder)
+    reading = (channel, handler, args.folder)
     threading.Thread(target=_read, args=reading, daemon=True, name="channel").start()
-    with no_collection():
-        obedience.prepare()
+    with gc_paused():
+        handler.prepare()
     channel.send(Ready())
     try:
-        obedience.loop.run()
+        handler.loop.run()
     except BaseException:
         log.exception("event=compute_thread_failed action=exit")
         _exit(1)
@@ -93,7 +93,7 @@ def set_up_log() -> None:
     _quiet.begin()
 
 
-def _be_the_first_to_go() -> None:
+def _prefer_for_oom_kill() -> None:
     """Make the kernel kill the host first if memory runs out: it can be restarted."""
     with suppress(OSError):  # not on Linux, or the server was started with a higher value
         Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
@@ -113,7 +113,7 @@ def _wake_when_orphaned() -> None:
     signal_when_orphaned(signal.SIGCONT)
 
 
-def _read(channel: Connection[object, Any], obedience: Obeying, folder: str) -> NoReturn:
+def _read(channel: Connection[object, Any], handler: CommandHandler, folder: str) -> NoReturn:
     """Pass commands on until there are no more, then end the process.
 
     `os._exit` skips interpreter finalisation, where native threads of torch and ZeroMQ may hang. A
@@ -122,7 +122,7 @@ def _read(channel: Connection[object, Any], obedience: Obeying, folder: str) -> 
     use_all_cores()
     try:
         while not isinstance(command := channel.recv(), Stop):
-            obedience.take(command)
+            handler.submit(command)
     except (EOFError, OSError):
         log.warning("event=parent_gone action=exit")
         shutil.rmtree(folder, ignore_errors=True)  # as the parent would have done

@@ -36,7 +36,7 @@ def pools_of(parts: Mapping[str, Any]) -> Any:
     return None if take is None else take()
 
 
-def collect_shells() -> None:
+def collect_leftovers() -> None:
     """Collect what `dismantle` or a failed load has left, even if vLLM has frozen it."""
     gc.unfreeze()
     gc.collect()

@@ -77,7 +77,7 @@ class Weights:
         return int(sum(shared.values()) + sum(self.packed.values()))
 
 
-def strange_weights(model: Any) -> str | None:
+def find_undroppable(model: Any) -> str | None:
     """Return the name and type of a weight that cannot be dropped; None if there is none."""
     for name, tensor in Weights.of(model).tensors.items():
         if is_traceable_wrapper_subclass(tensor) or not tensor.untyped_storage().resizable():

@@ -81,7 +81,7 @@ def _default(found: Mapping[Residency, list[float]], default_s: float) -> float:
     return median(every) if every else default_s
 
 
-class Prices:
+class CostModel:
     """The cost of each switch, and what the server expects it to cost.
 
     The mutable state is how many switches of each kind there have been, and the server's estimates.
@@ -95,7 +95,7 @@ class Prices:
             self.paid(switch.source, switch.target, _residency(switch), switch.cost_s)
 
     def __repr__(self) -> str:
-        return f"<Prices switches={self._counts.total()}>"
+        return f"<CostModel switches={self._counts.total()}>"
 
     def expected_s(self, source: str | None, target: str, residency: Residency) -> float:
         """Return the policy's estimate; for switches not measured yet, it is a good guess."""
@@ -113,7 +113,7 @@ class Prices:
         self._estimates.add(source, target, residency, cost_s)
 
 
-class Whereabouts:
+class ResidencyModel:
     """Where each model lies: the last few that were active are parked, the others are evicted.
 
     The mutable state is the models that have been active and are parked, the last one at the end,
@@ -127,7 +127,7 @@ class Whereabouts:
         self._evicted: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<Whereabouts parked={list(self._parked)}>"
+        return f"<ResidencyModel parked={list(self._parked)}>"
 
     def of(self, alias: str) -> Residency:
         if alias in self._parked:

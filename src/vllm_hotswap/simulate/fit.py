@@ -76,7 +76,7 @@ def service(requests: Sequence[TracedRequest], clock: Clock) -> Service:
     took = [span.end_s - span.begin_s for span in spans]
     found = Service(1.0, 0.0, 0.0)
     for _ in range(ROUNDS):
-        crowd = _Crowd(spans, found)
+        crowd = _Concurrency(spans, found)
         rows = [
             (float(tokens), tokens * crowd.mean(span), prompts.within(span))
             for tokens, span in zip((r.output_tokens for r in requests), spans, strict=True)
@@ -184,7 +184,7 @@ class _Prompts:
         return float(self._sums[last] - self._sums[first])
 
 
-class _Crowd:
+class _Concurrency:
     """How many requests ran, and how many steps they got, summed over time."""
 
     def __init__(self, spans: Iterable[Span], service: Service) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from vllm_hotswap.policy import NEVER, Decision, Policy, SwitchTo, WaitUntil
 from vllm_hotswap.scheduler import ModelTerms, Scheduler, Ticket
-from vllm_hotswap.simulate.costs import Costs, Prices, Whereabouts
+from vllm_hotswap.simulate.costs import CostModel, Costs, ResidencyModel
 from vllm_hotswap.simulate.service import Engine, Service
 from vllm_hotswap.trace import Trace, TracedRequest
 
@@ -118,9 +118,9 @@ class Simulation:
             alias: ModelTerms(alias, model.priority, model.max_wait_s, model.weight)
             for alias, model in trace.head.models.items()
         }
-        self._whereabouts = Whereabouts(world.costs, world.resident)
+        self._residencies = ResidencyModel(world.costs, world.resident)
         before = world.before or Trace(trace.head)
-        self._prices = Prices(world.costs, before.switches)
+        self._cost_model = CostModel(world.costs, before.switches)
         self.scheduler = Scheduler(self._terms.values(), policy, self._expected_s)
         for request in before.requests:
             if request.service_s is not None:
@@ -141,7 +141,7 @@ class Simulation:
         self.run = Run(self._requests, blank[:], blank[:], blank[:], blank[:])
         self._line_up()
         if trace.head.active is not None:
-            self._whereabouts.activate(trace.head.active)
+            self._residencies.activate(trace.head.active)
             self._activate(trace.head.active)
 
     def __repr__(self) -> str:
@@ -259,8 +259,8 @@ class Simulation:
         return self.scheduler.advance(self._now_s)
 
     def _expected_s(self, source: str | None, target: str) -> float:
-        residency = self._whereabouts.before(source, target)
-        return self._prices.expected_s(source, target, residency)
+        residency = self._residencies.before(source, target)
+        return self._cost_model.expected_s(source, target, residency)
 
     def _begin_switch(self, decision: SwitchTo) -> None:
         now_s = self._now_s
@@ -284,7 +284,7 @@ class Simulation:
             self._active.stop(self._now_s)
             self._active = None
         source, target = self._switch.source, self._switch.target
-        cost_s = self._prices.next_s(source, target, self._whereabouts.before(source, target))
+        cost_s = self._cost_model.next_s(source, target, self._residencies.before(source, target))
         self._switch.drained_s, self._switch.next_s = self._now_s, self._now_s + cost_s
 
     def _get_on(self) -> None:
@@ -297,9 +297,9 @@ class Simulation:
         self.run.switches.append(
             Switched(switch.source, switch.target, switch.began_s, drained_s, self._now_s)
         )
-        residency = self._whereabouts.before(switch.source, switch.target)
-        self._prices.paid(switch.source, switch.target, residency, self._now_s - drained_s)
-        self._whereabouts.activate(switch.target)
+        residency = self._residencies.before(switch.source, switch.target)
+        self._cost_model.paid(switch.source, switch.target, residency, self._now_s - drained_s)
+        self._residencies.activate(switch.target)
         self._activate(switch.target)
 
     def _activate(self, alias: str) -> None:

@@ -19,7 +19,7 @@ from vllm_hotswap.failpoints import failpoint
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
     Activate,
-    Answer,
+    CommandResult,
     EngineFailed,
     GiveUpWake,
     Load,
@@ -107,7 +107,7 @@ class SteppedFake:
         self._left.clear()
 
 
-class FakeObedience:
+class FakeCommandHandler:
     """What is done for each command, on the compute thread."""
 
     def __init__(self, send: Callable[[object], None]) -> None:
@@ -120,22 +120,22 @@ class FakeObedience:
     def prepare(self) -> None:
         """There is nothing to import."""
 
-    def take(self, command: Any) -> None:
+    def submit(self, command: Any) -> None:
         if isinstance(command, Ping):
-            self._send(Answer(command.id, result=self.loop.step_s))
+            self._send(CommandResult(command.id, result=self.loop.step_s))
         else:
             self.loop.submit(lambda: self._answer(command))
 
     def _answer(self, command: Any) -> None:
         try:
-            self._obey(command)
-            self._send(Answer(command.id))
+            self._execute(command)
+            self._send(CommandResult(command.id))
         except HotswapError as error:
-            self._send(Answer(command.id, error=error.message))
+            self._send(CommandResult(command.id, error=error.message))
         except Exception as error:  # noqa: BLE001  # told as the real host tells it
-            self._send(Answer(command.id, error=one_line(error)))
+            self._send(CommandResult(command.id, error=one_line(error)))
 
-    def _obey(self, command: Any) -> None:
+    def _execute(self, command: Any) -> None:
         match command:
             case Load(alias=alias, number=number, vllm_config=durations):
                 failpoint("host.load", alias)
