@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks.client import BadAnswer
 from benchmarks.load import completion, prompts
 from benchmarks.report import SUMMARY_COLUMNS, Part, Table, summary_row
-from benchmarks.said import Said, read, token_times
 from benchmarks.servers import Launcher, Model, Server
 from benchmarks.stats import ratio, summarize
+from benchmarks.transcript import Transcript, read, token_times
 from benchmarks.wire import PATIENT, End, Reply, ask
 
 log = logging.getLogger("benchmarks")
@@ -84,18 +84,18 @@ async def gap(launcher: Launcher, models: tuple[Model, Model], rounds: int, rest
     )
     found = {way: Gaps() for way in (*WAYS, "restart")}
     async with launcher.hotswap(first, second) as server:
-        goldens = await _goldens(server, first.alias)
+        references = await _reference_answers(server, first.alias)
         for number, way in itertools.product(range(DISCARDED + rounds), WAYS):
             log.info("gap: round %d of %d, %s", number + 1, DISCARDED + rounds, way)
             gaps = found[way] if number >= DISCARDED else Gaps()
-            await _switch_round(server, (first.alias, second.alias), way, goldens, gaps)
+            await _switch_round(server, (first.alias, second.alias), way, references, gaps)
     for number in range(restarts):
         log.info("gap: restart %d of %d of plain vLLM", number + 1, restarts)
-        await _restart_round(launcher, (first, second), goldens, found["restart"])
+        await _restart_round(launcher, (first, second), references, found["restart"])
     return _part(found)
 
 
-async def _goldens(server: Server, alias: str) -> dict[str, str]:
+async def _reference_answers(server: Server, alias: str) -> dict[str, str]:
     """Return A's answer to each prompt when it has no other work."""
     chosen = itertools.islice(prompts("gap", words=8), CLIENTS)
     replies = {
@@ -105,28 +105,28 @@ async def _goldens(server: Server, alias: str) -> dict[str, str]:
     return {text: _checked(reply).text for text, reply in replies.items()}
 
 
-def _checked(reply: Reply) -> Said:
-    said = read(reply)
-    if reply.end is not End.COMPLETE or said.error or not said.is_done:
+def _checked(reply: Reply) -> Transcript:
+    transcript = read(reply)
+    if reply.end is not End.COMPLETE or transcript.error or not transcript.is_done:
         raise BadAnswer(f"a request failed: {reply.detail or bytes(reply.body[-300:])!r}")
-    return said
+    return transcript
 
 
 # --- by a switch ------------------------------------------------------------------------
 
 
 async def _switch_round(
-    server: Server, aliases: tuple[str, str], way: str, goldens: Mapping[str, str], gaps: Gaps
+    server: Server, aliases: tuple[str, str], way: str, references: Mapping[str, str], gaps: Gaps
 ) -> None:
     source, target = aliases
     await _switch(server, source, WAYS["drain"])
-    async with _streams(server, source, goldens) as streams:
-        asked = [_insist(server, target, text) for text in goldens]
+    async with _streams(server, source, references) as streams:
+        asked = [_insist(server, target, text) for text in references]
         (sent_s, told), *of_b = await asyncio.gather(_switch(server, target, WAYS[way]), *asked)
         await _switch(server, source, WAYS["drain"])  # parked streams continue
     if not told["switched"] or told["current_model"] != target:
         raise BadAnswer(f"the switch to {target!r} did not happen: {told}")
-    _enter(gaps, streams, of_b, goldens)
+    _enter(gaps, streams, of_b, references)
     split(gaps, streams, of_b, sent_s, told)
 
 
@@ -143,11 +143,11 @@ async def _switch(
 
 @asynccontextmanager
 async def _streams(
-    server: Server, alias: str, goldens: Mapping[str, str]
+    server: Server, alias: str, references: Mapping[str, str]
 ) -> AsyncIterator[list[Reply]]:
     """Keep streams of A; when the body starts, as many run as can, and after it all have ended."""
-    replies = [Reply() for _ in goldens]
-    bodies = [{**completion(alias, text, TOKENS_OF_A), "stream": True} for text in goldens]
+    replies = [Reply() for _ in references]
+    bodies = [{**completion(alias, text, TOKENS_OF_A), "stream": True} for text in references]
     tasks = [
         asyncio.create_task(ask(server.port, COMPLETIONS, body, PATIENT, reply))
         for reply, body in zip(replies, bodies, strict=True)
@@ -204,27 +204,27 @@ def split(
 
 
 async def _restart_round(
-    launcher: Launcher, models: tuple[Model, Model], goldens: Mapping[str, str], gaps: Gaps
+    launcher: Launcher, models: tuple[Model, Model], references: Mapping[str, str], gaps: Gaps
 ) -> None:
     source, target = models
     async with launcher.plain(source) as server:
         await ask(server.port, COMPLETIONS, completion(source.alias, "Hello", 1))
-        async with _streams(server, source.alias, goldens) as streams:
+        async with _streams(server, source.alias, references) as streams:
             await server.terminate()
     async with launcher.plain(target) as server:
-        of_b = await asyncio.gather(*(_insist(server, target.alias, text) for text in goldens))
-    _enter(gaps, streams, of_b, goldens)
+        of_b = await asyncio.gather(*(_insist(server, target.alias, text) for text in references))
+    _enter(gaps, streams, of_b, references)
 
 
 # --- what came of it --------------------------------------------------------------------
 
 
 def _enter(
-    gaps: Gaps, streams: Sequence[Reply], of_b: Sequence[Reply], goldens: Mapping[str, str]
+    gaps: Gaps, streams: Sequence[Reply], of_b: Sequence[Reply], references: Mapping[str, str]
 ) -> None:
     last_s, first_s = ends(streams, of_b)
     gaps.gap_ms.append((first_s - last_s) * 1000)
-    gaps.fates.append(fates(streams, list(goldens.values())))
+    gaps.fates.append(fates(streams, list(references.values())))
     gaps.answers_of_b += len(of_b)
 
 
@@ -235,19 +235,19 @@ def ends(streams: Sequence[Reply], of_b: Sequence[Reply]) -> tuple[float, float]
     return max(at_s for at_s in times if at_s < first_s), first_s
 
 
-def fates(streams: Sequence[Reply], goldens: Sequence[str]) -> Fates:
+def fates(streams: Sequence[Reply], references: Sequence[str]) -> Fates:
     """Count how the streams ended, by comparison with what each should have said."""
     counts = {"identical": 0, "resumed": 0, "failed": 0, "lost": 0, "wrong": 0}
-    for reply, golden in zip(streams, goldens, strict=True):
-        said = read(reply)
-        is_whole = said.is_done and said.error is None
-        if not golden.startswith(said.text) or (is_whole and said.text != golden):
+    for reply, reference in zip(streams, references, strict=True):
+        transcript = read(reply)
+        is_whole = transcript.is_done and transcript.error is None
+        if not reference.startswith(transcript.text) or (is_whole and transcript.text != reference):
             counts["wrong"] += 1
         elif is_whole:
             counts["identical"] += 1
-            counts["resumed"] += said.was_parked
+            counts["resumed"] += transcript.was_parked
         else:
-            counts["failed" if said.error else "lost"] += 1
+            counts["failed" if transcript.error else "lost"] += 1
     return Fates(**counts)
 
 

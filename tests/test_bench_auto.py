@@ -81,7 +81,7 @@ def reply(text: str = f" {GOLDEN[:20]}", **other: object) -> Reply:
 def test_answer_of_the_named_model_counts() -> None:
     """With the wait that the server tells."""
     outcome = judge(REQUEST, reply(), GOLDENS)
-    assert (None, 0.25, True) == (outcome.error, outcome.waited_s, outcome.is_golden)
+    assert (None, 0.25, True) == (outcome.error, outcome.waited_s, outcome.matches_reference)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_any_other_answer_is_an_error(wrong: Reply, error: str) -> None:
 def test_another_text_of_the_same_model_is_told() -> None:
     """It is no error: numbers differ a little with what else is in a batch."""
     outcome = judge(REQUEST, reply(" I am qwen, who else?"), GOLDENS)
-    assert (None, False) == (outcome.error, outcome.is_golden)
+    assert (None, False) == (outcome.error, outcome.matches_reference)
 
 
 # --- the simulator beside the server ------------------------------------------------------------

@@ -42,7 +42,7 @@ class Door:
 
     async def begin(self, *ids: str) -> list[str]:
         """A first output of each; who was let in because of that."""
-        return await self._changed(self.share.begun, *ids)
+        return await self._changed(self.share.note_output, *ids)
 
     async def end(self, *ids: str) -> list[str]:
         for one in ids:

@@ -19,7 +19,6 @@ from benchmarks.soak import results
 from benchmarks.soak.__main__ import parse
 from benchmarks.soak.actors import choose_case, choose_manner, seeded
 from benchmarks.soak.cases import ALIASES, Case, all_cases, cosine, refuse_alike
-from benchmarks.soak.conduct import Found, configuration
 from benchmarks.soak.growth import (
     Sample,
     Use,
@@ -35,8 +34,9 @@ from benchmarks.soak.run import (
     Plan,
     Run,
     Switched,
-    take_goldens,
+    take_references,
 )
+from benchmarks.soak.runner import Found, configuration
 from benchmarks.stats import pooled_slope, student_t
 from benchmarks.wire import PATIENT, Manner, Reply, ask
 from vllm_hotswap import demo
@@ -109,7 +109,7 @@ async def answering(answer: bytes, *, then_hangs: bool = False) -> AsyncIterator
 async def asked(
     answer: bytes,
     case: Case = CASE,
-    golden: str | tuple[float, ...] = GOLDEN,
+    reference: str | tuple[float, ...] = GOLDEN,
     manner: Manner = PATIENT,
     *,
     then_hangs: bool = False,
@@ -117,7 +117,7 @@ async def asked(
     """What is judged of a request to a server that answers with these bytes."""
     async with answering(answer, then_hangs=then_hangs) as port:
         reply = await ask(port, case.path, case.body(stream=case.can_stream), manner)
-    return judge(case, golden, reply, manner)
+    return judge(case, reference, reply, manner)
 
 
 # --- how a request ends -----------------------------------------------------------------
@@ -204,7 +204,7 @@ async def test_a_slow_client_gets_everything() -> None:
     chunks = [piece(long[at : at + 100]) for at in range(0, len(long), 100)]
     answer = stream(*chunks, piece("", "length"), DONE)
 
-    assert Outcome.ANSWERED is (await asked(answer, golden=long, manner=SLOW)).outcome
+    assert Outcome.ANSWERED is (await asked(answer, reference=long, manner=SLOW)).outcome
 
 
 async def test_only_a_slow_client_may_lose_its_connection() -> None:
@@ -541,14 +541,14 @@ def test_a_run_is_not_over_before_its_last_kill_has_been_recovered_from() -> Non
 async def test_goldens_are_what_models_answer_alone() -> None:
     """One answer serves as the switch's, too."""
     async with answering(whole()) as port:
-        assert {CASE: GOLDEN} == await take_goldens(StandIn(port), [CASE])
+        assert {CASE: GOLDEN} == await take_references(StandIn(port), [CASE])
 
 
 async def test_a_server_that_does_not_answer_alone_is_not_soaked() -> None:
     """With what it said."""
     async with answering(http(500, error("internal_error"))) as port:
         with pytest.raises(BadAnswer, match=r"'llama' did not answer 'Hello': .*internal_error"):
-            await take_goldens(StandIn(port), [CASE])
+            await take_references(StandIn(port), [CASE])
 
 
 def test_models_that_answer_alike_prove_nothing() -> None:

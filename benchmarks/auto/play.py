@@ -20,7 +20,7 @@ from vllm_hotswap.trace import Trace, TracedRequest
 PATIENT = Manner(deadline_s=900.0)
 COMPLETIONS = "/v1/completions"
 
-Goldens = Mapping[tuple[str, str], str]
+References = Mapping[tuple[str, str], str]
 """Each model's answer to each prompt, when it has no other work."""
 
 
@@ -34,7 +34,7 @@ class Outcome:
     took_s: float
     """By the client's clock, from the first byte sent to the last received."""
     error: str | None = None
-    is_golden: bool = True
+    matches_reference: bool = True
     """Whether its text is exactly the model's answer alone."""
     paused_s: float | None = None
     """Seconds from the answer that it follows until it was sent."""
@@ -57,24 +57,24 @@ class Played:
         return [outcome.error for outcome in self.outcomes if outcome.error is not None]
 
 
-async def take_goldens(server: Server) -> Goldens:
+async def take_references(server: Server) -> References:
     """Send every prompt to every model, one after the other.
 
     Raises:
         BadAnswer: a model does not say its name.
     """
-    goldens = {}
+    references = {}
     for alias, greeting in GREETINGS.items():
         for text in PROMPTS:
             reply = await ask(server.port, COMPLETIONS, completion(alias, text, MOST_TOKENS))
             said = _text(reply) if reply.end is End.COMPLETE and reply.status == 200 else ""
             if not said.startswith(greeting):
                 raise BadAnswer(f"{alias!r} does not say its name: {bytes(reply.body[:300])!r}")
-            goldens[alias, text] = said
-    return goldens
+            references[alias, text] = said
+    return references
 
 
-async def play(server: Server, trace: Trace, goldens: Goldens) -> Played:
+async def play(server: Server, trace: Trace, references: References) -> Played:
     """Send every request at its time, or when the request that it follows has been answered."""
     switched = await _switches(server)
     loop = asyncio.get_running_loop()
@@ -93,19 +93,19 @@ async def play(server: Server, trace: Trace, goldens: Goldens) -> Played:
         body = completion(request.model, prompt(request.id), request.output_tokens)
         reply = await ask(server.port, COMPLETIONS, body, PATIENT)
         ended[request.id].set_result(time.perf_counter())
-        return replace(judge(request, reply, goldens), paused_s=paused_s)
+        return replace(judge(request, reply, references), paused_s=paused_s)
 
     outcomes = await asyncio.gather(*(send(request) for request in trace.requests))
     total_s = time.perf_counter() - started_s
     return Played(tuple(outcomes), await _switches(server) - switched, total_s)
 
 
-def judge(request: TracedRequest, reply: Reply, goldens: Goldens) -> Outcome:
+def judge(request: TracedRequest, reply: Reply, references: References) -> Outcome:
     """Judge whether a reply is the complete answer of the requested model."""
     waited_s = float(reply.headers.get("x-hotswap-waited", "nan"))
     if reply.end is not End.COMPLETE or reply.status != 200:
         how = f"{reply.end.value} {reply.status} {reply.detail}{bytes(reply.body[:200])!r}"
-        return Outcome(request.model, waited_s, reply.duration_s, how, is_golden=False)
+        return Outcome(request.model, waited_s, reply.duration_s, how, matches_reference=False)
     content, said = json.loads(reply.body), _text(reply)
     told = (content["model"], reply.headers.get("x-hotswap-model"))
     tokens = content["usage"]["completion_tokens"]
@@ -116,8 +116,8 @@ def judge(request: TracedRequest, reply: Reply, goldens: Goldens) -> Outcome:
         error = f"asked for {request.output_tokens} tokens, and got {tokens}"
     elif math.isnan(waited_s):
         error = "the answer does not say how long it waited"
-    golden = goldens[request.model, prompt(request.id)]
-    return Outcome(request.model, waited_s, reply.duration_s, error, golden.startswith(said))
+    reference = references[request.model, prompt(request.id)]
+    return Outcome(request.model, waited_s, reply.duration_s, error, reference.startswith(said))
 
 
 def _text(reply: Reply) -> str:

@@ -57,7 +57,7 @@ def _as_dict(played: Played) -> dict[str, Any]:
         "switches": played.switches,
         "total_s": played.total_s,
         "errors": played.errors,
-        "not_golden": sum(not outcome.is_golden for outcome in played.outcomes),
+        "not_golden": sum(not outcome.matches_reference for outcome in played.outcomes),
         "waits_s": played.waits_s,
     }
 
@@ -122,9 +122,9 @@ def _errors(found: Found) -> Table:
     for case, runs in found.played.items():
         outcomes = [outcome for played in runs for outcome in played.outcomes]
         wrong = sum(outcome.error is not None for outcome in outcomes)
-        golden = sum(outcome.is_golden for outcome in outcomes)
+        reference = sum(outcome.matches_reference for outcome in outcomes)
         name = f"{NAMES[case.workload]}, {case.cost}, {case.policy}"
-        rows.append((name, str(len(outcomes)), str(wrong), str(golden)))
+        rows.append((name, str(len(outcomes)), str(wrong), str(reference)))
     columns = ("", "answers", "errors, or not of the named model", "word for word as alone")
     return Table("Answers", columns, tuple(rows))
 

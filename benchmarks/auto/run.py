@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.auto import agreement, checkpoints
 from benchmarks.auto.agreement import Simulated
-from benchmarks.auto.play import COMPLETIONS, Goldens, Played, play, take_goldens
+from benchmarks.auto.play import COMPLETIONS, Played, References, play, take_references
 from benchmarks.auto.workloads import (
     WARM_UP,
     WARM_UP_TOKENS,
@@ -107,9 +107,9 @@ async def _serve(
     asked = {name: workload(name, plan.amounts[cost], switching) for name in WORKLOADS}
     arguments = ("--record", str(recording))
     async with launcher.hotswap(*models, sections=sections, arguments=arguments) as server:
-        goldens = await take_goldens(server)
+        references = await take_references(server)
         for name, trace in asked.items():
-            played = await _play(server, trace, goldens)
+            played = await _play(server, trace, references)
             found.played[Case(cost, name, policy)].append(played)
             log.info(
                 "auto: %s: %d switches, %.1f s, %d errors",
@@ -119,7 +119,7 @@ async def _serve(
                 len(played.errors),
             )
     try:
-        parts = list(agreement.split(traces.read(recording), len(goldens), list(asked.values())))
+        parts = list(agreement.split(traces.read(recording), len(references), list(asked.values())))
     except BadAnswer as error:
         log.warning("auto: not simulated: %s", error)
         return
@@ -130,11 +130,11 @@ async def _serve(
         found.simulated[case].append(simulated)
 
 
-async def _play(server: Server, trace: Trace, goldens: Goldens) -> Played:
+async def _play(server: Server, trace: Trace, references: References) -> Played:
     """Play a trace, from the same state each time."""
     for alias in WARM_UP:
         body = completion(alias, "Hello", WARM_UP_TOKENS)
         reply = await ask(server.port, COMPLETIONS, body)
         if reply.status != 200:
             raise BadAnswer(f"a single request failed: {bytes(reply.body[:300])!r}")
-    return await play(server, trace, goldens)
+    return await play(server, trace, references)

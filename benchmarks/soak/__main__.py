@@ -16,8 +16,8 @@ from pathlib import Path
 from benchmarks import environment, report
 from benchmarks.__main__ import environment_table, run_until_told, status_of, warn_if_busy
 from benchmarks.soak import results
-from benchmarks.soak.conduct import Found, conduct
 from benchmarks.soak.run import POLICIES, Plan
+from benchmarks.soak.runner import Found, run_soak
 
 log = logging.getLogger("benchmarks")
 
@@ -48,7 +48,7 @@ class Soak:
     async def run(self) -> None:
         log_file = self.options.out / f"soak-{self.stamp}.log"
         with tempfile.TemporaryDirectory(prefix="hotswap-soak-") as folder:
-            found = await conduct(self.options.plan, Path(folder), log_file)
+            found = await run_soak(self.options.plan, Path(folder), log_file)
         self._finish(found)
 
     def _finish(self, found: Found) -> None:

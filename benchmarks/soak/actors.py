@@ -52,7 +52,7 @@ SAMPLE_S = 3.0
 
 async def client(run: Run, numbers: random.Random) -> None:
     """Send requests, one after the other, each with its own manner."""
-    by_alias = {alias: [c for c in run.goldens if c.alias == alias] for alias in ALIASES}
+    by_alias = {alias: [c for c in run.references if c.alias == alias] for alias in ALIASES}
     try:
         while not run.is_over:
             case = choose_case(numbers, by_alias, run.active)

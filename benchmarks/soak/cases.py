@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.client import BadAnswer
-from benchmarks.said import Vector
+from benchmarks.transcript import Vector
 
 CHAT_MODELS = ("llama", "qwen")
 ALIASES = (*CHAT_MODELS, "embed")
@@ -27,7 +27,7 @@ SHORT_TOKENS, LONG_TOKENS = 12, 160
 SIMILAR = 0.9999
 """The least cosine of two embeddings of one text: batches change the last digits."""
 
-Golden = str | Vector
+Reference = str | Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +70,17 @@ def all_cases() -> list[Case]:
     return generated + [Case("embed", "/v1/embeddings", question) for question in QUESTIONS]
 
 
-def refuse_alike(goldens: Mapping[Case, Golden]) -> None:
+def refuse_alike(references: Mapping[Case, Reference]) -> None:
     """Check that the answers distinguish the models; otherwise, nothing can be concluded.
 
     Raises:
         BadAnswer: an answer is empty, or two models give the same answer.
     """
-    for case, golden in goldens.items():
-        if not golden:
+    for case, reference in references.items():
+        if not reference:
             raise BadAnswer(f"{case.alias!r} gives an empty answer to {case.prompt!r}")
-        others = (other for other in goldens if other.alias != case.alias)
-        if any(goldens[other] == golden for other in others):
+        others = (other for other in references if other.alias != case.alias)
+        if any(references[other] == reference for other in others):
             raise BadAnswer(f"{case.alias!r} answers {case.prompt!r} as another model does")
 
 

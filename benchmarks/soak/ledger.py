@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from benchmarks.said import Said, error_code, is_error, read
-from benchmarks.soak.cases import SIMILAR, Case, Golden, cosine
+from benchmarks.soak.cases import SIMILAR, Case, Reference, cosine
+from benchmarks.transcript import Transcript, error_code, is_error, read
 from benchmarks.wire import PATIENT, End, Manner, Reply
 
 MAX_FAULTS = 50
@@ -74,15 +74,15 @@ class Verdict:
     """Whether the stream said that it was parked."""
 
 
-def judge(case: Case, golden: Golden, reply: Reply, manner: Manner = PATIENT) -> Verdict:
+def judge(case: Case, reference: Reference, reply: Reply, manner: Manner = PATIENT) -> Verdict:
     """Judge how a request for a case ended."""
     try:
-        said = read(reply)
+        transcript = read(reply)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         return Verdict(Outcome.UNEXPECTED, f"unreadable ({error!r}): {bytes(reply.body[:200])!r}")
-    if fault := find_wrong(case, golden, said):
-        return Verdict(Outcome.WRONG, fault, said.was_parked)
-    return judge_end(reply, said, manner)
+    if fault := find_wrong(case, reference, transcript):
+        return Verdict(Outcome.WRONG, fault, transcript.was_parked)
+    return judge_end(reply, transcript, manner)
 
 
 def judge_call(reply: Reply, manner: Manner = PATIENT) -> Verdict:
@@ -91,13 +91,13 @@ def judge_call(reply: Reply, manner: Manner = PATIENT) -> Verdict:
         error = error_code(json.loads(reply.body)) if is_error(reply) else None
     except (ValueError, KeyError, TypeError) as wrong:
         return Verdict(Outcome.UNEXPECTED, f"unreadable ({wrong!r}): {bytes(reply.body[:200])!r}")
-    return judge_end(reply, Said(error=error, is_done=error is None), manner)
+    return judge_end(reply, Transcript(error=error, is_done=error is None), manner)
 
 
-def judge_end(reply: Reply, said: Said, manner: Manner) -> Verdict:
+def judge_end(reply: Reply, transcript: Transcript, manner: Manner) -> Verdict:
     """Judge how a request ended whose answer contains nothing wrong."""
     if reply.end is End.COMPLETE:
-        outcome, detail = _judge_complete(reply, said)
+        outcome, detail = _judge_complete(reply, transcript)
     elif reply.end is End.LEFT:
         outcome, detail = Outcome.LEFT, ""
     elif reply.end is End.HUNG:
@@ -106,37 +106,40 @@ def judge_end(reply: Reply, said: Said, manner: Manner) -> Verdict:
         outcome, detail = Outcome.EVICTED, ""
     else:
         outcome, detail = Outcome.LOST, reply.detail
-    return Verdict(outcome, detail, said.was_parked)
+    return Verdict(outcome, detail, transcript.was_parked)
 
 
-def _judge_complete(reply: Reply, said: Said) -> tuple[Outcome, str]:
-    if said.error is not None:
-        if said.is_done:
-            return Outcome.UNEXPECTED, f"{said.error}, and then [DONE]"
-        if said.error in REFUSED:
-            return Outcome.REFUSED, said.error
-        if said.error in FAILED:
-            return Outcome.FAILED, said.error
-        return Outcome.UNEXPECTED, f"{reply.status} {said.error}: {bytes(reply.body[-300:])!r}"
-    if not said.is_done:
+def _judge_complete(reply: Reply, transcript: Transcript) -> tuple[Outcome, str]:
+    if transcript.error is not None:
+        if transcript.is_done:
+            return Outcome.UNEXPECTED, f"{transcript.error}, and then [DONE]"
+        if transcript.error in REFUSED:
+            return Outcome.REFUSED, transcript.error
+        if transcript.error in FAILED:
+            return Outcome.FAILED, transcript.error
+        return (
+            Outcome.UNEXPECTED,
+            f"{reply.status} {transcript.error}: {bytes(reply.body[-300:])!r}",
+        )
+    if not transcript.is_done:
         return Outcome.LOST, "the stream ended without [DONE] and without an error"
     return Outcome.ANSWERED, ""
 
 
-def find_wrong(case: Case, golden: Golden, said: Said) -> str | None:
+def find_wrong(case: Case, reference: Reference, transcript: Transcript) -> str | None:
     """Return what differs from the model's answer alone, if anything."""
-    if strangers := said.models - {case.alias}:
+    if strangers := transcript.models - {case.alias}:
         return f"asked {case.alias!r}, and {', '.join(sorted(strangers))} answered"
-    if said.error == "wrong_stamp":
+    if transcript.error == "wrong_stamp":
         return "an output had the stamp of another model or epoch"
-    whole = said.is_done and said.error is None
-    if isinstance(golden, str):
-        fits = said.text == golden if whole else golden.startswith(said.text)
+    whole = transcript.is_done and transcript.error is None
+    if isinstance(reference, str):
+        fits = transcript.text == reference if whole else reference.startswith(transcript.text)
         if not fits:
-            return f"{said.text!r} instead of {golden!r}"
-        if whole and said.finish not in {"length", "stop"}:
-            return f"ended as if complete with finish_reason {said.finish!r}"
-    elif whole and (similar := cosine(said.vector, golden)) < SIMILAR:
+            return f"{transcript.text!r} instead of {reference!r}"
+        if whole and transcript.finish not in {"length", "stop"}:
+            return f"ended as if complete with finish_reason {transcript.finish!r}"
+    elif whole and (similar := cosine(transcript.vector, reference)) < SIMILAR:
         return f"an embedding with a cosine of {similar:.5f} to the right one"
     return None
 

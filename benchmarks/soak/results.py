@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from benchmarks.report import SUMMARY_COLUMNS, Part, Table, summary_row
-from benchmarks.soak.conduct import Found
 from benchmarks.soak.growth import Growth, growth_per_restart, growths, settled
 from benchmarks.soak.ledger import Ledger, Outcome
 from benchmarks.soak.run import Run
+from benchmarks.soak.runner import Found
 from benchmarks.stats import Slope, summarize
 
 MAX_SAMPLES = 150

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.client import BadAnswer
-from benchmarks.said import read
 from benchmarks.servers import Server
-from benchmarks.soak.cases import Case, Golden, refuse_alike
+from benchmarks.soak.cases import Case, Reference, refuse_alike
 from benchmarks.soak.growth import Sample
 from benchmarks.soak.ledger import Ledger, Outcome, Verdict, judge, judge_call
+from benchmarks.transcript import read
 from benchmarks.wire import PATIENT, End, Manner, Reply, ask
 
 POLICIES = ("abort", "park", "refuse")
@@ -76,7 +76,7 @@ class Run:
 
     server: Server
     plan: Plan
-    goldens: Mapping[Case, Golden]
+    references: Mapping[Case, Reference]
     temp: Path
     started_s: float = field(default_factory=time.perf_counter)
     active: str = ""
@@ -116,7 +116,7 @@ class Run:
         kind = "stream" if stream else ("whole answer" if case.can_stream else "embedding")
         number = self.ledger.begin(kind)
         reply = await ask(self.server.port, case.path, case.body(stream=stream), manner)
-        verdict = judge(case, self.goldens[case], reply, manner)
+        verdict = judge(case, self.references[case], reply, manner)
         what = f"{case.alias} {case.path} {case.prompt!r} {case.max_tokens} tokens, {manner}"
         self._enter(number, verdict, reply, what)
         if verdict.outcome is Outcome.ANSWERED:
@@ -159,20 +159,20 @@ class Run:
             kill.answered_s = reply.ended_s - kill.at_s
 
 
-async def take_goldens(server: Server, cases: Sequence[Case]) -> dict[Case, Golden]:
+async def take_references(server: Server, cases: Sequence[Case]) -> dict[Case, Reference]:
     """Return the answer to every case, from its model without any other work.
 
     Raises:
         BadAnswer: a case was not answered, or the answers do not tell the models apart.
     """
-    goldens: dict[Case, Golden] = {}
+    references: dict[Case, Reference] = {}
     for case in sorted(cases, key=lambda one: one.alias):
         switch = await ask(server.port, "/v1/models/switch", {"model": case.alias}, GOLDEN_CALL)
         reply = await ask(server.port, case.path, case.body(), GOLDEN_CALL)
         if switch.status != 200 or reply.status != 200:
             text = (reply.body or switch.body)[:300].decode(errors="replace")
             raise BadAnswer(f"{case.alias!r} did not answer {case.prompt!r}: {text}")
-        said = read(reply)
-        goldens[case] = said.text or said.vector
-    refuse_alike(goldens)
-    return goldens
+        transcript = read(reply)
+        references[case] = transcript.text or transcript.vector
+    refuse_alike(references)
+    return references

@@ -22,7 +22,7 @@ from benchmarks.soak.actors import client, killer, sampler, seeded, switcher
 from benchmarks.soak.cases import ALIASES, all_cases
 from benchmarks.soak.growth import files_in
 from benchmarks.soak.ledger import FAULTS
-from benchmarks.soak.run import QUIET_CALL, Plan, Run, take_goldens
+from benchmarks.soak.run import QUIET_CALL, Plan, Run, take_references
 from benchmarks.wire import ask
 from vllm_hotswap import demo
 
@@ -67,7 +67,7 @@ def configuration(models: Path, plan: Plan) -> dict[str, Any]:
     return config
 
 
-async def conduct(plan: Plan, folder: Path, log_file: Path) -> Found:
+async def run_soak(plan: Plan, folder: Path, log_file: Path) -> Found:
     """Soak a server whose files are below `folder`.
 
     Raises:
@@ -78,8 +78,8 @@ async def conduct(plan: Plan, folder: Path, log_file: Path) -> Found:
     async with _server(plan, folder, log_file) as server:
         family = server.family()
         log.info("taking the goldens of %d cases", len(all_cases()))
-        goldens = await take_goldens(server, all_cases())
-        run = Run(server, plan, goldens, folder / "tmp", clients_left=plan.clients)
+        references = await take_references(server, all_cases())
+        run = Run(server, plan, references, folder / "tmp", clients_left=plan.clients)
         await _work(run)
         counters = await _counters(server)
         family += server.family()

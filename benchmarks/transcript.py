@@ -13,7 +13,7 @@ Vector = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Transcript:
     """What a reply says, as far as it was received."""
 
     text: str = ""
@@ -27,7 +27,7 @@ class Said:
     was_parked: bool = False
 
 
-def read(reply: Reply) -> Said:
+def read(reply: Reply) -> Transcript:
     """Parse a reply, complete or not.
 
     Raises:
@@ -36,19 +36,21 @@ def read(reply: Reply) -> Said:
     if reply.is_stream:
         return read_events(event for _, event in reply.events())
     if reply.end is not End.COMPLETE:
-        return Said()  # half a JSON object says nothing
+        return Transcript()  # half a JSON object says nothing
     content = json.loads(reply.body)
     if is_error(reply):
-        return Said(error=error_code(content))
+        return Transcript(error=error_code(content))
     models = frozenset({content["model"]})
     if "choices" not in content:
-        return Said(vector=tuple(content["data"][0]["embedding"]), models=models, is_done=True)
+        return Transcript(
+            vector=tuple(content["data"][0]["embedding"]), models=models, is_done=True
+        )
     choice = content["choices"][0]
     text = choice["text"] if "text" in choice else choice["message"]["content"]
-    return Said(text=text, models=models, finish=choice["finish_reason"], is_done=True)
+    return Transcript(text=text, models=models, finish=choice["finish_reason"], is_done=True)
 
 
-def read_events(events: Iterable[str]) -> Said:
+def read_events(events: Iterable[str]) -> Transcript:
     """Parse a stream, as far as it was received."""
     texts: list[str] = []
     models: set[str] = set()
@@ -66,7 +68,7 @@ def read_events(events: Iterable[str]) -> Said:
             for choice in content["choices"]:
                 texts.append(_text(choice))
                 finish = choice["finish_reason"] or finish
-    return Said("".join(texts), (), frozenset(models), finish, error, is_done, was_parked)
+    return Transcript("".join(texts), (), frozenset(models), finish, error, is_done, was_parked)
 
 
 def _text(choice: Mapping[str, Any]) -> str:
