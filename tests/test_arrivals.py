@@ -33,11 +33,11 @@ class Standstill:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        monkeypatch.setattr(Steps, "_go_on", lambda *_: None)
+        monkeypatch.setattr(Steps, "_continue", lambda *_: None)
 
     def go_on(self, at: Listening) -> None:
         self._monkeypatch.undo()
-        at.shared.door.steps._go_on(asyncio.get_running_loop())
+        at.shared.door.steps._continue(asyncio.get_running_loop())
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ async def test_nothing_is_built_for_who_has_gone_since_it_was_heard(
     sock.sendall(b"GET")
     await until(lambda: len(at.shared.door.steps) == 1)
     sock.close()
-    await until(lambda: arrivals._said(arrival._sock) is False)
+    await until(lambda: arrivals._has_data(arrival._sock) is False)
     standstill.go_on(at)
     await until(lambda: not acceptor.arrivals)
 
@@ -137,7 +137,7 @@ async def test_who_has_waited_for_its_debt_takes_its_turn(
         await until(lambda: len(at.shared.door.steps) == 1)
         assert not at.state.connections
         monkeypatch.undo()
-        at.shared.door.steps._go_on(asyncio.get_running_loop())
+        at.shared.door.steps._continue(asyncio.get_running_loop())
         assert 401 == (await client.answer()).status
         await client.close()
 
@@ -153,14 +153,14 @@ async def test_nothing_is_built_for_who_has_closed(
     )
     at.shared.door.steps._left = 0  # the turn is over
     with monkeypatch.context() as patch:
-        patch.setattr(Steps, "_go_on", lambda *_: None)
+        patch.setattr(Steps, "_continue", lambda *_: None)
         with socket.create_connection(("127.0.0.1", at.port)) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             await until(lambda: len(at.shared.door.steps) == 1)
         (acceptor,) = at.acceptors
         (arrival,) = acceptor.arrivals
-        await until(lambda: arrivals._said(arrival._sock) is False)
-    at.shared.door.steps._go_on(asyncio.get_running_loop())
+        await until(lambda: arrivals._has_data(arrival._sock) is False)
+    at.shared.door.steps._continue(asyncio.get_running_loop())
     await until(lambda: not acceptor.arrivals)
 
     assert not built

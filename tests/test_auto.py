@@ -561,7 +561,7 @@ def test_more_urgent_model_goes_first(play: Play) -> None:
         story,
         mode="auto",
         load=("llama", "qwen", "mistral"),
-        policies={"mistral": ModelSettings(priority=5)},
+        model_settings={"mistral": ModelSettings(priority=5)},
     )
 
 

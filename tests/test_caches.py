@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_hotswap.caches import GIVEN, code_caches, look_at_caches
+from vllm_hotswap.caches import GIVEN, check_caches, code_caches
 from vllm_hotswap.errors import ConfigError
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
@@ -179,18 +179,18 @@ def test_without_a_home_there_is_no_variable(
 def test_a_look_makes_nothing(tmp_path: Path) -> None:
     """Nor changes anything; it refuses the same."""
     root = tmp_path / "vllm"
-    look_at_caches({"VLLM_CACHE_ROOT": str(root)})
+    check_caches({"VLLM_CACHE_ROOT": str(root)})
     assert [] == list(tmp_path.iterdir())
 
     folder = root / "vllm-hotswap" / "torchinductor"
     folder.mkdir(parents=True)
     folder.chmod(0o755)
-    look_at_caches({"VLLM_CACHE_ROOT": str(root)})
+    check_caches({"VLLM_CACHE_ROOT": str(root)})
     assert 0o755 == mode(folder)
 
     folder.chmod(0o775)
     with pytest.raises(ConfigError, match=r"may be written by other users; run: chmod go-w"):
-        look_at_caches({"VLLM_CACHE_ROOT": str(root)})
+        check_caches({"VLLM_CACHE_ROOT": str(root)})
 
 
 @as_root
@@ -277,8 +277,8 @@ def test_what_is_mounted_read_only_is_written_by_nobody(
     given.chmod(0o777)
     environment = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm"), INDUCTOR: str(given)}
     with pytest.raises(ConfigError, match="below it"):
-        look_at_caches(environment)
+        check_caches(environment)
 
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
 
-    look_at_caches(environment)
+    check_caches(environment)

@@ -60,13 +60,13 @@ def scheduler() -> Scheduler:
 
 def begin(canaries: Canaries, scheduler: Scheduler) -> None:
     scheduler.add(CANARY)
-    canaries.look_at(scheduler.requests[CANARY])
+    canaries.note_request(scheduler.requests[CANARY])
 
 
 def step(canaries: Canaries, scheduler: Scheduler, ends: str = "") -> None:
     if ends:
         scheduler.end(ends)
-    canaries.has_stepped(scheduler)
+    canaries.after_step(scheduler)
 
 
 def test_others_wait_for_the_canary_and_keep_their_order(scheduler: Scheduler) -> None:
@@ -113,6 +113,6 @@ def test_a_canary_that_never_comes_can_be_given_up(scheduler: Scheduler) -> None
 def test_other_requests_are_no_canaries(scheduler: Scheduler) -> None:
     """However they are called otherwise."""
     canaries = Canaries()
-    canaries.look_at(Request("cmpl-hotswap-canary"))
+    canaries.note_request(Request("cmpl-hotswap-canary"))
 
     assert not canaries.is_under_way

@@ -95,8 +95,8 @@ async def planted(
     config = load_config(folder / "models.yaml")
     access = Access.from_environment(os.environ, KeyFlags(admin_keys=[KEYS["admin"]]))
     host = FakeHost(("llama", "qwen"))
-    policies = server.policies(config)
-    app = HotswapApp(host, access, observers=(EventLog(),), policies=policies)
+    policies = server.model_settings(config)
+    app = HotswapApp(host, access, observers=(EventLog(),), model_settings=policies)
     given = flags(uds=str(tmp_path / "s"), uvicorn_log_level="debug")
     given.disable_uvicorn_access_log = False
     listener = Listener.open(given, LOG_CONFIG)

@@ -68,7 +68,7 @@ from tools.gaudi.server import (
     surroundings,
     weights_bytes,
 )
-from vllm_hotswap.caches import look_at_caches
+from vllm_hotswap.caches import check_caches
 from vllm_hotswap.config import load_config
 from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import Ladder
@@ -666,7 +666,7 @@ def test_the_servers_variables_let_it_be_asked_and_read(tmp_path: Path) -> None:
     kept = {"VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY", "VLLM_HOTSWAP_CONFIG", "QUANT_CONFIG"}
     assert not kept & set(told)
     assert f"hpu,{PLUGIN}" == told["VLLM_PLUGINS"]
-    look_at_caches(told)  # raises if the server would refuse the check's folders
+    check_caches(told)  # raises if the server would refuse the check's folders
     assert told["PYTHONPATH"].endswith(":/some/where")
     assert "0" == told["PT_HPU_LAZY_MODE"]
     ran = subprocess.run(

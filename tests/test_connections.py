@@ -223,7 +223,7 @@ async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
         client = await Raw.connect(at.port)
         await client.send(request * (together + 2))
         connection = await connection_of(at)
-        while not connection._deaf:
+        while not connection._ignores_input:
             connection.flow.resume_reading()  # as whenever the application listens
             await asyncio.sleep(0.001)
         goes_on.set()
@@ -284,7 +284,7 @@ async def test_bodies_that_wait_are_bounded() -> None:
         await client.send(HEAD + b"\r\n" + post % 10 + bytes(10))
         connection = await connection_of(at)
         await client.send(post % (8 * MIB) + bytes(8 * MIB))
-        while not connection._deaf or client.unsent or unread(connection):  # noqa: ASYNC110
+        while not connection._ignores_input or client.unsent or unread(connection):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         waiting = sum(len(cycle.body) for cycle, _ in connection.pipeline)
         goes_on.set()
@@ -329,7 +329,7 @@ async def test_a_client_that_goes_is_noticed_whatever_it_has_sent_ahead(ahead: b
         await begun.wait()
         connection = await connection_of(at)
         await client.send(ahead)
-        while ahead and not connection.pipeline and not connection._deaf:  # noqa: ASYNC110
+        while ahead and not connection.pipeline and not connection._ignores_input:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         await client.close()
 
@@ -672,8 +672,8 @@ async def test_a_deadline_that_fails_costs_no_other_connection_its_own(
             raise RuntimeError("the handle is closed")
         original(self)
 
-    original = connections.Connection.head_is_late
-    monkeypatch.setattr(connections.Connection, "head_is_late", late)
+    original = connections.Connection.on_head_timeout
+    monkeypatch.setattr(connections.Connection, "on_head_timeout", late)
     async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
         clients = [await (await Raw.connect(port)).send(b"G") for _ in range(4)]
         told = [await client.answer() for client in clients[1:]]

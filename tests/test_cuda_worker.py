@@ -657,10 +657,10 @@ def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
 def test_graphs_go_at_once() -> None:
     """And not with a garbage collection; a worker that has failed early has none."""
     worker = loaded()
-    worker.let_go_of_graphs()
+    worker.release_graphs()
     assert {} == worker.model_runner.cudagraph_manager.graphs
 
-    Hosted(FakeCuda()).let_go_of_graphs()
+    Hosted(FakeCuda()).release_graphs()
 
 
 def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -670,7 +670,7 @@ def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) 
         wrapper = SimpleNamespace(clear_all_graphs=lambda name=name: cleared.append(name))
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: wrapper}))
 
-    loaded().let_go_of_graphs()
+    loaded().release_graphs()
 
     assert ["CUDAGraphWrapper", "BreakableCUDAGraphWrapper"] == cleared
 

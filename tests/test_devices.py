@@ -122,7 +122,7 @@ def test_cuda_does_without_sleep_where_it_is_told_so(
     device = device_of(cuda)
 
     assert worker == cuda.parallel_config.worker_cls
-    assert (value == "1") is (1 in device.sleep_levels) is device.tells_sleep
+    assert (value == "1") is (1 in device.sleep_levels) is device.reports_sleep_bytes
     assert device.is_shared
     assert not device.obeys_utilization
 

@@ -17,11 +17,11 @@ import pytest
 from vllm_hotswap.caches import GIVEN
 from vllm_hotswap.environment import (
     shut_out_others,
-    shut_out_others_for_a_look,
+    shut_out_others_without_cache,
     shut_out_writers,
 )
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.forgotten import said, set_aside
+from vllm_hotswap.forgotten import set_aside, value_of
 from vllm_hotswap.testing.fake_process import FakeProcessHost
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
@@ -144,13 +144,13 @@ def test_a_look_tells_a_folder_that_a_start_would_refuse(
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     tmp_path.chmod(0o755)
-    shut_out_others_for_a_look()
+    shut_out_others_without_cache()
     assert "event=cache_refused" not in caplog.text
 
     tmp_path.chmod(0o777)
     with pytest.raises(ConfigError):
         shut_out_others()
-    shut_out_others_for_a_look()
+    shut_out_others_without_cache()
 
     assert "event=cache_refused" in caplog.text
     assert "1" == os.environ["PYTHONSAFEPATH"]
@@ -162,13 +162,13 @@ def test_what_is_set_aside_is_told_and_no_longer_found(monkeypatch: pytest.Monke
     monkeypatch.setenv("ASKED_LATER", "0")
     set_aside(["ASKED_LATER", "NOT_SET"])
     assert "ASKED_LATER" not in os.environ
-    assert ("0", None) == (said("ASKED_LATER"), said("NOT_SET"))
+    assert ("0", None) == (value_of("ASKED_LATER"), value_of("NOT_SET"))
 
     set_aside(["ASKED_LATER"])
-    assert "0" == said("ASKED_LATER")
+    assert "0" == value_of("ASKED_LATER")
 
     monkeypatch.setenv("ASKED_LATER", "1")
-    assert "1" == said("ASKED_LATER")
+    assert "1" == value_of("ASKED_LATER")
 
 
 def variables_of(pid: int) -> dict[str, str]:

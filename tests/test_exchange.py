@@ -19,13 +19,13 @@ class Door:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    async def refused(self, _: object) -> None:
+    async def hold_back_refusal(self, _: object) -> None:
         self.told.append("refused")
 
     def note_refusal(self, _: object) -> None:
         self.told.append("noted")
 
-    def let_in(self, _: object) -> None:
+    def note_served(self, _: object) -> None:
         self.told.append("let in")
 
 

@@ -203,11 +203,11 @@ def test_others_do_not_wait_for_a_job_that_is_overdue(spare: FairPool, clock: Cl
     slow.hold("a")
     mine, others = Work(spare).ask("a", 2), Work(spare).ask("b", 2)
     clock.now_s = LONG_S
-    spare.look()
+    spare.check_overdue()
     assert not any(future.done() for future in mine + others)
 
     clock.now_s += 1
-    spare.look()
+    spare.check_overdue()
     assert ["b0", "b1"] == done(others)
     for future in mine:
         with pytest.raises(Overdue):
@@ -262,7 +262,7 @@ def test_what_waits_is_refused_when_the_last_thread_is_overdue(
         clock.now_s += LONG_S + 1 if caller != "c" else 0
     queued = Work(spare).ask("d", 1)
     clock.now_s += LONG_S + 1
-    spare.look()
+    spare.check_overdue()
 
     with pytest.raises(Overdue):
         queued[0].result(SOON_S)
@@ -274,6 +274,6 @@ def test_a_pool_without_spare_threads_has_nothing_overdue(pool: FairPool, work: 
     """What waits goes on to."""
     work.hold("a")
     later = work.ask("a", 1)
-    pool.look()
+    pool.check_overdue()
     work.let_go()
     assert ["a0"] == done(later)

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from vllm_hotswap import devices
-from vllm_hotswap.cli import _unforeseen
+from vllm_hotswap.cli import _unexpected_error
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.compat.versions import require_vllm
 from vllm_hotswap.errors import ConfigError
@@ -64,7 +64,7 @@ def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
     assert said == gaudi.why_no_device()
     assert _reason(NO_DEVICE).startswith(str(NO_DEVICE))
     assert _reason(NO_DEVICE).endswith(said)
-    assert _unforeseen(NO_DEVICE).endswith(said)
+    assert _unexpected_error(NO_DEVICE).endswith(said)
 
 
 def test_a_plugin_for_another_vllm_is_told(installed: Installed) -> None:
@@ -85,8 +85,8 @@ def test_a_plugin_without_intels_software_is_told(
     assert said.startswith("for a Gaudi: Intel's software cannot be imported (habana_frameworks")
     assert said.endswith(f"install the one for vllm-gaudi 0.26.0 into {sys.prefix}")
     missing = ModuleNotFoundError("No module named 'x'", name="habana_frameworks.torch")
-    assert said == _unforeseen(missing)
-    assert _unforeseen(ModuleNotFoundError("No module named 'x'", name="x")) == (
+    assert said == _unexpected_error(missing)
+    assert _unexpected_error(ModuleNotFoundError("No module named 'x'", name="x")) == (
         "No module named 'x'; the installation is not complete"
     )
     assert "\n" not in said
@@ -349,7 +349,7 @@ def test_a_runtime_that_fails_is_told(
     runtime(monkeypatch, has_device=True)
     monkeypatch.setattr(sys.modules["habana_frameworks.torch"].hpu, "is_available", fail)
 
-    gaudi.look_at_platform("cpu")
+    gaudi.check_platform("cpu")
 
     assert "Intel's software fails (synStatus=26" in caplog.text
 
@@ -358,14 +358,14 @@ def test_it_is_told_where_vllm_has_taken_another_device(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A build of vLLM for CPUs serves all the same, a hundred times slower."""
-    gaudi.look_at_platform("cpu")
+    gaudi.check_platform("cpu")
     assert not caplog.records
 
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=False)
-    gaudi.look_at_platform("hpu")
+    gaudi.check_platform("hpu")
     assert not caplog.records
-    gaudi.look_at_platform("cpu")
+    gaudi.check_platform("cpu")
     (record,) = caplog.records
     assert record.getMessage() == (
         "event=gaudi_not_used device=cpu "
@@ -404,7 +404,7 @@ def test_a_plugin_that_is_named_wrongly_is_told_where_vllm_has_taken_another_dev
     installed.versions["vllm-gaudi"] = "0.26.0"
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
 
-    gaudi.look_at_platform("cpu")
+    gaudi.check_platform("cpu")
 
     assert is_told is ("event=gaudi_not_used device=cpu" in caplog.text)
     assert is_told is ("which does not name hpu" in caplog.text)

@@ -122,7 +122,7 @@ def test_active_model_rests_when_nobody_asks(play: Play) -> None:
         assert {"ready": True, "active": None, "epoch": 1} == (await server.get("/ready")).json()
         assert [] == ended(server)
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 @pytest.mark.parametrize("alias", ["llama", "qwen", "mistral", None])
@@ -137,7 +137,7 @@ def test_next_request_brings_a_model_up(play: Play, alias: str | None) -> None:
         assert (200, alias or "llama") == (answer.status_code, answer.json()["model"])
         assert ("serving", alias or "llama", 200, 200) == await state(server)
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_request_that_comes_while_a_model_goes_to_rest_is_served(play: Play) -> None:
@@ -159,7 +159,7 @@ def test_request_that_comes_while_a_model_goes_to_rest_is_served(play: Play) -> 
         )
         looking.cancel()
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_model_in_use_does_not_rest(play: Play) -> None:
@@ -180,7 +180,7 @@ def test_model_in_use_does_not_rest(play: Play) -> None:
         await idle(server, 100)
         assert "active" == server.residency("llama")
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_active_model_does_not_rest_in_the_mode_manual(play: Play) -> None:
@@ -191,7 +191,7 @@ def test_active_model_does_not_rest_in_the_mode_manual(play: Play) -> None:
 
         assert ("serving", "llama", 200, 200) == await state(server)
 
-    play(story, policies=REST)
+    play(story, model_settings=REST)
 
 
 def test_model_that_rests_is_not_switched_away_from(play: Play) -> None:
@@ -205,7 +205,7 @@ def test_model_that_rests_is_not_switched_away_from(play: Play) -> None:
         assert [("qwen", False)] == ended(server)
 
     policies = {"qwen": ModelSettings(idle_unload_s=10)}
-    play(story, mode="auto", policies=policies, return_to_default=30)
+    play(story, mode="auto", model_settings=policies, return_to_default=30)
 
 
 def test_host_that_dies_while_the_model_rests_is_restarted(play: Play) -> None:
@@ -221,7 +221,7 @@ def test_host_that_dies_while_the_model_rests_is_restarted(play: Play) -> None:
         await idle(server, 70)
         assert ("idle", None, 200, 200) == await state(server)
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_engine_that_dies_at_rest_is_left_until_it_is_asked_for(play: Play) -> None:
@@ -235,7 +235,7 @@ def test_engine_that_dies_at_rest_is_left_until_it_is_asked_for(play: Play) -> N
 
         assert 200 == (await server.ask("llama")).status_code
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_model_that_cannot_be_brought_up_from_rest_is_told(play: Play) -> None:
@@ -252,7 +252,7 @@ def test_model_that_cannot_be_brought_up_from_rest_is_told(play: Play) -> None:
         await asyncio.sleep(5)
         assert 200 == (await server.ask("llama")).status_code
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_model_that_cannot_rest_is_active_again_with_the_next_request(play: Play) -> None:
@@ -267,7 +267,7 @@ def test_model_that_cannot_rest_is_active_again_with_the_next_request(play: Play
         assert ("parked", "idle") == (server.residency("llama"), (await state(server))[0])
         assert 200 == (await server.ask("llama")).status_code
 
-    play(story, mode="auto", policies=REST)
+    play(story, mode="auto", model_settings=REST)
 
 
 def test_device_without_sleep_unloads(play: Play) -> None:
@@ -280,4 +280,4 @@ def test_device_without_sleep_unloads(play: Play) -> None:
         assert "cold" == server.residency("llama")
 
     settings: dict[str, Any] = {"llama": FakeSettings(levels=frozenset())}
-    play(story, mode="auto", policies=REST, settings=settings)
+    play(story, mode="auto", model_settings=REST, settings=settings)

@@ -352,7 +352,7 @@ async def test_configuration_that_can_never_fit_is_refused_at_the_start(
     """With the arithmetic, before anything is loaded; models that are loaded on demand count."""
     policies = {alias: ModelSettings(pinned=True) for alias in pinned}
     server = Server(
-        load=("llama",), settings=sized(), budget=Usage(budget * MIB), policies=policies
+        load=("llama",), settings=sized(), budget=Usage(budget * MIB), model_settings=policies
     )
 
     with pytest.raises(ConfigError) as caught:
@@ -510,7 +510,7 @@ async def test_pinned_model_is_never_evicted(make_server: MakeServer) -> None:
         load=("llama", "qwen"),
         settings=sized(),
         budget=Usage(10 * MIB),
-        policies={"qwen": ModelSettings(pinned=True)},
+        model_settings={"qwen": ModelSettings(pinned=True)},
     )
 
     await server.switch("mistral")
@@ -833,7 +833,7 @@ class Clocked:
         self.host = FakeHost(("a", "b", "c"))
         self.events = Recorder()
         self.coordinator = Coordinator(
-            self.host, self.events, policies=policies, clock=lambda: self.now
+            self.host, self.events, model_settings=policies, clock=lambda: self.now
         )
 
     async def start(self, *load: str) -> Clocked:

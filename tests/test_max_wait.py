@@ -126,7 +126,7 @@ def test_a_long_stream_is_parked_for_a_request_that_is_due(play: Play) -> None:
     play(
         story,
         **settings_of(0.002, policy="fifo", max_wait=30, drain_timeout=60),
-        policies={"qwen": ModelSettings(max_wait_s=0.5)},
+        model_settings={"qwen": ModelSettings(max_wait_s=0.5)},
     )
 
 
@@ -174,7 +174,7 @@ def test_who_leaves_before_it_is_due_shortens_no_drain(play: Play) -> None:
     play(
         story,
         **settings_of(0.7, policy="fifo", max_wait=300, drain_timeout=60),
-        policies={"mistral": ModelSettings(max_wait_s=5.0)},
+        model_settings={"mistral": ModelSettings(max_wait_s=5.0)},
     )
 
 
@@ -191,7 +191,7 @@ def test_two_who_are_due_are_served_in_the_order_in_which_they_are(play: Play) -
     play(
         story,
         **settings_of(0.1, max_wait=30, min_active=1000),
-        policies={
+        model_settings={
             "qwen": ModelSettings(max_wait_s=1.0),
             "mistral": ModelSettings(max_wait_s=1.5, priority=9),
         },
@@ -258,5 +258,5 @@ def test_a_parked_stream_goes_on_before_it_would_be_ended(play: Play) -> None:
     play(
         story,
         **settings_of(0.1, max_wait=3600, min_active=3600, parked_timeout=40, drain_timeout=1),
-        policies={"qwen": ModelSettings(max_wait_s=1.0)},
+        model_settings={"qwen": ModelSettings(max_wait_s=1.0)},
     )

@@ -28,7 +28,7 @@ class Client:
     is_closed: bool = False
     place: Place = field(init=False)
 
-    def give_way(self) -> None:
+    def yield_place(self) -> None:
         self.is_closed = True
 
     def comes(self) -> bool:
@@ -43,7 +43,7 @@ def busy(places: Places, address: str | None, count: int) -> list[Client]:
     clients = [Client(places, address) for _ in range(count)]
     for client in clients:
         assert client.comes()
-        client.place.is_busy()
+        client.place.set_busy()
     return clients
 
 
@@ -53,8 +53,8 @@ def test_who_has_waited_longest_gives_way() -> None:
     (first,) = busy(places, A, 1)
     second, third, fourth = (Client(places, address) for address in (A, B, B))
     assert all(client.comes() for client in (second, third, fourth))
-    second.place.is_busy()
-    second.place.waits()
+    second.place.set_busy()
+    second.place.set_waiting()
 
     assert Client(places, C).comes()
 
@@ -114,7 +114,7 @@ def test_a_place_is_given_back_once() -> None:
     (client,) = busy(places, A, 1)
 
     client.place.leave()
-    client.place.waits()
+    client.place.set_waiting()
     client.place.leave()
 
     assert "<Places 0 of 2, waiting=0, kept 0 of 0>" == repr(places)

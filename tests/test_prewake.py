@@ -551,7 +551,7 @@ async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: Mak
     now = [0.0]
     server = await make(
         make_server,
-        policies={"qwen": ModelSettings(idle_unload_s=60)},
+        model_settings={"qwen": ModelSettings(idle_unload_s=60)},
         clock=lambda: now[0],
     )
     await announce(server, "qwen")

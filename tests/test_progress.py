@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vllm_hotswap.progress import LINE_S, Waiting, waiting
+from vllm_hotswap.progress import LINE_S, ProgressTimer, waiting
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,9 @@ def test_something_long_is_told_at_once_and_again_now_and_then(
     """Where there is no terminal: with the seconds since it began."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now, said = [100.0], []
-    shown = Waiting("loading", lambda what, after_s: said.append((what, after_s)), lambda: now[0])
+    shown = ProgressTimer(
+        "loading", lambda what, after_s: said.append((what, after_s)), lambda: now[0]
+    )
     for now[0] in (100.5, 100 + LINE_S, 100.5 + LINE_S, 100 + 2 * LINE_S):
         shown.tick()
     shown.close()
@@ -34,7 +36,7 @@ def test_a_terminal_has_one_line_that_counts_and_goes(monkeypatch: pytest.Monkey
     """Nothing of it is left."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    shown = Waiting("loading", lambda *_: pytest.fail("a line was told"))
+    shown = ProgressTimer("loading", lambda *_: pytest.fail("a line was told"))
     shown.tick()
     counting = terminal.getvalue()
     shown.close()

@@ -135,7 +135,7 @@ def test_a_request_that_is_served_makes_up_for_a_refusal() -> None:
     refused = Refusals(20, Time())
     for _ in range(1000):
         refused.charge(["A"])
-        refused.let_in("A")
+        refused.note_served("A")
 
     assert 0 == refused.owed_s("A")
 
@@ -599,7 +599,7 @@ async def test_who_has_gone_meanwhile_is_known(
     keyed: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody asks in vain without being charged for it, by resetting the connection."""
-    said, sock = arrivals._said, socket.socket()
+    said, sock = arrivals._has_data, socket.socket()
 
     looks: list[bool | None] = []
 
@@ -609,7 +609,7 @@ async def test_who_has_gone_meanwhile_is_known(
             sock.close()
         return looks[-1]
 
-    monkeypatch.setattr(arrivals, "_said", said_and_gone)
+    monkeypatch.setattr(arrivals, "_has_data", said_and_gone)
     async with listening_with(keyed) as at:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.connect(("127.0.0.1", at.port))
@@ -797,13 +797,13 @@ async def test_a_connection_that_said_nothing_after_all_has_its_deadline(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system may say that there is something to read where there is not."""
-    said, looks = arrivals._said, list[bool | None]()
+    said, looks = arrivals._has_data, list[bool | None]()
 
     def nothing_at_first(sock: socket.socket) -> bool | None:
         looks.append(None if len(looks) < 2 else said(sock))
         return looks[-1]
 
-    monkeypatch.setattr(arrivals, "_said", nothing_at_first)
+    monkeypatch.setattr(arrivals, "_has_data", nothing_at_first)
     async with listening_with(server) as at:
         client = await Raw.connect(at.port)
         await until(lambda: at.shared.places._all.count)
@@ -837,7 +837,7 @@ async def test_a_system_with_nothing_left_is_not_asked_again_and_again(
         client = await Raw.connect(at.port)
         await client.send(HEALTH)
         await until(lambda: asked)
-        assert acceptor._resting is not None
+        assert acceptor._pause_timer is not None
         assert not asyncio.get_running_loop().remove_reader(sock)
         acceptor._sock = sock
         assert 200 == (await client.answer()).status

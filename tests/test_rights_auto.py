@@ -37,7 +37,7 @@ ACCESS = Access(
 async def auto(make_server: MakeServer) -> Server:
     """llama is active, qwen is parked, mistral is cold, and keys have different rights."""
     return await make_server(
-        mode="auto", access=ACCESS, policies={"mistral": ModelSettings(priority=8)}
+        mode="auto", access=ACCESS, model_settings={"mistral": ModelSettings(priority=8)}
     )
 
 

@@ -341,7 +341,7 @@ async def mixed(make_server: MakeServer) -> Server:
 @pytest.fixture
 async def silent(make_server: MakeServer) -> Server:
     """The same, but classify's configuration does not say what it is for."""
-    settings = TASKS | {"classify": replace(TASKS["classify"], tells_tasks=False)}
+    settings = TASKS | {"classify": replace(TASKS["classify"], reports_tasks=False)}
     return await make_server(aliases=tuple(TASKS), load=("llama", "embed"), settings=settings)
 
 

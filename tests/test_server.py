@@ -265,7 +265,7 @@ def test_a_tls_key_that_others_may_read_is_told(
     path.chmod(mode)
 
     for name in (None, str(tmp_path / "missing"), str(path)):
-        server._tell_of_open_key(name)
+        server._warn_of_open_key(name)
 
     assert bool(expected) == len(caplog.messages)
     assert expected in caplog.text

@@ -297,7 +297,7 @@ def test_switches_cost_one_after_the_other_what_they_did() -> None:
     for _ in range(3):
         cost_s = prices.next_s(*key)
         found.append((prices.expected_s(*key), cost_s))
-        prices.paid(*key, cost_s)
+        prices.record_switch(*key, cost_s)
 
     assert [(1.0, 1.0), (1.0, 3.0), (pytest.approx(1.6), 1.0)] == found
     assert 2.0 == prices.next_s("b", "c", Residency.COLD)  # the median of all that is known

@@ -45,7 +45,8 @@ def test_streams_that_are_closed_are_the_null_device(shell: str) -> None:
     """No file that is opened later gets their numbers, and neither does a child's output."""
     code = (
         f"{PREPARED}import os, sys; r, w = os.pipe(); assert r > 2, r; "
-        "print(sys.stdin.read(), sys.stdout.isatty(), file=sys.stderr); terminal.say('said'); "
+        "print(sys.stdin.read(), sys.stdout.isatty(), file=sys.stderr); "
+        "terminal.write_text('said'); "
         "import subprocess; subprocess.run(['sh', '-c', 'echo out; echo err >&2'], check=True); "
         "sys.exit(7)"
     )
@@ -60,7 +61,7 @@ def test_what_nobody_takes_is_dropped(shell: str) -> None:
     """The caller is told; nothing is raised, then or at exit."""
     code = (
         "from vllm_hotswap import terminal; import sys; "
-        "sys.exit(3 if terminal.say('lost') else (print('more'), 5)[1])"
+        "sys.exit(3 if terminal.write_text('lost') else (print('more'), 5)[1])"
     )
 
     ended = run(code, shell=shell)
@@ -72,7 +73,7 @@ def test_a_reader_that_has_left_is_noticed_without_an_error() -> None:
     """As of `vllm-hotswap ... | head`."""
     code = (
         "from vllm_hotswap import terminal; import sys, os; r, w = os.pipe(); os.close(r); "
-        "os.dup2(w, 1); heard = [terminal.say('x') for _ in range(2)]; print('more'); "
+        "os.dup2(w, 1); heard = [terminal.write_text('x') for _ in range(2)]; print('more'); "
         "sys.exit(0 if heard == [False, True] else 1)"
     )
 
@@ -83,5 +84,5 @@ def test_a_reader_that_has_left_is_noticed_without_an_error() -> None:
 
 def test_text_is_said_in_the_streams_encoding(capsys: pytest.CaptureFixture[str]) -> None:
     """With its line end, and at once."""
-    assert terminal.say(f"active: {NAME}")
+    assert terminal.write_text(f"active: {NAME}")
     assert f"active: {NAME}\n" == capsys.readouterr().out

@@ -459,7 +459,7 @@ class World:
             OPEN,
             switching,
             observers=(self,),
-            policies={"mistral": ModelSettings(idle_sleep_s=30)} if shape.idles else None,
+            model_settings={"mistral": ModelSettings(idle_sleep_s=30)} if shape.idles else None,
             adapter_folders=adapter_folders,
             clock=self.loop.time,
             limits=LimitsConfig(in_flight=shape.in_flight, client_timeout=shape.client_timeout),

@@ -23,7 +23,7 @@ from vllm_hotswap.coordinator import Clock, Coordinator
 from vllm_hotswap.cross_site import CrossSite
 from vllm_hotswap.description import describe
 from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.errors import HotswapError, NotReady, Unforeseen
+from vllm_hotswap.errors import HotswapError, InternalError, NotReady
 from vllm_hotswap.events import Observer, Observers
 from vllm_hotswap.feed import EventFeed
 from vllm_hotswap.job_routes import JobRoutes
@@ -51,7 +51,7 @@ class HotswapApp:
         switching: SwitchingConfig | None = None,
         observers: tuple[Observer, ...] = (),
         vllm_version: str = "none",
-        policies: Mapping[str, ModelSettings] | None = None,
+        model_settings: Mapping[str, ModelSettings] | None = None,
         adapter_folders: Sequence[Path] = (),
         clock: Clock = time.monotonic,
         limits: LimitsConfig | None = None,
@@ -68,7 +68,9 @@ class HotswapApp:
         self.access = access
         self._vllm_version = vllm_version
         observer = Observers(observers)
-        self.coordinator = Coordinator(host, observer, switching, policies, clock, limits, recovery)
+        self.coordinator = Coordinator(
+            host, observer, switching, model_settings, clock, limits, recovery
+        )
         self.metrics = SwitchMetrics(
             active=lambda: self.coordinator.active,
             epoch=lambda: self.coordinator.epoch,
@@ -127,7 +129,7 @@ class HotswapApp:
             await openai.refuse(error, scope, receive, send)
         except Exception:
             log_of_clients.exception("event=request_failed code=internal_error")
-            await openai.refuse(Unforeseen(), scope, receive, send)
+            await openai.refuse(InternalError(), scope, receive, send)
         else:
             await answer(scope, receive, send)
 

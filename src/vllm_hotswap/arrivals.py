@@ -99,13 +99,13 @@ class Arrival:
         self.address = None if client is None else client[0]
         self.key = acceptor.door.places.client_of(self.address)
         """What counts as one client; None for an address that many clients share."""
-        self._turns_with = self.address if self.key is None else self.key
+        self._turn_key = self.address if self.key is None else self.key
         self._acceptor = acceptor
         self._door = acceptor.door
         self._sock = sock
         self._take_back: Callable[[], None] | None = None
         self._building: asyncio.Task[Any] | None = None
-        self._is_heard = False
+        self._is_listening = False
         self._came_s = self.loop.time()
         self.has_ended = False
         """Whether it was closed; then no connection may be built from it."""
@@ -116,43 +116,43 @@ class Arrival:
 
     def begin(self) -> None:
         """Build the connection if there is something to read; otherwise wait for its first byte."""
-        if len(self._door.steps) and _said(self._sock) is False:
+        if len(self._door.steps) and _has_data(self._sock) is False:
             self._sock.close()  # it is dead: it need not wait for a turn
             return
         self._acceptor.arrivals.add(self)
-        self._in_turn(self._begin)
+        self._run_in_turn(self._begin)
 
-    def _in_turn(self, step: Callable[[], None]) -> None:
+    def _run_in_turn(self, step: Callable[[], None]) -> None:
         """Run `step` when it is its client's turn, unless it has ended by then."""
 
         def once() -> None:
             if not self.has_ended:
                 step()
 
-        self._door.steps.take(self.loop, self._turns_with, once)
+        self._door.steps.take(self.loop, self._turn_key, once)
 
     def _begin(self) -> None:
-        if (said := _said(self._sock)) is False:
+        if (said := _has_data(self._sock)) is False:
             self._end()
             return
         self.place = self._door.places.take(self, self.address)
         if self.place is None:
             self._build()  # only to be refused
         elif said:
-            self._come_in()
+            self._build_or_wait()
         else:
             self._door.silent.begin(self)
-            self._hear()
+            self._listen()
 
-    def give_way(self) -> None:
+    def yield_place(self) -> None:
         """Close it: another connection needs its place."""
         self._end()
 
-    def is_late(self) -> None:
+    def on_timeout(self) -> None:
         """Close it: no byte has come in time."""
         self._end()
 
-    def handed_over(self) -> Place | None:
+    def hand_over(self) -> Place | None:
         """Give its place to the connection that has been built."""
         place, self.place = self.place, None
         return place
@@ -160,38 +160,38 @@ class Arrival:
     def close(self) -> None:
         self._end()
 
-    def _hear(self) -> None:
-        self._is_heard = True
+    def _listen(self) -> None:
+        self._is_listening = True
         self.loop.add_reader(self._sock.fileno(), self._readable)
 
-    def _deaf(self) -> None:
-        if self._is_heard:
-            self._is_heard = False
+    def _stop_listening(self) -> None:
+        if self._is_listening:
+            self._is_listening = False
             self.loop.remove_reader(self._sock.fileno())
 
     def _readable(self) -> None:
-        if (said := _said(self._sock)) is None:
+        if (said := _has_data(self._sock)) is None:
             return  # a spurious wake-up: no byte has come, and the deadline stays
-        self._deaf()
+        self._stop_listening()
         self._door.silent.end(self)
         if said:
-            self._in_turn(self._come_in_later)
+            self._run_in_turn(self._retry_build)
         else:
             self._end()
 
-    def _come_in(self) -> None:
+    def _build_or_wait(self) -> None:
         """Build the connection, which has sent something, unless it has to wait."""
         if (wait_s := self._wait_s()) > 0:
-            later = partial(self._in_turn, self._come_in_later)
+            later = partial(self._run_in_turn, self._retry_build)
             self._take_back = self._door.wheel.call_later(wait_s, later)
         else:
             self._build()
 
-    def _come_in_later(self) -> None:
+    def _retry_build(self) -> None:
         """Do the same, unless it is dead by now. What was peeked at stays until it is read."""
         self._take_back = None
-        if _said(self._sock):
-            self._come_in()
+        if _has_data(self._sock):
+            self._build_or_wait()
         else:
             self._end()
 
@@ -244,7 +244,7 @@ class Arrival:
         if self._building is not None:
             self._building.cancel()
             return
-        self._deaf()
+        self._stop_listening()
         self._acceptor.arrivals.discard(self)
         self._sock.close()
 
@@ -279,16 +279,16 @@ class Acceptor:
         sock.setblocking(False)
         sock.listen(backlog)
         self._is_open = True
-        self._resting: asyncio.TimerHandle | None = None
-        self._hear()
+        self._pause_timer: asyncio.TimerHandle | None = None
+        self._listen()
 
     def close(self) -> None:
         """Accept nothing more, and close arrivals that have not been built. Idempotent."""
         if not self._is_open:
             return
         self._is_open = False
-        if self._resting is not None:
-            self._resting.cancel()
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
         self.loop.remove_reader(self._sock.fileno())
         for arrival in list(self.arrivals):
             arrival.close()
@@ -306,14 +306,14 @@ class Acceptor:
         """Build the connection. Raises `OSError` if it, or its TLS handshake, has ended."""
         await self.loop.connect_accepted_socket(lambda: self._make(arrival), sock, **self._tls)
 
-    def _hear(self) -> None:
-        self._resting = None
+    def _listen(self) -> None:
+        self._pause_timer = None
         self.loop.add_reader(self._sock.fileno(), self._readable)
 
-    def _rest(self) -> None:
+    def _pause(self) -> None:
         """Stop accepting for `REST_S`: otherwise the socket would wake the loop again and again."""
         self.loop.remove_reader(self._sock.fileno())
-        self._resting = self.loop.call_later(REST_S, self._hear)
+        self._pause_timer = self.loop.call_later(REST_S, self._listen)
 
     def _readable(self) -> None:
         for _ in range(ACCEPTED_PER_TURN):
@@ -347,11 +347,11 @@ class Acceptor:
                 self._spare = _spare_file()
         else:
             self._spare = _spare_file()
-        self._rest()
+        self._pause()
         return False
 
 
-def _said(sock: socket.socket) -> bool | None:
+def _has_data(sock: socket.socket) -> bool | None:
     """Whether there is something to read; None: not yet; False: the client has gone.
 
     Data can still be read after the client has reset or closed the connection. A client that has

@@ -51,7 +51,7 @@ def code_caches(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: a folder belongs to another user, or others may write to it.
     """
-    look_at_caches(environment)
+    check_caches(environment)
     root = _cache_root(environment)
     own = root / OWN
     found = {ROOT_VARIABLE: _made_below(root)} if _is_left_open(root) else {}
@@ -72,7 +72,7 @@ def code_caches(environment: Mapping[str, str]) -> dict[str, str]:
     return {**found, INDUCTOR_VARIABLE: str(folder)}
 
 
-def look_at_caches(environment: Mapping[str, str]) -> None:
+def check_caches(environment: Mapping[str, str]) -> None:
     """Check that no other user may write to existing folders of code. Creates nothing.
 
     Raises:

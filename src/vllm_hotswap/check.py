@@ -65,7 +65,7 @@ class Report:
 
 
 def check(
-    read: ReadConfig, flags: Sequence[str], tell: Callable[[str], None] = lambda _: None
+    read: ReadConfig, flags: Sequence[str], notify: Callable[[str], None] = lambda _: None
 ) -> Report:
     """Check every model, and whether they fit together.
 
@@ -84,7 +84,7 @@ def check(
     found = list(read.mistakes)
     launches: list[ModelLaunch] = []
     for model in config.models:
-        tell(model.alias)
+        notify(model.alias)
         model_check = _ModelCheck(parser, flags, config, variables, model)
         report.models.append(model_check.report)
         launches += (
@@ -94,7 +94,7 @@ def check(
     if read.mistakes or len(launches) < len(config.models):
         report.problems.append("memory: skipped until the errors are fixed")
     else:
-        _check_memory(config, launches, report, tell)
+        _check_memory(config, launches, report, notify)
     _check_adapters(config, launches, report)
     _check_rights(config, report)
     report.mistakes = list(ConfigMistakes(found).mistakes)
@@ -216,11 +216,11 @@ def _check_memory(
     config: ServerConfig,
     launches: Sequence[ModelLaunch],
     report: Report,
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Plan the memory as a start would, with what is free now."""
     try:
-        memory = expected_memory(device_of(launches[0].vllm_config), tell)
+        memory = expected_memory(device_of(launches[0].vllm_config), notify)
         budget, needs = plan_memory(launches, config.memory, memory)
         report.budget_bytes = budget.device
     except HotswapError as error:

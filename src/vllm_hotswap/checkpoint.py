@@ -214,11 +214,11 @@ def _growth(entry: Mapping[str, Any], itemsize: int) -> int:
 
 
 async def read_ahead(
-    files: Iterable[Path], limit_bytes: int, tell: Callable[[int], None] = lambda _: None
+    files: Iterable[Path], limit_bytes: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> int:
     """Read files into the page cache, on a thread; cancelling stops it.
 
-    `tell` is called on that thread, with the bytes read so far.
+    `on_progress` is called on that thread, with the bytes read so far.
 
     Returns:
         The bytes read, at most `limit_bytes` rounded up to a chunk.
@@ -228,13 +228,16 @@ async def read_ahead(
     """
     stop = threading.Event()
     try:
-        return await asyncio.to_thread(_read, list(files), limit_bytes, stop, tell)
+        return await asyncio.to_thread(_read, list(files), limit_bytes, stop, on_progress)
     finally:
         stop.set()
 
 
 def _read(
-    files: Iterable[Path], limit_bytes: int, stop: threading.Event, tell: Callable[[int], None]
+    files: Iterable[Path],
+    limit_bytes: int,
+    stop: threading.Event,
+    on_progress: Callable[[int], None],
 ) -> int:
     buffer = bytearray(CHUNK_BYTES)
     done = 0
@@ -243,7 +246,7 @@ def _read(
             with file.open("rb", buffering=0) as content:
                 while not stop.is_set() and done < limit_bytes and (n := content.readinto(buffer)):
                     done += n
-                    tell(done)
+                    on_progress(done)
         except OSError as error:
             raise _unreadable(file, error) from error
     return done

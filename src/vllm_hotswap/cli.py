@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001  # any error becomes one line
-        return _refuse(_unforeseen(error))
+        return _refuse(_unexpected_error(error))
 
 
 def _flushed(words: Sequence[str]) -> int:
@@ -122,7 +122,7 @@ def _refuse(message: str) -> int:
     return 1
 
 
-def _unforeseen(error: Exception) -> str:
+def _unexpected_error(error: Exception) -> str:
     """Describe an unexpected error with its place; `python -X dev` shows the whole trace.
 
     A missing device has its own message: its error may come from anywhere that vLLM needs one.
@@ -451,9 +451,9 @@ def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
         read = read_config(args.config, *given(args))
         require_vllm()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is the output
-        from vllm_hotswap.environment import shut_out_others_for_a_look
+        from vllm_hotswap.environment import shut_out_others_without_cache
 
-        shut_out_others_for_a_look()
+        shut_out_others_without_cache()
         from vllm_hotswap import check
 
         return check.run(read, flags, args.json)

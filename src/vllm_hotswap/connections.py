@@ -99,7 +99,7 @@ KEEP_ALIVE_S = 5.0
 """How long a connection may be idle, unless uvicorn's configuration says otherwise."""
 
 
-def nobody(_: Scope) -> bool:
+def deny_kept_place(_: Scope) -> bool:
     """Let no request use a reserved place."""
     return False
 
@@ -110,7 +110,7 @@ class Connections:
 
     places: Places
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    may_use_kept: Callable[[Scope], bool] = nobody
+    may_use_kept: Callable[[Scope], bool] = deny_kept_place
     """Whether a request may use a reserved place, by the `type`, `method`, `path`, `root_path` and
     `headers` of its scope."""
     upgraded: dict[asyncio.BaseTransport, Place] = field(default_factory=dict)
@@ -129,10 +129,10 @@ class Connections:
     def __post_init__(self) -> None:
         patience_s = EVICTED_AFTER * self.limits.client_timeout
         refusals = Refusals(self.limits.refusals_per_second, time.monotonic)
-        silent = Deadlines(self.limits.head_timeout, Arrival.is_late)
+        silent = Deadlines(self.limits.head_timeout, Arrival.on_timeout)
         self.door = Door(self.places, refusals, Wheel(), silent)
-        self.heads = Deadlines(self.limits.head_timeout, Connection.head_is_late)
-        self.readers = Deadlines(patience_s, Connection.look_at_reader)
+        self.heads = Deadlines(self.limits.head_timeout, Connection.on_head_timeout)
+        self.readers = Deadlines(patience_s, Connection.check_reader)
         self.keep_alive(KEEP_ALIVE_S)
 
     def keep_alive(self, seconds: float) -> None:
@@ -144,9 +144,9 @@ class Connections:
         pause_s = self.door.refusals.charge(clients, count)
         return 0.0 if self.is_stopping else pause_s
 
-    def let_in(self, scope: Scope) -> None:
+    def note_served(self, scope: Scope) -> None:
         """Note that a request is served."""
-        self.door.refusals.let_in(address_of(scope))
+        self.door.refusals.note_served(address_of(scope))
 
     def counted(self, websockets: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
         """Combine uvicorn's WebSocket class with `Upgraded`."""
@@ -184,25 +184,25 @@ class Upgraded(asyncio.Protocol):
         finally:
             self.app = app  # or `answered` and this object would form a reference cycle
 
-    async def refused(self, scope: Scope) -> None:
+    async def hold_back_refusal(self, scope: Scope) -> None:
         """Hold back the refusal of the handshake. Its place may go to another connection."""
         pause_s = self.shared.charge(clients_of(scope))
         if not pause_s or self.transport.is_closing():
             return
         if (place := self._place) is not None:
-            place.waits()
+            place.set_waiting()
         self._pause = Pause()
-        with suppress(RuntimeError):  # as in `Connection._read_on`
+        with suppress(RuntimeError):  # as in `Connection._resume_reading`
             self.transport.resume_reading()
-        await self._pause.last(self.shared.door.wheel, pause_s)
+        await self._pause.wait(self.shared.door.wheel, pause_s)
 
     def note_refusal(self, scope: Scope) -> None:
         """Note a refusal that is sent at once."""
         self.shared.charge(clients_of(scope))
 
-    def let_in(self, scope: Scope) -> None:
+    def note_served(self, scope: Scope) -> None:
         """Note that the handshake is accepted."""
-        self.shared.let_in(scope)
+        self.shared.note_served(scope)
 
     def data_received(self, data: bytes) -> None:
         if self._pause is None:  # data behind a refused handshake is dropped
@@ -239,7 +239,7 @@ class Connection(HttpToolsProtocol):
     - `_answered`: the request that is being answered; not the newest one if some wait;
     - `_raw`: bytes of the head that have arrived; the parser has not seen those in `_held`;
     - its entries in the shared deadlines, and `_timer`: when to stop reading what is dropped;
-    - `_deaf`: whether it was refused, so that nothing more is read.
+    - `_ignores_input`: whether it was refused, so that nothing more is read.
 
     The parser changes the first three, from within `data_received`.
     """
@@ -249,13 +249,13 @@ class Connection(HttpToolsProtocol):
     """The wait of a refusal that is held back."""
     _dropped: RequestResponseCycle | None = None
     """The request whose refusal is or was held back: its body is dropped."""
-    _unsaid: tuple[HotswapError, Callable[[], None]] | None = None
+    _pending_error: tuple[HotswapError, Callable[[], None]] | None = None
     """An error to send later, and what cancels that."""
     _context: Context
     """The connection's own; each of its requests has a copy."""
     _timer: asyncio.TimerHandle | None = None
     _unsent = 0
-    _deaf = False
+    _ignores_input = False
     _fault: HotswapError | None = None
     _answered: RequestResponseCycle | None = None
     _head_next, _in_message = True, False
@@ -290,11 +290,11 @@ class Connection(HttpToolsProtocol):
         self._context = copy_context()
         assert self._arrival is not None
         self.client = self._arrival.client  # the transport knows no address if the client has gone
-        self._place = self._arrival.handed_over()
+        self._place = self._arrival.hand_over()
         has_ended = self._arrival.has_ended
         self._arrival = None
         if has_ended:
-            self._deaf = True
+            self._ignores_input = True
             self.transport.abort()
         elif self._place is None:
             self._refuse(TooManyConnections())
@@ -307,9 +307,9 @@ class Connection(HttpToolsProtocol):
             self._place.leave()
             self._place = None  # breaks a reference cycle, which would wait for the collector
         self._stop_timers()
-        self._go_on()
-        if self._unsaid is not None:
-            _, take_back = self._unsaid
+        self._end_pause()
+        if self._pending_error is not None:
+            _, take_back = self._pending_error
             take_back()
         super().connection_lost(exc)
         if (answered := self._answered) is not None and not answered.response_complete:
@@ -317,16 +317,16 @@ class Connection(HttpToolsProtocol):
             answered.message_event.set()
         self._answered = None
 
-    def give_way(self) -> None:
+    def yield_place(self) -> None:
         """Close the connection, which waits: another one needs its place."""
-        self._deaf = True
+        self._ignores_input = True
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
         self._unset_keepalive_if_required()
         if self._head_next:
@@ -353,7 +353,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(self._fault or MalformedRequest())
             return
         if self._head_next:
-            self._look_at_head(data)
+            self._check_head(data)
         elif self._moved:
             self._overhead = 0
         else:
@@ -364,12 +364,12 @@ class Connection(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         self._stop_timers()
         if self._place is not None:
-            self._place.is_busy()
+            self._place.set_busy()
             self._shared.upgraded[self.transport] = self._place
         self._context.run(super().handle_websocket_upgrade)
         if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
             # `websockets` refused the head, and uvicorn would send no answer.
-            self._say(MalformedRequest())
+            self._send_error(MalformedRequest())
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -385,12 +385,12 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self._shared.is_stopping = True
-        if self._unsaid is not None:
-            error, take_back = self._unsaid
+        if self._pending_error is not None:
+            error, take_back = self._pending_error
             take_back()
-            self._say(error)
+            self._send_error(error)
         super().shutdown()
-        self._go_on()
+        self._end_pause()
         self._watch_reader()
 
     # --- what the parser says -------------------------------------------------------------
@@ -430,8 +430,8 @@ class Connection(HttpToolsProtocol):
         place = self._place
         if place is not None:
             if self._pause is None:  # a request behind a refusal waits with it
-                place.is_busy()
-            if place.is_kept and not self._shared.may_use_kept(self._begun_scope()):
+                place.set_busy()
+            if place.is_kept and not self._shared.may_use_kept(self._partial_scope()):
                 self._fail(TooManyConnections())
         self._moved, self._raw = True, 0
         self._stop_timer()
@@ -441,7 +441,7 @@ class Connection(HttpToolsProtocol):
         if self._has_body() and self.parser.should_upgrade():
             # The parser would not read the body as one; a WebSocket's head has none.
             self._fail(MalformedRequest() if self._should_upgrade() else UpgradeWithBody())
-        self._look_ahead()
+        self._limit_waiting_heads()
         super().on_headers_complete()
         self._head_next = False
         if self.pipeline:
@@ -451,7 +451,7 @@ class Connection(HttpToolsProtocol):
         if place is not None and place.is_kept and self._last is not None:
             self._last.keep_alive = False
 
-    def _look_ahead(self) -> None:
+    def _limit_waiting_heads(self) -> None:
         """Limit the heads of waiting requests, together, to the size of one. No handshake waits."""
         if not self._is_answering:
             return
@@ -463,7 +463,7 @@ class Connection(HttpToolsProtocol):
             self._fail(MalformedRequest())
         self._ahead.appendleft(weight)
 
-    def _look_at_bodies(self) -> None:
+    def _limit_waiting_bodies(self) -> None:
         """Limit the bodies of waiting requests.
 
         Reading is not paused instead: then a disconnect would go unnoticed, and the request before
@@ -491,7 +491,7 @@ class Connection(HttpToolsProtocol):
             return
         super().on_body(body)
         if self.pipeline:
-            self._look_at_bodies()
+            self._limit_waiting_bodies()
 
     def on_message_complete(self) -> None:
         self._head_next, self._in_message, self._moved, self._raw = True, False, True, 0
@@ -513,7 +513,7 @@ class Connection(HttpToolsProtocol):
             self._answered = following[0]
             self.flow.resume_reading()
             if self._place is not None:
-                self._place.is_busy()  # a refusal that was held back may have made it wait
+                self._place.set_busy()  # a refusal that was held back may have made it wait
             self._start_asgi_task(*following)
         else:
             self.flow.resume_reading()
@@ -532,7 +532,7 @@ class Connection(HttpToolsProtocol):
         # loop, into everything that is read from then on.
         self._context.run(super()._start_asgi_task, cycle, cast("Any", watched))
 
-    async def refused(self, scope: Scope) -> None:
+    async def hold_back_refusal(self, scope: Scope) -> None:
         """Hold back the refusal of a request. Its place may go to another connection.
 
         The rest of its body is read and dropped, so that a disconnect is noticed.
@@ -541,14 +541,14 @@ class Connection(HttpToolsProtocol):
         if not pause_s or self.transport.is_closing():
             return
         if self._place is not None:
-            self._place.waits()
+            self._place.set_waiting()
         self._dropped = self._answered
         if self._dropped is not None:
             self._dropped.body = bytearray()
-        self._read_on()
+        self._resume_reading()
         self._pause = Pause()
         try:
-            await self._pause.last(self._shared.door.wheel, pause_s)
+            await self._pause.wait(self._shared.door.wheel, pause_s)
         finally:
             self._pause = None
 
@@ -556,11 +556,11 @@ class Connection(HttpToolsProtocol):
         """Note a refusal that is sent at once."""
         self._shared.charge(clients_of(scope))
 
-    def let_in(self, scope: Scope) -> None:
+    def note_served(self, scope: Scope) -> None:
         """Note that a request is served."""
-        self._shared.let_in(scope)
+        self._shared.note_served(scope)
 
-    def _read_on(self) -> None:
+    def _resume_reading(self) -> None:
         """Resume reading: data is dropped from now on, but a disconnect is noticed.
 
         If the connection was reset a moment ago, uvloop raises `RuntimeError`.
@@ -568,7 +568,7 @@ class Connection(HttpToolsProtocol):
         with suppress(RuntimeError):
             self.flow.resume_reading()
 
-    def _go_on(self) -> None:
+    def _end_pause(self) -> None:
         """End the wait of a refusal that is held back, if any."""
         if self._pause is not None:
             self._pause.end()
@@ -588,7 +588,7 @@ class Connection(HttpToolsProtocol):
     def _idle(self) -> None:
         """Wait for the next request, or the rest of a body: all that have arrived are answered."""
         if self._place is not None:
-            self._place.waits()
+            self._place.set_waiting()
         if self._raw:
             self._unset_keepalive_if_required()
             self._shared.heads.begin(self)
@@ -618,7 +618,7 @@ class Connection(HttpToolsProtocol):
             self._unsent = unsent
             self._shared.readers.begin(self)
 
-    def look_at_reader(self) -> None:
+    def check_reader(self) -> None:
         """Disconnect a client that has read nothing since the deadline began."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and unsent >= self._unsent:
@@ -642,7 +642,7 @@ class Connection(HttpToolsProtocol):
         held, self._held = bytes(self._held), bytearray()
         return held
 
-    def _look_at_head(self, data: bytes) -> None:
+    def _check_head(self, data: bytes) -> None:
         """Start the deadline of a head that the parser has seen a part of, or refuse it."""
         if not self._raw:
             if not self._in_message:
@@ -654,7 +654,7 @@ class Connection(HttpToolsProtocol):
         self._tail, self._held = data[-2:], bytearray()
         self._shared.heads.begin(self)
 
-    def _begun_scope(self) -> dict[str, Any]:
+    def _partial_scope(self) -> dict[str, Any]:
         """Return the part of a complete head's scope that says who asks for what."""
         is_websocket = self.parser.should_upgrade() and self._should_upgrade()
         path = httptools.parse_url(self.url).path or b""
@@ -690,7 +690,7 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def head_is_late(self) -> None:
+    def on_head_timeout(self) -> None:
         """Refuse an incomplete head. While an answer is under way, its deadline starts later."""
         if self._is_answering:
             return
@@ -715,7 +715,7 @@ class Connection(HttpToolsProtocol):
 
         Requests before it are answered first; then the connection is closed.
         """
-        self._deaf = True
+        self._ignores_input = True
         self._stop_timer()
         if isinstance(error, TooManyConnections):
             places = self._shared.places
@@ -724,7 +724,7 @@ class Connection(HttpToolsProtocol):
             return  # its last answer is written, perhaps not sent yet
         pause_s = self._shared.charge([self._client], 1 + len(self.pipeline))
         if not self._is_answering:
-            self._say_later(pause_s, error)
+            self._send_later(pause_s, error)
         elif self._head_next:
             self.cycle.keep_alive = False  # requests before it are answered, then it is closed
         elif self.pipeline:
@@ -733,11 +733,11 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             self._watch_reader()
         else:
-            self._say_later(pause_s, error)
+            self._send_later(pause_s, error)
             self.cycle.body = bytearray()
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-            self._go_on()
+            self._end_pause()
 
     def _drop_newest(self) -> None:
         """Drop the newest waiting request. Those before it are answered, then it is closed.
@@ -752,18 +752,20 @@ class Connection(HttpToolsProtocol):
             before.keep_alive = False
         self.flow.resume_reading()
 
-    def _say_later(self, pause_s: float, error: HotswapError) -> None:
+    def _send_later(self, pause_s: float, error: HotswapError) -> None:
         if self._place is not None:
-            self._place.waits()
-        self._read_on()
+            self._place.set_waiting()
+        self._resume_reading()
         if pause_s:
-            take_back = self._shared.door.wheel.call_later(pause_s, partial(self._say, error))
-            self._unsaid = error, take_back
+            take_back = self._shared.door.wheel.call_later(
+                pause_s, partial(self._send_error, error)
+            )
+            self._pending_error = error, take_back
         else:
-            self._say(error)
+            self._send_error(error)
 
-    def _say(self, error: HotswapError) -> None:
-        self._unsaid = None
+    def _send_error(self, error: HotswapError) -> None:
+        self._pending_error = None
         if self.transport.is_closing():
             return
         response = openai.error_response(error)
@@ -775,11 +777,11 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"".join(content))
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-        except RuntimeError:  # as in `_read_on`
+        except RuntimeError:  # as in `_resume_reading`
             self.transport.abort()
             return
         if self._place is not None:
-            self._place.waits()
+            self._place.set_waiting()
         self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
 

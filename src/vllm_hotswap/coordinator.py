@@ -114,7 +114,7 @@ class Coordinator:
         host: EngineHost,
         observer: Observer,
         settings: SwitchingConfig | None = None,
-        policies: Mapping[str, ModelSettings] | None = None,
+        model_settings: Mapping[str, ModelSettings] | None = None,
         clock: Clock = time.monotonic,
         limits: LimitsConfig | None = None,
         recovery: RecoveryConfig | None = None,
@@ -125,7 +125,7 @@ class Coordinator:
         self._limits = limits or LimitsConfig()
         self._clock = clock
         recovery = recovery or RecoveryConfig()
-        self.registry = Registry(host.engines, policies)
+        self.registry = Registry(host.engines, model_settings)
         self.ladder = Ladder(self.registry, host, observer, clock, lambda: self._epoch, recovery)
         self.recovery = Recovery(self, host, observer, recovery, clock)
         self.lookahead = Lookahead(
@@ -504,7 +504,7 @@ class Coordinator:
 
     def max_wait_s(self, model: Model) -> float:
         """Return after how long a waiting request of the model is due, unless it says otherwise."""
-        own_s = model.policy.max_wait_s
+        own_s = model.settings.max_wait_s
         return self._settings.max_wait if own_s is None else own_s
 
     def resolve_target(self, alias: str | None) -> Model:
@@ -519,7 +519,7 @@ class Coordinator:
         return model
 
     @contextmanager
-    def reserved(self, alias: str | None, requests: int) -> Iterator[None]:
+    def reserve(self, alias: str | None, requests: int) -> Iterator[None]:
         """Reserve room for a request that becomes several engine requests, while the body runs.
 
         Raises `QueueFull`, `UnknownModel`, `AdapterUnavailable`.

@@ -133,15 +133,15 @@ class Pause:
     def __init__(self) -> None:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def last(self, wheel: Wheel, seconds: float) -> None:
+    async def wait(self, wheel: Wheel, seconds: float) -> None:
         """Wait for `seconds`, or until the pause is ended."""
         take_back = wheel.call_later(seconds, self.end)
         try:
-            await self.over()
+            await self.wait_ended()
         finally:
             take_back()
 
-    async def over(self) -> None:
+    async def wait_ended(self) -> None:
         """Wait until the pause is ended, however long that takes."""
         await self._over
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_hotswap.claims import claimed_port, give_back
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.hints import program
-from vllm_hotswap.progress import Waiting
+from vllm_hotswap.progress import ProgressTimer
 from vllm_hotswap.schema import EDITOR_LINE
 from vllm_hotswap.signals import EarlyStop, Stopped, interruptible, signal_when_orphaned
 
@@ -175,7 +175,7 @@ def _run(port: int, is_fake: bool, early: EarlyStop) -> None:
         path = write(folder)
         client = _start_server(path, folder / "server.log", port, is_fake, exits, early)
         online_flow(client)
-    _say(closing(port, is_fake))
+    _print(closing(port, is_fake))
 
 
 def closing(port: int, is_fake: bool = False) -> str:
@@ -237,13 +237,13 @@ def call(
     client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Send one request and show it, as a command to paste, with its answer."""
-    _say(f"$ {curl_line(client, path, body)}")
+    _print(f"$ {curl_line(client, path, body)}")
     started = time.perf_counter()
     response = interruptible(lambda: client.request(method, path, json=body))
     elapsed_ms = (time.perf_counter() - started) * 1000
     answer: dict[str, Any] = response.json()
-    _say(json.dumps(_without_nulls(answer), indent=2, ensure_ascii=False))
-    _say(f"# HTTP {response.status_code} in {elapsed_ms:.1f} ms")
+    _print(json.dumps(_without_nulls(answer), indent=2, ensure_ascii=False))
+    _print(f"# HTTP {response.status_code} in {elapsed_ms:.1f} ms")
     _expect(response.status_code == 200, "status 200")
     return answer
 
@@ -264,13 +264,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Print a line without buffering, so that a reader of a pipe sees it at once."""
     print(text, flush=True)
 
 
 def _title(text: str) -> None:
-    _say(f"\n=== {text}")
+    _print(f"\n=== {text}")
 
 
 def _expect(fulfilled: bool, what: str) -> None:
@@ -293,10 +293,10 @@ def _start_server(
     where = ["--host", "127.0.0.1", "--port", str(port)]
     if is_fake:
         command = [sys.executable, "-m", "vllm_hotswap", "serve", str(path), "--fake", *where]
-        _say(f"# one server on FAKE engines, for three models, on 127.0.0.1:{port}")
+        _print(f"# one server on FAKE engines, for three models, on 127.0.0.1:{port}")
     else:
         command = [sys.executable, "-m", SERVER_MODULE, *where]
-        _say(
+        _print(
             f"# one server for three tiny models, on 127.0.0.1:{port}, "
             "started as the quickstart says"
         )
@@ -340,13 +340,13 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], st
             with suppress(httpx.TransportError):
                 if interruptible(lambda: client.get("/health")).status_code == 200:
                     steps.show()
-                    _say(f"# ready after {time.monotonic() - started:.1f} s")
+                    _print(f"# ready after {time.monotonic() - started:.1f} s")
                     return
             time.sleep(0.2)
     finally:
         steps.close()
     for line in steps.last_lines():
-        _say(f"# {line}")
+        _print(f"# {line}")
     raise HotswapError("the demo server did not start; the last lines of its log are above")
 
 
@@ -357,7 +357,7 @@ class Steps:
         """`what` is shown first."""
         self._log = log
         self._shown = 0
-        self._waiting: Waiting | None = Waiting(what, _say_time)
+        self._waiting: ProgressTimer | None = ProgressTimer(what, _print_elapsed)
 
     def last_lines(self) -> list[str]:
         """Return the last lines of the log, to explain why the server did not start."""
@@ -369,7 +369,7 @@ class Steps:
         lines = [line for line in text.splitlines() if " vllm_hotswap event=load " in line]
         for line in lines[self._shown :]:
             self.close()
-            _say("# " + line.split(" vllm_hotswap ", 1)[1])
+            _print("# " + line.split(" vllm_hotswap ", 1)[1])
         self._shown = len(lines)
         if self._waiting is not None:
             self._waiting.tick()
@@ -380,8 +380,8 @@ class Steps:
             self._waiting = None
 
 
-def _say_time(what: str, after_s: float) -> None:
-    _say(f"# {what}" + (f" {after_s:.0f} s" if after_s else ""))
+def _print_elapsed(what: str, after_s: float) -> None:
+    _print(f"# {what}" + (f" {after_s:.0f} s" if after_s else ""))
 
 
 def _is_free(port: int) -> bool:

@@ -20,7 +20,7 @@ import psutil
 
 from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError, one_line
-from vllm_hotswap.forgotten import said
+from vllm_hotswap.forgotten import value_of
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver, has_driver
 from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
 
@@ -108,7 +108,7 @@ class Device(Protocol):
     kv_is_lazy: bool
     """Whether KV memory is only held once it is used, so that a load does not show it."""
 
-    tells_sleep: bool
+    reports_sleep_bytes: bool
     """Whether a loaded model's worker tells what its sleep gives back and takes: `sleep_bytes`."""
     keeps_copy: bool
     """Whether weights that have been copied to host memory stay there once the model is awake."""
@@ -148,7 +148,7 @@ class CpuDevice:
     sleep_levels: frozenset[int] = frozenset([1, 2])
     is_host_memory = True
     kv_is_lazy = True
-    tells_sleep = keeps_copy = False
+    reports_sleep_bytes = keeps_copy = False
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
@@ -182,7 +182,7 @@ class OwnSleepDevice:
     sleep_levels: frozenset[int] = frozenset([1])
     is_host_memory = False
     kv_is_lazy = False
-    tells_sleep = keeps_copy = False
+    reports_sleep_bytes = keeps_copy = False
     is_shared = False
     obeys_utilization = True
     graphs_bytes = 0
@@ -221,7 +221,7 @@ class GaudiDevice(OwnSleepDevice):
     """
 
     name = "hpu"
-    is_exclusive = tells_sleep = True
+    is_exclusive = reports_sleep_bytes = True
 
     def configure(self, vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_cls = HOSTED_GAUDI_WORKER
@@ -252,7 +252,7 @@ class CudaDevice:
     sleep_levels: frozenset[int] = frozenset([1])
     is_host_memory = False
     kv_is_lazy = False
-    tells_sleep = keeps_copy = True
+    reports_sleep_bytes = keeps_copy = True
     is_shared = True
     obeys_utilization = False
     graphs_bytes = GRAPHS_BYTES
@@ -263,9 +263,9 @@ class CudaDevice:
         vllm_config.parallel_config.worker_cls = self.worker
 
     def memory(self) -> DeviceMemory:
-        driver = check_driver(os.environ, maps=self.tells_sleep)
+        driver = check_driver(os.environ, maps=self.reports_sleep_bytes)
         free_before = device_free_bytes(driver)  # without a context, which the next line makes
-        free, total = _first_look()
+        free, total = _first_memory_info()
         base = 0
         if free_before is not None:
             free_after = device_free_bytes(driver)
@@ -295,7 +295,7 @@ class WakefulCudaDevice(CudaDevice):
     """NVIDIA's GPUs without memory of ours: models are parked or unloaded."""
 
     sleep_levels: frozenset[int] = frozenset()
-    tells_sleep = keeps_copy = wakes_in_slices = False
+    reports_sleep_bytes = keeps_copy = wakes_in_slices = False
     worker = WAKEFUL_CUDA_WORKER
 
 
@@ -304,7 +304,7 @@ def reserve_bytes(total: int) -> int:
     return max(ACCELERATOR_RESERVE_BYTES, total // RESERVED_PART)
 
 
-def _first_look() -> tuple[int, int]:
+def _first_memory_info() -> tuple[int, int]:
     """Bytes that are free, and that there are. This makes the context of the process.
 
     Raises:
@@ -338,7 +338,7 @@ def device_of(vllm_config: Any) -> Device:
     if worker == CUDA_WORKER:
         if is_rocm():
             return RocmDevice()
-        return CudaDevice() if said(SLEEP_VARIABLE) != "0" else WakefulCudaDevice()
+        return CudaDevice() if value_of(SLEEP_VARIABLE) != "0" else WakefulCudaDevice()
     if worker in (GAUDI_WORKER, HOSTED_GAUDI_WORKER):
         return GaudiDevice()
     return OwnSleepDevice()

@@ -128,7 +128,7 @@ class Dispatcher:
         return f"<Dispatcher not_admitted={len(self._leases)} {self.scheduler!r}>"
 
     def _terms(self, model: Model) -> ModelTerms:
-        policy = model.policy
+        policy = model.settings
         wait_s = self._settings.max_wait if policy.max_wait_s is None else policy.max_wait_s
         return ModelTerms(model.alias, policy.priority, wait_s, policy.weight)
 

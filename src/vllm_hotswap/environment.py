@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from vllm_hotswap.caches import code_caches, look_at_caches
+from vllm_hotswap.caches import check_caches, code_caches
 from vllm_hotswap.errors import ConfigError
 
 log = logging.getLogger("vllm_hotswap")
@@ -40,14 +40,14 @@ def shut_out_others() -> None:
     os.environ.update(code_caches(os.environ), PYTHONSAFEPATH="1")
 
 
-def shut_out_others_for_a_look() -> None:
+def shut_out_others_without_cache() -> None:
     """Do the same for a process that keeps no compiled code: it makes no folder.
 
     A folder that would keep a server from starting is logged.
     """
     shut_out_writers()
     try:
-        look_at_caches(os.environ)
+        check_caches(os.environ)
     except ConfigError as error:
         log.warning("event=cache_refused cause=%r then='serve will not start'", str(error))
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -96,7 +96,7 @@ class HotswapError(Exception):
             self.retry_after_s = retry_after_s
 
 
-class Unforeseen(HotswapError):
+class InternalError(HotswapError):
     """A mistake of the server itself. Clients get no details; the log has them all."""
 
     def __init__(self) -> None:

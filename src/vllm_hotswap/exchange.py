@@ -19,7 +19,7 @@ from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.media import FORM_PIECE_BYTES, FORMS, media_type
 from vllm_hotswap.model_routes import request_of
 from vllm_hotswap.pace import PER_TURN, give_back
-from vllm_hotswap.refusals import hold_back, let_in, note_refusal
+from vllm_hotswap.refusals import hold_back, note_refusal, note_served
 from vllm_hotswap.registry import Lease
 
 _AS_IT_IS = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
@@ -250,10 +250,10 @@ class ResponseRelay:
     def _note(self, start: Message) -> None:
         """Note whether the client is served, or refused within a stream that has started."""
         if start["type"] == "websocket.accept":
-            let_in(self._scope)
+            note_served(self._scope)
         elif start["type"] == "http.response.start" and not self._has_client_left:
             if start["status"] < 300:
-                let_in(self._scope)
+                note_served(self._scope)
             elif 400 <= start["status"] < CLIENT_LEFT:
                 note_refusal(self._scope)
 
@@ -428,7 +428,7 @@ class ResponseRelay:
 
     async def _send_error(self, cause: HotswapError) -> None:
         if not self.started:
-            await openai.tell(cause, self._scope, self._receive, self._send)
+            await openai.send_error(cause, self._scope, self._receive, self._send)
         elif self._scope["type"] == "websocket":
             await self._send(openai.close_message(cause))
         elif self.is_event_stream:

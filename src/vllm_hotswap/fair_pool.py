@@ -118,7 +118,7 @@ class FairPool:
             self._relieve(overdue)
         return job.future
 
-    def look(self) -> None:
+    def check_overdue(self) -> None:
         """Make up for jobs that are overdue by now, and refuse jobs that would wait for them.
 
         A caller that waits for a job must call this now and then: the pool has no thread for it.
@@ -181,7 +181,7 @@ class FairPool:
     def _work(self) -> None:
         """Do one job after the other, until this thread has to end. Each thread runs this."""
         if self._is_last:
-            _be_last()
+            _lower_priority()
         while (job := self._next()) is not None:
             result, error = None, None
             try:
@@ -239,7 +239,7 @@ class FairPool:
             self._served.pop(caller, None)
 
 
-def _be_last() -> None:
+def _lower_priority() -> None:
     """Give this thread the lowest priority, on Linux, where each thread has its own."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -34,13 +34,13 @@ _aside: dict[str, str] = {}
 
 
 def set_aside(names: Iterable[str]) -> None:
-    """Remove variables whose values are still needed: `said` returns them, nothing else does."""
+    """Remove variables whose values are still needed: only `value_of` returns them."""
     found = {name: os.environ[name] for name in names if name in os.environ}
     _aside.update(found)
     forget(found)
 
 
-def said(name: str) -> str | None:
+def value_of(name: str) -> str | None:
     """Return a variable's value, or the one it had when it was set aside; None without either."""
     return os.environ.get(name, _aside.get(name))
 

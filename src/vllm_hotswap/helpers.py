@@ -151,7 +151,7 @@ class Helper:
             self.took_s = time.monotonic() - began_s
             is_done, *error = helper_process.receive(self._channel)
         except (OSError, EOFError):
-            self._say_how_it_died()
+            self._raise_cause_of_death()
         if not is_done:
             kind, message = error
             if kind == "MemoryError" or "bad_alloc" in message:
@@ -170,7 +170,7 @@ class Helper:
             if self._cpu_s() - cpu_s > bounds.cpu_s:
                 raise OutOfBounds("time")
 
-    def _say_how_it_died(self) -> NoReturn:
+    def _raise_cause_of_death(self) -> NoReturn:
         status = self._process.wait()
         if self._is_killed:
             raise HelperStopped

@@ -99,7 +99,7 @@ def scan(
         case _:
             return Scanned({}, {}, 0)
     for start in range(begin, len(text), piece_bytes):
-        yield from scanner.look_at(start, start + piece_bytes)
+        yield from scanner.scan_piece(start, start + piece_bytes)
         if scanner.values > most_values:
             raise TooManyValues
         if scanner.is_over:
@@ -177,7 +177,7 @@ class _Scanner:
         self.is_over = False
         """Whether the object has ended."""
 
-    def look_at(self, start: int, end: int) -> Work[None]:
+    def scan_piece(self, start: int, end: int) -> Work[None]:
         """Look at one piece. Pieces come in order, without a gap."""
         piece = np.frombuffer(self._without_escapes(self._body[start:end]), np.uint8)
         quotes = piece == _QUOTE
@@ -191,9 +191,9 @@ class _Scanner:
             self.is_over = True
             tops = tops[tops < int(np.argmax(depth <= 0))]
         self._is_inside, self._depth = bool(inside[-1]), int(depth[-1])
-        yield from self._look_at_keys(tops + start, end)
+        yield from self._scan_keys(tops + start, end)
         if self._spans:
-            yield from self._look_at_members(tops + start, end)
+            yield from self._scan_members(tops + start, end)
             commas = np.where((piece == _COMMA) & ~inside, depth, 0)
             self._measure(commas == 2, (commas == 1) | (depth <= 0), start)
 
@@ -202,7 +202,7 @@ class _Scanner:
         spans = self._spans.items()
         return {key: span.member(self._body) for key, span in spans if span.begin is not None}
 
-    def _look_at_members(self, strings: NDArray[np.intp], end: int) -> Work[None]:
+    def _scan_members(self, strings: NDArray[np.intp], end: int) -> Work[None]:
         for key, span in self._spans.items():
             ends = self._ends_of(key, strings)
             colon = (yield from self._last_colon(ends, end)) if len(ends) else None
@@ -246,7 +246,7 @@ class _Scanner:
         steps[inside] = 0
         return steps
 
-    def _look_at_keys(self, strings: NDArray[np.intp], end: int) -> Work[None]:
+    def _scan_keys(self, strings: NDArray[np.intp], end: int) -> Work[None]:
         """Read the value of the last occurrence of each key among a piece's top-level strings.
 
         Args:

@@ -744,7 +744,7 @@ def _refuse_use(model: Model, operation: str, to: Residency) -> None:
 
 def _idle_policy(model: Model) -> list[tuple[float, Residency]]:
     """Return idle times and the residencies they lead to, the lowest last."""
-    policy = model.policy
+    policy = model.settings
     times = [(policy.idle_sleep_s, Residency.ASLEEP), (policy.idle_unload_s, Residency.COLD)]
     return [(time_s, to) for time_s, to in times if time_s is not None]
 

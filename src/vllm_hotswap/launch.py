@@ -116,7 +116,7 @@ def prepare(config: ServerConfig, namespaces: Mapping[str, argparse.Namespace]) 
             config, lambda model: prepare_model(model, namespaces[model.alias], config, variables)
         )
     check_names(config, {alias: model.adapters for alias, model in models.items()})
-    gaudi.look_at_platform(models[config.default_model].vllm_config.device_config.device_type)
+    gaudi.check_platform(models[config.default_model].vllm_config.device_config.device_type)
     return Launch(config, namespaces[""], tuple(models.values()))
 
 

@@ -37,7 +37,7 @@ PACE_S = 20.0
 PACED_BYTES = 64 << 10
 """Bytes from which on the pace counts. Fewer cost nothing, and a client may stall for a while."""
 
-SECOND_LOOK_S = 1.0
+SECOND_CHECK_S = 1.0
 """Seconds in which data that has come is read, if the server itself was busy for long."""
 
 BYTES_PER_BYTE = 4
@@ -188,11 +188,11 @@ class Bodies:
         """Bytes that all requests hold together."""
         return self.ledger.held
 
-    async def turn(self, account: Account) -> None:
+    async def wait_for_turn(self, account: Account) -> None:
         """Wait until one more piece of a body may be read: one per iteration of the event loop."""
         pause = Pause()
         self._pieces.take(asyncio.get_running_loop(), account.name, pause.end)
-        await pause.over()
+        await pause.wait_ended()
 
     def hold(self, account: Account = EVERYBODY) -> HeldBody:
         return HeldBody(self, account)
@@ -236,7 +236,7 @@ class HeldBody:
                     chunks.append(self._take(message))
                     if self._size - read >= PIECE_BYTES:
                         read = self._size
-                        await self._bodies.turn(self._account)
+                        await self._bodies.wait_for_turn(self._account)
         except TimeoutError:
             raise BodyTimeout(self._limits.body_timeout, self._limits.body_rate, PACE_S) from None
         finally:
@@ -250,17 +250,19 @@ class HeldBody:
     def _watch(self, deadline: asyncio.Timeout) -> None:
         """Check after `PACE_S` how much has come since now."""
         loop = asyncio.get_running_loop()
-        self._pace = loop.call_later(PACE_S, self._look_at_pace, deadline, self._size)
+        self._pace = loop.call_later(PACE_S, self._check_pace, deadline, self._size)
 
-    def _look_at_pace(self, deadline: asyncio.Timeout, size_before: int) -> None:
+    def _check_pace(self, deadline: asyncio.Timeout, size_before: int) -> None:
         if self._is_slow(size_before):
             # Its data may wait to be read: after a pause of the server, this timer runs first.
             loop = asyncio.get_running_loop()
-            self._pace = loop.call_later(SECOND_LOOK_S, self._look_again, deadline, size_before)
+            self._pace = loop.call_later(
+                SECOND_CHECK_S, self._check_pace_again, deadline, size_before
+            )
         else:
             self._watch(deadline)
 
-    def _look_again(self, deadline: asyncio.Timeout, size_before: int) -> None:
+    def _check_pace_again(self, deadline: asyncio.Timeout, size_before: int) -> None:
         if self._is_slow(size_before):
             deadline.reschedule(asyncio.get_running_loop().time())
         else:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm_hotswap.addresses import is_loopback
 from vllm_hotswap.arrivals import MOST_WAITING, in_doubt
 from vllm_hotswap.claims import claimed_port, give_back
-from vllm_hotswap.connections import Config, Connections, bounded, nobody
+from vllm_hotswap.connections import Config, Connections, bounded, deny_kept_place
 from vllm_hotswap.cross_site import allowed_host
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.file_limit import raised_file_limit
@@ -201,7 +201,7 @@ class Listener:
         self,
         app: ASGIApp,
         limits: LimitsConfig | None = None,
-        may_use_kept: Callable[[Scope], bool] = nobody,
+        may_use_kept: Callable[[Scope], bool] = deny_kept_place,
         outlook: Callable[[Scope], Outlook | KnownKey] = in_doubt,
     ) -> Config:
         """Return a loaded configuration that bounds connections, and the log lines they cause.

@@ -376,13 +376,13 @@ class SwitchMetrics:
             case HostRestarted():
                 self._restarts.inc()
             case PredictionSettled() | PrefetchSettled() | WakeChanged():
-                self._count_foresight(event)
+                self._count_lookahead(event)
             case ResidencyChanged(model=model, before=before, after=after):
                 self._moves.labels(model, after.value).inc()
                 if (before.value, after.value) == ("loading", "parked"):
                     self._loads.labels(model).inc()
 
-    def _count_foresight(self, event: PredictionSettled | PrefetchSettled | WakeChanged) -> None:
+    def _count_lookahead(self, event: PredictionSettled | PrefetchSettled | WakeChanged) -> None:
         if isinstance(event, PredictionSettled):
             self._predictions.labels("hit" if event.hit else "miss").inc()
         elif isinstance(event, WakeChanged):

@@ -27,7 +27,7 @@ class ModelsFile:
         except OSError:
             return cls(path, None)
 
-    def tell_if_changed(self) -> None:
+    def warn_if_changed(self) -> None:
         """Log that the file has changed and a restart would apply it, or that it is unreadable."""
         try:
             is_changed = _digest(self.path) != self.digest

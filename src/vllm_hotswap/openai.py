@@ -51,10 +51,10 @@ async def refuse(error: HotswapError, scope: Scope, receive: Receive, send: Send
     if error.status < 500:
         forget_frames(error)  # the body may be in them
         await hold_back(scope)
-    await tell(error, scope, receive, send)
+    await send_error(error, scope, receive, send)
 
 
-async def tell(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
+async def send_error(error: HotswapError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer as `refuse` does, but at once."""
     can_deny = "websocket.http.response" in (scope.get("extensions") or ())
     if scope["type"] == "websocket" and not can_deny:

@@ -27,7 +27,7 @@ NETWORK_BITS = 64
 class Holder(Protocol):
     """An object that has a place."""
 
-    def give_way(self) -> None:
+    def yield_place(self) -> None:
         """Close the connection. At most a refusal is under way on it."""
 
 
@@ -41,7 +41,7 @@ class _Group:
 
 
 class Place:
-    """One connection's place in a pool. It counts as waiting until `is_busy` is called."""
+    """One connection's place in a pool. It counts as waiting until `set_busy` is called."""
 
     __slots__ = ("_group", "_pool", "holder", "is_kept")
 
@@ -51,13 +51,13 @@ class Place:
         self._pool: _Pool | None = pool
         self._group = group
 
-    def waits(self) -> None:
+    def set_waiting(self) -> None:
         """Note that no request is under way from now on."""
         if self._pool is not None:
             self._pool.waiting[self] = None
             self._group.waiting[self] = None
 
-    def is_busy(self) -> None:
+    def set_busy(self) -> None:
         """Note that a request is under way from now on."""
         if self._pool is not None:
             self._pool.waiting.pop(self, None)
@@ -66,7 +66,7 @@ class Place:
     def leave(self) -> None:
         """Free the place. Idempotent."""
         if self._pool is not None:
-            self.is_busy()
+            self.set_busy()
             self._pool.free(self._group)
             self._pool = None
 
@@ -85,15 +85,15 @@ class _Pool:
         """Return a place; None if there is none. `key` is the address; None: without a bound."""
         group = self.groups.get(key) or _Group(key)
         if key is not None and group.count >= self.share:
-            if not _made_room(group.waiting):
+            if not _make_room(group.waiting):
                 return None
-        elif self.count >= self.most and not _made_room(self.waiting):
+        elif self.count >= self.most and not _make_room(self.waiting):
             return None
         self.groups[key] = group
         self.count += 1
         group.count += 1
         place = Place(holder, self, group, self._is_kept)
-        place.waits()
+        place.set_waiting()
         return place
 
     def free(self, group: _Group) -> None:
@@ -103,13 +103,13 @@ class _Pool:
             del self.groups[group.key]
 
 
-def _made_room(waiting: dict[Place, None]) -> bool:
+def _make_room(waiting: dict[Place, None]) -> bool:
     """Make the place that has waited longest give way; return False if none waits."""
     longest = next(iter(waiting), None)
     if longest is None:
         return False
     longest.leave()
-    longest.holder.give_way()
+    longest.holder.yield_place()
     return True
 
 

@@ -42,26 +42,26 @@ LINE_S = 10.0
 TICK_S = 0.5
 
 
-class Waiting:
+class ProgressTimer:
     """Shows that something is under way, and for how long: at once, and until it is closed.
 
-    In a terminal one line counts the time; elsewhere `tell` is called now and then.
+    In a terminal one line counts the time; elsewhere `report` is called now and then.
     """
 
     def __init__(
         self,
         what: str,
-        tell: Callable[[str, float], None],
+        report: Callable[[str, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._what, self._tell, self._clock = what, tell, clock
+        self._what, self._report, self._clock = what, report, clock
         self._began_s = clock()
         self._next_s = LINE_S
         self._bar: tqdm[None] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False)
         else:
-            tell(what, 0)
+            report(what, 0)
 
     def tick(self) -> None:
         """Show the time, if it is due. Call it now and then, from one thread at a time."""
@@ -71,7 +71,7 @@ class Waiting:
         after_s = self._clock() - self._began_s
         if after_s >= self._next_s:
             self._next_s += LINE_S
-            self._tell(self._what, after_s)
+            self._report(self._what, after_s)
 
     def close(self) -> None:
         """Remove the line from the terminal."""
@@ -82,7 +82,9 @@ class Waiting:
 @contextlib.contextmanager
 def waiting(step: str) -> Iterator[None]:
     """Show on standard error that a step of the start is under way, while it blocks its thread."""
-    shown = Waiting(step, lambda what, s: log.info("event=start step=%r elapsed_s=%.0f", what, s))
+    shown = ProgressTimer(
+        step, lambda what, s: log.info("event=start step=%r elapsed_s=%.0f", what, s)
+    )
     is_over = threading.Event()
 
     def tick() -> None:
@@ -209,13 +211,13 @@ class CheckProgress:
 
     def __init__(self, aliases: Sequence[str]) -> None:
         self._count = len(aliases)
-        self._begun = 0
+        self._started_count = 0
         self._bar: tqdm[None] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._count, unit="model", leave=False)
 
     def __enter__(self) -> Self:
-        self._say("checking: reading vLLM's flags")
+        self._show_step("checking: reading vLLM's flags")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,16 +227,16 @@ class CheckProgress:
     def begin(self, alias: str) -> None:
         """Show that a model is next; the one before is done."""
         if self._bar is not None:
-            self._bar.update(min(1, self._begun))
-        self._begun += 1
-        self._say(f"checking {alias}")
+            self._bar.update(min(1, self._started_count))
+        self._started_count += 1
+        self._show_step(f"checking {alias}")
 
-    def _say(self, what: str) -> None:
+    def _show_step(self, what: str) -> None:
         if self._bar is not None:
             self._bar.set_description(what)
         else:
-            is_model = 0 < self._begun <= self._count
-            number = f" ({self._begun} of {self._count})" if is_model else ""
+            is_model = 0 < self._started_count <= self._count
+            number = f" ({self._started_count} of {self._count})" if is_model else ""
             sys.stderr.write(f"{what}{number} ...\n")
             sys.stderr.flush()
 

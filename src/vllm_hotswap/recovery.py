@@ -214,7 +214,7 @@ class Recovery:
                     silent_s = 0.0
                     continue
                 if asking.done():
-                    self._hear(asking)
+                    self._on_pulse(asking)
                     silent_s, asking = 0.0, None
                     continue
                 silent_s += PING_S
@@ -227,7 +227,7 @@ class Recovery:
             if asking is not None:
                 asking.cancel()
 
-    def _hear(self, asking: asyncio.Task[Pulse]) -> None:
+    def _on_pulse(self, asking: asyncio.Task[Pulse]) -> None:
         if asking.exception() is not None:
             return  # the host is dead, which is known already
         step_s = asking.result().step_s

@@ -68,20 +68,20 @@ class KnownKey:
 class Holder(Protocol):
     """Holds refusals back."""
 
-    def refused(self, scope: Scope) -> Awaitable[None]:
+    def hold_back_refusal(self, scope: Scope) -> Awaitable[None]:
         """Note that a request is refused, and wait until its client may get the refusal."""
 
     def note_refusal(self, scope: Scope) -> None:
         """Note that a request is refused whose client has got the refusal already."""
 
-    def let_in(self, scope: Scope) -> None:
+    def note_served(self, scope: Scope) -> None:
         """Note that a request is served."""
 
 
 async def hold_back(scope: Scope) -> None:
     """Wait until a refused request may be answered; not at all, where refusals do not count."""
     if (holder := _holder(scope)) is not None:
-        await holder.refused(scope)
+        await holder.hold_back_refusal(scope)
 
 
 def note_refusal(scope: Scope) -> None:
@@ -90,10 +90,10 @@ def note_refusal(scope: Scope) -> None:
         holder.note_refusal(scope)
 
 
-def let_in(scope: Scope) -> None:
+def note_served(scope: Scope) -> None:
     """Note that a request is served."""
     if (holder := _holder(scope)) is not None:
-        holder.let_in(scope)
+        holder.note_served(scope)
 
 
 def _holder(scope: Scope) -> Holder | None:
@@ -151,7 +151,7 @@ class Refusals:
                 self._charge(self._strangers_paid_s, address, count)
         return min(MAX_PAUSE_S, max(waits_s, default=0))
 
-    def let_in(self, address: Hashable) -> None:
+    def note_served(self, address: Hashable) -> None:
         """Note that a request from the address is served, which makes up for a refusal."""
         for paid_s in (self._paid_s, self._strangers_paid_s):
             if address in paid_s:

@@ -353,7 +353,7 @@ class Model:
     """Done when the last lease has ended; a drain of the model waits for it."""
     last_used_s: float | None = None
     failure: str | None = None
-    policy: ModelSettings = field(default_factory=ModelSettings)
+    settings: ModelSettings = field(default_factory=ModelSettings)
     pinned: bool = False
     is_verified: bool = False
     """Whether it has passed its verification since it was loaded or woken."""
@@ -409,11 +409,13 @@ class Registry:
     """
 
     def __init__(
-        self, engines: Mapping[str, Engine], policies: Mapping[str, ModelSettings] | None = None
+        self,
+        engines: Mapping[str, Engine],
+        model_settings: Mapping[str, ModelSettings] | None = None,
     ) -> None:
-        policies = policies or {}
+        model_settings = model_settings or {}
         self._models = {
-            alias: _model(alias, engine, policies.get(alias, ModelSettings()))
+            alias: _model(alias, engine, model_settings.get(alias, ModelSettings()))
             for alias, engine in engines.items()
         }
         self._additional_names = {
@@ -470,5 +472,5 @@ class Registry:
         return model
 
 
-def _model(alias: str, engine: Engine, policy: ModelSettings) -> Model:
-    return Model(alias, engine, policy=policy, pinned=policy.pinned)
+def _model(alias: str, engine: Engine, settings: ModelSettings) -> Model:
+    return Model(alias, engine, settings=settings, pinned=settings.pinned)

@@ -26,9 +26,9 @@ from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import (
     ClientStalled,
     HotswapError,
+    InternalError,
     InvalidRequest,
     TooManyValues,
-    Unforeseen,
     WrongTask,
 )
 from vllm_hotswap.exchange import (
@@ -121,7 +121,7 @@ class Router:
                 await answer.send_refusal()
                 raise  # the HTTP server logs it, and closes the connection
             log_of_clients.exception("event=request_failed code=internal_error")
-            await answer.cut(Unforeseen())
+            await answer.cut(InternalError())
         finally:
             self._answers.discard(answer)
             answer.close()
@@ -271,7 +271,7 @@ class Router:
             is_redirected = scope["path"].endswith("/")  # by the application
             if body and scope["method"] == "POST" and not is_redirected:
                 preview = partial(self._preview, scope, body, answer, details.is_stream)
-            with self._coordinator.reserved(alias, details.requests):
+            with self._coordinator.reserve(alias, details.requests):
                 async with self._coordinator.lease(alias, terms, preview) as lease:
                     await waiting.end()  # first: two tasks must not receive from the client at once
                     lease.calls = details.requests
@@ -392,7 +392,7 @@ class Router:
     def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
         """Return what the request may ask for. Raises `InvalidRequest` for an invalid header."""
         model = self._coordinator.resolve_target(alias)
-        own = RequestTerms(model.policy.priority, self._coordinator.max_wait_s(model))
+        own = RequestTerms(model.settings.priority, self._coordinator.max_wait_s(model))
         return self._access.terms(Headers(scope=scope), model.alias, own)
 
     def _check_route(self, alias: str | None, method: str, path: str) -> None:

@@ -123,7 +123,7 @@ class Start:
         """
         self.access.use_user_keys(args.api_key)
         args.api_key = None
-        _tell_of_open_key(args.ssl_keyfile)
+        _warn_of_open_key(args.ssl_keyfile)
         with self.early.held():
             listener = Listener.open(args, log_config, refresher, self.listen)
             self.exits.callback(listener.close)
@@ -151,7 +151,7 @@ class Engines(Protocol):
             ConfigError: there are not, or the address cannot be bound.
         """
 
-    def look_at_environment(self) -> None:
+    def check_environment(self) -> None:
         """Note what the engines need of the environment, before it is cleaned."""
 
     def prepare(self, start: Start) -> Prepared:
@@ -172,7 +172,7 @@ class VllmEngines:
         require_vllm()
         check_address(flags)
 
-    def look_at_environment(self) -> None:
+    def check_environment(self) -> None:
         self._link = HostLink()
 
     def prepare(self, start: Start) -> Prepared:
@@ -256,10 +256,10 @@ def _run(
         audit_log = _audit_log(audit, exits)
         recorders = () if record is None else (_recorder(record, config, exits, early),)
         shut_out_others()
-        engines.look_at_environment()
+        engines.check_environment()
         _clean_environment()
         # Until an event loop handles the signal; the engine host ignores it for good.
-        if _hears_hangups(access, audit_log):
+        if _handles_hangups(access, audit_log):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         else:
             early.listen(signal.SIGHUP)
@@ -275,7 +275,7 @@ def _run(
             config.switching,
             observers=(EventLog(), progress, *recorders),
             vllm_version=prepared.vllm_version,
-            policies=policies(config),
+            model_settings=model_settings(config),
             adapter_folders=config.adapter_folders,
             limits=config.limits,
             recovery=config.recovery,
@@ -298,7 +298,7 @@ def _recorder(
     return recorder
 
 
-def _tell_of_open_key(name: str | None) -> None:
+def _warn_of_open_key(name: str | None) -> None:
     """Warn of a TLS key that another user may read or replace; uvicorn accepts any."""
     with contextlib.suppress(OSError):  # uvicorn reports it
         if name and (cause := doubt(Path(name))):
@@ -320,7 +320,7 @@ def _audit_variable() -> Path | None:
     return Path(name) if name else None
 
 
-def policies(config: ServerConfig) -> dict[str, ModelSettings]:
+def model_settings(config: ServerConfig) -> dict[str, ModelSettings]:
     """Return what the file says about each model's residency, and how it takes its turn."""
     return {
         model.alias: ModelSettings(
@@ -389,7 +389,7 @@ async def serve(
     early = early or EarlyStop()
     with contextlib.ExitStack() as exits:
         further = []
-        if _hears_hangups(app.access, audit):
+        if _handles_hangups(app.access, audit):
             exits.enter_context(on_hangup(lambda: _read_again(app.access, models_file, audit)))
         else:
             further.append(signal.SIGHUP)
@@ -407,7 +407,7 @@ async def serve(
             await app.host.stop()
 
 
-def _hears_hangups(access: Access, audit: AuditLog | None = None) -> bool:
+def _handles_hangups(access: Access, audit: AuditLog | None = None) -> bool:
     """Whether SIGHUP reopens files. In a terminal, without such files, it stops the server."""
     return access.has_files or audit is not None or not has_terminal()
 
@@ -418,7 +418,7 @@ def _read_again(access: Access, models_file: ModelsFile | None, audit: AuditLog 
     if access.has_files:
         access.read_again()
     if models_file is not None:
-        models_file.tell_if_changed()
+        models_file.warn_if_changed()
 
 
 async def _start(
@@ -537,7 +537,7 @@ def _with_origins(app: ASGIApp, args: argparse.Namespace) -> ASGIApp:
 
 def _announce(app: HotswapApp, listener: Listener) -> None:
     listener.announce()
-    terminal.say(banner(app, listener.address))
+    terminal.write_text(banner(app, listener.address))
 
 
 def banner(app: HotswapApp, address: str) -> str:

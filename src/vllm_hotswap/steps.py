@@ -33,13 +33,13 @@ class Steps:
         """Run it at once if this iteration has room, else when it is the client's turn."""
         if self._left:
             self._left -= 1
-            self._go_on(loop)
+            self._continue(loop)
             step()
         else:
             self._waiting.setdefault(client, deque()).append(step)
             self._count += 1
 
-    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _continue(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._is_turning:
             self._is_turning = True
             loop.call_soon(self._turn, loop)

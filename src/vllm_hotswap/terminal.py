@@ -32,7 +32,7 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(text: str) -> bool:
+def write_text(text: str) -> bool:
     """Write lines to standard output, at once. Return False if that fails; never raise.
 
     After a failure, everything written there is dropped, also by logs and at exit.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.errors import ConfigError, one_line
-from vllm_hotswap.forgotten import said
+from vllm_hotswap.forgotten import value_of
 from vllm_hotswap.log_lines import value_text
 
 log = logging.getLogger("vllm_hotswap")
@@ -167,10 +167,10 @@ def _quantisation(file: str) -> Mapping[str, Any]:
 
 def has_plugin() -> bool:
     """Whether the plugin is installed, and may be loaded by vLLM."""
-    return _version(PLUGIN) is not None and _why_not_let_in() is None
+    return _version(PLUGIN) is not None and _why_not_allowed() is None
 
 
-def _why_not_let_in() -> str | None:
+def _why_not_allowed() -> str | None:
     """What keeps vLLM from loading the plugin: it compares names as they are, spaces and all."""
     wanted = os.environ.get(PLUGINS_VARIABLE)
     if wanted is None or DEVICE_TYPE in wanted.split(","):
@@ -181,7 +181,7 @@ def _why_not_let_in() -> str | None:
     )
 
 
-def _is_let_in_by_intent() -> bool:
+def _is_allowed_by_intent() -> bool:
     """Whether the plugin is named, if not as vLLM compares names."""
     wanted = os.environ.get(PLUGINS_VARIABLE, DEVICE_TYPE)
     return DEVICE_TYPE in (name.strip().lower() for name in wanted.split(","))
@@ -206,9 +206,9 @@ def require_matching() -> None:
         )
 
 
-def look_at_platform(device_type: str) -> None:
+def check_platform(device_type: str) -> None:
     """Tell in the log where the plugin is installed, and vLLM has taken another device."""
-    is_wanted = _version(PLUGIN) is not None and _is_let_in_by_intent()
+    is_wanted = _version(PLUGIN) is not None and _is_allowed_by_intent()
     if device_type != DEVICE_TYPE and is_wanted:
         log.warning(
             "event=gaudi_not_used device=%s reason=%s", device_type, value_text(why_not_taken())
@@ -230,10 +230,10 @@ def why_no_device() -> str | None:
     """
     plugin = _version(PLUGIN)
     if plugin is None:
-        if not said(QUICKSTART_VARIABLE):
+        if not value_of(QUICKSTART_VARIABLE):
             return None
         return f"for a Gaudi: there is no package {PLUGIN} in {sys.prefix}; install it there"
-    if why := _why_not_let_in():
+    if why := _why_not_allowed():
         return f"for a Gaudi: {why}"
     if why := _why_not_matching():
         return f"for a Gaudi: {why}"

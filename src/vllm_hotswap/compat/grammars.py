@@ -225,7 +225,7 @@ async def _result(
             if (left_s := ends_s - loop.time()) <= 0:
                 raise _TooLate
             await asyncio.wait([checking], timeout=min(left_s, LOOK_S))
-            pool.look()
+            pool.check_overdue()
         return checking.result()
     finally:
         job.cancel()  # unless it has started

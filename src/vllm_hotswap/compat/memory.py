@@ -39,7 +39,7 @@ def model_needs(
         copies_bytes=adapter_copies_bytes(config),
         more_weights_bytes=packed_copies_bytes(config) + converted_bytes,
         packing_bytes=packing_bytes(config),
-        residue_bytes=OVERHEAD_BYTES + graphs if device.tells_sleep else 0,
+        residue_bytes=OVERHEAD_BYTES + graphs if device.reports_sleep_bytes else 0,
     )
 
 

@@ -40,7 +40,7 @@ class Preview:
     def __repr__(self) -> str:
         return f"<Preview paths={sorted(path for path in self._paths if 'render' in path)}>"
 
-    async def look_at(self, path: str, content_type: str, body: bytes) -> Previewed:
+    async def check(self, path: str, content_type: str, body: bytes) -> Previewed:
         """Check a request."""
         if f"{path}/render" not in self._paths:
             return Previewed()

@@ -101,7 +101,7 @@ class Rehearsals:
                 except (ImportError, AttributeError) as error:
                     raise NoHelper(one_line(error)) from error
         backend = copy.copy(self._backend)
-        backend.compiler = _compiler_elsewhere(errand, (self._key, self._vocabulary))
+        backend.compiler = _remote_compiler(errand, (self._key, self._vocabulary))
         kind, text = get_structured_output_key(outputs)
         try:
             backend.compile_grammar(kind, text)
@@ -132,7 +132,7 @@ def digest_of(outputs: Any) -> bytes:
     return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest()
 
 
-def _compiler_elsewhere(errand: Errand, tokenizer: tuple[object, str]) -> Any:
+def _remote_compiler(errand: Errand, tokenizer: tuple[object, str]) -> Any:
     """Return xgrammar's `GrammarCompiler`, with its native part in a helper."""
     from xgrammar import GrammarCompiler
 
@@ -159,13 +159,13 @@ class _CompilerHandle:
 def _prepared() -> None:
     """Redirect native calls. Raises `NoHelper` if vLLM or xgrammar is not as expected here."""
     try:
-        _send_native_calls_away()
+        _redirect_native_calls()
     except (ImportError, AttributeError) as error:
         raise NoHelper(one_line(error)) from error
 
 
 @cache
-def _send_native_calls_away() -> None:
+def _redirect_native_calls() -> None:
     """Make native calls of vLLM's check in helpers, wherever an errand is under way."""
     from vllm.v1.structured_output import backend_guidance, backend_xgrammar
     from xgrammar import grammar
@@ -182,7 +182,7 @@ def _send_native_calls_away() -> None:
     backend_xgrammar.compile_regex_with_timeout = compile_in_time
 
 
-class _Stead:
+class _Proxy:
     """Replaces a module or a class, with some attributes of its own."""
 
     def __init__(self, real: Any) -> None:
@@ -192,7 +192,7 @@ class _Stead:
         return getattr(self._real, name)
 
 
-class _Core(_Stead):
+class _Core(_Proxy):
     @property
     def Grammar(self) -> Any:  # noqa: N802  # xgrammar's name
         errand = _errand.get()
@@ -207,14 +207,14 @@ class _GrammarElsewhere:
         return partial(self._errand.do, "check", name)
 
 
-class _Guidance(_Stead):
+class _Guidance(_Proxy):
     @property
     def LLMatcher(self) -> Any:  # noqa: N802  # llguidance's name
         errand = _errand.get()
         return self._real.LLMatcher if errand is None else _Matcher(self._real.LLMatcher, errand)
 
 
-class _Matcher(_Stead):
+class _Matcher(_Proxy):
     def __init__(self, real: Any, errand: Errand) -> None:
         super().__init__(real)
         self._errand = errand

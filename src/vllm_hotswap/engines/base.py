@@ -259,10 +259,10 @@ class Engine(Protocol):
     def remove_adapter(self, name: str) -> None:
         """Serve no new request with it; requests that run with it continue."""
 
-    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
+    async def prefetch(self, limit_bytes: int, on_progress: Callable[[int], None]) -> int:
         """Read weight files, up to `limit_bytes`, so that a load finds them in memory.
 
-        `tell` is called with the bytes read so far, on any thread. Returns the bytes read.
+        `on_progress` is called with the bytes read so far, on any thread. Returns the bytes read.
         Cancelling the call stops the reading.
         """
 

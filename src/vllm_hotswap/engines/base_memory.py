@@ -43,10 +43,10 @@ def with_known_base(memory: DeviceMemory, device: Device) -> DeviceMemory:
     return replace(memory, held=base, free=memory.free - (base - memory.held))
 
 
-def expected_memory(device: Device, tell: Callable[[str], None]) -> DeviceMemory:
+def expected_memory(device: Device, notify: Callable[[str], None]) -> DeviceMemory:
     """Return what a host that starts now would measure; this process is not a host.
 
-    `tell` is called before a host is started, where no value was recorded before.
+    `notify` is called before a host is started, where no value was recorded before.
 
     Raises:
         EngineUnavailable: that host ended before it could measure.
@@ -55,7 +55,7 @@ def expected_memory(device: Device, tell: Callable[[str], None]) -> DeviceMemory
         return device.memory()
     base = _known_bytes()
     if base is None:
-        tell("what the engine host itself holds (once)")
+        notify("what the engine host itself holds (once)")
         base = _remember(asyncio.run(_measured(device)).held)
     memory = device.memory()
     return replace(memory, held=base, free=memory.free - base)

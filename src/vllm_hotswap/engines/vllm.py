@@ -266,7 +266,7 @@ class VllmEngine:
             async with self._one_frontend_at_a_time:
                 await self._try_preview()
         preview = self._preview
-        return await preview.look_at(path, content_type, body) if preview else Previewed()
+        return await preview.check(path, content_type, body) if preview else Previewed()
 
     async def _try_preview(self) -> None:
         if self._frontend is None and not self._has_tried_preview:
@@ -402,12 +402,12 @@ class VllmEngine:
             alias = value_text(self.alias)
             log.warning("event=not_buried model=%s cause=%r", alias, one_line(error))
 
-    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
+    async def prefetch(self, limit_bytes: int, on_progress: Callable[[int], None]) -> int:
         revision = self._launch.vllm_config.model_config.revision
         folder = hub.local_folder(self._launch.model, revision)
         if folder is None or not folder.is_dir():
             return 0
-        return await read_ahead(weight_files(folder), limit_bytes, tell)
+        return await read_ahead(weight_files(folder), limit_bytes, on_progress)
 
     async def add_adapter(
         self, name: str, path: Path, is_3d: bool, now: bool, check: Callable[[], None]
@@ -557,8 +557,8 @@ def footprint_of(
 
     `has_copy`: its weights are in host memory, awake as well.
     """
-    if device.tells_sleep:
-        return _told_footprint(needs, loaded, has_copy)
+    if device.reports_sleep_bytes:
+        return _reported_footprint(needs, loaded, has_copy)
     kv = needs.kv_bytes or 0
     weights = needs.weights_bytes + needs.more_weights_bytes
     held = needs.held_bytes
@@ -575,7 +575,7 @@ def footprint_of(
     return Footprint(usage, Usage(held + kv + needs.reading_bytes))
 
 
-def _told_footprint(needs: ModelNeeds, loaded: Loaded | None, has_copy: bool) -> Footprint:
+def _reported_footprint(needs: ModelNeeds, loaded: Loaded | None, has_copy: bool) -> Footprint:
     """Of a model whose worker tells what its sleep gives back, and what it takes."""
     kv = needs.kv_bytes or 0
     held, residue = needs.held_bytes + kv, needs.residue_bytes

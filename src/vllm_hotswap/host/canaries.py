@@ -43,12 +43,12 @@ class Canaries:
             self._aside = list(scheduler.waiting)
             scheduler.waiting.remove_requests(self._aside)
 
-    def look_at(self, request: Any) -> None:
+    def note_request(self, request: Any) -> None:
         """Note a new request that is the canary."""
         if request.request_id.startswith(CANARY_ID):
             self._id, self.is_expected = request.request_id, False
 
-    def has_stepped(self, scheduler: Any) -> None:
+    def after_step(self, scheduler: Any) -> None:
         """Put back the requests that were set aside, if the canary is done."""
         if self._id is not None and self._id not in scheduler.requests:
             self._put_back(scheduler)

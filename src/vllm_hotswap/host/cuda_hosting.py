@@ -259,7 +259,7 @@ class HostedOnCuda:
 
     # --- the end ------------------------------------------------------------------------------
 
-    def let_go_of_graphs(self) -> None:
+    def release_graphs(self) -> None:
         """Release the memory of CUDA graphs now, rather than with a garbage collection."""
         self._torch.synchronize()
         manager = getattr(getattr(self, "model_runner", None), "cudagraph_manager", None)
@@ -274,7 +274,7 @@ class HostedOnCuda:
         pools = self.take_pools()
         super().shutdown()  # type: ignore[misc]
         if pools is not None:
-            self.let_go_of_graphs()
+            self.release_graphs()
             self.model_runner = None
             pools.close()
 

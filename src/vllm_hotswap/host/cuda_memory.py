@@ -147,7 +147,7 @@ class ModelMemory:
         self._stuck: list[Segment] = []
         self._stream: int | None = None
         self._new_copies: list[Segment] = []
-        self._has_told_refusal = False
+        self._has_logged_refusal = False
         self.tag = WEIGHTS
         """The tag of what is allocated from now on."""
 
@@ -495,7 +495,7 @@ class ModelMemory:
                 if segment.copy is None and segment.kept_bytes:
                     segment.copy = HostCopy(self._driver, _room(segment))
                     made.append(segment)
-                    self._tell_refusal(segment.copy)
+                    self._log_refusal(segment.copy)
         except (OSError, MemoryError) as error:
             for segment in made:
                 self._drop_copy(segment)
@@ -506,9 +506,9 @@ class ModelMemory:
             ) from error
         return made
 
-    def _tell_refusal(self, copy: HostCopy) -> None:
-        if copy.refusal is not None and not self._has_told_refusal:
-            self._has_told_refusal = True
+    def _log_refusal(self, copy: HostCopy) -> None:
+        if copy.refusal is not None and not self._has_logged_refusal:
+            self._has_logged_refusal = True
             log.warning(
                 "event=host_memory_not_pinned cause=%r then='copies are slower' "
                 "remedy='raise the limit of locked memory: ulimit -l unlimited'",
@@ -577,13 +577,15 @@ class ModelMemory:
 
     def _lack(self, spare_bytes: int) -> str:
         needed = self.progress.total_bytes / MIB
-        told = ""
+        details = ""
         with suppress(DriverError):
             free, total = self._driver.memory_info()
-            told = f", {free / MIB:.1f} MiB of the device's {total / MIB:.1f} MiB are free"
+            details = f", {free / MIB:.1f} MiB of the device's {total / MIB:.1f} MiB are free"
         if spare_bytes:
-            told += f", {spare_bytes / MIB:.1f} MiB of them for the model that is served"
-        return f"no room: waking takes {needed:.1f} MiB of device memory{told}; it is still asleep"
+            details += f", {spare_bytes / MIB:.1f} MiB of them for the model that is served"
+        return (
+            f"no room: waking takes {needed:.1f} MiB of device memory{details}; it is still asleep"
+        )
 
 
 def _placed(segment: Segment) -> Iterator[tuple[int, Part]]:

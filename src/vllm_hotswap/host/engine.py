@@ -175,7 +175,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
     @in_own_state
     def run_step(self) -> None:
         self._process_engine_step()
-        self._canaries.has_stepped(self.scheduler)
+        self._canaries.after_step(self.scheduler)
 
     def expect_canary(self, is_expected: bool) -> None:
         """Step nothing before a canary, and nothing beside it; or wait for none any more."""
@@ -205,7 +205,7 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
 
     def add_request(self, request: Any, request_wave: int = 0) -> None:
         """Take a request in, unless its adapter cannot be loaded: that would end a step."""
-        self._canaries.look_at(request)
+        self._canaries.note_request(request)
         try:
             self._try_adapter(request.lora_request)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone

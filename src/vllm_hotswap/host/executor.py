@@ -129,8 +129,8 @@ class HostedExecutor(_Reporting, UniProcExecutor):  # type: ignore[misc]  # vLLM
         ensure_kv_transfer_shutdown()
         ensure_ec_transfer_shutdown()
         worker = getattr(getattr(self, "driver_worker", None), "worker", None)
-        if let_go := getattr(worker, "let_go_of_graphs", None):
-            let_go()
+        if release := getattr(worker, "release_graphs", None):
+            release()
         for name in ("profiler", "weight_transfer_engine", "elastic_ep_executor"):
             if shutdown := getattr(getattr(worker, name, None), "shutdown", None):
                 shutdown()

@@ -140,7 +140,7 @@ class VllmCommandHandler:
                 engine = self._make(command)
             can_discard = _can_discard(device, engine)
             weights_bytes = engine.weights_bytes() if can_discard else 0
-            sleep_bytes = engine.sleep_bytes() if device.tells_sleep else (0, 0)
+            sleep_bytes = engine.sleep_bytes() if device.reports_sleep_bytes else (0, 0)
         except BaseException:
             self._unload(command.alias)
             raise

@@ -92,7 +92,7 @@ class CostModel:
         self._counts: Counter[Hashable] = Counter()
         self._estimates = SwitchCosts()
         for switch in _ended_well(before):
-            self.paid(switch.source, switch.target, _residency(switch), switch.cost_s)
+            self.record_switch(switch.source, switch.target, _residency(switch), switch.cost_s)
 
     def __repr__(self) -> str:
         return f"<CostModel switches={self._counts.total()}>"
@@ -108,7 +108,9 @@ class CostModel:
         self._counts[key] += 1
         return figures[(self._counts[key] - 1) % len(figures)]
 
-    def paid(self, source: str | None, target: str, residency: Residency, cost_s: float) -> None:
+    def record_switch(
+        self, source: str | None, target: str, residency: Residency, cost_s: float
+    ) -> None:
         """Note that a switch has ended, and that the server has measured it."""
         self._estimates.add(source, target, residency, cost_s)
 

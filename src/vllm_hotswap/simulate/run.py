@@ -139,7 +139,7 @@ class Simulation:
         """Requests that have not ended yet."""
         blank = array("d", [NEVER]) * self.left
         self.run = Run(self._requests, blank[:], blank[:], blank[:], blank[:])
-        self._line_up()
+        self._enqueue_arrivals()
         if trace.head.active is not None:
             self._residencies.activate(trace.head.active)
             self._activate(trace.head.active)
@@ -164,7 +164,7 @@ class Simulation:
         arrival_s = self._arrivals[0][0] if self._arrivals else NEVER
         now_s = min(end_s, switch_s, arrival_s, self._timer_s)
         assert now_s < NEVER  # every waiting request is due at some time
-        self._pass_to(now_s)
+        self._advance_clock(now_s)
         if now_s == end_s:
             self._end()
         elif now_s == switch_s:
@@ -174,14 +174,14 @@ class Simulation:
         if self._switch is None:
             self._advance()
 
-    def _pass_to(self, now_s: float) -> None:
+    def _advance_clock(self, now_s: float) -> None:
         if self._active is not None and self._active.running:
             self.run.serving_s += now_s - self._now_s
         self._now_s = now_s
 
     # --- requests -----------------------------------------------------------------------------
 
-    def _line_up(self) -> None:
+    def _enqueue_arrivals(self) -> None:
         places = {request.id: place for place, request in enumerate(self._requests)}
         for place, request in enumerate(self._requests):
             if request.arrived_s is not None:
@@ -298,7 +298,9 @@ class Simulation:
             Switched(switch.source, switch.target, switch.began_s, drained_s, self._now_s)
         )
         residency = self._residencies.before(switch.source, switch.target)
-        self._cost_model.paid(switch.source, switch.target, residency, self._now_s - drained_s)
+        self._cost_model.record_switch(
+            switch.source, switch.target, residency, self._now_s - drained_s
+        )
         self._residencies.activate(switch.target)
         self._activate(switch.target)
 

@@ -71,7 +71,7 @@ class FakeSettings:
     """Sleep levels that it knows."""
     tasks: tuple[Task, ...] = ("generate", "embed")
     """What it is for; its routes are those of these tasks."""
-    tells_tasks: bool = True
+    reports_tasks: bool = True
     """Whether its configuration says which tasks it has."""
     are_tools_strict: bool = False
     root: str | None = None
@@ -141,7 +141,7 @@ class FakeEngine:
 
     @property
     def foreseen(self) -> ForeseenRoutes | None:
-        if not self.settings.tells_tasks:
+        if not self.settings.reports_tasks:
             return None
         own, every = self._paths_of(self.settings.tasks), self._paths_of(TASKS)
         return ForeseenRoutes(self.settings.tasks, every - own, own)
@@ -306,11 +306,11 @@ class FakeEngine:
     def remove_adapter(self, name: str) -> None:
         del self.adapters[name]
 
-    async def prefetch(self, limit_bytes: int, tell: Callable[[int], None]) -> int:
+    async def prefetch(self, limit_bytes: int, on_progress: Callable[[int], None]) -> int:
         size = min(limit_bytes, self.settings.weights_bytes)
-        tell(size // 2)  # while it is held
+        on_progress(size // 2)  # while it is held
         await self.host.operate("prefetch", self.alias, 0)
-        tell(size)
+        on_progress(size)
         self.prefetched = size
         return size
 

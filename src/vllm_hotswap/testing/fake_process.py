@@ -48,7 +48,7 @@ class ProcessEngine(FakeEngine):
 
     async def activate(self, epoch: int, canary_first: bool = False) -> None:
         stamp = make_stamp(self.alias, epoch)
-        await self.host.tell(lambda number: Activate(number, self.alias, stamp))
+        await self.host.send_command(lambda number: Activate(number, self.alias, stamp))
         self.host.step_only(self)
 
     async def verify(self) -> None:
@@ -147,7 +147,7 @@ class FakeProcessHost(FakeHost):
             "unload": lambda number: Unload(number, alias),
         }
         if operation in commands:
-            await self.tell(commands[operation])
+            await self.send_command(commands[operation])
 
     @asynccontextmanager
     async def request(self, alias: str, tokens: int) -> AsyncIterator[Stamps]:
@@ -155,24 +155,24 @@ class FakeProcessHost(FakeHost):
         request = next(self._requests)
         self._open[request] = stamps = Stamps(alias)
         try:
-            await self.tell(lambda number: Ask(number, alias, request, tokens))
+            await self.send_command(lambda number: Ask(number, alias, request, tokens))
             yield stamps
         finally:
             del self._open[request]
-            self._in_background(self.tell(lambda number: Drop(number, alias, request)))
+            self._in_background(self.send_command(lambda number: Drop(number, alias, request)))
 
-    async def tell(self, make: Callable[[int], Any]) -> None:
+    async def send_command(self, make: Callable[[int], Any]) -> None:
         """Have a command obeyed. Raises as `HostLink.call` does."""
         await self._link.call(make)
 
     def _in_background(self, telling: Coroutine[Any, Any, None]) -> None:
         """Tell what a dead host has done already, without waiting for it."""
 
-        async def tell() -> None:
+        async def send_command() -> None:
             with suppress(EngineUnavailable):
                 await telling
 
-        task = asyncio.create_task(tell())
+        task = asyncio.create_task(send_command())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

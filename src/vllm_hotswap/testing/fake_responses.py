@@ -87,25 +87,25 @@ class FakeResponses:
             "content": [part],
         }
         where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        await self._tell(response, "response.created", response=response)
+        await self._emit(response, "response.created", response=response)
         response["output"].append(item)
-        await self._tell(response, "response.output_item.added", output_index=0, item=item)
-        await self._tell(response, "response.content_part.added", **where, part=part)
+        await self._emit(response, "response.output_item.added", output_index=0, item=item)
+        await self._emit(response, "response.content_part.added", **where, part=part)
         async for word in self._tokens(max_tokens):
             delta = f" {word}" if part["text"] else word
             part["text"] += delta
             response["usage"]["output_tokens"] += 1
             response["usage"]["total_tokens"] += 1
-            await self._tell(response, "response.output_text.delta", **where, delta=delta)
-        await self._tell(response, "response.output_text.done", **where, text=part["text"])
-        await self._tell(response, "response.content_part.done", **where, part=part)
+            await self._emit(response, "response.output_text.delta", **where, delta=delta)
+        await self._emit(response, "response.output_text.done", **where, text=part["text"])
+        await self._emit(response, "response.content_part.done", **where, part=part)
         response["status"] = item["status"] = "completed"
-        await self._tell(response, "response.output_item.done", output_index=0, item=item)
+        await self._emit(response, "response.output_item.done", output_index=0, item=item)
         self._kept[response["id"]] = response
-        await self._tell(response, "response.completed", response=response)
+        await self._emit(response, "response.completed", response=response)
 
-    async def _tell(self, told: dict[str, Any], kind: str, /, **fields: Any) -> None:
-        events = self._events[told["id"]]
+    async def _emit(self, response: dict[str, Any], kind: str, /, **fields: Any) -> None:
+        events = self._events[response["id"]]
         data = json.dumps({"type": kind, "sequence_number": len(events), **fields})
         async with self._changed:
             events.append(f"event: {kind}\ndata: {data}\n\n")

@@ -43,7 +43,7 @@ class FakeEngines:
     def check(self, flags: Sequence[str]) -> None:
         parse_flags(flags)
 
-    def look_at_environment(self) -> None:
+    def check_environment(self) -> None:
         pass
 
     def prepare(self, start: Start) -> Prepared:
