@@ -61,8 +61,8 @@ def read_adapter(name: str, path: Path, base: Shapes, is_3d: bool = False) -> Ad
     except OSError as error:
         raise ConfigError(f"adapter {name!r} cannot be read: {error.strerror}") from error
     except ConfigError as error:
-        told = error.message.replace(f"{path}/", "")
-        raise ConfigError(f"adapter {name!r} cannot be used: {told}") from error
+        message = error.message.replace(f"{path}/", "")
+        raise ConfigError(f"adapter {name!r} cannot be used: {message}") from error
     return AdapterFiles(name, path, _rank(config), is_3d)
 
 

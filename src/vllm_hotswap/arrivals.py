@@ -132,13 +132,13 @@ class Arrival:
         self._door.steps.take(self.loop, self._turn_key, once)
 
     def _begin(self) -> None:
-        if (said := _has_data(self._sock)) is False:
+        if (has_data := _has_data(self._sock)) is False:
             self._end()
             return
         self.place = self._door.places.take(self, self.address)
         if self.place is None:
             self._build()  # only to be refused
-        elif said:
+        elif has_data:
             self._build_or_wait()
         else:
             self._door.silent.begin(self)
@@ -170,11 +170,11 @@ class Arrival:
             self.loop.remove_reader(self._sock.fileno())
 
     def _readable(self) -> None:
-        if (said := _has_data(self._sock)) is None:
+        if (has_data := _has_data(self._sock)) is None:
             return  # a spurious wake-up: no byte has come, and the deadline stays
         self._stop_listening()
         self._door.silent.end(self)
-        if said:
+        if has_data:
             self._run_in_turn(self._retry_build)
         else:
             self._end()

@@ -3,7 +3,7 @@
 ::
 
     HotswapError
-    ├── Unforeseen               500  internal server error; see the server log
+    ├── InternalError            500  internal server error; see the server log
     ├── ConfigError              the configuration cannot work; fix the named key or file
     ├── UnknownModel             404  ask for one of the configured aliases
     ├── ModelNotActive           404  switch first, or ask for the active alias

@@ -38,7 +38,7 @@ class _Seen:
         raise _Whole
 
 
-def first_head(said: bytes) -> Scope | None:
+def first_head(data: bytes) -> Scope | None:
     """Return `type`, `method`, `path`, `root_path`, `headers` of a scope; None: it is not whole.
 
     Raises:
@@ -47,7 +47,7 @@ def first_head(said: bytes) -> Scope | None:
     seen = _Seen()
     parser = httptools.HttpRequestParser(seen)
     try:
-        parser.feed_data(said)
+        parser.feed_data(data)
     except httptools.HttpParserError:
         if not seen.is_whole:
             raise Malformed from None

@@ -95,10 +95,10 @@ class Lookahead:
         self._run = None
         if self._announced is not None and self._announced.model is not model:
             self._settle(self._announced, is_used=False)
-        begun, prefetch = self._start_prefetch(model)
+        outcome, prefetch = self._start_prefetch(model)
         wake, waking = self._start_wake(model)
         self._announced = PrefetchRun(model, prefetch, waking)
-        return Announcement(model, begun, prefetch.limit_bytes if prefetch else 0, wake)
+        return Announcement(model, outcome, prefetch.limit_bytes if prefetch else 0, wake)
 
     def switch_started(self, target: Model) -> None:
         """Cancel the work for a predicted model that is not the target: it would be in the way."""
@@ -138,9 +138,9 @@ class Lookahead:
         self._predicted = self._transitions.predict() if self._predicts else None
         if self._predicted is not None:
             model = self._registry.model(self._predicted.alias)
-            begun, prefetch = self._start_prefetch(model)
+            outcome, prefetch = self._start_prefetch(model)
             wake, waking = self._start_wake(model)
-            is_started = "begun" in (begun, wake)
+            is_started = "begun" in (outcome, wake)
             self._run = PrefetchRun(model, prefetch, waking) if is_started else None
 
     def _start_prefetch(self, model: Model) -> tuple[PrefetchOutcome, Prefetch | None]:

@@ -200,8 +200,8 @@ class EventLog:
                 log.error("event=phase_failed phase=%s target=%s", event.phase.value, target)
             case _ if type(event) in LINES:
                 level, text, fields = LINES[type(event)]
-                told = log_of_clients if isinstance(event, ClientEvicted) else log
-                told.log(level, text, *(_value(event, name) for name in fields))
+                logger = log_of_clients if isinstance(event, ClientEvicted) else log
+                logger.log(level, text, *(_value(event, name) for name in fields))
             case _:
                 log.debug("event=%r", event)
 

@@ -97,11 +97,11 @@ def watch_outputs(client: Any, ended: Callable[[], None]) -> None:
     """
     client._run_output_handler()
 
-    def has_ended(task: asyncio.Task[None]) -> None:
+    def on_ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled():  # as it is when the client is shut down
             ended()
 
-    client.output_handler.add_done_callback(has_ended)
+    client.output_handler.add_done_callback(on_ended)
 
 
 async def forget_engine(client: Any) -> None:

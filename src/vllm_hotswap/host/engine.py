@@ -327,8 +327,8 @@ class HostedEngine(EngineCoreProc):  # type: ignore[misc]  # vLLM's types stop h
         """What sleep level 1 gives back on the device of one worker, and what it takes of the
         host's memory for all of them; in bytes. For workers that can tell.
         """
-        told = self.collective_rpc("sleep_bytes")
-        return told[0][0], sum(host for _, host in told)
+        sizes = self.collective_rpc("sleep_bytes")
+        return sizes[0][0], sum(host for _, host in sizes)
 
     @in_own_state
     def unload(self) -> None:

@@ -41,8 +41,8 @@ def wake_some(rpc: Rpc, at_most: int) -> WakeProgress:
 
     Raises `NoRoom` if one cannot, and all have given back what they had taken.
     """
-    told = _all_or_none(rpc, "wake_some", "give_up_wake", (at_most,))
-    return WakeProgress(sum(done for done, _ in told), sum(total for _, total in told))
+    results = _all_or_none(rpc, "wake_some", "give_up_wake", (at_most,))
+    return WakeProgress(sum(done for done, _ in results), sum(total for _, total in results))
 
 
 def give_up_wake(rpc: Rpc, at_most: int) -> int:
@@ -53,13 +53,13 @@ def give_up_wake(rpc: Rpc, at_most: int) -> int:
 def _all_or_none(rpc: Rpc, do: str, undo: str, args: tuple[Any, ...] = ()) -> list[Any]:
     """Return the workers' answers. A text among them is why a worker has no room: all undo."""
     try:
-        told = rpc(do, args=args)
+        results = rpc(do, args=args)
     except BaseException:
         with suppress(Exception):  # the first cause counts
             rpc(undo)
         raise
-    if refusals := [answer for answer in told if isinstance(answer, str)]:
+    if refusals := [answer for answer in results if isinstance(answer, str)]:
         with suppress(Exception):
             rpc(undo)
         raise NoRoom(refusals[0])
-    return told
+    return results
