@@ -271,7 +271,7 @@ async def connection_of(at: Listening) -> connections.Connection:
 
 
 async def test_bodies_that_wait_are_bounded() -> None:
-    """A body that is too large is dropped; the ones before it are answered, then it is closed."""
+    """A body that is too large is dropped; after the earlier answers the connection closes."""
     goes_on = asyncio.Event()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
