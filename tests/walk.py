@@ -545,7 +545,7 @@ class World:
         return sum(max(0.0, time_s) for time_s in times)
 
     def alias_of(self, role: str) -> str | None:
-        """Return the alias of the active model, of a switch's target, or of another model."""
+        """Return the alias that a request of this role names: active, target, other or none."""
         active, target = self.coordinator.active, self.coordinator.target
         match role:
             case "active":

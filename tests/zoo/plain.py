@@ -47,8 +47,8 @@ def make_checkpoints(folder: Path) -> None:
 
 
 def import_vllm() -> None:
-    """Import what every child needs, and compute nothing: OpenMP's threads survive no fork."""
-    import compressed_tensors  # Import what every child needs, and compute nothing: a fork would lose OpenMP's threads.
+    """Import what every child needs, and compute nothing: a fork would lose OpenMP's threads."""
+    import compressed_tensors  # noqa: F401
     import vllm.entrypoints.llm
     import vllm.v1.attention.backends.cpu_attn
     import vllm.v1.core.sched.scheduler
