@@ -1,4 +1,4 @@
-"""Who may call what."""
+"""Which callers may do what."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bearer(key: str | None) -> Headers:
     ],
 )
 def test_caller_passes(access: Access, role: Role, key: str | None) -> None:
-    """Without keys everything but switching is open; an admin key opens what a user key opens."""
+    """Without keys all but switching is open; an admin key opens all that a user key opens."""
     access.check(role, bearer(key))
 
 
@@ -116,7 +116,7 @@ def test_key_may_be_sent_in_openais_and_in_anthropics_header(headers: dict[str, 
     ],
 )
 def test_key_in_another_form_is_none(headers: dict[str, str]) -> None:
-    """Other schemes do not count, and the other header does not make up for a wrong bearer key."""
+    """Other schemes do not count; the second header does not replace a wrong bearer key."""
     with pytest.raises(Unauthorized):
         USER.check(Role.USER, Headers(headers))
 
@@ -183,7 +183,7 @@ def test_nothing_is_open_by_default(environment: dict[str, str]) -> None:
 
 
 def test_flag_wins_over_the_variable_that_says_the_same(tmp_path: Path) -> None:
-    """Keys replace keys, and files replace files."""
+    """Keys of a flag replace keys of the variable, and files of a flag replace its files."""
     environment = {
         "VLLM_API_KEY": "old",
         "VLLM_HOTSWAP_ADMIN_KEY": "old",
@@ -206,7 +206,7 @@ def test_flag_wins_over_the_variable_that_says_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [None, [], [""]])
 def test_no_flag_leaves_the_environments_user_key(keys: list[str] | None) -> None:
-    """A flag that was not given removes nothing."""
+    """A flag that was not given does not remove the environment's user key."""
     access = Access(user_keys=["user"])
 
     access.use_user_keys(keys)
@@ -215,7 +215,7 @@ def test_no_flag_leaves_the_environments_user_key(keys: list[str] | None) -> Non
 
 
 def test_file_that_cannot_be_used_ends_a_start(tmp_path: Path) -> None:
-    """The error names the file; a server without its keys would be open."""
+    """The start ends with an error that names the file; a server without its keys would be open."""
     flags = KeyFlags(api_key_files=[tmp_path / "missing"])
 
     with pytest.raises(ConfigError, match="missing' cannot be read"):
@@ -240,7 +240,7 @@ def test_keys_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_keys_from_before_count_when_a_file_cannot_be_used_any_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """This holds for keys of both roles; the log has one line, which names the file."""
+    """Keys of both roles stay valid if their file becomes unusable; one log line names the file."""
     users, admins = key_file(tmp_path / "u", "user"), key_file(tmp_path / "a", "admin")
     access = Access(user_key_files=[users], admin_key_files=[admins])
 
@@ -255,7 +255,7 @@ def test_keys_from_before_count_when_a_file_cannot_be_used_any_more(
 
 
 def test_access_shows_no_key() -> None:
-    """No text form of it contains a key."""
+    """No text form of the access rules contains a key."""
     flags = KeyFlags(admin_keys=["sk-canary"])
 
     assert "canary" not in f"{flags} {Access.from_environment({}, flags)!r}"
@@ -276,7 +276,7 @@ def test_dev_mode_opens_none_of_vllms_admin_routes() -> None:
 
 
 def test_one_key_in_two_roles_is_refused(tmp_path: Path) -> None:
-    """Otherwise every user would be an admin; the error names the places, not the key."""
+    """A key in two roles would make users admins; the error names the places, not the key."""
     users, admins = key_file(tmp_path / "u", "user", "both"), key_file(tmp_path / "a", "both")
 
     with pytest.raises(ConfigError) as refused:
@@ -309,7 +309,7 @@ def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
 def test_keys_from_before_count_when_one_gets_a_second_role(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Then, too, one line in the log gives the reason, and shows no key."""
+    """Earlier keys stay valid; one line in the log gives the reason, and shows no key."""
     users, admins = key_file(tmp_path / "u", "user"), key_file(tmp_path / "a", "sk-admin")
     access = Access(user_key_files=[users], admin_key_files=[admins])
 

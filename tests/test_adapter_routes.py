@@ -65,7 +65,7 @@ async def test_every_name_is_listed_with_the_state_of_its_model(server: Server) 
 
 @pytest.mark.parametrize(("name", "parent"), [("meta", None), ("pirate", "llama")])
 async def test_one_name_is_shown(server: Server, name: str, parent: str | None) -> None:
-    """The card has the name that was requested."""
+    """A model card has the name that was requested."""
     await add(server, "llama", "pirate")
 
     card = (await server.get(f"/v1/models/{name}")).json()
@@ -74,7 +74,7 @@ async def test_one_name_is_shown(server: Server, name: str, parent: str | None) 
 
 
 async def test_request_for_an_adapter_is_answered_by_its_model(server: Server) -> None:
-    """The answer has the adapter's name; metrics count the request for the model."""
+    """An answer by an adapter has its name; metrics count the request for the model."""
     await add(server, "llama", "pirate")
 
     answer = (await server.ask("pirate", max_tokens=3)).json()
@@ -88,7 +88,7 @@ async def test_request_for_an_adapter_is_answered_by_its_model(server: Server) -
 
 
 async def test_request_by_a_further_name_is_answered_by_its_model(server: Server) -> None:
-    """The answer has the model's first name, as with vLLM."""
+    """A request by an additional name is answered in the model's first name, as with vLLM."""
     answer = (await server.ask("meta", max_tokens=3)).json()
 
     assert "llama" == answer["model"]
@@ -97,7 +97,7 @@ async def test_request_by_a_further_name_is_answered_by_its_model(server: Server
 async def test_adapter_of_a_model_that_is_not_active_is_refused_with_the_model(
     server: Server,
 ) -> None:
-    """The error names the model to switch to."""
+    """The refusal of an adapter whose model is not active names the model to switch to."""
     await add(server, "qwen", "sql")
 
     error = (await server.ask("sql")).json()["error"]
@@ -121,7 +121,7 @@ async def test_a_switch_to_an_adapter_is_one_to_its_model(server: Server, name: 
 
 
 async def test_request_for_an_adapter_of_the_target_waits_for_the_switch(server: Server) -> None:
-    """It waits as a request for the target itself does."""
+    """A request for an adapter waits for the switch as a request for its model does."""
     await add(server, "qwen", "sql")
     server.host.hold("activate", "qwen")
     switching = server.switch("qwen")
@@ -144,7 +144,7 @@ async def test_plan_for_an_adapter_is_the_one_for_its_model(server: Server) -> N
 
 
 async def test_a_model_is_not_moved_by_the_name_of_an_adapter(server: Server) -> None:
-    """Otherwise unloading an adapter's name would unload its model."""
+    """An adapter's name moves nothing: unloading it would otherwise unload its model."""
     await add(server, "qwen", "sql")
 
     error = (await server.operate("sql", "unload")).json()["error"]
@@ -155,7 +155,7 @@ async def test_a_model_is_not_moved_by_the_name_of_an_adapter(server: Server) ->
 
 @pytest.mark.parametrize("operation", ["load", "pin"])
 async def test_a_model_is_moved_by_a_further_name(server: Server, operation: str) -> None:
-    """An additional name works like the alias."""
+    """An additional name moves a model as its alias does."""
     answer = (await server.operate("meta", operation)).json()
 
     assert "llama" == answer["model"]
@@ -191,7 +191,7 @@ async def test_adapters_outlive_the_unloading_of_their_model(server: Server) -> 
 
 
 async def test_removed_adapter_is_unknown(server: Server) -> None:
-    """The model itself is still served."""
+    """A removed adapter is unknown, and the model itself is still served."""
     await add(server, "llama", "pirate")
 
     removed = await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
@@ -208,7 +208,7 @@ async def test_removed_adapter_is_unknown(server: Server) -> None:
 
 
 async def test_requests_of_a_removed_adapter_go_on(server: Server) -> None:
-    """They run to their end; their number is reported."""
+    """Requests of a removed adapter run to their end; their number is reported."""
     await add(server, "llama", "pirate")
     stream = await server.start_stream("pirate", words=5)
 
@@ -275,7 +275,7 @@ async def test_name_of_somebody_else_is_refused(server: Server, name: str) -> No
 async def test_adapter_that_cannot_be_added_is_refused_without_a_path(
     server: Server, folder: Path, body: dict[str, str], status: int, code: str, message: str
 ) -> None:
-    """Nothing changes, and the error tells nothing about other files of the machine."""
+    """Nothing changes, and the error reveals nothing about other files of the machine."""
     (folder / "link").symlink_to("/etc", target_is_directory=True)
     write_adapter_for(folder / "high", {"model.layers.0.q_proj": (8, 8)}, rank=MAX_RANK + 1)
 
@@ -290,7 +290,7 @@ async def test_adapter_that_cannot_be_added_is_refused_without_a_path(
 
 
 async def test_adapter_that_the_engine_refuses_is_not_served(server: Server) -> None:
-    """The model is still served, and the name is free."""
+    """If the engine refuses an adapter, the model is still served, and the name is free."""
     server.host.fail_next("add_adapter", "llama", HotswapError("its shapes are wrong"))
 
     answer = await add(server, "llama", "pirate")
@@ -302,7 +302,7 @@ async def test_adapter_that_the_engine_refuses_is_not_served(server: Server) -> 
 
 
 async def test_replacement_that_the_engine_refuses_leaves_the_one_before(server: Server) -> None:
-    """The adapter before it stays, with its id."""
+    """If the engine refuses a replacement, the earlier adapter stays, with its id."""
     await add(server, "llama", "pirate")
     server.host.fail_next("add_adapter", "llama")
 
@@ -328,7 +328,7 @@ async def test_adapter_waits_for_its_model_to_arrive_where_it_goes(server: Serve
 
 
 async def test_unknown_adapter_cannot_be_removed(server: Server) -> None:
-    """The error names the model's adapters."""
+    """The refusal to remove an unknown adapter names the model's adapters."""
     await add(server, "llama", "pirate")
 
     answer = await server.call("DELETE", ADAPTERS.format("llama") + "/sql")
@@ -338,7 +338,7 @@ async def test_unknown_adapter_cannot_be_removed(server: Server) -> None:
 
 
 async def test_without_folders_nothing_can_be_added(make_server: MakeServer) -> None:
-    """The error names the setting for folders of adapters."""
+    """Without configured folders no adapter can be added; the error names the setting."""
     server = await make_server()
 
     answer = await add(server, "llama", "pirate")
@@ -359,7 +359,7 @@ async def test_without_folders_nothing_can_be_added(make_server: MakeServer) -> 
 async def test_adapters_are_changed_by_admins_only(
     make_server: MakeServer, folder: Path, method: str, path: str
 ) -> None:
-    """Adding one makes the server read files."""
+    """Adding an adapter makes the server read files: only admins may do so."""
     access = Access(user_keys=("user",), admin_keys=("admin",))
     server = await make_server(access=access, adapter_folders=[folder])
 
@@ -378,7 +378,7 @@ async def test_adapters_are_changed_by_admins_only(
 async def test_vllms_route_adds_to_the_model_that_is_named_or_active(
     server: Server, more: dict[str, str], alias: str
 ) -> None:
-    """And answers in vLLM's words."""
+    """vLLM's route adds an adapter to the named or the active model, with vLLM's answer."""
     body = {"lora_name": "sql", "lora_path": "sql", **more}
 
     answer = await server.post("/v1/load_lora_adapter", json=body)
@@ -402,7 +402,7 @@ async def test_vllms_route_replaces_in_place(server: Server, folder: Path) -> No
 async def test_vllms_route_removes_from_the_model_that_has_it(
     server: Server, more: dict[str, Any]
 ) -> None:
-    """The model need not be named, because names of adapters are unique."""
+    """vLLM's route needs no model to remove an adapter, because names of adapters are unique."""
     await add(server, "qwen", "sql")
 
     answer = await server.post("/v1/unload_lora_adapter", json={"lora_name": "sql", **more})
@@ -413,7 +413,7 @@ async def test_vllms_route_removes_from_the_model_that_has_it(
 
 @pytest.mark.parametrize("more", [{}, {"model": "llama"}])
 async def test_vllms_route_refuses_an_unknown_adapter(server: Server, more: dict[str, str]) -> None:
-    """The error lists the adapters that exist."""
+    """vLLM's route refuses to remove an unknown adapter with a list of the existing ones."""
     answer = await server.post("/v1/unload_lora_adapter", json={"lora_name": "sql", **more})
 
     assert (404, "adapter_not_found") == (answer.status_code, answer.json()["error"]["code"])

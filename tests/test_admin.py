@@ -59,7 +59,7 @@ async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Serve
 
 
 async def test_switch_to_the_active_model_says_that_nothing_was_done(server: Server) -> None:
-    """The answer is 200, `switched` is false, and the engine host gets no command."""
+    """A switch to the active model gets 200 with `switched` false, and the host gets no command."""
     response = await server.post(SWITCH, json={"model": "llama"})
 
     assert 200 == response.status_code
@@ -112,7 +112,7 @@ async def test_joined_calls_get_the_same_answer(server: Server) -> None:
 
 
 async def test_call_for_another_target_gets_a_conflict(server: Server) -> None:
-    """It gets 409 with a message that names the operation under way."""
+    """A switch to another target gets 409 with a message that names the operation under way."""
     server.host.hold("activate", "qwen")
     first = server.switch("qwen")
     await server.settled()
@@ -125,7 +125,7 @@ async def test_call_for_another_target_gets_a_conflict(server: Server) -> None:
 
 
 async def test_unknown_target_is_refused(server: Server) -> None:
-    """It gets 404 with the configured aliases."""
+    """A switch to an unknown model gets 404 with the configured aliases."""
     response = await server.post(SWITCH, json={"model": "gpt"})
 
     assert 404 == response.status_code
@@ -174,7 +174,7 @@ async def test_target_that_cannot_be_loaded_gets_the_cause(server: Server) -> No
 async def test_switch_body_that_is_wrong_is_refused(
     server: Server, body: bytes, param: str | None, message: str
 ) -> None:
-    """It gets 400: `param` is the field, the message what was expected; nothing happens."""
+    """A wrong body gets 400: `param` is the field, the message the valid form; nothing happens."""
     response = await server.post(SWITCH, content=body)
 
     assert 400 == response.status_code
@@ -186,7 +186,7 @@ async def test_switch_body_that_is_wrong_is_refused(
 
 @pytest.mark.parametrize("timeout", ["0", "1", "0.5", "null", "86400"])
 async def test_drain_timeout_may_be_any_sensible_number(server: Server, timeout: str) -> None:
-    """It may be whole or not; zero means at once, null the configured value."""
+    """`drain_timeout` may be fractional; zero means at once, null the configured value."""
     body = f'{{"model": "qwen", "drain_timeout": {timeout}}}'
 
     assert 200 == (await server.post(SWITCH, content=body)).status_code
@@ -259,7 +259,7 @@ async def test_vllms_state_changing_routes_need_the_admin_key(
 
 
 async def test_websocket_without_a_key_is_refused(make_server: MakeServer) -> None:
-    """A realtime connection needs a key, too."""
+    """A WebSocket without a key is refused."""
     server = await make_server(access=Access(user_keys=("user",)))
     sent: list[dict[str, Any]] = []
 
@@ -301,7 +301,7 @@ async def test_model_list_has_every_alias(server: Server, path: str) -> None:
 
 
 async def test_model_card_is_vllms_with_a_status(server: Server) -> None:
-    """It has OpenAI's fields and those that the engine adds."""
+    """A model card has OpenAI's fields and those that the engine adds."""
     card = (await server.get("/v1/models/llama")).json()
 
     assert {
@@ -316,7 +316,7 @@ async def test_model_card_is_vllms_with_a_status(server: Server) -> None:
 
 
 async def test_model_card_of_a_dead_model_says_so(server: Server) -> None:
-    """`status.failed` is true."""
+    """The card of a dead model has `status.failed` set."""
     server.host.kill_engine("qwen")
 
     status = (await server.get("/v1/models/qwen")).json()["status"]
@@ -325,7 +325,7 @@ async def test_model_card_of_a_dead_model_says_so(server: Server) -> None:
 
 
 async def test_model_that_is_loading_is_listed_as_loading(server: Server) -> None:
-    """A list taken during a load shows it."""
+    """A model is listed as loading during its load."""
     server.host.hold("load", "mistral")
     switch = server.switch("mistral")
     await server.settled()
@@ -338,7 +338,7 @@ async def test_model_that_is_loading_is_listed_as_loading(server: Server) -> Non
 
 @pytest.mark.parametrize("path", ["/v1/models/gpt"])
 async def test_card_of_an_unknown_model_is_refused(server: Server, path: str) -> None:
-    """It gets 404 in OpenAI's form."""
+    """The card of an unknown model gets 404 in OpenAI's form."""
     response = await server.get(path)
 
     assert (404, "model_not_found") == (response.status_code, response.json()["error"]["code"])
@@ -411,7 +411,7 @@ async def test_status_shows_budgets_and_what_is_used_of_them(make_server: MakeSe
 
 
 async def test_status_shows_a_model_that_died(server: Server) -> None:
-    """The cause is shown, too."""
+    """The status shows a model that died, with the cause."""
     server.host.kill_engine("qwen", "RuntimeError: boom")
 
     qwen = (await server.get("/admin/status")).json()["models"]["qwen"]
@@ -420,7 +420,7 @@ async def test_status_shows_a_model_that_died(server: Server) -> None:
 
 
 async def test_status_counts_switches(server: Server) -> None:
-    """It counts switches that have ended, and those that failed."""
+    """The status counts switches that have ended, and those that failed."""
     await server.switch("qwen")
     server.host.fail_next("load", "mistral")
     await server.switch("mistral")
@@ -429,7 +429,7 @@ async def test_status_counts_switches(server: Server) -> None:
 
 
 async def test_status_shows_a_switch_under_way(server: Server) -> None:
-    """It shows phase, target and the number of requests that wait for it."""
+    """The status of a switch has phase, target and the number of requests that wait for it."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -449,7 +449,7 @@ async def test_status_shows_a_switch_under_way(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/ping"])
 async def test_health_is_good_while_something_can_be_served(server: Server, path: str) -> None:
-    """It is 200 while a model is active, and during a switch."""
+    """Health is 200 while a model is active, and during a switch."""
     assert 200 == (await server.get(path)).status_code
 
     server.host.hold("activate", "qwen")
@@ -462,7 +462,7 @@ async def test_health_is_good_while_something_can_be_served(server: Server, path
 
 
 async def test_health_can_be_asked_with_head(server: Server) -> None:
-    """Load balancers use HEAD."""
+    """Health can be requested with HEAD, as load balancers do."""
     assert 200 == (await server.request("HEAD", "/health").finish()).status
 
 
@@ -486,7 +486,7 @@ async def test_ready_tells_why_nothing_can_be_served(server: Server) -> None:
 
 
 async def test_server_that_has_given_up_is_not_live(make_server: MakeServer) -> None:
-    """The reason is shown, and stays."""
+    """A server that has given up recovery is not live; the reason is shown, and stays."""
     server = await make_server(recovery=RecoveryConfig(max_restarts=0))
 
     server.host.kill("the engine host was killed by signal 9")
@@ -522,7 +522,7 @@ async def test_metrics_begin_with_the_first_activation(server: Server) -> None:
 
 
 async def test_metrics_count_switches_phases_and_requests(server: Server) -> None:
-    """Each is counted by its target or model and its result."""
+    """Metrics count switches, phases and requests by their target or model and their result."""
     await server.ask("llama")
     stream = await server.start_stream("llama", words=20)
     await server.switch("qwen", 0)
@@ -544,7 +544,7 @@ async def test_metrics_count_switches_phases_and_requests(server: Server) -> Non
 
 
 async def test_metrics_tell_where_models_are(server: Server) -> None:
-    """They show what each holds now, of which budget, and how often it moved to which residency."""
+    """Metrics show what each model holds, of which budget, and its moves by residency."""
     await server.post("/admin/models/qwen/sleep", json={"level": 1})
     await server.post("/admin/models/qwen/unload")
 
@@ -579,7 +579,7 @@ async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> Non
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
 async def test_own_routes_read_json_in_every_encoding(server: Server, encoding: str) -> None:
-    """They decode bodies as vLLM's routes do, so that a name means the same model in both."""
+    """Our routes decode JSON as vLLM's do, so that a name means the same model in both."""
     switch = json.dumps({"model": "qwen"}).encode(encoding)
     pin = json.dumps({"pinned": True}).encode(encoding)
 
@@ -611,7 +611,7 @@ async def test_own_routes_take_json_and_what_curl_sends(
 
 
 async def test_own_routes_take_no_large_bodies(server: Server) -> None:
-    """They parse a body in one piece, and need little."""
+    """Our routes limit bodies: they parse one in one piece, and need little."""
     answer = await server.post("/v1/models/switch", json={"model": "x" * (1 << 20)})
 
     assert (413, "body_too_large") == (answer.status_code, answer.json()["error"]["code"])
@@ -644,7 +644,7 @@ async def test_requests_are_counted_by_what_they_were_answered(
 
 @pytest.mark.parametrize("alias", ["模型", "型模", "modèle", "50% 型", "org/llama:8b", "a\r\nb"])
 async def test_alias_in_a_header_can_be_read_back(make_server: MakeServer, alias: str) -> None:
-    """It is percent-encoded unless visible ASCII; two different aliases never look alike."""
+    """An alias is percent-encoded unless visible ASCII; two aliases never look alike."""
     server = await make_server(aliases=(alias, "qwen"), load=(alias,), default=alias)
 
     header = (await server.ask(alias)).headers["x-hotswap-model"]
@@ -655,7 +655,7 @@ async def test_alias_in_a_header_can_be_read_back(make_server: MakeServer, alias
 
 
 async def test_plain_alias_in_a_header_is_as_it_is(make_server: MakeServer) -> None:
-    """A visible ASCII alias is not encoded."""
+    """An alias of visible ASCII is not encoded in a header."""
     server = await make_server(
         aliases=("org/llama-3:8b_q4.k",), load=(), default="org/llama-3:8b_q4.k"
     )

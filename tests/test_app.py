@@ -25,7 +25,7 @@ def browser(server: Server) -> httpx.AsyncClient:
 
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/files"])
 async def test_post_to_a_route_that_is_not_known_is_refused(server: Server, path: str) -> None:
-    """It gets 404 in OpenAI's form, and no model's application gets the request."""
+    """A POST to an unknown route gets 404 in OpenAI's form, and reaches no model's application."""
     response = await server.post(path, json={"model": "llama"})
 
     error = response.json()["error"]
@@ -44,7 +44,7 @@ async def test_version_is_told_while_nothing_can_be_served() -> None:
 
 
 async def test_preflight_needs_no_key(make_server: MakeServer) -> None:
-    """Browsers never send a key with a preflight."""
+    """A preflight needs no key, because browsers never send one with it."""
     server = await make_server(access=KEYS)
     async with browser(server) as client:
         response = await client.options(CHAT, headers=PREFLIGHT)
@@ -54,7 +54,7 @@ async def test_preflight_needs_no_key(make_server: MakeServer) -> None:
 
 
 async def test_preflight_of_another_origin_is_refused(make_server: MakeServer) -> None:
-    """Only the origins of `--allowed-origins` are accepted."""
+    """Preflights are accepted only from the origins of `--allowed-origins`."""
     server = await make_server(access=KEYS)
     async with browser(server) as client:
         response = await client.options(CHAT, headers={**PREFLIGHT, "origin": "https://evil"})

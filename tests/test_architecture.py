@@ -270,7 +270,7 @@ def height(module: str) -> int:
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value)[-30:])
 def test_imports_go_downward(module: str, path: Path) -> None:
-    """No module imports a higher one."""
+    """No module imports a module of a higher layer."""
     known = {name for name, _ in modules()}
     imported = {name.removeprefix("vllm_hotswap.") for name in imports(path)} & known
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 
 
 def test_memory_is_zero_and_costs_nothing_until_it_is_written() -> None:
-    """Neither allocating nor reading it makes the process much larger."""
+    """Neither allocating the memory nor reading it makes the process much larger."""
     before = resident_bytes()
 
     memory = Arena().allocate(512 * MIB)
@@ -28,7 +28,7 @@ def test_memory_is_zero_and_costs_nothing_until_it_is_written() -> None:
 
 
 def test_memory_given_back_is_zero_and_costs_nothing_but_stays_mapped() -> None:
-    """Its contents are gone, and the same mapping can be written again."""
+    """Released memory is zero again, takes no pages, and can be written again."""
     arena = Arena()
     memory = arena.allocate(64 * MIB)
     memory[:] = b"x" * len(memory)
@@ -67,7 +67,7 @@ def test_memory_that_is_in_use_outlives_its_arena() -> None:
 
 
 def test_free_memory_can_be_given_back_at_any_time() -> None:
-    """This holds for every allocator."""
+    """Free memory can be released at any time, whatever the allocator is."""
     give_back_free_memory()
 
 

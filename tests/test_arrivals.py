@@ -100,7 +100,7 @@ async def test_addresses_take_turns(
 async def test_nothing_is_built_for_who_has_gone_since_it_was_heard(
     at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection is looked at again when its turn comes."""
+    """A client that closed in the meantime gets no connection object at its turn."""
     built: list[Connection] = []
     make = Connection.__init__
     monkeypatch.setattr(
@@ -145,7 +145,7 @@ async def test_who_has_waited_for_its_debt_takes_its_turn(
 async def test_nothing_is_built_for_who_has_closed(
     at: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No client is left to read the answer."""
+    """No connection object is made for a closed client: it would not read the answer."""
     built: list[Connection] = []
     make = Connection.__init__
     monkeypatch.setattr(

@@ -144,7 +144,7 @@ values = st.recursive(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), values), max_size=5), st.integers(1, 40))
 def test_members_are_what_parsing_finds(items: list[tuple[str, Any]], piece_bytes: int) -> None:
-    """Each has its raw text and size; of equal keys the last counts, wherever a piece ends."""
+    """Each member has its raw text and size; of equal keys the last counts, however it is split."""
     raw = (
         "{" + " , ".join(f'"{key}" : {json.dumps(value)}' for key, value in items) + "}"
     ).encode()
@@ -300,7 +300,7 @@ LIGHT_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": sche
     ],
 )
 def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any]) -> None:
-    """This holds for every kind of grammar, and every way to write it."""
+    """A grammar that takes too long is refused, whatever its kind, and however it is written."""
     with pytest.raises(GrammarTooLarge, match=r"limits\.grammar_") as caught:
         check_grammar(**body)
     assert (caught.value.param or "").startswith(next(iter(body)))
@@ -343,7 +343,7 @@ def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any])
     ],
 )
 def test_usual_grammars_pass(body: dict[str, Any]) -> None:
-    """So do tools that the model may call or not, which make no grammar."""
+    """Usual grammars pass, and so do tools that the model may skip, which make no grammar."""
     check_grammar(**body)
 
 
@@ -357,7 +357,7 @@ def test_tools_are_strict_where_the_model_says_so() -> None:
 
 
 def test_parts_of_a_grammar_count_together() -> None:
-    """Two halves count as a whole."""
+    """The parts of a grammar count as a whole."""
     half = {"choice": ["x"] * 600}
     limits = LimitsConfig(grammar_values=1000)
     check_grammar(limits, structured_outputs=half)
@@ -386,7 +386,7 @@ async def test_what_is_too_much_for_one_call_gets_413(make_server: MakeServer) -
     ids=["spaces", "zeros"],
 )
 async def test_number_that_is_written_at_length_counts(server: Server, written: bytes) -> None:
-    """vLLM reads it like any other number."""
+    """A long spelling of a number counts as vLLM reads it."""
     body = b'{"model": "llama", "prompt": "x", ' + written + b"}"
     answer = await server.post(
         "/v1/completions", content=body, headers={"content-type": "application/json"}

@@ -167,7 +167,7 @@ async def test_who_may_not_is_told_if_he_is_known(audited: Audit) -> None:
 
 @pytest.mark.parametrize("is_whole", [True, False])
 async def test_a_call_that_is_refused_says_what_was_asked(audited: Audit, is_whole: bool) -> None:
-    """The line has the body, though no route reads it; a body that is late is not waited for."""
+    """The line has the refused body, though no route reads it; a late body is not waited for."""
     kept = asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:
@@ -223,7 +223,7 @@ async def test_the_model_is_what_the_answer_says(audited: Audit, lora: Path) -> 
 
 
 async def test_a_long_answer_still_names_its_model(audit: AuditLog, tmp_path: Path) -> None:
-    """This holds for a switch that moved many models."""
+    """A long answer, of a switch that moved many models, still names its model."""
     body = {"previous_model": "a", "current_model": "b", "evicted": ["x" * 100] * 200}
     table = RouteTable([Route("POST", "/a", Role.ADMIN)])
     app = Audited(JSONResponse(body), table, Access(), audit)
@@ -303,7 +303,7 @@ def paths(file: Path) -> list[str]:
 
 
 def test_file_is_its_owners_alone_and_only_grows(tmp_path: Path) -> None:
-    """Lines of an earlier server stay."""
+    """Only the owner may read the file, and lines of an earlier server stay."""
     file = tmp_path / "audit"
     for path in ("/a", "/b"):
         log = AuditLog(file)
@@ -333,7 +333,7 @@ def test_a_file_that_was_moved_away_is_made_anew_when_told_so(tmp_path: Path) ->
 def test_a_file_that_cannot_be_opened_anew_leaves_the_one_from_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log then has one line about it."""
+    """A file that cannot be reopened leaves the earlier one in use, with one line in the log."""
     file, old = tmp_path / "audit", tmp_path / "audit.1"
     log = AuditLog(file)
     file.rename(old)
@@ -410,7 +410,7 @@ def test_a_file_that_is_none_or_is_not_ours_ends_a_start(
 async def test_a_client_that_leaves_is_told_without_a_status(
     audit: AuditLog, tmp_path: Path
 ) -> None:
-    """Its call may have had its effect nevertheless."""
+    """A call whose client leaves is logged without a status: it may have had its effect."""
     routes = Access()  # no key is needed
     started = asyncio.Event()
 

@@ -37,7 +37,7 @@ def model_of(response: Any) -> str:
     return str(response.json()["model"])
 
 
-# --- who is served ------------------------------------------------------------------------------
+# --- which requests are served ------------------------------------------------------------------
 
 
 async def test_request_for_another_model_switches_to_it(auto: Server) -> None:
@@ -49,7 +49,7 @@ async def test_request_for_another_model_switches_to_it(auto: Server) -> None:
 
 
 async def test_request_for_the_active_model_switches_nothing(auto: Server) -> None:
-    """Neither does a request that names no model, as in the mode `manual`."""
+    """Requests for the active model, or without a model, switch nothing, as in `manual`."""
     assert "llama" == model_of(await auto.ask("llama"))
     assert "llama" == model_of(await auto.ask(None))
     assert [] == targets(auto)
@@ -97,7 +97,7 @@ async def test_queue_of_a_model_is_served_by_one_switch(auto: Server) -> None:
 
 
 async def test_fifo_serves_strictly_in_order(make_server: MakeServer) -> None:
-    """It switches once for every change of name: the baseline for grouping."""
+    """`fifo` switches once for every change of name: the baseline for grouping."""
     server = await make_server(mode="auto", policy="fifo")
     names = ["llama", "qwen"] * 4
     asked = [server.ask(name, name=f"{name}{n}") for n, name in enumerate(names)]
@@ -120,7 +120,7 @@ async def test_order_within_a_model_is_kept(auto: Server) -> None:
 
 
 async def test_bad_request_never_switches(auto: Server) -> None:
-    """Its frontend refuses it at once, while another model is still active."""
+    """A bad request is refused by its frontend at once, while another model is still active."""
     response = await auto.post(CHAT, json={"model": "qwen", "max_tokens": "many"})
     assert 400 == response.status_code
     assert [] == targets(auto)
@@ -128,14 +128,14 @@ async def test_bad_request_never_switches(auto: Server) -> None:
 
 
 async def test_bad_request_never_loads_a_model(auto: Server) -> None:
-    """It does not even load a model that has no frontend yet."""
+    """A bad request does not load its model, even if that has no frontend yet."""
     response = await auto.ask("mistral", max_tokens="many")
     assert 400 == response.status_code
     assert ("load", "mistral") not in auto.host.operations
 
 
 async def test_request_that_needs_no_engine_never_switches(auto: Server) -> None:
-    """Its frontend answers it, whichever model is active."""
+    """A request that needs no engine is answered by its frontend, whichever model is active."""
     response = await auto.post("/tokenize", json={"model": "qwen", "prompt": "a b"})
     assert 200 == response.status_code
     assert [] == targets(auto)
@@ -150,7 +150,7 @@ async def test_unknown_model_is_refused(auto: Server) -> None:
 
 
 async def test_answer_tells_how_long_it_waited(auto: Server) -> None:
-    """Headers tell it, unless they were sent before."""
+    """Headers give the time that an answer waited, unless they were sent before."""
     served = await auto.ask("llama")
     assert ("llama", "0", "1") == tuple(
         served.headers[f"x-hotswap-{name}"] for name in ("model", "switched", "epoch")
@@ -176,7 +176,7 @@ async def test_waiting_stream_is_told_so_at_once(auto: Server) -> None:
 
 
 async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Server) -> None:
-    """It begins before a frontend exists that could answer; the frontend's answer follows."""
+    """Such a stream begins before its frontend exists; the frontend's answer follows."""
     auto.host.hold("load", "mistral")
     stream = auto.stream("mistral")
     assert ": waiting for mistral\n\n" == await stream.next_event()
@@ -207,7 +207,7 @@ async def test_stream_below_a_proxys_prefix_begins_at_once_too(auto: Server) -> 
 
 
 async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto: Server) -> None:
-    """The error is an event, because the answer has begun."""
+    """The stream of a model that cannot be loaded ends with the error as an event."""
     auto.host.fail_next("load", "mistral")
     stream = auto.stream("mistral")
 
@@ -218,7 +218,7 @@ async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto:
 
 
 async def test_answer_that_is_no_stream_does_not_begin_before_its_frontend(auto: Server) -> None:
-    """Its status can still say that the model could not be loaded."""
+    """An answer that is not a stream waits, so its status can report a load that failed."""
     auto.host.fail_next("load", "mistral")
 
     assert 503 == (await auto.ask("mistral")).status_code
@@ -252,7 +252,7 @@ async def test_stream_that_nobody_has_looked_at_begins_when_somebody_can(
 
 
 async def test_bad_request_does_not_load_its_model(auto: Server) -> None:
-    """It gets its error, and its place is free again."""
+    """A bad request gets its error without a load, and its place is free again."""
     answer = await auto.request("POST", CHAT, BAD_STREAM).finish()
 
     assert 400 == answer.status
@@ -264,7 +264,7 @@ async def test_bad_request_does_not_load_its_model(auto: Server) -> None:
 async def test_model_that_is_loaded_meanwhile_takes_the_request_over(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its frontend checks the request before the request waits for a turn."""
+    """The loaded model's frontend checks the request before the request waits for a turn."""
     model = auto.coordinator.registry.model("mistral")
     is_looked_at, may_go_on = asyncio.Event(), asyncio.Event()
 
@@ -300,7 +300,7 @@ def test_looking_at_a_request_counts_as_waiting(
 
 
 def test_stream_that_waits_for_a_load_for_too_long_ends_with_the_error(play: Play) -> None:
-    """`wait_timeout` applies to it, too."""
+    """A stream that waits for a load longer than `wait_timeout` ends with the error."""
 
     async def story(server: Server) -> None:
         server.host.hold("load", "mistral")
@@ -314,7 +314,7 @@ def test_stream_that_waits_for_a_load_for_too_long_ends_with_the_error(play: Pla
 
 
 async def test_client_that_leaves_before_its_model_is_loaded_leaves_the_queue(auto: Server) -> None:
-    """This holds although its answer has begun."""
+    """A client that leaves during the load leaves the queue, although its answer has begun."""
     auto.host.hold("load", "mistral")
     stream = auto.stream("mistral")
     await stream.next_event()
@@ -332,7 +332,7 @@ async def test_client_that_leaves_before_its_model_is_loaded_leaves_the_queue(au
 def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
     play: Play, events: int
 ) -> None:
-    """It is disconnected, whether it stops reading at once or after a few comments."""
+    """A client that stops reading during a load is disconnected, at once or after some comments."""
 
     async def story(server: Server) -> None:
         watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
@@ -377,7 +377,7 @@ def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
 
 
 def test_reader_that_keeps_up_is_waited_for(play: Play) -> None:
-    """This holds however long its answer is."""
+    """A client that keeps up is waited for, however long its answer is."""
 
     async def story(server: Server) -> None:
         server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
@@ -394,7 +394,7 @@ def test_reader_that_keeps_up_is_waited_for(play: Play) -> None:
 
 
 def test_comments_are_repeated(play: Play) -> None:
-    """They are sent as long as the request waits."""
+    """Comments are sent as long as the request waits."""
 
     async def story(server: Server) -> None:
         server.host.hold("activate", "qwen")
@@ -406,11 +406,11 @@ def test_comments_are_repeated(play: Play) -> None:
     play(story, mode="auto")
 
 
-# --- who leaves, and who is refused -------------------------------------------------------------
+# --- which requests leave, and which are refused ------------------------------------------------
 
 
 async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:
-    """The server does no more work for it."""
+    """A client that leaves is removed from the queue, and costs no more work."""
     first = await auto.start_stream("llama")
     second = auto.stream("qwen")
     await second.next_event()
@@ -422,7 +422,7 @@ async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:
 
 
 async def test_full_queue_refuses(make_server: MakeServer) -> None:
-    """The 429 says when to retry."""
+    """A request to a full queue gets 429 with a time to retry."""
     server = await make_server(mode="auto", max_waiting=1)
     first = await server.start_stream("llama")
     second = server.ask("qwen")
@@ -436,7 +436,7 @@ async def test_full_queue_refuses(make_server: MakeServer) -> None:
 
 
 def test_request_waits_no_longer_than_it_may(play: Play) -> None:
-    """It gets 504 after `wait_timeout`."""
+    """A request that has waited for `wait_timeout` gets 504."""
 
     async def story(server: Server) -> None:
         first = await server.start_stream("llama", words=2)
@@ -569,7 +569,7 @@ def test_more_urgent_model_goes_first(play: Play) -> None:
 
 
 async def test_explicit_switch_waits_for_one_that_nobody_ordered(auto: Server) -> None:
-    """It is not refused because of an automatic switch."""
+    """An explicit switch waits for an automatic one instead of being refused."""
     auto.host.hold("activate", "qwen")
     waiting = auto.ask("qwen")
     await auto.settled()
@@ -592,7 +592,7 @@ async def test_death_of_the_host_keeps_who_waits(auto: Server) -> None:
 
 
 async def test_stop_tells_who_waits(auto: Server) -> None:
-    """Every waiting request gets an answer."""
+    """At the server's stop, every waiting request gets an answer."""
     auto.host.hold("activate", "qwen")
     waiting = auto.ask("qwen")
     await auto.settled()
@@ -629,7 +629,7 @@ async def test_others_are_served_while_the_last_model_cannot_be_brought_back(aut
 
 
 def test_parked_request_goes_on_after_a_switch_that_failed(play: Play) -> None:
-    """It continues, however often it is parked."""
+    """A parked request continues after failed switches, however often it is parked."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=60)
@@ -698,7 +698,7 @@ def test_who_is_due_is_served_however_tight_memory_is(play: Play) -> None:
 def test_parked_request_of_a_model_that_fails_does_not_make_the_server_try_all_the_time(
     play: Play,
 ) -> None:
-    """The time to the next try doubles."""
+    """The time between two attempts for a parked request of a failing model doubles."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=1000)
@@ -764,7 +764,7 @@ def test_idle_connection_holds_nobody_up(play: Play) -> None:
 
 
 def test_connection_that_becomes_idle_in_a_drain_is_not_waited_for(play: Play) -> None:
-    """Its request ends before the deadline; the drain does not wait for the client to hang up."""
+    """A drain does not wait for the client of an idle connection to hang up."""
 
     async def story(server: Server) -> None:
         socket = server.websocket("/v1/realtime", "model=llama")

@@ -75,7 +75,7 @@ def test_starts_that_take_turns_count_the_same(held: int) -> None:
 
 
 def test_a_host_that_holds_more_counts_more() -> None:
-    """The higher count stays."""
+    """A host that holds more is counted higher, and stays so."""
     start()
     grown = start(MEASURED.held + 100 * MIB).held
 
@@ -84,7 +84,7 @@ def test_a_host_that_holds_more_counts_more() -> None:
 
 
 def test_a_host_that_holds_much_less_counts_anew() -> None:
-    """An old count does not take memory for ever."""
+    """A host that holds much less is counted lower: an old count does not last for ever."""
     start()
 
     assert start(200 * MIB).held < 200 * MIB + 2 * STEP_BYTES
@@ -100,7 +100,7 @@ def test_a_check_plans_as_the_last_start_did() -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(root: Path) -> None:
-    """Then each start measures."""
+    """If the cache cannot be written, each start measures."""
     root.write_text("no folder")
 
     assert start().held >= MEASURED.held

@@ -54,12 +54,12 @@ def some_part() -> report.Part:
 
 @pytest.mark.parametrize(("percent", "expected"), [(0, 1.0), (50, 2.5), (95, 3.85), (100, 4.0)])
 def test_percentiles_are_interpolated(percent: float, expected: float) -> None:
-    """They lie between the two nearest samples, whatever the samples' order."""
+    """Percentiles are interpolated between the nearest samples, whatever their order."""
     assert expected == pytest.approx(percentile([4.0, 1.0, 3.0, 2.0], percent))
 
 
 def test_one_sample_is_every_percentile() -> None:
-    """It has no spread."""
+    """One sample is every percentile, and has no spread."""
     summary = summarize([7.0])
 
     assert (7.0, 7.0, 7.0, 0.0) == (summary.p50, summary.p99, summary.minimum, summary.spread)
@@ -72,7 +72,7 @@ def test_no_samples_have_no_percentile() -> None:
 
 
 def test_spread_is_relative_to_the_median() -> None:
-    """It is the whole range, not a part of it."""
+    """The spread is the whole range relative to the median."""
     assert math.isclose(0.5, summarize([8.0, 10.0, 13.0]).spread)
 
 
@@ -83,7 +83,7 @@ def test_ratios_are_of_medians_and_of_neighbours() -> None:
 
 
 def test_sides_take_turns_and_none_is_always_first() -> None:
-    """A B, B A, A B: each side has as many turns."""
+    """The order is A B, B A, A B: each side has as many turns."""
     turns = list(alternate(3))
 
     assert ["hotswap", "plain", "plain", "hotswap", "hotswap", "plain"] == turns
@@ -99,7 +99,7 @@ def test_sides_take_turns_and_none_is_always_first() -> None:
     ],
 )
 def test_a_bar_is_met_at_its_limit(bar: Bar, met: bool) -> None:
-    """This holds in both directions."""
+    """A bar is met at exactly its limit, in both directions."""
     assert met is bar.met
 
 
@@ -107,7 +107,7 @@ def test_a_bar_is_met_at_its_limit(bar: Bar, met: bool) -> None:
 
 
 def test_a_part_is_shown_with_its_tables_and_bars() -> None:
-    """It is Markdown with aligned columns."""
+    """A part is shown as Markdown with aligned columns."""
     assert (
         "### Times, ms\n"
         "\n"
@@ -126,7 +126,7 @@ def test_a_part_is_shown_with_its_tables_and_bars() -> None:
 
 
 def test_a_table_of_texts_is_aligned_to_the_left() -> None:
-    """Its lines have no spaces at the end."""
+    """A table of texts is aligned to the left, without spaces at the ends of its lines."""
     table = report.Table("Environment", ("", "value"), (("cpu", "EPYC"),), is_text=True)
 
     assert (
@@ -151,12 +151,12 @@ def test_the_file_has_environment_options_and_every_sample(tmp_path: Path) -> No
 
 
 def test_chunks_are_joined() -> None:
-    """It does not matter where the server cuts them."""
+    """Chunks are joined, wherever the server cuts them."""
     assert b"data: a\n\ndata: b\n\n" == dechunk(chunked(b"data: a\n", b"\ndata: b\n\n"))
 
 
 def test_the_usage_is_in_the_last_event() -> None:
-    """That is the event before the end of the stream."""
+    """The usage comes from the event before the end of the stream."""
     assert last_event(EVENTS)["usage"] == USAGE
 
 
@@ -182,7 +182,7 @@ async def answer_with(answer: bytes) -> tuple[asyncio.Server, int]:
 
 
 async def test_a_streamed_answer_is_timed_and_counted() -> None:
-    """Tokens are those that the server reports."""
+    """A streamed answer is timed, and its tokens are those that the server reports."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     server, port = await answer_with(head + chunked(EVENTS[:60], EVENTS[60:]))
     async with server, Connection(port) as connection:
@@ -200,7 +200,7 @@ async def test_a_streamed_answer_is_timed_and_counted() -> None:
     ],
 )
 async def test_any_other_answer_is_an_error(answer: bytes, message: str) -> None:
-    """The error has the server's answer."""
+    """Any other answer is an error that includes the answer."""
     server, port = await answer_with(answer)
     async with server, Connection(port) as connection:
         with pytest.raises(BadAnswer, match=message):
@@ -211,7 +211,7 @@ async def test_any_other_answer_is_an_error(answer: bytes, message: str) -> None
 
 
 def test_both_servers_get_the_same_settings(tmp_path: Path) -> None:
-    """They are YAML keys on one side and flags on the other."""
+    """Both servers get equal settings, as YAML keys on one side and as flags on the other."""
     settings = {"max_model_len": 512, "enforce_eager": True, "enable_x": False, "o": {"a": 1}}
     model = Model("qwen", tmp_path, settings)
 
@@ -245,7 +245,7 @@ async def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Pat
 
 @pytest.mark.parametrize("then", ["wait", "exit 3"])
 async def test_a_server_is_ended_with_all_that_it_started(tmp_path: Path, then: str) -> None:
-    """This includes processes that it leaves behind when it exits, and a frozen server."""
+    """A server is stopped with all its processes, even those that outlive it, even if frozen."""
     note = tmp_path / "child"
     command = ["sh", "-c", f"sleep 60 & echo $! > {note}; {then}"]
     server = Server("plain", command, 1, tmp_path / "log")
@@ -274,7 +274,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def test_prompts_share_no_beginning_and_are_repeatable() -> None:
-    """They are the same for both sides, and give the prefix cache nothing."""
+    """Prompts are the same for both sides, and give the prefix cache nothing."""
     first = list(islice(prompts("a", 4), 50))
 
     assert first == list(islice(prompts("a", 4), 50))
@@ -282,7 +282,7 @@ def test_prompts_share_no_beginning_and_are_repeatable() -> None:
 
 
 def test_the_demo_models_are_measured_by_default(tmp_path: Path) -> None:
-    """They are the first two, with equal memory for their caches."""
+    """The demo models measured by default are the first two, with equal cache memory."""
     models = choose(load_config(demo.write(tmp_path)), None)
 
     assert ["llama", "qwen"] == [model.alias for model in models]
@@ -290,13 +290,13 @@ def test_the_demo_models_are_measured_by_default(tmp_path: Path) -> None:
 
 
 def test_an_alias_that_is_not_configured_is_refused(tmp_path: Path) -> None:
-    """It is refused before any server is started."""
+    """An unconfigured alias is refused before any server is started."""
     with pytest.raises(ConfigError, match="'gpt' is not configured"):
         choose(load_config(demo.write(tmp_path)), ("llama", "gpt"))
 
 
 def test_quick_means_one_run_of_small_loads() -> None:
-    """Explicit options have precedence."""
+    """`--quick` means one run of small loads, unless an option says otherwise."""
     quick = parse(["--quick"])
 
     assert (1, ("tiny",), 40) == (quick.runs, quick.sizes, quick.switches)
@@ -305,7 +305,7 @@ def test_quick_means_one_run_of_small_loads() -> None:
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """The error lists the parts that exist."""
+    """An unknown part is refused with a list of the parts that exist."""
     with pytest.raises(SystemExit):
         parse(["--only", "swich"])
 
@@ -313,7 +313,7 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_medium_model_can_be_made_from_the_embedded_qwen() -> None:
-    """Its size is the one that the documentation gives."""
+    """The medium model's size is the one that the documentation gives."""
     assert medium.is_source(demo.MODELS / "qwen")
     assert not medium.is_source(demo.MODELS / "llama")
     assert 0.1e9 < medium.parameters() < 0.5e9

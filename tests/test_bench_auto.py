@@ -49,7 +49,7 @@ def test_every_trace_is_for_the_three_models(name: str) -> None:
 
 
 def test_burst_comes_at_once_and_alternates() -> None:
-    """This is the worst order for a server that switches at every change of name."""
+    """A burst alternates: the worst order for a server that switches at every change of name."""
     trace = asked("burst")
     assert ["llama", "qwen", "pirate"] * 10 == [request.model for request in trace.requests]
     assert max(request.arrived_s or 0.0 for request in trace.requests) < 0.001
@@ -79,7 +79,7 @@ def reply(text: str = f" {GOLDEN[:20]}", **other: object) -> Reply:
 
 
 def test_answer_of_the_named_model_counts() -> None:
-    """Its wait is the one that the server reports."""
+    """An answer of the named model counts, with the wait that the server reports."""
     outcome = judge(REQUEST, reply(), GOLDENS)
     assert (None, 0.25, True) == (outcome.error, outcome.waited_s, outcome.is_golden)
 
@@ -101,7 +101,7 @@ def test_any_other_answer_is_an_error(wrong: Reply, error: str) -> None:
 
 
 def test_another_text_of_the_same_model_is_told() -> None:
-    """It is reported, but not an error: numbers differ a little with the rest of a batch."""
+    """Another text is reported, but is not an error: numbers vary with the rest of a batch."""
     outcome = judge(REQUEST, reply(" I am qwen, who else?"), GOLDENS)
     assert (None, False) == (outcome.error, outcome.is_golden)
 
@@ -140,7 +140,7 @@ def recorded(played: Trace, world: World) -> Trace:
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_simulator_agrees_with_a_server_that_is_like_it(name: str) -> None:
-    """It uses a recording alone: it knows neither costs nor service times."""
+    """The simulator agrees from a recording alone, without knowing costs or service times."""
     asked_for = asked(name, 90)
     seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
     outcomes = tuple(
@@ -211,7 +211,7 @@ def test_recording_is_split_into_what_was_played() -> None:
 
 
 def test_recording_that_lacks_a_request_is_refused() -> None:
-    """Otherwise everything after the gap would be mistaken for something else."""
+    """A recording with a gap is refused: everything after it would be misread."""
     trace = asked("burst", 9)
     warm_up = [TracedRequest(id=0, model=a, arrived_s=0.0, result="served") for a in WARM_UP]
     seen = recorded(trace, World(Costs(0.05))).requests
@@ -223,7 +223,7 @@ def test_recording_that_lacks_a_request_is_refused() -> None:
 
 
 def test_warm_up_leaves_the_first_model_active() -> None:
-    """The simulator begins in the same state."""
+    """Warm-up leaves the first model active, as the simulator does."""
     assert WARM_UP[-1] == asked("burst").head.active
 
 
@@ -249,14 +249,14 @@ def bars(found_: Found) -> dict[str, bool]:
 
 
 def test_bars_are_met() -> None:
-    """They are a quarter of the switches, and waits that are not longer."""
+    """A quarter of the switches, and waits that are not longer, meet the bars."""
     part = results.part(found(played([1.0, 2.0], 40), played([1.0, 2.0], 10)))
     assert all(bar.met for bar in part.bars)
     assert "100% from parked" in part.tables[0].title
 
 
 def test_missed_bars_are_told() -> None:
-    """Each bar can be missed alone."""
+    """Each bar can be missed alone, and is then reported."""
     assert not bars(found(played([1.0], 40), played([1.0], 11)))[
         "burst, cheap: switches, batch / fifo"
     ]

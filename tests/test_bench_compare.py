@@ -39,7 +39,7 @@ def test_two_equal_trees_are_compared_round_by_round(
 def test_the_other_side_runs_from_the_other_tree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If it cannot serve, the comparison ends and shows its output."""
+    """If the other tree cannot serve, the comparison ends and shows its output."""
     package = tmp_path / "src" / "vllm_hotswap"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -52,13 +52,13 @@ def test_the_other_side_runs_from_the_other_tree(
 
 
 def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
-    """Python would otherwise import the installed package, and compare it with itself."""
+    """It is refused: Python would otherwise compare the installed package with itself."""
     with pytest.raises(ConfigError, match="has no package vllm_hotswap"):
         compare.checked(tmp_path)
 
 
 def test_a_ratio_above_one_is_better_now() -> None:
-    """This holds for more tokens, and for less time."""
+    """A ratio above one is better, for more tokens as for less time."""
     now = Turn("now", 200, [10.0], [10.0], [10.0], 1.0, 1.0)
     before = Turn("before", 100, [20.0], [20.0], [20.0], 2.0, 2.0)
 
@@ -66,6 +66,6 @@ def test_a_ratio_above_one_is_better_now() -> None:
 
 
 def test_an_interval_of_few_values_is_their_range() -> None:
-    """For many, it is around the median: 95 % of 100 coin throws give 40 to 60 heads."""
+    """Of many values it lies around the median: 95 % of 100 coin throws give 40 to 60 heads."""
     assert (1.0, 4.0) == interval([4.0, 1.0, 3.0, 2.0])
     assert (40.0, 59.0) == interval([float(number) for number in range(100)])

@@ -69,7 +69,7 @@ async def test_routes_of_vllm_alone_are_asked(make_server: MakeServer, name: str
 
 
 def test_a_run_tells_of_each_flood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It reports every watched client before, during and after the flood, memory, and the flood."""
+    """A run reports watched clients before, during and after each flood, memory, and the flood."""
     names = ["busy process", "connects", "wrong keys"]
     times = [
         "--seconds",
@@ -104,7 +104,7 @@ def test_a_run_tells_of_each_flood(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_flood_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """The error lists the floods that exist."""
+    """An unknown flood is refused with a list of the existing ones."""
     with pytest.raises(SystemExit):
         floods.parse(["--only", "wrong keys,frogs"])
 
@@ -112,7 +112,7 @@ def test_a_flood_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[st
 
 
 async def test_an_attacker_that_ends_is_not_waited_for() -> None:
-    """It attacked nothing, which must not look as if every client had withstood it."""
+    """An attacker that exits is reported: the flood must not look as if it was withstood."""
     with attacker(KINDS["busy process"], Target(1, "llama", "", ""), 0) as process:
         process.process.kill()
         process.process.join()
@@ -134,7 +134,7 @@ def reply(*pieces: bytes, status: int = 200, end: End = End.COMPLETE) -> Reply:
 
 
 def test_a_wait_counts_from_when_the_request_was_due() -> None:
-    """It does not count from when the request could be sent, and it ends with the first token."""
+    """A wait counts from when the request was due, not sent, and to the first token."""
     assert 1.5 == first_token(reply(TOKEN, TOKEN, DONE), -0.5).waited_s
     assert "" == first_token(reply(TOKEN, TOKEN, DONE), -0.5).error
 
@@ -150,7 +150,7 @@ def test_a_wait_counts_from_when_the_request_was_due() -> None:
     ],
 )
 def test_all_but_a_whole_stream_is_an_error(found: Reply, said: str) -> None:
-    """A fast refusal is not a short wait."""
+    """Everything except a whole stream is an error: a fast refusal is not a short wait."""
     assert said in first_token(found, 0.0).error
 
 

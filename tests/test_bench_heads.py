@@ -27,7 +27,7 @@ def test_a_run_tells_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 async def test_an_answer_that_is_none_ends_it(make_server: MakeServer) -> None:
-    """Otherwise it would measure how something is refused."""
+    """A wrong answer ends the run: it would measure how something is refused."""
     async with listening(await make_server()) as port:
         loop = asyncio.get_running_loop()
         request = heads.CLOSED.replace(b"/health", b"/nowhere")

@@ -31,7 +31,7 @@ async def test_servers_take_turns_in_answering_large_calls(
 
 
 async def test_a_call_that_is_refused_ends_it(make_server: MakeServer) -> None:
-    """Otherwise it would measure how something is refused."""
+    """A refused request ends the run: it would measure how something is refused."""
     async with listening(await make_server()) as port:
         server = loop.Server(f"http://127.0.0.1:{port}")
         with pytest.raises(OSError, match="was answered with 404"):

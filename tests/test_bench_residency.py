@@ -84,7 +84,7 @@ def test_a_line_is_found_again() -> None:
 
 
 def test_a_line_lies_between_points_that_are_not_on_one() -> None:
-    """The largest miss is reported."""
+    """A line lies between points that are not on one, and the largest miss is reported."""
     points = [(0.0, 0.0), (1.0, 3.0), (2.0, 0.0)]
     line = least_squares(points)
 
@@ -93,7 +93,7 @@ def test_a_line_lies_between_points_that_are_not_on_one() -> None:
 
 
 def test_a_line_that_falls_has_no_bandwidth() -> None:
-    """Its bandwidth is infinite: nothing slows it down."""
+    """A falling line has infinite bandwidth: nothing slows it down."""
     assert float("inf") == Line(1.0, -0.1).bandwidth
 
 
@@ -104,7 +104,7 @@ def test_one_place_makes_no_line() -> None:
 
 
 def test_the_limit_is_reading_and_copying() -> None:
-    """It uses medians, and bandwidths from them."""
+    """The limit is the sum of the medians of reading and copying, with their bandwidths."""
     limit = Limit(1000, [0.1, 0.2, 9.0], [0.1])
 
     assert (0.3, 5000.0, 10000.0) == (
@@ -127,7 +127,7 @@ def test_limits_are_measured_on_whole_files(tmp_path: Path) -> None:
 
 
 def test_growth_per_step_is_a_slope() -> None:
-    """It is not the last value less the first, which a single outlier would spoil."""
+    """Growth is a slope, not last less first, which a single outlier would spoil."""
     assert 2.0 == pytest.approx(drift.slope([1, 3, 5, 7]))
     assert 0.0 == drift.slope([5])
 
@@ -164,14 +164,14 @@ def test_plain_vllm_gets_the_same_settings() -> None:
 
 
 def test_every_residency_below_active_has_its_way_down() -> None:
-    """Levels are those of vLLM's sleep mode."""
+    """Every residency below active is reached with the levels of vLLM's sleep mode."""
     assert ("parked", "asleep", "discarded", "cold") == STATES
     assert (None, ("sleep", {"level": 1})) == (DOWN["parked"], DOWN["asleep"])
     assert (("sleep", {"level": 2}), ("unload", {})) == (DOWN["discarded"], DOWN["cold"])
 
 
 def test_all_parts_are_measured_by_default() -> None:
-    """They run in their own order, whatever the order of the names."""
+    """All parts run by default, in their own order, whatever the order of the names."""
     assert PARTS == parse([]).only
     assert ("switch", "drift") == parse(["--only", "drift,switch"]).only
     assert (Counts(), QUICK) == (parse([]).counts, parse(["--quick"]).counts)
@@ -179,7 +179,7 @@ def test_all_parts_are_measured_by_default() -> None:
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """The error lists the parts that exist."""
+    """An unknown part is refused with a list of the parts that exist."""
     with pytest.raises(SystemExit):
         parse(["--only", "swich"])
 
@@ -190,7 +190,7 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fields_of_a_process_are_read() -> None:
-    """Each is a name and a value, without blanks."""
+    """Fields of a process are read as names and values, without blanks."""
     assert {"Threads": "3", "RssAnon": "12 kB"} == fields("Threads:\t3\nRssAnon:\t   12 kB\n")
 
 
@@ -220,7 +220,7 @@ async def test_a_child_can_be_left_out() -> None:
 def test_progress_goes_to_the_log_where_there_is_no_terminal(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without one, the log has a few lines, the last one at the end, and each item once."""
+    """Without a terminal, the log has a few lines, the last one at the end, each item once."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     with caplog.at_level("INFO", logger="benchmarks"):
         assert list(range(12)) == list(steps(range(12), "cycles"))
@@ -287,7 +287,7 @@ def test_ways_to_bring_a_model_up_stand_beside_each_other(tmp_path: Path) -> Non
 def test_transformers_serve_needs_accelerate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be in the environment or in a separate folder."""
+    """`transformers serve` needs accelerate, in the environment or in a separate folder."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     assert not alternative.can_serve(None)
@@ -297,7 +297,7 @@ def test_transformers_serve_needs_accelerate(
 
 
 def test_flat_is_told_by_a_ratio_and_a_slope() -> None:
-    """Here each additional model takes 0.1 ms."""
+    """Flatness is a ratio and a slope: here each additional model takes 0.1 ms."""
     part = number.part({n: [1.0 + n / 10] * 5 for n in range(2, 9)})
 
     assert ("1.20", "1.20", "1.20", "5") == rows(part)["2"]
@@ -306,7 +306,7 @@ def test_flat_is_told_by_a_ratio_and_a_slope() -> None:
 
 
 def test_residue_is_told_over_what_was_there_before() -> None:
-    """It is in millions of bytes, for the host and the API process separately."""
+    """Residue is in millions of bytes, for the host and the API process separately."""
     held_in = {"parked": 9_000_000, "asleep": 5_000_000, "discarded": 3_000_000, "cold": 2_500_000}
     readings = [some_reading("without", 2_000_000, 100)]
     readings += [some_reading(state, used, 1_000_100) for state, used in held_in.items()]
@@ -330,7 +330,7 @@ def test_drift_is_told_per_cycle() -> None:
 
 
 def test_all_parts_can_be_written(tmp_path: Path) -> None:
-    """They are written as JSON and as Markdown."""
+    """All parts can be written as JSON and as Markdown."""
     part = switches.part(some_measured(tmp_path))
     report.write(tmp_path / "new" / "residency.json", report.document({}, {}, [part]))
     content = json.loads((tmp_path / "new" / "residency.json").read_text())
@@ -343,7 +343,7 @@ def test_all_parts_can_be_written(tmp_path: Path) -> None:
 
 
 def test_the_plot_is_drawn_from_the_samples(tmp_path: Path) -> None:
-    """One PNG file has two panels."""
+    """The plot is one PNG file with two panels."""
     pytest.importorskip("matplotlib")
     part = switches.part(some_measured(tmp_path))
     plot.draw(json.loads(json.dumps(part.samples)), tmp_path / "plots" / "residency.png")
@@ -354,7 +354,7 @@ def test_the_plot_is_drawn_from_the_samples(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_told_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error says what to do."""
+    """A missing matplotlib is reported before anything runs, with what to do."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     with pytest.raises(ConfigError, match=r"requirements/dev.txt; or leave it out with --no-plot"):
@@ -365,11 +365,11 @@ def test_a_missing_matplotlib_is_told_before_anything_runs(
     ("size", "text"), [(1_397_512, "1.4 MB"), (52_000_000, "52 MB"), (889_365_480, "0.89 GB")]
 )
 def test_sizes_are_short(size: int, text: str) -> None:
-    """They have two figures."""
+    """Sizes have two significant figures."""
     assert text == plot.size_text(size)
 
 
 def test_models_are_those_that_ship() -> None:
-    """So nothing has to be installed first."""
+    """The models are shipped ones, so that nothing has to be installed first."""
     assert demo.MODELS / "llama" == tiny().folder
     assert medium.is_source(home().folder)

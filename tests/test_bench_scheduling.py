@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_a_quick_run_tells_of_every_policy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has times of decisions, memory, waits at both costs, and a plot."""
+    """A quick run has times of decisions, memory, waits at both costs, and a plot."""
     assert 0 == scheduling.main(["--quick", "--out", str(tmp_path)])
 
     content = json.loads((tmp_path / "scheduling.json").read_text())
@@ -36,7 +36,7 @@ def test_a_quick_run_tells_of_every_policy(
 
 
 def test_the_policy_of_the_page_works() -> None:
-    """It runs over a whole trace exactly as printed."""
+    """The policy of the page runs over a whole trace exactly as printed."""
     example = re.search(r"```python\n(.*?)```", (DOCS / "scheduling.md").read_text(), re.DOTALL)
     assert example is not None
     names: dict[str, object] = {}

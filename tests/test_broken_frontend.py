@@ -36,7 +36,7 @@ async def until_error(error: asyncio.Event) -> None:
 
 
 async def test_the_end_of_a_client_by_an_error_is_told() -> None:
-    """This holds for a client that was started before, too."""
+    """The end of a client by an error is reported, even of one that was started before."""
     ended: list[str] = []
     error = asyncio.Event()
     client = Client(until_error(error))
@@ -54,7 +54,7 @@ async def test_the_end_of_a_client_by_an_error_is_told() -> None:
 
 
 async def test_a_client_that_is_shut_down_has_not_failed() -> None:
-    """Its reader is cancelled."""
+    """A client that is shut down, and whose reader is cancelled, has not failed."""
     ended: list[str] = []
     client = Client(until_error(asyncio.Event()))
     watch_outputs(client, lambda: ended.append("ended"))
@@ -92,7 +92,7 @@ def two_frontends() -> Any:
 
 @pytest.mark.usefixtures("two_frontends")
 def test_a_frontend_that_is_made_anew_counts_anew() -> None:
-    """It registers its metrics once; those of other frontends stay."""
+    """A rebuilt frontend registers its metrics once; those of other frontends stay."""
     forget_frontend_metrics("one")
     assert ['http_broken_frontend_total{model_name="two"} 7.0'] == shown()
 

@@ -101,7 +101,7 @@ def kept_asleep(model: ModelNeeds, models: list[ModelNeeds]) -> int:
 def test_each_model_can_be_loaded_beside_the_pinned_ones(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """This counts its weights, its overhead, its share, and what reading the weights takes."""
+    """Weights, overhead, share and the reading of weights fit beside the pinned models."""
     budget = least_in_turn(models) + spare
 
     shares = dict(share_kv_memory(models, budget))
@@ -113,7 +113,7 @@ def test_each_model_can_be_loaded_beside_the_pinned_ones(
 def test_all_are_loaded_together_where_their_minima_allow_it(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """Then the sum of all shares is within the budget, too."""
+    """Where the minima of all fit together, the sum of all shares is within the budget, too."""
     budget = least_for_all(models) + spare
 
     assert taken(models, dict(share_kv_memory(models, budget))) <= budget
@@ -149,7 +149,7 @@ def test_nobody_gets_less_than_its_minimum_or_more_than_its_maximum(
 
 @given(models_strategy, spare)
 def test_explicit_sizes_are_kept(models: list[ModelNeeds], spare: int) -> None:
-    """A configured size is what the model gets."""
+    """A model with a configured size gets that size."""
     shares = share_kv_memory(models, least_in_turn(models) + spare)
 
     explicit = {model.alias: model.kv_bytes for model in models if model.kv_bytes is not None}
@@ -184,7 +184,7 @@ def test_nothing_is_left_over_while_somebody_is_short(models: list[ModelNeeds], 
 def test_order_of_models_changes_nothing(
     models: list[ModelNeeds], spare: int, chance: random.Random
 ) -> None:
-    """All shares are the same, whatever the order of configuration or loading."""
+    """Shares are the same, whatever the order of configuration or loading."""
     budget = least_in_turn(models) + spare
     shuffled = chance.sample(models, len(models))
 
@@ -193,7 +193,7 @@ def test_order_of_models_changes_nothing(
 
 @given(models_strategy)
 def test_refused_is_only_what_could_never_be_loaded(models: list[ModelNeeds]) -> None:
-    """Such a model lacks its minimum beside the pinned ones, each of which has its minimum."""
+    """Only a model whose minimum does not fit beside the minima of pinned ones is refused."""
     share_kv_memory(models, least_in_turn(models))
 
     with pytest.raises(ConfigError, match="can never be loaded"):
@@ -235,7 +235,7 @@ def test_model_of_unknown_appetite_takes_what_there_is() -> None:
 
 
 def test_models_that_do_not_fit_together_take_turns_with_their_weights_kept() -> None:
-    """All weights stay; each model in turn has all KV memory that the weights leave."""
+    """Where all weights fit, they stay, and each model in turn has all remaining KV memory."""
     models = [
         needs("a", 2 * GIB - OVERHEAD_BYTES, least=4 * GIB, keeps_weights=True),
         needs("b", 1 * GIB - OVERHEAD_BYTES, least=3 * GIB, keeps_weights=True),
@@ -247,7 +247,7 @@ def test_models_that_do_not_fit_together_take_turns_with_their_weights_kept() ->
 
 
 def test_models_whose_weights_do_not_fit_together_take_turns_alone() -> None:
-    """Each has all that its own weights leave; the others are unloaded in that time."""
+    """Where weights do not fit together, each model in turn has all that its weights leave."""
     models = [
         needs("a", 6 * GIB - OVERHEAD_BYTES, keeps_weights=True),
         needs("b", 4 * GIB - OVERHEAD_BYTES, keeps_weights=True),
@@ -259,7 +259,7 @@ def test_models_whose_weights_do_not_fit_together_take_turns_alone() -> None:
 
 
 def test_pinned_model_shares_with_everyone_in_turn() -> None:
-    """It keeps the smallest share that any of the turns gives it."""
+    """A pinned model keeps the smallest share that any of the turns gives it."""
     models = [
         needs("pinned", GIB - OVERHEAD_BYTES, pinned=True),
         needs("a", 6 * GIB - OVERHEAD_BYTES),
@@ -272,7 +272,7 @@ def test_pinned_model_shares_with_everyone_in_turn() -> None:
 
 
 def test_no_models_need_nothing() -> None:
-    """Without models there is nothing to share."""
+    """Without models nothing is shared, and nothing is needed."""
     assert {} == share_kv_memory([], GIB)
 
 
@@ -294,7 +294,7 @@ def test_too_little_is_refused_with_the_arithmetic() -> None:
 
 
 def test_too_little_beside_pinned_models_names_what_they_take() -> None:
-    """It names their weights, overheads and KV memory; unpinning a model is one remedy."""
+    """The message has pinned models' weights, overheads and KV memory; unpinning is a remedy."""
     models = [
         needs("pinned", 2 * GIB - OVERHEAD_BYTES, 1 * GIB, pinned=True),
         needs("llama", 4 * GIB - OVERHEAD_BYTES - READING_BYTES, 3 * GIB),
@@ -325,7 +325,7 @@ def test_a_model_without_kv_memory_that_does_not_fit_is_told_so() -> None:
 
 
 def test_pinned_models_that_do_not_fit_are_named_themselves() -> None:
-    """The error is not about the first model that cannot be loaded beside them."""
+    """The error names the pinned models, not the first model that fails beside them."""
     models = [needs("llama"), needs("pinned", 9 * GIB, pinned=True)]
 
     with pytest.raises(ConfigError, match=r"'pinned' can never be loaded: .* leaves 0\.00 GiB;"):
@@ -355,7 +355,7 @@ def test_pinned_models_that_do_not_fit_are_named_themselves() -> None:
     ],
 )
 def test_size_may_be_written_as_people_do(text: object, size: float) -> None:
-    """Bytes are whole numbers; fractions are not."""
+    """Numbers of bytes are whole numbers; fractions are not."""
     parsed = parse_size(text)
 
     assert (type(size), size) == (type(parsed), parsed)
@@ -370,13 +370,13 @@ def test_size_may_be_written_as_people_do(text: object, size: float) -> None:
     ],
 )
 def test_anything_else_is_refused_with_what_is_wanted(value: object) -> None:
-    """This holds for every other value."""
+    """Everything that is not a size is refused with a description of sizes."""
     with pytest.raises(ValueError, match="give bytes, a size such as 20GiB, or a fraction"):
         parse_size(value)
 
 
 def test_fraction_is_one_of_what_there_is() -> None:
-    """A number of bytes stays as it is."""
+    """A fraction is a fraction of all memory, and a number of bytes stays as it is."""
     assert (25, 7) == (resolve_size(0.25, 100), resolve_size(7, 100))
 
 
@@ -398,7 +398,7 @@ def test_configured_budget_is_for_the_engine_host_as_a_whole() -> None:
 
 
 def test_budget_beyond_what_is_free_is_refused() -> None:
-    """The error names what can be used: all memory that is free or held by the host."""
+    """It is refused with what can be used: free memory, and what the host itself holds."""
     assert 80 * GIB == resolve_budget(MemoryBudget(82 * GIB), MACHINE, 0, 0.9).device
 
     with pytest.raises(ConfigError, match=r"memory.device is 83.00 GiB, but of 100.00 GiB only 82"):
@@ -415,13 +415,13 @@ def test_budget_beyond_what_is_free_is_refused() -> None:
 def test_budget_that_leaves_nothing_for_models_is_refused(
     memory: MemoryBudget, device: DeviceMemory
 ) -> None:
-    """The error names what the host itself holds and what is free."""
+    """The error has what the host itself holds, and what is free."""
     with pytest.raises(ConfigError, match="no memory is left for models: the engine host itself"):
         resolve_budget(memory, device, 0, 0.9)
 
 
 def test_worker_processes_count_as_much_as_the_host_and_more() -> None:
-    """Each imports what the host imports, at the same cost, and runs models besides."""
+    """Each worker process costs what the host's imports cost, and runs models besides."""
     alone = needs("a", GIB)
     wide = replace(alone, processes=2, host_bytes=300 * MIB)
 
@@ -430,7 +430,7 @@ def test_worker_processes_count_as_much_as_the_host_and_more() -> None:
 
 
 def test_a_full_device_says_who_holds_it() -> None:
-    """The message names other processes, the engine host itself, and the reserve."""
+    """The message for a full device names other processes, the engine host and the reserve."""
     device = DeviceMemory(total=80 * GIB, free=0, held=GIB, reserve=2 * GIB)
 
     with pytest.raises(

@@ -26,7 +26,7 @@ def mode(path: Path) -> int:
 
 
 def test_it_is_a_folder_of_the_user_alone(tmp_path: Path) -> None:
-    """It is below vLLM's folder, made if needed; the second start finds it unchanged."""
+    """The folder is below vLLM's, private, made if needed; the second start finds it unchanged."""
     root = tmp_path / "cache" / "vllm"
     found = code_caches({"VLLM_CACHE_ROOT": str(root)})
 
@@ -36,14 +36,14 @@ def test_it_is_a_folder_of_the_user_alone(tmp_path: Path) -> None:
 
 
 def test_it_lies_where_caches_of_the_user_lie(tmp_path: Path) -> None:
-    """vLLM's own cache lies there, too."""
+    """The folder lies where vLLM's own cache of the user lies."""
     found = code_caches({"XDG_CACHE_HOME": str(tmp_path)})
 
     assert str(tmp_path / "vllm" / "vllm-hotswap" / "torchinductor") == found[INDUCTOR]
 
 
 def test_a_folder_that_others_may_read_is_closed(tmp_path: Path) -> None:
-    """Its contents belong to the user alone."""
+    """A folder that others may read is closed: its contents belong to the user alone."""
     folder = tmp_path / "vllm-hotswap" / "torchinductor"
     folder.mkdir(parents=True, mode=0o755)
     code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})
@@ -53,7 +53,7 @@ def test_a_folder_that_others_may_read_is_closed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [".", "vllm-hotswap", "vllm-hotswap/torchinductor"])
 def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path, part: str) -> None:
-    """The error is one line with the folder and the next step."""
+    """A folder that all users may write to is refused in one line with the next step."""
     (tmp_path / "vllm-hotswap" / "torchinductor").mkdir(parents=True)
     (tmp_path / part).chmod(0o777)
 
@@ -65,7 +65,7 @@ def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path, part: str)
 @as_root
 @pytest.mark.parametrize("part", [".", "vllm-hotswap", "vllm-hotswap/torchinductor"])
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None:
-    """Another user who creates it first has no influence on what the server runs."""
+    """Another user's folder is refused: it could decide what the server runs."""
     (tmp_path / "vllm-hotswap" / "torchinductor").mkdir(parents=True)
     os.chown(tmp_path / part, 65_534, -1)
 
@@ -128,7 +128,7 @@ def test_without_a_place_there_is_no_variable(
 def test_a_parent_that_everybody_may_write_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another user could replace the folder; volumes of containers are often so."""
+    """A parent that all users may write to is logged: the folder could be replaced."""
     root = tmp_path / "volume" / "vllm"
     root.mkdir(parents=True)
     root.parent.chmod(0o777)
@@ -149,7 +149,7 @@ def mask() -> Iterator[None]:
 def test_nobody_else_may_write_to_what_is_made_whatever_the_umask_is(
     tmp_path: Path, mask: None
 ) -> None:
-    """Otherwise a start would make folders that the next start refuses."""
+    """Folders are made without write permission for others, or the next start would refuse them."""
     root = tmp_path / "cache" / "vllm"
 
     found = code_caches({"VLLM_CACHE_ROOT": str(root)})
@@ -177,7 +177,7 @@ def test_without_a_home_there_is_no_variable(
 
 
 def test_a_look_makes_nothing(tmp_path: Path) -> None:
-    """It changes nothing either, and refuses the same folders."""
+    """A look at the caches makes and changes no folders, and refuses the same ones."""
     root = tmp_path / "vllm"
     look_at_caches({"VLLM_CACHE_ROOT": str(root)})
     assert [] == list(tmp_path.iterdir())
@@ -240,7 +240,7 @@ def volume() -> Iterator[Path]:
 
 @as_root
 def test_a_volume_of_all_that_cannot_be_changed_gets_a_folder_for_this_user(volume: Path) -> None:
-    """All caches go there, vLLM's own, too; the message says that others could rename it."""
+    """All caches go to a private folder there; the log says that all users could rename it."""
     for _ in range(2):
         told = as_somebody(volume)
         own = volume / "vllm-hotswap"
@@ -255,7 +255,7 @@ def test_a_volume_of_all_that_cannot_be_changed_gets_a_folder_for_this_user(volu
 @as_root
 @pytest.mark.parametrize("what", ["foreign", "link"])
 def test_what_somebody_else_has_put_there_is_not_used(volume: Path, what: str) -> None:
-    """It may be another user's folder, or a link to ours that can be redirected later."""
+    """Another user's folder there is not used, nor a link, which can be redirected later."""
     if what == "foreign":
         (volume / "vllm-hotswap").mkdir()
         os.chown(volume / "vllm-hotswap", 65_534, -1)
@@ -271,7 +271,7 @@ def test_what_somebody_else_has_put_there_is_not_used(volume: Path, what: str) -
 def test_what_is_mounted_read_only_is_written_by_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mode of such a folder does not matter."""
+    """A folder that is mounted read-only is accepted, whatever its mode."""
     given = tmp_path / "given"
     given.mkdir()
     given.chmod(0o777)

@@ -100,7 +100,7 @@ def test_who_was_aborted_meanwhile_does_not_come_back(scheduler: Scheduler) -> N
 
 
 def test_a_canary_that_never_comes_can_be_given_up(scheduler: Scheduler) -> None:
-    """The other requests are then stepped."""
+    """If a canary is given up, the other requests are stepped."""
     canaries = Canaries()
     canaries.expect(scheduler, True)
 
@@ -111,7 +111,7 @@ def test_a_canary_that_never_comes_can_be_given_up(scheduler: Scheduler) -> None
 
 
 def test_other_requests_are_no_canaries(scheduler: Scheduler) -> None:
-    """Their names do not matter."""
+    """Other requests do not count as canaries, whatever their names are."""
     canaries = Canaries()
     canaries.look_at(Request("cmpl-hotswap-canary"))
 

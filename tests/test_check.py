@@ -49,7 +49,7 @@ def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_errors_come_last_in_the_order_of_the_file() -> None:
-    """Each has one line; errors without a line number come last."""
+    """Errors follow the file's order, one line each; errors without a line number come last."""
     report = Report(
         [ModelReport("a", problems={"weights": ["x"], "settings": ["y"]})],
         list(ConfigMistakes([Mistake(9, "m:9: y"), Mistake(3, "m:3: x")]).mistakes),
@@ -68,7 +68,7 @@ def test_errors_come_last_in_the_order_of_the_file() -> None:
 
 
 def test_several_mistakes_stay_on_a_line_each() -> None:
-    """Each stays on one line, whatever it contains; any other error is one line as a whole."""
+    """A mistake stays on one line, whatever it contains; another error is one line as a whole."""
     mistakes = ConfigMistakes([Mistake(2, "b\nc"), Mistake(1, "a"), Mistake(1, "a")])
 
     assert "a\nb c" == one_line(mistakes)

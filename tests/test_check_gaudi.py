@@ -114,7 +114,7 @@ sys.exit(3)
 def test_a_server_that_fails_tells_no_names_and_no_folders(
     person: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its last error is in the file, but nothing that shows which user ran it, or where."""
+    """A failing server's last error is in the file, without names of users or folders."""
     folder = Path(person["temporary"])
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -142,7 +142,7 @@ def test_a_server_that_fails_tells_no_names_and_no_folders(
 def test_whatever_a_check_raises_or_returns_is_written_without_names(
     person: dict[str, str], tmp_path: Path
 ) -> None:
-    """This holds at every depth, and for keys, too."""
+    """No name is written, whatever a check raises or returns, at any depth, keys included."""
     told = " ".join(person.values())
     file = tmp_path / "out.jsonl"
     results = Results(file)
@@ -172,14 +172,14 @@ def test_addresses_of_this_machine_are_left_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_words_that_only_begin_like_a_name_stay() -> None:
-    """So do names that are common to many machines."""
+    """Words that only begin like a name stay, and so do names that are common to many machines."""
     blank = Blank({"LOGNAME": "ann", "USER": "root"})
     assert "cannot <user> root's" == blank.text("cannot ann root's")
 
 
 @pytest.mark.parametrize("name", ["gaudi", "vllm", "habana", "Check"])
 def test_words_of_what_is_checked_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This holds if a user has such a name; the user's folder is omitted nevertheless."""
+    """Words of the check stay even if they are a user's name; the user's folder is left out."""
     monkeypatch.setattr(socket, "gethostname", lambda: f"{name}.example.org")
     told = f"vllm_{name}.platform check-{name} {name}"
 
@@ -218,7 +218,7 @@ def test_names_are_left_out_however_they_are_written(
 
 @pytest.mark.parametrize("value", ["pä'ß\\word", "a\"b\\c'd", "tür mit schloß"])
 def test_letters_that_are_escaped_are_part_of_a_secret(value: str) -> None:
-    """They are part of a folder, too."""
+    """Escaped letters are part of a secret, and of a folder."""
     blank = Blank({"A_TOKEN": value, "HF_HOME": f"/data/{value}/hf"})
     for written in (
         value,
@@ -254,7 +254,7 @@ def test_a_secret_is_known_without_what_is_around_it(variable: str, value: str) 
 
 
 def test_the_folder_that_one_is_in_is_no_secret() -> None:
-    """This holds although `PWD` stands for a password elsewhere."""
+    """The current folder is not a secret, although `PWD` stands for a password elsewhere."""
     assert "/srv/work/x" == Blank({"PWD": "/srv/work"}).text("/srv/work/x")
 
 
@@ -291,7 +291,7 @@ def test_homes_of_others_are_left_out_whatever_their_name(home: str) -> None:
 
 
 def test_this_machines_domain_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This holds if the machine knows only its first name. A file's suffix stays."""
+    """A domain is omitted even if the machine knows only its first name. File suffixes stay."""
     monkeypatch.setattr(socket, "gethostname", lambda: "Gaudi-Lab")
     monkeypatch.setattr(socket, "getfqdn", lambda: "gaudi-lab.acme.example")
 
@@ -320,7 +320,7 @@ def test_the_longest_name_is_taken_first() -> None:
 
 
 def test_of_variables_only_numbers_and_switches_are_told() -> None:
-    """Values of key variables are never shown."""
+    """Only numbers and switches of variables are shown, and none of keys."""
     told = facts.variables(
         {
             "PT_HPU_LAZY_MODE": "0",
@@ -342,7 +342,7 @@ def test_of_variables_only_numbers_and_switches_are_told() -> None:
 
 
 def test_the_facts_say_which_code_was_checked() -> None:
-    """They give the commit, and whether Python finds the package of this clone."""
+    """The facts have the commit, and whether Python finds the package of this clone."""
     told = facts.facts()
 
     try:
@@ -386,7 +386,7 @@ def test_the_commit_of_a_clone_of_another_user_is_told(
 def test_the_commit_is_told_where_there_is_no_git(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is found on a branch, a packed branch, and none; changed files are then unknown."""
+    """The commit is found on a branch, a packed one or none; changed files are unknown."""
     commit = made_clone(tmp_path)
     found = []
     for words in (["status", "-s"], ["pack-refs", "--all"], ["checkout", "-q", "--detach"]):
@@ -404,7 +404,7 @@ def test_the_commit_is_told_where_there_is_no_git(
 def test_a_package_that_is_not_the_clones_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This happens after `pip install .` and a later `git pull`."""
+    """A package from elsewhere is wrong, as after `pip install .` and a later `git pull`."""
     monkeypatch.setattr(facts, "OWN", "another_hotswap")
     (tmp_path / facts.OWN).mkdir()
     (tmp_path / facts.OWN / "__init__.py").write_text("")
@@ -496,7 +496,7 @@ def test_the_check_itself_imports_nothing_that_may_take_the_device() -> None:
 def test_a_python_without_the_plugin_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gets one line with the next step, and no file is written."""
+    """A Python without the plugin gets one line with the next step, and writes no file."""
 
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
@@ -533,7 +533,7 @@ def test_results_of_an_earlier_run_are_kept(
 def test_a_disk_that_is_full_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error is one line. Nothing more is checked, because no result could be stored."""
+    """A full disk is reported in one line, and ends the check: no result could be stored."""
     monkeypatch.setattr(program, "check_packages", lambda: None)
     monkeypatch.setattr(program, "opened", lambda _: Results(Path("/dev/full")))
     monkeypatch.setattr(facts, "facts", dict)
@@ -551,7 +551,7 @@ def test_a_disk_that_is_full_is_told(
 def test_a_file_is_emptied_only_when_it_can_be_written_without_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It may have the results of an earlier run."""
+    """A file with earlier results is emptied only once names can be left out."""
 
     class Fails(Exception):
         pass
@@ -568,7 +568,7 @@ def test_a_file_is_emptied_only_when_it_can_be_written_without_names(
 
 
 def test_a_folder_that_is_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
-    """Variables may name such a folder."""
+    """A folder that is a loop of links, as variables may have, is left out."""
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     assert "no file <folder>/x" == Blank({"HF_HOME": str(loop)}).text(f"no file {loop}/x")
@@ -620,7 +620,7 @@ def test_a_driver_that_tells_no_text_costs_nothing_else(
 
 
 def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """They could not show growth."""
+    """Too few cycles are refused, because they could not show growth."""
     with pytest.raises(SystemExit):
         program.main(["out.jsonl", "--cycles", "5"])
     assert "--cycles is at least 6" in capsys.readouterr().err
@@ -629,7 +629,7 @@ def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_interrupted_check_says_what_there_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Results so far are in the file."""
+    """An interrupted check has the results so far in its file."""
 
     def interrupted(_: Results) -> None:
         raise KeyboardInterrupt
@@ -649,7 +649,7 @@ def test_an_interrupted_check_says_what_there_is(
 
 
 def test_the_servers_variables_let_it_be_asked_and_read(tmp_path: Path) -> None:
-    """Its user's keys and quantisation are left out; the check's plugin is found and allowed."""
+    """The server's user's keys and quantisation are left out; the check's plugin is allowed."""
     told = surroundings(
         {
             "VLLM_API_KEY": "k",
@@ -692,7 +692,7 @@ sys.exit(3)
 def test_nothing_that_a_server_compiles_is_left_or_found_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is in the server's own folder, wherever the user keeps such files."""
+    """Compiled code is in the server's own folder, wherever the user keeps such files."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "own.py").touch()
@@ -977,7 +977,7 @@ def test_of_a_long_log_the_end_is_read(tmp_path: Path, content: bytes, told: str
 
 
 def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) -> None:
-    """Searching it for names would take long."""
+    """A line of any length is left out: searching it for names would take long."""
     code = "raise SystemExit('x' * 1_000_000)"
     path = tmp_path / "out.jsonl"
     Results(path).check("x", lambda: {"out": output_of([sys.executable, "-c", code], 60)})
@@ -987,7 +987,7 @@ def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) 
 def test_a_long_line_of_a_log_is_cut_and_does_nothing_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is cut after names are taken out. It could clear the terminal, or look like our output."""
+    """A long line is cut after names are taken out, and cannot clear or imitate the terminal."""
     control = b"vllm-hotswap: error: \x1b]0;title\x07 \x1b[2J \x9b31m\x7f\x08 " + b"y" * 5000
     server = with_log(tmp_path / "server.log", control + b" " + SECRET.encode())
 
@@ -1028,7 +1028,7 @@ def refusal_of(code: str, folder: Path) -> dict[str, Any]:
 
 
 def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path) -> None:
-    """The message must be our own error. The check's variable is passed on, not the user's."""
+    """A refusal must have our own error. The check's variable is passed on, not the user's."""
     refused = refusal_of(REFUSES, tmp_path)
 
     assert [] == refused["wrong"]
@@ -1041,7 +1041,7 @@ def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path
     ids=["a library's error", "a crash that names it", "another status", "another error of ours"],
 )
 def test_a_start_that_fails_otherwise_is_no_refusal(code: str, status: int, tmp_path: Path) -> None:
-    """Even if its log names the variable."""
+    """A start with another error is not a refusal, even if its log has the variable."""
     (fault,) = refusal_of(code, tmp_path)["wrong"]
     assert fault.startswith("it is not refused for what QUANT_CONFIG names: the server does not ")
     assert f"ended with status {status}; " in fault
@@ -1050,7 +1050,7 @@ def test_a_start_that_fails_otherwise_is_no_refusal(code: str, status: int, tmp_
 def test_a_start_that_is_not_refused_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This holds if it serves, and if it hangs with the variable in its log."""
+    """A start that serves, or hangs with the variable in its log, is not taken for a refusal."""
     assert ["a server is started, though QUANT_CONFIG names no file"] == program.refusal(
         FakeServer()  # type: ignore[arg-type]  # has all that is asked
     )["wrong"]
@@ -1079,7 +1079,7 @@ class FakeHpu:
 def test_the_engine_host_tells_what_it_has_of_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It answers each query; a figure that torch lacks is null. Our own process does not answer."""
+    """The engine host answers each query, with null for missing figures; this process does not."""
     path = tmp_path / "socket"
     monkeypatch.setenv(check_gaudi_memory.VARIABLE, str(path))
     check_gaudi_memory.register()
@@ -1104,7 +1104,7 @@ def test_the_engine_host_tells_what_it_has_of_the_device(
 def test_a_socket_that_cannot_be_made_does_not_end_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its path may be too long. The host starts without the check, and the log gives the reason."""
+    """If the socket's path is too long, the host starts without the check, and logs it."""
     main = type("Main", (), {"__spec__": type("Spec", (), {"name": check_gaudi_memory.HOST})})
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(check_gaudi_memory, "_listening", [])
@@ -1119,7 +1119,7 @@ def test_a_socket_that_cannot_be_made_does_not_end_the_host(
 def test_a_long_temporary_folder_is_not_the_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This holds for the check's server, and for the one that must be refused."""
+    """Neither the check's server nor the refused one has its socket in a long folder."""
     long = tmp_path / ("a" * 108)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
@@ -1169,7 +1169,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever(
 
 
 def test_without_what_the_host_tells_no_cycle_is_begun(tmp_path: Path) -> None:
-    """Nothing could be judged. The start is reported as wrong."""
+    """Without the host's answers no cycle starts; the start is reported as wrong."""
     results = Results(tmp_path / "out.jsonl")
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", READY))
 
@@ -1198,7 +1198,7 @@ def test_the_expected_answers_are_those_of_the_models_that_are_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", PAIR)
 def test_the_expected_answers_are_those_that_transformers_gives(model: str) -> None:
-    """This holds on every CPU."""
+    """The expected answers equal those of transformers, on every CPU."""
     torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     try:
@@ -1242,7 +1242,7 @@ def answer_without_first_block(model: str, prompt: str) -> Answer:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", PAIR)
 def test_a_block_of_kv_memory_that_is_lost_would_be_seen(model: str) -> None:
-    """The prompt that takes two blocks, and is repeated after each cycle, shows it."""
+    """The prompt that takes two blocks, repeated after each cycle, shows a lost block."""
     prompt = 1
     assert PROMPTS[prompt] in PROMPTS[program.AGAIN]
     torch = pytest.importorskip("torch")
@@ -1256,7 +1256,7 @@ def test_a_block_of_kv_memory_that_is_lost_would_be_seen(model: str) -> None:
 
 
 def test_a_model_that_answers_as_another_one_is_seen() -> None:
-    """The first token shows it."""
+    """A model that answers as another one is recognised at the first token."""
     llama, qwen = load()["llama"][0], load()["qwen"][0]
     (fault,) = compare(llama, qwen, EXPECTED_TOLERANCE).wrong
     assert fault.startswith("step 0: token ")
@@ -1281,7 +1281,7 @@ def test_rounding_is_let_pass_and_nothing_more() -> None:
 
 
 def test_a_likely_token_that_is_missing_is_seen() -> None:
-    """It cannot be likelier than those that are there; an unlikely one may have been overtaken."""
+    """A missing token cannot be likelier than those there; an unlikely one may be overtaken."""
     missing = answer(((1, -0.1), (3, -5.0), (4, -5.1)))
     passed = answer(((1, -0.1), (2, -4.0), (4, -4.9)))
 
@@ -1295,7 +1295,7 @@ def test_a_likely_token_that_is_missing_is_seen() -> None:
 @pytest.mark.parametrize("places", [slice(0, 5), slice(4, 5), slice(0, 1)])
 @pytest.mark.parametrize("step", [0, 11])
 def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int) -> None:
-    """This holds for all tokens of a step, or one, even with the expected tokens chosen."""
+    """NaN is found in all tokens of a step, or in one, even with the expected tokens chosen."""
     right = load()["llama"][0]
     told = completion(right, right.tokens)
     ranks = told["logprobs"]["top_logprobs"][step]
@@ -1308,7 +1308,7 @@ def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int
 
 
 def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
-    """JSON has no such value as NaN."""
+    """The file is JSON, which has no NaN, whatever is measured."""
 
     def refused(word: str) -> None:
         raise AssertionError(word)
@@ -1320,7 +1320,7 @@ def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
 
 
 def test_of_tokens_that_are_tied_either_may_be_said() -> None:
-    """The rest is not compared then: it continues from another token."""
+    """Either of two tied tokens may be chosen; the rest is not compared, as it differs."""
     tied = answer(((1, -0.7), (2, -0.8), (3, -4.0)), SURE)
     other = answer(((2, -0.7), (1, -0.8), (3, -4.0)), ((9, 0.0), (8, -9.0), (7, -9.0)))
 
@@ -1340,7 +1340,7 @@ def test_an_answer_that_ends_early_is_seen() -> None:
 
 
 def test_an_answer_that_ends_early_after_a_tie_is_seen() -> None:
-    """It must have the same length, whatever its tokens are."""
+    """An answer after a tie must have the same length, whatever its tokens are."""
     tied = answer(((1, -0.7), (2, -0.8)), SURE, SURE)
     assert ["1 tokens were said, not 3"] == compare(tied, answer(((2, -0.7), (1, -0.8))), 0.5).wrong
 
@@ -1383,14 +1383,14 @@ def test_a_token_that_is_said_and_is_not_among_the_likeliest_is_seen(
 
 
 def test_a_token_that_is_said_and_has_no_probability_is_seen() -> None:
-    """Another token must not be mistaken for it."""
+    """A chosen token without a probability is found, and not mistaken for another one."""
     choice = {"token_ids": [7], "logprobs": {"top_logprobs": [{"token_id:1": -0.1}]}}
     with pytest.raises(ValueError, match="token 7 was said, and no probability of it is told"):
         from_completion(choice)
 
 
 def test_a_token_that_the_device_itself_finds_unlikely_is_seen() -> None:
-    """This is checked where the expected tokens are too close to each other to decide."""
+    """The device's own probabilities decide where the expected tokens are too close."""
     tied = answer(((1, -0.7), (2, -0.8)))
     assert ["step 0: token 9 was chosen, which has -25.000, and token 1 has -0.700"] == compare(
         tied, answer(((9, -25.0), (1, -0.7), (2, -0.8))), 0.5
@@ -1426,7 +1426,7 @@ def test_a_cycle_that_is_well_is_called_so(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["asleep", "cold"])
 def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
-    """This holds whatever the server says."""
+    """A model that releases nothing is found, whatever the server reports."""
     faults = cycle_faults(replace(WELL[way], away=seen(2 * HELD, 0, 2 * MIB * (way == "asleep"))))
     assert [
         "0.0 MiB of the device were given back, and the model's KV memory alone is 64.0 MiB",
@@ -1440,7 +1440,7 @@ def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["asleep", "cold"])
 def test_a_model_that_keeps_its_weights_is_seen(way: str) -> None:
-    """This holds if all its KV memory is released, and the device's own figure is rounded."""
+    """Kept weights are found although KV memory is released, and the device's figure rounded."""
     away = seen(HELD + WEIGHTS, 0, WEIGHTS * (way == "asleep"))
     assert [
         (
@@ -1454,7 +1454,7 @@ def test_a_model_that_keeps_its_weights_is_seen(way: str) -> None:
 def test_weights_are_judged_where_torch_follows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follows: bool, judges: bool
 ) -> None:
-    """Otherwise the device's own check says that weights are not judged."""
+    """Weights are judged where torch follows them; elsewhere the check says that they are not."""
     said: list[bool] = []
     monkeypatch.setattr(program, "check_packages", lambda: None)
     during = 257 if follows else 1
@@ -1474,7 +1474,7 @@ def test_weights_are_judged_where_torch_follows_them(
 
 @pytest.mark.parametrize("way", ["asleep", "cold"])
 def test_what_is_rounded_besides_is_let_pass(way: str) -> None:
-    """This means less than half of the weights; without torch's figure, nothing is judged by it."""
+    """Less than half of the weights is tolerated; without torch's figure, nothing is judged."""
     cycle = WELL[way]
     some = replace(cycle.away.device, memory_allocated=HELD + WEIGHTS // 2)
     none = replace(cycle.away.device, memory_allocated=None)
@@ -1484,7 +1484,7 @@ def test_what_is_rounded_besides_is_let_pass(way: str) -> None:
 
 @pytest.mark.parametrize("model", PAIR)
 def test_a_models_weights_are_what_its_checkpoint_has(model: str) -> None:
-    """The file's header does not count."""
+    """A model's weights are those in its checkpoint, without the file's header."""
     content = (expected.MODELS / model / "model.safetensors").read_bytes()
     head = 8 + int.from_bytes(content[:8], "little")
     assert 0 < weights_bytes(model) - (len(content) - head) < 0.02 * len(content)
@@ -1509,7 +1509,7 @@ def test_the_servers_own_word_is_not_all_that_is_judged_by(way: Way) -> None:
 
 @pytest.mark.parametrize(("host", "is_seen"), [(1, True), (MIB, True), (WEIGHTS, False)])
 def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) -> None:
-    """All of them are."""
+    """All weights of a sleeping model are in host memory."""
     cycle = replace(WELL["asleep"], away=seen(HELD, 0, host))
     fault = (
         f"the server says that {host / MIB:.1f} MiB are in host memory, and the model's weights "
@@ -1519,7 +1519,7 @@ def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) 
 
 
 def test_a_server_that_counts_wrongly_is_seen() -> None:
-    """It may report that nothing was released, or that something is left."""
+    """A server that reports that nothing was released, or that something is left, is found."""
     asleep, cold = WELL["asleep"], WELL["cold"]
     assert [
         "the server says that 0.0 MiB were given back; it was 66.0 MiB",
@@ -1542,7 +1542,7 @@ def test_a_server_that_counts_wrongly_is_seen() -> None:
 def test_a_server_that_tells_too_much_or_too_little_is_seen(
     way: str, off: int, is_seen: bool
 ) -> None:
-    """The report is off by more than an allocator may round."""
+    """A report that is off by more than an allocator may round is found."""
     told = HELD + off * MIB
     cycle = WELL[way]
     awake = replace(AWAKE, told_device_bytes=told)
@@ -1598,7 +1598,7 @@ class Recorded(Server):
     ],
 )
 def test_a_model_that_is_back_is_asked_before_it_is_looked_at(way: Way, goes: list[str]) -> None:
-    """Its state then matches the one before: the first answers take memory, too."""
+    """A model that is back answers before it is measured: the first answers take memory, too."""
     server = Recorded()
 
     server.cycle("llama", way, PROMPTS)
@@ -1620,7 +1620,7 @@ def cycles(afters: list[Seen]) -> list[Cycle]:
 
 
 def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
-    """It counts for the device, the processes' memory and their resources, for each model."""
+    """Growth of the device, of processes' memory and of their resources counts by model."""
     first = [seen(2 * HELD - 50 * MIB, memory_bytes=100 * MIB)] * 2
     steady = [*first, *([AWAKE] * 18)]
     leak = [seen(2 * HELD + n * MIB, descriptors=90 + n // 4) for n in range(20)]
@@ -1716,7 +1716,7 @@ def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
 
 
 def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
-    """They are the server's own, here a waiting Python, and those of a child of it."""
+    """They are the resources of the server itself, here a waiting Python, and of its child."""
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', WAIT])".replace(
         "WAIT", repr(WAIT)
     )
@@ -1804,7 +1804,7 @@ NO_LEVEL_2 = (
 def test_only_our_own_refusal_of_level_2_is_one(
     tmp_path: Path, status: int, body: str, after: str, fault: str
 ) -> None:
-    """Another error does not count, nor does a refusal after which the model sleeps."""
+    """Only our refusal of level 2 counts, and only if the model does not sleep after it."""
 
     class Other(FakeServer):
         now = "parked"
@@ -1852,7 +1852,7 @@ def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
 def test_the_rehearsal_asks_for_all_that_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has their names, in their order."""
+    """The rehearsal expects every check by its name, in its order."""
 
     class Whole(FakeServer):
         def stop(self) -> dict[str, Any]:
@@ -1936,7 +1936,7 @@ def test_names_that_are_words_of_the_results_change_nothing(
 
 
 def test_all_keys_of_the_results_are_kept_as_they_are(usual: list[dict[str, Any]]) -> None:
-    """This holds if a user has such a name. Only names of variables may identify a user."""
+    """Keys stay even if a user has their name. Only names of variables may identify a user."""
     for line in usual:
         line.pop("variables", None)
     keys = keys_of(usual)
@@ -1976,7 +1976,7 @@ def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_
 
 
 def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
-    """The missing cycles are reported."""
+    """A dead server gets no more requests; the missing cycles are reported."""
 
     class Dies(FakeServer):
         def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
@@ -1994,7 +1994,7 @@ def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
 
 
 def test_a_small_leak_is_found_by_what_it_comes_to(tmp_path: Path) -> None:
-    """It leaks a MiB at each load."""
+    """A leak of a MiB at each load is found by its sum."""
     assert ["eager: cold: growth"] == ran(FakeServer(leaks=MIB), tmp_path / "out.jsonl")
 
 
@@ -2006,7 +2006,7 @@ def test_a_device_that_computes_nonsense_is_not_well(tmp_path: Path) -> None:
 
 
 def test_a_sleep_that_gives_nothing_back_is_not_well(tmp_path: Path) -> None:
-    """Each such sleep fails; parked models pass."""
+    """Each sleep that releases nothing fails; parked models pass."""
     wrong = ran(FakeServer(gives=0), tmp_path / "out.jsonl")
     assert 40 == len(wrong)
     assert not [name for name in wrong if "parked" in name]

@@ -60,7 +60,7 @@ def refusal(environment: dict[str, str], cuda: FakeCuda | None = None) -> str:
 
 
 def test_a_device_that_cannot_be_used_is_told_of_in_one_line() -> None:
-    """The line has the next step."""
+    """A device that cannot be used is reported in one line with the next step."""
     assert "--gpus all" in refusal({}, FakeCuda(devices=0))
     assert "MIG is on without an instance" in refusal({}, FakeCuda(init_code=100))
     assert "cannot map memory" in refusal({}, FakeCuda(can_map=False))
@@ -72,7 +72,7 @@ def test_a_device_that_cannot_be_used_is_told_of_in_one_line() -> None:
 def test_the_command_ends_with_two_where_there_is_no_driver(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """And writes nothing."""
+    """Without a driver the command exits with 2, and writes nothing."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
 
     assert 2 == runner.main(["--out", str(tmp_path / "out")])
@@ -84,7 +84,7 @@ def test_the_command_ends_with_two_where_there_is_no_driver(
 
 
 def test_a_device_that_another_process_has_filled_is_refused() -> None:
-    """The error says what is free, and what is needed."""
+    """A device that another process has filled is refused with what is free and what is needed."""
     check_free(NEEDED_BYTES)
     with pytest.raises(Unusable, match=r"only 1\.5 GiB of the GPU's memory are free, and the tiny"):
         check_free(3 * GIB // 2)
@@ -124,7 +124,7 @@ def test_a_python_without_a_build_for_cuda_is_refused() -> None:
 
 
 def test_host_memory_that_cannot_be_pinned_is_wrong(tmp_path: Path) -> None:
-    """The message has the remedy; nothing is left of the attempt."""
+    """Host memory that cannot be pinned is wrong; the remedy is given, and nothing is left."""
     cuda, results = FakeCuda(), Results(tmp_path / "results")
     driver = Driver(0, cuda)
     pinning(Say("facts", results), driver, 1 << 20)
@@ -177,7 +177,7 @@ def test_the_device_is_described_without_a_context() -> None:
 def test_a_python_without_what_is_needed_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error is one line, too, and not a traceback."""
+    """A Python without what is needed gets one line, not a traceback."""
     monkeypatch.delitem(sys.modules, "tools.gpu.runner")
     monkeypatch.delattr("tools.gpu.runner")
     monkeypatch.setitem(sys.modules, "psutil", None)
@@ -211,7 +211,7 @@ def test_a_phase_gets_the_time_that_is_left(left_s: float | None, limit: float |
 
 
 def test_all_phases_usually_fit_into_nine_minutes() -> None:
-    """Some machines are lent for that time."""
+    """All phases usually fit into nine minutes, for which some machines are lent."""
     assert sum(phase.usual_s for phase in PHASES) + END_S <= 540
 
 
@@ -255,7 +255,7 @@ sys.exit(phase.main(sys.argv[1:]))
 def test_a_phase_that_fails_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Nor does a process that dies; results so far are kept, and the exit status shows it."""
+    """A phase that fails or dies stops no other; its results stay, the exit status shows it."""
     programs = {
         "raises": "say.fact('a', 'before', 1); raise RuntimeError('of this test')",
         "dies": "say.fact('b', 'before', 2); os._exit(9)",
@@ -290,7 +290,7 @@ def test_a_phase_that_is_not_done_in_time_is_ended_and_its_programs_with_it(
     key: str,
     state: str,
 ) -> None:
-    """It is interrupted first, to stop its servers. The end of the budget is not a failure."""
+    """A late phase is interrupted, so that it can stop its servers. This is not a failure."""
     programs = {
         "hangs": "say.fact('a', 'before', os.getpid())\n"
         "    try:\n        time.sleep(600)\n"
@@ -327,7 +327,7 @@ def test_a_budget_that_is_too_short_for_anything_is_refused(
 def test_only_models_that_were_made_are_deleted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Everything else in the folder of --models stays."""
+    """Only models that were made are deleted from the folder of --models."""
     mine = tmp_path / "mine" / "big" / "config.json"
     mine.parent.mkdir(parents=True)
     mine.write_text("{}")
@@ -350,7 +350,7 @@ def test_a_run_without_mistakes_ends_with_zero(
 def test_figures_of_a_rehearsal_do_not_get_into_the_docs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is refused before anything is run."""
+    """Figures of a rehearsal for the docs are refused before anything is run."""
     with pytest.raises(SystemExit):
         runner.main(["--rehearsal", "--docs", "h200"])
 
@@ -358,7 +358,7 @@ def test_figures_of_a_rehearsal_do_not_get_into_the_docs(
 
 
 def test_a_task_is_handed_over_whole(tmp_path: Path) -> None:
-    """The process of its phase gets every field."""
+    """The process of a phase gets its task with every field."""
     task = Task(tmp_path / "out", tmp_path / "models", True, 12.5)
 
     assert task == Task.read(task.write())
@@ -368,7 +368,7 @@ def test_a_task_is_handed_over_whole(tmp_path: Path) -> None:
 
 
 def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
-    """Such a line is left by a machine that is taken away."""
+    """A truncated line, as left by a machine that is taken away, costs no other."""
     results = Results(tmp_path / "results")
     assert [] == results.rows()
     Say("link", results).fact("to_device", "to device", [1.0, 3.0, 2.0], "GB/s")
@@ -382,7 +382,7 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_what_only_kernels_can_tell_is_not_checked_in_a_rehearsal(tmp_path: Path) -> None:
-    """Everything else is checked."""
+    """In a rehearsal everything is checked except what only kernels can show."""
     results = Results(tmp_path / "results")
     say = Say("kernels", results, is_rehearsal=True)
     say.check("a", "numbers", False, by_kernels=True)
@@ -427,7 +427,7 @@ def state(name: str, **changes: Any) -> str:
 
 
 def test_a_wake_may_take_the_time_of_its_bytes_on_the_measured_link() -> None:
-    """The limit is 1.15 times that, plus 0.3 s."""
+    """A wake may take 1.15 times the time of its bytes on the measured link, plus 0.3 s."""
     assert wake_limit_s(55e9, 55.0) == pytest.approx(1.45)
     assert None is wake_limit_s(55e9, None) is wake_limit_s(None, 55.0)
     assert "met" == state("switch to a sleeping big")
@@ -449,7 +449,7 @@ def test_a_wake_may_take_the_time_of_its_bytes_on_the_measured_link() -> None:
     ],
 )
 def test_each_goal_can_be_missed(name: str, changes: dict[str, Any]) -> None:
-    """Each is met by the figures above, and not measured without any."""
+    """Each goal is met by the figures above, can be missed, and needs figures to be measured."""
     assert "met" == state(name)
     assert "MISSED" == state(name, **changes)
     assert {"not measured"} == {goal.state for goal in goals([])}
@@ -474,7 +474,7 @@ def a_report(*found: Row, is_rehearsal: bool = False) -> Report:
 
 
 def test_goals_are_shown_as_met_or_missed() -> None:
-    """They are on the terminal, in the page, and as values in the file."""
+    """Goals are on the terminal, in the page, and as values in the file."""
     found = a_report(*rows(**MEASURED | {"large__parked": [9.0]}))
 
     for text in (terminal(found), markdown(found, "Check of h200")):
@@ -501,7 +501,7 @@ def test_the_page_has_every_result_and_no_row_that_is_torn() -> None:
 
 
 def test_a_rehearsal_judges_no_goal_and_says_so() -> None:
-    """This holds for every form of the report."""
+    """A rehearsal judges no goal, and every form of the report says so."""
     found = a_report(*rows(**MEASURED), is_rehearsal=True)
 
     assert [] == found.goals == document(found)["goals"]
@@ -515,7 +515,7 @@ def test_a_rehearsal_judges_no_goal_and_says_so() -> None:
 
 
 def test_a_goal_without_a_figure_is_not_measured() -> None:
-    """It is neither met nor missed."""
+    """A goal without a figure is neither met nor missed."""
     assert None is Goal("x", None, 1.0, "s").is_met is Goal("x", 1.0, None, "s").is_met
 
 
@@ -527,7 +527,7 @@ def test_a_goal_without_a_figure_is_not_measured() -> None:
     [(140 * GIB, 120 * GIB, 4 * GIB), (8 * GIB, 120 * GIB, 2 * GIB), (GIB // 4, GIB, LEAST_BLOCK)],
 )
 def test_what_is_copied_fits_the_machine(device_free: int, host_free: int, nbytes: int) -> None:
-    """It is a quarter of what is free, 4 GiB at most."""
+    """A quarter of what is free is copied, 4 GiB at most."""
     assert nbytes == block(device_free, host_free)
 
 
@@ -552,7 +552,7 @@ def test_models_are_as_large_as_the_device_allows(
 
 @pytest.mark.parametrize(("what", "gib"), [("device", 18), ("host", 30), ("disk", 12)])
 def test_models_fit_what_there_is_least_of(what: str, gib: int) -> None:
-    """This is the device, host memory or disk; where nothing fits, there is no model."""
+    """Models fit the scarcest of device, host memory and disk; where none fits, there is none."""
     room = Room(139 * GIB, 140 * GIB, 128 * GIB, 64 * GIB)
     found = choose(replace(room, **{what: gib * GIB}))
 
@@ -603,7 +603,7 @@ def test_a_checkpoint_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_tokens_that_are_missing_are_different() -> None:
-    """So are additional tokens."""
+    """Missing tokens count as different, and so do additional ones."""
     assert 0 == different([1, 2, 3], [1, 2, 3])
     assert 1 == different([1, 2, 4], [1, 2, 3])
     assert 2 == different([1], [1, 2, 3])
@@ -619,7 +619,7 @@ def test_another_process_takes_all_but_what_it_is_told_to_leave() -> None:
 
 
 def test_what_a_log_must_not_say_is_wrong(tmp_path: Path) -> None:
-    """Each model must have captured graphs, too."""
+    """Forbidden words in a log are wrong, and so is a model without captured graphs."""
     log, results = tmp_path / "server.log", Results(tmp_path / "results")
     log.write_text("Graph capturing finished in 1 secs\n" * 2)
     log_checks(Say("tiny", results), log, 2)
@@ -688,7 +688,7 @@ def a_story(client: Any, folder: Path, ends_in_s: float = 600.0) -> tuple[servin
 
 
 async def test_a_story_goes_through_every_residency(client: FakeClient, tmp_path: Path) -> None:
-    """Each model is switched to from each, in turn; the first sleep is reported separately."""
+    """Each model enters and leaves every residency; the first sleep is reported separately."""
     story, results = a_story(client, tmp_path)
     await story.expect()
     await story.parked(4)
@@ -720,7 +720,7 @@ async def test_answers_that_a_sleep_changes_are_counted(client: FakeClient, tmp_
 
 
 async def test_memory_that_grows_is_wrong(client: FakeClient, tmp_path: Path) -> None:
-    """A MiB more at each wake is enough."""
+    """A growth of a MiB at each wake is wrong."""
     client.grows = 1
     story, results = a_story(client, tmp_path)
     await story.expect()
@@ -733,7 +733,7 @@ async def test_memory_that_grows_is_wrong(client: FakeClient, tmp_path: Path) ->
 async def test_a_story_that_runs_out_of_time_says_what_is_missing(
     client: FakeClient, tmp_path: Path
 ) -> None:
-    """It then does nothing more."""
+    """A story without time left says what is missing, and does nothing more."""
     story, results = a_story(client, tmp_path, ends_in_s=1.0)
     await story.expect()
     before = len(client.calls)
@@ -750,7 +750,7 @@ async def test_a_story_that_runs_out_of_time_says_what_is_missing(
 def test_a_round_is_begun_only_if_there_is_time_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It needs 1.5 times the longest round so far, and the time for the end."""
+    """A round needs 1.5 times the longest round so far, and the time for the end."""
     now_s = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     rounds = Rounds(Task(tmp_path, tmp_path, False, 100.0))
@@ -766,7 +766,7 @@ def test_a_round_is_begun_only_if_there_is_time_for_it(
 
 
 async def test_what_was_measured_before_an_end_is_told(client: FakeClient, tmp_path: Path) -> None:
-    """This holds for an interrupt, and for a server that has died."""
+    """Measurements survive an interrupt, and the death of a server."""
     story, results = a_story(client, tmp_path)
     await story.expect()
 
@@ -786,7 +786,7 @@ async def test_what_was_measured_before_an_end_is_told(client: FakeClient, tmp_p
 
 
 def test_what_is_free_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They get smaller if the driver does not hand out all that it counts as free."""
+    """Free memory is taken in pieces, smaller ones if the driver gives out less than it counts."""
 
     class Stingy(FakeCuda):
         def _cuMemCreate(self, *args: Any) -> Any:
@@ -810,7 +810,7 @@ def test_what_is_free_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_both_sleep_modes_take_turns_on_equal_terms(
     client: FakeClient, tmp_path: Path
 ) -> None:
-    """Each is driven by its own routes, and timed from the wake to the first token."""
+    """Each sleep mode uses its own routes, and is timed from the wake to the first token."""
     results = Results(tmp_path / "results")
     ours, theirs = Side(client, is_ours=True), Side(client, is_ours=False)  # type: ignore[arg-type]
     await ours.begin()
@@ -870,7 +870,7 @@ def packed(tmp_path: Path, *options: str) -> Path:
 def test_what_was_packed_runs_elsewhere(
     tmp_path: Path, wheels: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It needs only its folder and a Python; the exit status is that of the command."""
+    """A packed check needs only its folder and a Python, and exits with its command's status."""
     parts = packed(tmp_path, "--wheels", str(wheels), "--without", "nvidia-*,torch")
     to = tmp_path / "there"
     command = [sys.executable, str(parts / "unpack.py"), "--to", str(to), "--run", "--"]
@@ -904,7 +904,7 @@ FIND_IT = "import packed_here, vllm_hotswap; print(packed_here.VALUE, vllm_hotsw
 def test_parts_that_are_missing_or_broken_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are reported before anything is unpacked."""
+    """Missing or broken parts are reported before anything is unpacked."""
     parts = packed(tmp_path, "--without", "*", "--part-mib", "1")
     first, to = parts / "part.00", tmp_path / "there"
     assert (parts / "part.01").exists()
@@ -928,7 +928,7 @@ def test_parts_that_are_missing_or_broken_are_told(
 def test_a_wheel_that_names_a_place_outside_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So is a file that is not a wheel."""
+    """A wheel with a path outside is refused, and so is a file that is not a wheel."""
     wheel = a_wheel(tmp_path, "bad", {"../outside.py": ""})
     with pytest.raises(pack.PackError, match="a place outside"):
         pack.install(wheel, tmp_path / "site", pack.Options())

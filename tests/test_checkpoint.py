@@ -67,12 +67,12 @@ def refusal(folder: Path) -> str:
     ],
 )
 def test_size_is_that_of_the_files_that_vllm_reads(sizes: dict[str, int], total: int) -> None:
-    """It counts one kind of file, in vLLM's order of preference, and no weight twice."""
+    """The size counts one kind of file, in vLLM's order of preference, and no weight twice."""
     assert total == weight_files_bytes(sizes)
 
 
 def test_files_are_listed_in_order(tmp_path: Path) -> None:
-    """Only files are listed, and only weights."""
+    """Only files of weights are listed, in order."""
     for name in ("b.safetensors", "a.safetensors", "config.json"):
         (tmp_path / name).touch()
     (tmp_path / "folder.safetensors").mkdir()
@@ -81,7 +81,7 @@ def test_files_are_listed_in_order(tmp_path: Path) -> None:
 
 
 def test_files_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None:
-    """vLLM does not read them either."""
+    """Files that the index does not name are left out, as by vLLM."""
     for name in ("model-1.safetensors", "other.safetensors"):
         write_safetensors(tmp_path / name, 4)
     write_index(tmp_path, "model-1.safetensors")
@@ -94,13 +94,13 @@ def test_files_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "embed"])
 def test_shipped_models_are_whole(name: str) -> None:
-    """Real checkpoints are accepted."""
+    """Real checkpoints are accepted as complete."""
     check_weights(MODELS / name)
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (4,), (4, 8)])
 def test_whole_files_are_accepted(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    """So is every content, and an index that names all of them."""
+    """Complete files are accepted with any content, and with an index that names them all."""
     write_safetensors(tmp_path / "model.safetensors", *sizes)
     write_index(tmp_path, "model.safetensors")
 
@@ -108,14 +108,14 @@ def test_whole_files_are_accepted(tmp_path: Path, sizes: tuple[int, ...]) -> Non
 
 
 def test_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
-    """It may have a format that is unknown here."""
+    """A folder without weights, which may have an unknown format, is left to vLLM."""
     (tmp_path / "config.json").touch()
 
     check_weights(tmp_path)
 
 
 def test_other_formats_are_left_to_vllm(tmp_path: Path) -> None:
-    """Their required length is unknown."""
+    """Other formats, whose required length is unknown, are left to vLLM."""
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
 
     check_weights(tmp_path)
@@ -135,7 +135,7 @@ def test_truncated_file_is_named_with_its_sizes(tmp_path: Path, cut: int) -> Non
 
 
 def test_truncated_file_that_is_not_read_is_no_mistake(tmp_path: Path) -> None:
-    """It lies beside complete files that the index names."""
+    """A truncated file beside complete ones that the index names is not a mistake."""
     write_safetensors(tmp_path / "model.safetensors", 4)
     write_safetensors(tmp_path / "consolidated.safetensors", 4, cut=1)
 
@@ -143,7 +143,7 @@ def test_truncated_file_that_is_not_read_is_no_mistake(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    """The index lists the required files."""
+    """A missing file, which the index lists, is named in the error."""
     write_safetensors(tmp_path / "model-1.safetensors", 4)
     write_index(tmp_path, "model-1.safetensors", "model-2.safetensors")
 
@@ -164,7 +164,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
-    """This holds for every kind of error in it."""
+    """An index that cannot be read is named, whatever is wrong in it."""
     (tmp_path / INDEX).write_text(text)
 
     assert f"the index {str(tmp_path / INDEX)!r} cannot be read: " in refusal(tmp_path)
@@ -182,7 +182,7 @@ def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_file_that_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
-    """It may be empty, too short, or something else: a pointer of Git LFS, for instance."""
+    """A file that is empty, too short, or a pointer of Git LFS is named in the error."""
     (tmp_path / "model.safetensors").write_bytes(content)
 
     message = refusal(tmp_path)
@@ -194,7 +194,7 @@ def test_file_that_is_no_safetensors_file_is_named(tmp_path: Path, content: byte
     "header", [b"{]", b"[]", b"\xff\xfe", b'{"w": 7}', b'{"w": {}}', b'{"w": {"data_offsets": []}}']
 )
 def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> None:
-    """It is not JSON, or not a header of tensors."""
+    """A header that is not JSON, or not one of tensors, is named in the error."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
 
@@ -214,7 +214,7 @@ def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> N
     ],
 )
 def test_tensor_that_is_not_described_is_named(tmp_path: Path, entry: str, what: str) -> None:
-    """The error has the file, and what is wrong."""
+    """A tensor without a valid description is reported with its file and what is wrong."""
     header = f'{{"w": {{{entry}, "data_offsets": [0, 0]}}}}'.encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -226,14 +226,14 @@ def test_tensor_that_is_not_described_is_named(tmp_path: Path, entry: str, what:
 
 
 def test_name_in_the_index_that_no_file_can_have_is_named(tmp_path: Path) -> None:
-    """The error has the reason that the system gives."""
+    """An invalid file name in the index is reported with the system's reason."""
     write_index(tmp_path, "x" * 300)
 
     assert refusal(tmp_path).endswith("xxx' cannot be read: File name too long")
 
 
 def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
-    """An error of the disk is reported as such."""
+    """A file on a broken disk is reported with the disk's error."""
     (tmp_path / "model.safetensors").symlink_to("/proc/self/mem")
 
     assert refusal(tmp_path).endswith("model.safetensors' cannot be read: Input/output error")
@@ -260,7 +260,7 @@ def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
 def test_description_that_is_no_object_is_named(
     tmp_path: Path, name: str, look: Callable[[Path], None], text: str, problem: str
 ) -> None:
-    """The error is ours, not that of a library below."""
+    """A description that is not an object gets an error of ours, not a library's."""
     (tmp_path / name).write_text(text)
 
     with pytest.raises(ConfigError) as caught:
@@ -272,7 +272,7 @@ def test_description_that_is_no_object_is_named(
 
 @pytest.mark.parametrize("value", ["5", '"LlamaForCausalLM"', "[5]", "{}"])
 def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -> None:
-    """The error names the file."""
+    """Architectures that are not names are reported with the file."""
     (tmp_path / "config.json").write_text(f'{{"architectures": {value}}}')
 
     with pytest.raises(ConfigError) as caught:
@@ -318,7 +318,7 @@ def files(tmp_path: Path) -> list[Path]:
     ],
 )
 async def test_files_are_read_as_far_as_the_limit(files: list[Path], limit: int, read: int) -> None:
-    """The limit is rounded up to a chunk; each byte is read once."""
+    """Files are read up to the limit, rounded up to a chunk; each byte is read once."""
     assert read == await read_ahead(files, limit)
 
 
@@ -339,7 +339,7 @@ async def test_reading_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
 
 
 async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """The error is ours, with the reason."""
+    """A file that cannot be read gets an error of ours, with the reason."""
     with pytest.raises(ConfigError) as caught:
         await read_ahead([tmp_path / "gone"], 1)
 
@@ -363,7 +363,7 @@ async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_offsets_that_are_no_range_are_refused(tmp_path: Path, offsets: str) -> None:
-    """The error names the file."""
+    """Invalid offsets are refused with the file's name."""
     header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -390,7 +390,7 @@ def test_a_larger_type_in_memory_is_counted(
 
 
 def test_files_that_cannot_be_read_are_counted_as_they_are(tmp_path: Path) -> None:
-    """The load reports what is wrong with them."""
+    """Unreadable files count with their size; the load reports what is wrong with them."""
     (tmp_path / "model.safetensors").write_bytes(b"broken")
 
     assert 0 == converted_bytes(tmp_path, 4)

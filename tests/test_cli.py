@@ -25,7 +25,7 @@ from vllm_hotswap.misspelt import explained, refuse_misspelt
     ],
 )
 def test_what_is_clear_is_left_as_it_is(words: str) -> None:
-    """The first word is the file, unless it is a flag."""
+    """A first word that is not a flag is the file, and the arguments stay as they are."""
     argv = ["serve", *words.split()]
 
     assert argv == file_first(argv)
@@ -33,7 +33,7 @@ def test_what_is_clear_is_left_as_it_is(words: str) -> None:
 
 @pytest.mark.parametrize("argv", [[], ["demo", "--write", "a.yaml"], ["--version"]])
 def test_other_commands_are_left_as_they_are(argv: list[str]) -> None:
-    """Only `serve` accepts flags that are not its own."""
+    """Other commands' arguments stay: only `serve` accepts flags that are not its own."""
     assert argv == file_first(argv)
 
 
@@ -49,7 +49,7 @@ def test_other_commands_are_left_as_they_are(argv: list[str]) -> None:
     ],
 )
 def test_a_file_behind_flags_is_found(words: str, expected: str) -> None:
-    """Its name identifies it, since only vLLM knows which flags take a value."""
+    """A file behind flags is found by its name: only vLLM knows which flags take a value."""
     assert ["serve", *expected.split()] == file_first(["serve", *words.split()])
 
 
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_told_from_a_flags_value_is_asked_for(words: str) 
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:
-    """This holds for every message."""
+    """An error is one line, whatever its message contains."""
     path = tmp_path / "models.yaml"
     path.write_text('models: {"two\\nlines": 3}')
 
@@ -89,7 +89,7 @@ def test_a_key_file_that_cannot_be_used_ends_the_start(role: str, tmp_path: Path
 
 
 def test_no_file_is_told_with_the_usage() -> None:
-    """The error has the usage, like every mistake on the command line."""
+    """A missing file gets an error with the usage, like every mistake on the command line."""
     ended = run("serve", "--port", "1")
 
     assert 2 == ended.returncode
@@ -131,14 +131,14 @@ def test_unknown_word_is_answered_with_the_nearest(
 def test_word_that_is_near_to_nothing_is_answered_with_all_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """There are few of them."""
+    """A word that is near to no command gets the list of the few commands."""
     error = refused(capsys, "zzz")
 
     assert [] == [name for name in COMMANDS if name not in error]
 
 
 def test_without_a_command_all_of_them_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is shown with its purpose; the status is that of a mistake."""
+    """Without a command all are shown with their purposes; the status is that of a mistake."""
     assert 2 == main([])
 
     shown = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_without_a_command_all_of_them_are_shown(capsys: pytest.CaptureFixture[s
 def test_help_of_serve_names_the_flags_that_everybody_needs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They are vLLM's, and not among ours."""
+    """The help of `serve` names the most needed flags, although they are vLLM's."""
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])
 
@@ -195,7 +195,7 @@ def test_misspelt_flag_is_answered_without_importing_vllm(
 )
 @pytest.mark.usefixtures("vllm")
 def test_flag_that_vllm_may_know_is_left_to_vllm(flag: str) -> None:
-    """So are an abbreviation, and a word that is near to no flag."""
+    """Flags that vLLM may know are left to it: abbreviations, and words near to no flag."""
     refuse_misspelt([flag, "1", "--compilation-config.level", "3"])
 
 
@@ -208,13 +208,13 @@ def test_flags_of_other_releases_are_left_to_vllm(version: str, vllm: Path) -> N
 
 
 def test_message_of_vllms_parser_gets_the_nearest_flag() -> None:
-    """This holds where vLLM had to parse the flags."""
+    """An error of vLLM's parser is completed with the nearest flag."""
     assert explained("unrecognized arguments: --prot 1").endswith("; did you mean '--port'?")
     assert "argument --port: invalid" == explained("argument --port: invalid")
 
 
 def test_commands_for_a_server_load_no_more_than_they_need() -> None:
-    """They load neither pydantic nor Starlette, which take a second, for one HTTP request."""
+    """Commands for a server load neither pydantic nor Starlette, which take a second."""
     code = "import sys, vllm_hotswap.cli; print(*sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True

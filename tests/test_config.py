@@ -192,7 +192,7 @@ def test_missing_file_is_named_with_a_way_to_get_one(tmp_path: Path) -> None:
 
 
 def test_folder_is_no_configuration_file(tmp_path: Path) -> None:
-    """The message says what to do, without the number of a descriptor."""
+    """The message for a folder says what to do, without the number of a descriptor."""
     with pytest.raises(ConfigError, match=r"^'.*' is a folder; name the YAML file in it$"):
         load_config(tmp_path)
 
@@ -388,7 +388,7 @@ def test_folder_without_a_checkpoint_is_refused(refusal: Callable[[str], str], m
 @pytest.mark.parametrize("model", ["mistral/params.json", "model.gguf"])
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, prefix: str) -> None:
-    """So are a folder in Mistral's own format, and a GGUF file, which is a checkpoint by itself."""
+    """A folder in Mistral's format, and a GGUF file, which is a checkpoint itself, are accepted."""
     file = tmp_path / model
     file.parent.mkdir(exist_ok=True)
     file.touch()
@@ -408,7 +408,7 @@ def test_text_that_is_no_path_is_refused(refusal: Callable[[str], str], model: s
 
 @pytest.mark.parametrize("value", ["1", "yes please", "null", "[true]", '"true"', "0.5"])
 def test_pinned_is_true_or_false(refusal: Callable[[str], str], value: str) -> None:
-    """Other values that look like a boolean are refused."""
+    """Values of `pinned` that only look like a boolean are refused."""
     message = refusal(f"models: {{a: {{model: x, pinned: {value}}}}}")
 
     assert "models.a.pinned is " in message
@@ -442,7 +442,7 @@ def test_memory_sizes_are_bytes_or_fractions(
 
 
 def test_memory_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
-    """It may also be left out."""
+    """The section `memory` is a mapping, or left out."""
     assert "memory must be a mapping with the keys device and host, not str '20GiB'" in refusal(
         "models: {a: {model: x}}\nmemory: 20GiB"
     )
@@ -461,12 +461,12 @@ def test_switching_values_are_numbers_of_at_least_zero(
 
 
 def test_max_waiting_is_a_whole_number(refusal: Callable[[str], str]) -> None:
-    """The number of requests must be whole."""
+    """`max_waiting` is a whole number of requests."""
     assert "max_waiting is 1.5" in refusal("models: {a: {model: x}}\nswitching: {max_waiting: 1.5}")
 
 
 def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
-    """It may also be left out."""
+    """The section `switching` is a mapping, or left out."""
     assert ("memory must be a mapping with the keys device and host, not int 3") in refusal(
         "models: {a: {model: x}}\nmemory: 3"
     )
@@ -476,7 +476,7 @@ def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
 
 
 def test_defaults_count_for_every_model(load: Load) -> None:
-    """This holds for our keys and vLLM's; a model's own value wins, even null."""
+    """Defaults apply to our keys and vLLM's; a model's own value wins, even null."""
     config = load(
         "defaults: {max_model_len: 64, load: on_demand, idle_sleep: 5, seed: 1}\n"
         "models: {a: {model: x, seed: null, idle_sleep: null}, b: {model: y, load: startup}}"
@@ -505,7 +505,7 @@ def test_defaults_count_for_every_model(load: Load) -> None:
 def test_a_mistake_in_defaults_is_named_there(
     refusal: Callable[[str], str], defaults: str, expected: str
 ) -> None:
-    """The message does not name the first model that gets them."""
+    """A mistake in defaults is reported there, not in the first model that gets them."""
     assert refusal(f"defaults: {defaults}\nmodels: {{a: {{model: x}}}}").endswith(expected)
 
 
@@ -527,7 +527,7 @@ def test_every_name_is_one_models(refusal: Callable[[str], str], names: str) -> 
 
 @pytest.mark.parametrize("names", ["gpt", "[1]", "['']", "{a: 1}"])
 def test_aliases_are_a_list_of_names(refusal: Callable[[str], str], names: str) -> None:
-    """Anything else is refused with its place."""
+    """Aliases must be a list of names; anything else is refused with its place."""
     assert "models.a.aliases" in refusal(f"models: {{a: {{model: x, aliases: {names}}}}}")
 
 
@@ -560,7 +560,7 @@ def test_quant_config_is_a_file_or_null_or_left_out(load: Load, tmp_path: Path) 
 def test_quant_config_that_is_no_file_is_named(
     refusal: Callable[[str], str], value: str, expected: str
 ) -> None:
-    """It is refused before the start; a folder is not a file."""
+    """A file of quantisation that is missing, or is a folder, is refused before the start."""
     assert refusal(f"models: {{a: {{model: x, quant_config: {value}}}}}").endswith(expected)
 
 
@@ -568,7 +568,7 @@ def test_quant_config_that_is_no_file_is_named(
 
 
 def test_sampling_of_a_model_is_read(load: Load) -> None:
-    """All four keys are read; without the section, requests are not changed."""
+    """All four keys of `sampling` are read; without it, requests are not changed."""
     given, none = load(
         "models:\n"
         "  a:\n"
@@ -594,7 +594,7 @@ def test_sampling_of_a_model_is_read(load: Load) -> None:
 def test_a_mistake_in_sampling_is_named(
     refusal: Callable[[str], str], section: str, expected: str
 ) -> None:
-    """The message has its place."""
+    """A mistake in sampling is reported with its place."""
     assert expected in refusal(f"models: {{a: {{model: x, sampling: {section}}}}}")
 
 
@@ -629,7 +629,7 @@ def test_a_flag_counts_more_than_a_variable_and_that_more_than_the_file(
 
 
 def test_sizes_may_be_given_as_flags(load_given: Callable[..., ServerConfig]) -> None:
-    """They have the same form as in the file."""
+    """Sizes as flags have the same form as in the file."""
     config = load_given({"VLLM_HOTSWAP_MEMORY_HOST": "25%"}, memory_device="20GiB")
 
     assert MemoryBudget(20 << 30, 0.25) == config.memory
@@ -653,7 +653,7 @@ def test_a_mistake_is_named_where_it_was_made(
     flags: dict[str, str],
     expected: str,
 ) -> None:
-    """The message names the flag or the variable, not the key in the file."""
+    """A mistake is reported by its flag or variable, not by the key in the file."""
     with pytest.raises(ConfigError) as caught:
         load_given(variables, **flags)
 
@@ -663,7 +663,7 @@ def test_a_mistake_is_named_where_it_was_made(
 def test_secrets_of_the_environment_are_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message shows the reference instead of the value."""
+    """A message shows a reference to the environment instead of its value."""
     monkeypatch.setenv("CANARY", "canary-secret")
     path = tmp_path / "models.yaml"
     path.write_text("models: {a: {model: x, load: '${CANARY}'}}")
@@ -699,7 +699,7 @@ def test_a_merged_mapping_may_be_merged_again(load: Load) -> None:
 @pytest.mark.parametrize("name", ["~nobody-has-this-name/x", "a" * 300, '"a\\0b"'])
 @pytest.mark.parametrize("key", ["quant_config", "model"])
 def test_what_can_be_no_path_is_named(refusal: Callable[[str], str], key: str, name: str) -> None:
-    """This holds for every key whose value is a path."""
+    """An impossible path is reported for every key whose value is a path."""
     keys = {"model": "x", key: name}
     message = refusal(f"models: {{a: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}}}")
 
@@ -732,7 +732,7 @@ def test_a_long_value_is_not_repeated(refusal: Callable[[str], str]) -> None:
 
 
 def test_all_mistakes_are_told_in_the_order_of_the_file(refusal: Callable[[str], str]) -> None:
-    """Each has one line: file, line, place, what is wrong and what to do."""
+    """Each mistake has one line: file, line, place, what is wrong and what to do."""
     text = """\
 switchin: {}
 default_model: d
@@ -793,14 +793,14 @@ def test_a_mistake_in_defaults_is_told_once(refusal: Callable[[str], str]) -> No
 
 
 def test_a_key_with_dashes_has_its_line(refusal: Callable[[str], str]) -> None:
-    """Its line is found as that of a key with underscores."""
+    """A key with dashes has its line, as one with underscores has."""
     assert "models.yaml:4: models.a.idle_sleep is -1" in refusal(
         "models:\n  a:\n    model: x\n    idle-sleep: -1"
     )
 
 
 def test_variables_that_are_not_set_are_told_with_everything_else(load: Load) -> None:
-    """All of them are reported; a consequence of one is not a separate mistake."""
+    """Unset variables are all reported; a consequence of one is not a separate mistake."""
     with pytest.raises(ConfigError) as caught:
         load(
             "models:\n"
@@ -831,7 +831,7 @@ def test_what_can_be_read_is_there_beside_the_mistakes(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str], str]) -> None:
-    """They stand beside their model: the message says to indent them."""
+    """A model's keys that stand beside it are reported with the advice to indent them."""
     message = refusal("models:\n  gemma:\n  model: ./gemma\n  seed: 1\n  other: {model: x}")
 
     assert message.endswith(
@@ -845,7 +845,7 @@ def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str],
     ["org/model:tag", "模型", "two words", "...", ".hidden", "./models/a", "é" * 256, "👩\u200d💻"],
 )
 def test_a_name_may_be_nearly_any_text(load: Load, name: str) -> None:
-    """This holds for an alias, an additional name, and the name of a group."""
+    """An alias, an additional name, and the name of a group may be nearly any text."""
     alias, further = (json.dumps(one, ensure_ascii=False) for one in (name, "b" + name[1:]))
 
     config = load(
@@ -903,7 +903,7 @@ def test_half_a_character_is_no_alias(refusal: Callable[[str], str]) -> None:
 def test_an_alias_that_is_no_text_is_named_as_it_was_written(
     refusal: Callable[[str], str], alias: str
 ) -> None:
-    """The message also has the value that YAML makes of it."""
+    """An alias that is not text is named as written, with the value that YAML makes of it."""
     message = refusal(f"models:\n  {alias}: {{model: x}}")
 
     assert f"models.yaml:2: models.{alias}: YAML reads this alias as " in message
@@ -931,12 +931,12 @@ def test_an_alias_that_is_no_text_is_named_as_it_was_written(
 def test_a_value_that_yaml_changes_is_named_as_it_was_written(
     refusal: Callable[[str], str], text: str, expected: str
 ) -> None:
-    """It is never interpreted as something that the user may not have meant."""
+    """A value that YAML changes is named as written, and never interpreted in another sense."""
     assert f"models.a.{expected}" in refusal(f"models: {{a: {{model: x, {text}}}}}")
 
 
 def test_yes_and_no_are_switches(load: Load) -> None:
-    """They are read as booleans where only these can be meant; `1e1` is a number, as in JSON."""
+    """`yes` and `no` are booleans where only these can be meant; `1e1` is a number, as in JSON."""
     config = load(
         "models: {a: {model: x, pinned: yes, weight: 1e1}}\nswitching: {verify: off, predict: NO}"
     )
@@ -947,7 +947,7 @@ def test_yes_and_no_are_switches(load: Load) -> None:
 
 @pytest.mark.parametrize("word", ["yes", "no", "on", "OFF"])
 def test_drop_unsupported_is_a_switch(load: Load, word: str) -> None:
-    """It is read like every other switch, although a parameter's value may be anything."""
+    """`drop_unsupported` is read like every other switch, although a parameter may be anything."""
     (model,) = load(f"models: {{a: {{model: x, sampling: {{drop_unsupported: {word}}}}}}}").models
 
     assert (word in ("yes", "on")) is model.sampling.drop_unsupported
@@ -965,7 +965,7 @@ def test_drop_unsupported_is_a_switch(load: Load, word: str) -> None:
 def test_a_switch_beside_a_mistake_is_none(
     refusal: Callable[[str], str], keys: str, expected: str
 ) -> None:
-    """Only the mistake is reported."""
+    """A switch with a mistake is not read as one; only the mistake is reported."""
     message = refusal(f"models: {{a: {{model: org/x, {keys}}}}}")
 
     assert expected in message
@@ -1003,7 +1003,7 @@ def test_a_gguf_file_of_the_hubs_cache_is_taken_by_its_own_name(
 
 
 def test_a_link_to_a_folder_stays_what_it_is_called(load: Load, tmp_path: Path) -> None:
-    """Its target may change before the next start."""
+    """A link to a folder keeps its name: its target may change before the next start."""
     (tmp_path / "current").symlink_to("tiny")
 
     model = load("models: {a: {model: current}}").models[0]
@@ -1049,7 +1049,7 @@ def test_groups_have_keys_and_rights(load: Load, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("section", ["", "rights:", "rights: {}"])
 def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
-    """Then every caller's requests may trigger every switch."""
+    """Without rights every caller's requests may trigger every switch."""
     assert () == load(ONE + section).rights
 
 
@@ -1089,7 +1089,7 @@ def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
 def test_rights_that_cannot_work_are_refused_by_place(
     refusal: Callable[[str], str], section: str, message: str
 ) -> None:
-    """The message shows no key."""
+    """Rights that cannot work are refused with their place, and no key is shown."""
     told = refusal(ONE + f"rights: {section}")
 
     assert message in told

@@ -78,7 +78,7 @@ async def test_a_head_beyond_a_bound_is_refused(
 
 
 async def test_a_head_within_its_bounds_is_answered_in_any_pieces(server: Server) -> None:
-    """It may come one byte at a time, and with the next request behind it."""
+    """A head within its bounds may come byte by byte, with the next request behind it."""
     request = HEAD + b"a: " + b"b" * 300 + b"\r\n\r\n"
     async with listening(server, SMALL) as port:
         client = await Raw.connect(port)
@@ -124,7 +124,7 @@ async def status_of(port: int, pieces: list[bytes]) -> int:
 
 
 async def test_vllms_flags_for_heads_count_where_they_are_smaller(server: Server) -> None:
-    """`--h11-max-*` set the same bounds."""
+    """`--h11-max-*` set the same bounds as ours, and the smaller ones count."""
     small = {"h11_max_incomplete_event_size": 500, "h11_max_header_count": 5}
     async with listening(server, **small) as port:
         long, _ = await exchange(port, HEAD + b"a: " + b"b" * 600 + b"\r\n\r\n")
@@ -179,7 +179,7 @@ async def test_what_follows_a_refused_head_is_not_read(server: Server) -> None:
 
 
 async def test_requests_ahead_of_a_bad_one_are_answered(server: Server) -> None:
-    """The error of a later head does not replace the answer to an earlier request."""
+    """A later head's error does not replace the answers to requests before it."""
     async with listening(server, SMALL) as port:
         for bad in (b"nonsense\r\n\r\n", b"GET http://[::1 HTTP/1.1\r\n\r\n", b"G" * 9):
             client = await Raw.connect(port)
@@ -211,7 +211,7 @@ async def test_requests_that_are_sent_at_once_are_answered_up_to_a_number(server
 async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
     fields: bytes, together: int
 ) -> None:
-    """Their text and number of fields count together; beyond the bound the connection is closed."""
+    """Pipelined heads count together, text and fields; beyond the bound the connection closes."""
     goes_on = asyncio.Event()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,7 +234,7 @@ async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
 
 
 async def test_a_request_knows_nothing_of_the_one_before() -> None:
-    """This holds if it already waits, and if reading was resumed by the request before it."""
+    """A request never sees its predecessor's context, whether it waited or is read later."""
     found: list[str | None] = []
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -315,7 +315,7 @@ def unread(connection: connections.Connection) -> int:
     ids=["one", "too-many", "too-large", "unfinished", "none"],
 )
 async def test_a_client_that_goes_is_noticed_whatever_it_has_sent_ahead(ahead: bytes) -> None:
-    """Otherwise the server would work on its request to the end."""
+    """A client's departure is noticed, whatever it has sent ahead; its request stops then."""
     begun, told = asyncio.Event(), asyncio.Queue[str]()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -370,7 +370,7 @@ async def test_trailers_never_become_headers(make_server: MakeServer, together: 
     ],
 )
 async def test_trailers_and_extensions_of_chunks_are_bounded(server: Server, end: bytes) -> None:
-    """This holds whether or not they are whole."""
+    """Trailers and chunk extensions are bounded, whether or not they are whole."""
     async with listening(server) as port:
         client = await Raw.connect(port)
         pieces = [end[n : n + 3000] for n in range(0, len(end), 3000)]
@@ -399,7 +399,7 @@ async def test_a_body_is_never_taken_for_a_request(server: Server, pieces: int) 
 
 
 async def test_a_request_behind_one_for_another_protocol_is_answered(server: Server) -> None:
-    """The answer is HTTP/1.1, also where both requests come in one piece."""
+    """A request behind one for another protocol is answered in HTTP/1.1, even in one piece."""
     one = b"GET /ping HTTP/1.1\r\nHost: x\r\n"
     async with listening(server) as port:
         told, rest = await exchange(
@@ -411,7 +411,7 @@ async def test_a_request_behind_one_for_another_protocol_is_answered(server: Ser
 
 
 async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) -> None:
-    """The answer is not plain text."""
+    """A broken body gets an error in the usual form, not as plain text."""
     async with listening(server) as port:
         told, rest = await exchange(port, chunked(), b"zz\r\n")
 
@@ -423,7 +423,7 @@ async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) 
 
 
 async def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
-    """No request was made, so there is no answer."""
+    """A silent connection is closed without an answer, because nothing was requested."""
     async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
         client = await Raw.connect(port)
         rest = await client.rest()
@@ -434,7 +434,7 @@ async def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
 
 @pytest.mark.parametrize("before", [b"", HEAD + b"\r\n"])
 async def test_a_head_has_to_arrive_in_time(server: Server, before: bytes) -> None:
-    """However steadily it comes, and whichever of its connection it is, its time is limited."""
+    """A head's time is limited, however steadily it comes, on a new connection or a used one."""
     async with listening(server, LimitsConfig(head_timeout=0.3)) as port:
         client = await Raw.connect(port)
         if before:
@@ -523,7 +523,7 @@ async def test_a_body_that_goes_on_after_its_answer_is_cut(
 
 
 async def test_the_rest_of_a_body_may_come_in_time(make_server: MakeServer) -> None:
-    """The connection can then be used again."""
+    """If the rest of a body comes in time, the connection can be used again."""
     server = await make_server(access=Access(["a-key"]))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n"
     async with listening(server) as port:
@@ -538,7 +538,7 @@ async def test_the_rest_of_a_body_may_come_in_time(make_server: MakeServer) -> N
 
 
 async def test_a_client_that_takes_no_answer_is_let_go(server: Server) -> None:
-    """This includes requests of no model, which no drain would stop."""
+    """A client that does not read is disconnected, even with no model and so no drain involved."""
     asked = b"GET /admin/openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     async with listening_with(server, LimitsConfig(client_timeout=0.1)) as at:
         with RawClient(at.port, receive_bytes=1024) as client:
@@ -619,7 +619,7 @@ async def test_a_client_that_stops_behind_its_last_answer_is_let_go() -> None:
 
 
 async def test_a_client_that_stops_in_an_answer_that_broke_is_let_go() -> None:
-    """This holds even if the application never had to wait for the client."""
+    """A client that stops reading a broken answer is disconnected, even if all of it was sent."""
 
     async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/0":
@@ -663,7 +663,7 @@ async def test_a_late_head_adds_nothing_to_a_last_answer() -> None:
 async def test_a_deadline_that_fails_costs_no_other_connection_its_own(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither deadlines at the same moment nor later ones are lost."""
+    """A failing deadline of one connection costs others neither simultaneous nor later ones."""
     failed: list[connections.Connection] = []
 
     def late(self: connections.Connection) -> None:
@@ -705,7 +705,7 @@ UPGRADE = (
     ids=["length", "chunked", "long", "many"],
 )
 async def test_a_websocket_that_cannot_begin_is_refused(server: Server, fields: str) -> None:
-    """It is refused at once, and its place is free again: no close would ever be reported."""
+    """A WebSocket that cannot start is refused at once, and its place is free again."""
     async with listening(server) as port:
         told, _ = await exchange(port, f"{UPGRADE}{fields}\r\n".encode())
 
@@ -713,7 +713,7 @@ async def test_a_websocket_that_cannot_begin_is_refused(server: Server, fields: 
 
 
 async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServer) -> None:
-    """Its place is free when it closes."""
+    """A WebSocket outlives the deadlines of heads, and its place is free when it closes."""
     speech = FakeSettings(tasks=("realtime",))
     server = await make_server(settings={"llama": speech})
     limits = LimitsConfig(head_timeout=0.1, connections=1)
@@ -749,7 +749,7 @@ async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> N
 
 
 async def test_a_body_of_many_small_chunks_is_refused(server: Server) -> None:
-    """Each small chunk costs as much as many bytes."""
+    """Many small chunks are refused, because each costs as much as many bytes."""
     async with listening(server) as port:
         told, rest = await exchange(
             port, chunked(b"/v1/completions"), b"1\r\nx\r\n" * 2 * connections.FREE_CHUNKS

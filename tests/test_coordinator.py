@@ -137,14 +137,14 @@ async def test_request_for_the_active_model_is_admitted(server: Server, alias: s
 async def test_request_for_another_model_is_refused(
     server: Server, alias: str, error: type[HotswapError], message: str
 ) -> None:
-    """It is refused at once, whether or not its model is loaded."""
+    """A request for another model is refused at once, whether or not that is loaded."""
     with pytest.raises(error, match=message):
         async with server.coordinator.lease(alias):
             pass
 
 
 async def test_request_for_a_third_model_is_refused_during_a_switch(server: Server) -> None:
-    """Only requests for the target are held."""
+    """During a switch, only requests for the target are held; others are refused."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
 
@@ -328,7 +328,7 @@ async def test_switch_tells_its_story(server: Server) -> None:
 
 
 async def test_switch_result_says_what_happened(server: Server) -> None:
-    """It has models, epoch, phases, and times that add up."""
+    """The result has models, epoch, phases, and times that add up."""
     result = await server.coordinator.switch("qwen")
 
     assert ("llama", "qwen", True, 2) == (
@@ -343,7 +343,7 @@ async def test_switch_result_says_what_happened(server: Server) -> None:
 
 
 async def test_switch_between_loaded_models_only_moves_the_pointer(server: Server) -> None:
-    """Nothing is loaded, nothing is rebuilt."""
+    """A switch between loaded models loads and rebuilds nothing."""
     await server.coordinator.switch("qwen")
     await server.coordinator.switch("llama")
 
@@ -351,7 +351,7 @@ async def test_switch_between_loaded_models_only_moves_the_pointer(server: Serve
 
 
 async def test_switch_to_the_active_model_does_nothing(server: Server) -> None:
-    """There is no operation, no event and no new epoch; the result has an id nevertheless."""
+    """A switch to the active model has an id, but no operation, event or new epoch."""
     before = len(server.events.events)
 
     result = await server.coordinator.switch("llama")
@@ -367,7 +367,7 @@ async def test_switch_to_the_active_model_does_nothing(server: Server) -> None:
 
 
 async def test_every_activation_raises_the_epoch_by_one(server: Server) -> None:
-    """It counts activations and nothing else."""
+    """The epoch counts activations and nothing else."""
     epochs = [
         (await server.coordinator.switch(alias)).epoch for alias in ("qwen", "mistral", "mistral")
     ]
@@ -376,7 +376,7 @@ async def test_every_activation_raises_the_epoch_by_one(server: Server) -> None:
 
 
 async def test_cold_target_is_loaded_by_its_first_switch(server: Server) -> None:
-    """It is loaded once; later switches to it only activate."""
+    """A cold target is loaded once; later switches to it only activate."""
     for alias in ("mistral", "llama", "mistral"):
         await server.coordinator.switch(alias)
 
@@ -400,7 +400,7 @@ async def test_second_call_for_the_target_joins_the_switch(server: Server) -> No
 async def test_call_for_another_target_is_refused_during_a_switch(
     server: Server, other: str
 ) -> None:
-    """Only one switch runs at a time, including its way back."""
+    """Only one switch runs at a time, including its way back; other targets are refused."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
 
@@ -470,7 +470,7 @@ async def test_drain_ends_at_its_deadline(server: Server) -> None:
 async def test_configured_deadline_counts_where_the_call_gives_none(
     make_server: MakeServer,
 ) -> None:
-    """`switching.drain_timeout` is the default."""
+    """`switching.drain_timeout` applies to a switch call without a timeout."""
     server = await make_server(drain_timeout=0)
     holder = await hold(server)
 
@@ -571,7 +571,7 @@ async def test_source_that_cannot_go_on_is_given_up(server: Server) -> None:
 
 
 async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> None:
-    """Its death and the failed activation are one failure, and the switch ends."""
+    """The source's death and its failed activation are one failure, and the switch ends."""
     server.host.hold("activate", "llama")
     server.host.fail_next("activate", "qwen")
     server.host.fail_next("activate", "llama")
@@ -589,7 +589,7 @@ async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> N
 
 
 async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: Server) -> None:
-    """Nothing has moved yet, so the source's engine gets no command."""
+    """A failed load of the target sends no command to the source's engine."""
     server.host.fail_next("load", "mistral")
 
     with pytest.raises(SwitchFailed, match="'llama' is still active"):
@@ -697,7 +697,7 @@ async def test_death_of_a_parked_engine_leaves_the_active_one(server: Server) ->
 
 
 async def test_death_of_the_source_ends_its_drain(server: Server) -> None:
-    """The switch continues to the target at once."""
+    """If the source dies during the drain, the switch continues to the target at once."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
 
@@ -711,7 +711,7 @@ async def test_death_of_the_source_ends_its_drain(server: Server) -> None:
 async def test_death_of_a_target_that_is_loaded_during_the_drain_is_noticed(
     server: Server,
 ) -> None:
-    """It is not activated and not loaded again, and the source is still active."""
+    """A target that dies during the drain is not activated or reloaded; the source stays active."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
     server.host.kill_engine("qwen", "RuntimeError: boom")
@@ -772,7 +772,7 @@ async def test_shutdown_lets_running_requests_end(server: Server) -> None:
 
 
 async def test_shutdown_ends_what_runs_longer(server: Server) -> None:
-    """Then they are aborted with the reason."""
+    """After the time, running requests are aborted with the reason."""
     holder = await hold(server)
 
     await server.coordinator.shut_down(0)
@@ -783,7 +783,7 @@ async def test_shutdown_ends_what_runs_longer(server: Server) -> None:
 
 
 async def test_shutdown_ends_a_switch_that_takes_longer(server: Server) -> None:
-    """Its caller and every held request get the reason."""
+    """At shutdown, a long switch's caller and every held request get the reason."""
     server.host.hold("load", "mistral")
     switch = await begin_switch(server, "mistral")
     holder = await hold(server, "mistral")
@@ -797,7 +797,7 @@ async def test_shutdown_ends_a_switch_that_takes_longer(server: Server) -> None:
 
 
 async def test_shutdown_lets_a_switch_end(server: Server) -> None:
-    """It ends normally within the time; requests that it held are refused."""
+    """A switch may end normally within the time; requests that it held are refused."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     stopping = asyncio.create_task(server.coordinator.shut_down(60))
@@ -813,7 +813,7 @@ async def test_shutdown_lets_a_switch_end(server: Server) -> None:
 
 
 async def test_coordinator_tells_its_state(server: Server) -> None:
-    """Its text form makes logs and failed tests readable."""
+    """The coordinator's text form makes logs and failed tests readable."""
     holder = await hold(server)
     assert "<Coordinator active=llama epoch=1 phase=IDLE in_flight=1 waiting=0>" == repr(
         server.coordinator

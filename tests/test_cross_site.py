@@ -163,7 +163,7 @@ PAGES = {
 async def test_a_page_of_another_origin_changes_nothing(
     make: Make, page: str, origin: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is refused on all our own routes that take a body, and logged in one line."""
+    """Pages of other origins are refused on all our routes with a body, in one log line."""
     running = await make()
     origins = {"other port": running.elsewhere, "other site": "https://evil.example"}
     headers = {**PAGES[page], "Origin": origins.get(origin, origin)}
@@ -194,7 +194,7 @@ async def test_a_page_of_another_origin_changes_nothing(
 async def test_the_servers_own_pages_and_other_clients_still_work(
     make: Make, headers: dict[str, str]
 ) -> None:
-    """They report this origin, or none."""
+    """Requests that report this origin, or none, still work."""
     running = await make()
     given = {name: running.origin if v == "own" else v for name, v in headers.items()}
     given["Content-Type"] = "application/json"
@@ -259,7 +259,7 @@ BLIND = [
 async def test_a_page_of_another_origin_moves_no_model(
     make: Make, mode: Literal["manual", "auto"], model: str
 ) -> None:
-    """Neither an image nor a form loads, wakes or switches to a model."""
+    """Neither an image nor a form of another origin loads, wakes or switches to a model."""
     running = await make(mode=mode)
     before = running.state()
 
@@ -282,7 +282,7 @@ async def test_a_page_of_another_origin_moves_no_model(
 async def test_in_auto_programs_own_pages_and_allowed_origins_switch(
     make: Make, headers: dict[str, str]
 ) -> None:
-    """Only pages of other origins cannot."""
+    """Programs, own pages and allowed origins switch in `auto`; pages of other origins cannot."""
     running = await make(mode="auto", allowed_origins=["https://page.example"])
     given = {**headers, "Content-Type": "application/json"}
 
@@ -292,7 +292,7 @@ async def test_in_auto_programs_own_pages_and_allowed_origins_switch(
 
 
 def test_a_refusal_names_the_flag_with_its_value() -> None:
-    """It can be pasted into the command that starts the server."""
+    """The flag in a refusal can be pasted into the command that starts the server."""
     assert CrossOriginRefused("http://a:3").message.endswith(
         """--allowed-origins '["http://a:3"]'"""
     )
@@ -357,7 +357,7 @@ async def test_a_foreign_name_is_refused_on_loopback_without_keys(make: Make, ho
     ],
 )
 async def test_names_of_this_machine_are_answered(make: Make, host: str | None) -> None:
-    """So are those of `--allowed-hosts`; a client without a host name is not a browser."""
+    """This machine's names, `--allowed-hosts`, and requests without a name are answered."""
     running = await make(hosts=("Models.example", "second.example:8000"))
     entries = [e for each in psutil.net_if_addrs().values() for e in each]
     address = next(e.address for e in entries if e.family == socket.AF_INET)
@@ -385,7 +385,7 @@ async def test_names_of_this_machine_are_answered(make: Make, host: str | None) 
     ],
 )
 def test_an_allowed_host_may_be_written_in_many_ways(given: str, sent: str) -> None:
-    """It may be a name with or without a port, a URL, or an address; the header stays the same."""
+    """An allowed host may be a name, with or without a port, a URL, or an address."""
     cross_site = CrossSite.of([], [given], lambda: True)
 
     cross_site.check_host("GET", "/", Headers({"host": sent}))
@@ -404,7 +404,7 @@ def test_an_allowed_host_may_be_written_in_many_ways(given: str, sent: str) -> N
 async def test_other_servers_answer_to_any_name(
     make: Make, access: Access, given: dict[str, Any]
 ) -> None:
-    """Keys guard them, or other machines reach them, under names that are not known here."""
+    """Servers with keys, or reached from other machines, answer to any name."""
     running = await make(access, **given)
 
     status, _ = await running.send("GET", "/health", host="models.example")
@@ -443,7 +443,7 @@ def test_an_origin_is_compared_by_host_and_port(origin: str, host: str, passes: 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "", "same-origin, none"])
 def test_what_the_browser_says_of_the_site_decides_alone(site: str) -> None:
-    """It wins over a matching origin, which programs other than browsers can forge."""
+    """The browser's report wins over a matching origin, which only other programs can forge."""
     headers = Headers({"sec-fetch-site": site, "origin": "http://a", "host": "a"})
 
     with pytest.raises(CrossOriginRefused):
@@ -461,7 +461,7 @@ def test_every_origin_may_be_allowed() -> None:
 def test_a_refused_host_is_logged_without_its_control_characters(
     caplog: pytest.LogCaptureFixture, is_escaped: bool
 ) -> None:
-    """It is one line, whatever it contains; escaped once, even if a whole server does so again."""
+    """A refused host is one log line, escaped once, even if a whole server does so again."""
     caplog.set_level(logging.WARNING)
     before = logging.getLogRecordFactory()
     if is_escaped:

@@ -61,7 +61,7 @@ GIB = 1 << 30
 def test_a_device_that_cannot_be_used_is_told_in_one_line(
     cuda: FakeCuda, environment: Mapping[str, str], says: str
 ) -> None:
-    """The line has the fact, and what to do."""
+    """A device that cannot be used is reported in one line with the fact, and what to do."""
     with pytest.raises(ConfigError) as error:
         check_driver(environment, cuda)
 
@@ -70,14 +70,14 @@ def test_a_device_that_cannot_be_used_is_told_in_one_line(
 
 
 def test_a_device_that_can_be_used_is_passed_by() -> None:
-    """So is one that is selected by its number, or by the id of an instance of a divided GPU."""
+    """A usable device is accepted, also one named by number, or an instance of a divided GPU."""
     cuda = FakeCuda()
     for visible in ("0", "MIG-f3a4"):
         assert cuda is check_driver({"CUDA_VISIBLE_DEVICES": visible}, cuda)
 
 
 def test_a_machine_without_the_driver_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error is not that of a library that cannot be loaded."""
+    """A missing driver is reported as such, instead of a library that cannot be loaded."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
 
     with pytest.raises(ConfigError, match="there is no NVIDIA driver: libcuda-of-nobody"):
@@ -85,7 +85,7 @@ def test_a_machine_without_the_driver_is_told_of(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_call_that_fails_says_which_and_why() -> None:
-    """The error has the driver's own words, and tells whether memory is lacking."""
+    """A failed call has the driver's words, and shows whether memory is lacking."""
     cuda = FakeCuda(total=0, refuses={"cuMemAddressReserve"})
     driver = Driver(0, cuda)
 
@@ -182,7 +182,7 @@ class WithBus:
     ids=["whole", "divided", "without rights", "another library"],
 )
 def test_free_memory_is_asked_for_without_a_context(nvml: Any, free: int | None) -> None:
-    """It is known for a whole GPU only; if unknown, that is not an error."""
+    """Free memory is known for a whole GPU only; if unknown, that is not an error."""
     assert free == device_free_bytes(WithBus(), nvml)
     assert not getattr(nvml, "is_open", False)
 
@@ -202,7 +202,7 @@ def test_free_memory_is_asked_for_without_a_context(nvml: Any, free: int | None)
 def test_what_processes_use_of_a_device_is_told_where_it_is_known(
     processes: tuple[tuple[int, int], ...], is_divided: bool, used: int | None
 ) -> None:
-    """Their sum is reported; in a container, process numbers may differ, which is not an error."""
+    """Their sum is known, unless a container has other process numbers, which is not an error."""
     nvml = FakeNvml(0, is_divided)
     nvml.processes = processes
 
@@ -211,7 +211,7 @@ def test_what_processes_use_of_a_device_is_told_where_it_is_known(
 
 
 def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine has no such library."""
+    """Without the library free memory is unknown, as on this machine."""
     monkeypatch.setattr("vllm_hotswap.nvml.LIBRARY", "libnvml-of-nobody.so.1")
 
     assert device_free_bytes(WithBus()) is None
@@ -219,7 +219,7 @@ def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_sleep_neither_mapping_nor_torchs_pools_have_to_work() -> None:
-    """Models then lie in torch's own memory."""
+    """Without sleep, models lie in torch's own memory, and mapping need not work."""
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
     assert check_driver(environment, cuda := FakeCuda(can_map=False), maps=False) is cuda

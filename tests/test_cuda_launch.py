@@ -34,7 +34,7 @@ def model_in(folder: Path) -> tuple[Path, ModelConfig]:
 
 
 def test_vllms_own_sleep_mode_is_refused_on_cuda(tmp_path: Path) -> None:
-    """It serves one model per process: a second model could not be loaded."""
+    """vLLM's sleep mode serves one model per process: a second model could not be loaded."""
     path, model = model_in(tmp_path)
 
     with pytest.raises(ConfigError) as error:
@@ -48,7 +48,7 @@ def test_vllms_own_sleep_mode_is_refused_on_cuda(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["enable_sleep_mode", "enable_cumem_allocator"])
 def test_other_devices_and_other_settings_are_left_alone(tmp_path: Path, key: str) -> None:
-    """An out-of-tree platform may need it."""
+    """Other devices keep their settings, which an out-of-tree platform may need."""
     path, model = model_in(tmp_path)
 
     refuse_sleep_mode(model, vllm_config(HOSTED_CPU_WORKER, **{key: True}), path)
@@ -92,7 +92,7 @@ def test_models_share_what_is_free_but_for_a_reserve(utilization: float) -> None
 
 
 def test_on_other_devices_it_bounds_what_models_share() -> None:
-    """It does so as before."""
+    """On other devices, `gpu_memory_utilization` bounds what models share, as before."""
     device = DeviceMemory(total=20 * GIB, free=19 * GIB, held=0)
     models = launches(vllm_config(HOSTED_CPU_WORKER, 0.5))
 

@@ -155,7 +155,7 @@ def test_weights_are_copied_to_the_host_once() -> None:
 
 
 def test_changed_weights_are_copied_again() -> None:
-    """They are copied once."""
+    """Changed weights are copied again, once."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(40)
@@ -172,7 +172,7 @@ def test_changed_weights_are_copied_again() -> None:
 
 
 def test_host_memory_is_pinned_once() -> None:
-    """It stays for the next sleep, and is as large as what has to be kept."""
+    """Pinned host memory stays for the next sleep, and is as large as what has to be kept."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(7), one.allocate(9, KV)
@@ -201,7 +201,7 @@ def test_copies_run_while_the_next_segment_is_mapped() -> None:
 
 
 def test_a_wake_without_room_changes_nothing() -> None:
-    """The model stays asleep, the error says what it needs, and it wakes once there is room."""
+    """Without room the model stays asleep, the error says how much, and it wakes later."""
     cuda = FakeCuda(total=10 * STEP)
     one, two = Tenant(cuda), Tenant(cuda, seed=2)
     one.allocate(4), one.allocate(4, KV)
@@ -238,7 +238,7 @@ def test_what_is_freed_while_it_sleeps_only_gives_back_addresses() -> None:
 
 
 def test_steps_that_have_been_begun_end_before_memory_is_freed() -> None:
-    """They may still read it."""
+    """Steps under way end before memory is freed, because they may still read it."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     address = one.allocate()
@@ -264,7 +264,7 @@ def test_nothing_is_freed_for_an_address_that_is_not_its_own() -> None:
 
 @pytest.mark.parametrize("asleep", [False, True])
 def test_close_gives_everything_back(asleep: bool) -> None:
-    """This holds whether or not the model sleeps."""
+    """Closing releases everything, whether or not the model sleeps."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(3), one.allocate(3, KV)
@@ -294,7 +294,7 @@ def test_memory_in_which_nothing_is_has_none_after_a_load() -> None:
 
 
 def test_an_allocation_without_room_leaves_nothing() -> None:
-    """Neither addresses nor memory stay, and a later one that fits succeeds."""
+    """A failed allocation leaves neither addresses nor memory, and a smaller one succeeds."""
     cuda = FakeCuda(total=4 * STEP)
     one = Tenant(cuda)
 
@@ -310,7 +310,7 @@ def test_an_allocation_without_room_leaves_nothing() -> None:
 def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One warning has the remedy."""
+    """Host memory that cannot be pinned is used; one warning has the remedy."""
     cuda = FakeCuda(refuses={"cuMemHostRegister_v2"})
     one = Tenant(cuda)
     one.allocate(), one.allocate()
@@ -326,7 +326,7 @@ def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
 
 
 def test_a_sleep_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model stays awake, and the message has the required amount."""
+    """Without host memory a sleep leaves the model awake, and says how much it needs."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(16), one.allocate(16)
@@ -368,7 +368,7 @@ def test_kv_memory_of_another_size_gets_a_copy_of_another_size() -> None:
 
 
 def test_memory_tells_what_it_holds() -> None:
-    """Its text form has them for logs and failed tests."""
+    """The memory's text form shows what it holds, for logs and failed tests."""
     one = Tenant(FakeCuda())
     one.allocate(1)
     assert f"<ModelMemory awake segments=1 device={STEP} host=0>" == repr(one.memory)
@@ -386,7 +386,7 @@ def under_way(cuda: FakeCuda) -> int:
 
 
 def test_a_wake_in_slices_ends_as_any_other() -> None:
-    """Each takes its limit at most; contents and addresses match those of a whole wake."""
+    """Each slice takes its limit at most; contents and addresses match those of a whole wake."""
     cuda = FakeCuda()
     one, other = Tenant(cuda), Tenant(cuda, seed=2)
     one.allocate(1), one.allocate(7), one.allocate(5, KV)
@@ -410,7 +410,7 @@ def test_a_wake_in_slices_ends_as_any_other() -> None:
 
 
 def test_a_slice_is_a_chunk_at_least() -> None:
-    """Otherwise a wake would never end."""
+    """A slice is at least a chunk, or the wake would never end."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(5)
@@ -439,7 +439,7 @@ def test_a_wake_goes_on_where_slices_have_come_to() -> None:
 
 
 def test_a_wake_that_is_given_up_gives_back_what_it_has_taken() -> None:
-    """This holds for release in slices, too; the model is asleep, and nothing of it is lost."""
+    """A cancelled wake releases what it took, in slices if wanted; nothing of the model is lost."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(8), one.allocate(4, KV)
@@ -478,7 +478,7 @@ def test_a_slice_leaves_others_what_they_need() -> None:
 
 
 def test_another_process_may_take_the_memory_between_two_slices() -> None:
-    """Then the model stays asleep, and holds nothing."""
+    """If another process takes the memory, the model stays asleep, and holds nothing."""
     cuda = FakeCuda(total=10 * STEP)
     one = Tenant(cuda)
     one.allocate(8)
@@ -519,7 +519,7 @@ def test_a_model_may_be_told_anything_in_the_middle_of_a_wake(end: str) -> None:
 
 
 def test_there_is_nothing_to_be_done_for_a_model_that_is_awake() -> None:
-    """Neither slices nor a cancelled wake touch its memory."""
+    """Neither slices nor a cancelled wake touch the memory of an awake model."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(3)
@@ -756,7 +756,7 @@ class World:
 def test_models_keep_what_is_theirs_in_any_order(
     actions: list[Action], models: int, steps: int
 ) -> None:
-    """The limit is never exceeded, and nothing is left at the end."""
+    """Models keep their contents; the limit is never exceeded, and nothing is left at the end."""
     world = World(models, steps * STEP)
     for action in actions:
         world.act(action)
@@ -783,7 +783,7 @@ def test_every_byte_is_accounted_for_over_a_thousand_operations() -> None:
 def test_a_range_is_what_is_inside_and_what_is_outside(
     ranges: list[Range], start: int, nbytes: int
 ) -> None:
-    """This holds for all ranges, overlapping ones too."""
+    """A range is its inside and outside parts, for all ranges, overlapping ones too."""
     covered = {place for low, size in ranges for place in range(low, low + size)}
     whole = set(range(start, start + nbytes))
     united = merged(ranges)

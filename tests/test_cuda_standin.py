@@ -99,7 +99,7 @@ def test_the_device_has_the_size_that_it_is_given(books: Path, tmp_path: Path) -
 
 @needs_gcc
 def test_a_call_fails_once_where_a_test_wants_it(books: Path, tmp_path: Path) -> None:
-    """Only the chosen call of that name fails; all calls are counted."""
+    """Only the chosen call of that name fails, once; all calls are counted."""
     board = Board(tmp_path / "board")
     work = "print([books.standin_call(place, b'cuMemMap') for _ in range(4)])"
 
@@ -113,14 +113,14 @@ def test_a_call_fails_once_where_a_test_wants_it(books: Path, tmp_path: Path) ->
 
 @needs_gcc
 def test_a_failure_may_be_ordered_by_the_environment(books: Path, tmp_path: Path) -> None:
-    """This works for programs that no test controls."""
+    """The environment can make a call fail in programs that no test controls."""
     work = "print([books.standin_call(place, b'cuMemMap') for _ in range(3)])"
 
     assert run(books, tmp_path / "board", work, FAKEGPU_FAIL="cuMemMap:2") == "[0, 999, 0]"
 
 
 def test_functions_are_told_from_a_header() -> None:
-    """They have the names that the library exports."""
+    """Functions in a header have the names that the library exports."""
     header = (
         "#define cuMemAlloc cuMemAlloc_v2\n"
         "#define CUDA_VERSION 13000\n"
@@ -151,7 +151,7 @@ def test_the_rehearsal_has_vllms_build_for_cuda() -> None:
 
 
 def test_every_part_of_the_rehearsal_is_there() -> None:
-    """Each has its tests, and a time limit."""
+    """Each part of the rehearsal has its tests, and a time limit."""
     for part in rehearse_cuda.PARTS:
         assert (rehearse_cuda.ROOT / part.tests).is_file()
         assert 0 < part.limit_s <= 3600

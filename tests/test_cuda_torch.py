@@ -156,7 +156,7 @@ def test_a_model_wakes_in_slices_while_another_one_works() -> None:
 
 
 def test_a_wake_without_room_leaves_the_others_whole() -> None:
-    """It succeeds once there is room."""
+    """A wake without room leaves other models whole, and succeeds once there is room."""
     one, two = Model(1), Model(2)
     one.sleep()
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 8 * MIB, **BYTES)
@@ -190,7 +190,7 @@ def test_a_load_that_does_not_fit_leaves_nothing() -> None:
 
 
 def test_torch_is_not_asked_for_one_pool() -> None:
-    """It would release a reference that it does not own: a crash after about 128 loads."""
+    """A query for one pool would release a foreign reference: a crash after about 128 loads."""
     number = int("100000")
     pool = SimpleNamespace(id=(0, number), snapshot=lambda: torch.cuda.memory_snapshot((0, number)))
     before = sys.getrefcount(number)
@@ -201,7 +201,7 @@ def test_torch_is_not_asked_for_one_pool() -> None:
 
 
 def test_tensors_that_outlive_their_pools_take_their_memory_with_them() -> None:
-    """This holds for a failed load, which nothing closes, and for a tensor that is still in use."""
+    """The memory goes with the last tensor, of a failed load or one that is still in use."""
     failed = Model(4)
     left = failed.weights
     failed.pools = None  # type: ignore[assignment]
@@ -341,7 +341,7 @@ def test_an_unload_takes_no_workspace_of_another_models_graphs() -> None:
 
 @pytest.mark.usefixtures("no_workspaces")
 def test_a_workspace_that_a_load_has_made_does_not_sleep() -> None:
-    """It would serve all models' steps on the same stream."""
+    """A workspace from a load stays awake: it would serve all models' steps on the stream."""
     pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))
     with pools.allocating("weights"):
         weight = torch.empty(256, 256, device="cuda")
@@ -353,7 +353,7 @@ def test_a_workspace_that_a_load_has_made_does_not_sleep() -> None:
 
 
 def test_what_is_kept_for_the_whole_process_does_not_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first model to create it does so while its own weights are loaded."""
+    """Shared tensors stay awake, although the first model makes them while it loads."""
     module: Any = ModuleType("vllm.of_a_test")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))

@@ -241,7 +241,7 @@ def test_kv_memory_is_never_measured() -> None:
 
 @pytest.mark.parametrize("asks_for", [("weights", "kv_cache"), Worker.asks_for])
 def test_weights_and_kv_memory_are_in_pools_of_their_own(asks_for: tuple[str, ...]) -> None:
-    """This holds for vLLM 0.26 and 0.32; other memory stays with torch."""
+    """Both have pools of their own, for vLLM 0.26 and 0.32; other memory stays with torch."""
     cuda = FakeCuda()
     worker = Hosted(cuda)
     worker.asks_for = asks_for  # type: ignore[misc]
@@ -253,7 +253,7 @@ def test_weights_and_kv_memory_are_in_pools_of_their_own(asks_for: tuple[str, ..
 
 
 def test_two_workers_have_memory_of_their_own() -> None:
-    """While one sleeps, the other's stays."""
+    """While one worker sleeps, the other's memory stays."""
     cuda = FakeCuda()
     one, two = loaded(cuda), loaded(cuda)
     write(two.tensors["kv_cache"].storage.address, b"two")
@@ -293,7 +293,7 @@ def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
 
 
 def test_tensors_in_what_vllm_has_frozen_are_found(caplog: pytest.LogCaptureFixture) -> None:
-    """These objects refer to each other, like those of adapters, and no collection visits them."""
+    """Tensors are found in objects that refer to each other and that no collection visits."""
     cuda = FakeCuda()
     torch = FakeTorch()
     pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
@@ -319,7 +319,7 @@ def test_tensors_in_what_vllm_has_frozen_are_found(caplog: pytest.LogCaptureFixt
 
 
 def test_a_worker_may_do_without_memory_of_its_own() -> None:
-    """It then does not sleep; it needs as little free memory, and leaves nothing."""
+    """A worker without own memory does not sleep; it needs as little room, and leaves nothing."""
     worker = Hosted(cuda := FakeCuda())
     worker.has_pools = False
     worker.load()
@@ -367,7 +367,7 @@ def test_a_load_that_does_not_fit_fails_as_torch_has_it(caplog: pytest.LogCaptur
 
 
 def test_a_worker_sleeps_and_wakes() -> None:
-    """Weights are as they were, KV memory is zero."""
+    """After a wake weights are as they were, and KV memory is zero."""
     worker = loaded(cuda := FakeCuda())
     weights, kv = (worker.tensors[tag].storage.address for tag in ("weights", "kv_cache"))
     write(weights, b"weights"), write(kv, b"kv")
@@ -382,7 +382,7 @@ def test_a_worker_sleeps_and_wakes() -> None:
 
 
 def test_there_is_no_second_level() -> None:
-    """The call is refused, and nothing is done."""
+    """A sleep at level 2 is refused, and nothing is done."""
     worker = loaded(cuda := FakeCuda())
 
     with pytest.raises(NotImplementedError, match="sleep level 2"):
@@ -433,7 +433,7 @@ def test_a_wake_takes_what_torch_keeps_before_it_gives_up() -> None:
 
 
 def test_a_wake_without_room_says_so() -> None:
-    """It can be tried again."""
+    """A wake without room reports it, and can be tried again."""
     cuda = FakeCuda(total=8 * STEP)
     worker = loaded(cuda)
     worker.sleep()
@@ -499,7 +499,7 @@ def test_all_workers_of_a_model_sleep_or_none(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_weights_are_copied_once_for_a_sleep_of_several_workers() -> None:
-    """This includes weights that may change from sleep to sleep."""
+    """For several workers weights are copied once, even those that may change between sleeps."""
     ranks = Ranks(FakeCuda(), FakeCuda())
     for worker in ranks.workers:
         worker.lora_config = "adapters"
@@ -544,7 +544,7 @@ def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.Monke
 
 
 def test_want_of_room_is_told_although_it_cannot_be_undone() -> None:
-    """The first cause counts, whether a worker raised it or returned it."""
+    """The first lack of room is reported, whether a worker raised it or returned it."""
 
     def rpc(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "give_up_wake":
@@ -556,7 +556,7 @@ def test_want_of_room_is_told_although_it_cannot_be_undone() -> None:
 
 
 def test_a_worker_that_fails_has_the_others_undo_what_they_did() -> None:
-    """The cause is reported, whatever the rest do."""
+    """If a worker fails, the others undo their part, and the cause is reported in any case."""
     ranks = Ranks(FakeCuda(), FakeCuda())
     ranks("sleep")
     ranks.cudas[1].refuses = {"cuMemMap"}
@@ -641,7 +641,7 @@ def test_what_an_unload_cannot_give_back_is_given_back_a_little_later(
 
 
 def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
-    """So do those for tensors of a failed load, which outlive its worker."""
+    """Our functions live as long as torch may call them, even after a failed load's worker."""
     cuda = FakeCuda()
     worker = loaded(cuda)
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
@@ -655,7 +655,7 @@ def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
 
 
 def test_graphs_go_at_once() -> None:
-    """They do not wait for a garbage collection; a worker that failed early has none."""
+    """Graphs go without a garbage collection; a worker that failed early has none."""
     worker = loaded()
     worker.let_go_of_graphs()
     assert {} == worker.model_runner.cudagraph_manager.graphs
@@ -664,7 +664,7 @@ def test_graphs_go_at_once() -> None:
 
 
 def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM knows all wrappers that hold them."""
+    """Graphs in wrappers, all of which vLLM knows, go at once, too."""
     cleared: list[str] = []
     for module, name in cuda_hosting.WRAPPERS:
         wrapper = SimpleNamespace(clear_all_graphs=lambda name=name: cleared.append(name))
@@ -676,7 +676,7 @@ def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_end_of_a_worker_process_leaves_nothing_for_torch_to_call() -> None:
-    """Its interpreter destroys our functions before torch's pools."""
+    """A worker process leaves no functions: its interpreter destroys them before torch's pools."""
     worker = loaded(cuda := FakeCuda())
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
     in_pools = [tensor for tensor in worker.tensors.values() if tensor.pool]
@@ -692,7 +692,7 @@ def test_the_end_of_a_worker_process_leaves_nothing_for_torch_to_call() -> None:
 
 
 def test_what_is_kept_for_the_whole_process_lies_elsewhere() -> None:
-    """The memory is checked after each allocation."""
+    """Memory for the whole process is found after each allocation, and lies elsewhere."""
     worker = loaded()
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
     inside = torch.moved[-1]
@@ -704,6 +704,6 @@ def test_what_is_kept_for_the_whole_process_lies_elsewhere() -> None:
 
 
 def test_a_worker_of_another_kind_has_no_pools() -> None:
-    """Nor has an engine whose creation failed."""
+    """Workers of another kind have no pools, nor has an engine whose creation failed."""
     assert pools_of({}) is None
     assert pools_of({"model_executor": SimpleNamespace(driver_worker=None)}) is None

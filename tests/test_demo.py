@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_configuration_that_was_edited_is_left_alone(tmp_path: Path) -> None:
-    """The message has its path, and nothing is written beside it."""
+    """The refusal names the edited file, and nothing is written beside it."""
     (tmp_path / "models.yaml").write_text("models: {mine: {model: org/mine}}")
 
     with pytest.raises(ConfigError, match="exists with other content; name another folder"):
@@ -66,7 +66,7 @@ def shell(command: str, **kwargs: object) -> str:
 def test_requests_are_printed_as_commands_that_get_the_same_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each command works as printed, whatever characters it contains."""
+    """Each request is printed as a command that works, whatever characters it has."""
     question = "What's \"up\" in 'Köln'? $HOME `ls` \\n"
     with (
         listening_server() as running,
@@ -88,7 +88,7 @@ def test_requests_are_printed_as_commands_that_get_the_same_answer(
 
 
 def test_what_to_do_next_works_as_it_is_printed(tmp_path: Path) -> None:
-    """The models are written, and can be served."""
+    """The printed next steps work: the models are written, and can be served."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     _, writing = printed(closing(8000))
 
@@ -100,7 +100,7 @@ def test_what_to_do_next_works_as_it_is_printed(tmp_path: Path) -> None:
 def test_command_that_a_missing_file_is_answered_with_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It works as printed, with a folder in the place of DIR."""
+    """The command for a missing file works as printed, with a folder in the place of DIR."""
     monkeypatch.chdir(tmp_path)
     assert 1 == main(["check", "models.yaml"])
     (command,) = re.findall("`vllm-hotswap (.*?)`", capsys.readouterr().err)
@@ -142,7 +142,7 @@ def test_steps_of_the_start_are_shown_as_they_come(
 def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error itself is one line."""
+    """A failed start shows the end of the log, and an error of one line."""
     monkeypatch.setattr(demo, "SERVER_MODULE", "vllm_hotswap.nowhere")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
@@ -157,7 +157,7 @@ def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(
 def test_a_port_that_is_taken_is_left_to_who_has_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo uses another port."""
+    """If its port is taken, the demo uses another one."""
     monkeypatch.setattr(demo, "SERVER_MODULE", "vllm_hotswap.nowhere")
     with listening_server() as running:
         port = int(running.url.rpartition(":")[2])
@@ -219,7 +219,7 @@ def test_a_signal_that_wakes_nobody_ends_a_demo_too(tmp_path: Path) -> None:
 def test_a_demo_that_is_told_to_stop_leaves_no_server(
     number: signal.Signals, status: int, left: int, tmp_path: Path
 ) -> None:
-    """It leaves no folder either. A server that outlives it would keep the port for ever."""
+    """A stopped demo leaves no folder, and no server, which would keep the port for ever."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     demo_process = subprocess.Popen(
         [sys.executable, "-c", WAITING_DEMO, str(free_port())],

@@ -88,7 +88,7 @@ def test_device_is_told_by_the_worker(
 
 
 def test_cpu_is_given_a_worker_that_can_sleep() -> None:
-    """The device is otherwise the same."""
+    """A worker that can sleep is chosen for a CPU, which otherwise stays the same device."""
     cpu = config(CPU_WORKER)
 
     device_of(cpu).configure(cpu)
@@ -98,7 +98,7 @@ def test_cpu_is_given_a_worker_that_can_sleep() -> None:
 
 
 def test_cuda_is_given_a_worker_that_sleeps_by_itself() -> None:
-    """The device is otherwise the same."""
+    """A worker with its own sleep is chosen for CUDA, which otherwise stays the same device."""
     cuda = config(CUDA_WORKER)
 
     device_of(cuda).configure(cuda)
@@ -128,7 +128,7 @@ def test_cuda_does_without_sleep_where_it_is_told_so(
 
 
 def test_a_gaudi_is_given_a_worker_that_tells_what_its_sleep_gives_back() -> None:
-    """The device is otherwise the same."""
+    """A worker that reports its sleep is chosen for a Gaudi, which otherwise stays the same."""
     gaudi = config(GAUDI_WORKER)
 
     device_of(gaudi).configure(gaudi)
@@ -138,7 +138,7 @@ def test_a_gaudi_is_given_a_worker_that_tells_what_its_sleep_gives_back() -> Non
 
 
 def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no NVIDIA driver: models are parked or unloaded."""
+    """ROCm has no NVIDIA driver, so models are parked or unloaded."""
     monkeypatch.setattr("torch.version.hip", "6.4")
     rocm = config(CUDA_WORKER)
 
@@ -150,7 +150,7 @@ def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("worker", ["some.other.Worker"])
 def test_other_workers_are_left_as_their_platform_chose_them(worker: str) -> None:
-    """None of their settings is changed."""
+    """Workers of other platforms keep all their settings."""
     chosen = config(worker)
 
     device_of(chosen).configure(chosen)
@@ -226,7 +226,7 @@ def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
 
 
 def test_a_device_that_is_full_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be no room even for this process's context."""
+    """A full device, without room even for this process's context, gets one line."""
 
     def mem_get_info() -> tuple[int, int]:
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
@@ -249,7 +249,7 @@ def test_a_device_that_is_full_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
 def test_growth_of_the_engine_host_is_its_own(
     monkeypatch: pytest.MonkeyPatch, has_nvml: bool, own: int, others: int
 ) -> None:
-    """It is, if the device knows whose memory it is; otherwise it counts as others'."""
+    """The host's growth is its own if the device knows whose memory it is, otherwise others'."""
     torch = TorchCuda(others=20 * GIB)
     cuda = on_cuda(monkeypatch, torch, has_nvml)
     base = cuda.memory().held or GIB // 2
@@ -262,7 +262,7 @@ def test_growth_of_the_engine_host_is_its_own(
 
 
 def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says what is wrong, instead of coming from a library."""
+    """A device that cannot be used ends the start with what is wrong, not a library's error."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     with pytest.raises(ConfigError, match="hides every GPU"):
@@ -275,7 +275,7 @@ def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyP
 def test_another_device_that_cannot_be_used_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error says what is wrong with a Gaudi, where one is wanted."""
+    """The line says what is wrong with a Gaudi, where one is wanted."""
 
     def acquire(_is_exclusive: bool) -> None:
         raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.\nmore")
@@ -308,7 +308,7 @@ def test_what_is_held_of_an_accelerator(
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:
-    """It shrinks when the memory is released."""
+    """The memory of this process grows with what it holds, and shrinks with what it releases."""
     before = CpuDevice().held_bytes()
     assert before > MIB
 
@@ -324,7 +324,7 @@ def test_memory_of_this_process_grows_with_what_it_holds() -> None:
 
 @pytest.mark.parametrize("code", [HOLD, PARENT])
 def test_memory_of_a_process_is_that_of_all_it_has_started(code: str) -> None:
-    """All descendants count, however many processes are between."""
+    """All descendants of a process count, however many processes are between."""
     with process(code) as pid:
         held = anonymous_bytes(pid)
 
@@ -332,7 +332,7 @@ def test_memory_of_a_process_is_that_of_all_it_has_started(code: str) -> None:
 
 
 def test_process_that_has_ended_holds_nothing() -> None:
-    """It does not matter whether it was waited for."""
+    """A process that has ended holds nothing, whether or not it was waited for."""
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.read()  # its end is reported by the process

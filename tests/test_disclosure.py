@@ -41,7 +41,7 @@ def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None
     ],
 )
 def test_what_is_no_path_of_the_machine_stays(text: str) -> None:
-    """Routes, addresses and aliases stay."""
+    """Routes, addresses and aliases are not redacted."""
     assert text == told(text)
 
 
@@ -50,7 +50,7 @@ names = st.text("abcdefgh0123456789-_. é", min_size=1).map(str.strip).filter(bo
 
 @given(st.lists(names, min_size=1, max_size=4), st.sampled_from(["'{}'", '"{}"']))
 def test_no_folder_is_left_of_a_path_in_quotes(folders: list[str], quotes: str) -> None:
-    """This holds for all characters in names."""
+    """Folders are redacted in quoted paths, whatever characters their names have."""
     text = told("cannot read " + quotes.format("/".join(["", "canary", *folders, "file"])))
 
     assert "canary" not in text

@@ -37,12 +37,12 @@ def subclasses(kind: type[errors.HotswapError]) -> list[type[errors.HotswapError
 def test_every_error_that_a_client_may_get_is_in_the_table(
     kind: type[errors.HotswapError],
 ) -> None:
-    """The table has its status and its code."""
+    """Every error that a client may get is in the table, with its status and its code."""
     assert f"| {kind.status} `{kind.code}` |" in page("http-api.md")
 
 
 def test_the_table_of_errors_is_in_order() -> None:
-    """Rows are sorted by status, then by code."""
+    """The table of errors is sorted by status, then by code."""
     rows = re.findall(r"^\| (\d{3}) `(\w+)` \|", page("http-api.md"), re.MULTILINE)
 
     assert len(rows) > 40
@@ -50,22 +50,22 @@ def test_the_table_of_errors_is_in_order() -> None:
 
 
 def test_the_reference_is_the_one_of_the_code() -> None:
-    """It has every setting, flag, variable and command; `make reference` regenerates it."""
+    """The reference has all settings, flags, variables and commands; `make reference` writes it."""
     assert reference.page() == page("reference.md")
 
 
 def test_the_table_of_vllms_state_is_the_one_of_the_code() -> None:
-    """It has every place with its owner and reason; `make reference` regenerates it."""
+    """The table has all places with owners and reasons; `make reference` writes it."""
     assert reference.with_state_table(page("vllm-state.md")) == page("vllm-state.md")
 
 
 def test_every_setting_has_a_meaning() -> None:
-    """No row of the reference is empty."""
+    """Every setting's row in the reference has a meaning."""
     assert [] == re.findall(r"^\|.*\| *\|$", page("reference.md"), re.MULTILINE)
 
 
 def test_every_metric_is_described() -> None:
-    """Pages use the exposed name."""
+    """Every metric is described by its exposed name."""
     host = FakeHost(("a",))
     metrics = SwitchMetrics(
         active=lambda: None,
@@ -88,28 +88,28 @@ def test_every_metric_is_described() -> None:
 
 
 def test_every_phase_is_described() -> None:
-    """The design describes them."""
+    """Every phase is described in the design."""
     text = page("design.md")
     for word in SwitchPhase:
         assert f"| `{word}` |" in text
 
 
 def test_every_failpoint_is_described() -> None:
-    """Each has all its actions."""
+    """Every failpoint is described with all its actions."""
     text = page("reliability.md")
     assert [] == [p for p in failpoints.PLACES if f"`{p}`" not in text]
     assert [] == [a for a in failpoints.ACTIONS if not re.search(rf"`{a}[`(]", text)]
 
 
 def test_every_state_is_described() -> None:
-    """The page about residency describes them."""
+    """Every state is described in the page about residency."""
     text = page("residency.md")
     for word in Residency:
         assert f"| `{word}` |" in text
 
 
 def test_the_table_of_steps_is_the_one_of_the_code() -> None:
-    """It has every step of every state, and no other; `fail` has a line of its own."""
+    """The table has every step of every state, and no other; `fail` has a line of its own."""
     lines = re.findall(r"^\| `(\w+)` \| (`.*) \|$", page("residency.md"), re.MULTILINE)
     written = {state: set(re.findall(r"`(\w+)`: (\w+)", steps)) for state, steps in lines}
 
@@ -124,7 +124,7 @@ def test_the_table_of_steps_is_the_one_of_the_code() -> None:
 def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
     tmp_path: Path, name: str
 ) -> None:
-    """It is accepted as it stands, and so is the one of the guide for Gaudi."""
+    """The README's configuration, and the Gaudi guide's, are accepted as they stand."""
     example = re.search(r"```yaml\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert example is not None
     path = tmp_path / "models.yaml"
@@ -134,7 +134,7 @@ def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
 
 
 def test_the_demo_writes_a_configuration_that_is_accepted(tmp_path: Path) -> None:
-    """It has three aliases, llama as the default, and every model beside the file."""
+    """The demo's configuration has three aliases, llama as default, and models beside the file."""
     config = load_config(write(tmp_path / "demo"))
 
     assert ("llama", ("llama", "qwen", "embed")) == (config.default_model, config.aliases)
@@ -151,7 +151,7 @@ def curl_lines(text: str) -> list[str]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize(("path", "count"), [("README.md", 1), ("docs/guides/gaudi.md", 4)])
 def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
-    """Only the address is replaced."""
+    """Calls in the pages work, with only the address replaced."""
     lines = curl_lines((ROOT / path).read_text())
     assert count == len(lines)
     with listening_server() as running:
@@ -175,7 +175,7 @@ def mentioned() -> set[str]:
 
 
 def test_every_command_that_is_mentioned_exists() -> None:
-    """So does every flag that is mentioned with it."""
+    """Every mentioned command exists, with every flag that is mentioned with it."""
     lines = sorted(mentioned())
     assert len(lines) > 20
     for line in lines:
@@ -187,7 +187,7 @@ def test_every_command_that_is_mentioned_exists() -> None:
 
 
 def test_there_is_one_port() -> None:
-    """It is the port of `vllm serve`; only lines of the quickstart itself differ."""
+    """All pages name the port of `vllm serve`, except where they quote the quickstart."""
     quoting = {DOCS / "quickstart-compatibility.md"}  # docs/guides is not checked
     pages = {ROOT / "README.md", ROOT / "Makefile", *DOCS.glob("*.md")} - quoting
     address = r"(?:localhost:|127\.0\.0\.1:|--port |PORT=|PORT \?= )(\d+)"
@@ -230,7 +230,7 @@ def test_every_promise_of_the_quickstart_names_its_test() -> None:
 
 
 def test_every_claim_about_security_names_its_tests() -> None:
-    """Names appear in the order of the page."""
+    """Every claim about security names its tests, in the order of the page."""
     claims = (ROOT / "SECURITY.md").read_text()
     table = page("security-claims.md")
     rows = re.findall(r"^\| (?!claim|---)(.*?) \| (.*) \|$", table, re.MULTILINE)
@@ -240,7 +240,7 @@ def test_every_claim_about_security_names_its_tests() -> None:
 
 
 def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:
-    """The others say why not; most tests use the real vLLM, or a process that is killed."""
+    """Every fault has a test, or a reason; most tests use the real vLLM, or kill a process."""
     rows = [line.split(" | ") for line in page("reliability.md").splitlines()]
     faults = [row for row in rows if re.fullmatch(r"\| \d+", row[0])]
 
@@ -262,7 +262,7 @@ def test_links_between_pages_lead_somewhere(path: Path) -> None:
 
 
 def test_every_variable_of_ours_is_in_the_reference() -> None:
-    """These are all variables with our prefix that the code reads."""
+    """Every variable with our prefix that the code reads is in the reference."""
     read = {
         name
         for path in (ROOT / "src").rglob("*.py")

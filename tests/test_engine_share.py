@@ -72,7 +72,7 @@ class Door:
 
 
 async def test_who_is_alone_has_all_places() -> None:
-    """It gets one more, so that the engine never waits for this process."""
+    """A lone account has all places, and one more, so that the engine never waits."""
     door = Door()
 
     assert PLACES + 1 == len(await door.ask("a", 20))
@@ -151,7 +151,7 @@ async def test_accounts_with_as_many_take_turns() -> None:
 
 
 async def test_prompts_wait_before_the_engine_beyond_what_some_steps_take() -> None:
-    """Prompts that have an output no longer count."""
+    """Prompts beyond some steps wait, and those that have an output no longer count."""
     door = Door(places=100)
 
     inside = await door.ask("a", 20, tokens=STEP_TOKENS)
@@ -184,7 +184,7 @@ async def test_a_request_that_says_more_goes_through() -> None:
 
 
 async def test_the_share_counts_for_what_waits_in_the_engine_too() -> None:
-    """So another account's prompt is in one of the next steps."""
+    """The share limits waiting prompts, so that another account's is in one of the next steps."""
     door = Door(places=100)
     await door.ask("b")
 
@@ -194,7 +194,7 @@ async def test_the_share_counts_for_what_waits_in_the_engine_too() -> None:
 
 @pytest.mark.parametrize("how", ["its task is cancelled", "it is given up", "both"])
 async def test_nothing_is_kept_of_who_leaves(how: str) -> None:
-    """This holds for an account that leaves while it waits."""
+    """An account that leaves while it waits leaves nothing behind."""
     door = Door(places=1)
     inside = await door.ask("a", 4)
     waiting = [one for one in door.waiting if one not in inside]
@@ -227,7 +227,7 @@ async def test_who_leaves_in_the_turn_that_lets_it_in_gives_its_place_back() -> 
 
 
 async def test_what_it_knows_of_accounts_is_forgotten() -> None:
-    """There may be a hundred thousand keys, one after the other."""
+    """Accounts are forgotten: there may be a hundred thousand keys, one after the other."""
     door = Door()
     for number in range(50):
         door.now_s += RECENT_S / 10

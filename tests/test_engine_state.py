@@ -96,7 +96,7 @@ def draw() -> tuple[float, float, float]:
 
 
 def test_an_engine_finds_what_it_left(process: ProcessState, module: Any) -> None:
-    """It finds nothing that another engine has set."""
+    """An engine finds the state that it left, and nothing that another engine has set."""
     first = load(process, module, "first")
     second = load(process, module, "second")
     module.backend = "second, later"
@@ -120,7 +120,7 @@ def test_while_one_engine_is_worked_with_nothing_is_moved(
 
 
 def test_a_load_begins_as_in_a_new_process(process: ProcessState, module: Any) -> None:
-    """This holds whatever was loaded before."""
+    """A load starts as in a new process, whatever was loaded before."""
     load(process, module, "first")
 
     process.put_in_place(process.begin(DENSE))
@@ -129,7 +129,7 @@ def test_a_load_begins_as_in_a_new_process(process: ProcessState, module: Any) -
 
 
 def test_a_load_that_failed_changes_nothing_for_others(process: ProcessState, module: Any) -> None:
-    """The others' state and random numbers stay as they were."""
+    """A failed load leaves the others' state and random numbers as they were."""
     first = load(process, module, "first")
     with drawing_nothing():
         expected = draw()
@@ -174,7 +174,7 @@ def test_models_of_one_kind_share_their_parallel_groups(process: ProcessState, m
 
 
 def test_each_engine_draws_its_own_random_numbers(process: ProcessState, module: Any) -> None:
-    """They are the numbers that it would draw without other engines."""
+    """Each engine draws the random numbers that it would draw without other engines."""
     load(process, module, "alone")
     expected = [draw() for _ in range(4)]
 
@@ -196,7 +196,7 @@ def test_each_engine_draws_its_own_random_numbers(process: ProcessState, module:
 def test_the_end_of_an_engine_tells_what_it_would_have_drawn(
     process: ProcessState, module: Any
 ) -> None:
-    """It can continue from there when it is loaded again."""
+    """The end of an engine returns its random state, from which it can continue later."""
     first = load(process, module, "first")
     with drawing_nothing():
         expected = draw()
@@ -301,7 +301,7 @@ class Refusing:
 
 
 def test_state_that_could_not_be_put_in_place_is_no_engines(module: Any) -> None:
-    """Neither engine stores a mixture as its own, and each can be put in place later."""
+    """After a failure neither engine stores a mixture, and each can be put in place later."""
     refusing = Refusing()
     process = ProcessState([Attribute(module, "backend"), refusing], [])
     first, second = (load(process, module, name) for name in ("first", "second"))
@@ -327,7 +327,7 @@ class Environment(dict[str, str]):
 
 
 def test_a_variable_is_written_only_where_it_differs() -> None:
-    """Another thread must not read the environment while it is written."""
+    """Variables are written only if they differ: another thread may read the environment."""
     environment = Environment(NAME="1")
     variable = Item(environment, "NAME")
 
@@ -349,7 +349,7 @@ def joined(tokens: str, *, sign: str = "+") -> str:
 
 
 def test_hashes_begin_at_the_root_of_their_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not matter whose root is in place when the input thread hashes a request."""
+    """A hash starts at its engine's root, whatever root is in place at that time."""
     monkeypatch.setattr(f"{__name__}.ROOT", "of the first")
     bound = with_own_globals(hash_of_first_block)
     monkeypatch.setattr(f"{__name__}.ROOT", "of the second")
@@ -370,7 +370,7 @@ def test_a_place_that_was_renamed_is_told(name: str, since: str, is_told: bool) 
 
 
 def test_what_is_not_set_stays_as_it_is_unless_it_is_a_variable() -> None:
-    """Another thread may read a module's missing name; a variable would apply to other engines."""
+    """Missing attributes stay, since a thread may read them; missing variables are removed."""
     module, environment = types.SimpleNamespace(name=1), {"NAME": "1"}
 
     assert MISSING is Attribute(module, "other").get()
@@ -417,7 +417,7 @@ RUNTIME_CONFIG = "vllm_gaudi.extension.runtime:RUNTIME_CONFIG"
 def test_state_of_a_plugin_counts_where_the_plugin_is_in_use(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be installed beside a vLLM for which another platform is chosen."""
+    """A plugin's state counts only in use: it may be installed for another platform."""
     state = State(RUNTIME_CONFIG, Owner.ENGINE, "a reason")
     assert [plugin.RUNTIME_CONFIG] == [cell.get() for cell in cells(RUNTIME_CONFIG)]
     assert [] == absent([state])
@@ -517,7 +517,7 @@ def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
 
 
 def test_each_place_is_listed_once_with_a_reason() -> None:
-    """It can be looked up, by a pattern where it has one."""
+    """Each place is listed once with a reason, and can be looked up, also by a pattern."""
     places = [state.place for state in STATE]
 
     assert len(places) == len({*places})

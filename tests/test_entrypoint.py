@@ -33,7 +33,7 @@ def test_both_variables_name_the_file(environment: dict[str, str], expected: str
 def test_the_named_file_is_served(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All flags work; for a missing file, the start ends with one line that names it."""
+    """The named file is served with all flags; a missing one ends the start with one line."""
     monkeypatch.setenv(name, str(tmp_path / "nowhere.yaml"))
 
     assert 1 == main(["--port", "1"])
@@ -41,7 +41,7 @@ def test_the_named_file_is_served(
 
 
 def test_without_a_variable_it_is_vllms_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs as `python -m` would run it, with the same arguments."""
+    """Without a variable vLLM's server runs, as by `python -m`, with the same arguments."""
     for name in (OURS, QUICKSTARTS):
         monkeypatch.delenv(name, raising=False)
     ran = []

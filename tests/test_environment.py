@@ -85,7 +85,7 @@ async def test_the_engine_hosts_umask_keeps_others_from_writing(umask: int) -> N
 
 @on_linux
 def test_a_variable_that_is_forgotten_is_shown_to_nobody() -> None:
-    """Other variables are shown as before, even one whose name has the same end."""
+    """A forgotten variable is shown nowhere; others stay, even one whose name has the same end."""
     out = run(["-c", FORGET], VLLM_API_KEY=KEY, EMPTY="", LIKE_VLLM_API_KEY="stays", ZZZ="last")
     found, shown = out.splitlines()
 
@@ -118,7 +118,7 @@ def start_folder(tmp_path: Path) -> Path:
 def test_the_command_line_imports_nothing_from_the_start_folder(
     start_folder: Path, arguments: list[str]
 ) -> None:
-    """This holds for every way to start it."""
+    """Nothing is imported from the start folder, however the command line is started."""
     out = run(["-m", *arguments], start_folder, VLLM_HOTSWAP_CONFIG="none.yaml")
 
     assert "taken from" not in out
@@ -139,7 +139,7 @@ def test_a_start_folder_that_has_been_deleted_is_none(tmp_path: Path) -> None:
 def test_a_look_tells_a_folder_that_a_start_would_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It continues, because everything else remains to be checked. No folder is made."""
+    """A look reports a folder that a start would refuse, continues, and makes no folder."""
     for name in (*GIVEN, "PYTHONSAFEPATH"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
@@ -230,7 +230,7 @@ async def test_the_temporary_folder_is_held_as_long_as_the_host_runs() -> None:
 
 @on_linux
 async def test_a_host_may_open_many_files() -> None:
-    """So may the first one, which starts before the server has raised its own limit."""
+    """A host may open many files, even one that starts before the server raises its limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (few := min(soft, 500), hard))
     host = FakeProcessHost(("llama",))

@@ -122,7 +122,7 @@ def canned() -> Iterator[Canned]:
 
 
 def test_every_command_is_tried_here() -> None:
-    """So the tables below are complete."""
+    """The tables below have every command."""
     assert set(COMMANDS) == {*REMOTE, *LOCAL}
     assert set(remote.COMMANDS) == set(REMOTE)
 
@@ -164,7 +164,7 @@ def test_a_server_of_this_machine_is_reached_whatever_the_environment_says(
 def test_a_proxy_that_cannot_be_used_for_another_machine_is_one_line(
     proxy: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line names the server's address, which is not contacted."""
+    """A useless proxy is one line with the server's address, which is not contacted."""
     monkeypatch.setenv("ALL_PROXY", proxy)
 
     ended = run("status", "--url", "http://models.invalid:8000")
@@ -176,7 +176,7 @@ def test_a_proxy_that_cannot_be_used_for_another_machine_is_one_line(
 def test_certificates_that_are_missing_are_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They matter for https alone."""
+    """Missing certificates are one line, for https alone."""
     monkeypatch.setenv("SSL_CERT_FILE", "nowhere.pem")
 
     ended = run("status", "--url", "https://models.invalid:8000")
@@ -197,7 +197,7 @@ def test_a_terminal_that_lacks_a_character_shows_an_escape(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """This holds for every command."""
+    """A character that the terminal lacks is shown as an escape, by every command."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
 
@@ -273,7 +273,7 @@ def test_a_disk_that_is_full_is_one_line(
 def test_closed_streams_of_a_process_change_nothing(
     line: str, status: int, listening: Listening, canned: Canned
 ) -> None:
-    """This includes what Python itself writes at its exit."""
+    """Closed streams change nothing, not even what Python itself writes at its exit."""
     canned.answer = b""
     line = line.format(url=listening.url, canned=canned.url)
     shell = f'"$0" -m vllm_hotswap {line}; echo "${{PIPESTATUS[0]}}" >status'
@@ -290,7 +290,7 @@ def test_closed_streams_of_a_process_change_nothing(
 
 
 def test_an_interrupt_ends_a_command_without_a_word(canned: Canned) -> None:
-    """The status is the one that shells give to an interrupt."""
+    """An interrupt ends a command silently, with the status that shells give to it."""
     canned.answer = None
     canned.asked.clear()
     process = subprocess.Popen(
@@ -396,7 +396,7 @@ SHAPES = ("a list", "an empty object", "other types", "null")
     [(command, name) for name in ANSWERS for command in (REMOTE if name in SHAPES else ["switch"])],
 )
 def test_whatever_answers_is_one_line(command: str, name: str, canned: Canned, run: Run) -> None:
-    """The line can be shown in a terminal, and names the program that answered, or its answer."""
+    """Any answer gives one printable line, which names the program that answered, or its answer."""
     canned.answer = ANSWERS[name]
 
     ended = run(*REMOTE[command], "--url", canned.url)
@@ -413,7 +413,7 @@ URLS += ["http://a b/", "http://x\ny", "http://x?y", "//", ":8000", "http://\udc
 
 @pytest.mark.parametrize("url", URLS[1:])
 def test_an_address_that_is_none_is_one_line(url: str, run: Run) -> None:
-    """The line shows the form of an address."""
+    """An invalid address gets one line that shows the form of an address."""
     ended = run("status", "--url", url)
 
     assert 1 == ended.status
@@ -428,7 +428,7 @@ def test_an_address_that_is_none_is_one_line(url: str, run: Run) -> None:
 def test_what_is_wrong_in_a_variable_is_told_with_its_name(
     variable: str, value: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The value is not on that command line."""
+    """A mistake in a variable is reported with its name: it is not on the command line."""
     monkeypatch.setenv(variable, value)
 
     ended = run("status")
@@ -450,7 +450,7 @@ def test_other_forms_of_an_address_are_understood(
 
 
 def test_a_password_in_an_address_is_not_shown(canned: Canned, run: Run) -> None:
-    """It would end in a log."""
+    """A password in an address is not shown, because it would end in a log."""
     canned.answer = b""
     url = canned.url.replace("://", "://ann:sk-canary@")
 
@@ -481,7 +481,7 @@ def test_a_password_in_an_address_is_not_shown(canned: Canned, run: Run) -> None
     ],
 )
 def test_a_command_line_that_cannot_be_understood_is_one_line(line: str, run: Run) -> None:
-    """The status is 2, as for every program; the usage does not hide the line."""
+    """A wrong command line gets one line and status 2; the usage does not hide the line."""
     ended = run(*line.split())
 
     assert (2, "") == (ended.status, ended.out)
@@ -490,7 +490,7 @@ def test_a_command_line_that_cannot_be_understood_is_one_line(line: str, run: Ru
 
 @pytest.mark.parametrize("command", sorted(set(REMOTE) - {"leases", "status"}))
 def test_a_name_that_is_no_text_is_one_line(command: str, canned: Canned, run: Run) -> None:
-    """Such a name comes from a shell in another encoding."""
+    """A name that is not text, from a shell in another encoding, gets one line."""
     name, _, *rest = REMOTE[command]
 
     ended = run(name, "\udcff", *rest, "--url", canned.url)
@@ -507,7 +507,7 @@ def test_a_name_that_is_no_text_is_one_line(command: str, canned: Canned, run: R
 def test_a_key_that_cannot_be_sent_is_one_line(
     command: str, key: str, canned: Canned, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line names the source of the key, and does not show it."""
+    """A key that cannot be sent gets one line with its source, without the key."""
     ended = run(*REMOTE[command], "--url", canned.url, "--admin-key", key)
 
     assert 1 == ended.status
@@ -552,7 +552,7 @@ READING = {
 def test_a_file_that_cannot_be_read_is_one_line(
     name: str, kind: str, paths: dict[str, str], canned: Canned, run: Run
 ) -> None:
-    """This holds for every purpose of a file."""
+    """A file that cannot be read gets one line, whatever its purpose."""
     argv = [paths[kind] if word == "{}" else word for word in READING[name]]
 
     ended = run(*argv)
@@ -572,7 +572,7 @@ WRITING = {
 def test_a_place_that_cannot_be_written_is_one_line(
     name: str, kind: str, paths: dict[str, str], run: Run
 ) -> None:
-    """And nothing is left there."""
+    """A place that cannot be written gets one line, and nothing is left there."""
     places = {**paths, "a proc file": "/proc/self/nowhere"}
 
     ended = run(*(places[kind] if word == "{}" else word for word in WRITING[name]))
@@ -584,7 +584,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 def test_key_file_of_a_client_is_read_as_that_of_the_server(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first key of the file counts; the variable may name a file, too."""
+    """A client's key file is read like the server's: its first key; a variable may name it."""
     keys = tmp_path / "keys"
     keys.write_text("# ours\nsk-first # nightly\nsk-second\n")
     keys.chmod(0o600)

@@ -30,7 +30,7 @@ TREE = {
 
 
 def test_docstring_draws_the_whole_tree() -> None:
-    """It has every error with its HTTP status."""
+    """The docstring's tree has every error with its HTTP status."""
     drawn = re.findall(r"[├└]── (\w+) +(\d{3})?", errors.__doc__ or "")
 
     assert {name: str(cls.status) for name, cls in TREE.items()} == {
@@ -40,12 +40,12 @@ def test_docstring_draws_the_whole_tree() -> None:
 
 @pytest.mark.parametrize("cls", TREE.values(), ids=TREE.keys())
 def test_error_has_a_code_of_its_own(cls: type[HotswapError]) -> None:
-    """Its code differs from the codes of all other errors."""
+    """Every error has a code of its own."""
     assert [cls] == [other for other in TREE.values() if other.code == cls.code]
 
 
 def test_unknown_model_lists_the_configured_ones() -> None:
-    """It names the model, the fact and the next step."""
+    """The message names the model, the fact and the next step."""
     error = UnknownModel("gpt", ["llama", "qwen"])
 
     assert "model 'gpt' is not configured; configured: llama, qwen" == error.message
@@ -53,7 +53,7 @@ def test_unknown_model_lists_the_configured_ones() -> None:
 
 
 def test_not_active_names_the_active_model_and_how_to_switch() -> None:
-    """It gives the active model and the call that would change it."""
+    """The message gives the active model and the call that would change it."""
     error = ModelNotActive("qwen", "llama")
 
     assert (
@@ -73,14 +73,14 @@ def test_unknown_model_names_the_nearest() -> None:
 
 
 def test_a_forgotten_response_is_told_with_how_many_are_kept() -> None:
-    """The message adds that a restart forgets all of them."""
+    """The message has the number of kept responses, and adds that a restart forgets them."""
     assert "keeps the latest 7 responses (limits.kept_responses), and none after a restart" in (
         UnknownResponse("resp-1", None, 7).message
     )
 
 
 def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
-    """The message says whose rate it is, and names the setting."""
+    """The message says whether a rate is a key's or that of all without one, and the setting."""
     assert "this key may make 3 requests per minute (requests_per_minute, " in (
         RateLimited("requests", 3, 9).message
     )
@@ -90,7 +90,7 @@ def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
 
 
 def test_a_call_that_is_too_large_says_what_counts() -> None:
-    """The message names the setting, too."""
+    """The message says what counts, and names the setting."""
     assert (
         "this call needs more than 5 engine requests (prompts or items, times n); "
         "split it (limits.requests_per_call)"
@@ -112,7 +112,7 @@ def test_switching_says_when_to_retry() -> None:
 
 
 def test_conflict_names_both_targets_and_the_operation() -> None:
-    """The message says which switch is under way."""
+    """The refusal of a switch says which switch is under way."""
     message = SwitchInProgress("qwen", "mistral", "switch-1").message
 
     assert "a switch to 'qwen' is in progress (operation switch-1)" in message
@@ -130,7 +130,7 @@ def test_failed_switch_names_phase_cause_and_what_serves_on(serving: str | None,
 
 
 def test_cut_request_is_told_the_deadline() -> None:
-    """It names both models and the seconds, without trailing zeros."""
+    """The message names both models and the seconds, without trailing zeros."""
     message = DrainCut("llama", "qwen", 2.0).message
 
     assert "still running 2 s after a switch to 'qwen' began to drain" in message
@@ -144,7 +144,7 @@ def test_retry_after_is_the_class_default_or_what_is_given() -> None:
 
 
 def test_invalid_request_names_its_parameter() -> None:
-    """`param` names the wrong field."""
+    """`param` of an invalid request names the wrong field."""
     assert "drain_timeout" == InvalidRequest("wrong", "drain_timeout").param
 
 

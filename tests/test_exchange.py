@@ -60,7 +60,7 @@ class Said:
 
 
 async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> None:
-    """It is kept complete, in pieces or not, and noted as what the client got."""
+    """A refusal is kept complete until the lease is over, and noted as what the client got."""
     said = Said()
     await said.start(400)
     await said.body(b"no", more_body=True)
@@ -102,7 +102,7 @@ async def test_a_long_refusal_is_passed_on() -> None:
 
 
 async def test_a_long_refusal_in_one_piece_is_passed_on() -> None:
-    """vLLM sends refusals in one piece."""
+    """A long refusal in one piece, as vLLM sends it, is passed on."""
     said = Said()
     await said.start(400)
     await said.body(bytes(REFUSAL_BYTES + 1))
@@ -112,7 +112,7 @@ async def test_a_long_refusal_in_one_piece_is_passed_on() -> None:
 
 
 async def test_a_stream_that_was_begun_ahead_counts_as_what_it_becomes() -> None:
-    """It counts once, and not before its status is known."""
+    """An early stream counts once, as what it becomes, and not before its status is known."""
     for status, noted in ((200, ["let in"]), (400, ["noted"])):
         said = Said()
         await said.answer.begin_event_stream()

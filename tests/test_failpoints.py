@@ -65,7 +65,7 @@ def run(specification: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_nothing_happens_unless_they_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even the variable has no effect: only a process's main reads it."""
+    """Without being enabled, nothing happens: only a process's main reads the variable."""
     monkeypatch.setenv(failpoints.VARIABLE, "host.load=raise")
 
     failpoint("host.load", "llama")
@@ -74,7 +74,7 @@ def test_nothing_happens_unless_they_are_enabled(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_place_fails_for_the_model_that_is_named() -> None:
-    """It fails for no other model; a rule without a model applies to all."""
+    """A place fails for the named model only; a rule without a model applies to all."""
     failpoints.enable("host.load@llama=raise(no luck); host.wake=raise")
 
     failpoint("host.load", "qwen")
@@ -96,7 +96,7 @@ def test_a_rule_with_a_limit_ends() -> None:
 
 
 def test_a_blocking_sleep_takes_as_long_as_it_says() -> None:
-    """The thread itself waits."""
+    """A blocking sleep makes the thread itself wait, for the given time."""
     failpoints.enable("host.step=sleep(0.05)")
     before = time.monotonic()
 
@@ -106,7 +106,7 @@ def test_a_blocking_sleep_takes_as_long_as_it_says() -> None:
 
 
 async def test_a_coroutine_that_hangs_lets_others_run() -> None:
-    """It can be cancelled."""
+    """A hanging coroutine lets others run, and can be cancelled."""
     failpoints.enable("switch.drain=1*sleep(0);switch.drain=hang")
 
     await async_failpoint("switch.drain")
@@ -116,7 +116,7 @@ async def test_a_coroutine_that_hangs_lets_others_run() -> None:
 
 
 async def test_a_coroutine_fails_as_plain_code_does() -> None:
-    """The error has the text of the rule."""
+    """A coroutine fails with the text of the rule, as plain code does."""
     failpoints.enable("switch.drain@qwen=raise(boom)")
 
     await async_failpoint("switch.drain", "llama")
@@ -134,14 +134,14 @@ async def test_a_coroutine_fails_as_plain_code_does() -> None:
     ],
 )
 def test_a_process_ends_as_it_was_told(action: str, status: int) -> None:
-    """It exits at the named place, and not earlier."""
+    """A process exits at the named place, and not earlier."""
     ended = run(f"host.load@llama={action}")
 
     assert (status, "") == (ended.returncode, ended.stdout)
 
 
 def test_a_process_can_be_stopped() -> None:
-    """It is alive and silent, as after SIGSTOP, until SIGCONT."""
+    """A stopped process is alive and silent, as after SIGSTOP, until SIGCONT."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "host.load@llama=stop"], stdout=subprocess.PIPE, text=True
     )
@@ -173,7 +173,7 @@ def test_a_limit_in_a_file_holds_for_all_processes(file: Path) -> None:
 
 
 def test_a_hit_is_noted_beside_the_file(file: Path) -> None:
-    """A test can wait for a hit."""
+    """A hit is noted beside the file, so that a test can wait for it."""
     replace(file, "host.load=sleep(0)")
 
     failpoint("host.load", "llama")
@@ -208,7 +208,7 @@ def test_a_file_that_becomes_wrong_disarms(file: Path, caplog: pytest.LogCapture
     ],
 )
 def test_a_wrong_specification_is_refused(specification: str, says: str) -> None:
-    """The message has the variable, the wrong part, and the valid values."""
+    """A wrong specification is refused with the variable, the wrong part and valid values."""
     with pytest.raises(ConfigError, match=r"VLLM_HOTSWAP_FAILPOINTS: ") as refused:
         failpoints.enable(specification)
 
@@ -219,7 +219,7 @@ def test_a_wrong_specification_is_refused(specification: str, says: str) -> None
 def test_a_server_does_not_start_with_a_wrong_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops before it starts anything."""
+    """A server with a wrong specification stops before it starts anything."""
     monkeypatch.setenv(failpoints.VARIABLE, "host.lode=kill")
 
     with pytest.raises(ConfigError, match=r"unknown failpoint 'host\.lode'"):
@@ -227,5 +227,5 @@ def test_a_server_does_not_start_with_a_wrong_one(
 
 
 def test_every_phase_of_a_switch_has_one() -> None:
-    """Each has the phase's name."""
+    """Every phase of a switch has a failpoint with its name."""
     assert {f"switch.{phase}" for phase in SwitchPhase} <= set(failpoints.PLACES)

@@ -76,7 +76,7 @@ def done(futures: list[Future[str]]) -> list[str]:
 
 
 def test_a_caller_waits_for_one_job_of_another(pool: FairPool, work: Work) -> None:
-    """This holds however many jobs the other has queued, and whether or not it had a turn."""
+    """A caller waits for one job of another, however many that has, and served before or not."""
     work.hold("a")
     jobs = work.ask("a", 100) + work.ask("b", 2) + work.ask("c", 1)
     work.let_go()
@@ -87,7 +87,7 @@ def test_a_caller_waits_for_one_job_of_another(pool: FairPool, work: Work) -> No
 
 
 def test_a_caller_with_a_thread_lets_others_have_the_next() -> None:
-    """It gets no second thread while a caller without one waits."""
+    """A caller with a thread gets no second one while a caller without one waits."""
     pool = FairPool(2)
     work, other = Work(pool), Work(pool)
     work.hold("a")
@@ -101,7 +101,7 @@ def test_a_caller_with_a_thread_lets_others_have_the_next() -> None:
 
 
 def test_what_is_given_up_is_not_begun(pool: FairPool, work: Work) -> None:
-    """Its caller's other jobs start, and so do those of others."""
+    """A cancelled job never starts; its caller's other jobs do, and so do those of others."""
     work.hold("a")
     first, second = work.ask("a", 2)
     other = work.ask("b", 1)
@@ -174,7 +174,7 @@ def test_a_job_without_end_does_not_keep_the_process() -> None:
 
 
 def test_several_jobs_at_once_have_a_thread_each() -> None:
-    """Idle threads and new ones are used."""
+    """Several jobs at once each have a thread, an idle one or a new one."""
     pool = FairPool(2)
     assert ["a0"] == done(Work(pool).ask("a", 1))
     both = threading.Barrier(2)
@@ -223,7 +223,7 @@ def test_others_do_not_wait_for_a_job_that_is_overdue(spare: FairPool, clock: Cl
 
 
 def test_a_caller_is_served_again_when_its_job_has_ended(spare: FairPool, clock: Clock) -> None:
-    """This holds however long the job took."""
+    """A caller is served again after its overdue job, however long that took."""
     slow = Work(spare)
     held = slow.hold("a")
     clock.now_s = LONG_S + 1
@@ -255,7 +255,7 @@ def test_there_is_an_end_to_spare_threads(spare: FairPool, clock: Clock) -> None
 def test_what_waits_is_refused_when_the_last_thread_is_overdue(
     spare: FairPool, clock: Clock
 ) -> None:
-    """This holds for every caller."""
+    """When the last thread is overdue, the waiting jobs of every caller are refused."""
     slow = [Work(spare) for _ in "abc"]
     for work, caller in zip(slow, "abc", strict=True):
         work.hold(caller)
@@ -271,7 +271,7 @@ def test_what_waits_is_refused_when_the_last_thread_is_overdue(
 
 
 def test_a_pool_without_spare_threads_has_nothing_overdue(pool: FairPool, work: Work) -> None:
-    """Queued jobs keep waiting."""
+    """Without spare threads, queued jobs keep waiting."""
     work.hold("a")
     later = work.ask("a", 1)
     pool.look()

@@ -37,7 +37,7 @@ def post(engine: FakeEngine, path: str, **body: Any) -> asyncio.Task[httpx.Respo
 
 
 async def test_engine_that_is_not_loaded_has_no_application() -> None:
-    """It holds nothing and cannot be activated; its needs are known nevertheless."""
+    """An unloaded engine holds nothing and cannot be activated; its needs are known."""
     host = FakeHost(("llama",))
     engine = host.engines["llama"]
 
@@ -50,7 +50,7 @@ async def test_engine_that_is_not_loaded_has_no_application() -> None:
 
 
 async def test_load_reports_its_stages() -> None:
-    """They are the stages of a real load."""
+    """A load reports the stages of a real load."""
     stages: list[str] = []
 
     await FakeHost(("llama",)).engines["llama"].load(stages.append)
@@ -86,7 +86,7 @@ async def test_sleep_gives_memory_back_and_keeps_requests(
 
 
 async def test_sleeping_engine_cannot_be_activated(host: FakeHost) -> None:
-    """It must be woken first."""
+    """A sleeping engine must be woken before it can be activated."""
     await host.engines["qwen"].sleep(1)
 
     with pytest.raises(HotswapError, match="engine 'qwen' is not loaded"):
@@ -122,7 +122,7 @@ async def test_unload_gives_everything_back_but_the_frontend(host: FakeHost) -> 
 
 @pytest.mark.parametrize(("limit", "read"), [(3, 3), (100, 10)])
 async def test_prefetch_reads_as_far_as_it_may(host: FakeHost, limit: int, read: int) -> None:
-    """It reads at most the limit, and at most the weights."""
+    """A prefetch reads at most its limit, and at most the weights."""
     assert read == await host.engines["qwen"].prefetch(limit, lambda _: None)
 
 
@@ -151,7 +151,7 @@ def test_footprint_is_what_the_device_knows(
 
 
 async def test_most_that_was_held_is_witnessed(host: FakeHost) -> None:
-    """It reveals a plan that holds too much for a moment."""
+    """The most that was held is recorded, which reveals a plan that holds too much for a moment."""
     await host.engines["llama"].unload()
     await host.engines["llama"].load(lambda stage: None)
     await host.engines["qwen"].unload()
@@ -161,7 +161,7 @@ async def test_most_that_was_held_is_witnessed(host: FakeHost) -> None:
 
 
 async def test_only_the_activated_engine_is_stepped(host: FakeHost) -> None:
-    """Activating one parks the other."""
+    """Only the activated engine is stepped; activating one parks the other."""
     await host.engines["qwen"].activate(2)
 
     assert [False, True] == [engine.is_stepped for engine in host.engines.values()]
@@ -189,7 +189,7 @@ async def test_routes_answer_in_openais_shape(
 
 
 async def test_request_for_another_model_is_noticed(host: FakeHost) -> None:
-    """It reveals a router that sends a request to the wrong engine."""
+    """A request with another model's name is recorded, which reveals a wrong router."""
     response = await post(host.engines["llama"], "/v1/chat/completions", model="qwen")
 
     assert 404 == response.status_code
@@ -207,7 +207,7 @@ async def test_parked_engine_answers_after_its_activation(host: FakeHost) -> Non
 
 
 async def test_request_that_is_parked_freezes_and_goes_on(host: FakeHost) -> None:
-    """Its answer is complete."""
+    """The answer of a request that was parked is complete."""
     words = host.engines["llama"].tokens(3)
     first = await anext(words)
 
@@ -237,7 +237,7 @@ async def test_word_that_takes_its_time_waits_for_its_engine(host: FakeHost) -> 
 
 
 async def test_engine_that_is_stepped_while_parked_is_witnessed(host: FakeHost) -> None:
-    """It reveals a switch that moves the pointer in the middle of a step."""
+    """A step of a parked engine is recorded: the pointer must not move in the middle of a step."""
     host.hold("step", "llama")
     word = asyncio.ensure_future(anext(host.engines["llama"].tokens(1)))
     await settled()
@@ -250,7 +250,7 @@ async def test_engine_that_is_stepped_while_parked_is_witnessed(host: FakeHost) 
 
 
 async def test_operation_is_held_until_it_is_released(host: FakeHost) -> None:
-    """Tests can pause everything at an operation."""
+    """A test can pause everything at an operation, until it releases it."""
     host.hold("activate", "qwen")
     activation = asyncio.ensure_future(host.engines["qwen"].activate(2))
     await settled()
@@ -264,7 +264,7 @@ async def test_operation_is_held_until_it_is_released(host: FakeHost) -> None:
 
 
 async def test_operation_fails_once_on_request(host: FakeHost) -> None:
-    """Only the next one fails."""
+    """Only the next operation fails on request, and not the one after it."""
     host.fail_next("activate", "qwen")
 
     with pytest.raises(HotswapError, match="activate of 'qwen' was made to fail"):
@@ -273,7 +273,7 @@ async def test_operation_fails_once_on_request(host: FakeHost) -> None:
 
 
 def test_missing_files_fail_the_validation() -> None:
-    """The model's folder has disappeared."""
+    """The validation fails for a model whose folder has disappeared."""
     engine = FakeHost(("llama",)).engines["llama"]
     engine.validate()
 
@@ -284,7 +284,7 @@ def test_missing_files_fail_the_validation() -> None:
 
 
 async def test_killed_host_fails_operations(host: FakeHost) -> None:
-    """Held operations fail, too."""
+    """A killed host fails operations, even held ones."""
     host.hold("activate", "qwen")
     activation = asyncio.ensure_future(host.engines["qwen"].activate(2))
     await settled()
@@ -308,7 +308,7 @@ async def test_killed_engine_is_reported(host: FakeHost) -> None:
 
 
 async def test_host_and_engines_tell_their_state(host: FakeHost) -> None:
-    """Their text forms make failed tests readable."""
+    """The text forms of host and engines make failed tests readable."""
     assert "<FakeHost engines=['llama', 'qwen'] stepped=['llama']>" == repr(host)
     assert "<FakeEngine llama loaded=True stepped=True>" == repr(host.engines["llama"])
 

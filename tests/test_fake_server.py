@@ -148,7 +148,7 @@ def user(text: str) -> list[Any]:
 
 
 def test_a_whole_server_runs_without_vllm(tmp_path: Path) -> None:
-    """It lists, answers and switches, and every place says that it is fake."""
+    """Without vLLM the server lists, answers and switches, and always says that it is fake."""
     with fake_server(tmp_path, "--max-model-len", "2048") as fake:
         listed = fake.http.get("/v1/models").json()["data"]
         assert ["llama", "qwen", "embed"] == [model["id"] for model in listed]
@@ -172,7 +172,7 @@ def test_a_whole_server_runs_without_vllm(tmp_path: Path) -> None:
 
 
 def test_a_file_of_ones_own_needs_none_of_its_checkpoints(own: Fake) -> None:
-    """Names, tasks, sizes and adapters are those of the file."""
+    """Names, tasks, sizes and adapters come from the user's file, without any checkpoint."""
     listed = own.http.get("/v1/models").json()["data"]
     status = own.http.get("/admin/status").json()
 
@@ -255,7 +255,7 @@ def test_a_tool_is_called_with_arguments_of_its_schema(own: Fake) -> None:
 
 
 def test_a_model_that_is_not_set_up_for_tools_refuses_them(own: Fake) -> None:
-    """So does vLLM without `enable_auto_tool_choice`; a named tool is called."""
+    """Without `enable_auto_tool_choice` tools are refused, as by vLLM; a named tool is called."""
     own.http.post("/v1/models/switch", json={"model": "small"}).raise_for_status()
     chats = own.openai.chat.completions
     with pytest.raises(BadRequestError, match='"auto" tool choice requires'):
@@ -282,7 +282,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
 def test_a_malformed_request_is_told_what_is_wrong(
     own: Fake, route: str, body: dict[str, Any], message: str
 ) -> None:
-    """The status is 400, as with vLLM."""
+    """A malformed request gets 400 with what is wrong, as from vLLM."""
     own.http.post("/v1/models/switch", json={"model": "small"}).raise_for_status()
     answer = own.http.post(f"/v1/{route}", json={"model": "small", **body})
 
@@ -292,7 +292,7 @@ def test_a_malformed_request_is_told_what_is_wrong(
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_texts_have_vectors_of_their_own(own: Fake, encoding: Any) -> None:
-    """Each has one of length 1, the same every time."""
+    """Each text has its own vector of length 1, the same every time."""
     own.http.post("/v1/models/switch", json={"model": "vectors"}).raise_for_status()
     ask = own.openai.embeddings.with_raw_response.create
     made = ask(model="vectors", input=["one", "two", "one"], encoding_format=encoding).parse()
@@ -305,7 +305,7 @@ def test_texts_have_vectors_of_their_own(own: Fake, encoding: Any) -> None:
 
 
 def test_responses_are_made_and_streamed(own: Fake) -> None:
-    """OpenAI's client can read them."""
+    """Responses are made and streamed so that OpenAI's client can read them."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     made = own.openai.responses.create(model="big", input="Hi")
     events = list(own.openai.responses.create(model="big", input="Hi", stream=True))
@@ -321,7 +321,7 @@ def test_responses_are_made_and_streamed(own: Fake) -> None:
 
 
 def test_the_file_of_the_guide_evicts_as_it_says(tmp_path: Path) -> None:
-    """Its checkpoints are absent, and its two models together are too large."""
+    """The guide's file, without its checkpoints, evicts: both models together are too large."""
     (models,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     with fake_server(tmp_path, "--fake-pace", "0", models=models) as fake:
         switched = fake.http.post("/v1/models/switch", json={"model": "small"}).json()
@@ -331,7 +331,7 @@ def test_the_file_of_the_guide_evicts_as_it_says(tmp_path: Path) -> None:
 
 
 def test_in_the_mode_auto_a_request_is_enough(tmp_path: Path) -> None:
-    """It triggers the switch, and a header reports it."""
+    """In `auto` a request is enough to switch, and a header reports the switch."""
     models = OWN + "switching:\n  mode: auto\n"
     with fake_server(tmp_path, "--fake-pace", "0", models=models) as fake:
         answer = fake.http.post(
@@ -342,7 +342,7 @@ def test_in_the_mode_auto_a_request_is_enough(tmp_path: Path) -> None:
 
 
 def test_the_demo_runs_on_fake_engines(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every step of it works."""
+    """Every step of the demo works on fake engines."""
     assert 0 == main(["demo", "--fake"])
 
     said = capsys.readouterr().out
@@ -366,7 +366,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("models", "flags", "message"), MISTAKES)
 def test_a_mistake_is_one_line(tmp_path: Path, models: str, flags: list[str], message: str) -> None:
-    """The line has the mistake; nothing is served."""
+    """A mistake is one line that says what is wrong; nothing is served."""
     (tmp_path / "models.yaml").write_text(models)
     command = [sys.executable, "-c", WITHOUT_VLLM, "serve", str(tmp_path / "models.yaml"), "--fake"]
     ended = subprocess.run(
@@ -381,7 +381,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, models: str, flags: list[str], me
 
 
 def test_a_pace_needs_fake_engines(capsys: pytest.CaptureFixture[str]) -> None:
-    """vLLM's engines cannot be slowed down."""
+    """A pace is refused without fake engines: vLLM's cannot be slowed down."""
     with pytest.raises(SystemExit) as ended:
         main(["serve", "models.yaml", "--fake-pace", "1"])
 
@@ -405,6 +405,6 @@ def test_flags_are_vllms() -> None:
     ],
 )
 def test_a_value_that_no_flag_takes_is_refused(flags: list[str], message: str) -> None:
-    """The error is one line."""
+    """A value that no flag accepts is refused in one line."""
     with pytest.raises(ConfigError, match=message):
         parse_flags(flags)

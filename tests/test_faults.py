@@ -281,7 +281,7 @@ def test_an_engine_that_dies_in_a_drain_ends_its_requests_alone(
 
 
 def test_a_host_that_dies_on_the_way_back_too_is_repaired(killable: KillableServer) -> None:
-    """Row 45: the rollback's own failure."""
+    """Row 45: a death of the host during the rollback is repaired, too."""
     killable.faults.inject("host.activate@qwen=1*raise;host.activate@llama=1*kill")
 
     failed = killable.switch("qwen")
@@ -497,7 +497,7 @@ def test_a_client_that_never_reads_is_let_go(tmp_path: Path, pool: ThreadPoolExe
 def test_a_client_that_is_reset_while_it_waits_is_never_served(
     killable: KillableServer, pool: ThreadPoolExecutor, place: str
 ) -> None:
-    """Row 9: it leaves the queue within a second."""
+    """Row 9: a client that resets while it waits leaves the queue within a second."""
     before = killable.faults.hits(place)
     killable.faults.inject(f"{place}=1*sleep(1.5)")
     switch = pool.submit(killable.switch, "mistral")

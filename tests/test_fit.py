@@ -71,7 +71,7 @@ def test_the_service_is_found_again(kind: str) -> None:
 
 
 def test_one_request_is_enough_to_know_a_step() -> None:
-    """It cannot show what the request shares with others."""
+    """One request is enough for a step's time, but not for what it shares with others."""
     request = TracedRequest(
         0, "a", 1.0, output_tokens=10, waited_s=0.0, service_s=0.5, result="served"
     )
@@ -82,7 +82,7 @@ def test_one_request_is_enough_to_know_a_step() -> None:
 
 
 def test_the_clock_of_a_model_stands_still_while_it_is_parked() -> None:
-    """It stands still from the end of the drain until the model is active again."""
+    """A model's clock stands still from the end of a drain until the model is active again."""
     away = TracedSwitch(10.0, "a", "b", Residency.PARKED, 5.0, 2.0)
     back = TracedSwitch(20.0, "b", "a", Residency.PARKED, 5.0, 2.0)
     failed = TracedSwitch(1.0, "a", "b", Residency.PARKED, 1.0, 1.0, "failed")
@@ -110,7 +110,7 @@ def test_columns_that_say_the_same_are_not_both_used() -> None:
 
 
 def test_models_of_which_nothing_is_known_are_like_the_others() -> None:
-    """They get the medians; without any known model, the defaults."""
+    """Unknown models get the medians, or the defaults if no model is known."""
     known = [Service(1.0, 5.0, 2.0), Service(2.0, 6.0, 1.0), Service(3.0, 4.0, 3.0)]
 
     assert Service(2.0, 5.0, 2.0) == common(known)

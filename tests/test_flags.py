@@ -91,7 +91,7 @@ def test_a_flag_that_wants_a_text_gets_what_was_written(
 def test_a_number_and_a_switch_are_what_they_say(
     parser: Parser, tmp_path: Path, setting: str, expected: str
 ) -> None:
-    """Null is vLLM's default."""
+    """Numbers and switches become flags of their value, and null becomes vLLM's default."""
     assert expected.split() == words(parser, tmp_path, setting)
 
 
@@ -132,7 +132,7 @@ def test_a_surprising_value_is_refused_by_name(
 
 
 def test_all_mistakes_of_all_models_are_found(parser: Parser, tmp_path: Path) -> None:
-    """Keys and values are checked, of unusable models, too."""
+    """Mistakes in keys and values of all models are found, even of unusable ones."""
     path = tmp_path / "models.yaml"
     path.write_text(
         "defaults:\n"
@@ -163,7 +163,7 @@ def test_all_mistakes_of_all_models_are_found(parser: Parser, tmp_path: Path) ->
 
 
 def test_a_path_keeps_the_name_of_its_link(parser: Parser, tmp_path: Path) -> None:
-    """This holds for every value that begins with `./` or `../`, at any depth."""
+    """A path keeps its link's name in every value that begins with `./` or `../`, at any depth."""
     (tmp_path / "blob").touch()
     (tmp_path / "over.json").symlink_to("blob")
 
@@ -177,7 +177,7 @@ def test_a_path_keeps_the_name_of_its_link(parser: Parser, tmp_path: Path) -> No
 
 
 def test_a_chat_template_keeps_the_name_of_its_link(parser: Parser, tmp_path: Path) -> None:
-    """So does every file that the YAML names."""
+    """A chat template keeps the name of its link, as every file that the YAML names does."""
     parser.add_argument("--chat-template")
     (tmp_path / "blob").touch()
     (tmp_path / "chat.jinja").symlink_to("blob")

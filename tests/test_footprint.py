@@ -37,7 +37,7 @@ def device_bytes(loaded: Loaded | None, device: Device | None = None) -> dict[st
 
 
 def test_second_copies_count_before_the_first_load() -> None:
-    """They come and go with the weights."""
+    """Second copies count before the first load; they come and go with the weights."""
     assert {"parked": 560, "asleep": 464, "discarded": 64, "cold": 0} == device_bytes(None)
 
 
@@ -69,7 +69,7 @@ def test_a_load_that_reused_free_memory_holds_its_weights_at_least() -> None:
 
 @pytest.mark.parametrize("device", [OwnSleepDevice(), RocmDevice()], ids=lambda d: d.name)
 def test_weights_asleep_leave_an_accelerator(device: Device) -> None:
-    """They do so where such a level exists."""
+    """Sleeping weights leave an accelerator, where such a level exists."""
     usage = footprint_of(NEEDS, device, Loaded(96, 350, can_discard=False)).usage
 
     assert Usage(350 + 96) == usage[Residency.PARKED]
@@ -93,7 +93,7 @@ def test_a_model_that_sleeps_on_cuda_leaves_something_on_the_device() -> None:
 
 
 def test_what_a_load_on_cuda_has_measured_counts() -> None:
-    """It replaces estimates of what is held, what a sleep releases, and its host memory."""
+    """A CUDA load's measurements replace estimates of what is held, released and copied."""
     loaded = Loaded(96, 350, can_discard=False, sleep_bytes=400, copy_bytes=310)
     usage = footprint_of(CUDA_NEEDS, CudaDevice(), loaded).usage
 
@@ -111,7 +111,7 @@ def test_what_a_load_on_a_gaudi_has_measured_counts() -> None:
 
 
 def test_weights_stay_in_host_memory_once_a_model_has_slept() -> None:
-    """Its next sleep then copies nothing; the copies count while it is awake."""
+    """After one sleep weights stay in host memory, where they count while the model is awake."""
     loaded = Loaded(96, 350, can_discard=False, sleep_bytes=400, copy_bytes=310)
     footprint = footprint_of(CUDA_NEEDS, CudaDevice(), loaded, has_copy=True)
 
@@ -121,7 +121,7 @@ def test_weights_stay_in_host_memory_once_a_model_has_slept() -> None:
 
 
 def test_a_model_holds_what_its_sleep_gives_back_at_least() -> None:
-    """Another process may release memory during the load, so that the model looks small."""
+    """A model holds at least what its sleep releases, even if other processes hide some of it."""
     loaded = Loaded(96, 20, can_discard=False, sleep_bytes=400, copy_bytes=310)
     usage = footprint_of(CUDA_NEEDS, CudaDevice(), loaded).usage
 

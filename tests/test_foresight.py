@@ -43,7 +43,7 @@ def reads(server: Server) -> list[str]:
 
 
 async def test_likely_model_is_read_ahead(make_server: MakeServer) -> None:
-    """It needs a habit; the status has the expectation, and the number that came true."""
+    """A habitual next model is read ahead; the status has the expectation, and the hits."""
     server = await make(make_server)
 
     await walk(server, "b", "a", "b", "a")
@@ -60,7 +60,7 @@ async def test_likely_model_is_read_ahead(make_server: MakeServer) -> None:
 
 
 async def test_reading_stops_when_a_switch_goes_elsewhere(make_server: MakeServer) -> None:
-    """It stops when the switch starts, which leaves the load alone; bytes read so far are waste."""
+    """Reading stops when a switch goes elsewhere; bytes read so far are waste."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
     server.host.hold("load", "c")
@@ -82,7 +82,7 @@ async def test_reading_stops_when_a_switch_goes_elsewhere(make_server: MakeServe
 
 
 async def test_nothing_is_read_for_a_model_that_is_loaded(server: Server) -> None:
-    """The prediction counts nevertheless."""
+    """A predicted model that is loaded is not read, and the prediction counts nevertheless."""
     await walk(server, "qwen", "llama", "qwen", "llama", "qwen")
 
     assert [] == reads(server)
@@ -90,7 +90,7 @@ async def test_nothing_is_read_for_a_model_that_is_loaded(server: Server) -> Non
 
 
 async def test_recovery_is_neither_a_hit_nor_a_miss(make_server: MakeServer) -> None:
-    """No other model was requested."""
+    """Recovery is neither a hit nor a miss, because no other model was requested."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
 
@@ -103,7 +103,7 @@ async def test_recovery_is_neither_a_hit_nor_a_miss(make_server: MakeServer) -> 
 
 
 async def test_predictions_are_off_with_one_setting(make_server: MakeServer) -> None:
-    """Nothing is then expected, read or counted."""
+    """With one setting, nothing is expected, read or counted."""
     server = await make(make_server, predict=False)
 
     await walk(server, "b", "a", "b", "a", "b", "a")
@@ -115,7 +115,7 @@ async def test_predictions_are_off_with_one_setting(make_server: MakeServer) -> 
 
 
 async def test_prediction_reads_no_more_than_there_is_to_spare(make_server: MakeServer) -> None:
-    """It reads nothing where no memory is left."""
+    """A prediction reads no more than the spare memory, and nothing where there is none."""
     tight, none = await make(make_server, host_mib=0.5), await make(make_server, host_mib=0)
 
     for server in (tight, none):
@@ -153,7 +153,7 @@ async def test_announced_model_is_read_at_once(make_server: MakeServer) -> None:
 
 
 async def test_announcement_outlives_switches_to_others(make_server: MakeServer) -> None:
-    """It lasts until its model is active, or another one is announced."""
+    """An announcement lasts until its model is active, or another one is announced."""
     server = await make(make_server)
     await announce(server, "c")
     await walk(server, "b", "a")
@@ -179,7 +179,7 @@ async def test_announcement_has_precedence_over_a_prediction(make_server: MakeSe
 
 
 async def test_model_that_was_predicted_and_announced_counts_once(make_server: MakeServer) -> None:
-    """Its bytes were read only once."""
+    """A model that was predicted and announced counts once, because it was read once."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
 
@@ -222,7 +222,7 @@ async def test_prefetch_is_called_for_by_whoever_joins_it(make_server: MakeServe
 async def test_answer_says_why_nothing_was_begun(
     make_server: MakeServer, alias: str, prefetch: str
 ) -> None:
-    """Its model is active, or the host budget has no room."""
+    """The answer says that the model is active, or that the host budget has no room."""
     server = await make(make_server, host_mib=0)
 
     assert prefetch == (await announce(server, alias))["prefetch"]
@@ -230,7 +230,7 @@ async def test_answer_says_why_nothing_was_begun(
 
 
 async def test_unknown_model_cannot_be_announced(server: Server) -> None:
-    """It gets 404, as with a switch; a body without a model gets 400."""
+    """Announcing an unknown model gets 404, as a switch does; a body without a model gets 400."""
     assert "model_not_found" == (await announce(server, "gpt"))["error"]["code"]
     assert 400 == (await server.post("/admin/next")).status_code
 
@@ -239,7 +239,7 @@ async def test_unknown_model_cannot_be_announced(server: Server) -> None:
 
 
 async def test_prefetches_together_keep_to_the_host_budget(make_server: MakeServer) -> None:
-    """They do so while they run, too; a cancelled one returns its memory."""
+    """Prefetches keep to the host budget while they run; a cancelled one returns its memory."""
     server = await make(make_server, host_mib=1.5)
     server.host.hold("prefetch", "b")
 

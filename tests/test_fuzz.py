@@ -92,7 +92,7 @@ def test_no_request_breaks_the_server(case: Case) -> None:
 @DEAD.parametrize()
 @made_up
 def test_no_request_breaks_a_server_whose_engine_host_is_dead(case: Case) -> None:
-    """This also holds when hardly anything works."""
+    """No request breaks the server even when its engine host is dead."""
     response = case.call_and_validate(headers=ADMIN, excluded_checks=NOT_CHECKED)
 
     is_openais_error(response)

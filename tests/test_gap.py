@@ -43,7 +43,7 @@ def test_the_gap_is_from_the_last_token_of_a_to_the_first_of_b() -> None:
 
 
 def test_the_parts_of_a_gap_add_up_to_it() -> None:
-    """This holds for everything that the switch waited for before A's last token."""
+    """The parts add up to the gap, whatever the switch waited for before A's last token."""
     of_a, of_b = [reply((2.0, token("one")))], [reply((2.5, token("x")))]
     phases = {"validate": 10.0, "drain": 90.0, "bring_up": 150.0, "activate": 40.0, "verify": 5.0}
     gaps = Gaps()
@@ -75,5 +75,5 @@ def test_the_parts_of_a_gap_add_up_to_it() -> None:
     ],
 )
 def test_a_stream_has_one_fate(stream: Reply, expected: Fates) -> None:
-    """It was resumed or cut; its tokens are compared with an undisturbed answer of its model."""
+    """A stream is resumed or cut; its tokens are compared with its model's undisturbed answer."""
     assert expected == fates([stream], [GOLDEN])

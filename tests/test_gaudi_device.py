@@ -77,7 +77,7 @@ def test_a_view_is_on_its_base_and_takes_nothing() -> None:
 
 
 def test_a_copy_without_waiting_is_done_at_once() -> None:
-    """It pins nothing, whatever device torch was built for."""
+    """A copy without waiting is done at once and pins nothing, whatever torch was built for."""
     made = torch.arange(5, device="hpu").to("cpu", non_blocking=True)
     assert (list(range(5)), False) == (made.tolist(), made.is_pinned())
 
@@ -133,7 +133,7 @@ def test_the_device_is_of_one_process_until_its_end(tmp_path: Path, question: st
 
 
 def test_what_is_reserved_is_not_what_is_held() -> None:
-    """It must not be used: its meaning on a Gaudi is unknown."""
+    """Reserved memory is not held memory: its meaning on a Gaudi is unknown, so it is unused."""
     made = torch.ones(1000, device="hpu")
     assert torch.hpu.memory_reserved() == torch.hpu.mem_get_info()[1] > torch.hpu.memory_allocated()
     del made
@@ -147,7 +147,7 @@ def test_an_operation_may_resize_its_output() -> None:
 
 
 def test_data_of_a_parameter_is_replaced() -> None:
-    """Weight loaders and sleeping workers do so."""
+    """A parameter's data can be replaced, as weight loaders and sleeping workers do."""
     parameter = torch.nn.Parameter(torch.zeros(5, device="hpu"))
     before = books()
     parameter.data = torch.ones(7, device="hpu")

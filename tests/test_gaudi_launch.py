@@ -53,7 +53,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch, *, has_device: bool) -> None:
 def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other users may want another kind of device."""
+    """Only where the quickstart asks for a Gaudi is the missing plugin named."""
     assert gaudi.why_no_device() is None
     monkeypatch.setenv(*WANTED)
     said = gaudi.why_no_device()
@@ -182,7 +182,7 @@ def test_a_configuration_of_quantisation_that_is_no_file_is_refused(
 def test_a_configuration_of_quantisation_that_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may belong to another user, or be on a failing disk."""
+    """A quantisation file of another user, or on a failing disk, is refused."""
 
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -231,7 +231,7 @@ def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: 
 def test_a_plugin_that_is_made_for_another_vllm_is_refused(
     installed: Installed, plugin: str | None, vllm: str, is_refused: bool
 ) -> None:
-    """It is refused before vLLM silently loads it. Some versions do not give theirs."""
+    """A plugin for another vLLM is refused before vLLM silently loads it, if it has a version."""
     installed.versions["vllm"] = vllm
     if plugin is not None:
         installed.versions["vllm-gaudi"] = plugin
@@ -274,7 +274,7 @@ def test_versions_that_are_not_compared_are_in_the_log(
     vllm: str | None,
     told: str | None,
 ) -> None:
-    """They are logged as they are. vLLM may be on the path without being installed."""
+    """Versions that are not compared are logged as they are, even if vLLM is only on the path."""
     caplog.set_level("INFO")
     installed.versions = {"vllm-gaudi": plugin, **({} if vllm is None else {"vllm": vllm})}
 
@@ -290,7 +290,7 @@ def test_versions_that_are_not_compared_are_in_the_log(
 def test_a_plugin_whose_metadata_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    """Such metadata is left by an interrupted installation. vLLM would load the plugin."""
+    """Unreadable metadata, as after a broken install, is refused; vLLM would load the plugin."""
     information = tmp_path / "vllm_gaudi-0.26.0.dist-info"
     information.mkdir()
     if content is not None:
@@ -436,7 +436,7 @@ def test_one_cause_is_told(
     is_cuda: bool,
     told: list[str],
 ) -> None:
-    """It is that of the wanted device. The quickstart's variable may be set with a GPU, too."""
+    """Only the wanted device's cause is given; the quickstart's variable may accompany a GPU."""
     if is_wanted:
         monkeypatch.setenv(*WANTED)
     if has_plugin:

@@ -30,7 +30,7 @@ from tools.setup import ROOT, output_of
 
 
 def test_every_part_of_the_rehearsal_is_there() -> None:
-    """Each has its tests and a time limit. No test of a server on a Gaudi is left out."""
+    """Each part has its tests and a time limit, and no test of a server on a Gaudi is left out."""
     servers = {
         str(file.relative_to(ROOT)) for file in ROOT.glob("tests/integration/test_gaudi_*.py")
     }
@@ -43,7 +43,7 @@ def test_every_part_of_the_rehearsal_is_there() -> None:
 def test_a_folder_without_the_plugin_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is created or installed."""
+    """A folder without the plugin is refused before anything is created or installed."""
     folder = tmp_path / "rehearsal"
     assert 1 == main(["--plugin", str(tmp_path), "--folder", str(folder)])
     assert not folder.exists()
@@ -65,7 +65,7 @@ def test_without_a_plugin_it_is_asked_for(capsys: pytest.CaptureFixture[str]) ->
 def test_a_folder_that_parts_search_paths_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """This holds for the rehearsal's folder, the clone's, and that of the base packages."""
+    """The rehearsal's folder, the clone's, and the base packages' must not have a colon."""
     folder = tmp_path / "a:b"
     for main_, more in ((main, ["--plugin", str(tmp_path)]), (rehearse_cuda.main, [])):
         assert 1 == main_([*more, "--folder", str(folder)])
@@ -104,7 +104,7 @@ def take_for_the_release(monkeypatch: pytest.MonkeyPatch, plugin: Path) -> None:
 
 
 def test_a_folders_contents_have_the_name_that_git_gives_them(tmp_path: Path) -> None:
-    """So the contents of a clone and of an archive can be compared with the tag."""
+    """Contents are named as by git, so that a clone or an archive can be compared with the tag."""
     folder = a_plugin(tmp_path)
     git = ("git", "-C", str(folder))
     subprocess.run([*git, "init", "--quiet"], check=True)
@@ -216,7 +216,7 @@ def test_a_plugin_in_the_place_of_its_copy_is_refused(
 
 
 def test_a_copy_is_made_anew(tmp_path: Path) -> None:
-    """Nothing stays of an earlier copy, or of an interrupted one."""
+    """A copy is new: nothing stays of an earlier copy, or of an interrupted one."""
     plugin, work = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     for place in ("plugin", "plugin.new"):
         (work / place).mkdir(parents=True)
@@ -310,7 +310,7 @@ def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_an_environment_with_another_vllm_is_refused(
     tmp_path: Path, packages: str, said: str
 ) -> None:
-    """It gets one line before anything is installed. Both builds together are refused, too."""
+    """Another vLLM, or two builds, are refused in one line before anything is installed."""
     python = an_environment(tmp_path, *packages.split())
     with pytest.raises(RehearsalError) as refused:
         check_base(python)
@@ -365,7 +365,7 @@ def installations(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_an_environment_goes_on_top_of_the_base(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """It finds the base's packages, and gets the plugin's copy."""
+    """The environment finds the base's packages, and gets the plugin's copy."""
     base, folder = an_environment(tmp_path / "base", "vllm==0.26.0"), tmp_path / "rehearsal"
 
     python = make_environment(folder, base, a_plugin(tmp_path / "mine"))
@@ -381,7 +381,7 @@ def test_an_environment_goes_on_top_of_the_base(
 def test_an_environment_is_kept_until_its_base_changes(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """Another folder, or another torch in the same one, counts: the stand-in is linked again."""
+    """Another base folder, or another torch in it, makes a new environment with a new link."""
     base = an_environment(tmp_path / "base", "vllm==0.26.0", "torch==2.11.0")
     other = an_environment(tmp_path / "other", "vllm==0.26.0", "torch==2.11.0")
     plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
@@ -410,7 +410,7 @@ def test_an_environment_is_kept_until_its_base_changes(
 def test_an_environment_is_never_made_in_place_of_its_base(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """Nor is a folder of the user's replaced."""
+    """Neither the base nor a folder of the user's is replaced by the environment."""
     folder, plugin = tmp_path / "rehearsal", a_plugin(tmp_path / "mine")
     base = an_environment(folder / "environment", "vllm==0.26.0")
     with pytest.raises(RehearsalError, match="is made here on top of another; name that one"):
@@ -428,7 +428,7 @@ def test_an_environment_is_never_made_in_place_of_its_base(
 def test_cudas_environment_is_taken_where_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both rehearsals then share one list of packages, and one copy on disk."""
+    """CUDA's environment is the default: one list of packages, and one copy on disk."""
     assert ROOT / "build/rehearse-cuda" == rehearse_cuda.FOLDER
     monkeypatch.setattr(rehearse_cuda, "FOLDER", tmp_path / "cuda")
     made: list[Path] = []
@@ -441,7 +441,7 @@ def test_cudas_environment_is_taken_where_none_is_named(
 def test_a_second_rehearsal_at_the_same_time_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each would count the other's tests. Nothing is created before; a later rehearsal works."""
+    """A second simultaneous rehearsal is refused before anything is made; a later one works."""
     plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     take_for_the_release(monkeypatch, plugin)
     monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: SITE)
@@ -466,7 +466,7 @@ def test_a_second_rehearsal_at_the_same_time_is_refused(
 def test_a_folder_that_cannot_be_made_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error is one line, like other errors of the system."""
+    """A folder that cannot be created gives one line, like other errors of the system."""
     plugin, file = a_plugin(tmp_path / "mine"), tmp_path / "file"
     take_for_the_release(monkeypatch, plugin)
     monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: SITE)
@@ -480,7 +480,7 @@ def test_a_folder_that_cannot_be_made_is_told(
 
 
 def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is not mistaken for an empty rehearsal that succeeded."""
+    """A file of no part is refused, and not mistaken for a rehearsal that succeeded."""
     for main_ in (main, rehearse_cuda.main):
         plugin = ["--plugin", "gone"] if main_ is main else []
         assert 1 == main_([*plugin, "tests/test_gaudi_devise.py"])
@@ -491,7 +491,7 @@ def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]
 def test_tests_find_the_stand_in_and_where_results_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They fetch nothing. Caches are the rehearsal's own, unless others are named."""
+    """Tests find the stand-in, fetch nothing, and use own caches unless others are named."""
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     found = surroundings(tmp_path, tmp_path / "rehearsal.jsonl")
 

@@ -27,7 +27,7 @@ def arrivals(trace: Trace) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_makes_the_same_trace(kind: Kind) -> None:
-    """Another seed gives another trace."""
+    """The same seed makes the same trace, and another seed makes another one."""
     shape = Shape(kind=kind)
 
     assert make(shape) == make(shape)
@@ -36,7 +36,7 @@ def test_the_same_seed_makes_the_same_trace(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_is_as_long_as_it_was_asked_for(kind: Kind) -> None:
-    """It has the requested models, and requests refer to earlier ones only."""
+    """A trace has its length and models, and requests that refer to earlier ones only."""
     trace = make(Shape(kind=kind, models=11, requests=123, rate=50))
 
     assert 123 == len(trace.requests)
@@ -46,7 +46,7 @@ def test_a_trace_is_as_long_as_it_was_asked_for(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["poisson", "bursty", "burst"])
 def test_requests_come_at_the_rate(kind: Kind) -> None:
-    """Their times are in order."""
+    """Requests come in order, at the rate that was asked for."""
     times = arrivals(make(replace(MANY, kind=kind)))
 
     assert sorted(times) == times
@@ -80,7 +80,7 @@ def test_models_are_asked_for_by_the_law_of_zipf() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_whose_share_is_nothing_is_not_asked_for(kind: Kind) -> None:
-    """2 ** -2000 is zero for a float."""
+    """A model without a share gets no requests; 2 ** -2000 is zero for a float."""
     asked = {request.model for request in make(Shape(kind=kind, requests=40, zipf=2000)).requests}
 
     assert "m0" in asked
@@ -88,7 +88,7 @@ def test_a_model_whose_share_is_nothing_is_not_asked_for(kind: Kind) -> None:
 
 
 def test_a_burst_asks_for_one_model_after_the_other() -> None:
-    """No two neighbours have the same model."""
+    """In a burst, no two neighbours have the same model."""
     asked = [request.model for request in make(Shape(kind="burst")).requests]
 
     assert ["m0", "m1", "m2", "m0"] == asked[:4]
@@ -96,7 +96,7 @@ def test_a_burst_asks_for_one_model_after_the_other() -> None:
 
 
 def test_agents_alternate_and_wait_for_their_answers() -> None:
-    """Each agent has one request at a time, and two models."""
+    """Each agent has two models, and one request at a time."""
     trace = make(Shape(kind="agents", agents=3, models=5, requests=30))
     by_id = {request.id: request for request in trace.requests}
 
@@ -107,7 +107,7 @@ def test_agents_alternate_and_wait_for_their_answers() -> None:
 
 
 def test_lengths_are_about_what_was_asked_for() -> None:
-    """They are at least one token, and have the requested means."""
+    """Lengths are at least one token, and have the requested means."""
     requests = make(replace(MANY, prompt_tokens=100, output_tokens=1)).requests
 
     assert 100 == pytest.approx(mean(r.prompt_tokens for r in requests), rel=0.05)
@@ -122,7 +122,7 @@ def test_models_that_are_all_but_never_asked_for_hold_nothing_up() -> None:
 
 
 def test_many_models_that_are_asked_for_alike_all_count() -> None:
-    """This holds however few requests each of them gets."""
+    """All of many equally likely models count, however few requests there are for each."""
     trace = make(Shape(kind="bursty", models=2000, requests=1, zipf=0.0))
 
     assert 1 == len(trace.requests)

@@ -100,7 +100,7 @@ def client(pool: FairPool) -> Any:
 
 
 async def test_a_grammar_is_checked_once_and_not_on_the_event_loop(client: Any) -> None:
-    """The result of the request is the same."""
+    """A grammar is checked once, off the event loop, and the request's result is the same."""
     params = Params("root ::= a")
     added = await client.add_request("one", "prompt", params, priority=3)
 
@@ -110,7 +110,7 @@ async def test_a_grammar_is_checked_once_and_not_on_the_event_loop(client: Any) 
 
 
 async def test_other_parameters_are_checked_as_they_were(client: Any) -> None:
-    """They are checked at once; an unchecked grammar is not skipped."""
+    """Other parameters are checked at once; an unchecked grammar is not skipped."""
     params = Params()
     assert ("one", "p", 0, (params, True)) == await client.add_request("one", "p", params)
     assert [] == client.input_processor.threads
@@ -194,7 +194,7 @@ async def slow(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Slow]:
 
 
 async def test_a_check_that_takes_too_long_ends_its_request(slow: Slow) -> None:
-    """It gets the error of a slow compilation; checks that have not started are dropped."""
+    """A too long check gets a slow compilation's error; checks not yet started are dropped."""
     first, endless = await slow.hold("a", 0.05)
     second, queued = slow.ask("other", "b", 0.05)
     for task in (endless, queued):
@@ -209,7 +209,7 @@ async def test_a_check_that_takes_too_long_ends_its_request(slow: Slow) -> None:
 
 
 async def test_a_check_that_nobody_waits_for_is_not_begun(slow: Slow) -> None:
-    """Its client has left while it was queued."""
+    """A check whose client has left the queue never starts."""
     await slow.hold("a")
     _, queued = slow.ask("other", "b", None)
     await asyncio.sleep(0)
@@ -319,7 +319,7 @@ ENDLESS = "while True: pass"
 
 
 async def test_a_plain_grammar_needs_no_process(rehearsing: Rehearsing) -> None:
-    """Another one has a process, until its engine has compiled it once."""
+    """A plain grammar needs no process; another one does, until its engine compiled it once."""
     await rehearsing.ask_for(Asked(choice=["yes", "no"]))[1]
     assert [] == rehearsing.helpers.pids
     assert not await rehearsing.ask("pass")[1]
@@ -382,7 +382,7 @@ async def test_accounts_take_turns_in_rehearsals(rehearsing: Rehearsing) -> None
 
 
 async def test_what_is_slow_to_compile_is_told_to_the_engine(rehearsing: Rehearsing) -> None:
-    """This includes the next time, without a rehearsal; clients cannot set the mark themselves."""
+    """The engine is told of a slow grammar, also without a rehearsal; clients cannot do so."""
     assert await rehearsing.ask("pass  # slow")[1]
     assert await rehearsing.ask("pass  # slow")[1]
     request: Any = SimpleNamespace(sampling_params=Params("g", extra_args={SLOW: True}))
@@ -412,7 +412,7 @@ class Engine:
 
 
 def test_another_accounts_first_grammar_waits_for_one_compilation() -> None:
-    """The first account has requested a hundred before."""
+    """It waits for one compilation, although the other account has requested a hundred before."""
     engine = Engine()
     take_turns(engine)
     grammars = [engine.init("a0", "group a")[1]]
@@ -441,14 +441,14 @@ def test_nothing_but_the_pool_sees_the_account() -> None:
 
 
 def test_an_engine_without_a_tokenizer_has_no_grammars() -> None:
-    """It has nothing to share."""
+    """An engine without a tokenizer has no grammars, and nothing to share."""
     manager = SimpleNamespace()
     take_turns(manager)
     assert not vars(manager)
 
 
 def test_a_slow_grammar_holds_up_no_other() -> None:
-    """Its thread is separate, and has the lowest priority."""
+    """A slow grammar delays no other: its thread is separate, with the lowest priority."""
     engine = Engine()
     take_turns(engine)
     priorities: list[int] = []

@@ -45,7 +45,7 @@ def test_a_block_freed_between_others_is_given_back_at_once() -> None:
 def test_what_torch_keeps_on_a_device_is_given_back_too(
     monkeypatch: pytest.MonkeyPatch, has_device: bool
 ) -> None:
-    """This holds where this process has used a device; otherwise none is touched."""
+    """What torch keeps on a device is released, too, but only if this process has used one."""
     calls: list[str] = []
     cuda = SimpleNamespace(
         is_initialized=lambda: has_device, empty_cache=lambda: calls.append("empty_cache")

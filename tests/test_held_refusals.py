@@ -89,7 +89,7 @@ async def test_what_is_sent_behind_a_held_refusal_keeps_no_place(keyed: Server) 
 
 @pytest.mark.usefixtures("endless")
 async def test_a_websocket_that_is_refused_keeps_no_place(keyed: Server) -> None:
-    """This holds while its refusal is held."""
+    """A refused WebSocket keeps no place while its refusal is held."""
     async with listening_with(keyed, ONE_PLACE) as at:
         client = await waiting(at, SHAKE)
         other = await Raw.connect(at.port, source="127.0.0.2")
@@ -146,7 +146,7 @@ async def test_a_body_that_comes_with_a_refusal_is_dropped(keyed: Server) -> Non
 
 @pytest.mark.usefixtures("endless")
 async def test_messages_of_a_websocket_that_is_refused_are_dropped(keyed: Server) -> None:
-    """Reading continues there, too."""
+    """Messages of a refused WebSocket are dropped, but still read."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, SHAKE)
         for _ in range(100):
@@ -159,7 +159,7 @@ async def test_messages_of_a_websocket_that_is_refused_are_dropped(keyed: Server
 
 @pytest.mark.usefixtures("endless")
 async def test_nothing_is_held_of_a_body_that_breaks(keyed: Server) -> None:
-    """Its request ends at once, the answer follows later, and the client's departure is noticed."""
+    """A broken body is dropped at once; the answer follows, and the client's end is noticed."""
     head = LARGE.replace(b"wrong", b"right").replace(
         b"Content-Length: 100000000",
         b"Content-Type: application/json\r\nTransfer-Encoding: chunked",
@@ -179,7 +179,7 @@ async def test_nothing_is_held_of_a_body_that_breaks(keyed: Server) -> None:
 async def test_a_call_that_is_not_admitted_counts_no_more_before_its_answer(
     make_server: MakeServer,
 ) -> None:
-    """Another request with the same key is admitted in the meantime."""
+    """A held call does not count: another request with the same key is admitted."""
     limits = LimitsConfig(refusals_per_second=1, requests_per_minute=1)
     server = await make_server(access=Access(user_keys=["right"]), limits=limits)
     async with listening_with(server, limits) as at:
@@ -196,7 +196,7 @@ async def test_a_call_that_is_not_admitted_counts_no_more_before_its_answer(
 
 @pytest.mark.usefixtures("endless")
 async def test_refusals_that_begin_while_the_server_ends_are_not_held(keyed: Server) -> None:
-    """Each is sent at once, unchanged."""
+    """Refusals that start while the server stops are sent at once, unchanged."""
     request = INACTIVE.replace(b"qwen", b"nope")
     async with listening_with(keyed, FEW) as at:
         client = await Raw.connect(at.port)
@@ -213,7 +213,7 @@ async def test_refusals_that_begin_while_the_server_ends_are_not_held(keyed: Ser
 
 @pytest.mark.usefixtures("endless")
 async def test_a_websocket_is_told_when_the_server_ends(keyed: Server) -> None:
-    """It gets the reason of its refusal."""
+    """At the server's stop, a held WebSocket gets the reason of its refusal."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, SHAKE)
         await shut_down(at)
@@ -223,7 +223,7 @@ async def test_a_websocket_is_told_when_the_server_ends(keyed: Server) -> None:
 
 @pytest.mark.usefixtures("endless")
 async def test_a_bad_head_is_told_when_the_server_ends(keyed: Server) -> None:
-    """Its held answer is sent, and its connection closes."""
+    """At the server's stop, a bad head gets its held answer, and its connection closes."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, b"nonsense\r\n\r\n")
         await shut_down(at)
@@ -238,7 +238,7 @@ async def test_a_bad_head_is_told_when_the_server_ends(keyed: Server) -> None:
 async def test_a_connection_that_was_reset_a_moment_ago_is_no_fault(
     keyed: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uvloop refuses to write to it, without an earlier sign."""
+    """A reset connection, to which uvloop refuses to write without warning, logs no error."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, b"nonsense\r\n\r\n")
         connection: Connection = only(at)
@@ -263,7 +263,7 @@ async def test_a_connection_that_was_reset_a_moment_ago_is_no_fault(
 async def test_a_websocket_that_is_refused_is_no_fault(
     keyed: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its refusal may be sent at once or held, or the client may leave."""
+    """No error is logged, whether the refusal is sent at once or held, or the client leaves."""
     async with listening_with(keyed, FEW) as at:
         for name in ("uvicorn", "uvicorn.error"):
             monkeypatch.setattr(logging.getLogger(name), "propagate", True)

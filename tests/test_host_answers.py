@@ -94,7 +94,7 @@ def test_only_a_model_without_room_is_still_there_after_a_wake_that_failed(
     [(NoRoom("waking takes 5 MiB"), True), (RuntimeError("a copy has failed"), False)],
 )
 def test_a_slice_that_failed_leaves_its_model_asleep(error: Exception, lacks_room: bool) -> None:
-    """It has released what slices had taken, whatever the failure was."""
+    """A failed slice leaves its model asleep, and has released what slices had taken."""
     engine, answer = answer_to(WakeSlice(7, "one"), error)
 
     assert engine.is_loaded
@@ -103,7 +103,7 @@ def test_a_slice_that_failed_leaves_its_model_asleep(error: Exception, lacks_roo
 
 
 def test_a_model_that_cannot_fall_asleep_is_as_it_was() -> None:
-    """It may lack host memory, for instance."""
+    """A model that cannot fall asleep, for want of host memory say, is as it was."""
     engine, answer = answer_to(Sleep(7, "one", 1), NoRoom("no host memory"))
 
     assert engine.is_loaded
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_fall_asleep_is_as_it_was() -> None:
 
 
 def test_a_model_of_which_only_some_workers_sleep_is_given_up() -> None:
-    """Its engine's death is reported before the reply, so that the caller knows it then."""
+    """The death of a half-asleep engine is reported before the reply: the caller knows it then."""
     error = HalfAsleep("a worker could not fall asleep: it is lost")
     engine, (failed, answer) = told(Sleep(7, "one", 1), error)
 

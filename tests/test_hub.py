@@ -65,7 +65,7 @@ def hub(code: str) -> Iterator[str]:
 
 
 def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
-    """The message has a remedy."""
+    """A hub that cannot be reached is reported with a remedy."""
     said = ask(f"http://127.0.0.1:{free_port()}", tmp_path, "org/gone")
 
     assert said.startswith(
@@ -76,7 +76,7 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_may_not_be_asked_is_told(tmp_path: Path) -> None:
-    """`HF_HUB_OFFLINE` forbids requests to it."""
+    """A hub that `HF_HUB_OFFLINE` forbids is reported as not reachable."""
     said = ask("http://127.0.0.1:9", tmp_path, "org/gone", HF_HUB_OFFLINE="1")
 
     assert "the hub cannot be reached (" in said
@@ -92,13 +92,13 @@ def test_a_hub_that_may_not_be_asked_is_told(tmp_path: Path) -> None:
 def test_a_name_that_the_hub_does_not_know_is_told(
     tmp_path: Path, code: str, expected: str
 ) -> None:
-    """So is a missing revision."""
+    """A name or a revision that the hub does not know is reported."""
     with hub(code) as endpoint:
         assert ask(endpoint, tmp_path, "org/gone", "v9").startswith(expected)
 
 
 def test_a_model_in_the_cache_is_not_asked_for(tmp_path: Path) -> None:
-    """There may be no network then."""
+    """A model in the cache needs no request, since there may be no network."""
     repository = tmp_path / "hub" / "models--org--here"
     (repository / "snapshots" / "abc").mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -110,5 +110,5 @@ def test_a_model_in_the_cache_is_not_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["s3://bucket/model", "org/model:Q4_K_M"])
 def test_names_of_other_places_are_left_to_vllm(tmp_path: Path, name: str) -> None:
-    """vLLM supports several places."""
+    """Names of other places are left to vLLM, which supports several."""
     assert "" == ask("http://127.0.0.1:9", tmp_path, name)

@@ -36,7 +36,7 @@ STEP_S = 0.3
 async def test_an_engine_that_is_not_loaded_has_no_app_and_cannot_be_activated(
     host: EngineHost,
 ) -> None:
-    """Its answer says so, and the host continues; only routes of other tasks are known."""
+    """Before a load there is no application, activation fails, and routes are known by task."""
     engine = host.engines["llama"]
 
     assert engine.routes is None
@@ -72,7 +72,7 @@ async def test_a_load_reports_its_stages_and_leaves_the_engine_parked(host: Engi
 
 
 async def test_an_engine_that_was_loaded_tells_its_routes(host: EngineHost) -> None:
-    """It reports its task's routes and no others, and keeps no response yet."""
+    """A loaded engine reports its task's routes and no others, and keeps no response yet."""
     engine = host.engines["llama"]
 
     assert engine.routes is not None
@@ -112,7 +112,7 @@ async def test_activation_is_idempotent(host: EngineHost) -> None:
 
 
 async def test_a_chat_is_answered_in_openais_shape(host: EngineHost) -> None:
-    """The answer has a finish reason, its length, and a tool call where a tool is given."""
+    """A chat's answer has a finish reason, its length, and a tool call where a tool is given."""
     qwen = host.engines["qwen"]
     await qwen.activate(2)
     said, called = [
@@ -154,7 +154,7 @@ async def test_a_chat_is_streamed_in_openais_shape(host: EngineHost) -> None:
 
 
 async def test_what_is_wrong_with_a_chat_is_told_in_openais_shape(host: EngineHost) -> None:
-    """The error has a message, and a code that equals the status."""
+    """The error for a wrong chat has a message, and a code that equals the status."""
     answer = await chat(host.engines["qwen"], "Who are you?", max_tokens=-1)
 
     error = answer.json()["error"]
@@ -179,7 +179,7 @@ async def test_a_request_to_a_parked_engine_waits_for_its_activation(host: Engin
 async def test_a_running_request_freezes_with_its_engine_and_goes_on_later(
     host: EngineHost,
 ) -> None:
-    """Its answer equals that of an undisturbed run."""
+    """The answer of a request that was parked equals that of an undisturbed run."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(5)
     expected = await complete(llama, 400)
@@ -235,7 +235,7 @@ async def test_a_request_that_is_given_up_at_the_door_leaves_nothing(host: Engin
 
 @pytest.mark.parametrize("level", [1, 2])
 async def test_a_running_request_survives_sleep(host: EngineHost, level: int) -> None:
-    """Its engine releases memory and gets it back; the answer equals that of an undisturbed run."""
+    """The answer of a request equals that of an undisturbed run, although its engine slept."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(13)
     expected = await complete(llama, 400)
@@ -257,7 +257,7 @@ async def test_a_running_request_survives_sleep(host: EngineHost, level: int) ->
 
 
 async def test_sleep_goes_deeper_from_level_1(host: EngineHost) -> None:
-    """Level 2 after level 1, and back."""
+    """An engine can sleep at level 2 after level 1, and be woken from there."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(14)
     expected = await complete(llama, 20)
@@ -292,7 +292,7 @@ async def test_an_unloaded_engine_keeps_its_frontend_and_comes_back(host: Engine
 
 
 async def test_a_sleeping_engine_can_be_unloaded(host: EngineHost) -> None:
-    """It can be unloaded from either level, and loaded again."""
+    """A sleeping engine can be unloaded from either level, and loaded again."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await qwen.activate(20)
     for level in (1, 2):
@@ -305,7 +305,7 @@ async def test_a_sleeping_engine_can_be_unloaded(host: EngineHost) -> None:
 
 
 async def test_prefetch_reads_no_more_than_it_may(host: EngineHost) -> None:
-    """The limit is in bytes, and 0 reads nothing. Progress is reported."""
+    """A prefetch keeps to its limit in bytes (0 reads nothing), and reports its progress."""
     told: list[int] = []
     assert 0 == await host.engines["llama"].prefetch(0, told.append)
     assert not any(told)
@@ -326,7 +326,7 @@ async def test_what_a_model_holds_falls_along_the_ladder(host: EngineHost) -> No
 
 
 async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:
-    """And says that it has not died."""
+    """The host reports its process id and its memory, and that it has not died."""
     stats = host.stats()
 
     assert stats.pid > 0
