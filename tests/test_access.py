@@ -101,7 +101,7 @@ def test_caller_who_may_not_switch_is_refused(access: Access, key: str | None, r
     ],
 )
 def test_key_may_be_sent_in_openais_and_in_anthropics_header(headers: dict[str, str]) -> None:
-    """`Authorization: Bearer` in any case, or `x-api-key`."""
+    """A key may be sent as `Authorization: Bearer` in any case, or as `x-api-key`."""
     USER.check(Role.USER, Headers(headers))
 
 
@@ -156,7 +156,7 @@ def test_environment_gives_keys_and_dev_mode() -> None:
 
 
 def test_files_give_keys(tmp_path: Path) -> None:
-    """Variables name the files; their keys add to the keys of the other variables."""
+    """Keys from files, which variables name, add to the keys of the other variables."""
     access = Access.from_environment(
         {
             "VLLM_API_KEY": "user",
@@ -223,7 +223,7 @@ def test_file_that_cannot_be_used_ends_a_start(tmp_path: Path) -> None:
 
 
 def test_keys_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Removed keys stop working and new ones work; only numbers of keys are reported."""
+    """After a reload removed keys fail and new ones work; only numbers of keys are reported."""
     path = key_file(tmp_path / "keys", "gone", "stays")
     access = Access(user_key_files=[path], admin_keys=["admin"])
 
@@ -299,7 +299,7 @@ def test_key_of_a_group_that_is_an_admins_is_refused() -> None:
 
 
 def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
-    """vLLM's flag is known later than the other sources, and is checked, too."""
+    """A user whom vLLM's own flag, known later, would make an admin, ends the start."""
     access = Access(admin_keys=["x"])
 
     with pytest.raises(ConfigError, match=r"a user key \(--api-key\)"):
@@ -324,7 +324,7 @@ def test_keys_from_before_count_when_one_gets_a_second_role(
 
 
 def test_caller_is_told_by_role_fingerprint_and_name(tmp_path: Path) -> None:
-    """The key is not shown; a caller without a known key is anonymous."""
+    """A caller is shown by role, key fingerprint and name; without a known key as anonymous."""
     group = Group(Rights("team"), "rights.team", KeySource(Keys.of(["t"], "rights.team.keys")))
     admins = key_file(tmp_path / "a", "a1  # ann", "a2")
     access = Access(["u"], admin_key_files=[admins], groups=[group])

@@ -182,7 +182,7 @@ async def test_adapter_is_served_from_when_it_was_added(server: Server, alias: s
 
 
 async def test_adapters_outlive_the_unloading_of_their_model(server: Server) -> None:
-    """Adapters belong to the model, not to its engine."""
+    """Adapters survive the unloading of their model: they are the model's, not its engine's."""
     await add(server, "qwen", "sql")
     await server.operate("qwen", "unload")
     await server.switch("qwen")
@@ -220,7 +220,7 @@ async def test_requests_of_a_removed_adapter_go_on(server: Server) -> None:
 
 
 async def test_name_is_not_given_again_while_requests_run_with_it(server: Server) -> None:
-    """vLLM distinguishes adapters of one model by their names."""
+    """A name is refused while requests run with it: vLLM tells adapters apart by names."""
     await add(server, "llama", "pirate")
     stream = await server.start_stream("pirate")
     await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
@@ -234,7 +234,7 @@ async def test_name_is_not_given_again_while_requests_run_with_it(server: Server
 
 
 async def test_an_id_is_never_given_twice(server: Server) -> None:
-    """Ids are unique over all models, whatever was removed, replaced or unloaded."""
+    """An id is never given twice, over all models, whatever was removed, replaced or unloaded."""
     ids = [(await add(server, "llama", "pirate")).json()["id"]]
     await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
     ids.append((await add(server, "qwen", "pirate")).json()["id"])
@@ -275,7 +275,7 @@ async def test_name_of_somebody_else_is_refused(server: Server, name: str) -> No
 async def test_adapter_that_cannot_be_added_is_refused_without_a_path(
     server: Server, folder: Path, body: dict[str, str], status: int, code: str, message: str
 ) -> None:
-    """Nothing changes, and the error reveals nothing about other files of the machine."""
+    """Refusing an adapter changes nothing, and reveals nothing about other files."""
     (folder / "link").symlink_to("/etc", target_is_directory=True)
     write_adapter_for(folder / "high", {"model.layers.0.q_proj": (8, 8)}, rank=MAX_RANK + 1)
 
@@ -431,7 +431,7 @@ async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> No
 
 
 async def test_an_adapter_that_is_asked_for_while_it_is_replaced_stays(server: Server) -> None:
-    """Requests for the old one that came during the load would otherwise run beside the new one."""
+    """An adapter in use stays: its requests would run beside those of the replacement."""
     first = (await add(server, "llama", "pirate")).json()
     server.host.hold("add_adapter", "llama")
     replacing = asyncio.create_task(add(server, "llama", "pirate", "sql", in_place=True))
@@ -447,7 +447,7 @@ async def test_an_adapter_that_is_asked_for_while_it_is_replaced_stays(server: S
 
 @pytest.mark.parametrize("path", ["a" * 300, "circle", "a\0b", ".."])
 async def test_a_path_that_is_none_is_refused(server: Server, folder: Path, path: str) -> None:
-    """Refused: too long, a loop of links, a null byte, or outside the allowed folders."""
+    """A path that is too long, a loop, outside the folders, or has a null byte is refused."""
     (folder / "circle").symlink_to(folder / "circle")
 
     answer = await add(server, "llama", "pirate", path)

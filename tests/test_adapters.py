@@ -116,7 +116,7 @@ def no_matrix(folder: Path) -> None:
 def test_what_cannot_be_served_is_refused_without_its_path(
     tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
-    """vLLM would accept some of these, and serve wrong answers."""
+    """What vLLM would refuse, or serve wrongly, is refused without showing its path."""
     folder = write_adapter_for(tmp_path / "secret", {Q_PROJ: (128, 64)})
     spoil(folder)
 

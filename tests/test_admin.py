@@ -34,7 +34,7 @@ def sample(exposition: str, name: str) -> float:
 
 
 async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Server) -> None:
-    """Clients of the quickstart's server find every field that they know, and ours are added."""
+    """A switch is answered with all fields of the quickstart's server, and ours."""
     response = await server.post(SWITCH, json={"model": "qwen"})
 
     assert 200 == response.status_code
@@ -70,7 +70,7 @@ async def test_switch_to_the_active_model_says_that_nothing_was_done(server: Ser
 
 
 async def test_switch_to_a_cold_model_shows_what_it_holds(server: Server) -> None:
-    """Memory is as the engine host reports it: before, once there was room, and at the end."""
+    """A switch shows memory as the host reports it: before, once there was room, and at the end."""
     body = (await server.post(SWITCH, json={"model": "mistral"})).json()
 
     fields = ("memory_before_mb", "memory_after_unload_mb", "freed_memory_mb", "memory_after_mb")
@@ -80,7 +80,7 @@ async def test_switch_to_a_cold_model_shows_what_it_holds(server: Server) -> Non
 async def test_switch_that_makes_room_shows_who_moved_and_what_that_gave_back(
     make_server: MakeServer,
 ) -> None:
-    """With room for one and a half models, the source sleeps."""
+    """A switch shows that its source was put to sleep for room, and what that released."""
     server = await make_server(load=("llama",), budget=Usage(3 * MIB))
 
     body = (await server.post(SWITCH, json={"model": "mistral"})).json()
@@ -99,7 +99,7 @@ async def test_switch_that_makes_room_shows_who_moved_and_what_that_gave_back(
 
 
 async def test_joined_calls_get_the_same_answer(server: Server) -> None:
-    """Two calls for one target are one operation, with one answer."""
+    """Two switch calls for one target are one operation, with one answer."""
     server.host.hold("load", "mistral")
     calls = [server.switch("mistral"), server.switch("mistral")]
     await server.settled()
@@ -133,7 +133,7 @@ async def test_unknown_target_is_refused(server: Server) -> None:
 
 
 async def test_target_that_cannot_be_loaded_gets_the_cause(server: Server) -> None:
-    """The 503 gives the phase, the cause and the model that is still active."""
+    """A failed load gets 503 with the phase, the cause and the model that is still active."""
     server.host.engines["mistral"].missing_files = True
 
     response = await server.post(SWITCH, json={"model": "mistral"})
@@ -289,7 +289,7 @@ async def test_lifespan_is_not_the_applications(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/models"])
 async def test_model_list_has_every_alias(server: Server, path: str) -> None:
-    """The list has OpenAI's form, the file's order, and the residency of each model."""
+    """The model list has OpenAI's form, the file's order, and the residency of each model."""
     body = (await server.get(path)).json()
 
     assert "list" == body["object"]
@@ -345,7 +345,7 @@ async def test_card_of_an_unknown_model_is_refused(server: Server, path: str) ->
 
 
 async def test_routes_work_below_a_proxys_prefix(server: Server) -> None:
-    """With `--root-path`, every path that the server gets begins with the prefix."""
+    """Routes work below a prefix (`--root-path`), with which every path then begins."""
     below: dict[str, Any] = {"root_path": "/api"}
 
     models = await server.request("GET", "/api/v1/models", **below).finish()
@@ -357,7 +357,7 @@ async def test_routes_work_below_a_proxys_prefix(server: Server) -> None:
 
 
 async def test_status_is_a_snapshot_of_everything(server: Server) -> None:
-    """One object shows the active model, the held requests, and the memory of every model."""
+    """The status has the active model, the held requests, and the memory of every model."""
     stream = await server.start_stream("llama")
 
     body = (await server.get("/admin/status")).json()
@@ -396,7 +396,7 @@ async def test_status_is_a_snapshot_of_everything(server: Server) -> None:
 
 
 async def test_status_shows_budgets_and_what_is_used_of_them(make_server: MakeServer) -> None:
-    """Device memory includes what the engine host holds itself; host memory is models' alone."""
+    """Device memory includes the engine host's own; host memory is that of models alone."""
     asleep = FakeSettings(offloads=True)
     server = await make_server(settings={"qwen": asleep}, budget=Usage(9 * MIB, 5 * MIB))
     server.host.base_bytes = 7
@@ -504,7 +504,7 @@ async def test_server_that_has_given_up_is_not_live(make_server: MakeServer) -> 
 
 
 async def test_metrics_are_prometheus_text(server: Server) -> None:
-    """The content type is the one that Prometheus expects."""
+    """Metrics have the content type that Prometheus expects."""
     response = await server.get("/metrics")
 
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -512,7 +512,7 @@ async def test_metrics_are_prometheus_text(server: Server) -> None:
 
 
 async def test_metrics_begin_with_the_first_activation(server: Server) -> None:
-    """Before any switch they show one epoch, the active model, and the loads of the start."""
+    """Before any switch, metrics have one epoch, the active model, and the loads of the start."""
     text = (await server.get("/metrics")).text
 
     assert 1 == sample(text, "hotswap_epoch")
@@ -558,7 +558,7 @@ async def test_metrics_tell_where_models_are(server: Server) -> None:
 
 
 async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> None:
-    """Gauges are read at the moment of the request."""
+    """Gauges for requests in flight and waiting are read at the moment of the request."""
     stream = await server.start_stream("llama")
     switch = server.switch("qwen")
     await server.settled()
@@ -601,7 +601,7 @@ async def test_own_routes_read_json_in_every_encoding(server: Server, encoding: 
 async def test_own_routes_take_json_and_what_curl_sends(
     server: Server, content_type: str | None, status: int
 ) -> None:
-    """`curl -d` without a header works; content types that only a web page sends do not."""
+    """Our routes accept JSON, and what `curl -d` sends, but not what only web pages send."""
     headers = {"content-type": content_type} if content_type else {}
 
     answer = await server.post("/v1/models/switch", content=b'{"model": "qwen"}', headers=headers)
@@ -611,7 +611,7 @@ async def test_own_routes_take_json_and_what_curl_sends(
 
 
 async def test_own_routes_take_no_large_bodies(server: Server) -> None:
-    """Our routes limit bodies: they parse one in one piece, and need little."""
+    """Our routes refuse large bodies: they parse a body in one piece, and need little."""
     answer = await server.post("/v1/models/switch", json={"model": "x" * (1 << 20)})
 
     assert (413, "body_too_large") == (answer.status_code, answer.json()["error"]["code"])

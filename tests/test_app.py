@@ -34,7 +34,7 @@ async def test_post_to_a_route_that_is_not_known_is_refused(server: Server, path
 
 
 async def test_version_is_told_while_nothing_can_be_served() -> None:
-    """vLLM's answer comes without a key, before any model is loaded and after the host's death."""
+    """`/version` is vLLM's, needs no key, and works before any load and after the host's death."""
     app = HotswapApp(FakeHost(("llama",)), KEYS, vllm_version="0.32.0")
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
@@ -68,7 +68,7 @@ async def test_preflight_of_another_origin_is_refused(make_server: MakeServer) -
 async def test_page_of_an_allowed_origin_can_read_our_own_answers(
     server: Server, path: str, status: int
 ) -> None:
-    """Errors have the header, too: without it a browser would show none of them."""
+    """Pages of an allowed origin can read our errors, which browsers hide without the header."""
     async with browser(server) as client:
         response = await client.get(path, headers={"origin": PAGE})
 
@@ -84,7 +84,7 @@ async def test_page_can_read_that_its_model_is_not_active(server: Server) -> Non
 
 
 async def test_headers_of_a_models_own_application_are_not_doubled(server: Server) -> None:
-    """vLLM adds the same middleware to each model's application."""
+    """Headers appear once, although vLLM adds the same middleware to each model's application."""
     server.host.engines["llama"].app.add_middleware(CORSMiddleware, allow_origins=[PAGE])
     async with browser(server) as client:
         response = await client.post(CHAT, json={"model": "llama"}, headers={"origin": PAGE})

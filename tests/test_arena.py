@@ -43,7 +43,7 @@ def test_memory_given_back_is_zero_and_costs_nothing_but_stays_mapped() -> None:
 
 
 def test_memory_that_nobody_uses_is_unmapped() -> None:
-    """The arena does not keep unused memory, and has no more of it to release."""
+    """Unused memory is unmapped: the arena neither keeps it nor can release it again."""
     arena = Arena()
     memory = arena.allocate(MIB)
     seen = weakref.ref(memory)

@@ -48,7 +48,7 @@ def standstill(at: Listening, monkeypatch: pytest.MonkeyPatch) -> Standstill:
 async def test_no_more_is_accepted_than_can_be_looked_at(
     at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections that wait in the system's queue use none of our file descriptors."""
+    """Only as many connections are accepted as can be examined; others use no descriptors."""
     at.shared.door.most_waiting = 3
     (acceptor,) = at.acceptors
     clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 10)]
@@ -169,7 +169,7 @@ async def test_nothing_is_built_for_who_has_closed(
 async def test_what_ends_while_it_is_built_is_told_nothing_wrong(
     at: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While it stops, the server still has places: too many connections would be a wrong reason."""
+    """A client of a stopping server is not reported as one connection too many."""
     make = Connection.__init__
 
     def ended(self: Connection, *given: Any) -> None:

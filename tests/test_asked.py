@@ -127,7 +127,7 @@ MANY = ["x" * 30] * 1025
 def test_what_is_generated_has_a_bound_of_its_own(
     path: str, body: dict[str, Any], is_refused: bool
 ) -> None:
-    """Generated answers are written in one piece; pooled ones are written off the event loop."""
+    """Generated answers have a separate bound, because they are written in one piece."""
     if is_refused:
         with pytest.raises(CallTooLarge, match=r"limits\.answers_per_call"):
             requests_of(path, **body)
@@ -348,7 +348,7 @@ def test_usual_grammars_pass(body: dict[str, Any]) -> None:
 
 
 def test_tools_are_strict_where_the_model_says_so() -> None:
-    """vLLM's --tool-strict-level parameter is respected."""
+    """Tools are strict where vLLM's --tool-strict-level parameter says so."""
     check_grammar(tools=TOOLS)
     check_grammar(tools=TOOLS, tool_choice="none", are_strict=True)
     check_grammar(tools=LIGHT_TOOLS, are_strict=True)
@@ -369,7 +369,7 @@ def test_parts_of_a_grammar_count_together() -> None:
 
 
 async def test_what_is_too_much_for_one_call_gets_413(make_server: MakeServer) -> None:
-    """The 413 names the setting, and the model's application never gets the request."""
+    """Too large a request gets 413 with the setting, before the application gets it."""
     server = await make_server()
 
     many = await server.ask("llama", path="/v1/completions", prompt=["a"] * 3000)
@@ -397,7 +397,7 @@ async def test_number_that_is_written_at_length_counts(server: Server, written: 
 
 @pytest.mark.parametrize("mode", ["manual", "auto"])
 async def test_every_request_of_a_call_is_in_flight(make_server: MakeServer, mode: str) -> None:
-    """One HTTP request of seven leaves room for three of ten until it has ended."""
+    """A request for seven answers leaves room for three of ten, until it has ended."""
     server = await make_server(mode=mode, limits=LimitsConfig(in_flight=10))
     body = json.dumps({"model": "llama", "n": 7, "stream": True, "max_tokens": 3}).encode()
     call = server.request("POST", CHAT, body)

@@ -79,7 +79,7 @@ async def audited(make_server: MakeServer, audit: AuditLog, tmp_path: Path) -> A
 
 
 async def test_a_line_says_what_was_done_by_whom(audited: Audit) -> None:
-    """Time, call, model, role, fingerprint and name of the key, address, status, duration, body."""
+    """A line has time, call, model, caller's role and key, address, status, duration and body."""
     key = Access(admin_keys=["admin"]).caller(as_headers(ADMIN)).key
 
     await audited.call("POST", SWITCH, json={"model": "qwen", "drain_timeout": 1})
@@ -108,7 +108,7 @@ def as_headers(headers: dict[str, str]) -> Headers:
 
 
 async def test_every_changing_route_leaves_a_line(audited: Audit) -> None:
-    """Moves, leases, announcements and adapters do, with the model wherever the call names it."""
+    """Every changing route leaves a line, with the model wherever the call names it."""
     lease = await audited.call(
         "POST", "/admin/leases", json={"model": "qwen", "owner": "a", "ttl": 9}
     )
@@ -142,7 +142,7 @@ async def test_every_changing_route_leaves_a_line(audited: Audit) -> None:
 
 
 async def test_what_changes_nothing_leaves_no_line(audited: Audit) -> None:
-    """Reading, inference, pings and unknown routes leave none."""
+    """Reading, inference, pings and unknown routes leave no line."""
     for method, path in [
         ("GET", "/admin/status"),
         ("GET", "/v1/models"),
@@ -198,7 +198,7 @@ async def test_failed_calls_leave_their_status(audited: Audit) -> None:
 
 
 async def test_the_model_is_what_the_answer_says(audited: Audit, lora: Path) -> None:
-    """The caller's own text is a separate field, and truncated: it may be anything."""
+    """The model is the answer's; the caller's text is a separate field, and truncated."""
     lease = await audited.call(
         "POST", "/admin/leases", json={"model": "qwen", "owner": "a", "ttl": 9}
     )
@@ -265,7 +265,7 @@ async def test_nothing_that_is_sent_forges_a_line(audited: Audit) -> None:
 async def test_switch_and_lease_name_the_callers_key(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log, and the lease for admins, have the key's name; users and events do not get it."""
+    """Log and lease have the key's name, for admins only; users and events do not get it."""
     access = Access(["user"], ["admin"])
     server = await make_server(access=access)
     key = access.caller(as_headers(ADMIN)).key
@@ -315,7 +315,7 @@ def test_file_is_its_owners_alone_and_only_grows(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_moved_away_is_made_anew_when_told_so(tmp_path: Path) -> None:
-    """On request the file is opened again, as logrotate needs; old lines are in the moved file."""
+    """On request the file is reopened, as logrotate needs; old lines stay in the moved file."""
     file, old = tmp_path / "audit", tmp_path / "audit.1"
     log = AuditLog(file)
     log.write(line("/a"))
@@ -398,7 +398,7 @@ def link(path: Path) -> None:
 def test_a_file_that_is_none_or_is_not_ours_ends_a_start(
     tmp_path: Path, make: Any, expected: str
 ) -> None:
-    """Links above all: root would write wherever another user points them."""
+    """A link, or another user's file, ends the start: root would write wherever it points."""
     folder = tmp_path / "folder"
     folder.mkdir()
     make(folder / "audit")

@@ -62,7 +62,7 @@ async def test_cold_model_is_loaded_by_its_first_request(auto: Server) -> None:
 
 
 async def test_request_waits_for_those_that_run(auto: Server) -> None:
-    """Requests of the active model run to their end; none is cut."""
+    """A request for another model waits until those of the active model have ended uncut."""
     first = await auto.start_stream("llama")
     second = auto.ask("qwen")
     await auto.settled()
@@ -163,7 +163,7 @@ async def test_answer_tells_how_long_it_waited(auto: Server) -> None:
 
 
 async def test_waiting_stream_is_told_so_at_once(auto: Server) -> None:
-    """Comments, which clients skip, keep the connection open."""
+    """A waiting stream gets comments at once, which clients skip; they keep it open."""
     first = await auto.start_stream("llama")
     second = auto.stream("qwen")
     assert ": waiting for qwen\n\n" == await second.next_event()
@@ -193,7 +193,7 @@ async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Serv
 
 
 async def test_stream_below_a_proxys_prefix_begins_at_once_too(auto: Server) -> None:
-    """With `--root-path`, every path begins with the prefix; the rest of it decides."""
+    """A stream below a proxy's prefix (`--root-path`) begins at once, too."""
     path, below = f"/api{CHAT}", {"root_path": "/api"}
     body = json.dumps({"model": "mistral", "stream": True, "max_tokens": 1}).encode()
 
@@ -227,7 +227,7 @@ async def test_answer_that_is_no_stream_does_not_begin_before_its_frontend(auto:
 async def test_what_the_frontend_refuses_nevertheless_is_the_last_event(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The preview before there was a frontend had found nothing wrong with it."""
+    """A stream that was begun ends with what its frontend refuses, although the preview did not."""
     engine = auto.coordinator.registry.model("mistral").engine
     monkeypatch.setattr(engine, "preview", AsyncMock(return_value=Previewed(is_accepted=True)))
 
@@ -241,7 +241,7 @@ async def test_what_the_frontend_refuses_nevertheless_is_the_last_event(
 async def test_stream_that_nobody_has_looked_at_begins_when_somebody_can(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The installed vLLM may have no preview: a bad request then still gets its error status."""
+    """Without a preview a stream begins only when checked, so a bad one gets its error status."""
     engine = auto.coordinator.registry.model("mistral").engine
     monkeypatch.setattr(engine, "preview", AsyncMock(return_value=Previewed()))
 
@@ -286,7 +286,7 @@ async def test_model_that_is_loaded_meanwhile_takes_the_request_over(
 def test_looking_at_a_request_counts_as_waiting(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time counts in the header, and for `wait_timeout`."""
+    """The time of the preview counts in the header, and for `wait_timeout`."""
 
     async def preview(*_: object) -> Previewed:
         await asyncio.sleep(7)
@@ -353,7 +353,7 @@ def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
 
 
 def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
-    """Where no request can be parked, such a stream is cut after its drain deadline."""
+    """A slow reader is cut after the drain deadline where no request can be parked."""
 
     async def story(server: Server) -> None:
         watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
@@ -451,7 +451,7 @@ def test_request_waits_no_longer_than_it_may(play: Play) -> None:
 
 @pytest.mark.parametrize("place", ["load", "activate"])
 async def test_request_that_never_had_its_turn_is_not_counted(auto: Server, place: str) -> None:
-    """Whatever failed, it was not admitted: only the switch is counted."""
+    """A request without a turn was not admitted: only the failed switch is counted."""
     auto.host.fail_next(place, "mistral", HotswapError("no such file"))
     assert 503 == (await auto.ask("mistral")).status_code
     assert 200 == (await auto.ask("llama")).status_code
@@ -462,7 +462,7 @@ async def test_request_that_never_had_its_turn_is_not_counted(auto: Server, plac
 
 
 async def test_model_that_cannot_be_loaded_is_left_alone_for_a_while(auto: Server) -> None:
-    """Waiting requests get the cause, and no request triggers another try at once."""
+    """After a failed load waiting requests get the cause, and no request tries again at once."""
     auto.host.fail_next("load", "mistral", HotswapError("no such file"))
     response = await auto.ask("mistral")
     assert (503, "switch_failed") == (response.status_code, response.json()["error"]["code"])
@@ -582,7 +582,7 @@ async def test_explicit_switch_waits_for_one_that_nobody_ordered(auto: Server) -
 
 
 async def test_death_of_the_host_keeps_who_waits(auto: Server) -> None:
-    """Waiting requests are in no engine, and are served by the next host."""
+    """Requests that wait survive the host's death, and are served by the next host."""
     first = await auto.start_stream("llama")
     waiting = auto.ask("qwen")
     await auto.settled()
@@ -651,7 +651,7 @@ def test_parked_request_goes_on_after_a_switch_that_failed(play: Play) -> None:
 
 
 def test_model_that_hosts_die_of_does_not_end_the_server(play: Play) -> None:
-    """Its waiting requests get an error; the model is not tried again for a while."""
+    """A model that kills its host gets errors for its requests, and is not tried for a while."""
 
     async def story(server: Server) -> None:
         loop = asyncio.get_running_loop()
@@ -669,7 +669,7 @@ def test_model_that_hosts_die_of_does_not_end_the_server(play: Play) -> None:
 
 
 def test_who_is_due_is_served_however_tight_memory_is(play: Play) -> None:
-    """Requests are not parked in a circle while there is no room for a third model."""
+    """Even with tight memory due requests are served, instead of parking others in a circle."""
 
     async def keep_busy(server: Server, alias: str) -> None:
         while True:

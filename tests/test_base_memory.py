@@ -49,7 +49,7 @@ A_WHOLE_STEP = range(MEASURED.held, MEASURED.held + STEP_BYTES + 1, STEP_BYTES /
 
 @pytest.mark.parametrize("held", A_WHOLE_STEP)
 def test_a_start_counts_whole_steps_and_leaves_that_much_less_free(held: int) -> None:
-    """Rounding loses nothing that was measured, and leaves room for one more step."""
+    """Rounding to whole steps loses nothing measured, and leaves room for one more step."""
     memory = start(held)
 
     assert STEP_BYTES <= memory.held - held < 2 * STEP_BYTES
@@ -68,7 +68,7 @@ def test_two_starts_count_the_same(held: int, more: int) -> None:
 
 @pytest.mark.parametrize("held", A_WHOLE_STEP)
 def test_starts_that_take_turns_count_the_same(held: int) -> None:
-    """Several servers write the same file: none changes the plans of the others."""
+    """Starts of several servers, which write the same file, never change each other's plans."""
     counted = {start(held + more).held for more in (0, 4096, -4096, STEP_BYTES, 0, 4096)}
 
     assert 1 == len(counted)
@@ -91,7 +91,7 @@ def test_a_host_that_holds_much_less_counts_anew() -> None:
 
 
 def test_a_check_plans_as_the_last_start_did() -> None:
-    """The memory of a future host is not free; the memory of the check itself does not count."""
+    """A check excludes a future host's memory from what is free, and ignores its own."""
     counted = start().held
     memory, told = check()
 
@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(root: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"host_bytes": "430"}', '{"host_bytes": -1}'])
 def test_what_is_written_down_wrongly_is_written_anew(root: Path, text: str) -> None:
-    """Wrong contents are replaced: the file is only a cache."""
+    """Wrong contents of the file are replaced: it is only a cache."""
     counted = start().held
     (file,) = (root / "vllm-hotswap").iterdir()
     file.write_text(text)
@@ -118,5 +118,5 @@ def test_what_is_written_down_wrongly_is_written_anew(root: Path, text: str) -> 
 
 
 def test_an_accelerators_memory_is_as_it_was_measured() -> None:
-    """The host's use of it does not depend on libraries."""
+    """An accelerator's figure stays as measured: the host's use does not depend on libraries."""
     assert MEASURED == with_known_base(MEASURED, OwnSleepDevice())

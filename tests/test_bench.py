@@ -135,7 +135,7 @@ def test_a_table_of_texts_is_aligned_to_the_left() -> None:
 
 
 def test_the_file_has_environment_options_and_every_sample(tmp_path: Path) -> None:
-    """One JSON object has them, and each bar and whether it was met."""
+    """One JSON object has environment, options, every sample, and whether each bar was met."""
     path = tmp_path / "new" / "bench.json"
     report.write(path, report.document({"cpu": "EPYC"}, {"runs": 3}, [some_part()]))
     content = json.loads(path.read_text())
@@ -223,14 +223,14 @@ def test_both_servers_get_the_same_settings(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_log_is_what_the_server_said() -> None:
-    """Output of libraries at the end of the process is left out."""
+    """The end of a log leaves out what libraries print while the process exits."""
     noise = 'nanobind: leaked 2 functions!\n - leaked function "f"\n - ... skipped remainder\n\n'
 
     assert "    INFO: a\n    error: port taken" == log_tail(f"INFO: a\nerror: port taken\n{noise}")
 
 
 async def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> None:
-    """One line says what happened, then the end of the log follows."""
+    """A server that exits at once is reported in one line, followed by the end of its log."""
     log = tmp_path / "plain-1.log"
     server = Server("plain", ["sh", "-c", "echo port taken; exit 3"], 1, log)
     with pytest.raises(ServerFailed) as caught:

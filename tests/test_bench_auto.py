@@ -40,7 +40,7 @@ def asked(name: str, requests: int = 30) -> Trace:
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_every_trace_is_for_the_three_models(name: str) -> None:
-    """Answers are long enough to contain a name, and each trace is the same every time."""
+    """Every trace uses the three models, with answers long enough for a name, and is repeatable."""
     trace = asked(name)
     assert list(GREETINGS) == list(trace.head.models)
     assert set(GREETINGS) == {request.model for request in trace.requests}
@@ -156,7 +156,7 @@ def test_simulator_agrees_with_a_server_that_is_like_it(name: str) -> None:
 
 
 def test_simulations_of_agents_differ_in_who_is_looked_at_for_how_long() -> None:
-    """Agents' requests differ in their preview times, but two runs agree."""
+    """Simulations of agents differ in their preview times, and are the same each time."""
     asked_for = asked("agents", 40)
     seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
     requests = (replace(one, prepared_s=0.2 * (one.id % 4)) for one in seen.requests)
@@ -174,7 +174,7 @@ def test_simulations_of_agents_differ_in_who_is_looked_at_for_how_long() -> None
 
 
 def test_recording_is_split_into_what_was_played() -> None:
-    """Earlier requests, and those of the warm-ups, belong to none of the traces."""
+    """Requests before the traces, and those of the warm-ups, belong to none of them."""
     world = World(Costs(0.05))
     first, second = asked("burst", 9), asked("zipf", 12)
     sent = [TracedRequest(id=0, model="qwen", arrived_s=0.0, result="served")]

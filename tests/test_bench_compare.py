@@ -52,7 +52,7 @@ def test_the_other_side_runs_from_the_other_tree(
 
 
 def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
-    """It is refused: Python would otherwise compare the installed package with itself."""
+    """A folder without the package is refused: Python would import the installed one."""
     with pytest.raises(ConfigError, match="has no package vllm_hotswap"):
         compare.checked(tmp_path)
 
@@ -66,6 +66,6 @@ def test_a_ratio_above_one_is_better_now() -> None:
 
 
 def test_an_interval_of_few_values_is_their_range() -> None:
-    """Of many values it lies around the median: 95 % of 100 coin throws give 40 to 60 heads."""
+    """An interval of many values lies around the median: 95 % of 100 coins, 40 to 60 heads."""
     assert (1.0, 4.0) == interval([4.0, 1.0, 3.0, 2.0])
     assert (40.0, 59.0) == interval([float(number) for number in range(100)])

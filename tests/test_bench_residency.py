@@ -76,7 +76,7 @@ def rows(part: report.Part, table: int = 0) -> dict[str, tuple[str, ...]]:
 
 
 def test_a_line_is_found_again() -> None:
-    """Points on the line give it back: half a second, and 2 GB/s."""
+    """A line is recovered from points on it: half a second, and 2 GB/s."""
     line = least_squares([(0.0, 0.5), (1e9, 1.0), (4e9, 2.5)])
 
     assert (0.5, 2e9) == (pytest.approx(line.intercept), pytest.approx(line.bandwidth))
@@ -136,13 +136,13 @@ def test_growth_per_step_is_a_slope() -> None:
 
 
 def test_the_sizes_are_those_that_the_pages_tell() -> None:
-    """0.05, 0.44 and 0.89 GB of bfloat16; the largest has 0.45 billion weights."""
+    """Sizes are 0.05, 0.44 and 0.89 GB of bfloat16; the largest has 0.45 billion weights."""
     assert [0.05, 0.44, 0.89] == [round(2e-9 * medium.parameters(s), 2) for s in SIZES.values()]
     assert 0.445 == pytest.approx(medium.parameters(SIZES["large"]) / 1e9, abs=5e-4)
 
 
 def test_the_configuration_is_accepted(tmp_path: Path) -> None:
-    """The home model is loaded at the start, the others by their first switch."""
+    """The configuration is valid: the home model loads at the start, others by a switch."""
     models = [home().model(on_demand=False), tiny().model(), tiny("m2").model(kv_bytes=1 << 20)]
     path = tmp_path / "models.yaml"
     path.write_text(json.dumps(hotswap_config(models)))
@@ -154,7 +154,7 @@ def test_the_configuration_is_accepted(tmp_path: Path) -> None:
 
 
 def test_plain_vllm_gets_the_same_settings() -> None:
-    """Flags leave out our settings; a compiled model is one without eager mode."""
+    """Flags for plain vLLM leave out our settings; a compiled model is one without eager mode."""
     assert [
         "--max-model-len=1024",
         "--kv-cache-memory-bytes=268435456",
@@ -208,7 +208,7 @@ def test_what_this_process_holds_is_counted() -> None:
 
 
 async def test_a_child_can_be_left_out() -> None:
-    """The host is left out when the API process is measured."""
+    """A child can be left out, as the host is when the API process is measured."""
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=-1)
     together, alone = held(os.getpid()), held(os.getpid(), without=child.pid)
     child.kill()
@@ -233,7 +233,7 @@ def test_progress_goes_to_the_log_where_there_is_no_terminal(
 
 
 def test_switches_are_told_by_model_and_residency(tmp_path: Path) -> None:
-    """The table has medians, the tail, the first token, both, the way down, and the number."""
+    """Switches have medians, the tail, the first token, both, the way down, and the number."""
     found = rows(switches.part(some_measured(tmp_path)), table=1)
 
     assert [f"{a}, {s}" for a in ("tiny", "large") for s in STATES] == list(found)
@@ -241,14 +241,14 @@ def test_switches_are_told_by_model_and_residency(tmp_path: Path) -> None:
 
 
 def test_phases_are_told_by_model_and_residency(tmp_path: Path) -> None:
-    """Times are by the server's clock, and the worst bring-up is included."""
+    """Phases have times by the server's clock, and the worst bring-up."""
     found = rows(switches.part(some_measured(tmp_path)), table=2)
 
     assert ("1.00", "1.00", "1.00", "1100.00", "1.00", "1100.0") == found["large, cold"]
 
 
 def test_the_fit_is_compared_with_the_machine(tmp_path: Path) -> None:
-    """8000 bytes more take 0.8 s more; the machine reads 9000 in 0.2 s and copies them in 0.1."""
+    """The fit is 0.8 s for 8000 bytes; the machine reads 9000 in 0.2 s and copies them in 0.1."""
     found = rows(switches.part(some_measured(tmp_path)), table=3)
 
     assert ("200", "0.00", "0.22", "0.11", "0.33", "0") == found["cold"]
@@ -266,7 +266,7 @@ def test_the_bar_of_a_cold_switch_is_set_by_the_machine(tmp_path: Path) -> None:
 
 
 def test_a_restart_is_compared_with_a_cold_switch() -> None:
-    """The ratio uses the time to ready, not the first token; without one there is no bar."""
+    """A restart's time to ready is compared with the switch; without one there is no bar."""
     part = restart.part("large", [(30.0, 33.0), (40.0, 44.0)], 0.7)
 
     assert ("35.0", "30.0 40.0") == rows(part)["start to ready"]
@@ -275,7 +275,7 @@ def test_a_restart_is_compared_with_a_cold_switch() -> None:
 
 
 def test_ways_to_bring_a_model_up_stand_beside_each_other(tmp_path: Path) -> None:
-    """Ours come from the cold switches; a way that could not run is left out and reported."""
+    """Our times are cold switches; a way that could not run is left out and reported."""
     loads = [alternative.Load(alternative.STANDIN, "large", ms, 5.0, 1.0) for ms in (10, 30, 20)]
     part = alternative.part(["large"], loads, some_measured(tmp_path))
 
@@ -317,7 +317,7 @@ def test_residue_is_told_over_what_was_there_before() -> None:
 
 
 def test_drift_is_told_per_cycle() -> None:
-    """The slope covers all cycles; memory before and after is shown, too."""
+    """Drift is a slope over all cycles; memory before and after is shown, too."""
     before = some_reading("parked", 1_000_000)
     after = replace(before, used_bytes=2_000_000, host=replace(before.host, threads=6))
     found = drift.Drift(before, after, [10**6 + n * 10**5 for n in range(10)], [], [5.0] * 10)

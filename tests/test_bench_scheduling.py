@@ -53,7 +53,7 @@ def test_the_policy_of_the_page_works() -> None:
 
 
 def test_the_page_shows_what_was_measured() -> None:
-    """The figures of the bar are those of the stored results."""
+    """The page's figures of the bar are those of the stored results."""
     content = json.loads((DOCS / "benchmarks" / "scheduling.json").read_text())
     page = re.sub(r" +", " ", (DOCS / "scheduling.md").read_text())
 

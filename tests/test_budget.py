@@ -140,7 +140,7 @@ def test_one_has_kv_memory_at_a_time_where_the_weights_of_all_allow_it(
 def test_nobody_gets_less_than_its_minimum_or_more_than_its_maximum(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """The minimum is one sequence of maximum length; the maximum is all sequences of the model."""
+    """A share lies between one sequence of maximum length and all sequences of the model."""
     shares = share_kv_memory(models, least_in_turn(models) + spare)
 
     automatic = [model for model in models if model.kv_bytes is None]
@@ -201,7 +201,7 @@ def test_refused_is_only_what_could_never_be_loaded(models: list[ModelNeeds]) ->
 
 
 def test_rest_is_shared_equally() -> None:
-    """First come weights, overheads, reading and explicit sizes; then all models get the same."""
+    """After weights, overheads, reading and explicit sizes, all models get the same."""
     models = [needs("a", 2 * GIB), needs("b", 1 * GIB), needs("c", 0, 3 * GIB)]
 
     shares = share_kv_memory(models, 10 * GIB + 3 * OVERHEAD_BYTES + READING_BYTES)
@@ -228,7 +228,7 @@ def test_large_minimum_comes_before_equal_shares() -> None:
 
 
 def test_model_of_unknown_appetite_takes_what_there_is() -> None:
-    """Where KV memory per token is not known, there is no maximum."""
+    """A model whose KV memory per token is unknown has no maximum."""
     shares = share_kv_memory([needs("hybrid", most=sys.maxsize)], 5 * GIB + OVERHEAD_BYTES)
 
     assert {"hybrid": 5 * GIB} == shares
@@ -312,7 +312,7 @@ def test_too_little_beside_pinned_models_names_what_they_take() -> None:
 
 
 def test_a_model_without_kv_memory_that_does_not_fit_is_told_so() -> None:
-    """For an encoder, neither its length nor a size of KV memory would help."""
+    """The error for an encoder names neither length nor KV memory, which would not help."""
     model = needs("bert", 9 * GIB - OVERHEAD_BYTES - READING_BYTES, 0)
 
     with pytest.raises(ConfigError) as caught:

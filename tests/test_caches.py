@@ -79,7 +79,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None
 @as_root
 @pytest.mark.parametrize("name", ["VLLM_CACHE_ROOT", *GIVEN])
 def test_a_link_that_somebody_else_can_replace_is_refused(tmp_path: Path, name: str) -> None:
-    """In a folder with the sticky bit, the link's owner can point it elsewhere tomorrow."""
+    """Such a link, in a folder with the sticky bit, could point elsewhere tomorrow."""
     shared, own = tmp_path / "shared", tmp_path / "own"
     shared.mkdir()
     own.mkdir(mode=0o755)
@@ -117,7 +117,7 @@ def test_a_group_may_share_a_cache(tmp_path: Path) -> None:
 def test_without_a_place_there_is_no_variable(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The start continues; the host's temporary folder is private, too."""
+    """Without a place the start continues: the host's temporary folder is private, too."""
     (tmp_path / "file").touch()
     with caplog.at_level(logging.INFO):
         assert {} == code_caches({"VLLM_CACHE_ROOT": str(tmp_path / "file" / "cache")})
@@ -197,7 +197,7 @@ def test_a_look_makes_nothing(tmp_path: Path) -> None:
 def test_the_cache_of_whoever_called_sudo_is_his_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache belongs to the calling user, as that user's files do."""
+    """The cache of a command under sudo belongs to the user who called it."""
     for folder in (tmp_path, tmp_path / "vllm-hotswap", tmp_path / "vllm-hotswap/torchinductor"):
         folder.mkdir(exist_ok=True)
         os.chown(folder, 65_534, -1)

@@ -35,7 +35,7 @@ def test_progress_is_a_line_for_each_model(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bar counts the checked models, and disappears at the end."""
+    """In a terminal, a bar counts the checked models, and disappears at the end."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
 

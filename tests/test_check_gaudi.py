@@ -160,7 +160,7 @@ def test_whatever_a_check_raises_or_returns_is_written_without_names(
 
 
 def test_addresses_of_this_machine_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loopback address stays, as every machine has it; a version is not an address."""
+    """Addresses are left out, except loopback, which every machine has, and versions."""
     address = type("Address", (), {"address": PROXY})
     loopback = type("Address", (), {"address": "127.0.0.1"})
     monkeypatch.setattr("psutil.net_if_addrs", lambda: {"eth0": [address], "lo": [loopback]})
@@ -212,7 +212,7 @@ ESCAPING = {
 def test_names_are_left_out_however_they_are_written(
     person: dict[str, str], way: str, name: str
 ) -> None:
-    """In escaped text a letter precedes them, and a log may have colours."""
+    """Names are left out after escapes, which put a letter before them, and between colours."""
     assert name.lower() not in Blank().text(ESCAPING[way](name)).lower()
 
 
@@ -248,7 +248,7 @@ def test_letters_that_are_escaped_are_part_of_a_secret(value: str) -> None:
     ],
 )
 def test_a_secret_is_known_without_what_is_around_it(variable: str, value: str) -> None:
-    """Files and `docker --env-file` add line ends, and headers have a word before the secret."""
+    """A secret is recognised without line ends from files, or the word before it in headers."""
     blank = Blank({variable: value})
     assert "token <secret> refused, x<secret>x" == blank.text(f"token {SECRET} refused, x{SECRET}x")
 
@@ -261,7 +261,7 @@ def test_the_folder_that_one_is_in_is_no_secret() -> None:
 def test_a_long_answer_is_cut_when_names_have_been_taken_out_of_it(
     person: dict[str, str], tmp_path: Path
 ) -> None:
-    """Half of a token would not be recognised, wherever the cut is."""
+    """A long answer is cut after names are taken out: half of a token would not be recognised."""
 
     class Says(Server):
         def __init__(self, text: str) -> None:
@@ -308,7 +308,7 @@ def test_this_machines_domain_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_credentials_in_an_address_are_left_out(who: str) -> None:
-    """Addresses of proxies and indexes may have them, in any variable."""
+    """Credentials in addresses, as of proxies and indexes, are left out, from any variable."""
     told = f"ProxyError('http://{who}@proxy.acme.example:3128', mail@acme.example)"
     assert Blank({}).text(told) == told.replace(who, "<secret>")
 
@@ -370,7 +370,7 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no 
 def test_the_commit_of_a_clone_of_another_user_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a container the user may be root; git itself refuses to read such a clone."""
+    """The commit of another user's clone is found, as in a container, although git refuses."""
     commit = made_clone(tmp_path)
     monkeypatch.setattr(
         facts, "GIT", [word.replace(str(ROOT), str(tmp_path)) for word in facts.GIT]
@@ -416,7 +416,7 @@ def test_a_package_that_is_not_the_clones_is_wrong(
 
 
 def test_another_package_is_told_from_the_clones(tmp_path: Path) -> None:
-    """The contents of its modules and their names are compared."""
+    """Another package is recognised by its modules' contents and their names."""
     (tmp_path / "a.py").write_text("1")
     first = facts.digest(tmp_path)
     (tmp_path / "a.py").rename(tmp_path / "b.py")
@@ -578,7 +578,7 @@ def test_a_folder_that_is_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
 def test_a_terminal_that_does_not_have_a_letter_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    """Logs and paths may have bytes that are not text."""
+    """A letter that the terminal lacks, or a byte that is not text, does not end the check."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", terminal)
     results = Results(tmp_path / "out.jsonl")
@@ -592,7 +592,7 @@ def test_a_terminal_that_does_not_have_a_letter_ends_nothing(
 
 
 def test_a_terminal_that_has_gone_away_ends_nothing(tmp_path: Path) -> None:
-    """The check continues, and its results are in the file."""
+    """If the terminal disappears, the check continues, and its results are in the file."""
     code = (
         "from pathlib import Path; from tools.gaudi.results import Results\n"
         f"results = Results(Path({str(tmp_path / 'out.jsonl')!r}))\n"
@@ -743,7 +743,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever(
 def test_a_server_that_is_not_ready_is_asked_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it loads its models, it is polled at intervals, not all the time."""
+    """A server that loads its models is polled at intervals, not all the time."""
     asked = tmp_path / "asked"
     waits: list[float] = []
     monkeypatch.setattr("tools.gaudi.server.LOOK_S", 0.123)
@@ -770,7 +770,7 @@ def test_a_server_that_is_not_ready_is_asked_now_and_then(
 
 
 def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
-    """The check itself stops the server, and reports how that went."""
+    """Ctrl-C does not reach the server: the check stops it, and reports how that went."""
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, "asked"))
     assert os.getpgid(server._process.pid) != os.getpgid(0)
     server.end()
@@ -853,7 +853,7 @@ def test_a_check_that_is_ended_ends_its_server(tmp_path: Path, number: int) -> N
 
 
 def test_a_second_signal_does_not_keep_the_check_from_ending_its_server(tmp_path: Path) -> None:
-    """The server does not stop when asked to, and has to be killed."""
+    """A second signal does not hinder the check, although the server has to be killed."""
     assert [] == left(tmp_path, [signal.SIGINT, signal.SIGINT], DISOBEYS)
 
 
@@ -870,7 +870,7 @@ def test_a_terminal_that_goes_away_is_nothing_to_nohup() -> None:
 def test_a_check_that_is_interrupted_while_it_starts_a_server_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:
-    """The signal comes before the check has a reference to the server."""
+    """A signal before the check has a reference to the server stops the server, too."""
     started: list[psutil.Popen] = []
 
     class Slow(Server):
@@ -896,7 +896,7 @@ def test_a_check_that_is_interrupted_while_it_starts_a_server_ends_it(
 def test_nothing_is_started_that_cannot_be_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Creating the client reads certificates: an error, or Ctrl-C, there starts no server."""
+    """If creating the client fails, or is interrupted, no server is started."""
     started: list[Any] = []
 
     def fails(**_: Any) -> None:
@@ -927,7 +927,7 @@ Path("child.new").rename("child")
 def test_what_a_server_leaves_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, then: str
 ) -> None:
-    """The server has exited already, and a process that it started holds the device."""
+    """A process that an exited server has started, and that holds the device, is killed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tools.gaudi.server.LAST_LIMIT_S", 0.1)
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", STARTS % (group, then)))
@@ -1185,7 +1185,7 @@ def test_without_what_the_host_tells_no_cycle_is_begun(tmp_path: Path) -> None:
 
 
 def test_the_expected_answers_are_those_of_the_models_that_are_here() -> None:
-    """`python -m tools.gaudi.expected` regenerates them."""
+    """The expected answers are up to date; `python -m tools.gaudi.expected` writes them."""
     told = json.loads(EXPECTED.read_text())["models"]
     assert {model: expected.digest(model) for model in PAIR} == {
         model: told[model]["weights_sha256"] for model in PAIR
@@ -1500,7 +1500,7 @@ def test_a_models_kv_memory_is_what_its_blocks_take(model: str) -> None:
 
 @pytest.mark.parametrize("way", WELL)
 def test_the_servers_own_word_is_not_all_that_is_judged_by(way: Way) -> None:
-    """The server may report no KV memory, and then release nothing."""
+    """A server that reports no KV memory, and then releases nothing, is found."""
     nothing = Cycle(way, "llama", 0, WEIGHTS, AWAKE, seen(2 * HELD, HELD, 1), AWAKE, 0.1)
     found = cycle_faults(nothing, judges_weights=False)
     assert "the server says that the model's KV memory is 0.0 MiB; its blocks are 64.0 MiB" in found
@@ -1554,7 +1554,7 @@ def test_a_server_that_tells_too_much_or_too_little_is_seen(
 
 
 def test_a_model_that_comes_back_larger_is_seen() -> None:
-    """One that comes back smaller gets a note: what was held before may not have been needed."""
+    """A model that comes back larger is wrong; one that comes back smaller gets a note."""
     more, less = seen(2 * HELD + SLACK_BYTES + MIB), seen(2 * HELD - SLACK_BYTES - MIB)
     larger, smaller = (replace(WELL["cold"], after=after) for after in (more, less))
 
@@ -1636,7 +1636,7 @@ def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
 
 
 def test_what_grows_with_use_and_stops_is_no_growth() -> None:
-    """Pools of threads, and their resources, may grow for more than two cycles."""
+    """Pools of threads, and their resources, may grow for more than two cycles, then stop."""
     pool = [
         seen(2 * HELD, threads=20 + min(n, 8), descriptors=90 + min(n, 8), memory_bytes=size)
         for n in range(20)
@@ -1708,7 +1708,7 @@ class Family:
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
-    """Memory that processes share is not counted once for each."""
+    """A process that ends is skipped, and memory that processes share is counted once."""
     server = Server.__new__(Server)
     server._below = set()
     server._process = Family(3, Family(4), Family(5, is_gone=True))
@@ -1734,7 +1734,7 @@ def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
 
 
 def test_cycles_that_failed_are_not_passed_over() -> None:
-    """Growth over fewer cycles than requested is not a result."""
+    """Failed cycles count: growth over fewer cycles than requested is not a result."""
     assert {"wrong": ["2 of 8 cycles have failed"]} == grown(cycles([AWAKE] * 6), 8)
 
 
@@ -1823,7 +1823,7 @@ def test_only_our_own_refusal_of_level_2_is_one(
 
 
 async def test_the_refusal_of_level_2_is_the_products() -> None:
-    """The product refuses it on a device that knows level 1 only."""
+    """The product refuses level 2, with the expected message, where only level 1 is known."""
     footprint = SimpleNamespace(usage={Residency.ASLEEP: None})
     qwen = SimpleNamespace(alias="qwen", engine=SimpleNamespace(footprint=footprint))
     with pytest.raises(InvalidRequest) as refused:
@@ -1842,7 +1842,7 @@ def ran(server: FakeServer, path: Path) -> list[str]:
 
 
 def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
-    """The models take turns, and a correct server passes every check."""
+    """Twenty cycles are made, the models in turn, and a correct server passes every check."""
     server = FakeServer()
 
     assert [] == ran(server, tmp_path / "out.jsonl")
@@ -1965,7 +1965,7 @@ class Drifting(FakeServer):
 
 
 def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_path: Path) -> None:
-    """Answers may drift, or become others, although they are close enough to the expected ones."""
+    """Answers that drift, or change although they are close to the expected ones, are found."""
     path = tmp_path / "out.jsonl"
 
     assert [] == ran(Drifting(0.2, 0.4), path)
@@ -1999,7 +1999,7 @@ def test_a_small_leak_is_found_by_what_it_comes_to(tmp_path: Path) -> None:
 
 
 def test_a_device_that_computes_nonsense_is_not_well(tmp_path: Path) -> None:
-    """The same nonsense every time fails, too; nothing more is tried then."""
+    """Nonsense is found even if it is always the same; nothing more is tried then."""
     server = FakeServer(model_of={"llama": "qwen"})
     assert ["eager: llama"] == ran(server, tmp_path / "out.jsonl")
     assert [] == server.cycles

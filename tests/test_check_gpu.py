@@ -91,7 +91,7 @@ def test_a_device_that_another_process_has_filled_is_refused() -> None:
 
 
 def test_a_divided_device_that_is_full_is_told_by_a_context(tmp_path: Path) -> None:
-    """NVML says nothing about an instance of a divided GPU."""
+    """A full instance of a divided GPU, on which NVML is silent, is found by a context."""
     results = Results(tmp_path / "results")
     for others in (0, 2 * GIB):
         memory(Say("facts", results), Driver(0, FakeCuda(total=4 * GIB, others=others)), None)
@@ -103,7 +103,7 @@ def test_a_divided_device_that_is_full_is_told_by_a_context(tmp_path: Path) -> N
 
 
 def test_a_python_without_a_build_for_cuda_is_refused() -> None:
-    """The Python of `make setup` is such a one; the message says how to avoid it."""
+    """A Python without CUDA, as of `make setup`, is refused with the way to avoid it."""
 
     def version(package: str) -> str:
         if package not in installed:
@@ -193,7 +193,7 @@ def test_a_python_without_what_is_needed_is_told(
 
 
 def test_phases_run_in_the_order_of_importance() -> None:
-    """The order in which they are requested does not matter."""
+    """Phases run in the order of importance, whatever order is requested."""
     assert ["facts", "tiny", "stock"] == [p.name for p in chosen(["stock", "facts", "tiny"])]
     with pytest.raises(ValueError, match="tony: no such phase; there are facts, kernels,"):
         chosen(["tony"])
@@ -456,7 +456,7 @@ def test_each_goal_can_be_missed(name: str, changes: dict[str, Any]) -> None:
 
 
 def test_drift_is_growth_after_the_beginning() -> None:
-    """One-time growth does not count, nor does a single larger figure."""
+    """Drift leaves out one-time growth at the start, and a single larger figure."""
     assert 0 == drift([100, 130, *[134] * 18])
     assert 0 == drift([134] * 10 + [140] + [134] * 9)
     assert 10 == drift(list(range(20)))
@@ -538,7 +538,7 @@ def test_what_is_copied_fits_the_machine(device_free: int, host_free: int, nbyte
 def test_models_are_as_large_as_the_device_allows(
     device: int, big_layers: int, mid_layers: int
 ) -> None:
-    """The second one gets smaller first; an 8B model fits on 24 GB."""
+    """The second model shrinks first on a small device; an 8B model fits on 24 GB."""
     room = Room((device - 1) * GIB + GIB // 2, device * GIB, 128 * GIB, 64 * GIB)
     found = choose(room)
 
@@ -611,7 +611,7 @@ def test_tokens_that_are_missing_are_different() -> None:
 
 
 def test_another_process_takes_all_but_what_it_is_told_to_leave() -> None:
-    """The amount is of free memory, not of all memory."""
+    """The other process takes all free memory except the given amount."""
     cuda = FakeCuda(total=64 << 20, others=16 << 20)
 
     assert 32 << 20 == take(Driver(0, cuda), 16 << 20)

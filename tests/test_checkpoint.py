@@ -288,7 +288,7 @@ def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -
     "text", ["{}", '{"architectures": null}', '{"architectures": ["LlamaForCausalLM"]}']
 )
 def test_description_may_leave_things_out(tmp_path: Path, text: str) -> None:
-    """vLLM has its own defaults; in other formats it needs neither file."""
+    """A description may leave out what vLLM has defaults for; other formats need neither file."""
     check_description(tmp_path)
     check_generation(tmp_path)
 

@@ -55,7 +55,7 @@ def test_a_file_behind_flags_is_found(words: str, expected: str) -> None:
 
 @pytest.mark.parametrize("words", ["--host 127.0.0.1", "--host a models", "--x a.yaml b.yaml"])
 def test_a_file_that_cannot_be_told_from_a_flags_value_is_asked_for(words: str) -> None:
-    """The value of a flag must not be mistaken for the file."""
+    """If a word may be a flag's value, the error asks for `serve FILE` instead of guessing."""
     with pytest.raises(ConfigError, match="vllm-hotswap serve FILE"):
         file_first(["serve", *words.split()])
 
@@ -74,7 +74,7 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ["api", "admin"])
 def test_a_key_file_that_cannot_be_used_ends_the_start(role: str, tmp_path: Path) -> None:
-    """One line names the file and shows nothing of it, before any slow work."""
+    """A bad key file ends the start in one line, before any slow work, and shows no contents."""
     (tmp_path / "models.yaml").write_text("models: {llama: {model: org/llama}}")
     keys = tmp_path / "keys"
     keys.write_text("sk-canary")
@@ -124,7 +124,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_unknown_word_is_answered_with_the_nearest(
     line: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Or with our command for what another program calls so."""
+    """An unknown word gets the nearest command, or ours for another program's word."""
     assert f"did you mean {nearest!r}?" in refused(capsys, *line.split())
 
 
@@ -183,7 +183,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_misspelt_flag_is_answered_without_importing_vllm(
     command: str, flag: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The import takes many seconds. Even the file is not read."""
+    """A misspelt flag is found without the slow import of vLLM, and without reading the file."""
     assert 1 == main([command, "nowhere.yaml", flag, "auto"])
 
     assert f"{flag.partition('=')[0]}; did you mean {nearest!r}?" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def test_a_name_is_found_in_its_old_place(away: ModuleType) -> None:
 
 
 def test_the_newer_place_wins(away: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old place is not read if a version still has a module there."""
+    """The newer place is used, even if a version still has a module at the old one."""
     new = ModuleType("away.new.place")
     new.thing = NEW  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "away.new.place", new)
@@ -104,7 +104,7 @@ def test_a_version_that_was_only_read_is_warned_of_in_other_words(version: str) 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.27.0", "0.999.0", "1.0.0", "dev"])
 def test_another_version_is_warned_of(version: str) -> None:
-    """The warning has it, and the versions that were run."""
+    """The warning names another version, and the versions that were run."""
     text = warning(version)
 
     assert text is not None

@@ -55,7 +55,7 @@ def refusal(load: Load) -> Callable[[str], str]:
 
 
 def test_shortest_file_has_one_model(load: Load) -> None:
-    """One alias with a model is enough; everything else has a default."""
+    """A file may be one alias with a model; everything else has a default."""
     config = load("models: {llama: {model: org/llama}}")
 
     assert ("llama",) == config.aliases
@@ -110,7 +110,7 @@ def test_empty_switching_section_means_the_defaults(load: Load) -> None:
 
 
 def test_memory_section_is_read(load: Load) -> None:
-    """Sizes in bytes, in words, or as fractions; what is left out has a default."""
+    """Memory sizes may be in bytes, in words, or fractions; what is left out has a default."""
     config = load("models: {a: {model: org/a}}\nmemory: {device: 20GiB, host: 25%}")
 
     assert MemoryBudget(20 << 30, 0.25) == config.memory
@@ -155,7 +155,7 @@ def test_absolute_folder_is_kept(load: Load, tmp_path: Path) -> None:
 
 
 def test_home_is_expanded(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`~` is the user's home."""
+    """`~` is expanded to the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
     assert str(tmp_path.resolve() / "tiny") == load("models: {a: {model: ~/tiny}}").models[0].model
@@ -171,7 +171,7 @@ def test_hub_name_is_kept(load: Load, name: str) -> None:
 
 
 def test_merge_keys_share_settings(load: Load) -> None:
-    """YAML's `<<` works, and an entry's own keys have precedence."""
+    """YAML's `<<` shares settings, and an entry's own keys have precedence."""
     config = load(
         "models:\n"
         "  a: &a {model: org/a, dtype: float32, seed: 1}\n"
@@ -208,7 +208,7 @@ def test_file_must_be_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
 def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, encoding: str) -> None:
-    """Some editors save UTF-16 by default: the message says what to do."""
+    """For other encodings, as UTF-16 of some editors, the message says what to do."""
     path = tmp_path / "models.yaml"
     path.write_text("models: {é: {model: org/a}}", encoding=encoding)
 
@@ -434,7 +434,7 @@ def test_idle_times_are_seconds_above_zero(
 def test_memory_sizes_are_bytes_or_fractions(
     refusal: Callable[[str], str], key: str, value: str
 ) -> None:
-    """Anything else is refused with what would be accepted."""
+    """Sizes are bytes or fractions; anything else is refused with what would be accepted."""
     message = refusal(f"models: {{a: {{model: x}}}}\nmemory: {{{key}: {value}}}")
 
     assert f"memory.{key} is " in message
@@ -453,7 +453,7 @@ def test_memory_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
 def test_switching_values_are_numbers_of_at_least_zero(
     refusal: Callable[[str], str], key: str, value: str
 ) -> None:
-    """Negative, infinite and non-numeric values are refused."""
+    """Values that are negative, infinite or not numbers are refused."""
     message = refusal(f"models: {{a: {{model: x}}}}\nswitching: {{{key}: {value}}}")
 
     assert f"switching.{key} is " in message
@@ -510,7 +510,7 @@ def test_a_mistake_in_defaults_is_named_there(
 
 
 def test_a_model_may_have_several_names(load: Load) -> None:
-    """The alias comes first; the default model may be named by any of them."""
+    """A model may have additional names; the alias comes first, any may be the default."""
     config = load("default_model: gpt\nmodels: {a: {model: x}, b: {model: y, aliases: [gpt, q]}}")
 
     assert [("a",), ("b", "gpt", "q")] == [model.names for model in config.models]
@@ -708,7 +708,7 @@ def test_what_can_be_no_path_is_named(refusal: Callable[[str], str], key: str, n
 
 
 def test_a_folder_of_adapters_that_can_be_no_path_is_named(load: Load) -> None:
-    """The mistake is reported when the folder is used."""
+    """An impossible path of an adapter folder is reported when it is used."""
     config = load("models: {a: {model: x}}\nadapters: {folders: [~nobody-has-this-name/x]}")
 
     with pytest.raises(ConfigError, match=r"adapters\.folders: .* is not a valid path"):
@@ -880,7 +880,7 @@ def test_a_name_may_be_nearly_any_text(load: Load, name: str) -> None:
 def test_a_name_that_no_command_or_log_could_show_is_refused(
     refusal: Callable[[str], str], text: str, name: str, reason: str
 ) -> None:
-    """Aliases, additional names and groups must be safe to print on one line."""
+    """A name that is not safe to print on one line is refused, for models and groups."""
     message = refusal(text.format(json.dumps(name)))
 
     assert "models.yaml:2: " in message
@@ -973,7 +973,7 @@ def test_a_switch_beside_a_mistake_is_none(
 
 
 def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) -> None:
-    """Octal numbers and the like are refused, with the name of the flag."""
+    """A flag refuses octal numbers and the like, as the file does, with the flag's name."""
     with pytest.raises(ConfigError) as caught:
         load_given({}, switching_max_wait="0512")
 
@@ -989,7 +989,7 @@ def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) 
 def test_a_gguf_file_of_the_hubs_cache_is_taken_by_its_own_name(
     load: Load, tmp_path: Path, how: str
 ) -> None:
-    """The name is a link to a file without a suffix."""
+    """A GGUF file in the hub's cache is named by its link: the target has no suffix."""
     folder = tmp_path / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
@@ -1031,7 +1031,7 @@ ONE = "models: {llama: {model: org/a, aliases: [big]}, qwen: {model: org/b}}\n"
 
 
 def test_groups_have_keys_and_rights(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models have any of their names, keys of the environment stay text, files are relative."""
+    """Groups may have models by any name, keys as text, and key files beside the YAML file."""
     monkeypatch.setenv("TEAM_KEY", "00123")
     config = load(
         ONE + "rights:\n"

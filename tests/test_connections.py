@@ -68,7 +68,7 @@ def chunked(path: bytes = b"/v1/models/switch", *fields: bytes) -> bytes:
 async def test_a_head_beyond_a_bound_is_refused(
     server: Server, sent: bytes, expected: tuple[int, str]
 ) -> None:
-    """Whole or not, it gets OpenAI's error object, and the connection is closed."""
+    """A too large head, whole or not, gets OpenAI's error object, and the connection closes."""
     async with listening(server, SMALL) as port:
         told, rest = await exchange(port, sent)
 
@@ -138,7 +138,7 @@ async def test_vllms_flags_for_heads_count_where_they_are_smaller(server: Server
 async def test_a_head_in_many_pieces_is_parsed_once(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parser copies its part of a field for every piece: it gets few pieces."""
+    """A head in many pieces is given to the parser in few, as each copies the field so far."""
     seen: list[int] = []
 
     def counting(self: connections.Connection, shared: object, *rest: object) -> None:
@@ -170,7 +170,7 @@ async def test_a_head_in_many_pieces_is_parsed_once(
 
 
 async def test_what_follows_a_refused_head_is_not_read(server: Server) -> None:
-    """However much follows, one answer comes back, and the connection is closed."""
+    """Whatever follows a refused head, one answer comes back, and the connection closes."""
     async with listening(server, SMALL) as port:
         told, rest = await exchange(port, b"GET /" + b"x" * (1 << 22), HEAD + b"\r\n")
 
@@ -193,7 +193,7 @@ async def test_requests_ahead_of_a_bad_one_are_answered(server: Server) -> None:
 
 
 async def test_requests_that_are_sent_at_once_are_answered_up_to_a_number(server: Server) -> None:
-    """Beyond it the connection is closed: pipelined requests are held only within a bound."""
+    """Pipelined requests are answered up to a number; beyond it the connection closes."""
     async with listening(server) as port:
         client = await Raw.connect(port)
         await client.send((HEAD + b"\r\n") * 5000)
@@ -480,7 +480,7 @@ async def test_a_head_that_came_too_early_has_its_time_after_the_answer(
 async def test_an_idle_connection_is_closed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`VLLM_HTTP_TIMEOUT_KEEP_ALIVE` sets the time, which also applies after an early answer."""
+    """An idle connection is closed after `VLLM_HTTP_TIMEOUT_KEEP_ALIVE`, early answers included."""
     monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "1")
     early = b"POST /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n"
     async with listening(server) as port:
@@ -585,7 +585,7 @@ async def large(reader: asyncio.StreamReader, step_s: float = 0) -> int:
 
 
 async def test_a_client_that_has_taken_an_answer_has_all_its_time_for_the_next() -> None:
-    """Data left unsent in the middle of one answer does not count against the next."""
+    """A client's time for an answer is not reduced by data left unsent in the one before."""
     async with listening_to(sized, LimitsConfig(client_timeout=0.3)) as at:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
         writer.write(b"GET /12 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -598,7 +598,7 @@ async def test_a_client_that_has_taken_an_answer_has_all_its_time_for_the_next()
 
 
 async def test_a_client_that_stops_behind_its_last_answer_is_let_go() -> None:
-    """However much it had read before, the server closes the connection, and it reads no more."""
+    """A client that stops reading its last answer is disconnected, whatever it read before."""
     async with listening_to(sized, LimitsConfig(client_timeout=0.2)) as at:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
         writer.write(b"GET /0 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -643,7 +643,7 @@ async def test_a_client_that_stops_in_an_answer_that_broke_is_let_go() -> None:
 
 
 async def test_a_late_head_adds_nothing_to_a_last_answer() -> None:
-    """The client knows that the connection will close, and gets only the rest of the answer."""
+    """A late head gets no answer behind a last one, which told the client of the close."""
     async with listening_to(sized, LimitsConfig(head_timeout=0.2)) as at:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port, limit=64 << 10)
         writer.write(b"GET /64?last HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he")
@@ -734,7 +734,7 @@ async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServ
 
 
 async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> None:
-    """The client gets 100 before it sends its body."""
+    """A client that waits for 100 gets it before it sends its body."""
     body = b'{"model": "qwen"}'
     head = chunked(b"/v1/models/switch", b"Expect: 100-Continue")
     async with listening(server) as port:
@@ -759,7 +759,7 @@ async def test_a_body_of_many_small_chunks_is_refused(server: Server) -> None:
 
 
 async def test_a_body_of_chunks_that_are_not_small_is_read(server: Server) -> None:
-    """Any number of them is read. A few small ones among them are allowed."""
+    """A body may have any number of chunks that are not small, and a few small ones."""
     content = json.dumps({"model": "llama", "prompt": "x" * 400_000}).encode()
     pieces = [
         content[at : at + connections.CHUNK_BYTES]

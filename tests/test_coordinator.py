@@ -118,7 +118,7 @@ async def test_start_validates_everything_before_it_loads_anything() -> None:
 
 @pytest.mark.parametrize("alias", ["llama", None])
 async def test_request_for_the_active_model_is_admitted(server: Server, alias: str | None) -> None:
-    """Named or not, the active model is leased at once, in the current epoch."""
+    """A request for the active model, named or not, is leased at once in the current epoch."""
     async with server.coordinator.lease(alias) as lease:
         assert ("llama", 1) == (lease.alias, lease.epoch)
         assert 1 == server.in_flight["llama"]
@@ -157,7 +157,7 @@ async def test_request_for_a_third_model_is_refused_during_a_switch(server: Serv
 
 
 async def test_source_is_refused_from_drain_to_the_end(server: Server) -> None:
-    """From the start of the drain until the target is active, none of its requests is admitted."""
+    """During a switch no request of the source is admitted, from drain to activation."""
     server.host.hold("activate", "qwen")
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
@@ -385,7 +385,7 @@ async def test_cold_target_is_loaded_by_its_first_switch(server: Server) -> None
 
 
 async def test_second_call_for_the_target_joins_the_switch(server: Server) -> None:
-    """Two callers get one switch, one load and one result."""
+    """Two callers for one target get one switch, one load and one result."""
     server.host.hold("load", "mistral")
     first = await begin_switch(server, "mistral")
     second = await begin_switch(server, "mistral")
@@ -454,7 +454,7 @@ async def test_drain_waits_for_every_lease(server: Server) -> None:
 
 
 async def test_drain_ends_at_its_deadline(server: Server) -> None:
-    """Requests that still run are aborted with the cause, and counted."""
+    """At the deadline of a drain, running requests are aborted with the cause, and counted."""
     holder = await hold(server)
 
     result = await server.coordinator.switch("qwen", 0.01)
@@ -502,7 +502,7 @@ async def test_request_that_does_not_end_is_cancelled(
 
 
 async def test_invalid_target_fails_before_anything_is_drained(server: Server) -> None:
-    """Requests of the source are not affected by the attempt."""
+    """A switch to an invalid target fails without affecting requests of the source."""
     server.host.engines["mistral"].missing_files = True
     holder = await hold(server)
 
@@ -520,7 +520,7 @@ async def test_invalid_target_fails_before_anything_is_drained(server: Server) -
 async def test_source_serves_on_if_the_target_cannot_be_brought_up(
     server: Server, operation: str, target: str, phase: str, residency: str
 ) -> None:
-    """The caller and every held request get the cause; then everything is as before."""
+    """If the target fails, the caller and held requests get the cause; all is as before."""
     server.host.hold(operation, target)
     server.host.fail_next(operation, target, HotswapError("out of memory"))
     switch = await begin_switch(server, target)
@@ -603,7 +603,7 @@ async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: S
 
 
 async def test_death_of_the_host_ends_every_request(server: Server) -> None:
-    """Running requests end with the cause; later requests are refused with it."""
+    """At the host's death running requests end with the cause; later ones are refused with it."""
     holder = await hold(server)
 
     server.host.kill("the engine host was killed by signal 9")
@@ -624,7 +624,7 @@ async def test_death_of_the_host_ends_every_request(server: Server) -> None:
 
 @pytest.mark.parametrize(("operation", "target"), [("load", "mistral"), ("activate", "qwen")])
 async def test_death_of_the_host_ends_a_switch(server: Server, operation: str, target: str) -> None:
-    """The caller and every held request get the cause."""
+    """At the host's death during a switch, the caller and every held request get the cause."""
     server.host.hold(operation, target)
     switch = await begin_switch(server, target)
     holder = await hold(server, target)
@@ -641,7 +641,7 @@ async def test_death_of_the_host_ends_a_switch(server: Server, operation: str, t
 
 
 async def test_death_of_the_host_during_a_drain_ends_both_sides(server: Server) -> None:
-    """Requests of the source and those for the target end with the cause."""
+    """At the host's death in a drain, requests of source and target end with the cause."""
     running = await hold(server)
     switch = await begin_switch(server, "qwen")
     held = await hold(server, "qwen")
@@ -684,7 +684,7 @@ async def test_death_of_the_active_engine_leaves_the_others(server: Server) -> N
 
 
 async def test_death_of_a_parked_engine_leaves_the_active_one(server: Server) -> None:
-    """The active model stays active; the dead one is loaded again by its next switch."""
+    """If a parked engine dies, the active model stays; a switch loads the dead one again."""
     holder = await hold(server)
 
     server.host.kill_engine("qwen", "RuntimeError: boom")
@@ -727,7 +727,7 @@ async def test_death_of_a_target_that_is_loaded_during_the_drain_is_noticed(
 async def test_death_of_the_target_while_it_is_brought_up_is_noticed(
     server: Server, operation: str, target: str
 ) -> None:
-    """The cause is reported, the source is fully active again, and later switches work."""
+    """If the target dies, the cause is reported, the source fully active, and a switch works."""
     server.host.hold(operation, target)
     switch = await begin_switch(server, target)
     server.host.kill_engine(target, "RuntimeError: boom")

@@ -205,7 +205,7 @@ async def test_the_servers_own_pages_and_other_clients_still_work(
 
 
 async def test_pages_of_allowed_origins_work(make: Make) -> None:
-    """Whatever the browser reports about the site, `--allowed-origins` decides."""
+    """Pages of `--allowed-origins` work, whatever the browser reports about the site."""
     running = await make(allowed_origins=["https://page.example"])
     headers = {**CROSS, "Origin": "https://page.example", "Content-Type": "application/json"}
     other = {**headers, "Origin": "https://page.example.evil"}
@@ -228,7 +228,7 @@ async def test_a_refusal_needs_no_key(make: Make) -> None:
 
 
 async def test_a_page_of_another_origin_may_read_as_far_as_cors_lets_it(make: Make) -> None:
-    """In `manual`, where inference moves no model, the browser withholds the answer."""
+    """In `manual`, where inference moves no model, CORS makes the browser withhold the answer."""
     running = await make()
     headers = {**CROSS, "Origin": running.elsewhere, "Content-Type": "application/json"}
 
@@ -302,7 +302,7 @@ def test_a_refusal_names_the_flag_with_its_value() -> None:
 
 
 async def test_a_page_of_another_origin_gets_no_websocket(make: Make) -> None:
-    """CORS would not prevent a page from reading a WebSocket's messages."""
+    """Pages of other origins get no WebSocket, whose messages CORS would not hide."""
     running = await make()
     path = "/v1/realtime?model=llama"
 
@@ -323,7 +323,7 @@ async def test_a_page_of_another_origin_gets_no_websocket(make: Make) -> None:
     ["evil.example", "evil.example:{port}", "localhost.evil.example", "8.8.8.8", "x@evil", "127.1"],
 )
 async def test_a_foreign_name_is_refused_on_loopback_without_keys(make: Make, host: str) -> None:
-    """On every route: a page whose host name resolves to this machine could otherwise read all."""
+    """A foreign host name, as of a page resolved to this machine, is refused on every route."""
     running = await make()
     host = host.format(port=running.port)
     before = running.state()
@@ -432,7 +432,7 @@ async def test_other_servers_answer_to_any_name(
     ],
 )
 def test_an_origin_is_compared_by_host_and_port(origin: str, host: str, passes: bool) -> None:
-    """Without the browser's report about the site, the scheme does not count."""
+    """Without the browser's report, an origin is compared by host and port, not by scheme."""
     headers = Headers({"origin": origin, "host": host})
     if passes:
         CrossSite().check_origin("POST", "/x", headers)

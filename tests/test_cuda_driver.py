@@ -97,7 +97,7 @@ def test_a_call_that_fails_says_which_and_why() -> None:
 
 
 def test_a_thread_without_a_context_gets_torchs() -> None:
-    """Torch may call back on threads that have no context of their own."""
+    """A thread that torch calls back on, without a context of its own, gets torch's."""
 
     class Bare(FakeCuda):
         has_context = False
@@ -202,7 +202,7 @@ def test_free_memory_is_asked_for_without_a_context(nvml: Any, free: int | None)
 def test_what_processes_use_of_a_device_is_told_where_it_is_known(
     processes: tuple[tuple[int, int], ...], is_divided: bool, used: int | None
 ) -> None:
-    """Their sum is known, unless a container has other process numbers, which is not an error."""
+    """The sum for all processes is known, or None where a container has other process numbers."""
     nvml = FakeNvml(0, is_divided)
     nvml.processes = processes
 

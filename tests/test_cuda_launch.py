@@ -60,7 +60,7 @@ def test_other_devices_and_other_settings_are_left_alone(tmp_path: Path, key: st
 
 
 def test_a_machine_without_a_gpu_is_told_of_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM would only say that it cannot infer a device."""
+    """A machine without a GPU gets our message instead of vLLM's about inferring a device."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
     error = RuntimeError("Failed to infer device type, please set `VLLM_LOGGING_LEVEL=DEBUG`")
 
@@ -84,7 +84,7 @@ def launches(*configs: Any) -> list[ModelLaunch]:
 
 @pytest.mark.parametrize("utilization", [0.3, 0.92])
 def test_models_share_what_is_free_but_for_a_reserve(utilization: float) -> None:
-    """`gpu_memory_utilization` is what one vLLM server takes; here one server serves all models."""
+    """All models share what one vLLM server would take alone (`gpu_memory_utilization`)."""
     device = DeviceMemory(total=24 * GIB, free=21 * GIB, held=GIB // 2, reserve=GIB)
     models = launches(*(vllm_config(CUDA_WORKER, utilization) for _ in range(2)))
 
@@ -101,7 +101,7 @@ def test_on_other_devices_it_bounds_what_models_share() -> None:
 
 @pytest.mark.parametrize(("total", "weights"), [(24, 6), (80, 16)])
 def test_two_models_with_nothing_but_a_name_get_kv_memory(total: int, weights: int) -> None:
-    """Loaded together on one GPU, each gets the same."""
+    """Two models with only a name, loaded together on one GPU, get the same KV memory."""
     device = DeviceMemory(total * GIB, (total - 3) * GIB, GIB // 2, 2 * GIB)
     budget = budget_of(launches(vllm_config(CUDA_WORKER)), MemoryBudget(), device)
     models = [

@@ -122,7 +122,7 @@ def finish(cuda: FakeCuda, *tenants: Tenant) -> None:
 
 
 def test_sleeping_memory_is_given_back_and_comes_again_as_it_was() -> None:
-    """At the same addresses, weights are as they were, and the KV memory is zero."""
+    """After a wake weights are as they were and the KV memory is zero, at the same addresses."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     weights, kv = one.allocate(3), one.allocate(5, KV)
@@ -185,7 +185,7 @@ def test_host_memory_is_pinned_once() -> None:
 
 
 def test_copies_run_while_the_next_segment_is_mapped() -> None:
-    """Weights come first; the only wait is at the end."""
+    """Weights are copied first, while mapping continues; the only wait is at the end."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(2, KV), one.allocate(1), one.allocate(1)
@@ -250,7 +250,7 @@ def test_steps_that_have_been_begun_end_before_memory_is_freed() -> None:
 
 
 def test_nothing_is_freed_for_an_address_that_is_not_its_own() -> None:
-    """Torch may free memory that was already closed."""
+    """Freeing an unknown address does nothing: torch may free memory that was already closed."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     address = one.allocate()
@@ -350,7 +350,7 @@ def test_a_sleep_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_kv_memory_of_another_size_gets_a_copy_of_another_size() -> None:
-    """The dropped part may change from sleep to sleep."""
+    """KV memory that is copied may change from sleep to sleep, and the host's copy follows."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     address = one.allocate(4, KV)
@@ -420,7 +420,7 @@ def test_a_slice_is_a_chunk_at_least() -> None:
 
 
 def test_a_wake_goes_on_where_slices_have_come_to() -> None:
-    """Bytes that are already copied are not copied again."""
+    """A wake continues where slices stopped, and copies nothing twice."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(8), one.allocate(4, KV)
@@ -498,7 +498,7 @@ def test_another_process_may_take_the_memory_between_two_slices() -> None:
 
 @pytest.mark.parametrize("end", ["free", "close", "sleep"])
 def test_a_model_may_be_told_anything_in_the_middle_of_a_wake(end: str) -> None:
-    """Memory taken so far is released with the rest, or stays."""
+    """In a wake a model may be freed, closed or put to sleep; what was taken goes or stays."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     first, _ = one.allocate(6), one.allocate(4, KV)
@@ -661,7 +661,7 @@ def failures(do: Callable[[Tenant], None]) -> Iterator[str]:
 def test_a_driver_call_that_fails_once_costs_nobody_anything(
     do: Callable[[Tenant], None], calls: set[str]
 ) -> None:
-    """At every call: others are intact, the accounting is right, and the next attempt succeeds."""
+    """After one failing call, wherever it is, others are intact, and the next attempt succeeds."""
     assert calls <= set(failures(do))
 
 
@@ -764,7 +764,7 @@ def test_models_keep_what_is_theirs_in_any_order(
 
 
 def test_every_byte_is_accounted_for_over_a_thousand_operations() -> None:
-    """Four models act in random order, with one close per hundred operations."""
+    """Every byte of four models is accounted for, in random order, with occasional closes."""
     chance = random.Random(4)  # noqa: S311
     weights = [20, 10, 8, 20, 20, 10, 5, 1, 6, 20, 5]
     world = World(4, 40 * STEP)

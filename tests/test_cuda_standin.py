@@ -132,7 +132,7 @@ def test_functions_are_told_from_a_header() -> None:
 
 
 def test_programs_find_the_stand_in_before_what_they_have() -> None:
-    """The loader's variables select libraries, and Python's select made-up tokens."""
+    """The loader's variables select the stand-in's libraries, and Python's made-up tokens."""
     found = environment(Path("/standin"), {"PYTHONPATH": "/mine"})
 
     assert found["LD_LIBRARY_PATH"] == "/standin"
@@ -141,7 +141,7 @@ def test_programs_find_the_stand_in_before_what_they_have() -> None:
 
 
 def test_the_rehearsal_has_vllms_build_for_cuda() -> None:
-    """The build for CPUs, whose module has the same name, is not used."""
+    """The rehearsal uses vLLM's build for CUDA, not the one for CPUs with the same module."""
     packages = rehearse_cuda.packages()
 
     assert {"vllm", "triton", "torch", "pytest"} <= set(packages)

@@ -100,7 +100,7 @@ class Model:
 
 
 def test_models_sleep_and_wake_at_their_addresses() -> None:
-    """Repeated cycles do not grow, and scratch memory of the load is gone."""
+    """Repeated sleeps and wakes do not grow; scratch memory of the load is gone."""
     base = used()
     one, two = Model(1), Model(2)
     both, where = used(), [weight.data_ptr() for weight in one.weights]
@@ -174,7 +174,7 @@ def test_a_wake_without_room_leaves_the_others_whole() -> None:
 
 
 def test_a_load_that_does_not_fit_leaves_nothing() -> None:
-    """Torch raises its error, and the next load succeeds."""
+    """A load without room raises torch's error and leaves nothing; the next load succeeds."""
     pools = ModelPools(ModelMemory(Driver(0)))
     step = torch.cuda.mem_get_info()[1] // 4
     tensors = []
@@ -221,7 +221,7 @@ OPERATIONS = {"load": 2, "sleep": 3, "wake": 3, "write": 3, "unload": 1}
 
 @pytest.mark.timeout(900)
 def test_every_byte_is_accounted_for_in_any_order() -> None:
-    """Four models do a thousand loads, sleeps, wakes, steps and unloads."""
+    """Every byte is accounted for in a thousand loads, sleeps, wakes, steps and unloads."""
     chance, base = random.Random(5), used()  # noqa: S311
     models: dict[int, Model] = {}
     done: Counter[str] = Counter()
@@ -324,7 +324,7 @@ def test_nothing_vanishes_that_a_graph_may_know() -> None:
 
 @pytest.mark.usefixtures("no_workspaces")
 def test_an_unload_takes_no_workspace_of_another_models_graphs() -> None:
-    """Streams repeat, so that two models may share one; each workspace goes with its own model."""
+    """Models may share a stream, as streams repeat; each workspace goes with its own model."""
     before, stream = used(), torch.cuda.Stream()
     one, first = Model(1), Graph(stream)
     two, second = Model(2), Graph(stream)

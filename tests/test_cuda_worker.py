@@ -214,7 +214,7 @@ def loaded(cuda: FakeCuda | None = None) -> Hosted:
 
 
 def test_a_second_model_does_not_need_most_of_the_device() -> None:
-    """vLLM requires that share for each model; ours requires less, only during the load."""
+    """During a load the required share of free memory is lowered, so that a second model fits."""
     worker = loaded()
 
     assert [0.001] == worker.demanded
@@ -222,7 +222,7 @@ def test_a_second_model_does_not_need_most_of_the_device() -> None:
 
 
 def test_the_demand_is_as_it_was_after_a_load_that_failed() -> None:
-    """The configuration belongs to the model, not to the load."""
+    """After a failed load the required share is as before: it is the model's configuration."""
     worker = Hosted(FakeCuda())
     worker.fails = True
 
@@ -234,7 +234,7 @@ def test_the_demand_is_as_it_was_after_a_load_that_failed() -> None:
 
 
 def test_kv_memory_is_never_measured() -> None:
-    """vLLM's measurement assumes that it has the device alone, and clears all models' graphs."""
+    """KV memory is never measured: vLLM's way assumes a device of its own, and clears graphs."""
     with pytest.raises(HotswapError, match="set kv_cache_memory_bytes"):
         Hosted(FakeCuda(), kv_bytes=None).load()
 
@@ -265,7 +265,7 @@ def test_two_workers_have_memory_of_their_own() -> None:
 
 
 def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_not_after() -> None:
-    """Graphs know the address of theirs. `test_cuda_torch` shows what clearing would do to them."""
+    """Workspaces are cleared before captures only: graphs know theirs (see `test_cuda_torch`)."""
     worker = loaded()
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
 
@@ -277,7 +277,7 @@ def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_no
 
 
 def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
-    """Torch keeps it in the pool, where it would never be used again."""
+    """Scratch memory of a load is released, although torch keeps it in a pool for good."""
     cuda = FakeCuda()
     torch = FakeTorch()
     pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
@@ -352,7 +352,7 @@ def test_no_garbage_is_collected_while_torch_may_call_back() -> None:
 
 
 def test_a_load_that_does_not_fit_fails_as_torch_has_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Torch raises its own error; the callback has logged the reason."""
+    """A load without room fails with torch's own error; the callback has logged the reason."""
     caplog.set_level(logging.INFO, "vllm_hotswap.host")
     cuda = FakeCuda(total=5 * STEP)
 
@@ -407,7 +407,7 @@ def test_there_is_no_second_level() -> None:
 def test_weights_are_copied_again_where_something_may_have_written_to_them(
     change: Any, times: int
 ) -> None:
-    """Adapter slots, moved experts and a trainer write to them; otherwise one copy is enough."""
+    """Weights that adapters, experts or a trainer may change are copied again, others once."""
     worker = loaded(cuda := FakeCuda())
     worker.sleep()
     worker.wake_up()
@@ -419,7 +419,7 @@ def test_weights_are_copied_again_where_something_may_have_written_to_them(
 
 
 def test_a_wake_takes_what_torch_keeps_before_it_gives_up() -> None:
-    """Steps of other models leave memory that is free, but kept by torch."""
+    """A wake without room first takes what torch keeps free after steps of other models."""
     cuda = FakeCuda(total=8 * STEP)
     worker = loaded(cuda)
     worker.sleep()
@@ -526,7 +526,7 @@ def test_all_workers_of_a_model_wake_or_none() -> None:
 
 
 def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress is that of all; if one lacks room, none holds anything."""
+    """All workers wake in slices with one progress; if one lacks room, none holds anything."""
     monkeypatch.setattr(cuda_hosting, "reserve_bytes", lambda total: total // 8)
     ranks = Ranks(FakeCuda(total=16 * STEP), FakeCuda(total=16 * STEP))
     ranks("sleep")
@@ -583,7 +583,7 @@ def unload(worker: Hosted, *left: str) -> None:
 
 @pytest.mark.parametrize("asleep", [False, True])
 def test_an_unload_gives_everything_back(asleep: bool) -> None:
-    """Repeatedly, and whether or not the model sleeps."""
+    """An unload releases everything, repeatedly, whether or not the model sleeps."""
     cuda = FakeCuda()
     known = set(cuda_pools._functions)
     for _ in range(12):
@@ -603,7 +603,7 @@ def test_an_unload_gives_everything_back(asleep: bool) -> None:
 def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Releasing it earlier would crash the process at its next use."""
+    """Memory of a referenced tensor stays until the tensor goes: its next use would crash."""
     cuda = FakeCuda()
     worker = loaded(cuda)
     unload(worker, "weights")
@@ -623,7 +623,7 @@ def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
 def test_what_an_unload_cannot_give_back_is_given_back_a_little_later(
     call: str, asleep: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One failed call, wherever it is, leaves nothing, if no tensor is referenced."""
+    """After one failed call in an unload, a later attempt releases everything."""
     for place in range(100):
         cuda = FakeCuda()
         worker = loaded(cuda)

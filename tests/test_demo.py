@@ -110,7 +110,7 @@ def test_command_that_a_missing_file_is_answered_with_works(
 
 
 def test_the_end_says_how_to_go_on_at_the_same_address() -> None:
-    """The commands above it can then be pasted. As many models are named as are served."""
+    """The end names the served models, and keeps the address, so that commands can be pasted."""
     serving, _ = printed(closing(8123))
 
     assert serving.endswith(" demo --serve --port 8123")
@@ -191,7 +191,7 @@ def ask(client):
 
 
 def test_a_signal_that_wakes_nobody_ends_a_demo_too(tmp_path: Path) -> None:
-    """The signal arrives just before an answer is read."""
+    """A signal that arrives just before an answer is read ends the demo, too."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     program = INTERRUPTED_DEMO + WAITING_DEMO.replace(
         'lambda client: demo.chat(client, "llama")', "ask"

@@ -80,7 +80,7 @@ def process(code: str) -> Iterator[int]:
 def test_device_is_told_by_the_worker(
     worker: str, kind: type[Device], levels: set[int], is_host_memory: bool
 ) -> None:
-    """The worker also reports its real sleep levels, for one model alone."""
+    """The worker reports the device, with its real sleep levels, for one model alone."""
     device = device_of(config(worker))
 
     assert kind is type(device)
@@ -113,7 +113,7 @@ def test_cuda_is_given_a_worker_that_sleeps_by_itself() -> None:
 def test_cuda_does_without_sleep_where_it_is_told_so(
     monkeypatch: pytest.MonkeyPatch, value: str, worker: str
 ) -> None:
-    """The host lacks the variable, and learns it from the worker. The device is the same."""
+    """CUDA works without sleep, as the worker tells the host, which lacks the variable."""
     monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", value)
     cuda = config(CUDA_WORKER)
     device_of(cuda).configure(cuda)
@@ -197,7 +197,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, torch: TorchCuda, has_nvml: bool = 
 def test_base_of_a_cuda_device_is_its_context(
     monkeypatch: pytest.MonkeyPatch, has_nvml: bool, base: int
 ) -> None:
-    """NVML measures it, where it exists; memory of others never counts as the engine host's."""
+    """The base of a CUDA device is its context, from NVML if possible, without others' memory."""
     memory = on_cuda(monkeypatch, TorchCuda(others=20 * GIB), has_nvml).memory()
 
     assert (80 * GIB, base) == (memory.total, memory.held)
@@ -206,7 +206,7 @@ def test_base_of_a_cuda_device_is_its_context(
 
 
 def test_what_torch_keeps_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device reports what is held, and torch has released what is free."""
+    """What torch keeps free does not count as held: torch has released it before."""
     cuda = on_cuda(monkeypatch, TorchCuda(used=3 * GIB, cached=5 * GIB))
 
     assert 3 * GIB + GIB // 2 == cuda.held_bytes()
@@ -215,7 +215,7 @@ def test_what_torch_keeps_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Looking at a device does not slow down steps for nothing."""
+    """Torch keeps what is free as long as there is enough, so that looks do not slow steps."""
     cuda = on_cuda(monkeypatch, torch := TorchCuda(used=3 * GIB, cached=5 * GIB))
 
     cuda.memory_now(enough_bytes=60 * GIB)
@@ -352,7 +352,7 @@ for _ in range(100):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no such thing")
 def test_a_process_that_starts_another_is_not_counted_twice() -> None:
-    """Until a child starts its program, its memory is its parent's."""
+    """A child's memory counts as its parent's until it starts its program, and not twice."""
     most = 0
     with subprocess.Popen([sys.executable, "-c", STARTING]) as process:
         while process.poll() is None:

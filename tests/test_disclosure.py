@@ -24,7 +24,7 @@ from vllm_hotswap.disclosure import MAX_TOLD, told
     ],
 )
 def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None:
-    """The last part of a path stays: operators search for it."""
+    """Folders and stack traces are left out; the last part of a path stays for operators."""
     assert expected == told(text)
 
 
@@ -66,6 +66,6 @@ def test_no_text_takes_long(hostile: str) -> None:
 @pytest.mark.parametrize("url", ["file:///data/secret/x", "ipc:///tmp/secret/x"])
 @pytest.mark.parametrize("text", ["open {}: no", "open '{}': no", "{}"])
 def test_urls_of_the_machine_are_paths(url: str, text: str) -> None:
-    """Those of files and of sockets are redacted like paths."""
+    """URLs of files and of sockets are redacted like paths."""
     assert "secret" not in told(text.format(url))
     assert "x" in told(text.format(url))

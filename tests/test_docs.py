@@ -220,7 +220,7 @@ def test_what_is_promised_is_held_by_tests_that_exist(path: str, name: str) -> N
 
 
 def test_every_promise_of_the_quickstart_names_its_test() -> None:
-    """Claims that are listed as not promised are excepted."""
+    """Every promise of the quickstart names its test, except those listed as not promised."""
     rows = re.findall(
         r"^\| (?!promise|---)(.*?) \| (.*) \|$", page("quickstart-compatibility.md"), re.MULTILINE
     )
@@ -255,7 +255,7 @@ def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:
 
 @pytest.mark.parametrize("path", sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")]))
 def test_links_between_pages_lead_somewhere(path: Path) -> None:
-    """Targets of the documentation's relative links exist."""
+    """Relative links between pages lead to existing files."""
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
 
     assert [] == [link for link in links if not (path.parent / link).exists()]

@@ -88,7 +88,7 @@ async def test_who_is_not_alone_has_its_share() -> None:
 
 
 async def test_a_place_is_kept_for_who_has_none() -> None:
-    """One of the eight places stays free, however many requests of others want it."""
+    """One of the eight places stays free for an account without any, whatever others want."""
     door = Door()
     await door.ask("a")
     for _ in range(10):
@@ -113,7 +113,7 @@ async def test_others_count_for_a_minute_after_their_last_request() -> None:
 
 
 async def test_who_has_nothing_in_the_engine_never_waits() -> None:
-    """However full the engine is, the request is the first of those that wait there."""
+    """A request of an account with nothing in the engine enters it at once, however full it is."""
     door = Door()
     await door.ask("a", 20)
 
@@ -137,7 +137,7 @@ async def test_what_is_free_goes_to_who_has_least() -> None:
 
 
 async def test_accounts_with_as_many_take_turns() -> None:
-    """The account that was served longest ago is next."""
+    """Among accounts with as many requests, the one that was served longest ago is next."""
     door = Door()
     await door.ask("a", 9)
     for account in "cdb":
@@ -171,7 +171,7 @@ async def test_a_prompt_of_many_steps_is_let_in_alone() -> None:
 
 
 async def test_a_request_that_says_more_goes_through() -> None:
-    """vLLM sends the parts of a divided request under one id."""
+    """Another part of a divided request goes through: vLLM sends parts under one id."""
     door = Door(places=1)
     (one,) = await door.ask("a")
     await door.ask("a", 5)
@@ -240,7 +240,7 @@ async def test_what_it_knows_of_accounts_is_forgotten() -> None:
 async def test_thousands_of_accounts_cost_no_more_than_a_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The work at the end of a request does not grow with the number of waiting ones."""
+    """With thousands of accounts, the end of a request costs no more than with a few."""
     door = Door(places=16)
     for number in range(300):
         await door.ask(f"account {number} ", 3)

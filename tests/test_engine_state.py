@@ -147,7 +147,7 @@ def test_a_load_that_failed_changes_nothing_for_others(process: ProcessState, mo
 
 
 def test_a_load_that_failed_leaves_the_default_type_of_numbers(process: ProcessState) -> None:
-    """vLLM sets it for a load, and restores it only if the load succeeds."""
+    """A failed load restores the default dtype, which vLLM does only after a good one."""
     failing = process.begin(DENSE)
     process.put_in_place(failing)
     torch.set_default_dtype(torch.bfloat16)
@@ -233,7 +233,7 @@ def test_only_a_model_that_is_compiled_may_compile(process: ProcessState, module
 def test_methods_of_an_engine_find_its_state(
     monkeypatch: pytest.MonkeyPatch, process: ProcessState, module: Any
 ) -> None:
-    """Before its load and after its end it has none."""
+    """Methods of an engine find its state, except before its load and after its end."""
     monkeypatch.setattr("vllm_hotswap.host.state.process_state", lambda: process)
 
     @dataclass
@@ -432,7 +432,7 @@ def test_state_of_a_plugin_counts_where_the_plugin_is_in_use(
 def test_each_model_makes_the_gaudi_plugins_configuration(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plugin keeps the first one that it makes, which has the first model's type."""
+    """Each model makes the plugin's configuration, of which the plugin would keep the first."""
     said = []
     platform = HpuPlatform()
     monkeypatch.setattr(HpuPlatform, "set_compile_env_defaults", lambda _: said.append("defaults"))
@@ -462,7 +462,7 @@ class HpuPlatform:
 
 
 def test_code_of_all_models_of_a_kind_is_kept(plugin: types.ModuleType) -> None:
-    """Models share functions; the plugin sets the limit for only one model if it is lower."""
+    """Code of all models of a kind is kept, although the plugin sets the limit for one of them."""
     gaudi.prepare(HpuPlatform())
     dynamo = sys.modules["torch._dynamo.config"]
     assert [gaudi.CODE_LIMIT] * 2 == [getattr(dynamo, limit) for limit in LIMITS]
@@ -480,7 +480,7 @@ def test_other_platforms_are_left_alone(
 def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Quantisation decides. Calibrations never end by chance. A file may disappear later."""
+    """Each model decides by its quantisation. Calibrations stay. A file may disappear later."""
     file = tmp_path / "quant.json"
     file.write_text("{}", encoding="utf-8")
     ops = types.ModuleType("vllm_gaudi.extension.ops")

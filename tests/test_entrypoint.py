@@ -25,7 +25,7 @@ OURS, QUICKSTARTS = "VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG"
     ],
 )
 def test_both_variables_name_the_file(environment: dict[str, str], expected: str | None) -> None:
-    """The newer one wins; an empty one counts as unset."""
+    """Either variable names the file; the newer one wins, an empty one counts as unset."""
     assert expected == config_path(environment)
 
 

@@ -62,7 +62,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o022, 0o077, 0o137], indirect=True)
 def test_nobody_else_writes_to_what_is_made(umask: int, tmp_path: Path) -> None:
-    """Whatever the umask was, its restrictions stay."""
+    """New files are not writable by others; restrictions of the umask before stay."""
     assert umask == shut_out_writers()
     (tmp_path / "made").mkdir()
 
@@ -72,7 +72,7 @@ def test_nobody_else_writes_to_what_is_made(umask: int, tmp_path: Path) -> None:
 @on_linux
 @pytest.mark.parametrize("umask", [0, 0o077], indirect=True)
 async def test_the_engine_hosts_umask_keeps_others_from_writing(umask: int) -> None:
-    """The umask is set whoever starts the host: it decides the mode of folders that vLLM makes."""
+    """The engine host's umask keeps others from writing to vLLM's folders, whoever starts it."""
     host = FakeProcessHost(("llama",))
     await host.start()
     try:
@@ -158,7 +158,7 @@ def test_a_look_tells_a_folder_that_a_start_would_refuse(
 
 
 def test_what_is_set_aside_is_told_and_no_longer_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The present value of the variable has precedence."""
+    """A variable that is set aside is still known; one that is set again has precedence."""
     monkeypatch.setenv("ASKED_LATER", "0")
     set_aside(["ASKED_LATER", "NOT_SET"])
     assert "ASKED_LATER" not in os.environ
@@ -214,7 +214,7 @@ async def test_a_host_is_started_in_private(host_environment: dict[str, str]) ->
 
 @on_linux
 async def test_the_temporary_folder_is_held_as_long_as_the_host_runs() -> None:
-    """systemd-tmpfiles skips a folder whose lock it does not get."""
+    """The host locks its temporary folder, which systemd-tmpfiles then skips."""
     host = FakeProcessHost(("llama",))
     try:
         await host.start()

@@ -147,7 +147,7 @@ ENVIRONMENTS: Mapping[str, Mapping[str, str | None]] = {
 def test_a_server_of_this_machine_is_reached_whatever_the_environment_says(
     command: str, name: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings for proxies in particular do not matter."""
+    """A server of this machine is reached whatever the environment says, say about proxies."""
     for variable, value in ENVIRONMENTS[name].items():
         if value is None:
             monkeypatch.delenv(variable, raising=False)
@@ -249,7 +249,7 @@ def test_a_reader_that_has_gone_is_no_error(
 def test_a_disk_that_is_full_is_one_line(
     name: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output that could not be written is not a success."""
+    """Output that a full disk does not take gets one line, and is not a success."""
     with Path("/dev/full").open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         ended = run(*at(listening, PRINTING[name]))
@@ -307,7 +307,7 @@ def test_an_interrupt_ends_a_command_without_a_word(canned: Canned) -> None:
 
 
 def test_an_interrupt_that_wakes_nobody_ends_a_command_too(run: Run, canned: Canned) -> None:
-    """The signal arrives just before the command's thread blocks in a read."""
+    """An interrupt just before the command's thread blocks in a read ends the command, too."""
     canned.answer = None
     canned.asked.clear()
 
@@ -334,7 +334,7 @@ class Interrupting:
 
 
 def test_an_interrupt_of_the_imports_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imports come first, and users who have mistyped a command are quick."""
+    """An interrupt during the imports, as after a typing mistake, gives no traceback."""
     monkeypatch.delitem(sys.modules, "vllm_hotswap.cli")
     monkeypatch.delattr("vllm_hotswap.cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
@@ -345,7 +345,7 @@ def test_an_interrupt_of_the_imports_is_no_traceback(monkeypatch: pytest.MonkeyP
 def test_an_error_that_nobody_thought_of_is_one_line_with_its_place(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The place makes it possible to report the error."""
+    """An unexpected error is one line with its place, so that it can be reported."""
     monkeypatch.setattr("vllm_hotswap.remote.call", lambda *_: 1 / 0)
 
     ended = run("status")

@@ -123,7 +123,7 @@ def test_conflict_names_both_targets_and_the_operation() -> None:
     ("serving", "then"), [("llama", "'llama' is still active"), (None, "no model is active")]
 )
 def test_failed_switch_names_phase_cause_and_what_serves_on(serving: str | None, then: str) -> None:
-    """The caller learns where and why it failed, and which model is active now."""
+    """The caller learns where and why a switch failed, and which model is active now."""
     error = SwitchFailed("qwen", "bring_up", OSError("disk"), serving)
 
     assert f"switch to 'qwen' failed in phase bring_up: disk; {then}" == error.message

@@ -76,7 +76,7 @@ async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> N
 
 @pytest.mark.parametrize(("status", "noted"), [(200, ["let in"]), (302, []), (499, []), (500, [])])
 async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> None:
-    """The client did not cause them, or has left: none counts as a refusal."""
+    """Other responses, not the client's fault or after it left, do not count as refusals."""
     said = Said()
     await said.start(status)
     await said.body(b"words")
@@ -133,7 +133,7 @@ async def test_a_refusal_of_the_servers_own_waits_as_well() -> None:
 
 
 async def test_a_refusal_that_is_cut_is_no_answer() -> None:
-    """The client gets only one answer, the one with the cause."""
+    """If a refusal is cut, the client gets only one answer, the one with the cause."""
     said = Said()
     await said.start(400)
     await said.answer.cut(AdapterUnavailable("llama", "it has failed"))

@@ -85,7 +85,7 @@ def test_a_place_fails_for_the_model_that_is_named() -> None:
 
 
 def test_a_rule_with_a_limit_ends() -> None:
-    """The next rule for the same place then applies."""
+    """After a rule's limit, the next rule for the same place applies."""
     failpoints.enable("host.step=2*sleep(0);host.step=1*raise")
 
     failpoint("host.step")
@@ -153,7 +153,7 @@ def test_a_process_can_be_stopped() -> None:
 
 
 def test_a_file_is_read_again_when_it_is_replaced(file: Path) -> None:
-    """One running server can go through many faults."""
+    """A replaced file is read again, so that one running server can go through many faults."""
     failpoint("host.load")
     replace(file, "host.load=raise(first)\nhost.wake=raise")
     with pytest.raises(InjectedFault, match="first"):
@@ -184,7 +184,7 @@ def test_a_hit_is_noted_beside_the_file(file: Path) -> None:
 
 
 def test_a_file_that_becomes_wrong_disarms(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The server continues, and logs why nothing fails."""
+    """A file that becomes invalid disarms: the server continues, and logs why nothing fails."""
     replace(file, "host.load=raise")
     file.unlink()
     failpoint("host.load")

@@ -115,7 +115,7 @@ def test_what_is_given_up_is_not_begun(pool: FairPool, work: Work) -> None:
 
 
 def test_what_goes_wrong_is_told(pool: FairPool, work: Work) -> None:
-    """The caller gets the error; the thread continues."""
+    """An error of a job goes to its caller, and the thread continues."""
 
     def fail() -> None:
         raise ValueError("no grammar")
@@ -127,7 +127,7 @@ def test_what_goes_wrong_is_told(pool: FairPool, work: Work) -> None:
 
 @pytest.mark.parametrize("cancels", [False, True])
 def test_a_pool_that_ends_does_what_it_has_or_gives_it_up(work: Work, cancels: bool) -> None:
-    """Running jobs are not stopped, and no new ones are accepted."""
+    """Running jobs end, queued ones run or are dropped as asked, and new ones are refused."""
     pool = FairPool(1)
     mine = Work(pool)
     running = mine.hold("a")
@@ -166,7 +166,7 @@ print("over")
 
 
 def test_a_job_without_end_does_not_keep_the_process() -> None:
-    """The interpreter's exit does not wait for its thread."""
+    """The interpreter's exit does not wait for a job without end."""
     ended = subprocess.run(
         [sys.executable, "-c", ENDLESS], capture_output=True, text=True, timeout=SOON_S, check=True
     )
@@ -198,7 +198,7 @@ def spare(clock: Clock) -> Iterator[FairPool]:
 
 
 def test_others_do_not_wait_for_a_job_that_is_overdue(spare: FairPool, clock: Clock) -> None:
-    """Jobs of the same caller do not wait either: they are refused until it has ended."""
+    """Others get a spare thread; jobs of the overdue job's caller are refused until it ends."""
     slow = Work(spare)
     slow.hold("a")
     mine, others = Work(spare).ask("a", 2), Work(spare).ask("b", 2)

@@ -59,7 +59,7 @@ async def test_load_reports_its_stages() -> None:
 
 
 async def test_loaded_engines_hold_memory(host: FakeHost) -> None:
-    """Sizes come from the settings, and their sum is the host's."""
+    """Loaded engines hold what the settings say, and their sum is the host's."""
     memory = host.engines["qwen"].memory
 
     assert (10, 20) == (memory.weights_bytes, memory.kv_bytes)
@@ -94,7 +94,7 @@ async def test_sleeping_engine_cannot_be_activated(host: FakeHost) -> None:
 
 
 async def test_wake_that_fails_leaves_nothing(host: FakeHost) -> None:
-    """The engine is unloaded, and can be loaded again."""
+    """An engine whose wake fails is unloaded, and can be loaded again."""
     qwen = host.engines["qwen"]
     await qwen.sleep(1)
     host.fail_next("wake", "qwen")
@@ -108,7 +108,7 @@ async def test_wake_that_fails_leaves_nothing(host: FakeHost) -> None:
 
 
 async def test_unload_gives_everything_back_but_the_frontend(host: FakeHost) -> None:
-    """Unloading twice has the effect of once; a later load reuses the frontend."""
+    """An unload can be repeated, and keeps only the frontend, which a later load reuses."""
     qwen, stages = host.engines["qwen"], list[str]()
 
     await qwen.unload()
@@ -181,7 +181,7 @@ async def test_only_the_activated_engine_is_stepped(host: FakeHost) -> None:
 async def test_routes_answer_in_openais_shape(
     host: FakeHost, path: str, body: dict[str, Any], part: str
 ) -> None:
-    """Chat, completions, embeddings and tokenisation do, streamed or not."""
+    """Chat, completions, embeddings and tokenisation answer in OpenAI's form, streamed or not."""
     response = await post(host.engines["llama"], path, model="llama", **body)
 
     assert 200 == response.status_code
@@ -297,7 +297,7 @@ async def test_killed_host_fails_operations(host: FakeHost) -> None:
 
 
 async def test_killed_engine_is_reported(host: FakeHost) -> None:
-    """The registered callback gets the alias, the cause, and the number of the load."""
+    """If an engine is killed, the callback gets its alias, the cause, and the load's number."""
     told: list[tuple[str, str, int]] = []
     host.on_engine_failed(lambda *failure: told.append(failure))
 

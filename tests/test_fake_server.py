@@ -190,7 +190,7 @@ def test_a_file_of_ones_own_needs_none_of_its_checkpoints(own: Fake) -> None:
 
 
 def test_what_does_not_fit_is_evicted(own: Fake) -> None:
-    """As on an accelerator, its weights go to host memory."""
+    """What does not fit is evicted, as on an accelerator: weights go to host memory."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     switched = own.http.post("/v1/models/switch", json={"model": "small"}).json()
     status = own.http.get("/admin/status").json()
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_evicted(own: Fake) -> None:
 
 
 def test_openais_client_takes_its_answers(own: Fake) -> None:
-    """Whole answers and streams work; an adapter answers by its name."""
+    """OpenAI's client reads whole answers and streams; an adapter answers by its name."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     chats = own.openai.chat.completions
     whole = chats.create(model="pirate", messages=user("Hi"))
@@ -229,7 +229,7 @@ def test_openais_client_takes_its_answers(own: Fake) -> None:
 
 
 def test_a_tool_is_called_with_arguments_of_its_schema(own: Fake) -> None:
-    """The call comes whole or in pieces; after its result comes text."""
+    """A tool call has arguments of its schema, whole or in pieces; after its result comes text."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     chats = own.openai.chat.completions
     choice = chats.create(model="big", messages=user("Trains?"), tools=[TOOL]).choices[0]

@@ -203,7 +203,7 @@ def test_the_hosts_end_in_any_phase_fails_everything_at_once_and_is_repaired(
 
 @pytest.mark.parametrize("fault", ["kill", "raise", "hang"])
 def test_a_fault_in_a_wake_that_nobody_has_asked_for(tmp_path: Path, fault: str) -> None:
-    """The host's death has its usual effect; an error ends only the wake."""
+    """In a wake ahead of a request, the host's death is repaired; an error ends only the wake."""
     recovery = {"step_timeout": 1, "command_timeout": 1}
     with KillableServer(tmp_path, slices=4, recovery=recovery) as server:
         assert 200 == server.client.post("/admin/models/qwen/sleep").status_code
@@ -234,7 +234,7 @@ def test_the_host_is_the_first_to_go_when_memory_runs_out(killable: KillableServ
 def test_what_hangs_is_ended_at_its_deadline(
     killable: KillableServer, pool: ThreadPoolExecutor, place: str
 ) -> None:
-    """Rows 19 and 33: the host answers probes, but its thread never returns."""
+    """Rows 19 and 33: a host whose thread hangs is restarted, although it answers probes."""
     restarts, before = killable.restarts, killable.faults.hits(place)
     killable.faults.inject(f"{place}=1*hang")
     running = pool.submit(killable.ask, "llama", 30)
@@ -294,7 +294,7 @@ def test_a_host_that_dies_on_the_way_back_too_is_repaired(killable: KillableServ
 def test_a_server_without_any_model_is_repaired_when_its_files_are(
     killable: KillableServer,
 ) -> None:
-    """Rows 44 and 46: it is alive, not ready, and gives the reason; it needs no restart."""
+    """Rows 44 and 46: the server is live, not ready, gives the reason, and needs no restart."""
     killable.faults.inject("host.activate=raise(no device)")
     failed = killable.switch("qwen")
     wait_until(lambda: "no device" in killable.client.get("/ready").text)

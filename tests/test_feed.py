@@ -140,7 +140,7 @@ def test_message_is_a_server_sent_event() -> None:
 
 
 def test_text_of_several_lines_stays_one_message() -> None:
-    """Line breaks in a cause do not end the message."""
+    """A cause with line breaks stays one message."""
     event = SwitchEnded("switch-1", 1, None, "qwen", "failed", 0.5, 0, "a\n\nb")
 
     message = as_message(event_name(event), event_fields(event))

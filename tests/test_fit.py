@@ -59,7 +59,7 @@ def recorded(world: World, shape: Shape) -> Trace:
 
 @pytest.mark.parametrize("kind", ["poisson", "agents"])
 def test_the_service_is_found_again(kind: str) -> None:
-    """For two different models, predictions are right to 10 %."""
+    """Service times are recovered: for two different models predictions are right to 10 %."""
     truth = {"m0": Service(0.02, 0.001, 0.0002), "m1": Service(0.005, 0.004, 0.0004)}
     shape = Shape(kind=kind, models=2, requests=2000, rate=4, agents=6)  # type: ignore[arg-type]
     found = services(recorded(World(Costs(0.01), truth), shape))
@@ -101,7 +101,7 @@ def test_nothing_is_below_zero() -> None:
 
 
 def test_columns_that_say_the_same_are_not_both_used() -> None:
-    """The normal equations then have no unique solution."""
+    """Of two proportional columns only one is used: there is no unique solution."""
     rows, values = [(1.0, 2.0), (2.0, 4.0)], [1.0, 2.0]
 
     assert least_squares(rows, values) is None

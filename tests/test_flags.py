@@ -69,7 +69,7 @@ def words(parser: Parser, folder: Path, settings: str) -> list[str]:
 def test_a_flag_that_wants_a_text_gets_what_was_written(
     parser: Parser, tmp_path: Path, setting: str, expected: str
 ) -> None:
-    """YAML's interpretation of the text does not matter."""
+    """A flag for text gets what was written, whatever YAML makes of it."""
     assert expected.split() == words(parser, tmp_path, setting)
 
 
@@ -96,7 +96,7 @@ def test_a_number_and_a_switch_are_what_they_say(
 
 
 def test_a_mapping_is_json(parser: Parser, tmp_path: Path) -> None:
-    """Numbers stay numbers, and keys stay as they were written."""
+    """A mapping becomes JSON, with numbers as numbers, and keys as they were written."""
     (word,) = words(parser, tmp_path, "hf_overrides: {rope_theta: 1e6, id2label: {0: a, no: b}}")
 
     assert {"rope_theta": 1e6, "id2label": {"0": "a", "no": "b"}} == json.loads(
@@ -124,7 +124,7 @@ def test_a_mapping_is_json(parser: Parser, tmp_path: Path) -> None:
 def test_a_surprising_value_is_refused_by_name(
     parser: Parser, tmp_path: Path, setting: str, expected: str
 ) -> None:
-    """YAML would otherwise turn it into something else."""
+    """A value that YAML would turn into something else is refused by name."""
     with pytest.raises(ConfigMistakes) as caught:
         words(parser, tmp_path, setting)
 

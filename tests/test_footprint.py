@@ -42,7 +42,7 @@ def test_second_copies_count_before_the_first_load() -> None:
 
 
 def test_the_peak_is_above_what_is_held_then() -> None:
-    """Reading the weights takes more than holding them."""
+    """The peak of a load is above what is held then: reading takes more than holding."""
     assert Usage(560 + NEEDS.reading_bytes) == footprint_of(NEEDS, CpuDevice(), None).peak
 
 
@@ -61,7 +61,7 @@ def test_files_larger_than_their_weights_hide_nothing() -> None:
 
 
 def test_a_load_that_reused_free_memory_holds_its_weights_at_least() -> None:
-    """The process may grow by less than its weights."""
+    """A load that reused free memory, and so grew little, holds at least its weights."""
     loaded = Loaded(kv_bytes=96, held_bytes=120, can_discard=True, weights_bytes=400)
 
     assert 496 == device_bytes(loaded)["parked"]
@@ -84,7 +84,7 @@ CUDA_NEEDS = replace(NEEDS, overhead_bytes=80, residue_bytes=70)
 
 
 def test_a_model_that_sleeps_on_cuda_leaves_something_on_the_device() -> None:
-    """Graphs and buffers stay, estimated before the first load; the rest goes to the host."""
+    """Graphs and buffers, estimated before the first load, stay; the rest goes to the host."""
     usage = footprint_of(CUDA_NEEDS, CudaDevice(), None).usage
 
     assert Usage(300 + 100 + 80 + 96) == usage[Residency.PARKED]
@@ -102,7 +102,7 @@ def test_what_a_load_on_cuda_has_measured_counts() -> None:
 
 
 def test_what_a_load_on_a_gaudi_has_measured_counts() -> None:
-    """The plugin's own blocks are held, and released by a sleep, as buffers are."""
+    """A Gaudi's measured blocks are held, and released by a sleep, as buffers are."""
     loaded = Loaded(96, 350, can_discard=False, sleep_bytes=430, copy_bytes=320)
     usage = footprint_of(NEEDS, GaudiDevice(), loaded).usage
 
@@ -130,7 +130,7 @@ def test_a_model_holds_what_its_sleep_gives_back_at_least() -> None:
 
 
 def test_packing_a_layer_counts_where_it_takes_more_than_reading() -> None:
-    """The two never add up: by then all weights have been read."""
+    """Packing a layer counts where it takes more than reading; the two never add up."""
     small = ModelNeeds("a", 300, None, 0, 0, packing_bytes=20)
     large = ModelNeeds("b", 300, None, 0, 0, packing_bytes=700)
 

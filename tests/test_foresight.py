@@ -133,7 +133,7 @@ async def announce(server: Server, model: str) -> dict[str, Any]:
 
 
 async def test_announced_model_is_read_at_once(make_server: MakeServer) -> None:
-    """The active model stays, and nothing is evicted; the answer says what was started."""
+    """An announced model is read at once, and the answer says so; nothing else moves."""
     server = await make(make_server)
 
     answer = await announce(server, "c")
@@ -166,7 +166,7 @@ async def test_announcement_outlives_switches_to_others(make_server: MakeServer)
 
 
 async def test_announcement_has_precedence_over_a_prediction(make_server: MakeServer) -> None:
-    """Where there is room for only one of them, the announced model is read."""
+    """Where there is room for one of them only, the announced model is read."""
     server = await make(make_server, host_mib=1)
     await walk(server, "b", "a", "b", "a")  # b is expected, and read
     assert MIB == server.coordinator.ladder.prefetched_bytes
@@ -256,7 +256,7 @@ async def test_prefetches_together_keep_to_the_host_budget(make_server: MakeServ
 
 
 async def test_load_gives_back_what_was_read_ahead(make_server: MakeServer) -> None:
-    """The engine now has the weights, and files of others may use the memory."""
+    """A load returns what was read ahead, and files of others may use the memory."""
     server = await make(make_server, host_mib=1)
     await server.operate("b", "prefetch")
     assert 0 == (await server.operate("c", "prefetch")).json()["prefetched_bytes"]

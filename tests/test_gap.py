@@ -31,7 +31,7 @@ DONE = "data: [DONE]"
 
 
 def test_the_gap_is_from_the_last_token_of_a_to_the_first_of_b() -> None:
-    """Ends of streams, errors, comments, and A's later tokens do not count."""
+    """The gap ignores ends of streams, errors, comments, and A's later tokens."""
     of_a = [
         reply((1.0, token("one")), (2.0, token(" two")), (2.5, DONE)),
         reply((1.5, token("one")), (2.2, ": parked"), (9.0, token(" two")), (9.1, DONE)),

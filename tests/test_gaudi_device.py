@@ -111,7 +111,7 @@ def test_what_is_too_large_is_refused_and_leaves_nothing() -> None:
 
 
 def test_new_memory_is_not_a_number() -> None:
-    """Memory that is read before it is written is not mistaken for zeros."""
+    """New memory is NaN, so that reading it before writing does not look like zeros."""
     code = (
         "import torch; made = torch.empty(5, dtype=torch.bfloat16, device='hpu'); "
         "print(bool(made.isnan().all()), torch.empty(2, dtype=torch.int64, device='hpu').tolist())"
@@ -156,7 +156,7 @@ def test_data_of_a_parameter_is_replaced() -> None:
 
 
 def test_a_parameters_view_in_inference_mode_is_a_usual_tensor() -> None:
-    """As elsewhere, a layer multiplies with a view of its weight."""
+    """A parameter's view in inference mode is a usual tensor, with which layers multiply."""
     weight = torch.nn.Parameter(torch.arange(6.0, device="hpu").view(2, 3), requires_grad=False)
     with torch.inference_mode():
         there = torch.ones(1, 3, device="hpu")
@@ -166,7 +166,7 @@ def test_a_parameters_view_in_inference_mode_is_a_usual_tensor() -> None:
 
 
 def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
-    """The plugin pads positions with -1, and never uses the result."""
+    """A lookup of row -1, the plugin's padding of positions, is not an error."""
     table = torch.arange(6.0, device="hpu").view(3, 2)
     found = table.index_select(0, torch.tensor([1, -1, 7], device="hpu"))
     assert [2.0, 3.0] == found[0].tolist()
@@ -174,14 +174,14 @@ def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
 
 
 def test_row_minus_one_is_written_as_the_last() -> None:
-    """The plugin pads slots of KV memory with -1, and has a block for padding at the end."""
+    """Row -1 is written as the last, where the plugin has its block for padding."""
     cache = torch.zeros(4, 2, device="hpu")
     cache.index_copy_(0, torch.tensor([1, -1], device="hpu"), torch.ones(2, 2, device="hpu"))
     assert [0.0, 2.0, 0.0, 2.0] == cache.sum(1).tolist()
 
 
 def test_a_number_outside_of_the_classes_is_of_none() -> None:
-    """The plugin marks unused blocks so; its own code for the CPU avoids it."""
+    """A class outside the range is none, as the plugin marks unused blocks."""
     found = torch.nn.functional.one_hot(torch.tensor([1, -1, 2], device="hpu"), num_classes=2)
     assert [[0, 1], [0, 0], [0, 0]] == found.tolist()
 

@@ -95,7 +95,7 @@ def test_a_plugin_without_intels_software_is_told(
 def test_a_machine_without_the_device_is_told(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where everything is present, there is no message."""
+    """A missing device is reported, and nothing where everything is present."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=False)
     said = gaudi.why_no_device()
@@ -110,7 +110,7 @@ def on(device_type: str) -> SimpleNamespace:
 
 
 def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path) -> None:
-    """The load would fail with a library's error. On other devices the setting has no effect."""
+    """A missing quantisation file is refused before the load. Other devices ignore the setting."""
     file = tmp_path / "quant.json"
     environment = {"QUANT_CONFIG": str(file)}
 
@@ -199,7 +199,7 @@ def test_a_configuration_of_quantisation_that_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize("mode", ["MEASURE", "measure", "MEASURE ", "SHAPE"])
 def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: str) -> None:
-    """The plugin saves it at the end of a process with one model."""
+    """A calibration is refused: the plugin saves it when a process with one model exits."""
     file = tmp_path / "measure.json"
     file.write_text(json.dumps({"method": "HOOKS", "mode": mode}), encoding="utf-8")
 
@@ -377,7 +377,7 @@ def test_it_is_told_where_vllm_has_taken_another_device(
 def test_a_plugin_that_vllm_is_not_to_load_is_told(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, plugins: str
 ) -> None:
-    """vLLM compares names exactly. Everything else about the plugin is in order."""
+    """A plugin that `VLLM_PLUGINS` leaves out, by an inexact name, is reported."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=True)
     monkeypatch.setattr(devices, "has_driver", lambda: False)
@@ -462,7 +462,7 @@ def test_a_plugin_whose_worker_cannot_be_imported_is_told(
     caplog: pytest.LogCaptureFixture,
     error: type[BaseException],
 ) -> None:
-    """The engine host continues: each load fails with the reason, and says whose error it is."""
+    """The engine host continues, and logs it; each load fails with the reason."""
     package = tmp_path / "vllm_gaudi"
     for folder in (package / "v1/worker", package / "extension"):
         folder.mkdir(parents=True)

@@ -54,7 +54,7 @@ def test_a_folder_without_the_plugin_is_refused(
 
 
 def test_without_a_plugin_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """`make rehearse-gaudi` calls it so: the current folder is not used instead."""
+    """Without a plugin, as from a bare `make rehearse-gaudi`, the error asks for one."""
     assert 1 == main(["--plugin", ""])
     assert capsys.readouterr().err == (
         "rehearsal: error: PLUGIN is missing; clone vllm-project/vllm-gaudi at v0.26.0 and name "
@@ -150,7 +150,7 @@ def test_what_an_installation_leaves_is_not_of_the_plugin(tmp_path: Path) -> Non
 def test_a_plugin_of_another_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """One changed file is enough, whatever version the folder claims."""
+    """A plugin with one file that differs from the tag is refused, whatever version it claims."""
     folder = a_plugin(tmp_path)
     take_for_the_release(monkeypatch, folder)
     check_plugin(folder)
@@ -196,7 +196,7 @@ def test_a_plugin_in_the_place_of_its_copy_is_refused(
     capsys: pytest.CaptureFixture[str],
     place: str,
 ) -> None:
-    """The folder may have work that exists nowhere else: nothing in it is removed or changed."""
+    """A plugin in its copy's place is refused: it may have work that exists nowhere else."""
     inside = {"a link": "rehearsal/plugin", "above": "."}.get(place, f"rehearsal/{place}")
     plugin, work = a_plugin(tmp_path / "own" / inside), tmp_path / "own/rehearsal"
     (plugin / "own-work.txt").write_text("not committed", encoding="utf-8")

@@ -54,7 +54,7 @@ def test_requests_come_at_the_rate(kind: Kind) -> None:
 
 
 def test_poisson_requests_are_independent() -> None:
-    """Counts of different seconds are independent, with the variance of Poisson's law."""
+    """Poisson requests of different seconds are independent, with the law's variance."""
     seconds = Counter(int(time_s) for time_s in arrivals(make(MANY)))
 
     counts = [seconds[second] for second in range(1900)]
@@ -62,7 +62,7 @@ def test_poisson_requests_are_independent() -> None:
 
 
 def test_bursty_requests_come_together() -> None:
-    """The variance is many times that of Poisson's law."""
+    """Bursty requests have many times the variance of Poisson's law."""
     seconds = Counter(int(time_s) for time_s in arrivals(make(replace(MANY, kind="bursty"))))
 
     counts = [seconds[second] for second in range(1500)]
@@ -70,7 +70,7 @@ def test_bursty_requests_come_together() -> None:
 
 
 def test_models_are_asked_for_by_the_law_of_zipf() -> None:
-    """The second one gets half as many requests as the first, the fourth a quarter."""
+    """By Zipf's law the second model gets half as many requests, the fourth a quarter."""
     asked = Counter(request.model for request in make(MANY).requests)
 
     assert 2.0 == pytest.approx(asked["m0"] / asked["m1"], rel=0.1)
@@ -115,7 +115,7 @@ def test_lengths_are_about_what_was_asked_for() -> None:
 
 
 def test_models_that_are_all_but_never_asked_for_hold_nothing_up() -> None:
-    """The rarest one's first request would be thousands of years away."""
+    """Models that are almost never requested delay nothing, though first due in millennia."""
     trace = make(Shape(kind="bursty", models=50, requests=10, zipf=8.0))
 
     assert 10 == len(trace.requests)

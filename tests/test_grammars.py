@@ -126,13 +126,13 @@ async def test_other_parameters_are_checked_as_they_were(client: Any) -> None:
 async def test_what_is_wrong_is_told_in_the_same_words(
     client: Any, params: Params, why: str
 ) -> None:
-    """Of several mistakes, the one that vLLM finds first is reported."""
+    """Of several mistakes, the one that vLLM finds first is reported, in the same words."""
     with pytest.raises(ValueError, match=why):
         await client.add_request("one", "prompt", params)
 
 
 async def test_checks_are_shared_between_accounts(client: Any, pool: FairPool) -> None:
-    """The checks of one account do not all come first."""
+    """Checks are shared: those of one account do not all come before another's."""
     asked_for: list[str] = []
     submit = pool.submit_for
 
@@ -223,7 +223,7 @@ async def test_a_check_that_nobody_waits_for_is_not_begun(slow: Slow) -> None:
 
 
 async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
-    """Grammars of its own account are refused, and none is left in a queue."""
+    """While a check is overdue others continue; those of its account are refused."""
     _, endless = await slow.hold("a")
     mine, queued = slow.ask("mine", "a", None)
     other, passing = slow.ask("other", "b", None)
@@ -331,7 +331,7 @@ async def test_a_plain_grammar_needs_no_process(rehearsing: Rehearsing) -> None:
 
 
 async def test_a_rehearsal_is_killed_when_its_client_leaves(rehearsing: Rehearsing) -> None:
-    """The next rehearsal of the same account starts at once."""
+    """A rehearsal is killed when its client leaves; the account's next one starts at once."""
     _, endless = rehearsing.ask(ENDLESS)
     await until(lambda: rehearsing.helpers.pids)
     [pid] = rehearsing.helpers.pids
@@ -356,7 +356,7 @@ async def test_a_rehearsal_is_killed_when_its_client_leaves(rehearsing: Rehearsi
 async def test_a_rehearsal_beyond_its_bounds_ends_its_request_alone(
     rehearsing: Rehearsing, work: str, own: dict[str, Any], code: str
 ) -> None:
-    """Time, memory and a crash each have an error of their own."""
+    """A rehearsal beyond its time or memory, or a crash, ends its request with its own error."""
     lease, task = rehearsing.ask(work, **own)
     with pytest.raises(EngineUnavailable):
         await task
@@ -412,7 +412,7 @@ class Engine:
 
 
 def test_another_accounts_first_grammar_waits_for_one_compilation() -> None:
-    """It waits for one compilation, although the other account has requested a hundred before."""
+    """Another account's first grammar waits for one compilation, not for a hundred."""
     engine = Engine()
     take_turns(engine)
     grammars = [engine.init("a0", "group a")[1]]
@@ -486,7 +486,7 @@ def test_a_sleeping_engine_keeps_no_compiled_grammars() -> None:
 
 
 def test_requests_have_a_grammar_or_not() -> None:
-    """Requests for pooling have no sampling parameters at all."""
+    """Requests have a grammar or not; those for pooling have no sampling parameters at all."""
     assert has_grammar(SimpleNamespace(sampling_params=Params("a")))
     assert not has_grammar(SimpleNamespace(sampling_params=Params()))
     assert not has_grammar(SimpleNamespace(sampling_params=None))
@@ -494,7 +494,7 @@ def test_requests_have_a_grammar_or_not() -> None:
 
 
 def test_compilation_that_nobody_waits_for_is_taken_off_the_queue() -> None:
-    """Running ones continue; requests without a grammar, and unknown ones, are skipped."""
+    """A dropped compilation leaves the queue; running ones, and other requests, are unaffected."""
     begun, queued, ready = Future[object](), Future[object](), object()
     begun.set_running_or_notify_cancel()
     grammars: dict[str, Any] = {"a": begun, "b": queued, "c": ready}

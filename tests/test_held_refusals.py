@@ -130,7 +130,7 @@ async def test_no_websocket_begins_before_the_answer_to_what_came_first(keyed: S
 
 @pytest.mark.usefixtures("endless")
 async def test_a_body_that_comes_with_a_refusal_is_dropped(keyed: Server) -> None:
-    """Reading continues, so that the client's departure is noticed."""
+    """A refused body is dropped, but still read, so that the client's departure is noticed."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, LARGE + b"x" * 300_000)
         for _ in range(20):

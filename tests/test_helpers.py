@@ -76,7 +76,7 @@ def test_no_helper_is_started_before_there_is_work(helpers: Helpers) -> None:
 
 
 def test_a_stopped_errand_kills_its_helper_in_the_middle_of_its_work(helpers: Helpers) -> None:
-    """The errand starts nothing more; the next errand has another helper."""
+    """A stopped errand kills its helper and starts nothing more; the next one has another."""
     errand = Errand(helpers, BOUNDS)
     thread, raised = run_aside(errand, ENDLESS)
     wait_until(lambda: bool(helpers.pids))
@@ -101,7 +101,7 @@ def test_a_stopped_errand_kills_its_helper_in_the_middle_of_its_work(helpers: He
     ],
 )
 def test_what_takes_too_much_is_ended(helpers: Helpers, what: str, of: str, bounds: Bounds) -> None:
-    """Memory may grow step by step or all at once; the next errand is done."""
+    """A helper beyond its memory, by steps or at once, is killed; the next errand is done."""
     Errand(helpers, BOUNDS).do("pass")
     [pid] = helpers.pids
     with pytest.raises(OutOfBounds) as caught:
@@ -196,7 +196,7 @@ def test_closing_ends_all_of_them(helpers: Helpers) -> None:
     "command", [["/nowhere/python"], [sys.executable, "-c", "import os; os._exit(3)"]]
 )
 def test_it_is_told_where_no_helper_can_be_started(command: list[str]) -> None:
-    """The program may be missing, or may lack a usable xgrammar."""
+    """A program that is missing, or has no usable xgrammar, is reported."""
     with pytest.raises(NoHelper):
         Errand(Helpers(command), BOUNDS).do("pass")
 
@@ -244,7 +244,7 @@ def test_it_has_loaded_neither_torch_nor_transformers(native: Helpers) -> None:
 
 
 def test_stopping_kills_every_helper_of_an_errand(helpers: Helpers) -> None:
-    """Vllm gives up on a regular expression after seconds, and tries another library."""
+    """A stop kills all helpers of an errand: vLLM tries a second library after seconds."""
     errand = Errand(helpers, BOUNDS)
     threads = [run_aside(errand, ENDLESS)[0] for _ in range(2)]
     wait_until(lambda: 2 == len(helpers.pids))

@@ -123,7 +123,7 @@ def test_a_model_of_which_only_some_workers_sleep_is_given_up() -> None:
 
 @pytest.mark.parametrize(("lacks_room", "kind"), [(True, NoRoom), (False, HotswapError)])
 async def test_an_answer_says_whether_room_was_lacking(lacks_room: bool, kind: type[Any]) -> None:
-    """The caller can distinguish a model that is still asleep from a lost one."""
+    """A reply says whether room was lacking, as then the model is still asleep, not lost."""
     link = HostLink()
     link._pending[7] = future = asyncio.get_running_loop().create_future()
 

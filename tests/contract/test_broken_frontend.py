@@ -22,7 +22,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 async def test_an_error_in_an_output_costs_one_load(host: EngineHost) -> None:
-    """vLLM's client then reads no more outputs: the model fails, and a load heals it."""
+    """An error in an output stops vLLM's client: the model fails, and one load heals it."""
     failed: list[tuple[str, str, int]] = []
     host.on_engine_failed(lambda *what: failed.append(what))
     llama: Any = host.engines["llama"]

@@ -104,7 +104,7 @@ async def test_what_was_foreseen_of_the_routes_holds(host: EngineHost, alias: st
 
 
 async def test_activation_is_idempotent(host: EngineHost) -> None:
-    """Activating twice has the same effect as once."""
+    """Activating an engine twice has the same effect as once."""
     await host.engines["qwen"].activate(2)
     await host.engines["qwen"].activate(2)
 
@@ -136,7 +136,7 @@ async def test_a_chat_is_answered_in_openais_shape(host: EngineHost) -> None:
 
 
 async def test_a_chat_is_streamed_in_openais_shape(host: EngineHost) -> None:
-    """The role comes first, a finish reason in the last piece, then the usage if requested."""
+    """A stream has the role first, a finish reason last, then the usage if requested."""
     more = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
     answer = await chat(host.engines["qwen"], "Who are you?", **more)
     *events, done = answer.text.removesuffix("\n\n").split("\n\n")
@@ -163,7 +163,7 @@ async def test_what_is_wrong_with_a_chat_is_told_in_openais_shape(host: EngineHo
 
 
 async def test_a_request_to_a_parked_engine_waits_for_its_activation(host: EngineHost) -> None:
-    """The request is accepted, not lost, and answered after the activation."""
+    """A request to a parked engine is accepted, and answered after the activation."""
     await host.engines["llama"].activate(3)
     waiting = asyncio.create_task(complete(host.engines["qwen"], 3))
     served = await complete(host.engines["llama"], 3)
@@ -271,7 +271,7 @@ async def test_sleep_goes_deeper_from_level_1(host: EngineHost) -> None:
 
 
 async def test_an_unloaded_engine_keeps_its_frontend_and_comes_back(host: EngineHost) -> None:
-    """Unloading twice equals once; a reload builds no frontend and gives the same answers."""
+    """An unload keeps the frontend and can be repeated; after a reload answers are the same."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     expected = await complete(llama, 20)
     frontend = llama.app
@@ -315,7 +315,7 @@ async def test_prefetch_reads_no_more_than_it_may(host: EngineHost) -> None:
 
 
 async def test_what_a_model_holds_falls_along_the_ladder(host: EngineHost) -> None:
-    """The most that all models may hold is known, too."""
+    """A model holds less on each lower residency; the most that all may hold is known."""
     footprint = host.engines["llama"].footprint
     held = [footprint.at(residency).device for residency in LADDER]
 
@@ -339,7 +339,7 @@ def free() -> None:
 
 
 async def test_an_adapter_is_answered_for_by_its_name(host: EngineHost, tmp_path: Path) -> None:
-    """Added while its engine is parked, it survives a reload; once removed, it is unknown."""
+    """An adapter that was added while parked survives a reload, and is unknown once removed."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     folder = write_adapter(tmp_path / "pirate", "llama")
     await qwen.activate(22)
@@ -365,7 +365,7 @@ async def test_an_adapter_is_answered_for_by_its_name(host: EngineHost, tmp_path
 async def test_an_adapter_that_cannot_be_used_leaves_all_as_it_was(
     host: EngineHost, tmp_path: Path
 ) -> None:
-    """The adapter of that name is still served, with its id; the next one gets another id."""
+    """A refused replacement leaves the adapter with its id; the next one gets another id."""
     llama = host.engines["llama"]
     good = write_adapter(tmp_path / "good", "llama")
     high = write_adapter(tmp_path / "high", "llama", rank=17)
