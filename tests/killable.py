@@ -1,7 +1,8 @@
 """`python -m tests.killable PORT [SETTINGS]`: a whole server whose engine host can be killed.
 
-Everything is real but vLLM: uvicorn, the coordinator, the link, the host process. SETTINGS is JSON:
-`switching`, `limits` and `recovery` as in the YAML file; `shutdown_timeout`, `token_s`, `slices`.
+Everything except vLLM is real: uvicorn, the coordinator, the link, the host process. SETTINGS is
+JSON: `switching`, `limits` and `recovery` as in the YAML file; `shutdown_timeout`, `token_s`,
+`slices`.
 """
 
 from __future__ import annotations

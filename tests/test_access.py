@@ -65,7 +65,7 @@ def test_caller_passes(access: Access, role: Role, key: str | None) -> None:
     ],
 )
 def test_caller_without_a_key_is_refused(access: Access, role: Role, key: str | None) -> None:
-    """Where keys are configured, one of them must be sent (401)."""
+    """A request without a key gets 401 where keys are configured."""
     with pytest.raises(Unauthorized) as caught:
         access.check(role, bearer(key))
 

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def server(make_server: MakeServer, folder: Path) -> Server:
-    """llama, which is also called meta, is active; qwen is parked, mistral is cold."""
+    """A server on which llama, also called meta, is active; qwen is parked, mistral is cold."""
     return await make_server(further={"llama": ("meta",)}, adapter_folders=[folder])
 
 

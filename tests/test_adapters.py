@@ -45,7 +45,7 @@ def test_weights_that_only_vllm_opens_are_taken_as_they_are(tmp_path: Path, kind
 
 
 def test_shapes_are_unknown_without_a_folder_and_for_packed_weights(tmp_path: Path) -> None:
-    """A quantised weight may have another shape than its layer."""
+    """Shapes of quantised weights are unknown: a weight may have another shape than its layer."""
     write_packed(tmp_path / "model.safetensors")
 
     assert {} == shapes_of(None) == shapes_of(tmp_path / "none") == shapes_of(tmp_path)

@@ -18,7 +18,7 @@ KEYS = Access(user_keys=("user",))
 
 
 def browser(server: Server) -> httpx.AsyncClient:
-    """A client of the server as it is with `--allowed-origins '["https://page.example"]'`."""
+    """A client of a server with `--allowed-origins '["https://page.example"]'`."""
     app = CrossOrigin(server.app, allow_origins=[PAGE], allow_methods=["*"], allow_headers=["*"])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 

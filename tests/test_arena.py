@@ -58,7 +58,7 @@ def test_memory_that_nobody_uses_is_unmapped() -> None:
 
 
 def test_memory_that_is_in_use_outlives_its_arena() -> None:
-    """A tensor made from it can be read after its worker is gone."""
+    """A tensor in the memory of an arena can be read after its worker is gone."""
     memory = Arena().allocate(MIB)
     view = memoryview(memory)
     del memory

@@ -24,7 +24,7 @@ BAD_STREAM = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
 
 @pytest.fixture
 async def auto(make_server: MakeServer) -> Server:
-    """llama is active, qwen is parked, mistral is cold, and the server switches by itself."""
+    """A server in mode `auto`: llama is active, qwen is parked, mistral is cold."""
     return await make_server(mode="auto")
 
 
@@ -37,7 +37,7 @@ def model_of(response: Any) -> str:
     return str(response.json()["model"])
 
 
-# --- which requests are served ------------------------------------------------------------------
+# --- served requests ----------------------------------------------------------------------------
 
 
 async def test_request_for_another_model_switches_to_it(auto: Server) -> None:
@@ -116,7 +116,7 @@ async def test_order_within_a_model_is_kept(auto: Server) -> None:
     assert ["0", "1", "2", "3", "4"] == auto.answered
 
 
-# --- what never switches ------------------------------------------------------------------------
+# --- requests that never switch -----------------------------------------------------------------
 
 
 async def test_bad_request_never_switches(auto: Server) -> None:
@@ -146,7 +146,7 @@ async def test_unknown_model_is_refused(auto: Server) -> None:
     assert 404 == response.status_code
 
 
-# --- what the client sees -----------------------------------------------------------------------
+# --- what the client gets -----------------------------------------------------------------------
 
 
 async def test_answer_tells_how_long_it_waited(auto: Server) -> None:
@@ -406,7 +406,7 @@ def test_comments_are_repeated(play: Play) -> None:
     play(story, mode="auto")
 
 
-# --- which requests leave, and which are refused ------------------------------------------------
+# --- requests that leave, and refused ones ------------------------------------------------------
 
 
 async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:

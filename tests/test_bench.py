@@ -162,7 +162,7 @@ def test_the_usage_is_in_the_last_event() -> None:
 
 @pytest.mark.parametrize("events", [b"", EVENTS[:-15], b'data: {"error": {}}\n\ndata: [DONE]\n\n'])
 def test_a_stream_that_was_cut_is_no_sample(events: bytes) -> None:
-    """A benchmark that counts broken answers would make a broken server look fast."""
+    """A cut stream is not a sample: counting it would make a broken server look fast."""
     with pytest.raises(BadAnswer, match="ended early"):
         last_event(events)
 

@@ -35,7 +35,7 @@ def asked(name: str, requests: int = 30) -> Trace:
     return workload(name, Amount(requests, rate=5.0), SWITCHING)
 
 
-# --- what is asked ------------------------------------------------------------------------------
+# --- the requests -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
@@ -63,7 +63,7 @@ def test_agents_go_on_with_another_model_when_they_are_answered() -> None:
     assert all(requests[r.after].model != r.model for r in followers if r.after is not None)
 
 
-# --- how answers are judged ---------------------------------------------------------------------
+# --- the judgement of answers -------------------------------------------------------------------
 
 
 def reply(text: str = f" {GOLDEN[:20]}", **other: object) -> Reply:
@@ -227,7 +227,7 @@ def test_warm_up_leaves_the_first_model_active() -> None:
     assert WARM_UP[-1] == asked("burst").head.active
 
 
-# --- what is made of it -------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------
 
 
 def played(waits_s: list[float], switches: int) -> Played:

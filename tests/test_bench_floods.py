@@ -30,10 +30,10 @@ RATED = Group(
 )
 ACCESS = Access(user_keys=["eve", "ann"], admin_keys=["root"], groups=[RATED])
 SMALL = LimitsConfig(held_bytes=512 << 20, connections=64)
-"""So that few connections meet the bounds."""
+"""Limits so low that few connections reach them."""
 
 VLLM_ALONE = {"items", "conversations"}
-"""The fake engine has no such routes."""
+"""Floods of routes that the fake engine lacks."""
 
 TOKEN = b'data: {"choices": [{"text": "I"}]}\n\n'
 DONE = b"data: [DONE]\n\n"

@@ -195,7 +195,7 @@ def test_fields_of_a_process_are_read() -> None:
 
 
 def test_what_this_process_holds_is_counted() -> None:
-    """An open pipe is two descriptors more, and a child one process more."""
+    """Of what this process holds, an open pipe is two descriptors, and a child one process."""
     before = held(os.getpid())
     first, second = os.pipe()
     after = held(os.getpid())

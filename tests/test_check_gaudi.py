@@ -356,7 +356,7 @@ def test_the_facts_say_which_code_was_checked() -> None:
 
 
 def made_clone(folder: Path) -> str:
-    """With one commit, whose name is returned."""
+    """Make a clone with one commit, and return the commit's name."""
     who = ["-c", "user.name=ann", "-c", "user.email=ann@example.org"]
     for words in (["init", "-q", "-b", "main"], [*who, "commit", "-q", "--allow-empty", "-m", "a"]):
         output_of(["git", *words], 60, folder)

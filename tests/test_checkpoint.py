@@ -48,7 +48,7 @@ def refusal(folder: Path) -> str:
     return caught.value.message
 
 
-# --- which there are ------------------------------------------------------------------------
+# --- existing files ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_other_formats_are_left_to_vllm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 12])
 def test_truncated_file_is_named_with_its_sizes(tmp_path: Path, cut: int) -> None:
-    """An interrupted download is found without reading the weights."""
+    """A truncated file is named with its sizes, without reading the weights."""
     file = tmp_path / "model.safetensors"
     write_safetensors(file, 4, 8)
     whole = file.stat().st_size
@@ -239,7 +239,7 @@ def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path).endswith("model.safetensors' cannot be read: Input/output error")
 
 
-# --- how it describes itself ----------------------------------------------------------------
+# --- its description ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_the_newer_place_wins(away: ModuleType, monkeypatch: pytest.MonkeyPatch)
 def test_a_newer_module_without_the_name_is_passed_over(
     away: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module may be older than the move of a name into it."""
+    """A newer module without the name is skipped: it may be older than the name's move."""
     monkeypatch.setitem(sys.modules, "away.new.place", ModuleType("away.new.place"))
 
     assert find("thing", TWO_PLACES) is OLD

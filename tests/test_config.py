@@ -51,7 +51,7 @@ def refusal(load: Load) -> Callable[[str], str]:
     return refuse
 
 
-# --- what is accepted -----------------------------------------------------------------------
+# --- accepted files -------------------------------------------------------------------------
 
 
 def test_shortest_file_has_one_model(load: Load) -> None:
@@ -182,7 +182,7 @@ def test_merge_keys_share_settings(load: Load) -> None:
     assert {"dtype": "float32", "seed": 2} == config.models[1].settings
 
 
-# --- files that cannot be read --------------------------------------------------------------
+# --- unreadable files -----------------------------------------------------------------------
 
 
 def test_missing_file_is_named_with_a_way_to_get_one(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, enco
         load_config(path)
 
 
-# --- what cannot work -----------------------------------------------------------------------
+# --- impossible settings --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_text_that_is_no_yaml_is_refused(
 def test_shape_that_cannot_work_is_named(
     refusal: Callable[[str], str], text: str, expected: str
 ) -> None:
-    """The message names the place, what is there, and what belongs there."""
+    """The message has the place, what is there, and what belongs there."""
     message = refusal(text)
 
     assert expected in message
@@ -344,7 +344,7 @@ def test_long_list_of_known_keys_is_not_recited(known: list[str], hint: str) -> 
 def test_default_model_must_be_configured(
     refusal: Callable[[str], str], default: str, expected: str
 ) -> None:
-    """The message names the default, the nearest alias and all aliases."""
+    """An unknown default model is refused with the nearest alias and all aliases."""
     text = f"default_model: {default}\nmodels: {{llama: {{model: x}}, qwen: {{model: y}}}}"
 
     assert expected in refusal(text)

@@ -809,7 +809,7 @@ async def test_shutdown_lets_a_switch_end(server: Server) -> None:
     await stopping
 
 
-# --- whatever happens -----------------------------------------------------------------------
+# --- any sequence of events -----------------------------------------------------------------
 
 
 async def test_coordinator_tells_its_state(server: Server) -> None:

@@ -531,7 +531,7 @@ def test_there_is_nothing_to_be_done_for_a_model_that_is_awake() -> None:
     one.check()
 
 
-# --- calls that fail ----------------------------------------------------------------------------
+# --- failing calls ------------------------------------------------------------------------------
 
 
 def allocate(one: Tenant) -> None:

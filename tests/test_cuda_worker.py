@@ -473,7 +473,7 @@ class Ranks:
 
 
 def scarce_for(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no host memory for the copies of one device."""
+    """Deny host memory for the copies of one device."""
     made = cuda_memory.HostCopy
 
     def make(driver: Driver, nbytes: int) -> cuda_memory.HostCopy:

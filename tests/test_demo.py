@@ -38,7 +38,7 @@ def test_a_configuration_that_was_edited_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    """A folder that was written before is as good as an empty one."""
+    """Writing to a folder that was written before changes nothing."""
     first = write(tmp_path).read_text()
 
     assert first == write(tmp_path).read_text()

@@ -269,7 +269,7 @@ def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyP
         CudaDevice().memory()
 
 
-# --- how much memory processes hold ---------------------------------------------------------
+# --- memory of processes --------------------------------------------------------------------
 
 
 def test_another_device_that_cannot_be_used_is_told_in_one_line(

@@ -274,7 +274,7 @@ def add_to(container: Any, thing: Any) -> None:
 
 
 def test_groups_that_this_vllm_does_not_have_are_neither_made_nor_counted(module: Any) -> None:
-    """A load that failed before it made groups has none to destroy."""
+    """Groups that this vLLM lacks are not made, nor destroyed after a load that failed early."""
     process = ProcessState([], [Attribute(module, "group"), Attribute(module, "of_later_vllm")])
 
     state = process.begin(DENSE)

@@ -98,7 +98,7 @@ def test_a_call_that_is_too_large_says_what_counts() -> None:
 
 
 def test_not_active_says_that_nothing_is_active() -> None:
-    """Without an active model the message does not name one."""
+    """The message says that no model is active, instead of naming one."""
     assert "no model is active" in ModelNotActive("qwen", None).message
 
 

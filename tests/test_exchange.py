@@ -54,7 +54,7 @@ class Said:
 
     @property
     def told(self) -> tuple[list[int], bytes]:
-        """Statuses, and the body."""
+        """Return the statuses and the body that the client got."""
         statuses = [message["status"] for message in self.sent if "status" in message]
         return statuses, b"".join(message.get("body", b"") for message in self.sent)
 

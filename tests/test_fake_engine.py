@@ -143,7 +143,7 @@ async def test_prefetch_reads_as_far_as_it_may(host: FakeHost, limit: int, read:
 def test_footprint_is_what_the_device_knows(
     settings: FakeSettings, usage: list[Usage | None]
 ) -> None:
-    """A CPU keeps sleeping weights on the device, an accelerator moves them to the host."""
+    """On a CPU sleeping weights stay on the device; on an accelerator they move to the host."""
     footprint = FakeHost(("a",), {"a": settings}).engines["a"].footprint
 
     assert usage == [footprint.usage.get(residency) for residency in LADDER[1:]]

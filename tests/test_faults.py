@@ -72,7 +72,7 @@ def test_a_drain_ends_under_steady_arrivals() -> None:
 def test_a_jump_of_the_clock_changes_no_deadline(
     monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    """Row 58: the wall clock is set while a drain is under way."""
+    """Row 58: setting the wall clock during a drain changes no deadline."""
 
     async def main() -> None:
         server = await Server(load=("llama", "qwen"), settings=SLOW, drain_timeout=5).start()
@@ -93,7 +93,7 @@ def test_a_jump_of_the_clock_changes_no_deadline(
     in_virtual_time(main())
 
 
-# --- what is generated --------------------------------------------------------------------------
+# --- outputs ------------------------------------------------------------------------------------
 
 
 async def test_a_late_output_of_another_epoch_is_never_delivered(server: Server) -> None:

@@ -232,7 +232,7 @@ async def test_a_bad_head_is_told_when_the_server_ends(keyed: Server) -> None:
         await client.close()
 
 
-# --- clients that go ------------------------------------------------------------------------
+# --- clients that leave ---------------------------------------------------------------------
 
 
 async def test_a_connection_that_was_reset_a_moment_ago_is_no_fault(

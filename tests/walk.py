@@ -108,7 +108,7 @@ class Call:
     ended_s: float | None = None
     """When the server finished it."""
     surplus: int = 0
-    """Messages that came after the end of the answer."""
+    """Number of messages that came after the end of the answer."""
     has_always_read: bool = True
     is_refused: bool = False
     """Whether the server wants to send an error, which may have to wait for the client to read."""
@@ -511,7 +511,7 @@ class World:
 
     @property
     def is_automatic(self) -> bool:
-        """Whether the server switches by itself."""
+        """Whether the server switches automatically."""
         return self.coordinator.is_automatic
 
     @property

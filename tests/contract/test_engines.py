@@ -1,4 +1,4 @@
-"""What every engine host must do: the same checks on the shipped fake and on the real vLLM.
+"""Requirements on every engine host: the same checks on the shipped fake and the real vLLM.
 
 The tests run in order, on one host, because engines are slow to make: each leaves both models
 loaded.

@@ -1,8 +1,8 @@
-"""Makes the zoo's checkpoints: `config.json` up, with random weights, in seconds, offline.
+"""Makes the zoo's checkpoints: from `config.json` on, with random weights, in seconds, offline.
 
 `python -m tests.zoo.make FOLDER [NAME ...]`. The classes of transformers give names and shapes; the
-tokenizer is that of the shipped model `llama`. Weights are wide enough that greedy texts vary:
-at a usual initialisation a random model repeats one token, and any two would answer alike.
+tokenizer is that of the shipped model `llama`. Weights are wide enough that greedy texts vary: at a
+usual initialisation a random model repeats one token, and any two would give the same answers.
 """
 
 from __future__ import annotations
