@@ -233,7 +233,7 @@ class Server:
         await self._client.aclose()
         await self.host.stop()
 
-    # --- actions of clients --------------------------------------------------------------
+    # --- actions of clients -------------------------------------------------------------
 
     async def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return await self._client.get(path, **kwargs)

@@ -192,7 +192,7 @@ async def test_drain_timeout_may_be_any_sensible_number(server: Server, timeout:
     assert 200 == (await server.post(SWITCH, content=body)).status_code
 
 
-# --- permissions -----------------------------------------------------------------------------
+# --- permissions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ async def test_lifespan_is_not_the_applications(server: Server) -> None:
         await server.app({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
 
 
-# --- routes that read ------------------------------------------------------------------------
+# --- routes that read -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/models"])
@@ -617,7 +617,7 @@ async def test_own_routes_take_no_large_bodies(server: Server) -> None:
     assert (413, "body_too_large") == (answer.status_code, answer.json()["error"]["code"])
 
 
-# --- results of requests ---------------------------------------------------------------------
+# --- results of requests --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ async def test_an_attacker_that_ends_is_not_waited_for() -> None:
             await process.sent(60)
 
 
-# --- the watched clients ---------------------------------------------------------------------
+# --- the watched clients ----------------------------------------------------------------------
 
 
 def reply(*pieces: bytes, status: int = 200, end: End = End.COMPLETE) -> Reply:

@@ -74,7 +74,7 @@ from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import Ladder
 from vllm_hotswap.states import Residency
 
-# --- what the file omits ------------------------------------------------------------------------
+# --- what the file omits -------------------------------------------------------------------------
 
 HOST, USER, SECRET, PROXY = "gaudi-lab-17", "mmueller", "hf_AbCdEf123456", "10.11.12.13"
 

@@ -632,7 +632,7 @@ def test_what_a_log_must_not_say_is_wrong(tmp_path: Path) -> None:
     assert "Traceback, event=tensors_left" == results.rows()[-1].value
 
 
-# --- what a server has to show ------------------------------------------------------------------
+# --- what a server has to show -------------------------------------------------------------------
 
 
 class FakeClient:

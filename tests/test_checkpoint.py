@@ -48,7 +48,7 @@ def refusal(folder: Path) -> str:
     return caught.value.message
 
 
-# --- existing files ------------------------------------------------------------------------
+# --- existing files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -472,7 +472,7 @@ def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
     )
 
 
-# --- defaults for several models -------------------------------------------------------------
+# --- defaults for several models ------------------------------------------------------------
 
 
 def test_defaults_count_for_every_model(load: Load) -> None:

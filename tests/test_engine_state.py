@@ -158,7 +158,7 @@ def test_a_load_that_failed_leaves_the_default_type_of_numbers(process: ProcessS
 
 
 def test_models_of_one_kind_share_their_parallel_groups(process: ProcessState, module: Any) -> None:
-    """A mixture of experts after a dense model makes its own, and no model makes them again."""
+    """Dense models share parallel groups, and so do mixtures of experts; none makes them again."""
     dense = load(process, module, "dense")
     experts = load(process, module, "experts", EXPERTS)
     assert ("group of experts", "experts of experts") == (module.group, module.experts)

@@ -357,7 +357,7 @@ def test_an_error_that_nobody_thought_of_is_one_line_with_its_place(
     )
 
 
-# --- programs that answer, but are not our server ---------------------------------------------
+# --- programs that answer, but are not our server -------------------------------------------
 
 
 def answer(body: str | bytes, status: str = "200 OK", kind: str = "application/json") -> bytes:

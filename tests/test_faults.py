@@ -128,7 +128,7 @@ async def test_a_wrong_canary_keeps_the_gate_shut(server: Server) -> None:
     assert 200 == (await server.ask("llama")).status_code
 
 
-# --- the engine host's process ------------------------------------------------------------------
+# --- the engine host's process --------------------------------------------------------------------
 
 HANG_S = 2
 QUICK = {"hang_timeout": HANG_S, "step_timeout": 2, "load_timeout": 10, "command_timeout": 3}

@@ -604,7 +604,7 @@ class World:
             invariant.verify()
         self.recent_asks = [ask for ask in self.recent_asks if ask.is_open]
 
-    # --- actions of clients -----------------------------------------------------------------
+    # --- actions of clients ---------------------------------------------------------------------
 
     def ask(self, alias: str | None, words: int = 3, streamed: bool = True) -> Ask:
         body: dict[str, Any] = {"max_tokens": words}

@@ -207,7 +207,7 @@ def whisper() -> Any:
     return transformers.WhisperForConditionalGeneration(made).to(torch.bfloat16)
 
 
-# --- changes to the written files ------------------------------------------------------------
+# --- changes to the written files -----------------------------------------------------------
 
 
 def add_reward_head(folder: Path) -> None:
