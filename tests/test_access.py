@@ -299,7 +299,7 @@ def test_key_of_a_group_that_is_an_admins_is_refused() -> None:
 
 
 def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
-    """A user whom vLLM's own flag, known later, would make an admin, ends the start."""
+    """vLLM's flag, known later than the others, must not make an admin's key a user key, too."""
     access = Access(admin_keys=["x"])
 
     with pytest.raises(ConfigError, match=r"a user key \(--api-key\)"):

@@ -109,7 +109,7 @@ async def test_adapter_of_a_model_that_is_not_active_is_refused_with_the_model(
 
 @pytest.mark.parametrize("name", ["sql", "qwen"])
 async def test_a_switch_to_an_adapter_is_one_to_its_model(server: Server, name: str) -> None:
-    """After it, requests for the adapter and for the model are served."""
+    """After a switch to an adapter, requests for it and for its model are served."""
     await add(server, "qwen", "sql")
 
     switched = (await server.switch(name)).json()
@@ -420,7 +420,7 @@ async def test_vllms_route_refuses_an_unknown_adapter(server: Server, more: dict
 
 
 async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> None:
-    """No model is active after the active engine has died."""
+    """A route without a name fails after the active engine has died: no model is active."""
     server.host.kill_engine("llama")
 
     answer = await server.post(
@@ -431,7 +431,7 @@ async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> No
 
 
 async def test_an_adapter_that_is_asked_for_while_it_is_replaced_stays(server: Server) -> None:
-    """An adapter in use stays: its requests would run beside those of the replacement."""
+    """An adapter that is requested during its replacement stays; the replacement is refused."""
     first = (await add(server, "llama", "pirate")).json()
     server.host.hold("add_adapter", "llama")
     replacing = asyncio.create_task(add(server, "llama", "pirate", "sql", in_place=True))

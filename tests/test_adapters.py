@@ -143,7 +143,7 @@ def test_layers_that_keep_their_weights_transposed_are_not_compared(tmp_path: Pa
     ("needed", "rank"), [([], 16), ([4], 16), ([17], 32), ([8, 64], 64), ([600], 16)]
 )
 def test_rank_of_the_engine_follows_from_its_adapters(needed: list[int], rank: int) -> None:
-    """The engine's rank is the smallest that vLLM allows for all of its adapters."""
+    """The rank is vLLM's smallest that fits; one that it never allows is refused elsewhere."""
     assert rank == smallest_rank(needed, (1, 8, 16, 32, 64, 512), 16)
 
 

@@ -127,7 +127,7 @@ MANY = ["x" * 30] * 1025
 def test_what_is_generated_has_a_bound_of_its_own(
     path: str, body: dict[str, Any], is_refused: bool
 ) -> None:
-    """Generated answers have a separate bound, because they are written in one piece."""
+    """Generated answers have a lower limit than pooled ones: they are written in one piece."""
     if is_refused:
         with pytest.raises(CallTooLarge, match=r"limits\.answers_per_call"):
             requests_of(path, **body)

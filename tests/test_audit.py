@@ -79,7 +79,7 @@ async def audited(make_server: MakeServer, audit: AuditLog, tmp_path: Path) -> A
 
 
 async def test_a_line_says_what_was_done_by_whom(audited: Audit) -> None:
-    """A line has time, call, model, caller's role and key, address, status, duration and body."""
+    """A line has time, call, model, role, key's name, address, status, duration and body."""
     key = Access(admin_keys=["admin"]).caller(as_headers(ADMIN)).key
 
     await audited.call("POST", SWITCH, json={"model": "qwen", "drain_timeout": 1})
@@ -108,7 +108,7 @@ def as_headers(headers: dict[str, str]) -> Headers:
 
 
 async def test_every_changing_route_leaves_a_line(audited: Audit) -> None:
-    """Every changing route leaves a line, with the model wherever the call names it."""
+    """Moves, leases, announcements and adapters leave a line, with the model if it is named."""
     lease = await audited.call(
         "POST", "/admin/leases", json={"model": "qwen", "owner": "a", "ttl": 9}
     )

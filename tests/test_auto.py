@@ -764,7 +764,7 @@ def test_idle_connection_holds_nobody_up(play: Play) -> None:
 
 
 def test_connection_that_becomes_idle_in_a_drain_is_not_waited_for(play: Play) -> None:
-    """A drain does not wait for the client of an idle connection to hang up."""
+    """A drain does not wait for the client of a connection whose request ends to hang up."""
 
     async def story(server: Server) -> None:
         socket = server.websocket("/v1/realtime", "model=llama")

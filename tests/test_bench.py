@@ -66,7 +66,7 @@ def test_one_sample_is_every_percentile() -> None:
 
 
 def test_no_samples_have_no_percentile() -> None:
-    """An error is better than a figure that was not measured."""
+    """Without samples there is an error, instead of a figure that was not measured."""
     with pytest.raises(ValueError, match="no samples"):
         percentile([], 50)
 

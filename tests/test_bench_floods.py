@@ -41,7 +41,7 @@ DONE = b"data: [DONE]\n\n"
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in VLLM_ALONE])
 async def test_every_flood_gets_to_what_it_is_meant_for(make_server: MakeServer, name: str) -> None:
-    """If it were refused earlier, the benchmark would measure something else."""
+    """Every flood reaches its target, or the benchmark would measure something else."""
     kind = KINDS[name]
     server = await make_server(access=ACCESS, limits=SMALL)
     async with listening(server, SMALL) as port:
@@ -59,7 +59,7 @@ async def test_every_flood_gets_to_what_it_is_meant_for(make_server: MakeServer,
 
 @pytest.mark.parametrize("name", sorted(VLLM_ALONE))
 async def test_routes_of_vllm_alone_are_asked(make_server: MakeServer, name: str) -> None:
-    """An engine without them answers 404, and the bounds admit the request."""
+    """Requests to routes that an engine lacks get 404, and the bounds admit them."""
     server = await make_server(access=ACCESS)
     async with listening(server) as port:
         attack = Attack(Target(port, "llama", "eve", "slow"))

@@ -98,7 +98,7 @@ def test_a_line_that_falls_has_no_bandwidth() -> None:
 
 
 def test_one_place_makes_no_line() -> None:
-    """An error is better than a line that was not measured."""
+    """Without two places there is an error, instead of a line that was not measured."""
     with pytest.raises(ValueError, match="two places"):
         least_squares([(1.0, 2.0), (1.0, 3.0)])
 

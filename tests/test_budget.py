@@ -247,7 +247,7 @@ def test_models_that_do_not_fit_together_take_turns_with_their_weights_kept() ->
 
 
 def test_models_whose_weights_do_not_fit_together_take_turns_alone() -> None:
-    """Where weights do not fit together, each model in turn has all that its weights leave."""
+    """Otherwise each model in turn has all that its own weights leave; others are unloaded."""
     models = [
         needs("a", 6 * GIB - OVERHEAD_BYTES, keeps_weights=True),
         needs("b", 4 * GIB - OVERHEAD_BYTES, keeps_weights=True),

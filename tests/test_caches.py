@@ -128,7 +128,7 @@ def test_without_a_place_there_is_no_variable(
 def test_a_parent_that_everybody_may_write_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A parent that all users may write to is logged: the folder could be replaced."""
+    """A parent that all may write to, as in container volumes, is logged: it allows replacing."""
     root = tmp_path / "volume" / "vllm"
     root.mkdir(parents=True)
     root.parent.chmod(0o777)

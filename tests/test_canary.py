@@ -142,7 +142,7 @@ async def ask_everything(planted: Planted) -> None:
 async def test_nothing_that_was_planted_is_told(
     planted: Planted, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not in an answer, a header, a metric or an event; secrets are not in the log either.
+    """Nothing planted is in an answer, a header, a metric or an event, and no secret in the log.
 
     The log has the folders: it is for the operator, and answers leave them out.
     """

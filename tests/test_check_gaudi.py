@@ -649,7 +649,7 @@ def test_an_interrupted_check_says_what_there_is(
 
 
 def test_the_servers_variables_let_it_be_asked_and_read(tmp_path: Path) -> None:
-    """The server's user's keys and quantisation are left out; the check's plugin is allowed."""
+    """The server gets none of the user's keys or quantisation; the check's plugin is allowed."""
     told = surroundings(
         {
             "VLLM_API_KEY": "k",
@@ -847,8 +847,8 @@ def kill(pid: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_check_that_is_ended_ends_its_server(tmp_path: Path, number: int) -> None:
-    """This holds for Ctrl-C, `kill` and a closed terminal. The server has its own process group,
-    and would otherwise hold the device for ever."""
+    """Ctrl-C, `kill` and a closed terminal stop the server, too. It has its own process group, and
+    would otherwise hold the device for ever."""
     assert [] == left(tmp_path, [number], OBEYS)
 
 
@@ -1320,7 +1320,7 @@ def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
 
 
 def test_of_tokens_that_are_tied_either_may_be_said() -> None:
-    """Either of two tied tokens may be chosen; the rest is not compared, as it differs."""
+    """Either of two tied tokens may be chosen; what follows it is then not compared."""
     tied = answer(((1, -0.7), (2, -0.8), (3, -4.0)), SURE)
     other = answer(((2, -0.7), (1, -0.8), (3, -4.0)), ((9, 0.0), (8, -9.0), (7, -9.0)))
 

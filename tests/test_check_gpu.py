@@ -708,7 +708,7 @@ async def test_a_story_goes_through_every_residency(client: FakeClient, tmp_path
 
 
 async def test_answers_that_a_sleep_changes_are_counted(client: FakeClient, tmp_path: Path) -> None:
-    """The report has the first token after a wake, and the same token within a whole answer."""
+    """Changed tokens count: the first one after a wake, and the same one in the whole answer."""
     client.forgets = True
     story, _ = a_story(client, tmp_path)
     await story.expect()

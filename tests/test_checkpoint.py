@@ -323,7 +323,7 @@ async def test_files_are_read_as_far_as_the_limit(files: list[Path], limit: int,
 
 
 async def test_reading_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
-    """A thread reads, and stops when the read is cancelled."""
+    """A thread reads, without delaying the event loop, and stops when it is cancelled."""
     endless = Path("/dev/zero")
     before = threading.active_count()
 
@@ -379,7 +379,7 @@ def test_offsets_that_are_no_range_are_refused(tmp_path: Path, offsets: str) -> 
 def test_a_larger_type_in_memory_is_counted(
     tmp_path: Path, dtype: str, itemsize: int, more: int
 ) -> None:
-    """A larger type for twelve values counts; integers are not converted, and no type shrinks."""
+    """Values of a larger type count; integers are not converted, a smaller type gains nothing."""
     size = 12 * {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}[dtype]
     entry = {"w": {"dtype": dtype, "shape": [12], "data_offsets": [0, size]}}
     head = json.dumps(entry).encode()

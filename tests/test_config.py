@@ -402,7 +402,7 @@ def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, p
 
 @pytest.mark.parametrize("model", ["~nobody-has-this-name/x", '"a\\0b"'])
 def test_text_that_is_no_path_is_refused(refusal: Callable[[str], str], model: str) -> None:
-    """An unknown user or a null byte in it is a mistake of the file, not of the program."""
+    """A path with an unknown user or a null byte is a mistake of the file, not of the program."""
     assert "is not a valid path" in refusal(f"models: {{a: {{model: {model}}}}}")
 
 

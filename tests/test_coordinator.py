@@ -425,7 +425,7 @@ async def test_switch_outlives_its_caller(server: Server) -> None:
 
 
 async def test_failing_switch_outlives_its_caller_quietly(server: Server) -> None:
-    """An error without a caller is not a stray exception."""
+    """An error of a switch that no caller waits for is not a stray exception."""
     server.host.hold("load", "mistral")
     server.host.fail_next("load", "mistral")
     switch = await begin_switch(server, "mistral")
@@ -520,7 +520,7 @@ async def test_invalid_target_fails_before_anything_is_drained(server: Server) -
 async def test_source_serves_on_if_the_target_cannot_be_brought_up(
     server: Server, operation: str, target: str, phase: str, residency: str
 ) -> None:
-    """If the target fails, the caller and held requests get the cause; all is as before."""
+    """If the target fails, the caller and held requests get the cause; then all is as before."""
     server.host.hold(operation, target)
     server.host.fail_next(operation, target, HotswapError("out of memory"))
     switch = await begin_switch(server, target)

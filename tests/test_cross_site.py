@@ -163,7 +163,7 @@ PAGES = {
 async def test_a_page_of_another_origin_changes_nothing(
     make: Make, page: str, origin: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pages of other origins are refused on all our routes with a body, in one log line."""
+    """Pages of other origins are refused on all our routes with a body, and each is logged."""
     running = await make()
     origins = {"other port": running.elsewhere, "other site": "https://evil.example"}
     headers = {**PAGES[page], "Origin": origins.get(origin, origin)}

@@ -219,7 +219,7 @@ def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_sleep_neither_mapping_nor_torchs_pools_have_to_work() -> None:
-    """Without sleep, models lie in torch's own memory, and mapping need not work."""
+    """Without sleep models lie in torch's own memory: mapping and pools need not work."""
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
     assert check_driver(environment, cuda := FakeCuda(can_map=False), maps=False) is cuda

@@ -84,7 +84,7 @@ def launches(*configs: Any) -> list[ModelLaunch]:
 
 @pytest.mark.parametrize("utilization", [0.3, 0.92])
 def test_models_share_what_is_free_but_for_a_reserve(utilization: float) -> None:
-    """All models share what one vLLM server would take alone (`gpu_memory_utilization`)."""
+    """Models share all that is free, whatever `gpu_memory_utilization` would give one server."""
     device = DeviceMemory(total=24 * GIB, free=21 * GIB, held=GIB // 2, reserve=GIB)
     models = launches(*(vllm_config(CUDA_WORKER, utilization) for _ in range(2)))
 

@@ -294,7 +294,7 @@ def test_memory_in_which_nothing_is_has_none_after_a_load() -> None:
 
 
 def test_an_allocation_without_room_leaves_nothing() -> None:
-    """A failed allocation leaves neither addresses nor memory, and a smaller one succeeds."""
+    """A failed allocation leaves neither addresses nor memory; the next that fits succeeds."""
     cuda = FakeCuda(total=4 * STEP)
     one = Tenant(cuda)
 

@@ -208,7 +208,7 @@ def test_the_end_of_an_engine_tells_what_it_would_have_drawn(
 
 
 def test_only_a_model_that_is_compiled_may_compile(process: ProcessState, module: Any) -> None:
-    """An eager model runs functions that vLLM decorates without compiling them."""
+    """An eager model runs functions that vLLM has decorated, without compiling them."""
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("compiled")
@@ -480,7 +480,7 @@ def test_other_platforms_are_left_alone(
 def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each model decides by its quantisation. Calibrations stay. A file may disappear later."""
+    """Each model decides by its quantisation. No calibration ends by chance. Files may go."""
     file = tmp_path / "quant.json"
     file.write_text("{}", encoding="utf-8")
     ops = types.ModuleType("vllm_gaudi.extension.ops")

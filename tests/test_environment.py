@@ -62,7 +62,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o022, 0o077, 0o137], indirect=True)
 def test_nobody_else_writes_to_what_is_made(umask: int, tmp_path: Path) -> None:
-    """New files are not writable by others; restrictions of the umask before stay."""
+    """New files are not writable by others, and what an earlier umask forbade stays forbidden."""
     assert umask == shut_out_writers()
     (tmp_path / "made").mkdir()
 
@@ -126,7 +126,7 @@ def test_the_command_line_imports_nothing_from_the_start_folder(
 
 
 def test_a_start_folder_that_has_been_deleted_is_none(tmp_path: Path) -> None:
-    """A shell can stay in a folder that another one removes."""
+    """A deleted start folder is ignored: a shell can stay in one that another removes."""
     folder = tmp_path / "gone"
     folder.mkdir()
     program = f"import os; os.rmdir({str(folder)!r}); from vllm_hotswap import start_folder as s"
@@ -204,8 +204,8 @@ async def host_environment(
 
 @on_linux
 async def test_a_host_is_started_in_private(host_environment: dict[str, str]) -> None:
-    """It gets no key, imports nothing from the start folder, where it would have failed, and keeps
-    temporary files to itself.
+    """A host gets no key, imports nothing from the start folder, where it would have failed, and
+    keeps temporary files to itself.
     """
     assert KEY not in host_environment.values()
     assert "1" == host_environment["PYTHONSAFEPATH"]

@@ -147,7 +147,7 @@ ENVIRONMENTS: Mapping[str, Mapping[str, str | None]] = {
 def test_a_server_of_this_machine_is_reached_whatever_the_environment_says(
     command: str, name: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server of this machine is reached whatever the environment says, say about proxies."""
+    """A server of this machine is reached despite proxies and all else in the environment."""
     for variable, value in ENVIRONMENTS[name].items():
         if value is None:
             monkeypatch.delenv(variable, raising=False)
@@ -164,7 +164,7 @@ def test_a_server_of_this_machine_is_reached_whatever_the_environment_says(
 def test_a_proxy_that_cannot_be_used_for_another_machine_is_one_line(
     proxy: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A useless proxy is one line with the server's address, which is not contacted."""
+    """A useless proxy gets one line with the server's address, which is not contacted."""
     monkeypatch.setenv("ALL_PROXY", proxy)
 
     ended = run("status", "--url", "http://models.invalid:8000")
@@ -176,7 +176,7 @@ def test_a_proxy_that_cannot_be_used_for_another_machine_is_one_line(
 def test_certificates_that_are_missing_are_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Missing certificates are one line, for https alone."""
+    """Missing certificates get one line, for https only."""
     monkeypatch.setenv("SSL_CERT_FILE", "nowhere.pem")
 
     ended = run("status", "--url", "https://models.invalid:8000")

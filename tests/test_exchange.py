@@ -87,7 +87,7 @@ async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> Non
 
 
 async def test_a_long_refusal_is_passed_on() -> None:
-    """No large response is kept; it counts as a refusal nevertheless."""
+    """A long refusal is not kept but passed on, and counts nevertheless."""
     said = Said()
     await said.start(404)
     await said.body(bytes(REFUSAL_BYTES), more_body=True)
@@ -145,7 +145,7 @@ async def test_a_refusal_that_is_cut_is_no_answer() -> None:
 
 
 async def test_who_has_left_is_not_refused() -> None:
-    """A client that often leaves is not delayed for it."""
+    """A client that has left is not refused, so leaving often does not delay it."""
     said = Said()
     said.lease.client_left = True
     await said.start(400)

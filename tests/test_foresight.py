@@ -60,7 +60,7 @@ async def test_likely_model_is_read_ahead(make_server: MakeServer) -> None:
 
 
 async def test_reading_stops_when_a_switch_goes_elsewhere(make_server: MakeServer) -> None:
-    """Reading stops when a switch goes elsewhere; bytes read so far are waste."""
+    """Reading stops as a switch elsewhere starts; bytes read so far are waste."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
     server.host.hold("load", "c")
@@ -133,7 +133,7 @@ async def announce(server: Server, model: str) -> dict[str, Any]:
 
 
 async def test_announced_model_is_read_at_once(make_server: MakeServer) -> None:
-    """An announced model is read at once, and the answer says so; nothing else moves."""
+    """An announced model is read at once, as the answer says; nothing is switched or evicted."""
     server = await make(make_server)
 
     answer = await announce(server, "c")
@@ -190,7 +190,7 @@ async def test_model_that_was_predicted_and_announced_counts_once(make_server: M
 
 
 async def test_prefetch_that_was_called_for_is_not_given_up(make_server: MakeServer) -> None:
-    """An announcement of its model, and then of another, does not cancel it."""
+    """An explicit prefetch survives an announcement of its model, and then of another."""
     server = await make(make_server)
     await server.operate("b", "prefetch")
 

@@ -357,7 +357,7 @@ def test_a_runtime_that_fails_is_told(
 def test_it_is_told_where_vllm_has_taken_another_device(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A build of vLLM for CPUs would serve, a hundred times slower."""
+    """Another device that vLLM uses is logged: a CPU build would serve, 100 times slower."""
     gaudi.look_at_platform("cpu")
     assert not caplog.records
 

@@ -230,7 +230,7 @@ def test_a_copy_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_only_what_an_installation_reads_is_copied(tmp_path: Path) -> None:
-    """An environment inside the clone may have gigabytes, and a pipe would never end."""
+    """Only what an installation reads is copied: no environment, and no pipe without an end."""
     plugin, work = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     before = everything_in(plugin)
     (plugin / ".venv").mkdir()
@@ -381,7 +381,7 @@ def test_an_environment_goes_on_top_of_the_base(
 def test_an_environment_is_kept_until_its_base_changes(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """Another base folder, or another torch in it, makes a new environment with a new link."""
+    """An environment is kept until its base's folder or torch changes, and then linked anew."""
     base = an_environment(tmp_path / "base", "vllm==0.26.0", "torch==2.11.0")
     other = an_environment(tmp_path / "other", "vllm==0.26.0", "torch==2.11.0")
     plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
@@ -507,7 +507,7 @@ def test_tests_find_the_stand_in_and_where_results_go(
 def test_variables_of_who_starts_it_do_not_change_what_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A selection of tests would pass without the rest; a setting would be rehearsed by chance."""
+    """Variables of the caller change nothing: neither the choice of tests nor settings."""
     steering = (
         *("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "QUANT_CONFIG", "VLLM_PLUGINS", "FAKEHPU_MIB"),
         *("FAKEGPU_DIRTY", "PT_HPU_LAZY_MODE", "VLLM_SKIP_WARMUP", "VLLM_HPU_MULTI_MODEL_CONFIG"),

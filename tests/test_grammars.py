@@ -356,7 +356,7 @@ async def test_a_rehearsal_is_killed_when_its_client_leaves(rehearsing: Rehearsi
 async def test_a_rehearsal_beyond_its_bounds_ends_its_request_alone(
     rehearsing: Rehearsing, work: str, own: dict[str, Any], code: str
 ) -> None:
-    """A rehearsal beyond its time or memory, or a crash, ends its request with its own error."""
+    """A rehearsal beyond its time or memory, or a crash, ends only its request, with its error."""
     lease, task = rehearsing.ask(work, **own)
     with pytest.raises(EngineUnavailable):
         await task

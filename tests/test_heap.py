@@ -32,7 +32,8 @@ with large_blocks_mapped():
     reason="only glibc has these thresholds",
 )
 def test_a_block_freed_between_others_is_given_back_at_once() -> None:
-    """This holds although an earlier large block, once freed, has raised the allocator's threshold.
+    """A freed block is returned, although an earlier large one has raised the allocator's
+    threshold.
 
     It runs in a separate process, whose heap has no holes to fill.
     """

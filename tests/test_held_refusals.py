@@ -102,7 +102,7 @@ async def test_a_websocket_that_is_refused_keeps_no_place(keyed: Server) -> None
 
 
 async def test_what_is_served_behind_a_refusal_keeps_its_place(keyed: Server) -> None:
-    """No client is cut off in the middle of a request."""
+    """A request that is served behind a refusal keeps its place, and is not cut in the middle."""
     good = post("/v1/completions", COMPLETION, "application/json")
     async with listening_with(keyed, ONE_PLACE) as at:
         client = await waiting(at, WRONG + good[:-1])

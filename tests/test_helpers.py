@@ -101,7 +101,7 @@ def test_a_stopped_errand_kills_its_helper_in_the_middle_of_its_work(helpers: He
     ],
 )
 def test_what_takes_too_much_is_ended(helpers: Helpers, what: str, of: str, bounds: Bounds) -> None:
-    """A helper beyond its memory or its time is killed at once; the next errand is done."""
+    """A helper beyond its memory or its time is killed, and the next errand is done."""
     Errand(helpers, BOUNDS).do("pass")
     [pid] = helpers.pids
     with pytest.raises(OutOfBounds) as caught:

@@ -81,7 +81,7 @@ def answer_to(command: Command, error: Exception) -> tuple[Asleep, Answer]:
 def test_only_a_model_without_room_is_still_there_after_a_wake_that_failed(
     error: Exception, stays: bool, lacks_room: bool
 ) -> None:
-    """After any other failure, its remaining state is unknown."""
+    """Only a model without room survives a failed wake: other failures leave it unknown."""
     engine, answer = answer_to(Wake(7, "one"), error)
 
     assert (stays, lacks_room) == (engine.is_loaded, answer.lacks_room)
