@@ -79,7 +79,7 @@ async def audited(make_server: MakeServer, audit: AuditLog, tmp_path: Path) -> A
 
 
 async def test_a_line_says_what_was_done_by_whom(audited: Audit) -> None:
-    """A line has time, call, model, role, key's name, address, status, duration and body."""
+    """It has time, call, model, role, key fingerprint and name, address, status, duration, body."""
     key = Access(admin_keys=["admin"]).caller(as_headers(ADMIN)).key
 
     await audited.call("POST", SWITCH, json={"model": "qwen", "drain_timeout": 1})

@@ -987,7 +987,7 @@ def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) 
 def test_a_long_line_of_a_log_is_cut_and_does_nothing_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A long line is cut after names are taken out, and cannot clear or imitate the terminal."""
+    """Names are taken out before the cut; the rest can't clear the terminal or look like ours."""
     control = b"vllm-hotswap: error: \x1b]0;title\x07 \x1b[2J \x9b31m\x7f\x08 " + b"y" * 5000
     server = with_log(tmp_path / "server.log", control + b" " + SECRET.encode())
 
