@@ -251,7 +251,7 @@ def test_a_driver_call_that_fails_once_costs_the_source_nothing(
 def test_another_process_that_takes_memory_moves_the_idle_model_down(
     server: ServerProcess, board: Board
 ) -> None:
-    """The source stays active, the status shows it, and all comes back once the memory is free."""
+    """When another process takes memory, the idle model moves down, and can come back later."""
     park(server)
     expected, free = tokens(server, SOURCE), board.total - board.used
     before = server.status()["memory"]["device"]["others"]  # type: ignore[index]

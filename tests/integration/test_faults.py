@@ -178,7 +178,7 @@ def test_a_killed_host_fails_every_request_and_comes_back(
 
 @pytest.mark.wide
 def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
-    """SIGSEGV: the call ends with the cause instead of hanging, and the source is back."""
+    """A host crash (SIGSEGV) in a load fails the switch with the cause, and the source returns."""
     assert faulty.serves_as_ever()
     faulty.faults.inject("host.load.weights@frail=1*segv")
 
