@@ -98,7 +98,7 @@ def test_every_kind_of_layer_is_known_by_its_name(given: Any, kinds: list[str]) 
     ],
 )
 def test_what_the_configuration_leaves_open_is_no_lower_bound(given: Any) -> None:
-    """What the configuration leaves open is no lower bound: only the load tells."""
+    """What the configuration leaves open is not a lower bound: only the load tells."""
     assert not kv_cache._is_known(given, kv_cache._kinds(given))
 
 

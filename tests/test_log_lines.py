@@ -86,7 +86,7 @@ WITH_LINES: dict[str, object] = {"disable_uvicorn_access_log": False, "uvicorn_l
 async def test_a_client_cannot_say_in_the_log_who_it_is(
     server: Server, lines: io.StringIO, trusted: list[str]
 ) -> None:
-    """A forwarded value that is not an address is ignored in the log, whoever sends it."""
+    """A client cannot set its address in the log: only a trusted proxy's valid addresses count."""
     listen = ListenFlags(forwarded_allow_ips=trusted)
     async with listening_with(server, None, listen, uvicorns(lines), **WITH_LINES) as at:
         client = await Raw.connect(at.port)

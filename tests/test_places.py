@@ -158,7 +158,7 @@ async def occupied(server: Server, port: int, count: int) -> list[Raw]:
 
 @pytest.fixture
 async def slow(make_server: MakeServer) -> Server:
-    """Keep llama from answering any request."""
+    """A server whose llama answers no request."""
     return await make_server(
         settings={"llama": FakeSettings(token_s=3600)}, access=Access(admin_keys=["the-key"])
     )
@@ -167,7 +167,7 @@ async def slow(make_server: MakeServer) -> Server:
 async def test_health_checks_and_admins_are_served_where_all_connections_are_busy(
     slow: Server,
 ) -> None:
-    """With all connections busy, health checks and admins are served; others are told to retry."""
+    """If all connections are busy, health checks and admins are served; others get a retry."""
     limits = LimitsConfig(connections=16, connections_per_address=14)
     async with listening(slow, limits) as port:
         clients = await occupied(slow, port, 14)

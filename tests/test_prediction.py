@@ -21,7 +21,7 @@ def after(sequence: Iterable[str]) -> Prediction | None:
 
 @pytest.mark.parametrize("sequence", ["", "a", "ab", "aba", "abacabada"])
 def test_what_has_not_become_a_habit_is_not_predicted(sequence: str) -> None:
-    """Neither from nothing, nor from one time, nor from something else each time."""
+    """Without a repeated habit there is no prediction: not from nothing, once, or mixed pasts."""
     assert after(sequence) is None
 
 

@@ -424,7 +424,7 @@ async def test_an_operation_takes_a_wake_over(gpu: Server, operation: str) -> No
 async def test_a_slice_that_fails_costs_nobody_anything(
     gpu: Server, error: HotswapError, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failed slice leaves the model asleep; the active one serves on, and a switch wakes it."""
+    """A failed slice leaves the model asleep; the active one continues, and a switch wakes it."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()

@@ -282,7 +282,7 @@ def test_a_count_raises_into_nobody_who_logs(
 def test_lines_about_websockets_belong_to_the_access_log(
     lines: Lines, has_access_log: bool
 ) -> None:
-    """Lines about WebSockets belong to the access log, without which uvicorn still writes them."""
+    """Lines about WebSockets are logged only with the access log, though uvicorn writes them."""
     filtered = Quiet(has_access_log)
     filtered.begin()
     for _ in range(3):

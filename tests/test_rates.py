@@ -111,7 +111,7 @@ def test_a_group_says_it_for_each_of_its_keys() -> None:
 
 
 def test_defaults_count_elsewhere_than_on_loopback_and_for_keys() -> None:
-    """Default limits need keys and an address beyond loopback: else one caller would block all."""
+    """Defaults apply only to keys beyond loopback: without keys, one caller would block all."""
     most = ELSEWHERE.requests
     assert most is not None
     take(rates(), ANN, most + 1)

@@ -68,7 +68,7 @@ async def ask(server: Server, key: str, method: str, path: str, **body: Any) -> 
 async def test_response_is_there_for_its_group_of_keys_alone(
     make_server: MakeServer, stranger: str
 ) -> None:
-    """Only its group of keys can read, continue or cancel a response; others get a 404."""
+    """Only its group of keys can read, continue or cancel a response; others cannot see it."""
     server = await make_server(access=KEYS)
     new = {"model": "llama", "input": "x"}
     mine = (await ask(server, "ann", "POST", RESPONSES, **new)).json()["id"]
@@ -98,7 +98,7 @@ async def test_keys_outside_of_groups_keep_their_responses_apart(make_server: Ma
 
 
 async def test_nobody_overwrites_the_response_of_another(make_server: MakeServer) -> None:
-    """A client may choose and reuse its response's id, but cannot overwrite another client's."""
+    """A key may choose and reuse ids of its group's responses, but overwrites no other group's."""
     server = await make_server(access=KEYS)
     new = {"model": "llama", "input": "x", "request_id": "resp_mine"}
     answers = [await ask(server, key, "POST", RESPONSES, **new) for key in ("ann", "eve", "bob")]

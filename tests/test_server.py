@@ -307,7 +307,7 @@ async def test_a_hangup_says_that_an_edited_models_file_wants_a_restart(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A hangup reports a changed models file, and only that, and the server continues."""
+    """A hangup reports that an edited models file needs a restart; of an unchanged one, nothing."""
     caplog.set_level(logging.INFO)
     file, keys = tmp_path / "models.yaml", tmp_path / "keys"
     file.write_text("models: {a: {}}")

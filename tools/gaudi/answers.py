@@ -95,7 +95,7 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
 
 
 def from_completion(choice: Mapping[str, Any]) -> Answer:
-    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`.
+    """Return the answer to `/v1/completions` with `return_tokens_as_token_ids`.
 
     vLLM tells the likeliest tokens, and the one that was said besides. That one comes first,
     however likely it is; the likeliest others follow. JSON has null for what is no number.
