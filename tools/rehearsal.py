@@ -199,7 +199,7 @@ def chosen(parts: Sequence[Part], tests: Sequence[str]) -> list[Part]:
     """Return the parts with these files; all, if none is named.
 
     Raises:
-        RehearsalError: a file is no part's.
+        RehearsalError: no part has one of the files.
     """
     there = [part.tests for part in parts]
     if unknown := [test for test in tests if test not in there]:

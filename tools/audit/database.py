@@ -53,7 +53,7 @@ def from_osv(entry: Mapping[str, Any], packages: frozenset[str]) -> Iterator[Adv
     A version is affected if it is in a range or in `versions`, as the schema has it ("Evaluation").
 
     Raises:
-        ValueError: a range begins with something that is no version.
+        ValueError: a range begins with something that is not a version.
     """
     for about in entry.get("affected", []):
         package = about.get("package", {})

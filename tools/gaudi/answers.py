@@ -97,11 +97,11 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
 def from_completion(choice: Mapping[str, Any]) -> Answer:
     """Return the answer to `/v1/completions` with `return_tokens_as_token_ids`.
 
-    vLLM tells the likeliest tokens, and the one that was said besides. That one comes first,
-    however likely it is; the likeliest others follow. JSON has null for what is no number.
+    vLLM lists the likeliest tokens, and the chosen one besides. That one comes first,
+    however likely it is; the likeliest others follow. JSON has null for what is not a number.
 
     Raises:
-        ValueError: a token was said of which no probability is told.
+        ValueError: a token was chosen without a probability.
     """
     ranks, said = choice["logprobs"]["top_logprobs"], choice["token_ids"]
     return Answer([_step(*told) for told in zip(ranks, said, strict=True)])

@@ -97,7 +97,7 @@ def pack(out: Path, work: Path, options: Options, root: Path = ROOT) -> dict[str
     """Make the bundle. Returns the bytes of each archive in it.
 
     Raises:
-        PackError: a wheel cannot be had, or is no wheel.
+        PackError: a wheel cannot be had, or is not a wheel.
     """
     revision = work / REVISION
     revision.write_text(git_revision(root) or "", encoding="ascii")

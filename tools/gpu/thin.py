@@ -50,7 +50,7 @@ def section(data: bytes | bytearray, name: str) -> tuple[int, int]:
     """Return offset and size of a section of a 64-bit ELF file; twice 0 if it lacks that name.
 
     Raises:
-        NoFatbin: it is no such file.
+        NoFatbin: it is not such a file.
     """
     if data[:5] != b"\x7fELF\x02":
         raise NoFatbin("it is no 64-bit ELF file")
