@@ -117,7 +117,7 @@ async def test_source_gives_nothing_up_while_it_is_drained(tight: Server) -> Non
 async def test_switch_that_can_never_have_room_is_refused_before_the_drain(
     make_server: MakeServer,
 ) -> None:
-    """A switch that can never have room is refused; the pinned source's requests notice nothing."""
+    """A switch that can never have room is refused before the drain; the source is undisturbed."""
     server = await make_server(load=("llama",), settings=sized(), budget=ONE_AND_A_HALF)
     await server.operate("llama", "pin")
     stream = await server.start_stream("llama")

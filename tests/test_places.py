@@ -167,7 +167,7 @@ async def slow(make_server: MakeServer) -> Server:
 async def test_health_checks_and_admins_are_served_where_all_connections_are_busy(
     slow: Server,
 ) -> None:
-    """If all connections are busy, health checks and admins are served; others get a retry."""
+    """If all connections are busy, health checks and admins are served; others get 503."""
     limits = LimitsConfig(connections=16, connections_per_address=14)
     async with listening(slow, limits) as port:
         clients = await occupied(slow, port, 14)

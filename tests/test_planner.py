@@ -396,7 +396,7 @@ def cases(draw: st.DrawFn, host: st.SearchStrategy[int] = MiB) -> Case:
 
 @given(cases())
 def test_only_those_are_moved_that_may_be_and_only_as_far(case: Case) -> None:
-    """Only movable models move: down, once, and never the target; busy ones stop at asleep."""
+    """Only movable models move: down, once, and never the target; busy ones go down to asleep."""
     plan = case.find_plan()
 
     movable = {view.alias: case.allowed(view)[1:] for view in case.movable}

@@ -40,7 +40,7 @@ def take(bounds: Rates, account: Account, count: int) -> None:
 
 
 def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:
-    """A key has a minute's worth at once, then its rate, with the wait in seconds; others go on."""
+    """A key has a minute's worth at once, then its rate, with the wait in whole seconds."""
     clock = Clock()
     bounds = rates(clock, requests_per_minute=30)
     take(bounds, ANN, 30)

@@ -74,7 +74,7 @@ def test_the_last_active_model_comes_back_after_a_death(play: Play) -> None:
 
 
 def test_requests_for_the_model_that_comes_back_are_held(play: Play) -> None:
-    """While a model is loaded again its requests are held; those for others get a retry."""
+    """While a model is loaded again its requests are held; others get a time to retry."""
 
     async def story(server: Server) -> None:
         server.host.kill()

@@ -59,7 +59,7 @@ def test_every_key_of_the_quickstarts_example_reaches_vllm(tmp_path: Path) -> No
 def test_a_models_setting_wins_over_the_command_line_and_that_over_vllms_default(
     tmp_path: Path,
 ) -> None:
-    """A model's setting wins over the command line, and that over vLLM's default; switches too."""
+    """A model's setting, switches included, wins over the command line, then vLLM's default."""
     text = """
         models:
           own: {model: LLAMA, max_model_len: 512, enforce_eager: false, max_num_seqs: 4}

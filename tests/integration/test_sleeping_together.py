@@ -114,7 +114,7 @@ def test_a_worker_that_fails_to_sleep_all_the_same_is_told_as_such(worker: str) 
 
 
 def test_a_model_with_one_worker_needs_nobodys_consent() -> None:
-    """With one worker, no consent is needed: a failed sleep changes nothing by itself."""
+    """With one worker no consent is needed, because a failed sleep changes nothing."""
     executor = Executor({}, fails=True)
 
     with pytest.raises(RuntimeError, match="Worker failed"):
