@@ -99,7 +99,7 @@ def test_a_version_that_was_only_read_is_warned_of_in_other_words(version: str) 
     text = warning(version)
 
     assert text is not None
-    assert f"vLLM {version} has every name that vllm-hotswap uses, but has not been run" in text
+    assert f"vLLM {version} has every name that vllm-hotswap uses, but was not tested" in text
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.27.0", "0.999.0", "1.0.0", "dev"])

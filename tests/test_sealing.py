@@ -247,4 +247,4 @@ def test_groups_of_torch_listen_nowhere_and_work() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, too")
 def test_another_user_does_not_get_among_the_members() -> None:
     """A group into which somebody else may have got is not used, also if he has left."""
-    assert "a process connected to them that" in run("stranger")["refused"]
+    assert "a process that belongs to another user connected while" in run("stranger")["refused"]

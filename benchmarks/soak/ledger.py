@@ -126,7 +126,7 @@ def _judge_complete(reply: Reply, said: Said) -> tuple[Outcome, str]:
 def find_wrong(case: Case, golden: Golden, said: Said) -> str | None:
     """Return what differs from the model's answer alone, if anything."""
     if strangers := said.models - {case.alias}:
-        return f"asked {case.alias!r}, and {', '.join(sorted(strangers))} answered"
+        return f"asked {case.alias!r}, but {', '.join(sorted(strangers))} answered"
     if said.error == "wrong_stamp":
         return "an output had the stamp of another model or epoch"
     whole = said.is_done and said.error is None

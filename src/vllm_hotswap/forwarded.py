@@ -87,8 +87,8 @@ class ForwardedClients:
             return
         self._is_told = True
         log.warning(
-            "event=forwarded_ignored peer=%s X-Forwarded-For does not count: "
-            "if a proxy sent it, name it with %s",
+            "event=forwarded_ignored peer=%s X-Forwarded-For is ignored: "
+            "if a proxy sent it, name the proxy with %s",
             client[0],
             FLAG,
         )

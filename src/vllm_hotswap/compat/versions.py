@@ -62,10 +62,10 @@ def warning(version: str) -> str | None:
         return None
     if numbers(version) in map(numbers, READ_ON):
         return (
-            f"vLLM {version} has every name that vllm-hotswap uses, but has not been run with it; "
-            f"what has: {', '.join(RUN_ON)}"
+            f"vLLM {version} has every name that vllm-hotswap uses, but was not tested with it; "
+            f"tested versions: {', '.join(RUN_ON)}"
         )
-    return f"vLLM {version} has not been tried with vllm-hotswap; what has: {', '.join(RUN_ON)}"
+    return f"vLLM {version} was not tested with vllm-hotswap; tested versions: {', '.join(RUN_ON)}"
 
 
 def numbers(version: str) -> tuple[int, ...]:
