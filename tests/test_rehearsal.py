@@ -265,7 +265,7 @@ def test_a_package_that_is_missing_is_named() -> None:
 @pytest.mark.parametrize(
     ("code", "why"),
     [
-        ("exit 3", "it has ended with status 3"),
+        ("exit 3", "it ended with status 3"),
         ("echo '{}'; echo bye", "bye"),
         ("echo '[]'", "[]"),
         ("echo oops >&2; exit 1", "oops"),
